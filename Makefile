@@ -1,0 +1,31 @@
+# `make train` and `make test` work on a machine with only python3, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NPROC ?= 2
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
+
+test: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) output
