@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samon.errors import UserError
+
 
 def set_loss(logits: Tensor, allowed: Tensor) -> Tensor:
     """Per-sample ``-log sum_{c in set} p_c``: cross-entropy when a sample's set of labels holds one class.
@@ -39,13 +41,13 @@ def accuracy(
     log: Callable[[str], None] | None = None,
     log_every: int = 50,
 ) -> dict[str, float]:
-    """``{'top1': %, 'top5': %, 'loss', 'num_samples'}`` in eval mode; the model's mode is put back afterwards.
+    """``{'top1': %, 'top5': %, 'loss', 'num_samples'}`` in eval mode; the model's mode is put back after.
 
-    ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and all-reduced
-    once after the loop, so ranks may hold different numbers of batches. ``loss_fn`` is a mean over the batch.
-    ``valid_labels`` keeps those columns of the logits (targets index into them, as in timm's validate).
-    ``label_sets`` [T, C] bool makes ``target`` a row number: a prediction is right if it lies in the row's set,
-    rows without a label are not counted, and the loss is `set_loss`.
+    ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and
+    all-reduced once after the loop, so ranks may hold different numbers of batches. ``loss_fn`` is a mean over
+    the batch. ``valid_labels`` keeps those columns of the logits (targets index into them, as in timm's
+    validate). ``label_sets`` [T, C] bool makes ``target`` a row number: a prediction is right if it lies in the
+    row's set, rows without a label are not counted, and the loss is `set_loss`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right at 1, right at 5, loss, samples
     columns = None if valid_labels is None else torch.as_tensor(valid_labels, device=device)
@@ -71,8 +73,9 @@ def accuracy(
         model.train(was_training)
     top1, top5, total, count = _all_reduce(sums).tolist()
     if count == 0:
-        raise ValueError('nothing to evaluate: the loader gave no sample with a label; check the split and the labels')
-    return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': total / count, 'num_samples': int(count)}
+        raise UserError('nothing to evaluate: the loader gave no sample with a label; check the split')
+    return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': total / count,
+            'num_samples': int(count)}
 
 
 def _batch_sums(output: Tensor, target: Tensor, loss: Tensor | None, label_sets: Tensor | None) -> Tensor:
