@@ -1,0 +1,159 @@
+"""Which parameters are perturbed: by the type of the module that owns them, never by name."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from samon.errors import UserError
+
+SCOPES = {
+    "sam": "all parameters",
+    "samon": "only normalization parameters (SAM-ON)",
+    "samnn": "all but normalization parameters (no-norm)",
+}
+
+# Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1. registry.py adds timm's own classes.
+# Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
+NORM_TYPES: list[type[nn.Module]] = [_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm]
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every normalization module of the model by qualified name, affine or not."""
+    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, tuple(NORM_TYPES))}
+
+
+def _norm_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Parameter]]:
+    for prefix, module in norm_modules(model).items():
+        for name in ("weight", "bias"):
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, Parameter):
+                yield f"{prefix}.{name}" if prefix else name, module, parameter
+
+
+def norm_parameters(model: nn.Module) -> dict[str, Parameter]:
+    """The affine normalization parameters by qualified name; shared ones once, under their first name."""
+    seen: dict[Parameter, str] = {}
+    for name, _, parameter in _norm_parameters(model):
+        seen.setdefault(parameter, name)
+    return {name: parameter for parameter, name in seen.items()}
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the bare model: without the prefixes of DDP and torch.compile."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The bare model inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@dataclass
+class Selection:
+    """The perturbed parameters by qualified name, and how they were chosen."""
+
+    scope: str
+    parameters: dict[str, Parameter]
+    perturb: str | None = None
+    model: nn.Module | None = field(default=None, repr=False)
+    narrowed: bool = False  # `perturb` leaves out a part of the scope, so only some layers are perturbed
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    def summary(self) -> str:
+        """Log text: how much of the model is perturbed, and in which types of layer."""
+        count = sum(p.numel() for p in self.parameters.values())
+        line = f"{self.scope} perturbs {count:,} parameters in {len(self.parameters)} tensors"
+        if self.model is None:
+            return line
+        total = sum(p.numel() for p in self.model.parameters())
+        tensors, numbers = Counter[str](), Counter[str]()
+        pending = {id(p) for p in self.parameters.values()}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in pending:
+                    pending.remove(id(parameter))
+                    tensors[type(module).__name__] += 1
+                    numbers[type(module).__name__] += parameter.numel()
+        rows = [f"  {kind}: {numbers[kind]:,} in {tensors[kind]} tensors" for kind, _ in numbers.most_common()]
+        return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
+
+
+def model_name(model: nn.Module) -> str:
+    """The timm architecture where there is one, else the class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") or type(model).__name__
+
+
+def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selection:
+    """The trainable parameters of `scope` whose qualified name matches the regular expression `perturb`.
+
+    Raises:
+        UserError: nothing is selected, or `perturb` is not a regular expression.
+    """
+    model = unwrap(model)
+    norms = norm_parameters(model)
+    norm_ids = {id(p) for p in norms.values()}
+    everything = {clean_name(name): p for name, p in model.named_parameters()}
+    if scope == "samon":
+        candidates = norms
+    elif scope == "samnn":
+        candidates = {name: p for name, p in everything.items() if id(p) not in norm_ids}
+    else:
+        candidates = everything
+    trainable = {name: p for name, p in candidates.items() if p.requires_grad}
+    if not trainable:
+        found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
+        raise UserError(
+            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope]}; normalization "
+            f"layers found: {', '.join(found)}); take a scope that has some (sam perturbs all parameters), "
+            "unfreeze them, or choose another model"
+        )
+    chosen = {name: p for name, p in trainable.items() if matches(perturb, name)}
+    if not chosen:
+        raise UserError(
+            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in "
+            f"{model_name(model)}; the first of them is {next(iter(trainable))!r}"
+        )
+    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))
+
+
+def matches(perturb: str | None, name: str) -> bool:
+    """Whether the regular expression is found anywhere in the name; no expression matches all."""
+    if perturb is None:
+        return True
+    try:
+        return re.search(perturb, name) is not None
+    except re.error as e:
+        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
+
+
+def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
+    """Scope `sam` over an optimizer's own parameter groups, when no model is at hand."""
+    if scope != "sam":
+        raise UserError(
+            f"{scope} must know which parameters belong to normalization layers, but was given bare parameters; "
+            f"create it from the model: timm.optim.create_optimizer_v2(model, '{scope}', ...)"
+        )
+    named: dict[str, Parameter] = {}
+    for i, group in enumerate(param_groups):
+        names = group.get("param_names") or [f"group{i}.{j}" for j in range(len(group["params"]))]
+        named |= {name: p for name, p in zip(names, group["params"], strict=True) if p.requires_grad}
+    chosen = {name: p for name, p in named.items() if matches(perturb, name)}
+    if not chosen:
+        raise UserError(f"perturb={perturb!r} matches no trainable parameter; create the optimizer from the model")
+    return Selection(scope, chosen, perturb, narrowed=len(chosen) < len(named))
