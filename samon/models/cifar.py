@@ -1,0 +1,348 @@
+"""The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2), registered with timm.
+
+`timm.create_model('wrn28_10_cifar', num_classes=100)`; inputs are [B, 3, 32, 32]. The convolutional ones are
+chains of named modules ending in global average pooling and one linear layer, initialised by He et al.'s rule
+with fan-out, as the authors' code of ResNet, WideResNet, ResNeXt and DenseNet does. Parameter counts below
+are for 10 classes; `docs/recipes.md` says which one is built where a published name has several meanings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, create_classifier
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
+from torch import Tensor, nn
+
+# Channel statistics of the two training sets, as the paper's code normalises them.
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+class CifarNet(nn.Module):
+    """Named modules applied one after the other, then global pooling, dropout and a linear classifier.
+
+    `stages` are the names of the modules that timm's feature extraction taps (channels, reduction)."""
+
+    def __init__(
+        self,
+        features: dict[str, nn.Module],
+        stages: dict[str, tuple[int, int]],
+        num_features: int,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.feature_names = tuple(features)
+        for name, module in features.items():
+            self.add_module(name, module)
+        self.feature_info = [
+            {"num_chs": c, "reduction": r, "module": name} for name, (c, r) in stages.items()
+        ]
+        self.num_features = self.head_hidden_size = num_features
+        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool)
+        init_he(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_features, H', W']"""
+        for name in self.feature_names:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, num_features, H', W'] -> logits [B, num_classes], or the pooled features with `pre_logits`"""
+        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes]"""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        pool = global_pool or self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Depth groups for layer-wise learning-rate decay: the stem, then stages (coarse) or their blocks."""
+        block = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": [(block, None), (r"^norm\.", (99_999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            raise ValueError("the CIFAR networks have no gradient checkpointing; remove --grad-checkpointing")
+
+
+def init_he(model: nn.Module) -> None:
+    """N(0, 2 / fan_out) for convolutions, (1, 0) for normalization, zero bias for the linear layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def conv3x3(in_chs: int, out_chs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False)
+
+
+def stem(in_chans: int, width: int) -> dict[str, nn.Module]:
+    """3 x 3 convolution without pooling: what every CIFAR residual network has instead of the 7 x 7 stem."""
+    return {"conv1": conv3x3(in_chans, width), "bn1": nn.BatchNorm2d(width), "act1": nn.ReLU(inplace=True)}
+
+
+class PadShortcut(nn.Module):
+    """Option A of the ResNet paper: subsample; new channels are zero, half before and half after."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.before, self.after, self.stride = new_channels // 2, new_channels - new_channels // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+
+def resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: tuple[int, ...],
+    channels: tuple[int, ...],
+    stem_width: int,
+    *,
+    shortcut: str = "B",
+    cardinality: int = 1,
+    base_width: int = 64,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    **head: Any,
+) -> CifarNet:
+    """Residual network: stage i has `layers[i]` blocks of `channels[i]` planes; stride 2 between stages."""
+    if shortcut not in ("A", "B"):
+        raise ValueError(f"shortcut={shortcut!r}: use 'A' (zero padding) or 'B' (1x1 convolution)")
+    features, stages = stem(in_chans, stem_width), {"act1": (stem_width, 1)}
+    inplanes, index, stride = stem_width, 0, 1
+    for i, (depth, planes) in enumerate(zip(layers, channels, strict=True), 1):
+        outplanes = planes * block.expansion
+        step, blocks = 1 if i == 1 else 2, []
+        stride *= step
+        for _ in range(depth):
+            downsample: nn.Module | None = None
+            if step != 1 or inplanes != outplanes:
+                downsample = (
+                    PadShortcut(outplanes - inplanes, step)
+                    if shortcut == "A"
+                    else downsample_conv(inplanes, outplanes, 1, step)
+                )
+            rate = drop_path_rate * index / max(1, sum(layers) - 1)  # deeper blocks are dropped more often
+            path = DropPath(rate) if rate else None
+            blocks.append(block(inplanes, planes, step, downsample, cardinality, base_width, drop_path=path))
+            inplanes, step, index = outplanes, 1, index + 1
+        features[f"layer{i}"] = nn.Sequential(*blocks)
+        stages[f"layer{i}"] = (outplanes, stride)
+    return CifarNet(features, stages, inplanes, **head)
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of the WideResNet paper; a projection takes the first BN-ReLU's output."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_chs), conv3x3(in_chs, out_chs, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(out_chs), conv3x3(out_chs, out_chs)
+        project = stride != 1 or in_chs != out_chs
+        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False) if project else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return out + shortcut
+
+
+def wide_resnet(depth: int, widen: int, *, in_chans: int = 3, **head: Any) -> CifarNet:
+    """WRN-depth-widen: (depth - 4) / 6 blocks in each of three stages of (16, 32, 64) x `widen`."""
+    features: dict[str, nn.Module] = {"conv1": conv3x3(in_chans, 16)}
+    stages, in_chs = {"conv1": (16, 1)}, 16
+    for i, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2)), 1):
+        chs = [in_chs] + [width * widen] * ((depth - 4) // 6)
+        blocks = [WideBlock(a, b, 1 if j else stride) for j, (a, b) in enumerate(pairwise(chs))]
+        features[f"layer{i}"], in_chs = nn.Sequential(*blocks), chs[-1]
+        stages[f"layer{i}"] = (in_chs, 2 ** (i - 1))
+    features |= {"norm": nn.BatchNorm2d(in_chs), "act": nn.ReLU(inplace=True)}
+    return CifarNet(features, stages, in_chs, **head)
+
+
+def vgg(depths: tuple[int, ...], *, in_chans: int = 3, **head: Any) -> CifarNet:
+    """VGG with batch norm for 32 px: five stages of 3 x 3 convolutions and 2 x 2 max-pooling."""
+    features: dict[str, nn.Module] = {}
+    stages, in_chs = {}, in_chans
+    for i, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512, 512), strict=True), 1):
+        modules: list[nn.Module] = []
+        for _ in range(depth):
+            modules += [nn.Conv2d(in_chs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            in_chs = width
+        features[f"layer{i}"] = nn.Sequential(*modules, nn.MaxPool2d(2))
+        stages[f"layer{i}"] = (width, 2**i)
+    return CifarNet(features, stages, in_chs, **head)
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-1x1 (4k)-BN-ReLU-3x3 (k), the result appended to the input's channels."""
+
+    def __init__(self, in_chs: int, growth: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_chs), nn.Conv2d(in_chs, 4 * growth, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), conv3x3(4 * growth, growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
+
+
+def densenet_bc(depth: int, growth: int, *, in_chans: int = 3, **head: Any) -> CifarNet:
+    """DenseNet-BC: three blocks of (depth - 4) / 6 layers, transitions halve channels and resolution."""
+    chs = 2 * growth
+    features: dict[str, nn.Module] = {"conv1": conv3x3(in_chans, chs)}
+    stages = {"conv1": (chs, 1)}
+    for i in (1, 2, 3):
+        modules: list[nn.Module] = []
+        if i > 1:  # the transition: BN-ReLU-1x1 to half the channels, 2 x 2 average pooling
+            conv = nn.Conv2d(chs, chs // 2, 1, bias=False)
+            modules.append(nn.Sequential(nn.BatchNorm2d(chs), nn.ReLU(inplace=True), conv, nn.AvgPool2d(2)))
+            chs //= 2
+        for _ in range((depth - 4) // 6):
+            modules.append(DenseLayer(chs, growth))
+            chs += growth
+        features[f"layer{i}"] = nn.Sequential(*modules)
+        stages[f"layer{i}"] = (chs, 2 ** (i - 1))
+    features |= {"norm": nn.BatchNorm2d(chs), "act": nn.ReLU(inplace=True)}
+    return CifarNet(features, stages, chs, **head)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": CIFAR10_MEAN,
+        "std": CIFAR10_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        **kwargs,
+    }
+
+
+_POOL4, _POOL1 = {"pool_size": (4, 4)}, {"pool_size": (1, 1), "first_conv": "layer1.0"}
+_VIT = {"pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "resnet56_cifar": _cfg(),
+        "resnext29_32x4d_cifar": _cfg(),
+        "wrn28_10_cifar": _cfg(),
+        "vgg13_bn_cifar": _cfg(**_POOL1),
+        "vgg16_bn_cifar": _cfg(**_POOL1),
+        "vgg19_bn_cifar": _cfg(**_POOL1),
+        "densenet100_cifar": _cfg(),
+        "resnet18_cifar": _cfg(**_POOL4),
+        "resnet101_cifar": _cfg(**_POOL4),
+        "vit_tiny_cifar": _cfg(**_VIT),
+        "vit_small_cifar": _cfg(**_VIT),
+    }
+)
+
+
+def _build(net: Callable[..., nn.Module], name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    four_stages = name.startswith(("vgg", "resnet18", "resnet101"))
+    feature_cfg = {"out_indices": tuple(range(5 if four_stages else 4)), "flatten_sequential": False}
+    return build_model_with_cfg(net, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56 (He et al. 2016, section 4.2), 0.853 M; with `shortcut='B'` projections, 0.856 M."""
+    net = partial(resnet, BasicBlock, (9, 9, 9), (16, 32, 64), 16, shortcut="A")
+    return _build(net, "resnet56_cifar", pretrained, kwargs)
+
+
+@register_model
+def resnext29_32x4d_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-29 (Xie et al. 2017, section 5.3) with cardinality 32 and width 4, 4.78 M."""
+    net = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
+    return _build(net, "resnext29_32x4d_cifar", pretrained, kwargs)
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."""
+    net = partial(resnet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), 64)
+    return _build(net, "resnet18_cifar", pretrained, kwargs)
+
+
+@register_model
+def resnet101_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-101 with a 3 x 3 stem and no max-pooling, 42.51 M."""
+    net = partial(resnet, Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), 64)
+    return _build(net, "resnet101_cifar", pretrained, kwargs)
+
+
+@register_model
+def wrn28_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-28-10 (Zagoruyko & Komodakis 2016), 36.48 M."""
+    return _build(partial(wide_resnet, 28, 10), "wrn28_10_cifar", pretrained, kwargs)
+
+
+@register_model
+def vgg13_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-13 with batch norm and one linear layer, 9.42 M."""
+    return _build(partial(vgg, (2, 2, 2, 2, 2)), "vgg13_bn_cifar", pretrained, kwargs)
+
+
+@register_model
+def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-16 with batch norm and one linear layer, 14.73 M."""
+    return _build(partial(vgg, (2, 2, 3, 3, 3)), "vgg16_bn_cifar", pretrained, kwargs)
+
+
+@register_model
+def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-19 with batch norm and one linear layer, 20.04 M."""
+    return _build(partial(vgg, (2, 2, 4, 4, 4)), "vgg19_bn_cifar", pretrained, kwargs)
+
+
+@register_model
+def densenet100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M (without bottlenecks and compression 7.0 M)."""
+    return _build(partial(densenet_bc, 100, 12), "densenet100_cifar", pretrained, kwargs)
+
+
+def _build_vit(name: str, pretrained: bool, width: int, heads: int, kwargs: dict[str, Any]) -> nn.Module:
+    fixed = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": 12, "num_heads": heads}
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **{**fixed, **kwargs})
+
+
+@register_model
+def vit_tiny_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-T (width 192, 12 layers, 3 heads) on 4 x 4 patches of 32 px, 5.36 M; timm's initialisation."""
+    return _build_vit("vit_tiny_cifar", pretrained, 192, 3, kwargs)
+
+
+@register_model
+def vit_small_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S (width 384, 12 layers, 6 heads) on 4 x 4 patches of 32 px, 21.34 M; timm's initialisation."""
+    return _build_vit("vit_small_cifar", pretrained, 384, 6, kwargs)
