@@ -18,7 +18,7 @@ def set_loss(logits: Tensor, allowed: Tensor) -> Tensor:
     ``logits`` [B, C]; ``allowed`` [B, C] bool, at least one True per row.
     """
     logits = logits.float()
-    return logits.logsumexp(1) - logits.masked_fill(~allowed, float('-inf')).logsumexp(1)
+    return logits.logsumexp(1) - logits.masked_fill(~allowed, float("-inf")).logsumexp(1)
 
 
 def _all_reduce(sums: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ def accuracy(
     """``{'top1': %, 'top5': %, 'loss', 'num_samples'}`` in eval mode; the model's mode is put back after.
 
     ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and
-    all-reduced once after the loop, so ranks may hold different numbers of batches. ``loss_fn`` is a mean over
-    the batch. ``valid_labels`` keeps those columns of the logits (targets index into them, as in timm's
-    validate). ``label_sets`` [T, C] bool makes ``target`` a row number: a prediction is right if it lies in the
-    row's set, rows without a label are not counted, and the loss is `set_loss`.
+    all-reduced once after the loop, so ranks may hold different numbers of batches. ``loss_fn`` is a mean
+    over the batch. ``valid_labels`` keeps those columns of the logits (targets index into them, as in timm's
+    validate). ``label_sets`` [T, C] bool makes ``target`` a row number: a prediction is right if it lies in
+    the row's set, rows without a label are not counted, and the loss is `set_loss`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right at 1, right at 5, loss, samples
     columns = None if valid_labels is None else torch.as_tensor(valid_labels, device=device)
@@ -67,15 +67,21 @@ def accuracy(
             sums += _batch_sums(output, target, loss, label_sets)
             if log is not None and (index + 1) % log_every == 0:
                 right, _, total, count = sums.tolist()  # this process's part so far
-                log(f'eval {index + 1} batches, {count:.0f} images: '
-                    f'loss {total / max(count, 1):.4f} top1 {100 * right / max(count, 1):.2f}')
+                log(
+                    f"eval {index + 1} batches, {count:.0f} images: "
+                    f"loss {total / max(count, 1):.4f} top1 {100 * right / max(count, 1):.2f}"
+                )
     finally:
         model.train(was_training)
     top1, top5, total, count = _all_reduce(sums).tolist()
     if count == 0:
-        raise UserError('nothing to evaluate: the loader gave no sample with a label; check the split')
-    return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': total / count,
-            'num_samples': int(count)}
+        raise UserError("nothing to evaluate: the loader gave no sample with a label; check the split")
+    return {
+        "top1": 100 * top1 / count,
+        "top5": 100 * top5 / count,
+        "loss": total / count,
+        "num_samples": int(count),
+    }
 
 
 def _batch_sums(output: Tensor, target: Tensor, loss: Tensor | None, label_sets: Tensor | None) -> Tensor:
@@ -92,5 +98,11 @@ def _batch_sums(output: Tensor, target: Tensor, loss: Tensor | None, label_sets:
         loss_sum = loss.double() * count
     top = output.topk(min(5, output.shape[1]), dim=1).indices  # [B, k]
     hits = top == target[:, None] if allowed is None else allowed.gather(1, top)
-    return torch.stack([hits[:, 0].sum().double(), hits.any(1).sum().double(), loss_sum,
-                        torch.tensor(count, dtype=torch.float64, device=output.device)])
+    return torch.stack(
+        [
+            hits[:, 0].sum().double(),
+            hits.any(1).sum().double(),
+            loss_sum,
+            torch.tensor(count, dtype=torch.float64, device=output.device),
+        ]
+    )

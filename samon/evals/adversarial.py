@@ -19,18 +19,23 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
 
-ATTACKS = ('apgd-ce', 'apgd-t')
-ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
+ATTACKS = ("apgd-ce", "apgd-t")
+ROBUST = len(
+    ATTACKS
+)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
 
 
 class Normalized(nn.Module):
     """``model`` behind the normalisation (x - mean) / std, so that attacks see images in [0, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: Iterable[float], std: Iterable[float]):
         super().__init__()
         self.model = model
-        self.register_buffer('mean', torch.tensor(tuple(mean)).view(1, -1, 1, 1))
-        self.register_buffer('std', torch.tensor(tuple(std)).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(tuple(mean)).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.model((x - self.mean) / self.std)
@@ -59,11 +64,13 @@ def seeded_noise(seed: int) -> Noise:
     def noise(attack: str, target: int, restart: int, index: Tensor, shape: torch.Size, norm: str) -> Tensor:
         rows = []
         for i in index.tolist():
-            words = np.random.SeedSequence([seed, ATTACKS.index(attack), target, restart, i]).generate_state(2)
+            words = np.random.SeedSequence([seed, ATTACKS.index(attack), target, restart, i]).generate_state(
+                2
+            )
             generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            draw = torch.rand if norm == 'linf' else torch.randn
+            draw = torch.rand if norm == "linf" else torch.randn
             rows.append(draw(shape, generator=generator))
-        return torch.stack(rows) * 2 - 1 if norm == 'linf' else torch.stack(rows)
+        return torch.stack(rows) * 2 - 1 if norm == "linf" else torch.stack(rows)
 
     return noise
 
@@ -74,13 +81,13 @@ def _per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def unit(x: Tensor, norm: str) -> Tensor:
     """Every image of ``x`` divided by its own l_inf or l2 norm (plus 1e-12, so zero stays zero)."""
-    size = x.abs().flatten(1).amax(1) if norm == 'linf' else x.square().flatten(1).sum(1).sqrt()
+    size = x.abs().flatten(1).amax(1) if norm == "linf" else x.square().flatten(1).sum(1).sqrt()
     return x / (_per_image(size, x) + 1e-12)
 
 
 def project(point: Tensor, centre: Tensor, norm: str, eps: float) -> Tensor:
     """``point`` brought into the ball around ``centre``, then into [0, 1] (in this order, as published)."""
-    if norm == 'linf':
+    if norm == "linf":
         return torch.clamp(torch.min(torch.max(point, centre - eps), centre + eps), 0.0, 1.0)
     delta = point - centre
     length = delta.square().flatten(1).sum(1).sqrt().clamp(max=eps)
@@ -95,9 +102,11 @@ def dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     return -(logits[rows, label] - logits[rows, target]) / (scale + 1e-12)
 
 
-def _evaluate(model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left."""
+def _evaluate(
+    model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left.
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)
@@ -107,9 +116,16 @@ def _evaluate(model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor, Tensor], T
 
 
 @torch.no_grad()
-def apgd(model: nn.Module, images: Tensor, label: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor],
-         start: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
-    """One Auto-PGD run from ``start``: (fooled [B] bool, a misclassified image where fooled, else the clean one).
+def apgd(
+    model: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    threat: Threat,
+) -> tuple[Tensor, Tensor]:
+    """One Auto-PGD run from ``start``: (fooled [B] bool, a misclassified image where fooled, else the clean
+    one).
 
     ``loss_fn(logits, rows)`` is the per-image loss to maximise, of the images numbered ``rows``. Images are
     independent, so one that is fooled is settled and leaves the batch; the others go on as published.
@@ -128,12 +144,14 @@ def apgd(model: nn.Module, images: Tensor, label: Tensor, loss_fn: Callable[[Ten
             found[rows[wrong]], fooled[rows[wrong]] = x[wrong], True
             left = ~wrong
             step.keep(left)
-            rows, centre, x, x_before, grad, before = (t[left] for t in (rows, centre, x, x_before, grad, before))
+            rows, centre, x, x_before, grad, before = (
+                t[left] for t in (rows, centre, x, x_before, grad, before)
+            )
             best, best_x, best_grad = best[left], best_x[left], best_grad[left]
         if i == threat.n_iter or not len(rows):
             break
         momentum = 0.75 if i > 0 else 1.0
-        direction = grad.sign() if norm == 'linf' else unit(grad, norm)
+        direction = grad.sign() if norm == "linf" else unit(grad, norm)
         z = project(x + _per_image(step.size, x) * direction, centre, norm, eps)
         moved = x + (z - x) * momentum + (x - x_before) * (1 - momentum)
         x_before, x = x, project(moved, centre, norm, eps)
@@ -153,17 +171,21 @@ def apgd(model: nn.Module, images: Tensor, label: Tensor, loss_fn: Callable[[Ten
 
 
 @torch.no_grad()
-def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise) -> Tensor:
+def attack(
+    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise
+) -> Tensor:
     """Outcome of every image [B] (see `ROBUST`): each run attacks only the points that are still robust."""
     logits = model(images)
     classes = logits.shape[1]
     if classes < 4:
-        raise UserError(f'apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; '
-                        'evaluate a model with 4 or more')
+        raise UserError(
+            f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; "
+            "evaluate a model with 4 or more"
+        )
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
     for number, name in enumerate(ATTACKS):
-        targets = range(1) if name == 'apgd-ce' else range(2, min(threat.n_targets, classes - 1) + 2)
+        targets = range(1) if name == "apgd-ce" else range(2, min(threat.n_targets, classes - 1) + 2)
         for target in targets:
             for restart in range(threat.restarts):
                 rows = (outcome == ROBUST).nonzero().flatten()
@@ -171,9 +193,11 @@ def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threa
                     return outcome
                 x, y, wanted = images[rows], label[rows], ranking[rows, -target]
 
-                def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, t: Tensor = wanted) -> Tensor:
-                    if name == 'apgd-ce':
-                        return F.cross_entropy(z, y[r], reduction='none')
+                def loss_fn(
+                    z: Tensor, r: Tensor, name: str = name, y: Tensor = y, t: Tensor = wanted
+                ) -> Tensor:
+                    if name == "apgd-ce":
+                        return F.cross_entropy(z, y[r], reduction="none")
                     return dlr_targeted(z, y[r], t[r])
 
                 draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
@@ -187,8 +211,11 @@ def fingerprint(*parts: Tensor | str) -> str:
     """A name for these values: what makes a stored outcome safe to take up again."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else
-                      part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            part.encode()
+            if isinstance(part, str)
+            else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:24]
 
 
@@ -215,22 +242,29 @@ def robust_outcomes(
     """{threat: outcomes of this process's images, int64 [n]}, images in the order ``batches`` gives them.
 
     ``batches`` yields (index, images in [0, 1], label). With ``state`` (a directory) every batch's outcome is
-    stored under the fingerprint of weights, images and threat as soon as it is known, and never attacked twice.
+    stored under the fingerprint of weights, images and threat as soon as it is known, and never attacked
+    twice.
     """
     was_training = model.training
     model.eval()
-    weights = fingerprint(*model.state_dict().values()) if state else ''
+    weights = fingerprint(*model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in threats}
     try:
         with full_precision():
             for index, images, label in batches:
                 for threat in threats:
-                    path = state and state / f'{fingerprint(weights, repr(threat), index, images, label)}.npy'
+                    path = state and state / f"{fingerprint(weights, repr(threat), index, images, label)}.npy"
                     if path and path.exists():
                         outcomes[threat].append(torch.from_numpy(np.load(path)))
                         continue
-                    result = attack(model, images.to(device), label.to(device), index, threat,
-                                    noise or seeded_noise(threat.seed)).cpu()
+                    result = attack(
+                        model,
+                        images.to(device),
+                        label.to(device),
+                        index,
+                        threat,
+                        noise or seeded_noise(threat.seed),
+                    ).cpu()
                     if path:
                         _store(path, result)
                     outcomes[threat].append(result)
@@ -243,13 +277,13 @@ def robust_outcomes(
 def _store(path: Path, outcome: Tensor) -> None:
     """Write whole or not at all: the file appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f'.{os.getpid()}')
-    with part.open('wb') as file:
+    part = path.with_suffix(f".{os.getpid()}")
+    with part.open("wb") as file:
         np.save(file, outcome.numpy())
     part.replace(path)
 
 
 def summarize(outcome: Tensor) -> dict[str, int]:
     """Counts over [n] outcomes: correct as they are, and still robust after each attack in turn."""
-    after = {f'robust_{name}': int((outcome > k).sum()) for k, name in enumerate(ATTACKS)}
-    return {'clean': int((outcome >= 0).sum()), **after, 'num_samples': len(outcome)}
+    after = {f"robust_{name}": int((outcome > k).sum()) for k, name in enumerate(ATTACKS)}
+    return {"clean": int((outcome >= 0).sum()), **after, "num_samples": len(outcome)}

@@ -1,4 +1,6 @@
-"""The step-size rule of Auto-PGD (Croce & Hein 2020, section 3), for the input-space and the weight-space ascent."""
+"""The step-size rule of Auto-PGD (Croce & Hein 2020, section 3), for the input-space and the weight-space
+ascent.
+"""
 
 import torch
 from torch import Tensor
@@ -21,15 +23,18 @@ def checkpoints(n_iter: int) -> dict[int, int]:
 
 
 class StepSize:
-    """One step size per problem (an image, or a batch whose loss the weights maximise), halved at checkpoints.
+    """One step size per problem (an image, or a batch whose loss the weights maximise), halved at
+    checkpoints.
 
-    Halved if at most (``strict``: fewer than) ``rho`` of the interval's steps were improvements, or if the best
-    loss has not moved over an interval at whose start the step size was kept. The caller then goes on from its
-    best point. What counts as an improvement is the caller's: Auto-PGD compares with the iterate before.
+    Halved if at most (``strict``: fewer than) ``rho`` of the interval's steps were improvements, or if the
+    best loss has not moved over an interval at whose start the step size was kept. The caller then goes on
+    from its best point. What counts as an improvement is the caller's: Auto-PGD compares with the iterate
+    before.
     """
 
-    def __init__(self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75,
-                 strict: bool = False):
+    def __init__(
+        self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False
+    ):
         self.size = initial.clone()  # [B]
         self.checks, self.rho, self.strict = checks, rho, strict
         self.count = torch.zeros_like(initial)

@@ -1,0 +1,291 @@
+"""m-sharpness in weight space (Eq. 6; appendix B.10; Tables 6, 18 and 19).
+
+Worst case: mean over batches of m of max over ||T^-1 eps||_p <= rho of L(w + eps) - L(w), T = |w| (adaptive)
+or 1. Average case: the mean over eps = rho T n instead, n standard normal (l2) or uniform in [-1, 1] (l_inf).
+
+Two modes for the maximum. ``autopgd`` is Auto-PGD in v = T^-1 eps. ``reference`` computes what the public
+code of Andriushchenko et al. 2023 computes, which differs from it in what follows (and is what the paper's
+tables hold):
+
+- every iterate is 0.75 projected point + 0.25 of the iterate before the last one, where Auto-PGD adds 0.25 of
+  the last move. The first step, with the start in both places, therefore goes only 0.75 of the way: 1-step
+  l_inf sharpness at rho is the loss change at 0.75 rho T sign(g);
+- steps that set a new best loss are counted, not those that increase it; checkpoints are rounded up, and the
+  first interval holds one step more than it is judged by;
+- a halved step takes its next gradient at the best point, but moves on from the last one;
+- the l2 adaptive step is T g / ||g||, not T^2 g / ||T g||, and its projection is onto the nearest point in
+  the Euclidean sense (found by bisection), not along the ray.
+
+The public code divides by |w|, so a single zero weight switches its l2 adaptive projection off (0 / 0); here
+the ball has no extent in that direction and the weight stays at zero.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samon.errors import UserError
+from samon.evals.adversarial import full_precision
+from samon.evals.apgd import StepSize, checkpoints
+from samon.optim.geometry import global_norm, project
+
+# (eps, want gradient) -> loss [], gradients
+Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
+P = {"l2": 2.0, "linf": math.inf}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured: a row of Table 6, 18 or 19. `parse` reads the short form, `str` writes it."""
+
+    rho: float
+    kind: str = "worst"  # or 'average'
+    norm: str = "linf"  # or 'l2'
+    adaptive: bool = True
+    logit_norm: bool = True
+    steps: int = 20  # gradient steps, or random draws in the average case
+
+    @classmethod
+    def parse(cls, text: str) -> list["Measure"]:
+        """``worst-linf-adaptive-logitnorm-1step@0.007,0.01``: one measure per rho."""
+        form = re.fullmatch(r"(worst|average)-(linf|l2)((?:-adaptive|-logitnorm|-\d+step)*)@([^@]+)", text)
+        try:
+            radii = [float(rho) for rho in form[4].split(",")] if form else []
+        except ValueError:
+            radii = []
+        if form is None or not radii or min(radii) <= 0:
+            raise UserError(
+                f"sharpness measure {text!r}: write worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]"
+                "@RHO[,RHO...] with positive radii"
+            )
+        words = form[3].split("-")
+        steps = [int(word.removesuffix("step")) for word in words if word.endswith("step")]
+        return [
+            cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps[0] if steps else 20)
+            for rho in radii
+        ]
+
+    def __str__(self) -> str:
+        flags = [word for word, on in (("adaptive", self.adaptive), ("logitnorm", self.logit_norm)) if on]
+        return "-".join([self.kind, self.norm, *flags, f"{self.steps}step"]) + f"@{self.rho:g}"
+
+
+PRESETS = {
+    "table6": [
+        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
+        "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
+    ],
+    "table18": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005,0.007"],
+    "table19": [
+        "average-l2@0.005",
+        "average-l2-adaptive@0.1",
+        "average-linf@0.01",
+        "average-linf-adaptive@0.2",
+        "worst-l2@0.05",
+        "worst-l2-adaptive@0.25",
+        "worst-linf@1e-5",
+        "worst-linf-adaptive@0.004",
+    ],
+}
+
+
+def normalized_logits(logits: Tensor) -> Tensor:
+    """Logits [B, C] with their mean taken off, divided by their l2 norm (at least 1e-10): scale-free."""
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-10)
+
+
+@contextmanager
+def restored(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The weights' values; whatever happens inside, the parameters hold exactly these afterwards."""
+    values = [p.detach().clone() for p in parameters]
+    try:
+        yield values
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, values)
+
+
+def _mix(a: float, x: list[Tensor], b: float, y: list[Tensor]) -> list[Tensor]:
+    """a x + b y."""
+    return list(torch._foreach_add(torch._foreach_mul(x, a), y, alpha=b))
+
+
+def _ascent(delta: list[Tensor], grads: list[Tensor], t: list[Tensor], size: float, p: float) -> list[Tensor]:
+    """delta + size T sign(g) (p = inf) or delta + size T^2 g / ||T g|| (p = 2), not yet projected."""
+    if p == math.inf:
+        direction = [a * g.sign() for a, g in zip(t, grads, strict=True)]
+    else:
+        scaled = [a * g for a, g in zip(t, grads, strict=True)]
+        norm = global_norm(scaled)
+        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(t, scaled, strict=True)]
+    return _mix(1.0, delta, size, direction)
+
+
+def worst_autopgd(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
+    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed.
+    """
+    p, rho, steps = P[measure.norm], measure.rho, measure.steps
+    delta = previous = best_delta = [torch.zeros_like(a) for a in t]
+    start, grads = loss_of(delta, True)
+    best, best_grads, before = start, grads, start
+    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checkpoints(steps))
+    for i in range(steps):
+        z = project(_ascent(delta, grads, t, float(step.size), p), t, rho, p)
+        momentum = 0.75 if i else 1.0
+        moved = _mix(
+            1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous)
+        )
+        previous, delta = delta, project(moved, t, rho, p)
+        loss, grads = loss_of(delta, i + 1 < steps)
+        improved, before = loss > before, loss
+        if loss > best:
+            best, best_delta, best_grads = loss, delta, grads
+        halved = step.update(i, improved, best.view(1))
+        if halved is not None and halved and i + 1 < steps:
+            delta, grads = best_delta, best_grads
+    return float(best.double() - start.double())
+
+
+def reference_checkpoints(n_iter: int) -> dict[int, int]:
+    """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0.
+    """
+    fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
+    while ends[-1] < n_iter and ends[-1] != ends[-2]:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+        ends.append(math.ceil(fractions[-1] * n_iter))
+    return {end: end - before for before, end in itertools.pairwise(ends)}
+
+
+def project_euclidean(delta: list[Tensor], t: list[Tensor], rho: float) -> list[Tensor]:
+    """Nearest point of the ellipsoid ||T^-1 delta||_2 <= rho: delta / (1 + lam / T^2), lam by bisection."""
+    inside = [torch.where(a > 0, d, 0) for d, a in zip(delta, t, strict=True)]
+
+    def shrunk(lam: float) -> list[Tensor]:
+        return [d * a.square() / (a.square() + lam) if lam else d for d, a in zip(inside, t, strict=True)]
+
+    def radius(point: list[Tensor]) -> float:
+        return float(global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(point, t, strict=True)]))
+
+    if radius(inside) <= rho:
+        return inside
+    low, high = 0.0, 1.0
+    while radius(shrunk(high)) > rho:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if radius(shrunk(middle)) > rho else (low, middle)
+    return shrunk(high)
+
+
+def worst_reference(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
+    """The same maximum as the public sharpness code searches it: see the top of this file."""
+    p, rho, steps = P[measure.norm], measure.rho, measure.steps
+    delta = previous = [torch.zeros_like(a) for a in t]
+    start, grads = loss_of(delta, True)
+    best, best_grads = start, grads
+    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), reference_checkpoints(steps), strict=True)
+    for i in range(steps):
+        size = float(step.size)
+        if p == math.inf:
+            z = project(_ascent(delta, grads, t, size, p), t, rho, p)
+        else:
+            along = torch._foreach_div(
+                [a * g for a, g in zip(t, grads, strict=True)], global_norm(grads) + 1e-12
+            )
+            moved = _mix(1.0, delta, size, list(along))
+            z = project_euclidean(moved, t, rho) if measure.adaptive else project(moved, t, rho, p)
+        previous, delta = delta, _mix(0.75, z, 0.25, previous)
+        loss, grads = loss_of(delta, i + 1 < steps)
+        improved = loss > best
+        if improved:
+            best, best_grads = loss, grads
+        halved = step.update(i, improved, best.view(1))
+        if halved is not None and halved:
+            grads = best_grads
+    return float(best.double() - start.double())
+
+
+def average_case(loss_of: Loss, t: list[Tensor], measure: Measure, seed: int) -> float:
+    """Mean of L(w + rho T n) - L(w) over ``measure.steps`` draws of n."""
+    generator = torch.Generator(t[0].device).manual_seed(seed)
+    start, _ = loss_of([torch.zeros_like(a) for a in t], False)
+    total = 0.0
+    for _ in range(measure.steps):
+        draws = [torch.empty_like(a) for a in t]
+        for draw in draws:
+            _ = (
+                draw.normal_(generator=generator)
+                if measure.norm == "l2"
+                else draw.uniform_(-1, 1, generator=generator)
+            )
+        loss, _ = loss_of([measure.rho * a * n for a, n in zip(t, draws, strict=True)], False)
+        total += float(loss.double() - start.double())
+    return total / measure.steps
+
+
+def batch_sharpness(
+    model: nn.Module, images: Tensor, label: Tensor, measure: Measure, mode: str = "reference", seed: int = 0
+) -> float:
+    """Sharpness on one batch of m images. The model is left bit for bit as it was, also after an exception.
+    """
+    parameters: list[Tensor] = list(model.parameters())
+    with full_precision(), restored(parameters) as weights:
+        t = [w.abs() if measure.adaptive else torch.ones_like(w) for w in weights]
+
+        def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, torch._foreach_add(weights, delta))
+            with torch.set_grad_enabled(want_grad):
+                out = model(images)
+                out = out[0] if isinstance(out, (tuple, list)) else out
+                loss = F.cross_entropy(normalized_logits(out) if measure.logit_norm else out, label)
+            if not want_grad:
+                return loss.detach(), []
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            return loss.detach(), list(grads)
+
+        frozen = [p for p in parameters if not p.requires_grad]
+        wanted = [p.requires_grad_() for p in parameters]
+        was_training = model.training
+        model.eval()
+        try:
+            if measure.kind == "average":
+                return average_case(loss_of, t, measure, seed)
+            return (worst_reference if mode == "reference" else worst_autopgd)(loss_of, t, measure)
+        finally:
+            model.train(was_training)
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+def sharpness(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Tensor, Tensor]],
+    count: int,
+    measures: list[Measure],
+    *,
+    device: torch.device | str,
+    mode: str = "reference",
+    seed: int = 0,
+) -> dict[Measure, Tensor]:
+    """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
+
+    ``batches`` yields (number of the batch, images, label); numbers that this process does not get stay 0, so
+    that a sum over the processes is the whole and its mean does not depend on how many there are.
+    """
+    values = {measure: torch.zeros(count, dtype=torch.float64) for measure in measures}
+    for number, images, label in batches:
+        images, label = images.to(device), label.to(device)
+        for measure in measures:
+            values[measure][number] = batch_sharpness(
+                model, images, label, measure, mode, seed * 1_000_003 + number
+            )
+    return values
