@@ -1,1 +1,11 @@
 """Sharpness-aware minimization for timm. Importing registers the optimizers and networks with timm."""
+
+from samon import models
+from samon.errors import UserError
+from samon.optim.registry import is_sam_name, register
+from samon.optim.sam import SAM, sam_of
+from samon.step.two_pass import two_pass
+
+register()
+
+__all__ = ["SAM", "UserError", "is_sam_name", "models", "sam_of", "two_pass"]

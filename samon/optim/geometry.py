@@ -44,11 +44,11 @@ def scales(
     if geometry == "":
         return None
     if geometry in ("eleml2", "elemlinf"):
-        return list(torch._foreach_abs(weights))
+        return list(torch._foreach_abs(list(weights)))
     if geometry == "eleml2orig":
         return [w.abs() + eta if weight else torch.ones_like(w) for w, weight in zip(weights, is_weight, strict=True)]
     if geometry == "layerl2":
-        return list(torch._foreach_norm(weights))
+        return list(torch._foreach_norm(list(weights)))
     assert geometry == "fisher", geometry
     return [(1 + eta * g.square()).rsqrt() for g in grads]
 
@@ -58,7 +58,7 @@ def global_norm(tensors: Tensors, p: float = 2, grouped: bool = False) -> Tensor
     if grouped:
         parts = [torch.linalg.vector_norm(t.flatten(1), p, dim=1) for t in tensors]
         return torch.linalg.vector_norm(torch.stack(parts), p, dim=0)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, p)), p)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), p)), p)
 
 
 def ascend(

@@ -1,6 +1,6 @@
 """BatchNorm running statistics during a two-pass step: a pass that is not to update them leaves no trace."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +23,8 @@ def running_statistics(model: nn.Module, skip: Sequence[nn.Module] = ()) -> list
 
 
 @contextmanager
-def kept(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """The buffers' values are put back at the end, also after an exception.
+def kept(buffers: Sequence[Tensor], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """The buffers' values are put back at the end, also after an exception, unless `unless()` says no then.
 
     Values are copied, not momenta changed: it holds for every norm class, compiled or not. The copy back is an
     in-place write, so whatever was run inside must have been back-propagated inside as well.
@@ -33,6 +33,6 @@ def kept(buffers: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
+        if saved and not unless():
+            with torch.no_grad():
+                torch._foreach_copy_(list(buffers), saved)

@@ -127,15 +127,20 @@ class SAM(Optimizer):
         """For `eleml2orig`: which perturbed tensors are weights, by their own name as in the authors' code."""
         return [name.rpartition(".")[2] == "weight" for name in self.perturbed_parameters()]
 
-    def perturbation(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor, Tensor]:
+    @torch.no_grad()
+    def perturbation(
+        self, grads: Sequence[Tensor | None], grouped: bool = False
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
-        counts as zero, and a non-finite one anywhere makes eps zero and `finite` (0-dim bool) false."""
+        counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
+        gradients have a leading dimension [G], and so has everything else."""
         weights = [_wide(p.detach()) for p in self.perturbed_parameters().values()]
         dense = [torch.zeros_like(w) if g is None else _wide(g) for w, g in zip(weights, grads, strict=True)]
         dense = dense if self.mask is None else self.mask(dense)
-        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight())
+        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight(), grouped)
         finite = norm.isfinite()
-        return [torch.where(finite, e, 0) for e in eps], norm, finite
+        rows = [finite.view(-1, *[1] * (e.dim() - 1)) if grouped else finite for e in eps]
+        return [torch.where(row, e, 0) for row, e in zip(rows, eps, strict=True)], norm, finite
 
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
@@ -146,16 +151,17 @@ class SAM(Optimizer):
         """
         if isinstance(grads, Mapping):
             grads = [grads.get(name) for name in self.perturbed_parameters()]
-        with torch.no_grad(), self.moved(self.perturbation(grads)[0]), torch.enable_grad():
+        with self.moved(self.perturbation(grads)[0]), torch.enable_grad():
             yield
 
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        parameters = list(self.perturbed_parameters().values())
+        parameters: list[Tensor] = list(self.perturbed_parameters().values())
+        steps = [e.to(p.dtype) for e, p in zip(eps, parameters, strict=True)]
         with torch.no_grad():
             saved = [p.clone() for p in parameters]
-            torch._foreach_add_(parameters, [e.to(p.dtype) for e, p in zip(eps, parameters, strict=True)])
+            torch._foreach_add_(parameters, steps)
         try:
             yield
         finally:
@@ -163,7 +169,7 @@ class SAM(Optimizer):
                 torch._foreach_copy_(parameters, saved)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The base step with the gradients that are there; with a closure, first the two passes that fill them.
 
         Args:

@@ -18,14 +18,31 @@ SCOPES = {
     "samnn": "all but normalization parameters (no-norm)",
 }
 
-# Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1. registry.py adds timm's own classes.
+# Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1, and the first dimension they run along;
+# None where one module cannot carry several gammas (see step/groups.py). registry.py adds timm's own classes.
 # Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
-NORM_TYPES: list[type[nn.Module]] = [_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm]
+NORM_TYPES: dict[type[nn.Module], int | None] = {
+    _BatchNorm: 1,
+    nn.SyncBatchNorm: None,
+    nn.GroupNorm: 1,
+    _InstanceNorm: 1,
+    nn.LayerNorm: -1,
+    nn.RMSNorm: -1,
+}
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, tuple(NORM_TYPES))}
+    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, _norm_types())}
+
+
+def _norm_types() -> tuple[type[nn.Module], ...]:
+    return tuple(NORM_TYPES)
+
+
+def affine_dim(module: nn.Module) -> int | None:
+    """NORM_TYPES's entry for the closest class of this normalization module."""
+    return next(NORM_TYPES[t] for t in type(module).__mro__ if t in NORM_TYPES)
 
 
 def _norm_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Parameter]]:

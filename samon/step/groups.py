@@ -1,0 +1,188 @@
+"""m-sharpness in one batched pass: every group of m samples carries its own gamma + d_gamma[g], beta + d_beta[g].
+
+Only normalization parameters are perturbed (scope `samon`), so a loop over G small batches needs no loop: the offsets d
+are explicit tensors [G, *parameter shape], the gradient with respect to them holds every group's ascent gradient, and
+BatchNorm, which couples samples, computes its statistics per group by folding the groups into the channels.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from samon.errors import UserError
+from samon.optim.sam import SAM
+from samon.optim.selection import affine_dim, norm_modules
+from samon.step.passes import refuse_checkpointing, swapped_forwards
+
+
+class GroupedNorms:
+    """The model's normalization layers with one set of affine parameters per group.
+
+    Args:
+        groups: G, equal groups of consecutive samples in the leading dimension.
+
+    Raises:
+        UserError: naming the layer or option that cannot be grouped.
+    """
+
+    def __init__(self, sam: SAM, groups: int):
+        if sam.scope != "samon" or sam.model is None or sam.mask is not None:
+            raise UserError(
+                f"groups={groups} holds one copy of the perturbed parameters per group, which only scope samon on a "
+                f"model can do (this is scope {sam.scope}); loop over the sub-batches instead"
+            )
+        self.groups = groups
+        self.parameters = list(sam.perturbed_parameters().values())
+        self.perturbed = {id(p): i for i, p in enumerate(self.parameters)}
+        self.offsets: list[Tensor] = []
+        # [module -> per pass -> the (mean, variance) [G, C] of each call]
+        self.statistics: dict[Any, list[list[tuple[Tensor, Tensor]]]] = defaultdict(lambda: [[], []])
+        self.pass_index = 0
+        self.modules = [m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)]
+        if any(isinstance(m, _BatchNorm) and m.training for m in self.modules):
+            refuse_checkpointing(sam.model, f"groups={groups} computes BatchNorm statistics once")
+
+    def _is_grouped(self, name: str, module: nn.Module) -> bool:
+        """Perturbed layers, and every BatchNorm that computes statistics of the batch."""
+        dim = affine_dim(module)
+        coupled = module.training and (isinstance(module, _BatchNorm) or dim is None)
+        if not coupled and not any(id(p) in self.perturbed for p in module.parameters(recurse=False)):
+            return False
+        if dim is None:
+            raise UserError(
+                f"groups={self.groups}: {type(module).__name__} {name!r} cannot be grouped; use groups=1 "
+                "(--m-sharpness device) or another normalization layer"
+            )
+        return True
+
+    @contextmanager
+    def first_pass(self) -> Iterator[list[Tensor]]:
+        """Around the ascent pass; yields the offsets [G, *shape], zeros that require gradients."""
+        self.offsets = [
+            torch.zeros(self.groups, *p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
+            for p in self.parameters
+        ]
+        with self._installed(0):
+            yield self.offsets
+
+    @contextmanager
+    def second_pass(self, eps: list[Tensor]) -> Iterator[None]:
+        """Around the second pass, with the perturbations [G, *shape] as offsets."""
+        self.offsets = [e.to(p.dtype) for e, p in zip(eps, self.parameters, strict=True)]
+        with self._installed(1):
+            yield
+
+    @contextmanager
+    def _installed(self, pass_index: int) -> Iterator[None]:
+        self.pass_index = pass_index
+        with ExitStack() as stack:
+            forwards: dict[nn.Module, Callable] = {}
+            for module in self.modules:
+                affine = tuple(self._per_group(module._parameters.get(name)) for name in ("weight", "bias"))
+                activation = stack.enter_context(_bare(module))
+                forwards[module] = self._forward(module, affine, activation)
+            stack.enter_context(swapped_forwards(forwards))
+            yield
+
+    def _per_group(self, parameter: Parameter | None) -> Callable[[], Tensor] | None:
+        """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
+        if parameter is None:
+            return None
+        i = self.perturbed.get(id(parameter))
+        return lambda: parameter.expand(self.groups, *parameter.shape) if i is None else parameter + self.offsets[i]
+
+    def _forward(self, module: nn.Module, affine: tuple, activation: Callable[[Tensor], Tensor]) -> Callable:
+        statistics = isinstance(module, _BatchNorm) and module.training
+        normalized = type(module).forward  # with unit gamma and zero beta: `_bare` has set them
+
+        def forward(x: Tensor) -> Tensor:
+            if x.shape[0] % self.groups:
+                raise UserError(
+                    f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(module).__name__}; "
+                    "choose a batch size that m divides"
+                )
+            gamma, beta = (None if a is None else a() for a in affine)
+            if statistics:
+                return activation(self._batch_norm(module, x, gamma, beta))
+            y = normalized(module, x)
+            shape = _broadcast_shape(module, y, gamma if gamma is not None else beta)
+            z = y.view(self.groups, -1, *y.shape[1:])
+            z = z if gamma is None else z * gamma.view(shape)
+            z = z if beta is None else z + beta.view(shape)
+            return activation(z.view(y.shape).to(y.dtype))
+
+        return forward
+
+    def _batch_norm(self, module: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
+        groups, channels = self.groups, x.shape[1]
+        folded = x.view(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
+        mean, variance = torch.zeros(2, groups * channels, dtype=_statistics_type(x), device=x.device)
+        gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
+        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
+        if getattr(module, "track_running_stats", False):
+            self.statistics[module][self.pass_index].append((mean.view(groups, -1), variance.view(groups, -1)))
+        return y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1).reshape(x.shape)
+
+    @torch.no_grad()
+    def update_running_statistics(self, bn_stats: str) -> None:
+        """Bring the running statistics to where a loop over the groups, two passes each, would have left them."""
+        passes = {"first": [0], "second": [1], "both": [0, 1]}[bn_stats]
+        for module, by_pass in self.statistics.items():
+            calls = [call for i in passes for call in by_pass[i]]
+            if not calls or module.running_mean is None:
+                continue
+            count = self.groups * len(calls)
+            module.num_batches_tracked += count
+            if module.momentum is None:  # cumulative average over all batches ever seen
+                keep = (module.num_batches_tracked - count) / module.num_batches_tracked
+                weights = (1 / module.num_batches_tracked).expand(count)
+            else:
+                keep = (1 - module.momentum) ** count
+                order = torch.arange(count - 1, -1, -1, device=module.running_mean.device)
+                weights = module.momentum * (1 - module.momentum) ** order.to(module.running_mean.dtype)
+            for running, index in ((module.running_mean, 0), (module.running_var, 1)):
+                sequence = torch.stack([call[index] for call in calls], 1).flatten(0, 1)  # [G * calls, C]
+                running.mul_(keep).add_(weights.to(sequence.dtype) @ sequence)
+
+
+@contextmanager
+def _bare(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, the layer only normalises: gamma = 1, beta = 0, no activation. Yields the activation of timm's fused
+    norm+act classes, to be applied behind the groups' own gamma and beta."""
+    saved = {name: module._parameters.get(name) for name in ("weight", "bias")}
+    extra = {name: module._modules.get(name) for name in ("drop", "act")}
+    for name, parameter in saved.items():
+        if parameter is not None:
+            fill = torch.ones_like if name == "weight" else torch.zeros_like
+            module._parameters[name] = fill(parameter.detach())  # type: ignore[assignment]
+    identity = nn.Identity()
+    for name, child in extra.items():
+        if child is not None:
+            module._modules[name] = identity
+    after = [child for child in extra.values() if child is not None]
+    try:
+        yield lambda x: nn.Sequential(*after)(x) if after else x
+    finally:
+        module._parameters |= {k: v for k, v in saved.items() if v is not None}
+        module._modules |= {k: v for k, v in extra.items() if v is not None}
+
+
+def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tuple[int, ...]:
+    """[G, 1, ...] so that the affine parameters [G, *shape] meet the output viewed as [G, m, ...]."""
+    if affine is None:
+        return ()
+    if affine_dim(module) == 1:
+        return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
+    return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])
+
+
+def _statistics_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

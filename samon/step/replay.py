@@ -1,0 +1,205 @@
+"""Replay: modules in front of the first perturbed parameter compute the same in both passes, so they run once.
+
+The first pass keeps their outputs, autograd graph included; in the second pass they return them. What is in front is
+found from the order in which modules actually run: a module is in front if every call of it has ended before the first
+owner of a perturbed parameter starts. Code between modules is run again, on equal inputs, so parameters that belong to
+no child module (class token, position embedding) receive their gradient through the kept graph, once.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves, tree_map
+
+from samon.optim.sam import SAM
+from samon.step.passes import Noise, swapped_forwards
+
+
+@dataclass
+class Trace:
+    """When each module ran: [start, end] event numbers of every call, and what autograd node its outputs came from."""
+
+    calls: dict[nn.Module, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
+    nodes: dict[nn.Module, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    clock: int = 0
+
+    def start(self, module: nn.Module, args: Any) -> None:
+        self.clock += 1
+        self.calls[module].append([self.clock, -1])
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.clock += 1
+        next(call for call in reversed(self.calls[module]) if call[1] < 0)[1] = self.clock
+        self.nodes[module] += [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[Trace]:
+    """Trace of all module calls inside."""
+    trace = Trace()
+    handles = [m.register_forward_pre_hook(trace.start) for m in model.modules()]
+    handles += [m.register_forward_hook(trace.end) for m in model.modules()]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Plan:
+    """What a model's replay keeps.
+
+    Attributes:
+        front: modules whose outputs are kept, none inside another.
+        late: parameters used only behind the cut; the ascent pass freezes them.
+        owners: modules that own perturbed parameters.
+        cloned: front modules whose outputs later code overwrites in place, so that a copy is handed out.
+    """
+
+    front: list[nn.Module]
+    late: list[Parameter]
+    owners: list[nn.Module]
+    cloned: set[nn.Module] = field(default_factory=set)
+
+
+def make_plan(sam: SAM, trace: Trace) -> Plan:
+    """The plan for the perturbed parameters from one recorded pass. An empty `front` means nothing can be kept."""
+    model = sam.model
+    assert model is not None
+    perturbed = {id(p) for p in sam.perturbed_parameters().values()}
+    cut, owners = trace.clock, []
+    for name, module in model.named_modules():
+        if any(id(p) in perturbed for p in module.parameters(recurse=False)):
+            owners.append(module)
+            cut = min(cut, _first_start(model, name, trace))
+
+    def in_front(module: nn.Module) -> bool:
+        calls = trace.calls.get(module, [])
+        return calls != [] and all(0 <= end < cut for _, end in calls)
+
+    front, pending = [], list(model.children())
+    while pending:
+        module = pending.pop(0)
+        if in_front(module):
+            front.append(module)
+        else:
+            pending = list(module.children()) + pending
+    # A parameter can also reach an output by functional code that calls no owner: the graph has the last word.
+    if any(_reaches(trace.nodes[m], perturbed) for m in front):
+        front = []
+    early = {
+        id(p)
+        for name, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+        if _first_start(model, name, trace) < cut
+    }
+    late = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
+    return Plan(front if any(True for m in front for _ in m.parameters()) else [], late, owners)
+
+
+def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
+    """When the module's parameters can first have been used: its own first call, or that of the nearest module
+    around it that was called (attention reads its output projection's weight without calling it)."""
+    while True:
+        calls = trace.calls.get(model.get_submodule(name))
+        if calls or not name:
+            return calls[0][0] if calls else 0
+        name = name.rpartition(".")[0]
+
+
+def _reaches(nodes: list[Any], perturbed: set[int]) -> bool:
+    seen, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in perturbed:
+            return True
+        stack += [following for following, _ in node.next_functions]
+    return False
+
+
+class Tape:
+    """The outputs kept from one first pass.
+
+    `whole` turns false when they must not be used: a front module ran behind the cut this time (`reordered`), or code
+    that the second pass runs again has overwritten a kept output in place.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, same_noise: bool):
+        self.plan, self.device, self.same_noise = plan, device, same_noise
+        self.outputs: dict[nn.Module, list[tuple[Any, Noise | None]]] = defaultdict(list)
+        self.versions: list[tuple[nn.Module, Tensor, int]] = []
+        self.whole, self.cut_reached, self.reordered = True, False, False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the first pass's forward."""
+
+        def reached(*_: Any) -> None:
+            self.cut_reached = True
+
+        handles = [m.register_forward_pre_hook(reached) for m in self.plan.owners]
+        try:
+            with swapped_forwards({m: self._recorder(m, m.forward) for m in self.plan.front}):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._check_versions()
+
+    def _recorder(self, module: nn.Module, forward: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self._check_versions()
+            output = forward(*args, **kwargs)
+            if self.cut_reached:
+                self.whole, self.reordered = False, True
+            self.outputs[module].append((output, Noise(self.device) if self.same_noise else None))
+            # Whatever this module wrote over in place (activations do), its own kept output stands for.
+            self.versions = [(m, t, t._version) for m, t, _ in self.versions]
+            self.versions += [(module, t, t._version) for t in _tensors(output)]
+            return self._handed_out(module, output)
+
+        return record
+
+    def _check_versions(self) -> None:
+        overwritten = {m for m, t, version in self.versions if t._version != version}
+        self.plan.cloned |= overwritten  # from the next step on
+        self.whole &= not overwritten
+
+    def _handed_out(self, module: nn.Module, output: Any) -> Any:
+        if module not in self.plan.cloned:
+            return output
+        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around the second pass's forward."""
+
+        def player(module: nn.Module, forward: Any) -> Any:
+            kept = iter(self.outputs[module])
+
+            def play(*args: Any, **kwargs: Any) -> Any:
+                output, noise = next(kept, (None, None))
+                if output is None:  # not called in the first pass
+                    return forward(*args, **kwargs)
+                if noise is not None:
+                    noise.restore()
+                return self._handed_out(module, output)
+
+            return play
+
+        with swapped_forwards({m: player(m, m.forward) for m in self.plan.front}):
+            yield
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]

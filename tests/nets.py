@@ -1,0 +1,71 @@
+"""Small networks for the tests, one for each kind of normalization, in float64."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm, an in-place activation and an in-place addition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        y += x
+        return self.act(y)
+
+
+class BatchNormNet(nn.Module):
+    def __init__(self, width: int = 6, classes: int = 5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(*[Residual(width) for _ in range(3)])
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+class LayerNormNet(nn.Module):
+    """A class token and a position embedding that belong to no child module, pre-norm blocks."""
+
+    def __init__(self, width: int = 8, classes: int = 5, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Linear(12, width)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.1)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.mixes = nn.ModuleList(nn.Linear(17, 17) for _ in range(4))
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x, 2).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.position
+        for norm, mix in zip(self.norms, self.mixes, strict=True):
+            x = x + self.drop(mix(norm(x).mT).mT.tanh())
+        return self.head(x[:, 0])
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter away from its special initial value, so that |w| and ||w|| matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.2)
+    return model.double().train()
+
+
+def batch(size: int = 8, classes: int = 5, image: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 3, image, image, generator=generator, dtype=torch.float64)
+    return x, torch.randint(classes, (size,), generator=generator)
+
+
+NETS = {"batchnorm": BatchNormNet, "layernorm": LayerNormNet}
