@@ -1,0 +1,100 @@
+"""Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samon.errors import UserError
+from samon.optim.selection import norm_modules
+
+Values = dict[
+    tuple[str, str], list[tuple[str, Tensor]]
+]  # (layer type, gamma|beta) -> [(layer, values)] by depth
+
+
+def values(model: nn.Module) -> Values:
+    """Every affine normalization parameter on the CPU, grouped by layer type and role, in order of depth."""
+    found: Values = {}
+    for name, module in norm_modules(model).items():
+        for role, attribute in (("gamma", "weight"), ("beta", "bias")):
+            parameter = getattr(module, attribute, None)
+            if isinstance(parameter, nn.Parameter):
+                kind = type(module).__name__
+                found.setdefault((kind, role), []).append((name, parameter.detach().float().cpu().flatten()))
+    if not found:
+        raise UserError("norm_params: the model has no affine normalization layer; evaluate another model")
+    return found
+
+
+def statistics(w: Tensor) -> dict[str, float]:
+    """Numbers that describe a distribution: of w and of |w| (Figure 9 shows |w|)."""
+    low, median, high = torch.quantile(
+        w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    ).tolist()
+    return {
+        "mean": float(w.double().mean()),
+        "std": float(w.double().std(correction=0)),
+        "q05": low,
+        "median": median,
+        "q95": high,
+        "abs_mean": float(w.double().abs().mean()),
+        "abs_max": float(w.abs().max()),
+    }
+
+
+def rows(found: Values) -> list[dict[str, Any]]:
+    """One row per number: over all layers of a type (``layer`` is ``all``), then layer by layer with its
+    depth.
+    """
+    out: list[dict[str, Any]] = []
+    for (kind, role), layers in found.items():
+        everything = torch.cat([w for _, w in layers])
+        for depth, (name, w) in enumerate([("all", everything), *layers]):
+            place = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
+            out += [
+                {"metric": f"{role}_{key}", "value": value, **place} for key, value in statistics(w).items()
+            ]
+    return out
+
+
+def plot(models: dict[str, Values], path: Path) -> None:
+    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("norm_params: the figure needs matplotlib; run: pip install 'samon[plot]'") from None
+    panels = sorted({key for found in models.values() for key in found})
+    figure = Figure(figsize=(4.5 * len(panels), 7), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    for column, (kind, role) in enumerate(panels):
+        top, bottom = axes[0][column], axes[1][column]
+        layers = {name: found.get((kind, role), []) for name, found in models.items()}
+        longest = max((float(w.abs().max()) for entries in layers.values() for _, w in entries), default=0.0)
+        for name, entries in layers.items():
+            if entries:
+                magnitudes = torch.cat([w.abs() for _, w in entries]).numpy()
+                top.hist(
+                    magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, label=name
+                )
+                bottom.plot([float(w.abs().mean()) for _, w in entries], marker=".", label=name)
+        top.set(title=f"{kind} {role}", xlabel=f"|{role}|", ylabel="parameters")
+        bottom.set(xlabel="depth (layers from the input)", ylabel=f"mean |{role}|")
+        top.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def write_tensorboard(models: dict[str, Values], directory: Path) -> None:
+    """Histograms of every layer (step = depth, so the histogram view shows depth) under
+    ``directory/<model>``.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name, found in models.items():
+        with SummaryWriter(str(directory / name.replace("/", "_"))) as writer:
+            for (kind, role), layers in found.items():
+                for depth, (_, w) in enumerate(layers):
+                    writer.add_histogram(f"norm_params/{kind}_{role}", w, depth)
