@@ -1,0 +1,16 @@
+"""Data: shards and folders as streams that lose nothing, and the loader that feeds a device from them."""
+
+from samon.data.faults import (
+    DataError,
+    FaultCount,
+    ImageError,
+    ImageTooLargeError,
+    LabelError,
+    SampleError,
+    ShardError,
+)
+from samon.data.loader import Loader, create_dataset, create_loader
+
+__all__ = [
+    'DataError', 'FaultCount', 'ImageError', 'ImageTooLargeError', 'LabelError', 'Loader', 'SampleError',
+    'ShardError', 'create_dataset', 'create_loader']

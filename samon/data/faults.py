@@ -1,0 +1,76 @@
+"""Faulty samples: what can be wrong with one, and the count that decides when there are too many."""
+
+import logging
+
+import torch
+
+from samon.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_LOGGED = 5  # faults named in the log, per process and epoch; the rest is only counted
+_SLOTS = 512  # most workers a process can have
+
+
+class DataError(UserError):
+    """The data cannot be used as it is; the message says which file and what to do."""
+
+
+class SampleError(DataError):
+    """One sample is unusable. Training skips and counts it, evaluation stops."""
+
+
+class ShardError(SampleError):
+    """A shard is damaged: samples that its index promises cannot be read."""
+
+
+class ImageError(SampleError):
+    """The bytes are no image that can be decoded."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more pixels or bytes than any photograph: a decompression bomb or damage."""
+
+
+class LabelError(SampleError):
+    """The label is missing, no integer, or not a class."""
+
+
+class FaultCount:
+    """Faulty samples of one process, counted over its loader workers in shared memory.
+
+    ``limit`` is the fraction of ``samples`` (this process's samples per epoch) that may be faulty in one epoch.
+    """
+
+    def __init__(self, limit: float, samples: int = 0) -> None:
+        if not 0 <= limit <= 1:
+            raise UserError(f'the fraction of bad samples allowed is {limit}; give one between 0 and 1')
+        self.limit = limit
+        self.samples = samples
+        # One row per worker, so that no two processes write the same number. Columns: in this epoch, ever.
+        self._counts = torch.zeros(_SLOTS, 2, dtype=torch.int64).share_memory_()
+
+    def new_epoch(self) -> None:
+        """Start the epoch's count again."""
+        self._counts[:, 0] = 0
+
+    @property
+    def total(self) -> int:
+        """Faulty samples met so far."""
+        return int(self._counts[:, 1].sum())
+
+    def add(self, worker: int, error: SampleError) -> None:
+        """Count one faulty sample, name the first few in the log.
+
+        Raises:
+            DataError: more than the fraction allowed.
+        """
+        self._counts[worker] += 1
+        count = int(self._counts[:, 0].sum())
+        if count <= _LOGGED:
+            _logger.warning('bad sample skipped: %s: %s', type(error).__name__, error)
+        if count > self.limit * self.samples:
+            raise DataError(
+                f'{count} bad samples in this epoch, more than {self.limit:g} of the {self.samples} that this '
+                f'process reads; last: {type(error).__name__}: {error}; repair the data or raise '
+                '--max-bad-samples')

@@ -1,0 +1,301 @@
+"""`create_dataset` and `create_loader`: timm's arguments, our streams, timm's transforms and device prefetcher."""
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+import torch.distributed as dist
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.class_map import load_class_map, remap_target
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from samon.data.decode import choose_decoder, decode_pil
+from samon.data.faults import DataError
+from samon.data.shards import ShardReader, load_split
+from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed, seed_everything
+from samon.data.urls import ShardCache
+from samon.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_SPLIT_FOLDERS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+
+
+def create_dataset(
+    name: str, root: str | None = None, split: str = 'validation', *, is_training: bool = False,
+    batch_size: int = 1, seed: int = 42, class_map: str | dict[Any, int] = '', input_img_mode: str = 'RGB',
+    input_key: str | None = None, target_key: str | None = None, num_samples: int | None = None,
+    num_classes: int | None = None, repeats: float = 0, download: bool = False, trust_remote_code: bool = False,
+    sample_split: bool = False, shuffle_buffer: int = 2048, shard_cache: str | None = None,
+    shard_cache_size: int = 200 << 30, allow_shell_urls: bool = False, max_bad_fraction: float = 0.001,
+    rank: int | None = None, world_size: int | None = None,
+) -> SampleStream:
+    """The samples of a split, as this rank reads them; timm's arguments and names, and:
+
+    Args:
+        num_classes: labels must lie below it (default: what `_info.json` says).
+        num_samples: an epoch has so many samples, whatever the split holds (evaluation: no more than it holds).
+        repeats: an epoch is so many passes over the split; below 1 it is one.
+        sample_split: allow fewer shards than processes x workers.
+        shuffle_buffer: encoded samples each worker holds for shuffling shards.
+        shard_cache: directory for copies of remote shards, ``shard_cache_size`` bytes at most.
+        allow_shell_urls: allow `pipe:` URLs.
+        max_bad_fraction: of an epoch's training samples may be bad; evaluation stops at the first.
+        rank, world_size: default to torch.distributed's.
+
+    Raises:
+        UserError: no such data, or numbers that cannot work.
+    """
+    if rank is None or world_size is None:
+        grouped = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    common: dict[str, Any] = {
+        'is_training': is_training, 'batch_size': batch_size, 'seed': seed, 'rank': rank,
+        'world_size': world_size, 'max_bad_fraction': max_bad_fraction}
+    stream: SampleStream
+    prefix = name.partition('/')[0].lower()
+    if prefix == 'wds':
+        if not root:
+            raise UserError(f'--dataset {name} needs --data-dir, the directory or URL of its shards')
+        shards = load_split(root, split, allow_shell=allow_shell_urls)
+        cache = ShardCache(shard_cache, shard_cache_size) if shard_cache else None
+        size = _epoch_size(sum(shards.lengths), num_samples, repeats, is_training)
+        stream = ShardStream(shards, ShardReader(input_key, target_key or shards.label_key or None, cache), size,
+                             buffer=shuffle_buffer, sample_split=sample_split,
+                             num_classes=num_classes or shards.num_classes, **common)
+        if class_map:
+            stream.target_transform = partial(remap_target, class_to_idx=_class_map(class_map))
+    else:
+        source = _indexed_source(name, root, split, num_classes, class_map=class_map, download=download,
+                                 input_img_mode=input_img_mode, input_key=input_key, target_key=target_key,
+                                 trust_remote_code=trust_remote_code)
+        size = _epoch_size(len(source), num_samples, repeats, is_training)
+        stream = IndexedStream(source, size, num_classes=num_classes, **common)
+    stream.image_mode = input_img_mode
+    stream.decode = partial(decode_pil, mode=input_img_mode)
+    return stream
+
+
+def _class_map(class_map: str | dict[Any, int]) -> dict[Any, int]:
+    if isinstance(class_map, str) and not os.path.isfile(class_map):
+        raise UserError(f'--class-map {class_map}: no such file')
+    return load_class_map(class_map)
+
+
+def _epoch_size(held: int, num_samples: int | None, repeats: float, is_training: bool) -> int:
+    if num_samples and not is_training and num_samples > held:
+        raise UserError(f'{num_samples} evaluation samples asked for, the split holds {held}')
+    return num_samples or (int(held * max(1, repeats)) if is_training else held)
+
+
+def _indexed_source(name: str, root: str | None, split: str, num_classes: int | None, **options: Any) -> Any:
+    """timm's data set for a folder, `torch/` or `hfds/` name, its complaints turned into one line."""
+    prefix = name.partition('/')[0].lower() if '/' in name else ''
+    if prefix in ('tfds', 'hfids'):
+        raise UserError(f'--dataset {name}: {prefix}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ '
+                        'or an image folder')
+    if prefix == 'torch':
+        options = {'download': options['download']}
+    elif prefix != 'hfds':
+        options.pop('trust_remote_code')
+        options.pop('download')
+        options.pop('target_key')
+        if not root or not os.path.exists(root):
+            raise UserError(f'--data-dir {root}: no such directory')
+        folders = [f for f in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, f))]
+        if folders and timm.data.dataset_factory._search_split(root, split) == root:
+            raise UserError(f'--data-dir {root}: no folder for split {split!r}, it has {", ".join(folders)}')
+    try:
+        source = timm.data.create_dataset(name, root=root, split=split, **options)
+    except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
+        raise UserError(f'--dataset {name or "folder"} --data-dir {root}, split {split!r}: {error}') from error
+    classes = len(getattr(getattr(source, 'reader', source), 'class_to_idx', None) or ())
+    if num_classes and classes > num_classes:
+        raise UserError(f'{root}: split {split!r} has {classes} classes, the model {num_classes}; '
+                        f'use --num-classes {classes}')
+    return source
+
+
+@contextmanager
+def rng_kept(device: torch.device) -> Iterator[None]:
+    """Leave the random number generators of this process (and of a CUDA device) as they were before."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy = np.random.get_state()  # noqa: NPY002  timm draws from the global generator
+    cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+class SeededErasing:
+    """timm's random erasing, each batch with a seed of its own.
+
+    It runs in the main process one batch ahead of training, so drawing from the process's generators would make a
+    resumed run differ from an uninterrupted one.
+    """
+
+    def __init__(self, erasing: Callable[[Tensor], Tensor], stream: SampleStream, device: torch.device) -> None:
+        self.erasing, self.stream, self.device = erasing, stream, device
+        self.batch = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Erase in place, [B, C, H, W]."""
+        seed = sample_seed(self.stream.seed, int(self.stream.state[0]), self.batch, self.stream.rank, 1)
+        self.batch += 1
+        with rng_kept(self.device):
+            seed_everything(seed)
+            if self.device.type == 'cuda':
+                torch.cuda.manual_seed(seed % 2**63)
+            return self.erasing(images)
+
+
+class SplitTransform:
+    """AugMix's input: the clean image and ``count`` - 1 augmented ones, from timm's three-part transform."""
+
+    def __init__(self, parts: tuple[Any, Any, Any], count: int) -> None:
+        self.parts, self.count = parts, count
+
+    def __call__(self, image: Any) -> tuple[Any, ...]:
+        """One image to ``count`` images."""
+        base, augment, final = self.parts
+        image = base(image)
+        return (final(image), *(final(augment(image)) for _ in range(self.count - 1)))
+
+
+class _Batches:
+    """The data loader; without workers it runs in this process, whose generators it must not disturb."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.loader.num_workers:
+            yield from self.loader
+            return
+        batches = iter(self.loader)
+        while True:
+            with rng_kept(torch.device('cpu')):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class Loader:
+    """Batches (input, target) on the device; see `create_loader`."""
+
+    def __init__(self, stream: SampleStream, batches: Any, device: torch.device) -> None:
+        self.dataset, self.batches, self.device = stream, batches, device
+
+    def __len__(self) -> int:
+        """Batches that this process gives in a whole epoch."""
+        return self.dataset.stretch(0, 1).batches
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch over all ranks (training drops what fills no whole batch on every rank)."""
+        return self.dataset.size
+
+    @property
+    def bad_samples(self) -> int:
+        """Bad samples that this process skipped so far."""
+        return self.dataset.faults.total
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether the collate function mixes samples; setting it takes effect at the next epoch, also in workers."""
+        return hasattr(self.dataset.collate, 'mixup_enabled') and bool(self.dataset.state[2])
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, value: bool) -> None:
+        self.dataset.state[2] = int(value)
+
+    def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None:
+        """Say what the next iteration gives: this epoch, without the samples already used on all ranks together."""
+        per_step = self.dataset.batch_size * self.dataset.world_size
+        first, rest = divmod(samples_consumed, per_step)
+        if rest:
+            _logger.warning('%d samples of epoch %d were used, no whole number of steps of %d: the last %d of them '
+                            'come again', samples_consumed, epoch, per_step, rest)
+        self.dataset.set_epoch(epoch, first)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        erasing = getattr(self.batches, 'random_erasing', None)
+        if erasing is not None:
+            erasing.batch = int(self.dataset.state[1])
+        given = 0
+        try:
+            for images, target in self.batches:
+                given += len(target)
+                yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+        except UserError as error:
+            # A worker's error comes with its traceback in the message; the last line of that is what it said.
+            _, _, said = str(error).strip().rpartition('\n')[2].partition('Error: ')
+            raise type(error)(said if said and 'Traceback' in str(error) else str(error)) from None
+        if not self.dataset.is_training and given != len(self.dataset):
+            raise DataError(f'evaluated {given} samples where the index promises {len(self.dataset)}')
+
+
+def create_loader(
+    dataset: SampleStream, input_size: int | tuple[int, int] | tuple[int, int, int], batch_size: int, is_training: bool = False, *,
+    re_prob: float = 0., re_mode: str = 'const', re_count: int = 1, re_split: bool = False,
+    num_aug_repeats: int = 0, num_aug_splits: int = 0, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD, num_workers: int = 1, distributed: bool = False,
+    collate_fn: Callable[..., Any] | None = None, pin_memory: bool = False, fp16: bool = False,
+    img_dtype: torch.dtype = torch.float32, device: torch.device | str = 'cuda', use_prefetcher: bool = True,
+    use_multi_epochs_loader: bool = False, persistent_workers: bool = True, worker_seeding: str = 'all',
+    decoder: str = 'auto', **transform: Any,
+) -> Loader:
+    """timm's `create_loader` for a stream of `create_dataset`; the arguments are timm's, plus ``decoder``.
+
+    ``distributed``, ``worker_seeding`` and ``use_multi_epochs_loader`` change nothing here: the stream knows its
+    rank, every sample has its own seed, and workers always live on.
+
+    Raises:
+        UserError: numbers that cannot work, or a transform that ``decoder`` cannot do.
+    """
+    device = torch.device(device)
+    re_splits = (num_aug_splits or 2) if re_split else 0
+    made = create_transform(
+        input_size, is_training=is_training, mean=mean, std=std, re_prob=re_prob, re_mode=re_mode, re_count=re_count,
+        re_num_splits=re_splits, use_prefetcher=use_prefetcher, separate=num_aug_splits > 0, **transform)
+    chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
+    dataset.decode, dataset.transform = choose_decoder(decoder, chosen, dataset.image_mode)
+    dataset.batch_size = batch_size
+    if num_aug_repeats:
+        if not isinstance(dataset, IndexedStream):
+            raise UserError('--aug-repeats needs an image folder; shards are read once from front to back')
+        dataset.repeats = num_aug_repeats
+    dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
+    dataset.set_loader_cfg(num_workers)
+    loader: Any = _Batches(DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate,
+        pin_memory=pin_memory and device.type == 'cuda', drop_last=is_training,
+        persistent_workers=persistent_workers and num_workers > 0,
+        generator=torch.Generator()))  # its base seed would be drawn from the global generator
+    if use_prefetcher:
+        channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else len(mean)
+        loader = PrefetchLoader(
+            loader, mean=mean, std=std, channels=channels, device=device, fp16=fp16, img_dtype=img_dtype,
+            re_prob=re_prob if is_training else 0., re_mode=re_mode, re_count=re_count, re_num_splits=re_splits)
+        if loader.random_erasing is not None:
+            loader.random_erasing = SeededErasing(loader.random_erasing, dataset, device)
+    return Loader(dataset, loader, device)

@@ -1,0 +1,264 @@
+"""Samples in a known order: deterministic, equal on all ranks, and able to start in the middle of an epoch."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from samon.data import plan
+from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
+from samon.data.shards import Record, ShardReader, ShardSet
+from samon.errors import UserError
+
+_SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
+
+
+def sample_seed(*parts: int) -> int:
+    """A 64-bit seed from whatever identifies a draw, such as (seed, epoch, position)."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what timm's transforms and collate functions draw from: python, numpy and torch on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  timm draws from the global generator
+    torch.default_generator.manual_seed(seed % 2**63)
+
+
+def with_spares(items: Iterable[Any], reach: int = _SPARES) -> Iterator[tuple[Any, list[Any]]]:
+    """Each item with up to ``reach`` items before and after it, the nearest earlier ones first."""
+    source = iter(items)
+    past: deque[Any] = deque(maxlen=reach)
+    ahead = deque(islice(source, reach))
+    for item in source:
+        ahead.append(item)
+        current = ahead.popleft()
+        yield current, [*reversed(past), *ahead]
+        past.append(current)
+    while ahead:
+        current = ahead.popleft()
+        yield current, [*reversed(past), *ahead]
+        past.append(current)
+
+
+class SampleStream(IterableDataset):
+    """What shards and indexed data sets share: the epoch's arithmetic, decoding, labels, faults and resuming.
+
+    Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
+    ``transform``, ``decode``, ``target_transform`` and ``collate`` are set by `samon.data.create_loader`.
+    """
+
+    def __init__(
+        self, size: int, *, is_training: bool, batch_size: int, seed: int = 42, rank: int = 0, world_size: int = 1,
+        num_classes: int | None = None, max_bad_fraction: float = 0.001,
+    ) -> None:
+        super().__init__()
+        self.size = size  # samples per epoch over all ranks
+        self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
+        self.rank, self.world_size, self.num_workers = rank, world_size, 1
+        self.num_classes = num_classes
+        self.transform: Callable[[Any], Any] | None = None
+        self.decode: Callable[[Any], Any] | None = None
+        self.target_transform: Callable[[Any], Any] | None = None
+        self.collate: Any = None
+        self.image_mode = 'RGB'
+        self.faults = FaultCount(max_bad_fraction)
+        # Shared with persistent workers, which are told of a new epoch in no other way: epoch, first batch, mixup.
+        self.state = torch.tensor([0, 0, 1]).share_memory_()
+
+    def check(self) -> None:
+        """Refuse sizes that cannot work, before any worker starts.
+
+        Raises:
+            UserError: fewer samples than one batch per rank.
+        """
+        needed = self.batch_size * self.world_size
+        if self.is_training and self.size < needed:
+            raise UserError(f'{self.size} training samples do not fill one batch of {self.batch_size} on each of '
+                            f'{self.world_size} processes; lower --batch-size')
+        if self.size < 1:
+            raise UserError('the split has no samples')
+
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
+        """Tell how many loader workers there will be (timm's name for it)."""
+        self.num_workers = max(1, num_workers or 0)
+        self.check()
+        self.faults.samples = len(self)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, from this process's batch ``first_batch`` on."""
+        self.state[0], self.state[1] = epoch, first_batch
+        self.faults.new_epoch()
+
+    def stretch(self, worker: int, num_workers: int) -> plan.Stretch:
+        """What that worker of this rank reads."""
+        cut = plan.training_stretch if self.is_training else plan.evaluation_stretch
+        return cut(self.size, self.batch_size, self.rank, self.world_size, worker, num_workers)
+
+    def __len__(self) -> int:
+        """Samples that this process gives in a whole epoch."""
+        whole = self.stretch(0, 1)
+        return whole.size
+
+    def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
+        """(place in the epoch, record or its error) of one of this rank's streams, ``skip`` samples left out."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        worker = get_worker_info()
+        workers, me = (worker.num_workers, worker.id) if worker else (1, 0)
+        epoch, first, mixup = self.state.tolist()
+        if hasattr(self.collate, 'mixup_enabled'):
+            self.collate.mixup_enabled = bool(mixup)
+        # The loader asks its workers in turn, beginning with worker 0: so that one takes over whose turn it was.
+        stream = (me + first) % workers
+        done = plan.worker_batches(first, stream, workers) * self.batch_size
+        spared = min(done, _SPARES)
+        items = with_spares(self.records(epoch, stream, workers, done - spared))
+        for (place, record), spares in islice(items, spared, None):
+            if self.is_training:
+                seed_everything(sample_seed(self.seed, epoch, place))
+            yield self._usable(record, [spare for _, spare in spares], me)
+
+    def _usable(self, record: Any, spares: Sequence[Any], worker: int) -> tuple[Any, Any]:
+        """The finished sample; in training, the nearest good spare in place of a bad one, so no rank runs short."""
+        try:
+            return self._finish(record)
+        except SampleError as error:
+            if not self.is_training:
+                raise
+            self.faults.add(worker, error)
+        for spare in spares:
+            try:
+                return self._finish(spare)
+            except SampleError:  # counted when its own turn comes
+                continue
+        raise DataError(f'{len(spares) + 1} samples in a row are bad; the log names the first ones')
+
+    def _finish(self, record: Record | SampleError) -> tuple[Any, Any]:
+        if isinstance(record, SampleError):
+            raise record
+        image, target = record.image, self._target(record)
+        if self.decode is not None:
+            try:
+                image = self.decode(image)
+            except ImageError as error:
+                raise type(error)(f'{record.where}: {error}') from error
+        return (image if self.transform is None else self.transform(image)), target
+
+    def _target(self, record: Record) -> Any:
+        label = record.label
+        if self.target_transform is not None:
+            try:
+                label = self.target_transform(label)
+            except (KeyError, IndexError) as error:
+                raise LabelError(f'{record.where}: label {label!r} is not in the class map') from error
+        if isinstance(label, (int, np.integer)) and not 0 <= label < (self.num_classes or int(label) + 1):
+            raise LabelError(f'{record.where}: label {label} is not in 0..{(self.num_classes or 0) - 1}')
+        return label
+
+
+class ShardStream(SampleStream):
+    """Samples of WebDataset shards, each shard read from its beginning to its end.
+
+    Args:
+        shards: the split.
+        reader: how to read it.
+        size: samples per epoch; more than the split holds means further passes over it.
+        buffer: samples held, still encoded, for shuffling (at 110 kB each, 2,048 take 225 MB per worker).
+        sample_split: allow fewer shards than readers, which then share them sample by sample.
+        **common: see `SampleStream`.
+    """
+
+    def __init__(self, shards: ShardSet, reader: ShardReader, size: int, *, buffer: int = 2048,
+                 sample_split: bool = False, **common: Any) -> None:
+        super().__init__(size, **common)
+        self.shards, self.reader, self.buffer, self.sample_split = shards, reader, buffer, sample_split
+
+    def check(self) -> None:
+        """Also refuse fewer shards than training readers, unless samples may be split."""
+        super().check()
+        readers, shards = self.world_size * self.num_workers, sum(n > 0 for n in self.shards.lengths)
+        if self.is_training and shards < readers and not self.sample_split:
+            fewer = shards // self.world_size
+            raise UserError(
+                f'{shards} shards, but {self.world_size} processes x {self.num_workers} workers = {readers} readers; '
+                + (f'use --workers {fewer}, ' if fewer else '')
+                + 'write more shards (tools/make_shards.py --samples-per-shard), or share them with --sample-split')
+
+    def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
+        """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
+        seed = self.seed if self.is_training else None
+        start, count, _ = self.stretch(stream, num_streams)
+        pieces = plan.cut(plan.epoch_pieces(self.shards.lengths, self.size, seed=seed, epoch=epoch), start, count)
+        if self.is_training:
+            order = plan.shuffle_order(count, self.buffer, random.Random(f'samples {self.seed} {epoch} {start}'))
+        else:
+            order = list(range(count))
+        held: dict[int, Any] = {}
+        arriving = self._arriving(pieces, frozenset(order[skip:]))
+        for position in order[skip:]:
+            while position not in held:
+                arrived, record = next(arriving)
+                held[arrived] = record
+            yield start + position, held.pop(position)
+
+    def _arriving(self, pieces: Sequence[plan.Piece], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:
+        """(position in the stretch, record) of the needed samples, in the order in which they lie in the shards."""
+        starts = accumulate((piece.stop - piece.start for piece in pieces), initial=0)
+        for (shard, low, high), at in zip(pieces, starts, strict=False):
+            wanted = [index for index in range(low, high) if at + index - low in needed]
+            for index, record in self.reader.read(self.shards.urls[shard], self.shards.lengths[shard], wanted):
+                yield at + index - low, record
+
+
+class IndexedStream(SampleStream):
+    """Samples of a map-style data set: image folders and timm's `torch/` and `hfds/` data sets.
+
+    ``repeats`` > 1 is timm's repeated augmentation: that many differently augmented copies, on different ranks.
+    """
+
+    def __init__(self, source: Dataset, size: int, *, repeats: int = 1, **common: Any) -> None:
+        super().__init__(size, **common)
+        self.source, self.repeats = source, repeats
+        self.reader = getattr(source, 'reader', None)
+        self.length = len(self.reader if self.reader is not None else source)  # type: ignore[arg-type]
+
+    def _load(self, index: int) -> Record | SampleError:
+        if self.reader is None:
+            return Record(f'sample {index}', *self.source[index])
+        try:
+            where = str(self.reader.filename(index))
+            file, label = self.reader[index]
+            with file:
+                return Record(where, file.read(), label)
+        except OSError as error:
+            return ImageError(f'sample {index}: {error}')
+
+    def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
+        """This rank's batches ``stream``, ``stream + num_streams``, ... of the epoch's order."""
+        start, count, batches = self.stretch(stream, num_streams)
+        if not self.is_training:
+            yield from ((place, self._load(place)) for place in range(start + skip, start + count))
+            return
+        order = self._order(epoch)
+        batch = self.batch_size
+        places = (((stream + b * num_streams) * batch + i) * self.world_size + self.rank
+                  for b in range(batches) for i in range(batch))
+        for place in islice(places, skip, None):
+            yield place, self._load(int(order[place]))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices in the epoch's order over all ranks, ``size`` of them; place p belongs to rank p % world."""
+        order: list[int] = []
+        for turn in range(-(-self.size // (self.length * self.repeats))):
+            indices = list(range(self.length))
+            random.Random(f'samples {self.seed} {epoch} {turn}').shuffle(indices)
+            order += [index for index in indices for _ in range(self.repeats)]
+        return np.asarray(order[:self.size])
