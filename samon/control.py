@@ -1,0 +1,86 @@
+"""Signals and timed saves, agreed between processes: all of them stop, or save, after the same update."""
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+T = TypeVar("T")
+
+
+class Control:
+    """Catches the first signal; a second one exits at once.
+
+    What one process knows reaches the others by an all-reduce of two integers on the CPU. It is started after
+    an update and read after the next one, so nothing waits for it and the accelerator never takes part.
+    """
+
+    def __init__(self, minutes: float = 0.0) -> None:
+        """`minutes`: a save is due that often; 0 for never."""
+        self.signum = 0
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._period = minutes * 60
+        self._saved = time.monotonic()
+        self._previous = {number: signal.signal(number, self._caught) for number in SIGNALS}
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(128 + number)
+        self.signum = number
+
+    def close(self) -> None:
+        """Give the signals back; wait for what is under way."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+
+    def poll(self) -> tuple[int, bool]:
+        """(signal to stop for or 0, whether a timed save is due), the same on all processes; call after an update."""
+        signum, save = self.signum, bool(self._period) and time.monotonic() - self._saved > self._period
+        if self.group is not None:
+            flags = torch.tensor([signum, int(save)])
+            before = self._pending
+            self._pending = (flags, dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True))
+            if before is None:
+                return 0, False
+            before[1].wait()
+            signum, save = before[0].tolist()
+        if save:
+            self._saved = time.monotonic()
+        return signum, bool(save)
+
+    def agree(self, value: int | None = None) -> int:
+        """The largest of all processes' `value` (default: caught signal); every process must call it."""
+        flag = torch.tensor([self.signum if value is None else value])
+        if self.group is not None:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return int(flag)
+
+    def reduce(self, sums: torch.Tensor) -> None:
+        """Sum a CPU tensor over the processes, in place."""
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+
+    def until_signal(self, batches: Iterable[T]) -> Iterator[T]:
+        """`batches`, ending early once this process has a signal; `agree()` afterwards tells the others."""
+        for batch in batches:
+            if self.signum:
+                return
+            yield batch
+
+    def gather(self, item: T) -> list[T] | None:
+        """Every process's item, by rank, on rank 0; None elsewhere."""
+        if self.group is None:
+            return [item]
+        items: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(item, items, dst=0, group=self.group)
+        return items
