@@ -10,7 +10,8 @@ from samon.data.faults import (
     ShardError,
 )
 from samon.data.loader import Loader, create_dataset, create_loader
+from samon.data.resident import ResidentLoader, create_resident_loader
 
 __all__ = [
-    'DataError', 'FaultCount', 'ImageError', 'ImageTooLargeError', 'LabelError', 'Loader', 'SampleError',
-    'ShardError', 'create_dataset', 'create_loader']
+    'DataError', 'FaultCount', 'ImageError', 'ImageTooLargeError', 'LabelError', 'Loader', 'ResidentLoader',
+    'SampleError', 'ShardError', 'create_dataset', 'create_loader', 'create_resident_loader']

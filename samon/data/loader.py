@@ -15,10 +15,11 @@ import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.class_map import load_class_map, remap_target
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from samon.data.arrays import ArrayDataset, read_npz
+from samon.data.cifar_augment import create_transform
 from samon.data.decode import choose_decoder, decode_pil
 from samon.data.faults import DataError
 from samon.data.shards import ShardReader, load_split
@@ -101,6 +102,8 @@ def _epoch_size(held: int, num_samples: int | None, repeats: float, is_training:
 def _indexed_source(name: str, root: str | None, split: str, num_classes: int | None, **options: Any) -> Any:
     """timm's data set for a folder, `torch/` or `hfds/` name, its complaints turned into one line."""
     prefix = name.partition('/')[0].lower() if '/' in name else ''
+    if prefix == 'npz':
+        return ArrayDataset(*read_npz(name, root, split))
     if prefix in ('tfds', 'hfids'):
         raise UserError(f'--dataset {name}: {prefix}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ '
                         'or an image folder')

@@ -1,0 +1,59 @@
+"""Data sets that are plain arrays: `--dataset npz/NAME` reads NAME.npz in --data-dir."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from samon.errors import UserError
+
+TRAIN_SPLITS = {"train", "training"}
+EVAL_SPLITS = {"validation", "val", "valid", "eval", "evaluation", "test"}
+
+
+def array_path(name: str, root: str | None) -> Path:
+    """The file of `npz/NAME` under `root`; `root` may be the file itself."""
+    path = Path(root or ".")
+    if path.suffix != ".npz":
+        path /= f"{name.removeprefix('npz/')}.npz"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; --dataset npz/NAME reads NAME.npz in --data-dir")
+    return path
+
+
+def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split of `npz/NAME`."""
+    path = array_path(name, root)
+    kind = "train" if split in TRAIN_SPLITS else "test" if split in EVAL_SPLITS else None
+    if kind is None:
+        raise UserError(f"{path}: unknown split {split!r}; use train or validation")
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            missing = {f"x_{kind}", f"y_{kind}"} - set(file.files)
+            if missing:
+                raise UserError(f"{path} holds no {' and no '.join(sorted(missing))}; it needs x_train, y_train, "
+                                "x_test and y_test")  # fmt: skip
+            images, labels = file[f"x_{kind}"], file[f"y_{kind}"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as arrays: {error}") from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise UserError(f"{path}: x_{kind} must be uint8 [N, H, W, 3] with one label each, is {images.dtype} "
+                        f"{list(images.shape)} with {len(labels)} labels")  # fmt: skip
+    return images, labels.astype(np.int64).reshape(-1)
+
+
+class ArrayDataset(Dataset):
+    """Images in memory, read as PIL images; map-style, arrays named as torchvision's CIFAR names them."""
+
+    def __init__(self, data: np.ndarray, targets: np.ndarray) -> None:
+        self.data, self.targets = data, targets
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.data[index]), int(self.targets[index])

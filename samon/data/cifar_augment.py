@@ -1,0 +1,132 @@
+"""CIFAR's augmentation: crop from a padded image, flip, AutoAugment; image by image, or a batch on the device.
+
+On the device every random decision of an epoch is drawn at once on the CPU from (seed, epoch) and kept by sample
+index, so a sample's augmentation depends neither on its batch nor on the device, the processes or a restart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+
+# torchvision keeps this private; it is what its AutoAugment does to one image, here to a batch.
+from torchvision.transforms.autoaugment import _apply_op
+
+from samon.errors import UserError
+
+GREY = 128  # fills what AutoAugment moves in from outside, as in the paper's public code
+
+
+def padding(size: int) -> int:
+    """Pixels to pad each side with before the random crop: an eighth of the image, 4 for CIFAR's 32."""
+    return max(1, size // 8)
+
+
+def create_transform(input_size: int | tuple[int, ...], *, is_training: bool = False, **kwargs: Any) -> Any:
+    """timm's `create_transform`, which also knows `train_crop_mode='pad'` and `auto_augment='cifar10'`.
+
+    The pad crop stands where timm's random crop does (an image of another size is resized first), the policy
+    behind the flips, in place of colour jitter as with timm's own policies.
+    """
+    pad, policy = kwargs.get("train_crop_mode") == "pad", kwargs.get("auto_augment") == "cifar10"
+    if not is_training or kwargs.get("no_aug") or not (pad or policy):
+        return timm.data.create_transform(input_size, is_training=is_training, **kwargs)
+    if kwargs.get("separate"):
+        raise UserError("--train-crop-mode pad and --aa cifar10 do not go with --aug-splits")
+    if pad:
+        kwargs |= {"train_crop_mode": None}
+    if policy:
+        kwargs |= {"auto_augment": None, "color_jitter": None}
+    steps = timm.data.create_transform(input_size, is_training=True, **kwargs).transforms
+    size = steps[0].size
+    if pad:
+        resize = transforms.Resize(size, InterpolationMode.BICUBIC)
+        steps[:1] = [resize, transforms.RandomCrop(size, padding=padding(min(size)))]
+    if policy:
+        flips = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+        behind = max((i for i, step in enumerate(steps) if isinstance(step, flips)), default=1 if pad else 0)
+        steps.insert(behind + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GREY))  # type: ignore[arg-type]
+    return transforms.Compose(steps)
+
+
+@dataclass
+class Draws:
+    """One epoch's decisions, first axis the sample index of the whole data set."""
+
+    order: Tensor  # [N] permutation
+    corner: Tensor  # [N, 2] top and left corner of the crop in the padded image
+    flip: Tensor  # [N] bool
+    policy: Tensor  # [N] AutoAugment sub-policy
+    chance: Tensor  # [N, 2] uniform numbers that decide whether each operation is applied
+    negative: Tensor  # [N, 2] bool, direction of signed operations
+
+
+class Augment:
+    """Pad-and-crop, flip and AutoAugment of uint8 batches [B, C, H, W], all on the batch's device."""
+
+    def __init__(self, size: tuple[int, int], hflip: float = 0.5, policy: bool = False) -> None:
+        self.size, self.hflip, self.pad = size, hflip, padding(min(size))
+        self.auto = AutoAugment(AutoAugmentPolicy.CIFAR10) if policy else None
+
+    def draw(self, count: int, seed: int, epoch: int) -> Draws:
+        """All decisions of an epoch for `count` samples."""
+        g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return Draws(
+            order=torch.randperm(count, generator=g),
+            corner=torch.randint(2 * self.pad + 1, (count, 2), generator=g),
+            flip=torch.rand(count, generator=g) < self.hflip,
+            policy=torch.randint(25, (count,), generator=g),
+            chance=torch.rand(count, 2, generator=g),
+            negative=torch.randint(2, (count, 2), generator=g).bool(),
+        )
+
+    def __call__(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
+        """uint8 [B, C, H, W] of the samples `index` [B] (on the CPU) -> the same shape, augmented."""
+        device = images.device
+        images = self._crop(images, draws.corner[index].to(device, non_blocking=True))
+        flip = draws.flip[index].to(device, non_blocking=True)
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.auto is not None:
+            for step in (0, 1):
+                self._auto(images, step, index, draws)
+        return images
+
+    def _crop(self, images: Tensor, corner: Tensor) -> Tensor:
+        padded = F.pad(images, (self.pad,) * 4)
+        height, width = self.size
+        rows = corner[:, 0, None] + torch.arange(height, device=images.device)
+        cols = corner[:, 1, None] + torch.arange(width, device=images.device)
+        batch = torch.arange(len(images), device=images.device)[:, None, None]
+        cropped = padded[batch, :, rows[:, :, None], cols[:, None, :]]  # [B, H, W, C]
+        return cropped.permute(0, 3, 1, 2).contiguous()
+
+    def _auto(self, images: Tensor, step: int, index: Tensor, draws: Draws) -> None:
+        """Apply each sample's operation number `step` in place, one call per operation, strength and direction."""
+        assert self.auto is not None
+        space = self.auto._augmentation_space(10, self.size)
+        fill = [float(GREY)] * images.shape[1]
+        groups: dict[tuple[str, float], list[int]] = {}
+        picks = zip(
+            draws.policy[index].tolist(), draws.chance[index, step].tolist(), draws.negative[index, step].tolist(),
+            strict=True,
+        )  # fmt: skip
+        for row, (policy, chance, negative) in enumerate(picks):
+            name, probability, level = self.auto.policies[policy][step]
+            if chance <= probability:
+                magnitudes, signed = space[name]
+                size = float(magnitudes[level]) if level is not None else 0.0
+                groups.setdefault((name, -size if signed and negative else size), []).append(row)
+        for (name, magnitude), rows in groups.items():
+            where = torch.tensor(rows, device=images.device)
+            images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
+
+
+def normalization(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[1, C, 1, 1] mean and standard deviation in units of uint8 pixels."""
+    mean_, std_ = (torch.tensor([v * 255 for v in values], device=device).view(1, -1, 1, 1) for values in (mean, std))
+    return mean_, std_
