@@ -94,14 +94,15 @@ def from_shards(
     ends = list(itertools.accumulate(found.lengths))
 
     def read(indices: list[int]) -> list[Sample]:
-        samples = []
-        for shard, group in itertools.groupby(indices, lambda i: bisect.bisect_right(ends, i)):
+        samples: dict[int, Sample] = {}
+        for shard, group in itertools.groupby(sorted(indices), lambda i: bisect.bisect_right(ends, i)):
             first = ends[shard] - found.lengths[shard]
-            for _, record in reader.read(found.urls[shard], found.lengths[shard], [i - first for i in group]):
+            wanted = [i - first for i in group]
+            for position, record in reader.read(found.urls[shard], found.lengths[shard], wanted):
                 if isinstance(record, SampleError):
                     raise UserError(f"{record}; repair the data set, evaluation skips nothing")
-                samples.append((record.image, record.label, record.where))
-        return samples
+                samples[first + position] = record.image, record.label, record.where
+        return [samples[i] for i in indices]
 
     info = Path(root, "_info.json")
     names = json.loads(info.read_text()).get("class_names") if info.is_file() else None

@@ -84,12 +84,13 @@ def score(
         model.train(was_training)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name, (top1, top5, loss, count) in zip(scorings, sums.tolist(), strict=True):
         if count == 0 and len(results) == 0:
             raise UserError("nothing to evaluate: the loader gave no sample with a label; check the split")
         n = max(count, 1)
-        results[name] = dict(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n, num_samples=int(count))
+        top = {"top1": 100 * top1 / n, "top5": 100 * top5 / n}
+        results[name] = {**top, "loss": loss / n, "num_samples": int(count)}
     return results
 
 
