@@ -3,14 +3,14 @@
 
 from typing import Any
 
-from samon.build import build, build_world, shut_down
+from samon.build import World, build, build_world, shut_down
 from samon.checkpoint import Checkpoints, Progress
 from samon.cli import run
-from samon.config import dump, parse
+from samon.config import Config, dump, parse
 from samon.control import Control
 from samon.flags_train import steps_or_minutes
 from samon.loop import fit
-from samon.report import Report
+from samon.report import Report, console
 from samon.resume import Keeper, locate, restore
 
 
@@ -21,6 +21,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(dump(config), end="")
         return {}
     world = build_world(config)
+    try:
+        with console(world):
+            return train(config, world)
+    finally:
+        shut_down()
+
+
+def train(config: Config, world: World) -> dict[str, Any]:
+    """A run of these processes, from the start or from where it stopped."""
     directory, started, source = locate(config, world)
     report = Report(config, directory, world)
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
@@ -35,7 +44,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     finally:
         control.close()
         report.close()
-        shut_down()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
     overlay = {"pretrained_cfg_overlay": {"file": c.pretrained_path, "num_classes": -1}} if c.pretrained_path else {}
     with user_errors(f"--model {c.model}"):
         model = timm.create_model(
-            c.model, pretrained=c.pretrained, in_chans=c.in_chans or (c.input_size or [3])[0],
+            c.model, pretrained=c.pretrained or bool(c.pretrained_path),
+            in_chans=c.in_chans or (c.input_size or [3])[0],
             num_classes=c.num_classes, drop_rate=c.drop,
             drop_path_rate=c.drop_connect if c.drop_path is None else c.drop_path, drop_block_rate=c.drop_block,
             global_pool=c.gp, bn_momentum=c.bn_momentum, bn_eps=c.bn_eps, checkpoint_path=c.initial_checkpoint,
@@ -129,7 +131,26 @@ def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
             _init_head(model.get_classifier(), c.head_init_scale, c.head_init_bias)
         if c.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
+        if c.freeze:
+            freeze(model, c.freeze)
     return model.num_classes, model
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    """Stop training the parameters whose qualified name the regex finds; BatchNorm statistics still move."""
+    try:
+        found = [(name, p) for name, p in model.named_parameters() if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        names = [name for name, _ in model.named_parameters()]
+        raise UserError(f"--freeze {pattern!r} matches no parameter; names go from {names[0]} to {names[-1]}")
+    for _, parameter in found:
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--freeze {pattern!r} leaves nothing to train")
+    frozen, total = sum(p.numel() for _, p in found), sum(p.numel() for p in model.parameters())
+    log.info("--freeze: %d tensors, %.1f %% of the parameters, stay as they are", len(found), 100 * frozen / total)
 
 
 @torch.no_grad()
@@ -218,6 +239,7 @@ def build_schedule(c: Config, optimizer: Any, updates: int, metric: str) -> tupl
     """(timm's scheduler or None, epochs with cycles, warm-up prefix and cool-down)."""
     with user_errors(f"--sched {c.sched}"):
         kwargs = scheduler_kwargs(c, decreasing_metric=metric == "loss")
+        kwargs["decay_epochs"] = c.decay_epochs or (0.2 if c.sched in ("wsd", "rsqrt") else 90)
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     return scheduler, int(epochs)
 
@@ -250,12 +272,13 @@ def build_data(c: Config, data_config: dict[str, Any], world: World) -> tuple[An
     with user_errors("data"):
         mixup, collate = _mixing(c)
         train = _dataset(c, data_config, c.train_split, True)
-        train_loader = data.create_loader(train, collate_fn=collate, **shared, **_train_kwargs(c, data_config))
+        make = data.create_resident_loader if c.data_resident else data.create_loader
+        train_loader = make(train, collate_fn=collate, **shared, **_train_kwargs(c, data_config))
         if len(train_loader) == 0:
             raise UserError(f"--train-split {c.train_split} holds less than one batch; lower --batch-size")
         if not c.val_split:
             return train_loader, None, mixup
-        eval_loader = data.create_loader(
+        eval_loader = make(
             _dataset(c, data_config, c.val_split, False), **shared, is_training=False,
             batch_size=c.validation_batch_size or c.batch_size, interpolation=data_config["interpolation"],
             num_workers=c.workers, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"],
@@ -277,6 +300,8 @@ def _mixing(c: Config) -> tuple[Any, Any]:
 
 def _dataset(c: Config, data_config: dict[str, Any], split: str, training: bool) -> Any:
     extra: dict[str, Any] = {"repeats": c.epoch_repeats} if training else {}
+    if c.data_resident:  # every process reads the whole set once
+        extra, training = {"rank": 0, "world_size": 1}, False
     return data.create_dataset(
         c.dataset, root=c.data_dir, split=split, is_training=training, seed=c.seed,
         batch_size=c.batch_size if training else c.validation_batch_size or c.batch_size,
@@ -286,7 +311,7 @@ def _dataset(c: Config, data_config: dict[str, Any], split: str, training: bool)
         trust_remote_code=c.dataset_trust_remote_code, num_classes=c.num_classes,
         sample_split=c.sample_split, shuffle_buffer=c.shuffle_buffer, shard_cache=c.shard_cache,
         shard_cache_size=int(c.shard_cache_size * 2**30), allow_shell_urls=c.allow_shell_urls,
-        max_bad_fraction=c.max_bad_fraction, **extra,
+        max_bad_fraction=c.max_bad_samples, **extra,
     )  # fmt: skip
 
 

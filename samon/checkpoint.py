@@ -204,8 +204,8 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; check --resume") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]}); use an older one") from None
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason[:90]}); use another one") from None
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
     return content
@@ -229,7 +229,7 @@ def newest(directory: Path, started: str | None = None) -> tuple[Path | None, di
         try:
             content = read(path)
             if content.get("samon") != FORMAT:
-                raise UserError(f"{path} is not a state of this program")
+                raise UserError(f"{path} is not a training state of this program")
             if started is not None and content["started"] != started:
                 continue
             progress = progress_of(content)

@@ -6,7 +6,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,30 +67,39 @@ class Meter:
         return self.sums[name] / self.sums[f"{name}/n"] if name in self.sums else None
 
 
+@contextmanager
+def console(world: World) -> Iterator[None]:
+    """Log lines on stderr: all of rank 0's, warnings of the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if world.primary else logging.WARNING)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if name == "samon" else logging.WARNING)
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
 class Report:
     """Output of a run. Only rank 0 writes; on the others every method does nothing."""
 
     def __init__(self, config: Config, directory: Path, world: World) -> None:
         self.config, self.directory, self.primary = config, directory, world.primary
-        self._handlers = self._start_logging()
+        self._file = self._log_file() if self.primary else None
         self._tensorboard = SummaryWriter(str(directory / "tb"), purge_step=None) if self.primary else None
         self._wandb = self._start_wandb() if self.primary and config.log_wandb else None
         self._bar: Any = None
         self._images_left = 1
         self._began = time.monotonic()
 
-    def _start_logging(self) -> list[logging.Handler]:
-        console = logging.StreamHandler(sys.stderr)
-        handlers: list[logging.Handler] = [console]
-        if self.primary:
-            handlers.append(logging.FileHandler(self.directory / "log.txt"))
-            handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        console.setLevel(logging.INFO if self.primary else logging.WARNING)
+    def _log_file(self) -> logging.Handler:
+        handler = logging.FileHandler(self.directory / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.INFO if name == "samon" else logging.WARNING)
-            for handler in handlers:
-                logging.getLogger(name).addHandler(handler)
-        return handlers
+            logging.getLogger(name).addHandler(handler)
+        return handler
 
     def _start_wandb(self) -> Any:
         try:
@@ -110,11 +120,10 @@ class Report:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-        for name in _LOGGERS:
-            for handler in self._handlers:
-                logging.getLogger(name).removeHandler(handler)
-        for handler in self._handlers:
-            handler.close()
+        if self._file is not None:
+            for name in _LOGGERS:
+                logging.getLogger(name).removeHandler(self._file)
+            self._file.close()
 
     # --- while training -------------------------------------------------------------------------------------------
 

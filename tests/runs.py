@@ -1,0 +1,71 @@
+"""Short training runs for the tests: tiny networks on a part of the embedded images."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from samon import loop
+from samon.cli import Stopped
+
+ROOT = Path(__file__).parent.parent
+DATA = ["--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10"]
+INPUT = ["--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353"]
+SHORT = ["--train-num-samples", "64", "--val-num-samples", "40", "-b", "16", "-j", "0", "--epochs", "1"]
+BASE = [*DATA, *INPUT, *SHORT, "--warmup-epochs", "0", "--lr", "0.05", "--model", "test_resnet"]
+
+
+def run(tmp_path: Path, *args: str, name: str = "run") -> tuple[dict[str, Any], Path]:
+    """(final metrics, directory) of a run with BASE and `args`, which win."""
+    metrics = train.main([*BASE, "--output", str(tmp_path), "--experiment", name, *args])
+    return metrics, tmp_path / name
+
+
+def last(directory: Path) -> dict[str, Any]:
+    return torch.load(directory / "last.pth.tar", weights_only=True)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Model and EMA weights of the last checkpoint."""
+    content = last(directory)
+    average = content.get("state_dict_ema", {})
+    return content["state_dict"] | {f"ema.{name}": value for name, value in average.items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+def stop_at(monkeypatch: Any, epoch: int, updates: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal right after an update."""
+    original = loop.after_update
+
+    def after_update(job: Any, progress: Any) -> None:
+        original(job, progress)
+        if (progress.epoch, progress.updates) == (epoch, updates):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "after_update", after_update)
+
+
+def run_stopped(tmp_path: Path, monkeypatch: Any, epoch: int, updates: int, *args: str) -> Path:
+    """A run that a signal stops after an update; its directory."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, epoch, updates)
+        try:
+            run(tmp_path, *args, name="stopped")
+        except Stopped as stop:
+            assert stop.status == 128 + signal.SIGTERM
+        else:
+            raise AssertionError("the run was not stopped")
+    return tmp_path / "stopped"
+
+
+def last_line(text: str) -> dict[str, Any]:
+    return json.loads(text.strip().splitlines()[-1])
