@@ -42,10 +42,8 @@ def open_image(data: bytes) -> Image.Image:
         ImageError: no image in a known format, or too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # the size is checked below
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(str(error)) from error
     except Exception as error:  # hostile bytes can make any parser raise anything
         raise ImageError(f'not an image: {len(data)} bytes starting {data[:12]!r}') from error
@@ -61,6 +59,8 @@ def decode_pil(data: bytes | Image.Image, mode: str = 'RGB') -> Image.Image:
 
 def _load(image: Image.Image, mode: str) -> Image.Image:
     try:
+        if image.mode != 'P':
+            return image.convert(mode) if mode else image.copy()
         with warnings.catch_warnings():
             # Transparency is dropped by the conversion, which is what timm does as well.
             warnings.filterwarnings('ignore', 'Palette images with Transparency', UserWarning)

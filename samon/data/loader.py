@@ -258,7 +258,8 @@ class Loader:
 
 
 def create_loader(
-    dataset: SampleStream, input_size: int | tuple[int, int] | tuple[int, int, int], batch_size: int, is_training: bool = False, *,
+    dataset: SampleStream, input_size: int | tuple[int, int] | tuple[int, int, int], batch_size: int,
+    is_training: bool = False, *,
     re_prob: float = 0., re_mode: str = 'const', re_count: int = 1, re_split: bool = False,
     num_aug_repeats: int = 0, num_aug_splits: int = 0, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD, num_workers: int = 1, distributed: bool = False,
@@ -275,6 +276,8 @@ def create_loader(
     Raises:
         UserError: numbers that cannot work, or a transform that ``decoder`` cannot do.
     """
+    if transform.keys() & {'input_size_choices', 'batch_size_choices'}:
+        raise UserError('--train-img-sizes: batches of changing size cannot be resumed exactly; train at one size')
     device = torch.device(device)
     re_splits = (num_aug_splits or 2) if re_split else 0
     made = create_transform(

@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = 'jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif'
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
+_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))  # timm's, for folders
 _INFO_NAMES = ('_info.json', 'info.json')
 
 
@@ -93,6 +94,8 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     splits = info.get('splits')
     splits = splits if isinstance(splits, dict) else {}
     known: dict[str, int] = {}
+    synonyms = next((group for group in _SYNONYMS if split in group), ())
+    split = next((name for name in (split, *synonyms) if name in splits), split)
     if split in splits:
         names, lengths = _split_entry(where, split, splits[split])
     elif '.tar' in split or '..' in split:
@@ -145,7 +148,7 @@ def members_by_key(
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
             name, suffix = base_plus_ext(member.name)
             suffix = (suffix or '').lower()
-            if not member.isreg() or suffix not in suffixes or name.startswith('__'):
+            if not member.isreg() or suffix not in suffixes or re.match('__[^/]*__(/|$)', member.name):
                 continue
             if name != key:
                 if key is not None:
