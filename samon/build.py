@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -116,6 +117,9 @@ def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
     """(number of classes, model) by timm's factory, with the head's initial scale and bias."""
     if not c.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(c.model):
         raise UserError(f"--model: unknown model {c.model!r}{nearest(c.model.split('.')[0], timm.list_models())}")
+    for key in ("initial_checkpoint", "pretrained_path"):
+        if (path := getattr(c, key)) and not Path(path).exists():
+            raise UserError(f"--{key.replace('_', '-')}: no file {path}")
     set_fast_norm(c.fast_norm)
     overlay = {"pretrained_cfg_overlay": {"file": c.pretrained_path, "num_classes": -1}} if c.pretrained_path else {}
     with user_errors(f"--model {c.model}"):

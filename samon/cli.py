@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
+
 from samon.errors import UserError
 
 
@@ -25,9 +27,9 @@ def user_errors(what: str = "") -> Iterator[None]:
     """Errors of the libraries that come from a user's settings, as UserError: for the building phase only."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text}" if what else text) from error
 
