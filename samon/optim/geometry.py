@@ -81,7 +81,7 @@ def ascend(
         assert t is not None
         return [rho * a * g.sign() for a, g in zip(t, grads, strict=True)], norm
     u = u if t is None else [a * b for a, b in zip(t, u, strict=True)]
-    # norm / rho rather than rho / norm: the latter overflows when gradients are tiny. rho = 0 divides by infinity.
+    # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every u.
     divisor = torch.where(norm > 0, norm, 1) / rho
     if grouped:
         return [b / divisor.view(-1, *[1] * (b.dim() - 1)) for b in u], norm

@@ -26,12 +26,16 @@ def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
 
 @contextmanager
 def swapped_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """The modules run these instead of their own `forward` inside; their hooks run as ever."""
+    """The modules run these instead of their own `forward` inside; their hooks run as ever.
+
+    A compiled model runs eagerly inside: its graphs were made of the modules' own forwards.
+    """
     before = {m: m.__dict__["forward"] for m in forwards if "forward" in m.__dict__}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in forwards:
             del module.__dict__["forward"]

@@ -46,7 +46,8 @@ def recorded(model: nn.Module) -> Iterator[Trace]:
     handles = [m.register_forward_pre_hook(trace.start) for m in model.modules()]
     handles += [m.register_forward_hook(trace.end) for m in model.modules()]
     try:
-        yield trace
+        with torch.compiler.set_stance("force_eager"):  # compiled graphs call no hooks
+            yield trace
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,102 @@
+"""Eq. 5 and Table 9 against entry-by-entry formulas, and the ball's invariants.
+
+Tolerance 1e-12: float64, sums of some hundred terms.
+"""
+
+import math
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project, scales
+
+NAMES = ("conv.weight", "bn.weight", "bn.bias")
+IS_WEIGHT = [n.endswith("weight") for n in NAMES]
+RHO = 0.7
+
+
+@pytest.fixture
+def vectors() -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(0)
+    shapes = [(4, 3, 2, 2), (4,), (4,)]
+    return [torch.randn(s, dtype=torch.float64) for s in shapes], [torch.randn(s, dtype=torch.float64) for s in shapes]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_against_reference(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    eps, _ = ascend(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
+    expected = reference.perturbation(geometry, dict(zip(NAMES, weights)), dict(zip(NAMES, grads)), RHO)
+    for name, e in zip(NAMES, eps, strict=True):
+        torch.testing.assert_close(e, expected[name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
+    """||T^-1 eps||_p = rho."""
+    weights, grads = vectors
+    row = GEOMETRIES[geometry]
+    eps, _ = ascend(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
+    t = scales(geometry, weights, grads, row.eta, IS_WEIGHT) or [torch.ones_like(w) for w in weights]
+    radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
+    assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
+    # ... and is the best point of it: no random other point raises the linearised loss more.
+    gain = sum(float((e * g).sum()) for e, g in zip(eps, grads, strict=True))
+    for _ in range(50):
+        other = [torch.randn_like(w) for w in weights]
+        factor = RHO / global_norm(other, row.p)
+        assert gain >= sum(float((factor * a * o * g).sum()) for a, o, g in zip(t, other, grads, strict=True))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_groups_are_independent_vectors(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    stacked = [torch.stack([g, 3 * g.flip(0), g.square()]) for g in grads]
+    eta = GEOMETRIES[geometry].eta
+    eps, norm = ascend(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True)
+    assert norm.shape == (3,)
+    for i in range(3):
+        single, one = ascend(geometry, weights, [g[i] for g in stacked], RHO, eta, IS_WEIGHT)
+        torch.testing.assert_close(norm[i], one, rtol=1e-12, atol=0)
+        for e, s in zip(eps, single, strict=True):
+            torch.testing.assert_close(e[i], s, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_zero_gradients_and_zero_radius_do_not_move(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    zeros = [torch.zeros_like(g) for g in grads]
+    for g, rho in ((zeros, RHO), (grads, 0.0)):
+        eps, _ = ascend(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT)
+        assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])  # their squares are still float32 numbers
+def test_radius_does_not_depend_on_the_size_of_the_gradient(size: float) -> None:
+    eps, _ = ascend("", [torch.ones(4)], [torch.full((4,), size)], 0.1)
+    assert math.isclose(global_norm(eps).item(), 0.1, rel_tol=1e-5)
+
+
+def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:
+    weights, grads = vectors
+    weights[2].zero_()
+    eps, _ = ascend("layerl2", weights, grads, RHO)
+    assert torch.equal(eps[2], torch.zeros_like(eps[2]))
+    assert eps[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_projection(p: float, vectors) -> None:
+    weights, deltas = vectors
+    t = [w.abs() for w in weights]
+    t[1][0] = 0
+    inside = project(deltas, t, 0.05, p)
+    scaled = [torch.where(a > 0, d / a, 0) for d, a in zip(inside, t, strict=True)]
+    assert global_norm(scaled, p).item() <= 0.05 * (1 + 1e-12)
+    assert inside[1][0] == 0
+    for again, once in zip(project(inside, t, 0.05, p), inside, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
+    for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
+        assert torch.equal(far, torch.where(a > 0, d, 0))

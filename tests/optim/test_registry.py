@@ -1,0 +1,112 @@
+"""timm's factory makes our optimizers, with timm's own parameter groups."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+
+import samon
+
+NAMES = [
+    "-".join(filter(None, parts))
+    for parts in itertools.product(
+        ("sam", "samon", "samnn"),
+        ("", "eleml2", "eleml2orig", "elemlinf", "layerl2", "fisher"),
+        ("", "momentum", "adamw", "lion"),
+    )
+]
+MASKED = ["-".join(filter(None, p)) for p in itertools.product(("sam-random", "ssam-f", "ssam-d"), ("", "adamw"))]
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return timm.create_model("test_resnet")
+
+
+def test_all_names_are_listed_and_described() -> None:
+    assert len(NAMES) == len(set(NAMES)) == 72
+    assert set(NAMES) <= set(list_optimizers("sam*"))
+    described = dict(list_optimizers(with_description=True))
+    assert all(len(described[n]) > 30 for n in NAMES + MASKED)
+    assert len({described[n] for n in NAMES}) > 60  # the description tells variants apart
+
+
+@pytest.mark.parametrize("name", NAMES + MASKED)
+def test_every_name_makes_the_right_optimizer(name: str, model) -> None:
+    opt = create_optimizer_v2(model, name, lr=0.1, weight_decay=1e-4)
+    base = {"adamw": "AdamW", "lion": "Lion"}.get(name.rpartition("-")[2], "SGD")
+    assert type(opt.base).__name__ == base
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert opt.rho > 0
+    assert opt.scope == (name.split("-")[0] if name in NAMES else "sam")
+    if base == "SGD":
+        assert opt.defaults["nesterov"] == (not name.endswith("momentum"))
+        assert opt.defaults["momentum"] == 0.9
+
+
+def test_groups_are_timms(model) -> None:
+    for kwargs in ({"weight_decay": 0.1}, {"weight_decay": 0.1, "layer_decay": 0.7}, {"filter_bias_and_bn": False}):
+        ours = create_optimizer_v2(model, "samon-adamw", lr=0.1, **kwargs)
+        theirs = create_optimizer_v2(model, "adamw", lr=0.1, **kwargs)
+        assert ours.param_groups == theirs.param_groups
+
+
+def test_keyword_arguments_reach_their_place(model) -> None:
+    opt = create_optimizer_v2(model, "samon-fisher", lr=0.1, rho=0.3, eta=0.2, base_opt="lamb", betas=(0.8, 0.9), eps=1e-3)
+    assert (opt.rho, opt.eta, type(opt.base).__name__) == (0.3, 0.2, "Lamb")
+    assert (opt.defaults["betas"], opt.defaults["eps"]) == ((0.8, 0.9), 1e-3)
+    late = create_optimizer_v2(model, "samon", lr=0.1, perturb="layer4|stages.3|stages_3")
+    assert set(late.perturbed_parameters()) < set(opt.perturbed_parameters())
+    sparse = create_optimizer_v2(model, "ssam-f", lr=0.1, sparsity=0.9)
+    assert sparse.mask.sparsity == 0.9
+
+
+def test_lookahead(model) -> None:
+    opt = create_optimizer_v2(model, "lookahead_samon-layerl2", lr=0.1)
+    assert samon.sam_of(opt) is opt._base_optimizer
+    assert opt.param_groups is samon.sam_of(opt).param_groups
+    assert samon.is_sam_name("lookahead_samon-layerl2")
+    assert not samon.is_sam_name("lookahead_sgd")
+
+
+def test_bare_parameters(model) -> None:
+    assert len(create_optimizer_v2(model.parameters(), "sam", lr=0.1).perturbed_parameters()) == len(
+        list(model.parameters())
+    )
+    for name in ("samon", "samnn-layerl2"):
+        with pytest.raises(ValueError, match=rf"bare parameters.*create_optimizer_v2\(model, '{name[:5]}"):
+            create_optimizer_v2(model.parameters(), name, lr=0.1)
+    with pytest.raises(ValueError, match="create it from the model"):
+        create_optimizer_v2(model.parameters(), "sam-eleml2orig", lr=0.1)
+    named = create_optimizer_v2(list(model.named_parameters()), "sam-eleml2orig", lr=0.1)
+    assert set(named.perturbed_parameters()) == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rho": -1}, "rho must be zero or positive, got -1"),
+        ({"rho": float("nan")}, "rho must be zero or positive"),
+        ({"eta": -0.1}, "eta must be zero or positive"),
+        ({"perturb": "("}, "not a regular expression"),
+        ({"perturb": "layer9"}, "matches none"),
+        ({"sparsity": 0.5}, "samon has no mask"),
+        ({"base_opt": "sam"}, "is itself sharpness-aware"),
+    ],
+)
+def test_bad_arguments(kwargs: dict, message: str, model) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_optimizer_v2(model, "samon", lr=0.1, **kwargs)
+
+
+def test_unknown_base(model) -> None:
+    with pytest.raises(ValueError, match="nosuch"):
+        create_optimizer_v2(model, "samon", lr=0.1, base_opt="nosuch")
+
+
+def test_other_optimizers_are_untouched(model) -> None:
+    assert type(create_optimizer_v2(model, "sgd", lr=0.1)) is torch.optim.SGD
+    samon.optim.registry.register()  # a second import registers nothing twice
+    assert type(create_optimizer_v2(model, "samon", lr=0.1).base) is torch.optim.SGD

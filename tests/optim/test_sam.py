@@ -1,0 +1,201 @@
+"""SAM as a torch optimizer: what schedulers, scalers, checkpoints, copies and other trainers rely on."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import samon
+
+
+def trained(opt_name: str, steps: int = 3, closure: bool = False, net=LayerNormNet, **kwargs):
+    """(model, optimizer) after a few steps."""
+    torch.manual_seed(0)
+    model = randomized(net())
+    opt = create_optimizer_v2(model, opt_name, lr=0.05, weight_decay=1e-3, **kwargs)
+    for step in range(steps):
+        train_step(model, opt, step, closure)
+    return model, opt
+
+
+def train_step(model: nn.Module, opt, step: int, closure: bool = False):
+    x, y = batch(seed=step)
+
+    def run() -> torch.Tensor:
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    if closure:
+        return opt.step(run)
+    opt.zero_grad()
+    if samon.sam_of(opt) is None:
+        run()
+    else:
+        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
+    return opt.step()
+
+
+def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("base", ["sgd", "momentum", "adamw", "lion"])
+@pytest.mark.parametrize("net", NETS.values())
+def test_zero_radius_is_the_base_optimizer(base: str, net) -> None:
+    name = "samon-layerl2" + ("" if base == "sgd" else f"-{base}")
+    ours, _ = trained(name, net=net, rho=0.0)
+    theirs, _ = trained(base, net=net)
+    # Freezing changes no forward arithmetic and eps is exactly zero, so not a bit differs.
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["sam", "samon-layerl2-adamw", "samnn-elemlinf-lion", "lookahead_samon"])
+@pytest.mark.parametrize("net", NETS.values())
+def test_closure_step_equals_two_pass(name: str, net) -> None:
+    """To 1e-12: the closure's ascent gradient comes from a full backward pass, which may add in another order."""
+    assert_same(trained(name, net=net)[0], trained(name, net=net, closure=True)[0], 1e-12)
+
+
+def test_closure_returns_the_clean_loss() -> None:
+    model, opt = trained("samon", 0)
+    x, y = batch(seed=0)
+    clean = F.cross_entropy(model(x), y).item()
+    assert train_step(model, opt, 0, closure=True).item() == pytest.approx(clean, rel=1e-12)
+
+
+def test_groups_and_state_are_shared_with_the_base() -> None:
+    _, opt = trained("samon-adamw")
+    assert opt.param_groups is opt.base.param_groups
+    assert opt.state is opt.base.state
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.1)
+    opt.step()
+    schedule.step()
+    assert opt.base.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("name", ["samon-adamw", "sam-lion", "ssam-d", "lookahead_samon", "sam-random-adamw"])
+def test_state_dict_continues_bit_exactly(name: str) -> None:
+    model, opt = trained(name, 4)
+    resumed = randomized(LayerNormNet())
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    again = create_optimizer_v2(resumed, name, lr=0.05, weight_decay=1e-3)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for step in range(4, 8):
+        train_step(model, opt, step)
+        train_step(resumed, again, step)
+    assert_same(model, resumed)
+    sam = samon.sam_of(again)
+    assert sam.param_groups is sam.base.param_groups
+
+
+def test_loads_the_base_optimizers_state() -> None:
+    """A run can be continued with SAM from a checkpoint without it."""
+    model, plain = trained("adamw", 2)
+    opt = create_optimizer_v2(model, "samon-adamw", lr=0.05, weight_decay=1e-3)
+    opt.load_state_dict(plain.state_dict())
+    assert len(opt.state) == len(plain.state) > 0
+    train_step(model, opt, 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_continue_bit_exactly(copied) -> None:
+    model, opt = trained("samon-layerl2-adamw")
+    torch.optim.lr_scheduler.StepLR(opt, 1)  # it replaces opt.step by a bound wrapper that cannot be copied
+    twin, twin_opt = copied((model, opt))
+    for step in range(3, 6):
+        train_step(model, opt, step)
+        train_step(twin, twin_opt, step)
+    assert_same(model, twin)
+    parameters = dict(twin.named_parameters())
+    assert all(p is parameters[n] for n, p in twin_opt.perturbed_parameters().items())
+
+
+def test_add_param_group() -> None:
+    """Layers that are unfrozen later are perturbed from then on."""
+    model = randomized(LayerNormNet())
+    model.norms[3].requires_grad_(False)
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    assert len(opt.perturbed_parameters()) == 6
+    model.norms[3].requires_grad_(True)
+    opt.add_param_group({"params": list(model.norms[3].parameters())})
+    assert len(opt.perturbed_parameters()) == 8
+    assert len(opt.base.param_groups) == len(opt.param_groups)
+    before = copy.deepcopy(model.norms[3].weight)
+    train_step(model, opt, 0)
+    assert not torch.equal(model.norms[3].weight, before)
+
+
+def test_perturbed_context_restores_bit_exactly() -> None:
+    model, opt = trained("samon", 1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    grads = {n: torch.randn_like(p) for n, p in opt.perturbed_parameters().items()}
+    grads[next(iter(grads))] = None  # a missing gradient counts as zero
+    with pytest.raises(RuntimeError, match="inside"), opt.perturbed(grads):
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        assert moved == list(grads)[1:]
+        eps = torch.cat([(p - before[n]).flatten() for n, p in opt.perturbed_parameters().items()])
+        assert eps.norm().item() == pytest.approx(opt.rho, rel=1e-9)
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with opt.perturbed(list(grads.values())):
+        assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
+
+
+def test_missing_gradient_in_the_second_pass() -> None:
+    """A branch that runs only in the first pass must not leave its weights perturbed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.LayerNorm(2)).double()
+    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=1.0)
+    before = copy.deepcopy(model.state_dict())
+    x, calls = torch.randn(3, 4, dtype=torch.float64), []
+
+    def forward() -> torch.Tensor:
+        calls.append(1)
+        features = model[1](model[0](x))
+        return (model[2](features) if len(calls) == 1 else features).square().mean()
+
+    samon.two_pass(opt, forward)
+    assert model[2].weight.grad is None
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def test_frozen_later_is_left_alone() -> None:
+    model, opt = trained("samon", 1)
+    model.norms[0].requires_grad_(False)
+    assert "norms.0.weight" not in opt.perturbed_parameters()
+    frozen = model.norms[0].weight.clone()
+    opt.zero_grad()
+    train_step(model, opt, 1)
+    assert torch.equal(model.norms[0].weight, frozen)
+    for norm in model.norms:
+        norm.requires_grad_(False)
+    with pytest.raises(ValueError, match="all parameters that samon perturbs are frozen"):
+        train_step(model, opt, 2)
+
+
+def test_half_precision_weights() -> None:
+    """Norms and scales are computed in float32: squares of half-precision gradients overflow."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16()
+    opt = create_optimizer_v2(model, "sam", lr=0.1, rho=0.5)
+    eps, _, finite = opt.perturbation([torch.full_like(p, 1e30) for p in opt.perturbed_parameters().values()])
+    assert not finite
+    eps, _, finite = opt.perturbation([torch.full_like(p, 1e15) for p in opt.perturbed_parameters().values()])
+    assert finite
+    assert {e.dtype for e in eps} == {torch.float32}
+    before = copy.deepcopy(model.state_dict())
+    samon.two_pass(opt, lambda: model(torch.ones(2, 8, dtype=torch.bfloat16)).square().mean())
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def test_two_pass_wants_a_sharpness_aware_optimizer() -> None:
+    model = randomized(BatchNormNet())
+    with pytest.raises(ValueError, match="two_pass needs one of samon's optimizers, got SGD"):
+        samon.two_pass(torch.optim.SGD(model.parameters(), 0.1), lambda: model(batch()[0]).sum())

@@ -1,0 +1,242 @@
+"""The two-pass step against naive loops. Tolerance 1e-10 relative: float64 sums in another order."""
+
+import copy
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from timm.layers import BatchNormAct2d, set_reentrant_ckpt
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import samon
+
+RHO = 0.3
+
+
+def setup(net, name: str, **kwargs):
+    torch.manual_seed(0)
+    model = randomized(net())
+    return model, create_optimizer_v2(model, name, lr=0.1, rho=RHO, **kwargs)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
+    """Relative to the whole gradient: a bias in front of BatchNorm has a gradient of rounding noise only."""
+    size = torch.cat([g.flatten() for g in expected.values()]).norm()
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() <= tolerance * size, name
+
+
+@pytest.mark.parametrize("geometry", reference.GEOMETRIES)
+@pytest.mark.parametrize("scope", ["sam", "samon", "samnn"])
+@pytest.mark.parametrize("net", NETS.values())
+def test_against_reference(net, scope: str, geometry: str) -> None:
+    model, opt = setup(net, f"{scope}-{geometry}".strip("-"))
+    x, y = batch()
+    twin = copy.deepcopy(model)
+    clean, expected = reference.sam_gradient(
+        twin, [loss_of(twin, x, y)], reference.scope_names(twin, scope), geometry, RHO
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss = samon.two_pass(opt, loss_of(model, x, y))
+    assert loss.item() == pytest.approx(clean, rel=1e-12)
+    assert not loss.requires_grad
+    assert_gradients(model, expected)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert opt.stats["loss_perturbed"] > opt.stats["loss"]
+
+
+def test_gradients_accumulate_and_the_ascent_pass_leaves_none() -> None:
+    model, opt = setup(LayerNormNet, "samon")
+    x, y = batch()
+    samon.two_pass(opt, loss_of(model, x, y))
+    once = {n: p.grad.clone() for n, p in model.named_parameters()}
+    samon.two_pass(opt, loss_of(model, x, y))
+    assert_gradients(model, {n: 2 * g for n, g in once.items()}, 1e-14)
+
+
+@pytest.mark.parametrize("geometry", ["", "fisher"])
+def test_accumulation_with_one_perturbation_each(geometry: str) -> None:
+    """K micro-batches with loss_scale 1/K: m-sharpness with m = micro-batch. Fisher sees unscaled gradients."""
+    model, opt = setup(LayerNormNet, f"samon-{geometry}".strip("-"))
+    x, y = batch(9)
+    twin = copy.deepcopy(model)
+    losses = [loss_of(twin, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+    names = reference.scope_names(twin, "samon")
+    _, expected = reference.m_sharpness_gradient(twin, losses, names, geometry, RHO)
+    for a, b in zip(x.chunk(3), y.chunk(3), strict=True):
+        samon.two_pass(opt, loss_of(model, a, b), loss_scale=1 / 3)
+    assert_gradients(model, expected)
+
+
+@pytest.mark.parametrize("net", NETS.values())
+def test_several_forwards_share_one_perturbation(net) -> None:
+    model, opt = setup(net, "samon-layerl2")
+    x, y = batch(9)
+    twin = copy.deepcopy(model)
+    losses = [loss_of(twin, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+    names = reference.scope_names(twin, "samon")
+    clean, expected = reference.sam_gradient(twin, losses, names, "layerl2", RHO)
+    forwards = [loss_of(model, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+    assert samon.two_pass(opt, forwards).item() == pytest.approx(clean, rel=1e-12)
+    assert_gradients(model, expected)
+
+
+def test_ascent_from_a_part_of_the_batch() -> None:
+    model, opt = setup(LayerNormNet, "samon")
+    x, y = batch()
+    twin = copy.deepcopy(model)
+    twin_opt = create_optimizer_v2(twin, "samon", lr=0.1, rho=RHO)
+    part = loss_of(twin, x[:2], y[:2])
+    names = list(twin_opt.perturbed_parameters())
+    grads = dict(zip(names, torch.autograd.grad(part(), twin_opt.perturbed_parameters().values()), strict=True))
+    with twin_opt.perturbed(grads):
+        loss_of(twin, x, y)().backward()
+    loss = samon.two_pass(opt, loss_of(model, x, y), ascent_forward=loss_of(model, x[:2], y[:2]))
+    assert loss.item() == pytest.approx(part().item(), rel=1e-12)
+    assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()})
+
+
+class Norms(nn.Module):
+    """timm's fused BatchNorm+activation, a cumulative average (momentum None) and one that tracks nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None),
+            nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, track_running_stats=False),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
+def test_running_statistics(bn_stats: str) -> None:
+    model, opt = setup(Norms, "samon")
+    x, y = batch()
+    expected = copy.deepcopy(model)
+    passes = []
+    for _ in range(2):
+        if bn_stats in ("first", "both"):
+            expected(x)
+        if bn_stats in ("second", "both"):
+            twin_opt = create_optimizer_v2(expected, "samon", lr=0.1, rho=RHO)
+            probe = copy.deepcopy(expected)
+            names = list(twin_opt.perturbed_parameters())
+            named = dict(probe.named_parameters())
+            grads = torch.autograd.grad(F.cross_entropy(probe(x), y), [named[n] for n in names])
+            with twin_opt.perturbed(grads):
+                expected(x)
+        samon.two_pass(opt, loss_of(model, x, y), bn_stats=bn_stats)
+        passes.append(1)
+    for (name, got), want in zip(model.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
+    count = 2 * len(passes) if bn_stats == "both" else len(passes)
+    assert model.layers[1].num_batches_tracked == count
+
+
+def test_running_statistics_after_an_exception() -> None:
+    model, opt = setup(BatchNormNet, "samon")
+    x, y = batch()
+    buffers, weights = copy.deepcopy(dict(model.named_buffers())), copy.deepcopy(dict(model.named_parameters()))
+    calls = []
+
+    def forward() -> torch.Tensor:
+        calls.append(1)
+        loss = F.cross_entropy(model(x), y)
+        if len(calls) == 2:
+            raise RuntimeError("second pass")
+        return loss
+
+    with pytest.raises(RuntimeError, match="second pass"):
+        samon.two_pass(opt, forward, bn_stats="second")
+    # `second` undid the first pass; `num_batches_tracked` counts the broken second one, as a plain forward would.
+    assert model.bn.num_batches_tracked == buffers["bn.num_batches_tracked"] + 1
+    calls.clear()
+    model.load_state_dict({**buffers}, strict=False)
+    with pytest.raises(RuntimeError, match="second pass"):
+        samon.two_pass(opt, forward, bn_stats="first")
+    assert model.bn.num_batches_tracked == buffers["bn.num_batches_tracked"] + 1
+    assert all(torch.equal(p, weights[n]) and p.requires_grad for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_same_noise(same: bool) -> None:
+    model, opt = setup(lambda: LayerNormNet(dropout=0.5), "samon")
+    x, y = batch()
+    masks = []
+    model.drop.register_forward_hook(lambda m, args, out: masks.append(out == 0))
+    torch.manual_seed(3)
+    samon.two_pass(opt, loss_of(model, x, y), same_noise=same)
+    first, second = masks[:4], masks[4:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) == same
+
+
+@pytest.mark.parametrize("scope", ["sam", "samon"])
+def test_no_host_synchronisation(scope: str) -> None:
+    """Reading a tensor on the host dispatches aten::_local_scalar_dense; nothing in a step may."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    for net in NETS.values():
+        for geometry in reference.GEOMETRIES:
+            model, opt = setup(net, f"{scope}-{geometry}".strip("-"))
+            x, y = batch()
+            options = [{}, {"bn_stats": "both", "same_noise": True}] + ([{"groups": 4}] if scope == "samon" else [])
+            for kwargs in options:
+                with Reads() as reads:
+                    samon.two_pass(opt, loss_of(model, x, y), **kwargs)
+                assert reads.count == 0, (geometry, kwargs)
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert reads.count == 1
+
+
+def test_gradient_checkpointing_composes() -> None:
+    """timm's non-reentrant checkpointing: same gradients, with replay refused for a reason."""
+    import timm
+
+    set_reentrant_ckpt(False)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=5).double().train()
+    twin = copy.deepcopy(model)
+    model.set_grad_checkpointing(True)
+    x, y = batch(image=32)
+    for m in (model, twin):
+        samon.two_pass(create_optimizer_v2(m, "samon", lr=0.1, rho=RHO), loss_of(m, x, y))
+    assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()}, 1e-12)
+    opt = create_optimizer_v2(model, "samon", lr=0.1, perturb="norm$|^norm|blocks.[4-9]")
+    with pytest.raises(ValueError, match=r"replay .*--no-replay.*gradient checkpointing is on"):
+        samon.two_pass(opt, loss_of(model, x, y))
+    samon.two_pass(opt, loss_of(model, x, y), replay=False)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"bn_stats": "none"}, "bn_stats must be one of first, second, both"),
+        ({"reduce": "mean"}, "reduce must be 'device' or 'global'"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"groups": 2, "reduce": "global"}, "does not combine with reduce='global'"),
+        ({"groups": 2, "ascent_forward": lambda: None}, "does not combine with ascent_forward"),
+    ],
+)
+def test_bad_options(kwargs: dict, message: str) -> None:
+    model, opt = setup(LayerNormNet, "samon")
+    with pytest.raises(ValueError, match=message):
+        samon.two_pass(opt, loss_of(model, *batch()), **kwargs)
+    assert all(p.grad is None for p in model.parameters())
