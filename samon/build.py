@@ -3,7 +3,6 @@
 import importlib
 import logging
 import math
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from samon import data
 from samon.cli import user_errors
 from samon.config import Config
 from samon.errors import UserError
+from samon.fine_tuning import freeze, weights_checked
 from samon.flags import nearest
 
 log = logging.getLogger("samon")
@@ -121,9 +121,11 @@ def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
         if (path := getattr(c, key)) and not Path(path).exists():
             raise UserError(f"--{key.replace('_', '-')}: no file {path}")
     set_fast_norm(c.fast_norm)
-    overlay = {"pretrained_cfg_overlay": {"file": c.pretrained_path, "num_classes": -1}} if c.pretrained_path else {}
-    with user_errors(f"--model {c.model}"):
-        model = timm.create_model(
+    weights = {"file": c.pretrained_path, "num_classes": -1}
+    overlay: dict[str, Any] = {"pretrained_cfg_overlay": weights} if c.pretrained_path else {}
+    checked = weights_checked(c.pretrained_path) if c.pretrained_path else nullcontext()
+    with user_errors(f"--model {c.model}"), checked:
+        model: Any = timm.create_model(
             c.model, pretrained=c.pretrained or bool(c.pretrained_path),
             in_chans=c.in_chans or (c.input_size or [3])[0],
             num_classes=c.num_classes, drop_rate=c.drop,
@@ -140,30 +142,13 @@ def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
     return model.num_classes, model
 
 
-def freeze(model: nn.Module, pattern: str) -> None:
-    """Stop training the parameters whose qualified name the regex finds; BatchNorm statistics still move."""
-    try:
-        found = [(name, p) for name, p in model.named_parameters() if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}") from None
-    if not found:
-        names = [name for name, _ in model.named_parameters()]
-        raise UserError(f"--freeze {pattern!r} matches no parameter; names go from {names[0]} to {names[-1]}")
-    for _, parameter in found:
-        parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"--freeze {pattern!r} leaves nothing to train")
-    frozen, total = sum(p.numel() for _, p in found), sum(p.numel() for p in model.parameters())
-    log.info("--freeze: %d tensors, %.1f %% of the parameters, stay as they are", len(found), 100 * frozen / total)
-
-
 @torch.no_grad()
-def _init_head(head: nn.Module, scale: float | None, bias: float | None) -> None:
+def _init_head(head: Any, scale: float | None, bias: float | None) -> None:
     if scale is not None:
         for parameter in head.parameters():
             parameter.mul_(scale)
     if bias is not None:
-        nn.init.constant_(head.bias, bias)  # type: ignore[arg-type]
+        head.bias.fill_(bias)
 
 
 def lay_out(c: Config, model: nn.Module, world: World) -> nn.Module:
@@ -304,10 +289,10 @@ def _mixing(c: Config) -> tuple[Any, Any]:
 
 def _dataset(c: Config, data_config: dict[str, Any], split: str, training: bool) -> Any:
     extra: dict[str, Any] = {"repeats": c.epoch_repeats} if training else {}
-    if c.data_resident:  # every process reads the whole set once
-        extra, training = {"rank": 0, "world_size": 1}, False
+    if c.data_resident:  # every process reads the whole set once, from front to back
+        extra = {"rank": 0, "world_size": 1}
     return data.create_dataset(
-        c.dataset, root=c.data_dir, split=split, is_training=training, seed=c.seed,
+        c.dataset, root=c.data_dir, split=split, is_training=training and not c.data_resident, seed=c.seed,
         batch_size=c.batch_size if training else c.validation_batch_size or c.batch_size,
         class_map=c.class_map, input_key=c.input_key, target_key=c.target_key, download=c.dataset_download,
         input_img_mode=c.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),

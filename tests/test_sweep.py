@@ -164,7 +164,8 @@ def cells(**rows: Any) -> list[Cell]:
 
 def test_table_marks_the_better_scope_and_the_best() -> None:
     found = cells(sgd=[(None, [70.0, 71.0])], sam=[(0.1, [75.0, 76.0]), (0.5, [74.0, 74.0])],
-                  samon=[(0.5, [76.0, 77.0])], sam_layerl2=[(0.01, [77.5, 77.5])], samon_layerl2=[(0.2, [77.0, 77.2])])  # fmt: skip
+                  samon=[(0.5, [76.0, 77.0])], sam_layerl2=[(0.01, [77.5, 77.5])],
+                  samon_layerl2=[(0.2, [77.0, 77.2])])  # fmt: skip
     assert best_by_opt(found)["sam"].rho == 0.1
     table = markdown(found, {"sam": "75.07±0.6", "samon": "75.58±0.4"}).splitlines()
     assert table[0] == "| variant | all | ON | paper, all | paper, ON |"

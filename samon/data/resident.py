@@ -103,7 +103,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
     arrays = getattr(source, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
     if transform is None and isinstance(arrays, np.ndarray) and arrays.shape[1:] == (height, width, channels):
         labels = torch.as_tensor(np.asarray(source.targets, dtype=np.int64))  # type: ignore[union-attr]
-        return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), labels
+        return torch.from_numpy(arrays[: stream.size]).permute(0, 3, 1, 2).contiguous(), labels[: stream.size]
 
     def resize(image: Image.Image) -> np.ndarray:
         if image.size != (width, height):
