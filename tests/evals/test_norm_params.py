@@ -1,0 +1,56 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from samon.errors import UserError
+from samon.evals import norm_params
+
+
+def resnet():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.1)
+    return model
+
+
+def test_every_normalization_layer_is_found_by_type_in_order_of_depth():
+    found = norm_params.values(resnet())
+    assert set(found) == {("BatchNorm2d", "gamma"), ("BatchNorm2d", "beta")}
+    names = [name for name, _ in found["BatchNorm2d", "gamma"]]
+    assert names.index("conv1.1") < names.index("bn1") < names.index("layer2.0.downsample.2")
+    assert len(names) == sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
+
+
+def test_rows_hold_the_statistics():
+    model = resnet()
+    rows = norm_params.rows(norm_params.values(model))
+    everything = torch.cat([m.weight.detach() for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+
+    def value(metric, layer="all"):
+        (row,) = [row for row in rows if row["metric"] == metric and row["layer"] == layer]
+        return row["value"]
+
+    assert value("gamma_mean") == pytest.approx(everything.mean().item(), rel=1e-5)
+    assert value("gamma_abs_max") == everything.abs().max().item()
+    assert value("gamma_median") == pytest.approx(everything.median().item(), abs=1e-3)
+    assert value("beta_std") == 0
+    assert value("gamma_std", "bn1") == pytest.approx(model.bn1.weight.detach().std(correction=0).item(), rel=1e-5)
+    assert {row["num_samples"] for row in rows if row["layer"] == "all"} == {everything.numel()}
+
+
+def test_a_model_without_normalization_is_refused():
+    with pytest.raises(UserError, match="no affine normalization layer"):
+        norm_params.values(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2, elementwise_affine=False)))
+
+
+def test_figure_and_histograms_of_two_models(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    models = {"a/resnet": norm_params.values(resnet()), "vit": norm_params.values(vit)}
+    norm_params.write_tensorboard(models, tmp_path / "tb")
+    assert len(list((tmp_path / "tb").glob("*/events*"))) == 2
+    pytest.importorskip("matplotlib")
+    norm_params.plot(models, tmp_path / "figures" / "norm.png")
+    assert (tmp_path / "figures" / "norm.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,279 @@
+"""Weight-space sharpness against closed forms, brute force and a naive version of the public code."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samon.errors import UserError
+from samon.evals.sharpness import (
+    Measure,
+    average_case,
+    batch_sharpness,
+    normalized_logits,
+    project_euclidean,
+    reference_checkpoints,
+    sharpness,
+    worst_autopgd,
+    worst_reference,
+)
+
+BOTH = [worst_autopgd, worst_reference]
+
+
+def quadratic(curvature, minimum, weights):
+    """loss_of for L(w) = 1/2 sum a (w - c)^2."""
+
+    def loss_of(delta, want_grad):
+        away = weights + delta[0] - minimum
+        return (curvature * away.square()).sum() / 2, [curvature * away]
+
+    return loss_of
+
+
+@pytest.fixture
+def convex():
+    torch.manual_seed(0)
+    curvature = torch.rand(20, dtype=torch.float64) + 0.5
+    minimum, weights = torch.randn(2, 20, dtype=torch.float64)
+    weights[3] = 0.0
+    return curvature, minimum, weights
+
+
+@pytest.mark.parametrize("worst", BOTH)
+def test_linf_maximum_of_a_quadratic_is_the_closed_form(convex, worst):
+    """Over a box the maximum lies in the corner away from the minimum."""
+    curvature, minimum, weights = convex
+    rho, t = 0.1, weights.abs()
+    away = weights - minimum
+    exact = float((curvature * ((away.abs() + rho * t).square() - away.square())).sum() / 2)
+    found = worst(quadratic(*convex), [t], Measure(rho))
+    assert found <= exact * (1 + 1e-9)
+    assert found == pytest.approx(exact, rel=1e-4 if worst is worst_reference else 1e-9)
+
+
+@pytest.mark.parametrize("worst", BOTH)
+def test_l2_maximum_of_a_quadratic_is_the_closed_form(worst):
+    """L = a/2 ||w - c||^2 over ||eps|| <= rho: a/2 ((||w - c|| + rho)^2 - ||w - c||^2)."""
+    torch.manual_seed(1)
+    minimum, weights = torch.randn(2, 20, dtype=torch.float64)
+    away, rho = float((weights - minimum).norm()), 0.3
+    loss_of = quadratic(torch.full((20,), 2.0, dtype=torch.float64), minimum, weights)
+    found = worst(loss_of, [torch.ones_like(weights)], Measure(rho, norm="l2", adaptive=False))
+    assert found == pytest.approx((away + rho) ** 2 - away**2, rel=1e-4)
+
+
+def test_l2_adaptive_maximum_of_a_linear_loss_is_the_closed_form():
+    """max g.eps over ||T^-1 eps|| <= rho is rho ||T g||, reached in one step."""
+    torch.manual_seed(2)
+    g, weights = torch.randn(2, 20, dtype=torch.float64)
+
+    def loss_of(delta, _):
+        return (g * delta[0]).sum(), [g]
+
+    for steps in (1, 20):
+        measure = Measure(0.2, norm="l2", steps=steps)
+        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(0.2 * float((g * weights).norm()))
+    # Where T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never above.
+    found = worst_reference(loss_of, [weights.abs()], Measure(0.2, norm="l2", steps=200))
+    exact = 0.2 * float((g * weights).norm())
+    assert 0.9 * exact < found <= exact * (1 + 1e-6)
+
+
+def test_first_step_is_whole_or_three_quarters():
+    g, weights = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 2.0, -1.0])
+
+    def loss_of(delta, _):
+        return (g * delta[0]).sum(), [g]
+
+    whole = 0.1 * float((g * weights).abs().sum())
+    assert worst_autopgd(loss_of, [weights.abs()], Measure(0.1, steps=1)) == pytest.approx(whole)
+    assert worst_reference(loss_of, [weights.abs()], Measure(0.1, steps=1)) == pytest.approx(0.75 * whole)
+
+
+def small_net():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 5)).double()
+    with torch.no_grad():
+        net[0].weight[0, 0] = 0.0
+        net[2].running_var.fill_(2.0)
+    return net, torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 5, (32,))
+
+
+def test_worst_case_of_a_small_net_equals_brute_force():
+    """Two weights, so the box can be searched on a grid."""
+    torch.manual_seed(4)
+    net = nn.Linear(1, 2, bias=False).double()
+    x, y = torch.randn(16, 1, dtype=torch.float64), torch.randint(0, 2, (16,))
+    w, rho = net.weight.detach().clone(), 0.5
+    grid = torch.linspace(-rho, rho, 201, dtype=torch.float64)
+    corners = torch.cartesian_prod(grid, grid)  # v = T^-1 eps
+    angle = torch.linspace(0, 2 * math.pi, 2001, dtype=torch.float64)
+    circle = rho * torch.stack([angle.cos(), angle.sin()], 1)
+    for norm in ("linf", "l2"):
+        inside = corners if norm == "linf" else torch.cat([corners[corners.norm(dim=1) <= rho], circle])
+        losses = [F.cross_entropy(x @ (w + w.abs() * v[:, None]).T, y) for v in inside]
+        exact = float(max(losses) - F.cross_entropy(x @ w.T, y))
+        measure = Measure(rho, norm=norm, logit_norm=False)
+        found = batch_sharpness(net, x, y, measure, "autopgd")
+        assert found == pytest.approx(exact, rel=2e-3)
+
+
+def naive_reference(net, x, y, measure):
+    """The public code's search in the plainest form: one flat vector, no shared parts."""
+    shapes = list(net.parameters())
+    w = torch.nn.utils.parameters_to_vector(shapes).detach()
+    t = w.abs() if measure.adaptive else torch.ones_like(w)
+    rho = measure.rho
+
+    def value(v, grad=False):
+        with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(v, shapes)
+        out = net(x)
+        out = normalized_logits(out) if measure.logit_norm else out
+        loss = F.cross_entropy(out, y)
+        if not grad:
+            return loss.item()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, shapes)])
+
+    net.eval()
+    start = best = value(w)
+    checks, p = [0, math.ceil(0.22 * measure.steps)], [0, 0.22]
+    while checks[-1] < measure.steps and checks[-1] != checks[-2]:
+        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
+        checks.append(math.ceil(p[-1] * measure.steps))
+    delta, previous, at, best_at = torch.zeros_like(w), torch.zeros_like(w), w, w
+    size = last_size = 2 * rho
+    last_best, last_check, count = best, 0, 0
+    for i in range(measure.steps):
+        g = value(at, grad=True)
+        if measure.norm == "linf":
+            z = torch.max(torch.min(delta + size * t * g.sign(), rho * t), -rho * t)
+        else:
+            z = delta + size * t * g / (g.norm() + 1e-12)
+            if measure.adaptive:
+                z = project_euclidean([z], [t], rho)[0]
+            elif z.norm() > rho:
+                z = z * rho / z.norm()
+        delta, previous = 0.75 * z + 0.25 * previous, delta
+        at = w + delta
+        loss = value(at)
+        if loss > best:
+            best, best_at, count = loss, at, count + 1
+        if i in checks[1:]:
+            few = count < 0.75 * (i - last_check)
+            stuck = last_size == size and last_best == best
+            last_size, last_best, last_check, count = size, best, i, 0
+            if few or stuck:
+                size, at = size / 2, best_at
+    value(w)
+    return best - start
+
+
+@pytest.mark.parametrize("text", [
+    "worst-linf-adaptive-logitnorm@0.05,0.5", "worst-linf@0.02,0.3", "worst-l2@0.3,3", "worst-l2-adaptive@0.3,3",
+    "worst-linf-adaptive-7step@0.2", "worst-linf-adaptive-1step@0.2",
+])  # fmt: skip
+def test_reference_mode_is_the_public_codes_search(text):
+    net, x, y = small_net()
+    for measure in Measure.parse(text):
+        expected = naive_reference(net, x, y, measure)
+        assert expected > 0
+        assert batch_sharpness(net, x, y, measure, "reference") == pytest.approx(expected, rel=1e-9)
+
+
+def test_reference_checkpoints_round_up():
+    # 15, not 14: the fractions add up to 0.7000000000000001 there.
+    assert reference_checkpoints(20) == {5: 5, 9: 4, 12: 3, 15: 3, 16: 1, 18: 2, 19: 1, 20: 1}
+    assert reference_checkpoints(1) == {1: 1}
+
+
+def test_euclidean_projection_is_the_nearest_point():
+    torch.manual_seed(5)
+    t, far = torch.rand(3, dtype=torch.float64) + 0.2, torch.randn(3, dtype=torch.float64) * 3
+    near = project_euclidean([far], [t], 0.7)[0]
+    assert float((near / t).norm()) == pytest.approx(0.7, rel=1e-5)
+    sphere = torch.randn(200_000, 3, dtype=torch.float64)
+    others = 0.7 * sphere / sphere.norm(dim=1, keepdim=True) * t
+    assert (others - far).norm(dim=1).min() >= (near - far).norm() - 1e-9
+    assert torch.equal(project_euclidean([near * 0.9], [t], 0.7)[0], near * 0.9)
+
+
+@pytest.mark.parametrize("mode", ["reference", "autopgd"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_zero_weights_stay_and_everything_is_put_back(mode, norm):
+    net, x, y = small_net()
+    for p in net.parameters():
+        p.data = torch.where(p.abs() < 0.1, 0.0, p.data)  # whole directions without extent
+    net[2].bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    seen = []
+    net.register_forward_pre_hook(lambda *_: seen.append(net[2].bias.detach().clone()))
+    value = batch_sharpness(net.train(), x, y, Measure(0.3, norm=norm), mode)
+    assert math.isfinite(value)
+    assert value > 0
+    assert all(torch.equal(bias, torch.zeros_like(bias)) for bias in seen)  # BatchNorm's biases are 0
+    assert value == batch_sharpness(net, x, y, Measure(0.3, norm=norm), mode)  # deterministic
+    assert net.training
+    assert not net[2].bias.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_weights_are_put_back_after_an_exception():
+    net, x, y = small_net()
+    before = [p.clone() for p in net.parameters()]
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("worker died")
+
+    net.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="worker died"):
+        batch_sharpness(net, x, y, Measure(0.3))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("norm", "moment"), [("l2", 1.0), ("linf", 1 / 3)])
+def test_average_case_of_a_quadratic_is_its_expectation(convex, norm, moment):
+    """E[1/2 sum a (rho T n)^2] = rho^2 / 2 sum a T^2 E[n^2]; the linear term has mean 0."""
+    curvature, _, weights = convex
+    loss_of = quadratic(curvature, weights, weights)  # at the minimum: no linear term
+    measure = Measure(0.5, "average", norm, steps=4000)
+    exact = 0.125 * moment * float((curvature * weights.square()).sum())
+    assert average_case(loss_of, [weights.abs()], measure, seed=0) == pytest.approx(exact, rel=0.05)
+
+
+def test_logit_normalisation_makes_sharpness_free_of_scale():
+    net, x, y = small_net()
+    measure = Measure.parse("worst-linf-adaptive-logitnorm@0.1")[0]
+    value = batch_sharpness(net, x, y, measure)
+    with torch.no_grad():
+        net[3].weight.mul_(10)
+        net[3].bias.mul_(10)
+    assert batch_sharpness(net, x, y, measure) == pytest.approx(value, rel=1e-9)
+    assert normalized_logits(torch.randn(4, 5)).norm(dim=1).tolist() == pytest.approx([1] * 4)
+
+
+def test_parts_of_two_processes_add_up():
+    net, x, y = small_net()
+    batches = [(k, x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8]) for k in range(4)]
+    measures = Measure.parse("worst-linf-adaptive@0.1") + Measure.parse("average-l2@0.1")
+    whole = sharpness(net, batches, 4, measures, device="cpu")
+    even, odd = (sharpness(net, batches[r::2], 4, measures, device="cpu") for r in (0, 1))
+    for measure in measures:
+        assert torch.equal(whole[measure], even[measure] + odd[measure])
+
+
+def test_short_form():
+    text = "worst-l2-adaptive-logitnorm-1step@0.007,0.01"
+    first, second = Measure.parse(text)
+    assert second == Measure(0.01, "worst", "l2", adaptive=True, logit_norm=True, steps=1)
+    assert str(first) == "worst-l2-adaptive-logitnorm-1step@0.007"
+    assert Measure.parse("average-linf@0.2") == [Measure(0.2, "average", "linf", False, False, 20)]
+    for wrong in ("worst-linf", "worst-linf@0", "best-l2@1", "worst-linf-adaptve@1", "worst-l2@1,x"):
+        with pytest.raises(UserError, match="sharpness measure"):
+            Measure.parse(wrong)
