@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""What a step costs, all variants side by side in one run: exact FLOPs, paired times, peak memory.
+
+    python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
+    python tools/bench_step.py --model vit_tiny_patch16_224 --img-size 64 --batch-size 32
+    python tools/bench_step.py --model resnet50 --batch-size 128 --device cuda --amp --channels-last
+
+Every round runs each variant once, in turn; a ratio is taken within its round, so drift of the machine cancels. Times
+are of forward, backward and optimizer step, by CUDA events on a GPU. Peak memory is the growth of the largest resident
+size during two steps in a fresh process (CPU), or the allocator's peak above what model and optimizer hold (GPU).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import samon
+from samon.optim.selection import norm_modules
+
+Step = Callable[[], Any]
+
+
+class Bench:
+    """One model and one batch on the device, and the variants as functions that do a whole step."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, torch.device(args.device)
+        torch.manual_seed(0)
+        kwargs = {} if args.img_size is None else {"img_size": args.img_size}
+        try:
+            model: Any = timm.create_model(args.model, **kwargs)
+        except TypeError:  # convolutional networks take any size
+            model = timm.create_model(args.model)
+        size = args.img_size or model.pretrained_cfg["input_size"][-1]
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout).train()
+        self.x = torch.randn(args.batch_size, 3, size, size, device=self.device).to(memory_format=layout)
+        self.y = torch.randint(model.num_classes, (args.batch_size,), device=self.device)
+        self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if args.compile else self.model
+
+    def loss(self, x: Tensor | None = None, y: Tensor | None = None, model: Any = None) -> Tensor:
+        amp = torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
+        with amp:
+            output = (model or self.run)(self.x if x is None else x)
+        return F.cross_entropy(output.float(), self.y if y is None else y)
+
+    def optimizer(self, name: str, **kwargs: Any) -> torch.optim.Optimizer:
+        # A learning rate of zero: every step of every variant sees the same weights.
+        return create_optimizer_v2(self.model, name, lr=0.0, weight_decay=1e-4, **kwargs)
+
+    def plain(self) -> Step:
+        opt = self.optimizer("sgd")
+
+        def step() -> None:
+            opt.zero_grad()
+            self.loss().backward()
+            opt.step()
+
+        return step
+
+    def two_pass(self, name: str, perturb: str | None = None, **kwargs: Any) -> Step:
+        opt = self.optimizer(name, perturb=perturb)
+        # Groups and replay replace layers, so they run the model itself.
+        model = self.model if perturb or "groups" in kwargs else None
+
+        def step() -> None:
+            opt.zero_grad()
+            samon.two_pass(opt, lambda: self.loss(model=model), **kwargs)
+            opt.step()
+
+        return step
+
+    def naive(self) -> Step:
+        """SAM-ON as other code does it: full gradients in both passes, all weights saved."""
+        opt = self.optimizer("samon")
+        sam = samon.sam_of(opt)
+        assert sam is not None
+
+        def step() -> None:
+            opt.zero_grad()
+            self.loss().backward()
+            saved = [p.detach().clone() for p in self.model.parameters()]
+            with sam.perturbed([p.grad for p in sam.perturbed_parameters().values()]):
+                opt.zero_grad()
+                self.loss().backward()
+            with torch.no_grad():
+                for p, value in zip(self.model.parameters(), saved, strict=True):
+                    p.copy_(value)
+            opt.step()
+
+        return step
+
+    def loop(self, m: int) -> Step:
+        opt = self.optimizer("samon")
+        count = self.args.batch_size // m
+
+        def step() -> None:
+            opt.zero_grad()
+            for x, y in zip(self.x.split(m), self.y.split(m), strict=True):
+                samon.two_pass(opt, partial(self.loss, x, y, self.model), loss_scale=1 / count)
+            opt.step()
+
+        return step
+
+    def other(self) -> Step:
+        """pytorch-optimizer's SAM over all parameters."""
+        from pytorch_optimizer import SAM
+
+        opt = SAM(self.model.parameters(), torch.optim.SGD, rho=0.05, lr=0.0, momentum=0.9, nesterov=True)
+
+        def step() -> None:
+            self.loss().backward()
+            opt.first_step(zero_grad=True)
+            self.loss().backward()
+            opt.second_step(zero_grad=True)
+
+        return step
+
+    def variants(self) -> dict[str, Callable[[], Step]]:
+        late, batch = self.args.perturb or late_layers(self.model), self.args.batch_size
+        found: dict[str, Callable[[], Step]] = {  # "SAM-ON" is m = batch size
+            "plain SGD": self.plain,
+            "SAM, all parameters": lambda: self.two_pass("sam"),
+            "SAM-ON, full gradients": self.naive,
+            f"SAM-ON, m = {batch}": lambda: self.two_pass("samon"),
+            f"SAM-ON {late}, no replay": lambda: self.two_pass("samon", late, replay=False),
+            f"SAM-ON {late}, replay": lambda: self.two_pass("samon", late),
+        }
+        norms = norm_modules(self.model).values()
+        coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
+        for m in self.args.m or sorted({batch, 16, 4, 1}, reverse=True):
+            if m < batch and batch % m == 0:
+                found[f"SAM-ON, m = {m}, groups"] = partial(self.two_pass, "samon", groups=batch // m)
+                # BatchNorm after global pooling or at 1 px has no statistics for one sample.
+                if not (coupled and m == 1):
+                    found[f"SAM-ON, m = {m}, loop"] = partial(self.loop, m)
+        if importlib.util.find_spec("pytorch_optimizer"):
+            found["pytorch-optimizer SAM"] = self.other
+        return found
+
+    def timed(self, step: Step) -> float:
+        """Milliseconds."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
+
+
+def late_layers(model: nn.Module) -> str:
+    """The paper's B3 (section 4.3): the last stage of a convolutional network, the last third of a transformer."""
+    blocks = getattr(model, "blocks", None)
+    if hasattr(model, "layer4"):
+        return "layer4"
+    for name in ("stages", "layers", "features"):
+        if isinstance(part := getattr(model, name, None), nn.Sequential | nn.ModuleList):
+            return rf"^{name}\.{len(part) - 1}\."
+    if blocks is None:
+        raise samon.UserError("this model has neither layer4, stages, layers nor blocks; name late layers by --perturb")
+    third = range(len(blocks) - len(blocks) // 3, len(blocks))
+    return rf"^blocks\.({'|'.join(map(str, third))})\.|^norm"
+
+
+def flops(step: Step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def gpu_memory(bench: Bench, step: Step) -> float:
+    """MiB above what is held between steps."""
+    bench.model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def cpu_memory(variant: str) -> float:
+    """MiB, from a fresh process that runs this variant alone."""
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--only", variant]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[-1])
+
+
+def resident_growth(bench: Bench, step: Step) -> float:
+    def status(key: str) -> int:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(key))
+
+    before = status("VmRSS")
+    for _ in range(2):
+        step()
+    return (status("VmHWM") - before) / 1024
+
+
+def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
+    steps = {name: make() for name, make in bench.variants().items()}
+    for step in steps.values():  # warm-up: replay plans, compilation, allocator
+        for _ in range(2):
+            step()
+    eager = not bench.args.compile
+    counted = {name: flops(step) if eager else None for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(bench.timed(step))
+    plain = times["plain SGD"]
+    rows = []
+    for name, step in steps.items():
+        ratios = [t / p for t, p in zip(times[name], plain, strict=True)]
+        peak = None
+        if memory:
+            peak = gpu_memory(bench, step) if bench.device.type == "cuda" else cpu_memory(name)
+        count, base = counted[name], counted["plain SGD"]
+        rows.append({
+            "variant": name, "flops_ratio": count / base if count and base else None,
+            "time_ratio": statistics.median(ratios), "time_ratio_min": min(ratios), "time_ratio_max": max(ratios),
+            "ms": statistics.median(times[name]), "peak_mib": peak,
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| step | FLOPs | time | min to max | ms | peak MiB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        flop = "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}"
+        peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
+        name = re.sub(r"\|", r"\\|", r["variant"])
+        span = f"{r['time_ratio_min']:.2f} to {r['time_ratio_max']:.2f}"
+        lines.append(f"| {name} | {flop} | {r['time_ratio']:.2f} | {span} | {r['ms']:.1f} | {peak} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile where it combines")
+    parser.add_argument("--perturb", help="late layers for the replay rows (default: the last stage)")
+    parser.add_argument("--m", type=int, nargs="*", help="sub-batch sizes (default: batch, 16, 4, 1)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    bench = Bench(args)
+    if args.only:
+        print(resident_growth(bench, bench.variants()[args.only]()))
+        return
+    rows = measure(bench, args.rounds, not args.no_memory)
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shape = "x".join(map(str, bench.x.shape))
+    kind = "bf16 autocast" if args.amp else "float32"
+    print(f"{args.model}, {shape}, {kind}, {name}, torch {torch.__version__}; median of {args.rounds} paired rounds\n")
+    print(table(rows))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(rows, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
