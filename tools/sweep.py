@@ -194,13 +194,20 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
         with say:
             states[job.name] = state
             metric = finished(job, args) if state in ("done", "skipped") else None
-            value = "" if metric is None else f" {args.metric} {metric[args.metric]:.2f}"
+            value = f" {args.metric} {metric[args.metric]:.2f}" if metric else ""
+            if state == "dead":
+                value = f" ({last_line(args.output / job.name / 'sweep.log')})"
             print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(one, job) for job in jobs]:
             future.result()
     return [name for name, state in states.items() if state in ("dead", "stopped")]
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
 
 
 def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
