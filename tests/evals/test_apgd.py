@@ -77,6 +77,7 @@ def test_fooling_images_lie_in_the_ball_and_fool(trained):
 
     net, x, y = trained
     for norm, eps in (("l2", 0.5), ("linf", 4 / 255)):
+
         def loss(logits, rows):
             return F.cross_entropy(logits, y[rows], reduction="none")
 
@@ -154,7 +155,10 @@ def test_step_size_rule():
         halved = step.update(i, torch.tensor([i > 0, True]), torch.tensor([3.0, 4.0]))
     assert halved.tolist() == [True, False]
     assert step.size.tolist() == [0.5, 1.0]
-    for i in (4, 5):  # both improve always, but the second's best stands still after an interval without halving
+    for i in (
+        4,
+        5,
+    ):  # both improve always, but the second's best stands still after an interval without halving
         halved = step.update(i, torch.tensor([True, True]), torch.tensor([3.0, 4.0]))
     assert halved.tolist() == [False, True]
 

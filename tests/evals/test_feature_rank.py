@@ -43,7 +43,9 @@ def test_layers_by_name_and_the_class_token():
         tokens = vit.forward_features(x)
         assert torch.equal(features(vit, x), tokens[:, 0])
         assert torch.equal(features(vit, x, token="all"), tokens.flatten(1))
-        assert torch.equal(features(vit, x, "blocks.1"), vit.blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))[:, 0])
+        assert torch.equal(
+            features(vit, x, "blocks.1"), vit.blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))[:, 0]
+        )
         assert torch.equal(vit.head(features(vit, x, "pre_logits")), vit(x))
         assert torch.equal(features(vit, x, "norm", "cls"), tokens[:, 0])
     with pytest.raises(UserError, match=r"no layer 'blocks.7'.*blocks.0"):

@@ -75,8 +75,11 @@ def test_l2_adaptive_maximum_of_a_linear_loss_is_the_closed_form():
 
     for steps in (1, 20):
         measure = Measure(0.2, norm="l2", steps=steps)
-        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(0.2 * float((g * weights).norm()))
-    # Where T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never above.
+        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(
+            0.2 * float((g * weights).norm())
+        )
+    # Where T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never
+    # above.
     found = worst_reference(loss_of, [weights.abs()], Measure(0.2, norm="l2", steps=200))
     exact = 0.2 * float((g * weights).norm())
     assert 0.9 * exact < found <= exact * (1 + 1e-6)
