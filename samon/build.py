@@ -1,6 +1,7 @@
 """Configuration -> everything a run needs: processes, model, optimizer, data, loss, schedule. One function each."""
 
 import importlib
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -157,7 +158,7 @@ def lay_out(c: Config, model: nn.Module, world: World) -> nn.Module:
         model = convert_splitbn_model(model, max(c.aug_splits, 2))
     model.to(device=world.device, dtype=getattr(torch, c.model_dtype) if c.model_dtype else None)
     if c.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if c.sync_bn and world.size > 1:
         if world.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
@@ -241,7 +242,10 @@ def wrap(c: Config, model: nn.Module, world: World) -> nn.Module:
             net = torch.compile(model, backend=c.torchcompile, mode=c.torchcompile_mode)  # type: ignore[assignment]
     if world.size > 1:
         ids = [world.device] if world.device.type != "cpu" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=not c.no_ddp_bb)
+        ddp = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # PyTorch 2.15 warns of the old name
+        shared: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": not c.no_ddp_bb}
+        net = ddp(net, device_ids=ids, **shared)
     return net
 
 

@@ -24,7 +24,7 @@ class Control:
     def __init__(self, minutes: float = 0.0) -> None:
         """`minutes`: a save is due that often; 0 for never."""
         self.signum = 0
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._period = minutes * 60
         self._saved = time.monotonic()
@@ -71,11 +71,11 @@ class Control:
             dist.all_reduce(sums, group=self.group)
 
     def until_signal(self, batches: Iterable[T]) -> Iterator[T]:
-        """`batches`, ending early once this process has a signal; `agree()` afterwards tells the others."""
+        """`batches`, ending after the current one once this process has a signal; `agree()` tells the others."""
         for batch in batches:
+            yield batch
             if self.signum:
                 return
-            yield batch
 
     def gather(self, item: T) -> list[T] | None:
         """Every process's item, by rank, on rank 0; None elsewhere."""

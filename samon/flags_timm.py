@@ -105,8 +105,8 @@ TIMM: dict[str, tuple[F, ...]] = {
         F("epoch-repeats", float, 0.0, "times the data set is repeated in an epoch", range=">= 0"),
         F("start-epoch", int, None, "first epoch, whatever the checkpoint says", range=">= 0"),
         F("decay-milestones", int, [90, 180, 270], "epochs at which multistep decays", nargs="+"),
-        F("decay-epochs", float, None, "epochs between decays of step (90); length of the decay of wsd and rsqrt, below "
-          "1 a share of the schedule (0.2)", range="> 0"),
+        F("decay-epochs", float, None, "epochs between decays of step (90); length of the decay of wsd and rsqrt, a "
+          "share of the schedule if below 1 (0.2)", range="> 0"),
         F("warmup-epochs", int, 5, "epochs of warm-up", range=">= 0"),
         F("warmup-prefix", bool, False, "warm up before the schedule instead of within it"),
         F("cooldown-epochs", int, 0, "epochs at --min-lr after a cyclic schedule", range=">= 0"),

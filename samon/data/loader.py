@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -180,6 +182,20 @@ class SplitTransform:
         return (final(image), *(final(augment(image)) for _ in range(self.count - 1)))
 
 
+def leave_signals_to_trainer(_: int) -> None:
+    """Workers outlive signals sent to the whole process group: the trainer finishes its step, then ends them."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # seen by the thread below alone
+    threading.Thread(target=_end_when_trainer_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_trainer_says(trainer: int) -> None:
+    while True:
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == trainer:
+            os._exit(0)
+
+
 class _Batches:
     """The data loader; without workers it runs in this process, whose generators it must not disturb."""
 
@@ -295,7 +311,7 @@ def create_loader(
     loader: Any = _Batches(DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate,
         pin_memory=pin_memory and device.type == 'cuda', drop_last=is_training,
-        persistent_workers=persistent_workers and num_workers > 0,
+        persistent_workers=persistent_workers and num_workers > 0, worker_init_fn=leave_signals_to_trainer,
         generator=torch.Generator()))  # its base seed would be drawn from the global generator
     if use_prefetcher:
         channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else len(mean)

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Kill training runs at every kind of moment and check that the continued run ends with the same bits.
+
+    python tools/check_interruptions.py            # 10 moments x {SIGTERM, SIGKILL one, SIGKILL all} x {1, 2} processes
+    python tools/check_interruptions.py --processes 2 --kinds kill-one --moments 3 7
+
+Real processes on the CPU, forked from one that has imported everything. A run that dies is started again with
+`--resume DIR` (or from the start if it died before its first state), as a scheduler or torchrun would.
+"""
+
+import argparse
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "samon.evals.validate"])
+UPDATES = 6  # per epoch
+ARGS = [
+    "--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10",
+    "--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353", "--val-num-samples", "40", "-j", "1",
+    "--epochs", "3", "--warmup-epochs", "1", "--lr", "0.02", "--model", "test_resnet",
+    "--opt", "samon-layerl2-momentum", "--model-ema", "--model-ema-decay", "0.9", "--drop", "0.1", "--mixup", "0.2",
+    "--reprob", "0.2", "--grad-accum-steps", "2", "-b", "8", "--sched-on-updates", "--checkpoint-interval", "2", "--device", "cpu",
+    "--sample-split",
+]  # fmt: skip
+# (where, epoch, update): right after an update, while a file is written, in validation, before the first update
+MOMENTS: list[tuple[str, int, int]] = [
+    ("start", 0, 0), ("update", 0, 1), ("update", 0, 3), ("write", 0, 4), ("update", 0, 6), ("validate", 0, 6),
+    ("write", 1, 0), ("update", 1, 2), ("update", 1, 5), ("validate", 2, 6),
+]  # fmt: skip
+KINDS = ("term", "kill-one", "kill-all")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment: Any, number: int) -> None:
+    """One training process; at `moment` it sends itself the signal."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
+    multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
+    import train
+    from samon import cli
+
+    if moment is not None:
+        _arm(moment, lambda: os.killpg(0, number))  # data workers get it too, as from torchrun or Slurm
+    cli.run(lambda: train.main(argv))
+
+
+def _arm(moment: tuple[str, int, int], fire: Callable[[], None]) -> None:
+    """Call `fire` when training reaches the moment."""
+    from samon import checkpoint, loop
+
+    where, epoch, update = moment
+    at = {"epoch": -1, "update": -1}
+    after_update, begin, write, validate = loop.after_update, loop.train_epoch, checkpoint.torch.save, loop.validate
+
+    def reached(kind: str) -> bool:
+        return where == kind and (at["epoch"], at["update"]) == (epoch, update)
+
+    def on_begin(run: Any, p: Any, *rest: Any) -> Any:
+        at.update(epoch=p.epoch, update=p.updates)
+        if reached("start"):
+            fire()
+        return begin(run, p, *rest)
+
+    def on_update(run: Any, p: Any) -> None:
+        after_update(run, p)
+        at.update(epoch=p.epoch, update=p.updates)
+        if reached("update"):
+            fire()
+
+    def on_write(content: Any, file: Any) -> None:
+        done = content["progress"]["epoch_done"]
+        here = (content["epoch"] + 1, 0) if done else (content["epoch"], content["progress"]["updates"])
+        if where == "write" and here == (epoch, update):
+            file.write(b"half a file")
+            file.flush()
+            fire()
+        write(content, file)
+
+    def on_validate(run: Any, p: Any, keeper: Any) -> Any:
+        if reached("validate"):
+            fire()
+        return validate(run, p, keeper)
+
+    vars(loop).update(after_update=on_update, train_epoch=on_begin, validate=on_validate)
+    vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))
+
+
+def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str = "") -> list[int]:
+    """Exit codes of a run's processes. On `kill-one` the last rank dies (rank 0 where it is in a write)."""
+    port = free_port()
+    number = signal.SIGTERM if kind == "term" else signal.SIGKILL
+    victims = {0 if moment and moment[0] == "write" else world - 1} if kind == "kill-one" else set(range(world))
+    group = [
+        CONTEXT.Process(
+            target=_process,
+            args=(rank, world, port, argv, str(log), moment if rank in victims else None, number),
+        )
+        for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    _watch(group)
+    return [process.exitcode for process in group]
+
+
+def _watch(group: list[Any], limit: float = 60.0) -> None:
+    """Wait for all; once one has died abnormally the others get a few seconds, as torchrun gives them."""
+    end = time.monotonic() + limit
+    while any(process.is_alive() for process in group) and time.monotonic() < end:
+        if any(process.exitcode not in (None, 0) for process in group):
+            end = min(end, time.monotonic() + 15)
+        time.sleep(0.02)
+    for process in group:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR2)
+            time.sleep(0.5)
+            process.kill()
+        process.join()
+
+
+def interrupted(directory: Path, world: int, moment: tuple[str, int, int], kind: str) -> str:
+    """Run, die at the moment, continue to the end; returns what went wrong, or nothing."""
+    argv = [*ARGS, "--output", str(directory.parent), "--experiment", directory.name]
+    codes = launch(argv, world, directory.with_suffix(".log"), moment, kind)
+    if all(code == 0 for code in codes):
+        return "the run was not interrupted"
+    if kind == "term" and set(codes) != {128 + signal.SIGTERM}:
+        return f"exit codes {codes} after SIGTERM"
+    has_state = any(directory.glob("*.pth.tar"))
+    codes = launch([*argv, "--resume", str(directory)] if has_state else argv, world, directory.with_suffix(".log"))
+    return "" if all(code == 0 for code in codes) else f"exit codes {codes} of the continued run"
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs ended with the same weights, averages and optimizer state, bit for bit."""
+    first, second = (torch.load(path / "last.pth.tar", weights_only=True) for path in (a, b))
+    return all(_equal(first[key], second[key]) for key in ("state_dict", "state_dict_ema", "optimizer"))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def prepare(world: int) -> None:
+    """The number of training samples that gives UPDATES per epoch."""
+    samples = UPDATES * 2 * 8 * world
+    if "--train-num-samples" in ARGS:
+        ARGS[ARGS.index("--train-num-samples") + 1] = str(samples)
+    else:
+        ARGS.extend(["--train-num-samples", str(samples)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--moments", type=int, nargs="+", default=range(len(MOMENTS)), help="numbers from 0")
+    chosen = parser.parse_args()
+    failures = total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for world in chosen.processes:
+            prepare(world)
+            whole = Path(folder) / f"whole-{world}"
+            codes = launch([*ARGS, "--output", folder, "--experiment", whole.name], world, whole.with_suffix(".log"))
+            if any(codes):
+                print(whole.with_suffix(".log").read_text())
+                raise SystemExit(f"the uninterrupted run ended with {codes}")
+            for kind in chosen.kinds:
+                for number in chosen.moments:
+                    directory = Path(folder) / f"{kind}-{number}-{world}"
+                    problem = interrupted(directory, world, MOMENTS[number], kind)
+                    problem = problem or ("" if same(whole, directory) else "the final weights differ")
+                    total, failures = total + 1, failures + bool(problem)
+                    print(f"{world} process(es), {kind:8}, {MOMENTS[number]}: {problem or 'identical'}", flush=True)
+                    if problem:
+                        print(directory.with_suffix(".log").read_text()[-3000:])
+                    shutil.rmtree(directory, ignore_errors=True)
+    print(f"{total - failures} of {total} ended bit-identical")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
