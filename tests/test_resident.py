@@ -75,7 +75,7 @@ def test_autoaugment_equals_torchvisions_for_the_same_draws(monkeypatch: pytest.
     for i in range(count):
         given = (int(draws.policy[i]), draws.chance[i], (~draws.negative[i]).long())
         monkeypatch.setattr(reference, "get_params", lambda _, given=given: given)
-        torch.testing.assert_close(out[i], reference(images[i]), atol=1, rtol=0)
+        torch.testing.assert_close(out[i], reference(images[i]), atol=0, rtol=0)
     assert len(set(draws.policy.tolist())) == 25
     assert (out != images).flatten(1).any(1).float().mean() > 0.5
 

@@ -55,6 +55,9 @@ def test_grid_is_the_papers_by_the_recipes_name(tmp_path: Path) -> None:
     assert sweep.grid_of("samon-layerl2-adamw", vit) == [0.05, 0.1, 0.25, 0.5, 1]
     assert sweep.grid_of("samon", args_of(tmp_path, "--grid", "cifar10_resnet")) == [0.1, 0.5, 1]
     assert sweep.grid_of("samnn", args_of(tmp_path, "--rho", "0.3,0.4")) == [0.3, 0.4]
+    own = args_of(tmp_path, "--rho", "recipe")
+    assert [job.name for job in sweep.plan(own)] == ["sgd-seed0", "samon-seed0"]
+    assert "--rho" not in sweep.command(sweep.plan(own)[1], own)
 
 
 def test_plan_is_every_combination_once(tmp_path: Path) -> None:

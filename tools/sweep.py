@@ -5,7 +5,7 @@
     python tools/sweep.py -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
 
 What follows `--` goes to every train.py. rho is taken from the recipe's grid in hparams/rho_grids.yaml (`--grid`),
-or from `--rho`. Every run has its own directory under --output. Start it again after an interruption: finished runs
+from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output. Start it again after an interruption: finished runs
 are skipped, dead ones continue from their last state, and runs that another sweep is doing are left to it.
 """
 
@@ -71,8 +71,8 @@ def split_list(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
 
 
 def grid_of(opt: str, args: argparse.Namespace) -> list[float | None]:
-    """The values of rho to try for an optimizer: one None for those that have none."""
-    if not is_sam_name(opt):
+    """The values of rho to try for an optimizer: one None for those that have none, or whose recipe says it."""
+    if not is_sam_name(opt) or args.rho == "recipe":
         return [None]
     if args.rho:
         return list(split_list(args.rho, float, "--rho"))
@@ -231,7 +231,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-c", "--config", required=True, help="recipe, as for train.py")
     parser.add_argument("--opts", required=True, help="optimizer names, with commas")
     parser.add_argument("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
-    parser.add_argument("--rho", default="", help="values for every sharpness-aware optimizer, instead of the grid")
+    parser.add_argument("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
     parser.add_argument("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
     parser.add_argument("--grids", default=str(ROOT / "hparams/rho_grids.yaml"), help="file of grids")
     parser.add_argument("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
