@@ -5,8 +5,9 @@
     python tools/sweep.py -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
 
 What follows `--` goes to every train.py. rho is taken from the recipe's grid in hparams/rho_grids.yaml (`--grid`),
-from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output. Start it again after an interruption: finished runs
-are skipped, dead ones continue from their last state, and runs that another sweep is doing are left to it.
+from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output.
+Start it again after an interruption: finished runs are skipped, dead ones continue from their last state, and runs
+that another sweep is doing are left to it.
 """
 
 import argparse
