@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset as create_timm_dataset
 from timm.data.dataset_factory import _search_split
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
@@ -25,14 +24,14 @@ from torch.utils.data import Dataset
 from samon.data import shards
 from samon.data.decode import decode_pil
 from samon.data.faults import SampleError
+from samon.data.loader import _indexed_source
 from samon.errors import UserError
 
 Sample = tuple[bytes, int, str]  # encoded image, label, name
 
 
 class EvalImages(Dataset):
-    """Images in a fixed order: `transform(image), row_of(label, name)`; a damaged one stops the evaluation.
-    """
+    """Images in a fixed order: `transform(image), row_of(label, name)`; a damaged one stops the evaluation."""
 
     def __init__(self, count: int, read: Callable[[list[int]], list[Sample]], class_names: list[str] | None):
         self.count, self.read, self.class_names = count, read, class_names
@@ -75,9 +74,7 @@ def from_folder(root: str, split: str, class_map: str = "", keep: set[str] | Non
     names = sorted(classes, key=classes.__getitem__)
     found = [(path, label) for path, label in found if keep is None or names[label] in keep]
     if not found:
-        raise UserError(
-            f"{folder}: holds no images of this set in class folders; check --data-dir and --split"
-        )
+        raise UserError(f"{folder}: holds no images of this set in class folders; check --data-dir and --split")
 
     def read(indices: list[int]) -> list[Sample]:
         return [(Path(path).read_bytes(), label, path) for path, label in (found[i] for i in indices)]
@@ -85,9 +82,7 @@ def from_folder(root: str, split: str, class_map: str = "", keep: set[str] | Non
     return EvalImages(len(found), read, names)
 
 
-def from_shards(
-    root: str, split: str, image_key: str | None = None, label_key: str | None = None
-) -> EvalImages:
+def from_shards(root: str, split: str, image_key: str | None = None, label_key: str | None = None) -> EvalImages:
     """WebDataset shards as `samon.data.shards` finds them; class names from the info file, if it has them."""
     found = shards.load_split(root, split)
     reader = shards.ShardReader(image_key, label_key or found.label_key or None)
@@ -109,21 +104,19 @@ def from_shards(
     return EvalImages(ends[-1], read, names)
 
 
-def open_images(name: str, root: str, split: str, **kwargs: Any) -> Dataset:
-    """Any data set by timm's ``--dataset`` name, map-style, so that subsets can be chosen by index."""
-    prefix = name.split("/")[0]
-    if prefix == "wds":
-        return from_shards(root, split, kwargs.get("input_key"), kwargs.get("target_key"))
-    if name == "":
-        return from_folder(root, split, kwargs.get("class_map", ""))
-    if prefix in ("hfids", "tfds"):
-        raise UserError(
-            f"--dataset {name}: evaluation needs random access; use wds/, hfds/, torch/ or a folder"
-        )
-    dataset = create_timm_dataset(name, root=root, split=split, **kwargs)
-    if not hasattr(dataset, "__len__"):
-        raise UserError(f"--dataset {name}: evaluation needs a data set with random access")
-    return dataset
+def open_images(name: str, root: str, split: str, *, num_classes: int | None = None, **options: Any) -> Any:
+    """Any data set by its ``--dataset`` name with its labels as they are, map-style, so that subsets can be chosen."""
+    if name.startswith("wds"):
+        images: Any = from_shards(root, split, options["input_key"], options["target_key"])
+    elif name == "":
+        images = from_folder(root, split, options["class_map"])
+    else:
+        return _indexed_source(name, root, split, num_classes, **options)
+    images.img_mode = options["input_img_mode"]
+    found = len(images.class_names or ())
+    if num_classes and found > num_classes:
+        raise UserError(f"{root}: split {split!r} has {found} classes, the model {num_classes}; check --num-classes")
+    return images
 
 
 def choose(size: int, count: int | None, seed: int) -> list[int]:
@@ -151,15 +144,11 @@ class ShiftSet:
 
 
 SETS = {
-    "imagenet": ShiftSet("synset", 1000, 50_000),
-    "imagenet-real": ShiftSet("real", 1000, 50_000),
-    "imagenetv2-matched-frequency": ShiftSet("integer", 1000, 10_000),
-    "imagenetv2-threshold0.7": ShiftSet("integer", 1000, 10_000),
-    "imagenetv2-top-images": ShiftSet("integer", 1000, 10_000),
-    "imagenet-r": ShiftSet("synset", 200, 30_000, only="r"),
-    "imagenet-a": ShiftSet("synset", 200, 7_500, only="a"),
-    "imagenet-sketch": ShiftSet("synset", 1000, 50_889),
-    "objectnet": ShiftSet("objectnet", 113, 18_574, border=2),
+    "imagenet": ShiftSet("synset", 1000, 50_000), "imagenet-real": ShiftSet("real", 1000, 50_000),
+    "imagenetv2-matched-frequency": ShiftSet("integer", 1000, 10_000), "imagenetv2-threshold0.7": ShiftSet("integer",
+    1000, 10_000), "imagenetv2-top-images": ShiftSet("integer", 1000, 10_000), "imagenet-r": ShiftSet("synset", 200,
+    30_000, only="r"), "imagenet-a": ShiftSet("synset", 200, 7_500, only="a"), "imagenet-sketch": ShiftSet("synset",
+    1000, 50_889), "objectnet": ShiftSet("objectnet", 113, 18_574, border=2),
 }
 
 
@@ -183,9 +172,7 @@ def real_labels(path: str | None = None) -> Tensor:
     """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is
     given.
     """
-    data = (
-        Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    )
+    data = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
     assert data is not None
     labels = json.loads(data)
     table = torch.zeros(len(labels), 1000, dtype=torch.bool)
@@ -195,13 +182,10 @@ def real_labels(path: str | None = None) -> Tensor:
 
 
 def validation_number(name: str) -> int:
-    """0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG (or that shard key).
-    """
+    """0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG (or that shard key)."""
     number = re.search(r"ILSVRC2012_val_(\d{8})", name)
     if number is None:
-        raise UserError(
-            f"{name}: ReaL labels go by ImageNet's own file names, ILSVRC2012_val_00000001.JPEG ..."
-        )
+        raise UserError(f"{name}: ReaL labels go by ImageNet's own file names, ILSVRC2012_val_00000001.JPEG ...")
     return int(number[1]) - 1
 
 
@@ -214,9 +198,7 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
     if named == "real":
         return real_labels()
     if names is None:
-        raise UserError(
-            "shards of a shift set need class_names in _info.json; write them with tools/make_shards.py"
-        )
+        raise UserError("shards of a shift set need class_names in _info.json; write them with tools/make_shards.py")
     known: dict[str, list[int]]
     if named == "objectnet":
         known = objectnet_classes()
@@ -225,9 +207,7 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
         known = {str(i) if named == "integer" else synset: [i] for i, synset in enumerate(synsets)}
     strange = [name for name in names if name not in known]
     if (strange and named != "objectnet") or len(strange) == len(names):
-        form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(
-            named, "ObjectNet class"
-        )
+        form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")
         raise UserError(f"class folder {strange[0]!r} is no {form}; check the data set and its directory")
     table = torch.zeros(len(names), 1000, dtype=torch.bool)
     for row, name in enumerate(names):

@@ -20,9 +20,7 @@ from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
 
 ATTACKS = ("apgd-ce", "apgd-t")
-ROBUST = len(
-    ATTACKS
-)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
+ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
 
 
 class Normalized(nn.Module):
@@ -64,9 +62,7 @@ def seeded_noise(seed: int) -> Noise:
     def noise(attack: str, target: int, restart: int, index: Tensor, shape: torch.Size, norm: str) -> Tensor:
         rows = []
         for i in index.tolist():
-            words = np.random.SeedSequence([seed, ATTACKS.index(attack), target, restart, i]).generate_state(
-                2
-            )
+            words = np.random.SeedSequence([seed, ATTACKS.index(attack), target, restart, i]).generate_state(2)
             generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
             draw = torch.rand if norm == "linf" else torch.randn
             rows.append(draw(shape, generator=generator))
@@ -105,8 +101,7 @@ def dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
 def _evaluate(
     model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left.
-    """
+    """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)
@@ -117,11 +112,7 @@ def _evaluate(
 
 @torch.no_grad()
 def apgd(
-    model: nn.Module,
-    images: Tensor,
-    label: Tensor,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
+    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], start: Tensor,
     threat: Threat,
 ) -> tuple[Tensor, Tensor]:
     """One Auto-PGD run from ``start``: (fooled [B] bool, a misclassified image where fooled, else the clean
@@ -144,9 +135,7 @@ def apgd(
             found[rows[wrong]], fooled[rows[wrong]] = x[wrong], True
             left = ~wrong
             step.keep(left)
-            rows, centre, x, x_before, grad, before = (
-                t[left] for t in (rows, centre, x, x_before, grad, before)
-            )
+            rows, centre, x, x_before, grad, before = (t[left] for t in (rows, centre, x, x_before, grad, before))
             best, best_x, best_grad = best[left], best_x[left], best_grad[left]
         if i == threat.n_iter or not len(rows):
             break
@@ -171,9 +160,7 @@ def apgd(
 
 
 @torch.no_grad()
-def attack(
-    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise
-) -> Tensor:
+def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise) -> Tensor:
     """Outcome of every image [B] (see `ROBUST`): each run attacks only the points that are still robust."""
     logits = model(images)
     classes = logits.shape[1]
@@ -193,9 +180,7 @@ def attack(
                     return outcome
                 x, y, wanted = images[rows], label[rows], ranking[rows, -target]
 
-                def loss_fn(
-                    z: Tensor, r: Tensor, name: str = name, y: Tensor = y, t: Tensor = wanted
-                ) -> Tensor:
+                def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, t: Tensor = wanted) -> Tensor:
                     if name == "apgd-ce":
                         return F.cross_entropy(z, y[r], reduction="none")
                     return dlr_targeted(z, y[r], t[r])
@@ -231,13 +216,8 @@ def full_precision() -> Iterator[None]:
 
 
 def robust_outcomes(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    threats: list[Threat],
-    *,
-    device: torch.device | str,
-    state: Path | None = None,
-    noise: Noise | None = None,
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], threats: list[Threat], *,
+    device: torch.device | str, state: Path | None = None, noise: Noise | None = None,
 ) -> dict[Threat, Tensor]:
     """{threat: outcomes of this process's images, int64 [n]}, images in the order ``batches`` gives them.
 
@@ -258,12 +238,7 @@ def robust_outcomes(
                         outcomes[threat].append(torch.from_numpy(np.load(path)))
                         continue
                     result = attack(
-                        model,
-                        images.to(device),
-                        label.to(device),
-                        index,
-                        threat,
-                        noise or seeded_noise(threat.seed),
+                        model, images.to(device), label.to(device), index, threat, noise or seeded_noise(threat.seed)
                     ).cpu()
                     if path:
                         _store(path, result)

@@ -32,9 +32,7 @@ class StepSize:
     before.
     """
 
-    def __init__(
-        self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False
-    ):
+    def __init__(self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False):
         self.size = initial.clone()  # [B]
         self.checks, self.rho, self.strict = checks, rho, strict
         self.count = torch.zeros_like(initial)

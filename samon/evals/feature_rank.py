@@ -39,9 +39,7 @@ def _hooked(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     modules = dict(model.named_modules())
     if layer not in modules:
         near = [name for name in modules if layer.split(".")[0] in name][:5] or list(modules)[1:6]
-        raise UserError(
-            f"feature_rank: the model has no layer {layer!r}; it has for example {', '.join(near)}"
-        )
+        raise UserError(f"feature_rank: the model has no layer {layer!r}; it has for example {', '.join(near)}")
     caught: list[Tensor] = []
     handle = modules[layer].register_forward_hook(lambda _module, _args, out: caught.append(out))
     try:
@@ -49,9 +47,7 @@ def _hooked(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     finally:
         handle.remove()
     if len(caught) != 1 or not isinstance(caught[0], Tensor):
-        raise UserError(
-            f"feature_rank: layer {layer!r} ran {len(caught)} times or gave no tensor; name another"
-        )
+        raise UserError(f"feature_rank: layer {layer!r} ran {len(caught)} times or gave no tensor; name another")
     return caught[0]
 
 
@@ -79,13 +75,8 @@ def rank_of(squares: Tensor, share: float = 0.99) -> int:
 
 @torch.no_grad()
 def feature_matrix(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    count: int,
-    *,
-    device: torch.device | str,
-    layer: str = "",
-    token: str = "auto",
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, *, device: torch.device | str, layer: str =
+    "", token: str = "auto",
 ) -> Tensor:
     """[count, D] features in eval mode; ``batches`` yields (rows of the matrix, images), other rows stay
     zero.

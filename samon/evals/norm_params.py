@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.optim.selection import norm_modules
 
-Values = dict[
-    tuple[str, str], list[tuple[str, Tensor]]
-]  # (layer type, gamma|beta) -> [(layer, values)] by depth
+Values = dict[tuple[str, str], list[tuple[str, Tensor]]]  # (layer type, gamma|beta) -> [(layer, values)] by depth
 
 
 def values(model: nn.Module) -> Values:
@@ -30,17 +28,10 @@ def values(model: nn.Module) -> Values:
 
 def statistics(w: Tensor) -> dict[str, float]:
     """Numbers that describe a distribution: of w and of |w| (Figure 9 shows |w|)."""
-    low, median, high = torch.quantile(
-        w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    ).tolist()
+    low, median, high = torch.quantile(w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     return {
-        "mean": float(w.double().mean()),
-        "std": float(w.double().std(correction=0)),
-        "q05": low,
-        "median": median,
-        "q95": high,
-        "abs_mean": float(w.double().abs().mean()),
-        "abs_max": float(w.abs().max()),
+        "mean": float(w.double().mean()), "std": float(w.double().std(correction=0)), "q05": low, "median": median,
+        "q95": high, "abs_mean": float(w.double().abs().mean()), "abs_max": float(w.abs().max()),
     }
 
 
@@ -53,15 +44,12 @@ def rows(found: Values) -> list[dict[str, Any]]:
         everything = torch.cat([w for _, w in layers])
         for depth, (name, w) in enumerate([("all", everything), *layers]):
             place = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
-            out += [
-                {"metric": f"{role}_{key}", "value": value, **place} for key, value in statistics(w).items()
-            ]
+            out += [{"metric": f"{role}_{key}", "value": value, **place} for key, value in statistics(w).items()]
     return out
 
 
 def plot(models: dict[str, Values], path: Path) -> None:
-    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth.
-    """
+    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -76,9 +64,7 @@ def plot(models: dict[str, Values], path: Path) -> None:
         for name, entries in layers.items():
             if entries:
                 magnitudes = torch.cat([w.abs() for _, w in entries]).numpy()
-                top.hist(
-                    magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, label=name
-                )
+                top.hist(magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, label=name)
                 bottom.plot([float(w.abs().mean()) for _, w in entries], marker=".", label=name)
         top.set(title=f"{kind} {role}", xlabel=f"|{role}|", ylabel="parameters")
         bottom.set(xlabel="depth (layers from the input)", ylabel=f"mean |{role}|")

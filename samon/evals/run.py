@@ -71,6 +71,8 @@ class Entry:
             columns = [int(line) for line in Path(args.valid_labels).read_text().split()]
             self.scorings = {"valid labels": (columns, None)}
         if args.real_labels:
+            if not isinstance(images, suites.EvalImages):
+                raise UserError(f"--real-labels needs image files; --dataset {self.dataset} has none")
             table = suites.real_labels(None if args.real_labels == "real" else args.real_labels)
             self.scorings = {"ReaL": (None, table)}
             images.row_of = lambda _label, name: suites.validation_number(name)
@@ -78,13 +80,12 @@ class Entry:
 
     def plain(self, args: argparse.Namespace, split: str) -> Any:
         """A split with its labels as they are."""
-        keys = {"input_key": args.input_key, "target_key": args.target_key, "class_map": args.class_map}
-        extra = {"download": args.dataset_download, "trust_remote_code": args.dataset_trust_remote_code}
-        given = {key: value for key, value in (keys | extra).items() if value}
-        images = suites.open_images(self.dataset, self.root, split, **given)
-        if hasattr(images, "img_mode"):
-            images.img_mode = args.input_img_mode or ("L" if args.in_chans == 1 else "RGB")
-        return images
+        return suites.open_images(
+            self.dataset, self.root, split, class_map=args.class_map, input_key=args.input_key,
+            target_key=args.target_key, download=args.dataset_download,
+            input_img_mode=args.input_img_mode or ("L" if args.in_chans == 1 else "RGB"),
+            trust_remote_code=args.dataset_trust_remote_code, num_classes=args.num_classes,
+        )
 
 
 class Part(Subset):
@@ -113,17 +114,23 @@ def batches(
     mean, std = ((0.0,) * len(c["mean"]), (1.0,) * len(c["std"])) if raw else (c["mean"], c["std"])
     part: Any = Part(images, mine)
     loader = create_loader(
-        part, c["input_size"], size, is_training=False, interpolation=c["interpolation"], mean=mean,
-        std=std, num_workers=args.workers, crop_pct=c["crop_pct"], crop_mode=c["crop_mode"],
-        crop_border_pixels=args.crop_border_pixels, pin_memory=args.pin_mem, device=t.device,
-        use_prefetcher=not args.no_prefetcher, persistent_workers=False,
-    )  # fmt: skip
-    for k, (x, y) in enumerate(loader):
-        yield t.rank + k * t.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+        part, c["input_size"], size, is_training=False, interpolation=c["interpolation"], mean=mean, std=std,
+        num_workers=args.workers, crop_pct=c["crop_pct"], crop_mode=c["crop_mode"],
+        crop_border_pixels=args.crop_border_pixels, pin_memory=args.pin_mem, device=t.device, use_prefetcher=not
+        args.no_prefetcher, persistent_workers=False,
+    )
+    try:
+        for k, (x, y) in enumerate(loader):
+            yield t.rank + k * t.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+    except UserError as error:  # torch puts a worker's traceback in front of its message
+        raise UserError(str(error).splitlines()[-1].removeprefix("samon.errors.UserError: ")) from None
 
 
 def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
     """top1, top5 and loss under every reading of the set's labels."""
+    classes = getattr(t.model, "num_classes", 1000)
+    if entry.kind and classes != 1000:
+        raise UserError(f"{entry.name}: needs a model of the 1000 ImageNet classes, {t.args.model} has {classes}")
     images = entry.images(t.args)
     chosen = suites.choose(len(images), t.args.num_samples, t.args.seed)
     dtype = next(t.model.parameters()).dtype
@@ -135,14 +142,8 @@ def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
         loader = ((x.to(dtype), y) for _, _, x, y in batches(t, images, chosen, size))
         try:
             found = score(
-                net,
-                loader,
-                entry.scorings,
-                device=t.device,
-                amp_autocast=t.autocast,
-                channels_last=t.args.channels_last,
-                log=log.info,
-                log_every=t.args.log_freq,
+                net, loader, entry.scorings, device=t.device, amp_autocast=t.autocast,
+                channels_last=t.args.channels_last, log=log.info, log_every=t.args.log_freq,
             )
             break
         except torch.OutOfMemoryError:
@@ -156,9 +157,7 @@ def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
         extra = {"setting": setting} if setting else {}
         if entry.mismatch or (entry.kind == "objectnet" and n != suites.SETS["objectnet"].images):
             extra["mismatch"] = entry.mismatch or f"{n} images, published {suites.SETS['objectnet'].images}"
-        rows += [
-            {"metric": key, "value": round(v, 6), "num_samples": n, **extra} for key, v in values.items()
-        ]
+        rows += [{"metric": key, "value": round(v, 6), "num_samples": n, **extra} for key, v in values.items()]
     return rows
 
 
@@ -192,9 +191,7 @@ def apgd_rows(t: Target, entry: Entry) -> list[Row]:
     images = entry.images(t.args)
     columns, table = next(iter(entry.scorings.values()))
     if columns is not None or (table is not None and int(table.sum(1).max()) > 1):
-        raise UserError(
-            f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones"
-        )
+        raise UserError(f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones")
     labels = None if table is None else table.float().argmax(1)
     chosen = suites.choose(len(images), t.args.num_samples, t.args.seed)
     size = t.args.apgd_batch_size
@@ -204,11 +201,7 @@ def apgd_rows(t: Target, entry: Entry) -> list[Row]:
     def stream() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         count = -(-len(suites.share(chosen, size, t.rank, t.world)) // size)
         for _, index, x, y in tqdm(
-            batches(t, images, chosen, size, raw=True),
-            f"apgd {entry.name}",
-            count,
-            disable=t.rank != 0,
-            unit="batch",
+            batches(t, images, chosen, size, raw=True), f"apgd {entry.name}", count, disable=t.rank != 0, unit="batch"
         ):
             yield index, x, y if labels is None else labels.to(y.device)[y]
 
@@ -236,15 +229,15 @@ def sharpness_rows(t: Target, entry: Entry) -> list[Row]:
     chosen = chosen[: len(chosen) // args.sharpness_m * args.sharpness_m]
     count = len(chosen) // args.sharpness_m
     if not count:
-        raise UserError(f"sharpness: {len(images)} images in {entry.name} {args.sharpness_split} are fewer than "
-                        f"--sharpness-m {args.sharpness_m}")  # fmt: skip
+        raise UserError(
+            f"sharpness: {len(images)} images in {entry.name} {args.sharpness_split} are fewer than "
+            f"--sharpness-m {args.sharpness_m}"
+        )
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(args.seed + 1)).tolist()
     chosen = [chosen[i] for i in order]  # sets lie sorted by class; a batch should not hold one class
     stream = ((number, x, y) for number, _, x, y in batches(t, images, chosen, args.sharpness_m))
     shown = tqdm(stream, f"sharpness {entry.name}", -(-(count - t.rank) // t.world), disable=t.rank != 0)
-    found = sharpness(
-        t.model, shown, count, measures, device=t.device, mode=args.sharpness_mode, seed=args.seed
-    )
+    found = sharpness(t.model, shown, count, measures, device=t.device, mode=args.sharpness_mode, seed=args.seed)
     rows = []
     for measure, values in found.items():
         value = float(t.total(values).mean())
@@ -258,18 +251,14 @@ def feature_rank_rows(t: Target, entry: Entry) -> list[Row]:
     args = t.args
     centrings = args.feature_centring.split(",")
     if set(centrings) - set(feature_rank.CENTRINGS):
-        raise UserError(
-            f"--feature-centring {args.feature_centring}: use {', '.join(feature_rank.CENTRINGS)}"
-        )
+        raise UserError(f"--feature-centring {args.feature_centring}: use {', '.join(feature_rank.CENTRINGS)}")
     split = args.feature_split or entry.split
     images = entry.plain(args, split)
     chosen = suites.choose(len(images), args.feature_samples, args.seed)
     size = min(args.batch_size, -(-len(chosen) // t.world))
     rows = []
     for layer in args.feature_layer:
-        stream = (
-            (torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in batches(t, images, chosen, size)
-        )
+        stream = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in batches(t, images, chosen, size))
         phi = feature_rank.feature_matrix(
             t.model, stream, len(chosen), device=t.device, layer=layer, token=args.feature_token
         )
@@ -279,9 +268,7 @@ def feature_rank_rows(t: Target, entry: Entry) -> list[Row]:
             rank = feature_rank.rank_of(feature_rank.energies(phi, centring))
             about = {"layer": layer or "forward_features", "centring": centring, "features": phi.shape[1]}
             setting = {"setting": f"{about['layer']} {centring}-centred", "split": split}
-            rows.append(
-                {"metric": "feature_rank", "value": rank, "num_samples": len(chosen), **about, **setting}
-            )
+            rows.append({"metric": "feature_rank", "value": rank, "num_samples": len(chosen), **about, **setting})
     return rows
 
 
@@ -292,10 +279,7 @@ def norm_params_rows(t: Target) -> list[Row]:
 
 
 RUN: dict[str, Callable[[Target, Entry], list[Row]]] = {
-    "accuracy": accuracy_rows,
-    "apgd": apgd_rows,
-    "sharpness": sharpness_rows,
-    "feature_rank": feature_rank_rows,
+    "accuracy": accuracy_rows, "apgd": apgd_rows, "sharpness": sharpness_rows, "feature_rank": feature_rank_rows,
 }
 
 

@@ -79,19 +79,12 @@ class Measure:
 
 PRESETS = {
     "table6": [
-        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
-        "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
+        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007", "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
     ],
     "table18": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005,0.007"],
     "table19": [
-        "average-l2@0.005",
-        "average-l2-adaptive@0.1",
-        "average-linf@0.01",
-        "average-linf-adaptive@0.2",
-        "worst-l2@0.05",
-        "worst-l2-adaptive@0.25",
-        "worst-linf@1e-5",
-        "worst-linf-adaptive@0.004",
+        "average-l2@0.005", "average-l2-adaptive@0.1", "average-linf@0.01", "average-linf-adaptive@0.2",
+        "worst-l2@0.05", "worst-l2-adaptive@0.25", "worst-linf@1e-5", "worst-linf-adaptive@0.004",
     ],
 }
 
@@ -130,8 +123,7 @@ def _ascent(delta: list[Tensor], grads: list[Tensor], t: list[Tensor], size: flo
 
 
 def worst_autopgd(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
-    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed.
-    """
+    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
     p, rho, steps = P[measure.norm], measure.rho, measure.steps
     delta = previous = best_delta = [torch.zeros_like(a) for a in t]
     start, grads = loss_of(delta, True)
@@ -140,9 +132,7 @@ def worst_autopgd(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
     for i in range(steps):
         z = project(_ascent(delta, grads, t, float(step.size), p), t, rho, p)
         momentum = 0.75 if i else 1.0
-        moved = _mix(
-            1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous)
-        )
+        moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
         previous, delta = delta, project(moved, t, rho, p)
         loss, grads = loss_of(delta, i + 1 < steps)
         improved, before = loss > before, loss
@@ -155,8 +145,7 @@ def worst_autopgd(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
 
 
 def reference_checkpoints(n_iter: int) -> dict[int, int]:
-    """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0.
-    """
+    """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0."""
     fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
     while ends[-1] < n_iter and ends[-1] != ends[-2]:
         fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
@@ -197,9 +186,7 @@ def worst_reference(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
         if p == math.inf:
             z = project(_ascent(delta, grads, t, size, p), t, rho, p)
         else:
-            along = torch._foreach_div(
-                [a * g for a, g in zip(t, grads, strict=True)], global_norm(grads) + 1e-12
-            )
+            along = torch._foreach_div([a * g for a, g in zip(t, grads, strict=True)], global_norm(grads) + 1e-12)
             moved = _mix(1.0, delta, size, list(along))
             z = project_euclidean(moved, t, rho) if measure.adaptive else project(moved, t, rho, p)
         previous, delta = delta, _mix(0.75, z, 0.25, previous)
@@ -221,11 +208,7 @@ def average_case(loss_of: Loss, t: list[Tensor], measure: Measure, seed: int) ->
     for _ in range(measure.steps):
         draws = [torch.empty_like(a) for a in t]
         for draw in draws:
-            _ = (
-                draw.normal_(generator=generator)
-                if measure.norm == "l2"
-                else draw.uniform_(-1, 1, generator=generator)
-            )
+            _ = draw.normal_(generator=generator) if measure.norm == "l2" else draw.uniform_(-1, 1, generator=generator)
         loss, _ = loss_of([measure.rho * a * n for a, n in zip(t, draws, strict=True)], False)
         total += float(loss.double() - start.double())
     return total / measure.steps
@@ -234,8 +217,7 @@ def average_case(loss_of: Loss, t: list[Tensor], measure: Measure, seed: int) ->
 def batch_sharpness(
     model: nn.Module, images: Tensor, label: Tensor, measure: Measure, mode: str = "reference", seed: int = 0
 ) -> float:
-    """Sharpness on one batch of m images. The model is left bit for bit as it was, also after an exception.
-    """
+    """Sharpness on one batch of m images. The model is left bit for bit as it was, also after an exception."""
     parameters: list[Tensor] = list(model.parameters())
     with full_precision(), restored(parameters) as weights:
         t = [w.abs() if measure.adaptive else torch.ones_like(w) for w in weights]
@@ -267,14 +249,8 @@ def batch_sharpness(
 
 
 def sharpness(
-    model: nn.Module,
-    batches: Iterable[tuple[int, Tensor, Tensor]],
-    count: int,
-    measures: list[Measure],
-    *,
-    device: torch.device | str,
-    mode: str = "reference",
-    seed: int = 0,
+    model: nn.Module, batches: Iterable[tuple[int, Tensor, Tensor]], count: int, measures: list[Measure], *,
+    device: torch.device | str, mode: str = "reference", seed: int = 0,
 ) -> dict[Measure, Tensor]:
     """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
 
@@ -285,7 +261,5 @@ def sharpness(
     for number, images, label in batches:
         images, label = images.to(device), label.to(device)
         for measure in measures:
-            values[measure][number] = batch_sharpness(
-                model, images, label, measure, mode, seed * 1_000_003 + number
-            )
+            values[measure][number] = batch_sharpness(model, images, label, measure, mode, seed * 1_000_003 + number)
     return values

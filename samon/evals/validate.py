@@ -1,5 +1,4 @@
-"""validate.py from command line to results: settings -> model and data sets -> evaluations -> table and file.
-"""
+"""validate.py from command line to results: settings -> model and data sets -> evaluations -> table and file."""
 
 import argparse
 import logging
@@ -30,9 +29,12 @@ from samon.flags import by_key, nearest, parse_command_line
 
 log = logging.getLogger("samon")
 DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sharpness, feature rank."
+_WEIGHTS = (".pth.tar", ".pth", ".safetensors")
 # Settings of a training run that its checkpoint carries and that decide how it must be evaluated.
-_FROM_CHECKPOINT = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation",
-                    "crop_pct", "gp", "model_kwargs", "input_img_mode")  # fmt: skip
+_FROM_CHECKPOINT = (
+    "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "gp",
+    "model_kwargs", "input_img_mode",
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,9 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         result_format(args.results_file, args.results_format)
     low = args.amp or args.model_dtype not in (None, "float32")
     if low and set(args.evals) - {"accuracy"}:
-        raise UserError(
-            "--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them"
-        )
+        raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
     if not args.suite and not args.data_dir and set(args.evals) - {"norm_params"}:
         raise UserError("no data set; give --data-dir, or several with --suite")
     return args
@@ -62,9 +62,7 @@ def _evals(text: str | list[str], where: str) -> list[str]:
     names = text.split(",") if isinstance(text, str) else text
     for name in names:
         if name not in EVALS:
-            raise UserError(
-                f"{where}: unknown evaluation {name!r}{nearest(name, EVALS)}; use {', '.join(EVALS)}"
-            )
+            raise UserError(f"{where}: unknown evaluation {name!r}{nearest(name, EVALS)}; use {', '.join(EVALS)}")
     return names
 
 
@@ -78,9 +76,7 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--suite {args.suite} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
-        raise UserError(
-            f"--suite {args.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}"
-        )
+        raise UserError(f"--suite {args.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
     return [_suite_entry(item, f"--suite {args.suite}", args) for item in content]
 
 
@@ -105,15 +101,9 @@ def checkpoints(args: argparse.Namespace) -> list[str]:
     found = []
     for path in args.checkpoint:
         if Path(path).is_dir():
-            inside = sorted(
-                str(p)
-                for pattern in ("*.pth.tar", "*.pth", "*.safetensors")
-                for p in Path(path).glob(pattern)
-            )
+            inside = [str(p) for p in sorted(Path(path).iterdir()) if p.name.endswith(_WEIGHTS)]
             if not inside:
-                raise UserError(
-                    f"--checkpoint {path}: no .pth.tar, .pth or .safetensors file in this directory"
-                )
+                raise UserError(f"--checkpoint {path}: no {', '.join(_WEIGHTS)} file in this directory")
             found += inside
         elif not Path(path).is_file():
             raise UserError(f"--checkpoint {path}: no such file")
@@ -128,10 +118,7 @@ def settle_model(args: argparse.Namespace, checkpoint: str) -> argparse.Namespac
     if args.model is None:
         stored: Any = {}
         if checkpoint and not checkpoint.endswith(".safetensors"):
-            with (
-                user_errors(f"--checkpoint {checkpoint}"),
-                torch.serialization.safe_globals([argparse.Namespace]),
-            ):
+            with user_errors(f"--checkpoint {checkpoint}"), torch.serialization.safe_globals([argparse.Namespace]):
                 stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
         trained = stored.get("args") if isinstance(stored, dict) else None
         if not isinstance(stored, dict) or not stored.get("arch"):
@@ -149,13 +136,15 @@ def settle_model(args: argparse.Namespace, checkpoint: str) -> argparse.Namespac
 def build(args: argparse.Namespace, checkpoint: str, device: torch.device, rank: int, world: int) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
     set_fast_norm(args.fast_norm)
+    utils.random_seed(args.seed)  # without weights to load, every process makes the same ones
     in_chans = args.in_chans or (args.input_size or [3])[0]
     args.in_chans = in_chans
     with user_errors(f"--model {args.model}"):
         model = timm.create_model(
-            args.model, pretrained=args.pretrained and not checkpoint, num_classes=args.num_classes,
-            in_chans=in_chans, global_pool=args.gp, **args.model_kwargs,
-        )  # fmt: skip
+            args.model, pretrained=args.pretrained and not checkpoint, num_classes=args.num_classes, in_chans=in_chans,
+            global_pool=args.gp, **args.model_kwargs,
+        )
+    args.num_classes = model.num_classes
     if checkpoint:
         try:
             timm.models.load_checkpoint(model, checkpoint, args.use_ema)
@@ -187,8 +176,7 @@ def results(args: argparse.Namespace, device: torch.device, rank: int, world: in
         target = build(settled, path, device, rank, world)
         about: Row = {"model": settled.model} | ({"checkpoint": path} if path else {})
         for entry in sets:
-            with user_errors():
-                yield from evaluate(target, entry, about)
+            yield from evaluate(target, entry, about)
         if "norm_params" in args.evals:
             place = {"dataset": "", "split": "", "eval": "norm_params"}
             yield from ({**about, **place, **row} for row in norm_params_rows(target))

@@ -23,7 +23,7 @@ from samon.evals.apgd import StepSize, checkpoints
 
 @pytest.fixture(scope="module")
 def trained():
-    """(a small network that has learnt Fashion-MNIST, 32 of its images, their labels)."""
+    """(a small network that has learnt Fashion-MNIST, 24 of its images, their labels)."""
     torch.manual_seed(0)
     images = from_shards("data/fashion-mnist", "validation")
     items = [images[i] for i in range(600)]
@@ -41,7 +41,7 @@ def trained():
             optimizer.step()
     net.eval()
     assert (net(x).argmax(1) == y).float().mean() > 0.8
-    return net, x[:32], y[:32]
+    return net, x[:24], y[:24]
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255)])
@@ -99,8 +99,8 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
     def batches(size):
         return [(index[i : i + size], x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
 
-    whole = robust_outcomes(net, batches(32), [threat], device="cpu", state=tmp_path)[threat]
-    halves = robust_outcomes(net, batches(16), [threat], device="cpu", state=tmp_path)[threat]
+    whole = robust_outcomes(net, batches(24), [threat], device="cpu", state=tmp_path)[threat]
+    halves = robust_outcomes(net, batches(12), [threat], device="cpu", state=tmp_path)[threat]
     assert torch.equal(whole, halves)
     assert len(list(tmp_path.glob("*.npy"))) == 3
 
@@ -110,11 +110,11 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
 
     stored = Broken()
     stored.state_dict = net.state_dict
-    again = robust_outcomes(stored, batches(16), [threat], device="cpu", state=tmp_path)[threat]
+    again = robust_outcomes(stored, batches(12), [threat], device="cpu", state=tmp_path)[threat]
     assert torch.equal(again, whole)
     net[6].bias.data[0] += 1  # other weights: nothing stored fits
     try:
-        robust_outcomes(net, batches(16), [threat], device="cpu", state=tmp_path)
+        robust_outcomes(net, batches(12), [threat], device="cpu", state=tmp_path)
     finally:
         net[6].bias.data[0] -= 1
     assert len(list(tmp_path.glob("*.npy"))) == 5

@@ -71,7 +71,7 @@ def measure(kind, root, model=None, dataset="", split="", **changes):
         "channels_last": False, "log_freq": 100, "crop_border_pixels": None, "pin_mem": False,
         "no_prefetcher": True, "valid_labels": "", "real_labels": "", "input_key": None, "target_key": None,
         "class_map": "", "dataset_download": False, "dataset_trust_remote_code": False, "input_img_mode": None,
-        "in_chans": 3,
+        "in_chans": 3, "num_classes": 1000,
     }  # fmt: skip
     args = argparse.Namespace(**settings | changes)
     target = Target(args, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
