@@ -28,7 +28,8 @@ def vectors() -> tuple[list[Tensor], list[Tensor]]:
 def test_against_reference(geometry: str, vectors) -> None:
     weights, grads = vectors
     eps, _ = ascend(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
-    expected = reference.perturbation(geometry, dict(zip(NAMES, weights)), dict(zip(NAMES, grads)), RHO)
+    named = [dict(zip(NAMES, tensors, strict=True)) for tensors in (weights, grads)]
+    expected = reference.perturbation(geometry, *named, RHO)
     for name, e in zip(NAMES, eps, strict=True):
         torch.testing.assert_close(e, expected[name], rtol=1e-12, atol=0)
 

@@ -54,7 +54,8 @@ def test_groups_are_timms(model) -> None:
 
 
 def test_keyword_arguments_reach_their_place(model) -> None:
-    opt = create_optimizer_v2(model, "samon-fisher", lr=0.1, rho=0.3, eta=0.2, base_opt="lamb", betas=(0.8, 0.9), eps=1e-3)
+    other = {"base_opt": "lamb", "betas": (0.8, 0.9), "eps": 1e-3}
+    opt = create_optimizer_v2(model, "samon-fisher", lr=0.1, rho=0.3, eta=0.2, **other)
     assert (opt.rho, opt.eta, type(opt.base).__name__) == (0.3, 0.2, "Lamb")
     assert (opt.defaults["betas"], opt.defaults["eps"]) == ((0.8, 0.9), 1e-3)
     late = create_optimizer_v2(model, "samon", lr=0.1, perturb="layer4|stages.3|stages_3")

@@ -138,7 +138,7 @@ def test_perturbed_context_restores_bit_exactly() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     grads = {n: torch.randn_like(p) for n, p in opt.perturbed_parameters().items()}
     grads[next(iter(grads))] = None  # a missing gradient counts as zero
-    with pytest.raises(RuntimeError, match="inside"), opt.perturbed(grads):
+    with pytest.raises(RuntimeError, match="inside"), opt.perturbed(grads):  # noqa: PT012
         moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
         assert moved == list(grads)[1:]
         eps = torch.cat([(p - before[n]).flatten() for n, p in opt.perturbed_parameters().items()])

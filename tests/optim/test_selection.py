@@ -71,7 +71,7 @@ def test_frozen_parameters_are_left_out_and_shared_ones_counted_once() -> None:
     assert select(model, "samon").names == ["0.weight", "0.bias", "2.bias", "3.weight"]
     for module in (model[0], model[2], model[3]):
         module.requires_grad_(False)
-    with pytest.raises(ValueError, match="found: LayerNorm.*unfreeze"):
+    with pytest.raises(ValueError, match=r"found: LayerNorm.*unfreeze"):
         select(model, "samon")
 
 

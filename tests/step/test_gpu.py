@@ -11,7 +11,10 @@ import samon
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"bn_stats": "both", "same_noise": True}, {"perturb": "layer4"}])
+OPTIONS = ({}, {"groups": 4}, {"bn_stats": "both", "same_noise": True}, {"perturb": "layer4"})
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ["samon", "samon-layerl2", "sam-fisher", "sam-elemlinf"])
 def test_no_host_synchronisation(name: str, options: dict) -> None:
     options = dict(options)

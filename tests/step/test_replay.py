@@ -18,7 +18,8 @@ import samon
 # connections, attention that is not a module call, squeeze-excite, re-parametrised convolutions.
 MODELS = {
     "resnet18": 64, "resnet26": 32, "resnetv2_18": 32, "convnext_atto": 32, "vit_tiny_patch16_224": 32,
-    "deit3_small_patch16_224": 32, "swin_tiny_patch4_window7_224": 56, "efficientnet_b0": 32, "mobilenetv3_small_050": 32,
+    "deit3_small_patch16_224": 32, "swin_tiny_patch4_window7_224": 56, "efficientnet_b0": 32,
+    "mobilenetv3_small_050": 32,
     "densenet121": 32, "regnety_002": 32, "mixer_s32_224": 32, "poolformer_s12": 32, "xcit_nano_12_p16_224": 32,
     "cait_xxs24_224": 32, "coatnet_pico_rw_224": 32, "edgenext_xx_small": 64, "hrnet_w18_small": 64, "repvgg_a0": 32,
     "test_vit": 32, "test_efficientnet": 32,
