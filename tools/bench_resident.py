@@ -38,11 +38,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     rng = np.random.default_rng(0)
-    arrays = {"x_train": rng.integers(0, 256, (args.images, 32, 32, 3), dtype=np.uint8)}
-    arrays["y_train"] = rng.integers(0, 10, args.images)
+    images, labels = rng.integers(0, 256, (args.images, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, args.images)
     print(f"{device}, {args.workers} workers, {args.images} images of 32 px, batch 128, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as root:
-        np.savez(Path(root) / "random.npz", **arrays)
+        np.savez(Path(root) / "random.npz", x_train=images, y_train=labels)
         for aa in (None, "cifar10"):
             kwargs: dict[str, Any] = {"train_crop_mode": "pad", "auto_augment": aa, "color_jitter": 0.0}
             kwargs["device"] = device

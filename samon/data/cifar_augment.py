@@ -27,7 +27,9 @@ def padding(size: int) -> int:
     return max(1, size // 8)
 
 
-def create_transform(input_size: int | tuple[int, ...], *, is_training: bool = False, **kwargs: Any) -> Any:
+def create_transform(
+    input_size: int | tuple[int, int] | tuple[int, int, int], *, is_training: bool = False, **kwargs: Any
+) -> Any:
     """timm's `create_transform`, which also knows `train_crop_mode='pad'` and `auto_augment='cifar10'`.
 
     The pad crop stands where timm's random crop does (an image of another size is resized first), the policy
@@ -50,7 +52,7 @@ def create_transform(input_size: int | tuple[int, ...], *, is_training: bool = F
     if policy:
         flips = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
         behind = max((i for i, step in enumerate(steps) if isinstance(step, flips)), default=1 if pad else 0)
-        steps.insert(behind + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GREY))  # type: ignore[arg-type]
+        steps.insert(behind + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GREY))
     return transforms.Compose(steps)
 
 
