@@ -187,8 +187,9 @@ def test_pad_crop_and_policy_of_the_ordinary_loader(npz: Path) -> None:
     [
         ({"train_crop_mode": None}, "--train-crop-mode pad"),
         ({"auto_augment": "rand-m9"}, "--aa rand-m9"),
-        ({"color_jitter": 0.4}, "--color-jitter 0.4"),
-        ({"re_prob": 0.25}, "--reprob 0.25"),
+        ({"color_jitter": 0.4}, "--color-jitter;"),
+        ({"re_prob": 0.25}, "--reprob;"),
+        ({"size_schedule": object()}, "--train-img-sizes;"),
         ({"collate_fn": object()}, "--no-prefetcher"),
         ({"batch_size": 64}, "40 training samples do not fill one batch of 64"),
     ],

@@ -163,9 +163,9 @@ def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[s
     flags = {
         "vflip": "--vflip", "color_jitter": "--color-jitter", "grayscale_prob": "--grayscale-prob",
         "gaussian_blur_prob": "--gaussian-blur-prob", "re_prob": "--reprob", "num_aug_splits": "--aug-splits",
-        "num_aug_repeats": "--aug-repeats", "input_size_choices": "--train-img-sizes",
+        "num_aug_repeats": "--aug-repeats", "size_schedule": "--train-img-sizes",
     }  # fmt: skip
     for key, flag in flags.items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
         if rest.get(key) and not no_aug and not jitter_is_off:
-            raise UserError(f"--data-resident does not go with {flag} {rest[key]}; set it to 0")
+            raise UserError(f"--data-resident does not go with {flag}; leave it out or set it to 0")
