@@ -26,6 +26,7 @@ import samon
 from samon import data
 from samon.cli import user_errors
 from samon.config import Config
+from samon.data.sizes import SizeSchedule
 from samon.errors import UserError
 from samon.fine_tuning import freeze, weights_checked
 from samon.flags import nearest
@@ -82,6 +83,7 @@ def build(config: Config, world: World) -> Run:
     model = lay_out(config, model, world)
     config.lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config, model)
+    settle_step(config, samon.sam_of(optimizer))
     autocast, scaler = precision(config, world.device)
     ema = build_ema(config, model)
     train_loader, eval_loader, mixup = build_data(config, data_config, world)
@@ -191,6 +193,23 @@ def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def settle_step(c: Config, sam: Any) -> None:
+    """Say at the start which of the step's economies do not combine with how the model is run."""
+    if sam is None:
+        return
+    m = c.m_sharpness
+    grouped = sam.scope == "samon" and m not in ("device", "global") and int(m) < c.batch_size
+    if c.torchcompile and grouped:
+        raise UserError(
+            f"--m-sharpness {m} puts other normalization layers into the model at every step, which compiled graphs "
+            "cannot follow; drop --torchcompile or take --m-sharpness device"
+        )
+    other = "--torchcompile" if c.torchcompile else "--grad-checkpointing" if c.grad_checkpointing else None
+    if other and sam.selection.narrowed and not c.no_replay:
+        log.info(f"replay is off: it keeps activations from module to module, which {other} does not allow")
+        c.no_replay = True
+
+
 def precision(c: Config, device: torch.device) -> tuple[Callable[[], AbstractContextManager], Any]:
     """(autocast context, gradient scaler for float16 or None)."""
     if not c.amp:
@@ -264,9 +283,14 @@ def build_data(c: Config, data_config: dict[str, Any], world: World) -> tuple[An
     }  # fmt: skip
     with user_errors("data"):
         mixup, collate = _mixing(c)
+        if c.train_batches_per_epoch:
+            c.train_num_samples = c.train_batches_per_epoch * c.batch_size * world.size
         train = _dataset(c, data_config, c.train_split, True)
         make = data.create_resident_loader if c.data_resident else data.create_loader
-        train_loader = make(train, collate_fn=collate, **shared, **_train_kwargs(c, data_config))
+        sizes: dict[str, Any] = {}
+        if c.train_img_sizes:
+            sizes["size_schedule"] = _size_schedule(c, len(train) // c.batch_size)
+        train_loader = make(train, collate_fn=collate, **shared, **sizes, **_train_kwargs(c, data_config))
         if len(train_loader) == 0:
             raise UserError(f"--train-split {c.train_split} holds less than one batch; lower --batch-size")
         if not c.val_split:
@@ -311,7 +335,7 @@ def _dataset(c: Config, data_config: dict[str, Any], split: str, training: bool)
 def _train_kwargs(c: Config, data_config: dict[str, Any]) -> dict[str, Any]:
     """create_loader's arguments for training, as timm's script fills them."""
     interpolation = data_config["interpolation"] if c.no_aug or not c.train_interpolation else c.train_interpolation
-    kwargs = {
+    return {
         "batch_size": c.batch_size, "is_training": True, "no_aug": c.no_aug, "re_prob": c.reprob,
         "re_mode": c.remode, "re_count": c.recount, "re_split": c.resplit, "train_crop_mode": c.train_crop_mode,
         "scale": c.scale, "ratio": c.ratio, "hflip": c.hflip, "vflip": c.vflip, "color_jitter": c.color_jitter,
@@ -320,15 +344,14 @@ def _train_kwargs(c: Config, data_config: dict[str, Any]) -> dict[str, Any]:
         "num_aug_splits": c.aug_splits, "interpolation": interpolation, "num_workers": c.workers,
         "worker_seeding": c.worker_seeding, "use_multi_epochs_loader": c.use_multi_epochs_loader,
     }  # fmt: skip
-    if c.train_img_sizes:
-        kwargs |= {
-            "input_size_choices": c.train_img_sizes, "batch_size_choices": c.train_batch_sizes,
-            "batch_choice_weights": c.train_size_probs, "batch_choice_seed": c.seed,
-            "batch_choice_schedule": c.train_size_schedule, "batch_schedule_epochs": c.epochs,
-            "batch_schedule_spread": c.train_size_schedule_spread,
-            "batch_schedule_random_mix": c.train_size_random_mix, "num_batches": c.train_batches_per_epoch,
-        }  # fmt: skip
-    return kwargs
+
+
+def _size_schedule(c: Config, batches: int) -> SizeSchedule:
+    probabilities = tuple(c.train_size_probs) if c.train_size_probs else None
+    return SizeSchedule(
+        tuple(c.train_img_sizes), probabilities, batches, c.seed, c.train_size_schedule == "progressive", c.epochs,
+        c.train_size_schedule_spread, c.train_size_random_mix,
+    )  # fmt: skip
 
 
 def shut_down() -> None:

@@ -109,6 +109,8 @@ def check(c: Config, given: Mapping[str, Any]) -> None:
         raise UserError("--sync-bn and --split-bn exclude each other; drop one of them")
     if c.wandb_resume_id and not c.resume:
         raise UserError("--wandb-resume-id needs --resume")
+    if c.data_resident and c.epoch_repeats:
+        raise UserError("--data-resident passes over the set once per epoch; drop --epoch-repeats")
     if c.sched == "plateau" and c.sched_on_updates:
         raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
     if not c.print_config:
@@ -135,10 +137,8 @@ def _check_sam(c: Config, given: Mapping[str, Any]) -> None:
     if c.sparsity is not None and not c.opt.startswith(("sam-random", "ssam-")):
         raise UserError(f"--sparsity is for sam-random, ssam-f and ssam-d, not {c.opt}")
     if isinstance(c.m_sharpness, int):
-        sizes = c.train_batch_sizes or [c.batch_size]
-        bad = [size for size in sizes if size % c.m_sharpness]
-        if bad:
-            raise UserError(f"batch size {bad[0]} is not divisible by --m-sharpness {c.m_sharpness}")
+        if c.batch_size % c.m_sharpness:
+            raise UserError(f"batch size {c.batch_size} is not divisible by --m-sharpness {c.m_sharpness}")
         if c.aug_splits or c.ascent_fraction < 1:
             raise UserError("--m-sharpness with a number excludes --aug-splits and --ascent-fraction")
     if c.aug_splits and c.ascent_fraction < 1:
@@ -155,16 +155,18 @@ def _check_batches(c: Config) -> None:
         raise UserError("--split-bn needs --aug-splits or --resplit")
     if mixing and c.aug_splits:
         raise UserError("--mixup and --cutmix exclude --aug-splits; drop one of them")
-    if mixing and any(size % 2 for size in c.train_batch_sizes or [c.batch_size]):
+    if mixing and c.batch_size % 2:
         raise UserError("mixup and cutmix pair samples; use an even --batch-size")
     if c.train_img_sizes:
-        for key in ("train_batch_sizes", "train_size_probs"):
-            if getattr(c, key) and len(getattr(c, key)) != len(c.train_img_sizes):
-                raise UserError(f"{FLAGS[key].flag} needs one value for each of --train-img-sizes")
-        if c.aug_splits or c.use_multi_epochs_loader:
-            raise UserError("--train-img-sizes excludes --aug-splits and --use-multi-epochs-loader")
-    elif c.train_batch_sizes or c.train_size_probs or c.train_batches_per_epoch:
-        raise UserError("--train-batch-sizes, -size-probs and -batches-per-epoch need --train-img-sizes")
+        if c.train_size_probs and len(c.train_size_probs) != len(c.train_img_sizes):
+            raise UserError("--train-size-probs needs one value for each of --train-img-sizes")
+        if c.aug_splits or c.data_resident:
+            raise UserError("--train-img-sizes excludes --aug-splits and --data-resident")
+    elif c.train_size_probs or c.train_batches_per_epoch:
+        raise UserError("--train-size-probs and --train-batches-per-epoch need --train-img-sizes")
+    channels = (c.input_size or [None])[0]
+    if c.in_chans and channels and c.in_chans != channels:
+        raise UserError(f"--in-chans {c.in_chans} contradicts --input-size with {channels} channels; drop one of them")
 
 
 def _check_global_batch(c: Config) -> None:

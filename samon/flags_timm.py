@@ -5,6 +5,7 @@ from samon.flags import kwargs
 
 _NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
 _NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
+_ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
 _NO_JIT = "TorchScript is retired by PyTorch; use --torchcompile"
 
 TIMM: dict[str, tuple[F, ...]] = {
@@ -166,10 +167,9 @@ TIMM: dict[str, tuple[F, ...]] = {
         F("model-ema-warmup", bool, False, "warm the decay up"),
     ),
     "Several image sizes": (
-        F("train-img-sizes", int, None, "sizes to draw each batch's from (image folders)", nargs="+",
+        F("train-img-sizes", int, None, "image sizes, one of them for each batch", nargs="+",
           range="> 0"),
-        F("train-batch-sizes", int, None, "batch size for each of --train-img-sizes", nargs="+",
-          range=">= 1"),
+        F("train-batch-sizes", int, None, "", nargs="+", refused=_ONE_BATCH_SIZE),
         F("train-size-probs", float, None, "probability of each of --train-img-sizes", nargs="+",
           range=">= 0"),
         F("train-size-schedule", str, "constant", "how the choice moves", choices=("constant",
@@ -178,9 +178,7 @@ TIMM: dict[str, tuple[F, ...]] = {
           range=">= 0"),
         F("train-size-random-mix", float, 0.1, "share of uniform choice in progressive", range="in [0, 1]"),
         F("train-batches-per-epoch", int, None, "fixed number of batches per epoch", range=">= 1"),
-        F("variable-batch-loss-scale", str, "linear",
-          "scale of the loss with the batch's size over --batch-size",
-          choices=("none", "sqrt", "linear")),
+        F("variable-batch-loss-scale", str, "linear", "", refused=_ONE_BATCH_SIZE),
     ),
     "Miscellaneous": (
         F("seed", int, 42, "random seed", range=">= 0"),

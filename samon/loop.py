@@ -136,22 +136,14 @@ def gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> t
     if perturb and run.config.m_sharpness == "global":
         held = list(batches)
         samples = sum(len(images) for images, _ in held)
-        scale = batch_scale(run, samples / count)
-        rows.append(perturbed(run, [forward(run, *batch) for batch in held], loss_scale=scale, reduce="global"))
+        rows.append(perturbed(run, [forward(run, *batch) for batch in held], reduce="global"))
     else:
         for index, (images, target) in enumerate(batches):
             samples += len(images)
-            scale = batch_scale(run, len(images)) / count
             with sync_if(run, index + 1 == count):
-                rows.append((sharp if perturb else plain)(run, images, target, scale))
+                rows.append((sharp if perturb else plain)(run, images, target, 1 / count))
     names = rows[0].keys()
     return {name: torch.stack([row[name] for row in rows]).mean() for name in names}, samples
-
-
-def batch_scale(run: Run, size: float) -> float:
-    """--variable-batch-loss-scale: the loss of a batch against one of --batch-size."""
-    ratio = size / run.config.batch_size
-    return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[run.config.variable_batch_loss_scale]
 
 
 def sync_if(run: Run, last: bool) -> Any:

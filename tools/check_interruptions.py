@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,8 +37,8 @@ ARGS = [
     "--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353", "--val-num-samples", "40", "-j", "1",
     "--epochs", "3", "--warmup-epochs", "1", "--lr", "0.02", "--model", "test_resnet",
     "--opt", "samon-layerl2-momentum", "--model-ema", "--model-ema-decay", "0.9", "--drop", "0.1", "--mixup", "0.2",
-    "--reprob", "0.2", "--grad-accum-steps", "2", "-b", "8", "--sched-on-updates", "--checkpoint-interval", "2", "--device", "cpu",
-    "--sample-split",
+    "--reprob", "0.2", "--grad-accum-steps", "2", "-b", "8", "--sched-on-updates", "--checkpoint-interval", "2",
+    "--device", "cpu", "--sample-split",
 ]  # fmt: skip
 # (where, epoch, update): right after an update, while a file is written, in validation, before the first update
 MOMENTS: list[tuple[str, int, int]] = [
@@ -70,8 +71,13 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     from samon import cli
 
     if moment is not None:
-        _arm(moment, lambda: os.killpg(0, number))  # data workers get it too, as from torchrun or Slurm
+        _arm(moment, lambda: _signal_group(number))
     cli.run(lambda: train.main(argv))
+
+
+def _signal_group(number: int) -> None:
+    """Signal this process and its data workers from outside, as torchrun or Slurm would."""
+    subprocess.run(["/bin/kill", f"-{number}", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
 
 
 def _arm(moment: tuple[str, int, int], fire: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from samon.data.cifar_augment import create_transform
 from samon.data.decode import choose_decoder, decode_pil
 from samon.data.faults import DataError
 from samon.data.shards import ShardReader, load_split
+from samon.data.sizes import SizedTransform, SizeSchedule
 from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed, seed_everything
 from samon.data.urls import ShardCache
 from samon.errors import UserError
@@ -206,16 +207,21 @@ class _Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.loader.num_workers:
-            yield from self.loader
-            return
-        batches = iter(self.loader)
-        while True:
-            with rng_kept(torch.device('cpu')):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+        iterator: Any = iter(self.loader)
+        try:
+            while True:
+                with nullcontext() if self.loader.num_workers else rng_kept(torch.device('cpu')):
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
+                yield batch
+        except Exception:
+            if self.loader.num_workers:
+                # The error's traceback keeps the iterator alive. If the garbage collector finds it later, and that
+                # in the thread which should tell the workers to end, each waits for the other: end them here.
+                iterator._shutdown_workers()
+                self.loader._iterator = None
+            raise
 
 
 class Loader:
@@ -282,25 +288,31 @@ def create_loader(
     collate_fn: Callable[..., Any] | None = None, pin_memory: bool = False, fp16: bool = False,
     img_dtype: torch.dtype = torch.float32, device: torch.device | str = 'cuda', use_prefetcher: bool = True,
     use_multi_epochs_loader: bool = False, persistent_workers: bool = True, worker_seeding: str = 'all',
-    decoder: str = 'auto', **transform: Any,
+    decoder: str = 'auto', size_schedule: SizeSchedule | None = None, **transform: Any,
 ) -> Loader:
     """timm's `create_loader` for a stream of `create_dataset`; the arguments are timm's, plus ``decoder``.
 
-    ``distributed``, ``worker_seeding`` and ``use_multi_epochs_loader`` change nothing here: the stream knows its
-    rank, every sample has its own seed, and workers always live on.
+    ``size_schedule`` gives each training batch one of several sizes. ``distributed``, ``worker_seeding`` and
+    ``use_multi_epochs_loader`` change nothing here: the stream knows its rank, every sample has its own seed, and
+    workers always live on.
 
     Raises:
         UserError: numbers that cannot work, or a transform that ``decoder`` cannot do.
     """
-    if transform.keys() & {'input_size_choices', 'batch_size_choices'}:
-        raise UserError('--train-img-sizes: batches of changing size cannot be resumed exactly; train at one size')
     device = torch.device(device)
     re_splits = (num_aug_splits or 2) if re_split else 0
-    made = create_transform(
-        input_size, is_training=is_training, mean=mean, std=std, re_prob=re_prob, re_mode=re_mode, re_count=re_count,
-        re_num_splits=re_splits, use_prefetcher=use_prefetcher, separate=num_aug_splits > 0, **transform)
-    chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
-    dataset.decode, dataset.transform = choose_decoder(decoder, chosen, dataset.image_mode)
+
+    def decoder_and_transform(size: Any) -> tuple[Any, Any]:
+        made = create_transform(
+            size, is_training=is_training, mean=mean, std=std, re_prob=re_prob, re_mode=re_mode, re_count=re_count,
+            re_num_splits=re_splits, use_prefetcher=use_prefetcher, separate=num_aug_splits > 0, **transform)
+        chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
+        return choose_decoder(decoder, chosen, dataset.image_mode)
+
+    dataset.decode, dataset.transform = decoder_and_transform(input_size)
+    if size_schedule is not None:
+        sized = [decoder_and_transform((len(mean), size, size))[1] for size in size_schedule.sizes]
+        dataset.transform = SizedTransform(sized, size_schedule)
     dataset.batch_size = batch_size
     if num_aug_repeats:
         if not isinstance(dataset, IndexedStream):

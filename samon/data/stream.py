@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from samon.data import plan
 from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
 from samon.data.shards import Record, ShardReader, ShardSet
+from samon.data.sizes import SizedTransform
 from samon.errors import UserError
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
@@ -121,7 +122,9 @@ class SampleStream(IterableDataset):
         done = plan.worker_batches(first, stream, workers) * self.batch_size
         spared = min(done, _SPARES)
         items = with_spares(self.records(epoch, stream, workers, done - spared))
-        for (place, record), spares in islice(items, spared, None):
+        for count, ((place, record), spares) in enumerate(islice(items, spared, None), start=done):
+            if isinstance(self.transform, SizedTransform) and count % self.batch_size == 0:
+                self.transform.begin_batch(epoch, stream + count // self.batch_size * workers)
             if self.is_training:
                 seed_everything(sample_seed(self.seed, epoch, place))
             yield self._usable(record, [spare for _, spare in spares], me)
@@ -208,6 +211,7 @@ class ShardStream(SampleStream):
                 arrived, record = next(arriving)
                 held[arrived] = record
             yield start + position, held.pop(position)
+        next(arriving, None)  # lets the reader see whether the last shard ends where it should
 
     def _arriving(self, pieces: Sequence[plan.Piece], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:
         """(position in the stretch, record) of the needed samples, in the order in which they lie in the shards."""
