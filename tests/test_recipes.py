@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ import yaml
 import samon
 from samon import config
 from samon.build import build_optimizer, build_schedule
+from train import main
 
 ROOT = Path(__file__).parent.parent
 TABLE8: dict[str, Any] = yaml.safe_load((ROOT / "tests/paper_table8.yaml").read_text())
@@ -184,3 +186,17 @@ def test_every_recipe_says_how_to_run_it() -> None:
         assert f"train.py -c {name}" in header, name
         assert "Hours" in header, name
         assert "leaves open" in header, name
+
+
+@pytest.mark.parametrize(("recipe", "opt"), [("cifar10_resnet_aa", "samon-layerl2"), ("cifar100_vit", "samon-adamw")])
+def test_cifar_recipes_train(recipe: str, opt: str, tmp_path: Path) -> None:
+    """Two updates and a validation through train.py, the whole set on the device, from arrays."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8), np.arange(16) % 10
+    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
+    metrics = main(["-c", str(ROOT / f"hparams/cifar/{recipe}.yaml"), "--opt", opt, "--dataset", "npz/tiny",
+                    "--data-dir", str(tmp_path), "--batch-size", "8", "--global-batch-size", "8", "--epochs", "1",
+                    "--device", "cpu", "--output", str(tmp_path), "--experiment", "run"])  # fmt: skip
+    assert math.isfinite(metrics["train_loss_perturbed"])
+    assert metrics["train_loss_perturbed"] != metrics["train_loss"]
+    assert metrics["eval_top1"] in [pytest.approx(100 * k / 6, abs=0.01) for k in range(7)]

@@ -1,5 +1,6 @@
 """Data resident on the device: equality with image-by-image augmentation, exact epochs, ranks, resume, refusals."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,25 @@ def test_bad_arrays_are_named(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read as arrays"):
         create_dataset("npz/cut", root=str(tmp_path), split="train")
+
+
+def test_torchvisions_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch/cifar10`: the pickled batches as torchvision unpacks them (contents too small for its checksums)."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 2, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels[i], "labels": [i, 9]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    streams = {
+        split: create_dataset("torch/cifar10", root=str(tmp_path), split=split, rank=0, world_size=1)
+        for split in ("train", "validation")
+    }
+    train = create_resident_loader(streams["train"], (3, 32, 32), 2, True, train_crop_mode="pad", color_jitter=0,
+                                   mean=MEAN, std=STD, device="cpu")  # fmt: skip
+    assert torch.equal(train.images, torch.from_numpy(pixels[:5].reshape(10, 3, 32, 32)))
+    assert train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    test = create_resident_loader(streams["validation"], (3, 32, 32), 2, mean=MEAN, std=STD, device="cpu")
+    assert test.labels.tolist() == [5, 9]
