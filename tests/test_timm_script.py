@@ -1,0 +1,193 @@
+"""A timm-style script, unchanged, with our optimizers: rho = 0 is the base optimizer, rho > 0 our own loop."""
+
+import contextlib
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task.task import TrainingTask
+
+import samon
+from samon import timm_script
+from samon.errors import UserError
+from samon.optim.sam import SAM
+from tests.runs import ROOT
+from tools import check_interruptions as matrix
+
+SCRIPT = ROOT / "tests/scripts/timm_style.py"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `python -m samon.timm_script` installs, taken away again."""
+    monkeypatch.setattr(SAM, "__init__", SAM.__init__)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", torch.amp.GradScaler.__init__)
+    monkeypatch.setattr(TrainingTask, "__call__", TrainingTask.__call__)
+    timm_script.install()
+    yield
+    timm_script._sams.clear()
+    timm_script._scalers.clear()
+
+
+def script(path: Path, *args: str) -> dict[str, Any]:
+    """Run the script in this process; what it saved."""
+    argv, sys.argv = sys.argv, [str(SCRIPT), "--save", str(path), *args]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return torch.load(path, weights_only=True)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(torch.equal(a[part][name], b[part][name]) for part in a for name in a[part])
+
+
+CASES = {
+    "plain": [],
+    "clipped": ["--clip-grad", "0.5"],
+    "accumulated": ["--grad-accum-steps", "2"],
+    "bfloat16": ["--amp-dtype", "bfloat16"],
+    "float16": ["--amp-dtype", "float16", "--clip-grad", "1"],
+    "transformer": ["--model", "test_vit"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("opt", "base"), [("samon-layerl2", "sgd"), ("sam-adamw", "adamw")])
+def test_rho_zero_is_the_base_optimizer(case: str, opt: str, base: str, tmp_path: Path, installed: None) -> None:
+    args = [*CASES[case], "--lr", "0.01"]
+    if "--model" in args:
+        args += ["--model", "test_vit"]
+    plain = script(tmp_path / "a", "--opt", base, *args)
+    sharp = script(tmp_path / "b", "--opt", opt, "--opt-kwargs", "rho=0.0", *args)
+    assert same(plain, sharp)
+
+
+def own_loop(opt: str, rho: float, args: list[str]) -> dict[str, torch.Tensor]:
+    """The same training by samon.two_pass."""
+    value = dict(zip(args[::2], args[1::2], strict=True))
+    torch.manual_seed(0)
+    model = timm.create_model(value.get("--model", "test_resnet"), num_classes=10, in_chans=1)
+    optimizer = create_optimizer_v2(model, opt, lr=0.05, momentum=0.9, weight_decay=1e-4, rho=rho)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    count = int(value.get("--grad-accum-steps", 1))
+    dtype = getattr(torch, value.get("--amp-dtype", "float32"))
+    scaler = torch.amp.GradScaler("cpu") if dtype == torch.float16 else None
+    amp = torch.autocast("cpu", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    generator = torch.Generator().manual_seed(100)
+    for _ in range(4):
+        for _ in range(count):
+            images = torch.randn(8, 1, 32, 32, generator=generator)
+            target = torch.randint(0, 10, (8,), generator=generator)
+
+            def forward(images: Any = images, target: Any = target) -> torch.Tensor:
+                with amp:
+                    return criterion(model(images), target)
+
+            samon.two_pass(optimizer, forward, loss_scale=1 / count, scaler=scaler)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if clip := value.get("--clip-grad"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), float(clip))
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("opt", "rho"), [("samon-layerl2", 0.05), ("sam", 0.05)])
+def test_equal_to_our_own_loop(case: str, opt: str, rho: float, tmp_path: Path, installed: None) -> None:
+    theirs = script(tmp_path / "a", "--opt", opt, "--opt-kwargs", f"rho={rho}", *CASES[case])["model"]
+    ours = own_loop(opt, rho, CASES[case])
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_loss_without_backward_leaves_no_trace(tmp_path: Path, installed: None) -> None:
+    """The script drops a loss and goes on: nothing it sees afterwards is at w + eps."""
+    args = ["--opt", "sam", "--opt-kwargs", "rho=5.0", "--lr", "0"]
+    done = script(tmp_path / "a", *args, "--skip-backward-at", "3", "--weight-decay", "0")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(done["model"][name], parameter), name
+        assert torch.equal(done["ema"][name], parameter), name
+
+
+def test_weights_are_perturbed_and_come_back(installed: None) -> None:
+    from timm.task import ClassificationTask
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=10, in_chans=1)
+    task = ClassificationTask(model, criterion=LabelSmoothingCrossEntropy(0.1), verbose=False)
+    optimizer = create_optimizer_v2(model, "samon", lr=0.1, rho=0.3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    images, target = torch.randn(8, 1, 160, 160), torch.randint(0, 10, (8,))
+    result = task(images, target)
+    moved = torch.cat([(p - before[name]).detach().flatten() for name, p in model.named_parameters()])
+    assert moved.norm().item() == pytest.approx(0.3, rel=1e-4)
+    assert result["loss"].item() == pytest.approx(optimizer.stats["loss_perturbed"].item())
+    assert all(p.grad is None for p in model.parameters())
+    result["loss"].backward()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    task.eval()
+    with torch.no_grad():
+        task(images, target)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_script_without_a_task_is_refused(installed: None) -> None:
+    model = timm.create_model("test_vit", num_classes=10, in_chans=1, img_size=32)
+    optimizer = create_optimizer_v2(model, "samon", lr=0.1)
+    model(torch.randn(2, 1, 32, 32)).sum().backward()
+    with pytest.raises(UserError, match=r"does not take its loss from a timm\.task"):
+        optimizer.step()
+
+
+def _rank(rank: int, port: int, argv: list[str]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    timm_script.main(argv)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """rho = 0 is the base optimizer also under DDP, with accumulation; and torchrun starts it."""
+    common = ["--grad-accum-steps", "2", "--save"]
+    for name, args in {"base": ["--opt", "sgd"], "zero": ["--opt", "samon", "--opt-kwargs", "rho=0.0"]}.items():
+        argv = [str(SCRIPT), *common, str(tmp_path / name), *args]
+        port = matrix.free_port()
+        group = [matrix.CONTEXT.Process(target=_rank, args=(rank, port, argv)) for rank in range(2)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join()
+        assert [process.exitcode for process in group] == [0, 0]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "samon.timm_script", str(SCRIPT), *common, str(tmp_path / "sharp"), "--opt", "samon"],
+        cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    base, zero, sharp = (torch.load(tmp_path / name, weights_only=True) for name in ("base", "zero", "sharp"))
+    assert same(base, zero)
+    assert not same(zero, sharp)
+
+
+def test_no_script_named() -> None:
+    with pytest.raises(UserError, match="no script named; usage"):
+        timm_script.main([])
+    with pytest.raises(UserError, match=r"no script /nowhere\.py"):
+        timm_script.main(["/nowhere.py"])
