@@ -108,9 +108,8 @@ def _latest(references: list[weakref.ref]) -> Any:
 
 
 def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
-    """A step whose gradient no task has made would silently be a plain one."""
-    made = any(hook.__qualname__ == "Perturbed._before_step" for hook in sam._optimizer_step_pre_hooks.values())
-    if not made and not args[1:] and not kwargs.get("closure"):
+    """A step without closure, task or `two_pass` before it would silently be a plain one."""
+    if not sam.stats and not args[1:] and not kwargs.get("closure"):
         raise UserError(
             "this script does not take its loss from a timm.task training task, so nothing perturbs the weights; "
             "use optimizer.step(closure) or samon.two_pass in it, or train.py of this project"
