@@ -217,3 +217,23 @@ def test_main_can_run_twice_in_a_process(tmp_path: Path) -> None:
     first = train.main([*BASE, "--output", str(tmp_path), "--experiment", "a"])
     second = train.main([*BASE, "--output", str(tmp_path), "--experiment", "b"])
     assert first["train_loss"] == second["train_loss"]
+
+
+def test_two_agents_on_one_host(tmp_path: Path) -> None:
+    """docs/multi_node.md: one torchrun per host; here both on this one. They train as two processes of one agent do."""
+    argv = [*BASE, "--opt", "samon", "--device", "cpu", "-b", "8", "--global-batch-size", "16"]
+    argv += ["--output", str(tmp_path), "--experiment", "nodes"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id",
+               "t", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{matrix.free_port()}"]  # fmt: skip
+    agents = [
+        subprocess.Popen([*command, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, env=env)
+        for _ in range(2)
+    ]  # fmt: skip
+    printed = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert sum('"eval_top1"' in text for text in printed) == 1  # rank 0 alone reports
+    log = tmp_path / "one-agent.log"
+    assert matrix.launch([*argv, "--experiment", "one"], 2, log) == [0, 0]
+    assert_same(weights(tmp_path / "nodes"), weights(tmp_path / "one"))

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Throughput of plain SGD: this project's loop against a bare one on timm's loader, model and optimizer.
+
+    python tools/bench_loop.py                       # the embedded shards, one process
+    python tools/bench_loop.py --model resnet50 --img-size 224 --batch-size 64 --device cuda --amp
+
+The two loops take turns for a number of updates on the same shards with the same transforms, workers and precision,
+so that whatever else the machine does hits both alike; the ratio of their medians is what counts.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from samon import build, config, loop  # noqa: E402
+from samon.checkpoint import Checkpoints, Progress  # noqa: E402
+from samon.control import Control  # noqa: E402
+from samon.report import Report  # noqa: E402
+from samon.resume import Keeper  # noqa: E402
+
+
+def bare(c: Any, device: torch.device) -> Iterator[float]:
+    """Seconds per update of the shortest loop: forward, backward, step, nothing else."""
+    input_size = (c.in_chans or 3, c.img_size, c.img_size)
+    dataset = timm.data.create_dataset(
+        c.dataset, root=c.data_dir, split=c.train_split, is_training=True, batch_size=c.batch_size, seed=c.seed,
+        input_img_mode="L" if input_size[0] == 1 else "RGB",
+    )  # fmt: skip
+    loader = timm.data.create_loader(
+        dataset, input_size, c.batch_size, is_training=True, num_workers=c.workers, device=device, mean=c.mean,
+        std=c.std, color_jitter=c.color_jitter, interpolation=c.train_interpolation,
+    )  # fmt: skip
+    model = timm.create_model(c.model, num_classes=c.num_classes, in_chans=input_size[0], **c.model_kwargs).to(device)
+    optimizer = create_optimizer_v2(model, "sgd", lr=c.lr, weight_decay=c.weight_decay)
+    criterion = LabelSmoothingCrossEntropy(c.smoothing)
+    amp = torch.autocast(device.type, torch.bfloat16) if c.amp else contextlib.nullcontext()
+    model.train()
+    while True:
+        before = time.perf_counter()
+        for images, target in loader:
+            with amp:
+                loss = criterion(model(images), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            yield time.perf_counter() - before
+            before = time.perf_counter()
+
+
+def ours(c: config.Config, world: build.World, folder: Path) -> Iterator[float]:
+    """Seconds per update of samon.loop, everything on: meters, finite check, log lines, TensorBoard."""
+    run = build.build(c, world)
+    report = Report(c, folder, world)
+    keeper = Keeper(run, Checkpoints(folder, 1, False), Control(), "")
+    original = loop.after_update
+
+    def after_update(job: Any, progress: Any) -> None:
+        original(job, progress)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    vars(loop).update(after_update=after_update)
+    progress = Progress()
+    epoch = stepwise(run, progress, keeper, report)
+    while True:
+        before = time.perf_counter()
+        next(epoch)
+        yield time.perf_counter() - before
+
+
+def stepwise(run: build.Run, p: Progress, keeper: Keeper, report: Report) -> Iterator[None]:
+    """`loop.train_epoch`, epoch after epoch, giving control back after each update."""
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    original = loop.save_or_stop
+
+    def pause(*args: Any) -> None:
+        original(*args)
+        done.release()
+        go.acquire()
+
+    def work() -> None:
+        go.acquire()
+        while True:
+            loop.train_epoch(run, p, keeper, report, None)
+            p.epoch, p.updates, p.samples, p.sums = p.epoch + 1, 0, 0, {}
+
+    vars(loop).update(save_or_stop=pause)
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        go.release()
+        done.acquire()
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each loop")
+    parser.add_argument("--updates", type=int, default=25, help="updates in a turn")
+    chosen, rest = parser.parse_known_args()
+    argv = ["-c", str(ROOT / "hparams/quickstart.yaml"), "--opt", "sgd", "--data-dir", str(ROOT / "data/fashion-mnist")]
+    c = config.parse([*argv, "--epochs", "1000", "--log-interval", "50", "--val-split", "", *rest])
+    world = build.build_world(c)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        loops = {"bare": bare(c, world.device), "samon": ours(c, world, Path(folder))}
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        for turn in range(chosen.rounds + 1):
+            order = list(loops) if turn % 2 else list(loops)[::-1]
+            for name in order:
+                total = sum(next(loops[name]) for _ in range(chosen.updates))
+                if turn:  # the first turn warms up
+                    seconds[name].append(total / chosen.updates)
+    rates = {name: c.batch_size / statistics.median(values) for name, values in seconds.items()}
+    ratios = [b / a for a, b in zip(seconds["bare"], seconds["samon"], strict=True)]
+    for name, rate in rates.items():
+        print(f"{name:6} {rate:9.1f} images/s")
+    more = [f"{100 * (ratio - 1):+.2f} %" for ratio in statistics.quantiles(ratios, n=4)]
+    print(f"samon takes {more[1]} more time an update (median of {len(ratios)} pairs; quartiles {more[0]}, {more[2]})")
+
+
+if __name__ == "__main__":
+    main()
