@@ -22,7 +22,7 @@ from samon.optim.geometry import global_norm
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
 from samon.step.passes import frozen
-from samon.step.two_pass import _ascent_grads, _others
+from samon.step.two_pass import ascent_gradients, unperturbed
 
 _sams: list[weakref.ref] = []  # in the order they were made
 _scalers: list[weakref.ref] = []
@@ -53,9 +53,9 @@ class Perturbed:
         sam, parameters, scaler = self.sam, list(self.sam.perturbed_parameters().values()), _latest(_scalers)
         self.inside = True
         try:
-            with frozen(_others(sam)), self.no_sync():
+            with frozen(unperturbed(sam)), self.no_sync():
                 clean = _plain_call(task, *args, **kwargs)["loss"]
-                grads = _ascent_grads(clean, parameters, scaler)
+                grads = ascent_gradients(clean, parameters, scaler)
             eps, norm, finite = sam.perturbation(grads)
             torch.clear_autocast_cache()  # it holds half-precision copies of the weights at w
             self.undo.callback(torch.clear_autocast_cache)

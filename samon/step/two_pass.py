@@ -133,7 +133,7 @@ def _plain(sam: SAM, forwards: list[Forward], o: Options) -> Tensor:
             for ascent in ascents:
                 with o.no_sync(), replay.first():
                     loss = ascent()
-                    found = _ascent_grads(loss, parameters, o.scaler)
+                    found = ascent_gradients(loss, parameters, o.scaler)
                 losses.append(loss.detach())
                 grads = [a + b for a, b in zip(grads, found, strict=True)] if grads else found
         if len(ascents) > 1:
@@ -150,7 +150,7 @@ def _plain(sam: SAM, forwards: list[Forward], o: Options) -> Tensor:
     return _report(sam, clean, at_perturbed, global_norm(eps), norm)
 
 
-def _ascent_grads(loss: Tensor, wrt: Sequence[Tensor], scaler: Any) -> list[Tensor]:
+def ascent_gradients(loss: Tensor, wrt: Sequence[Tensor], scaler: Any) -> list[Tensor]:
     """Unscaled gradients of the loss, zeros where it does not depend on a tensor."""
     scaled = loss if scaler is None else scaler.scale(loss)
     grads = torch.autograd.grad(scaled, list(wrt), allow_unused=True, materialize_grads=True)
@@ -186,7 +186,7 @@ def _report(sam: SAM, clean: Tensor, perturbed: Tensor, eps_norm: Tensor, grad_n
     return clean
 
 
-def _others(sam: SAM) -> list[Parameter]:
+def unperturbed(sam: SAM) -> list[Parameter]:
     """All parameters that are not perturbed."""
     perturbed = {id(p) for p in sam.perturbed_parameters().values()}
     groups = [p for group in sam.param_groups for p in group["params"]]
@@ -211,7 +211,7 @@ class _Replay:
         if self.tape is not None:
             self.frozen = self.tape.plan.late
         else:
-            self.frozen = [] if self.planning else _others(sam)
+            self.frozen = [] if self.planning else unperturbed(sam)
 
     def __enter__(self) -> "_Replay":
         return self
@@ -259,9 +259,9 @@ def _grouped(sam: SAM, forward: Forward, o: Options) -> Tensor:
     """m-sharpness in one batched pass; the running statistics are written once, at the end."""
     norms = GroupedNorms(sam, o.groups)
     noise = Noise(norms.parameters[0].device) if o.same_noise else None
-    with frozen([*_others(sam), *norms.parameters]), o.no_sync(), norms.first_pass() as offsets:
+    with frozen([*unperturbed(sam), *norms.parameters]), o.no_sync(), norms.first_pass() as offsets:
         loss = forward()
-        grads = _ascent_grads(loss, offsets, o.scaler)
+        grads = ascent_gradients(loss, offsets, o.scaler)
     # The loss is the mean over G equal groups, each group's own loss depends on its offsets alone.
     torch._foreach_mul_(grads, o.groups)
     eps, norm, finite = sam.perturbation(grads, grouped=True)
