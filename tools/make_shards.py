@@ -17,9 +17,9 @@ import random
 import sys
 import tarfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,22 @@ def prepared(item: Item, resize: int, quality: int) -> tuple[str, bytes]:
 def write_shard(task: tuple[Path, list[tuple[str, Item, int]]], resize: int, quality: int) -> str:
     """Write one shard unless it is there already; its SHA-256."""
     path, samples = task
-    if not path.exists():
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                for key, item, label in samples:
-                    suffix, data = prepared(item, resize, quality)
-                    for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
-                        info = tarfile.TarInfo(name)
-                        info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if not path.exists():
+            with open(partial, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                    for key, item, label in samples:
+                        suffix, data = prepared(item, resize, quality)
+                        for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
+                            info = tarfile.TarInfo(name)
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -146,9 +149,9 @@ def convert(args: argparse.Namespace) -> None:
     info = {"name": args.output.resolve().name, "num_classes": len(names), "class_names": names,
             "splits": info.get("splits", {})}
     job = partial(write_shard, resize=args.resize, quality=args.quality)
-    with ThreadPool(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
+    with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
         for name, parts in tasks.items():
-            sums = list(tqdm(pool.imap(job, parts), name, len(parts), unit="shard", disable=None))
+            sums = list(tqdm(pool.map(job, parts), name, len(parts), unit="shard", disable=None))
             info["splits"][name] = {
                 "name": name, "num_samples": sum(len(samples) for _, samples in parts),
                 "filenames": [path.name for path, _ in parts],
@@ -192,14 +195,14 @@ def verify(args: argparse.Namespace) -> None:
         raise UserError(f"{path}: not found; the conversion is not finished")
     entries = json.loads(path.read_text())["splits"]
     faults: dict[str, list[str]] = defaultdict(list)
-    with ThreadPool(args.workers) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         for name, entry in entries.items():
             shards = load_split(str(args.output), name)
             sums = entry.get("sha256") or [None] * len(shards.urls)
             tasks = [(url, length, digest, shards.num_classes)
                      for url, length, digest in zip(shards.urls, shards.lengths, sums, strict=True)]
             good = 0
-            for decoded, found in tqdm(pool.imap(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
+            for decoded, found in tqdm(pool.map(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
                 good += decoded
                 faults[name] += found
             print(f"{name}: {good} of {entry['num_samples']} images good, {len(faults[name])} faults")

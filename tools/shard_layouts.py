@@ -115,7 +115,7 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
 def shift_split(args: argparse.Namespace) -> dict[str, Split]:
     """A shift set as distributed; its class names decide the labels, so they are checked here."""
     split = by_folder(find_images(args.source))
-    known = next(row for name, row in SETS.items() if name.startswith(args.format.replace("-v2", "v2")))
+    known = SETS[args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")]
     label_table(known.named, split.class_names)
     found = (len(split.class_names), len(split.items))
     if args.format != "objectnet" and found != (known.classes, known.images):

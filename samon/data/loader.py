@@ -202,12 +202,13 @@ class _Batches:
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
+        self.iterator: Any = None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        iterator: Any = iter(self.loader)
+        self.iterator = iterator = iter(self.loader)
         try:
             while True:
                 with nullcontext() if self.loader.num_workers else rng_kept(torch.device('cpu')):
@@ -216,12 +217,18 @@ class _Batches:
                     return
                 yield batch
         except Exception:
-            if self.loader.num_workers:
-                # The error's traceback keeps the iterator alive. If the garbage collector finds it later, and that
-                # in the thread which should tell the workers to end, each waits for the other: end them here.
-                iterator._shutdown_workers()
-                self.loader._iterator = None
+            self.close()  # the error's traceback would keep them alive
             raise
+
+    def close(self) -> None:
+        """End living workers now.
+
+        If it is left to the garbage collector, which may run in the very thread that has to tell the workers to
+        end, that thread waits for them until their time is up.
+        """
+        iterator, self.iterator, self.loader._iterator = self.iterator, None, None
+        if iterator is not None and self.loader.num_workers:
+            iterator._shutdown_workers()
 
 
 class Loader:
@@ -252,6 +259,11 @@ class Loader:
     @mixup_enabled.setter
     def mixup_enabled(self, value: bool) -> None:
         self.dataset.state[2] = int(value)
+
+    def close(self) -> None:
+        """End the loader's workers; iterating again starts new ones."""
+        inner: Any = self.batches.loader if isinstance(self.batches, PrefetchLoader) else self.batches
+        inner.close()
 
     def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None:
         """Say what the next iteration gives: this epoch, without the samples already used on all ranks together."""

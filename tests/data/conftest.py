@@ -1,0 +1,11 @@
+"""Ends the loader workers that a test started."""
+
+import pytest
+import sets
+
+
+@pytest.fixture(autouse=True)
+def _end_workers():
+    yield
+    while sets.opened:
+        sets.opened.pop().close()

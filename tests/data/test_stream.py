@@ -1,0 +1,246 @@
+"""Every sample once, equal steps on all ranks, and continuing where a run was interrupted."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from processes import run_ranks
+from sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
+from timm.data.mixup import FastCollateMixup
+
+from samon.data import create_dataset, plan
+from samon.data.stream import with_spares
+from samon.errors import UserError
+
+TOTAL = sum(UNEVEN)
+# The tests may have fewer cores than workers; how the work is shared is what they are about.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("uneven") / "set")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_stretches_cover_each_sample_once(world, workers, batch):
+    cells = [(rank, worker) for rank in range(world) for worker in range(workers)]
+    for size in (0, 1, 29, 100):
+        evaluation = [plan.evaluation_stretch(size, batch, r, world, w, workers) for r, w in cells]
+        covered = [i for s in evaluation for i in range(s.start, s.start + s.size)]
+        assert sorted(covered) == list(range(size))
+        training = [plan.training_stretch(size, batch, r, world, w, workers) for r, w in cells]
+        covered = [i for s in training for i in range(s.start, s.start + s.size)]
+        assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
+        steps = {sum(s.batches for s, (r, _) in zip(training, cells, strict=True) if r == rank)
+                 for rank in range(world)}
+        assert steps == {size // (world * batch)}
+
+
+def test_shuffle_order_is_a_permutation_held_in_the_buffer():
+    order = plan.shuffle_order(1000, 64, random.Random(0))
+    assert sorted(order) == list(range(1000))
+    newest = 0
+    for given, position in enumerate(order):
+        newest = max(newest, position)
+        assert newest + 1 - given <= 64 + 2
+    moved = np.abs(np.asarray(order) - np.arange(1000))
+    assert moved.mean() > 20
+
+
+def test_spares_are_the_nearest_neighbours():
+    windows = dict(with_spares(range(6), reach=2))
+    assert windows == {0: [1, 2], 1: [0, 2, 3], 2: [1, 0, 3, 4], 3: [2, 1, 4, 5], 4: [3, 2, 5], 5: [4, 3]}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_evaluation_sees_every_sample_once(root, world, workers):
+    seen = []
+    for rank in range(world):
+        loader = make_loader(root, training=False, batch=4, workers=workers, world=world, rank=rank)
+        batches = targets(loader)
+        assert len(batches) == len(loader)
+        assert loader.num_samples == TOTAL
+        seen += [i for batch in batches for i in batch]
+    assert sorted(seen) == list(range(TOTAL))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_sees_samples_at_most_once_with_equal_steps(root, world):
+    epochs = []
+    for epoch in range(2):
+        seen, steps = [], set()
+        for rank in range(world):
+            loader = make_loader(root, workers=2, world=world, rank=rank)
+            loader.set_epoch(epoch)
+            batches = targets(loader)
+            assert len(batches) == len(loader)
+            steps.add(len(batches))
+            seen += [i for batch in batches for i in batch]
+        assert steps == {TOTAL // (2 * world)}
+        assert len(set(seen)) == len(seen) == TOTAL // (2 * world) * 2 * world
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+def test_whole_shards_stay_with_one_reader(tmp_path):
+    root = write_set(tmp_path / "even", [4] * 8)
+    for rank in range(2):
+        stream = create_dataset("wds/x", root, "train", is_training=True, batch_size=2, rank=rank, world_size=2)
+        stream.set_loader_cfg(4)
+        for worker in range(4):
+            start, size, _ = stream.stretch(worker, 4)
+            pieces = plan.cut(plan.epoch_pieces([4] * 8, 32, seed=42), start, size)
+            assert [(p.start, p.stop) for p in pieces] == [(0, 4)]
+
+
+def _augmented(root, **options):
+    mixup = FastCollateMixup(mixup_alpha=0.2, cutmix_alpha=1.0, num_classes=TOTAL)
+    return make_loader(root, re_prob=0.5, re_mode="pixel", interpolation="random", collate_fn=mixup, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_continues_bit_identically_from_10_random_points(root, workers):
+    options = {"workers": workers, "world": 2, "rank": 1, "dataset": {"shuffle_buffer": 4}}
+    whole = _augmented(root, **options)
+    whole.set_epoch(3)
+    expected = list(whole)
+    again = _augmented(root, **options)
+    points = random.Random(0)
+    for _ in range(10):
+        step = points.randrange(len(expected))
+        torch.manual_seed(points.randrange(1000))  # what happened before must not matter
+        random.seed(points.randrange(1000))
+        again.set_epoch(3, samples_consumed=step * 4)
+        assert len(again) == len(expected)
+        assert same(list(again), expected[step:])
+    again.set_epoch(4)
+    assert not same(list(again), expected)
+
+
+def test_partial_steps_are_rounded_down_and_said(root, caplog):
+    loader = make_loader(root, world=2)
+    loader.set_epoch(0, samples_consumed=10)
+    assert len(targets(loader)) == len(loader) - 2
+    assert "the last 2 of them come again" in caplog.text
+
+
+def test_without_workers_the_process_keeps_its_random_state(root):
+    loader = _augmented(root)
+    before = random.getstate(), torch.get_rng_state()
+    for _ in loader:
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_fewer_shards_than_readers_is_refused_with_numbers(root):
+    with pytest.raises(UserError, match=r"8 shards, but 3 processes x 4 workers = 12 readers; use --workers 2"):
+        make_loader(root, workers=4, world=3)
+    seen = []
+    for rank in range(3):
+        seen += flat(make_loader(root, workers=4, world=3, rank=rank, dataset={"sample_split": True}))
+    assert len(set(seen)) == len(seen) == TOTAL // 6 * 6
+
+
+def test_too_few_samples_for_a_batch_is_refused(root):
+    with pytest.raises(UserError, match="29 training samples do not fill one batch of 16 on each of 2"):
+        make_loader(root, batch=16, world=2)
+
+
+def test_longer_epochs_pass_over_the_data_again(root):
+    assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2}))) == 2 * TOTAL
+    counted = flat(make_loader(root, batch=1, dataset={"num_samples": 10}))
+    assert len(set(counted)) == len(counted) == 10
+    with pytest.raises(UserError, match="holds 29"):
+        make_loader(root, training=False, dataset={"num_samples": 30})
+
+
+def test_mixup_is_switched_off_inside_living_workers(root):
+    loader = make_loader(root, workers=1, collate_fn=FastCollateMixup(num_classes=TOTAL, label_smoothing=0.0))
+    assert loader.mixup_enabled
+    assert any(((target > 0).sum(1) > 1).any() for _, target in loader)
+    loader.mixup_enabled = False
+    assert not loader.mixup_enabled
+    assert all(((target > 0).sum(1) == 1).all() for _, target in loader)
+
+
+def test_timms_own_loader_takes_the_stream(root):
+    stream = create_dataset("wds/x", root, "train", is_training=False, batch_size=4)
+    loader = timm.data.create_loader(stream, (3, 12, 12), 4, num_workers=2, device=torch.device("cpu"))
+    assert sorted(flat(loader)) == list(range(TOTAL))
+
+
+def test_image_folders_behave_like_shards(tmp_path):
+    for i in range(11):
+        path = tmp_path / f"folder/train/c{i:02d}/image.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jpeg(i))
+    root = str(tmp_path / "folder")
+    for world in (1, 2, 3):
+        seen = [targets(make_loader(root, name="", training=False, batch=2, workers=2, world=world, rank=rank))
+                for rank in range(world)]
+        assert sorted(i for batches in seen for batch in batches for i in batch) == list(range(11))
+        trained = [targets(make_loader(root, name="", batch=2, workers=2, world=world, rank=rank))
+                   for rank in range(world)]
+        seen = [i for batches in trained for batch in batches for i in batch]
+        assert len(set(seen)) == len(seen) == 11 // (2 * world) * 2 * world
+    whole = make_loader(root, name="", workers=2)
+    expected = list(whole)
+    whole.set_epoch(0, samples_consumed=6)
+    assert same(list(whole), expected[3:])
+    repeated = targets(make_loader(root, name="", world=2, num_aug_repeats=2))
+    assert len(repeated) == 2
+    with pytest.raises(UserError, match="no folder for split 'test', it has train"):
+        create_dataset("", root, "test")
+    with pytest.raises(UserError, match="has 11 classes, the model 5"):
+        create_dataset("", root, "train", num_classes=5)
+
+
+def test_augmix_splits_come_clean_part_first(root):
+    images, target = next(iter(make_loader(
+        root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2", no_aug=False, decoder="auto")))
+    assert images.shape == (6, 3, 12, 12)
+    assert target.tolist() == target[:2].tolist() * 3
+
+
+def test_unknown_readers_are_refused(root):
+    with pytest.raises(UserError, match="tfds/"):
+        create_dataset("tfds/mnist", root, "train")
+    with pytest.raises(UserError, match="aug-repeats"):
+        make_loader(root, num_aug_repeats=3)
+
+
+def _one_process(rank, root):
+    stream = create_dataset("wds/x", root, "train", is_training=False, batch_size=4)
+    assert (stream.rank, stream.world_size) == (rank, 2)
+    return {"evaluated": torch.tensor(flat(make_loader(root, training=False, batch=4, rank=None))),
+            "trained": torch.tensor(targets(make_loader(root, workers=1, rank=None)))}
+
+
+def test_two_real_processes(root):
+    results = run_ranks(_one_process, 2, root)
+    assert sorted(torch.cat([r["evaluated"] for r in results]).tolist()) == list(range(TOTAL))
+    assert [r["trained"].shape for r in results] == [(TOTAL // 4, 2)] * 2
+    assert torch.cat([r["trained"].flatten() for r in results]).unique().numel() == TOTAL // 4 * 4
+
+
+def test_memory_stays_flat_over_three_epochs(tmp_path):
+    root = write_set(tmp_path / "set", [40] * 4, {i: {"jpg": jpeg(i, (200, 150))} for i in range(160)})
+    loader = make_loader(root, batch=8, dataset={"shuffle_buffer": 32})
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    used = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        targets(loader)
+        used.append(resident())
+    assert max(used[1:]) - used[0] < 8, used
