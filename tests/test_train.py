@@ -1,7 +1,10 @@
 """train.py from the command line: outputs, timm's readers on its checkpoints, and the effect of each group of flags."""
 
 import csv
+import io
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +456,35 @@ def test_device_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "imported_by_a_test", False, raising=False)
     run(tmp_path, "--device-modules", "backend_of_a_test")
     assert torch.imported_by_a_test
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in timm: the run's settings once, then each epoch's row."""
+    calls: list[Any] = []
+
+    class Session:
+        log, finish = calls.append, lambda: calls.append("finish")
+
+    fake = types.SimpleNamespace(init=lambda **kwargs: (calls.append(kwargs), Session)[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(tmp_path, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
+    settings, row, end = calls
+    assert (settings["project"], settings["name"], settings["tags"]) == ("p", "run", ["a", "b"])
+    assert settings["config"]["model"] == "test_resnet"
+    assert list(row)[:2] == ["epoch", "train_loss"]
+    assert end == "finish"
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    run(tmp_path, "--opt", "samon", "--log-interval", "1")
+    shown = terminal.getvalue()
+    assert "epoch 0: 100%" in shown
+    assert "4/4" in shown
+    assert "at w+eps" in shown
+    assert "Train 0 [" not in shown  # no plain lines beside it
 
 
 def test_wandb_missing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
