@@ -21,6 +21,14 @@ MODEL = ["--model", "resnet10t", "--num-classes", "10", "--img-size", "32"]
 SMALL = ["--workers", "0", "--device", "cpu"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def command(*argv, processes=0):
     """The finished subprocess of validate.py, under torchrun if asked."""
     start = [sys.executable]
@@ -199,9 +207,15 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
     ([*MODEL, *FASHION, "--amp", "--evals", "apgd"], "--amp and --model-dtype are for accuracy"),
     ([*MODEL, *FASHION, "--results-file", "x.txt"], "--results-file x.txt: name it .json"),
     ([*MODEL, "--suite", "LICENSE"], "--suite LICENSE"),
+    (["--model", "vit_tiny_patch16_224", "--img-size", "32", *FASHION], "does not take images of [3, 32, 32]"),
+    ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9"),
+    ([*MODEL, *FASHION, "--suite", "sketch.yaml"], "needs a model of the 1000 ImageNet classes"),
 ])  # fmt: skip
-def test_mistakes_are_user_errors(flags, message):
+def test_mistakes_are_user_errors(flags, message, tmp_path):
     from samon.errors import UserError
+
+    (tmp_path / "sketch.yaml").write_text("- {set: imagenet-sketch, data_dir: tests/photographs}\n")
+    flags = [str(tmp_path / flag) if flag == "sketch.yaml" else flag for flag in flags]
 
     with pytest.raises(UserError) as caught:
         main([*flags, *SMALL])
@@ -217,8 +231,8 @@ def test_a_mistake_is_one_line_and_status_2():
 
 def test_interrupted_attack_goes_on_from_its_state(tmp_path):
     flags = [*MODEL, *FASHION, *SMALL, "--num-samples", "40", "--evals", "apgd", "--norm", "linf", "--eps", "1/255",
-             "--apgd-iters", "4", "--apgd-targets", "1", "--apgd-batch-size", "20", "--apgd-state", str(tmp_path / "state"),
-             "--checkpoint", str(tmp_path / "net.pth")]  # fmt: skip
+             "--apgd-iters", "4", "--apgd-targets", "1", "--apgd-batch-size", "20",
+             "--apgd-state", str(tmp_path / "state"), "--checkpoint", str(tmp_path / "net.pth")]  # fmt: skip
     torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "net.pth")
     first = main(flags)
     stored = sorted((tmp_path / "state").iterdir())
@@ -229,3 +243,23 @@ def test_interrupted_attack_goes_on_from_its_state(tmp_path):
     assert sorted((tmp_path / "state").iterdir()) == stored
     assert stored[0].stat().st_mtime_ns > times[0]  # attacked again
     assert stored[1].stat().st_mtime_ns == times[1]  # taken from before
+
+
+def test_arrays_and_folders_are_data_sets_too(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(40) % 10
+    np.savez(tmp_path / "toy.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    for k in range(40):
+        folder = tmp_path / "folder" / "val" / str(labels[k])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[k]).save(folder / f"{k}.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "net.pth")
+    same = [*MODEL, *SMALL, "--checkpoint", str(tmp_path / "net.pth")]
+    arrays = main([*same, "--dataset", "npz/toy", "--data-dir", str(tmp_path), "--split", "test"])
+    folder = main([*same, "--data-dir", str(tmp_path / "folder")])
+    assert [row["num_samples"] for row in arrays] == [40] * 3
+    assert [row["value"] for row in arrays] == pytest.approx([row["value"] for row in folder], rel=1e-5)

@@ -31,12 +31,11 @@ Sample = tuple[bytes, int, str]  # encoded image, label, name
 
 
 class EvalImages(Dataset):
-    """Images in a fixed order: `transform(image), row_of(label, name)`; a damaged one stops the evaluation."""
+    """PIL images in a fixed order with `row_of(label, name)`; a damaged one stops the evaluation."""
 
     def __init__(self, count: int, read: Callable[[list[int]], list[Sample]], class_names: list[str] | None):
         self.count, self.read, self.class_names = count, read, class_names
         self.row_of: Callable[[int, str], int] = lambda label, _name: label
-        self.transform: Callable[[Any], Any] | None = None
         self.img_mode, self.border = "RGB", 0
 
     def __len__(self) -> int:
@@ -57,7 +56,7 @@ class EvalImages(Dataset):
         if self.border:
             width, height = image.size
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return (self.transform(image) if self.transform else image), self.row_of(label, name)
+        return image, self.row_of(label, name)
 
 
 def from_folder(root: str, split: str, class_map: str = "", keep: set[str] | None = None) -> EvalImages:
@@ -169,9 +168,7 @@ def objectnet_classes() -> dict[str, list[int]]:
 
 
 def real_labels(path: str | None = None) -> Tensor:
-    """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is
-    given.
-    """
+    """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given."""
     data = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
     assert data is not None
     labels = json.loads(data)

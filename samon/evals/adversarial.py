@@ -115,8 +115,7 @@ def apgd(
     model: nn.Module, images: Tensor, label: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], start: Tensor,
     threat: Threat,
 ) -> tuple[Tensor, Tensor]:
-    """One Auto-PGD run from ``start``: (fooled [B] bool, a misclassified image where fooled, else the clean
-    one).
+    """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one).
 
     ``loss_fn(logits, rows)`` is the per-image loss to maximise, of the images numbered ``rows``. Images are
     independent, so one that is fooled is settled and leaves the batch; the others go on as published.
@@ -196,11 +195,10 @@ def fingerprint(*parts: Tensor | str) -> str:
     """A name for these values: what makes a stored outcome safe to take up again."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            part.encode()
-            if isinstance(part, str)
-            else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:24]
 
 
@@ -227,9 +225,12 @@ def robust_outcomes(
     """
     was_training = model.training
     model.eval()
-    weights = fingerprint(*model.state_dict().values()) if state else ""
+    weights = fingerprint(str(model), *model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in threats}
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        for p in trained:
+            p.requires_grad_(False)  # only the image needs a gradient: 12 % faster
         with full_precision():
             for index, images, label in batches:
                 for threat in threats:
@@ -245,6 +246,8 @@ def robust_outcomes(
                     outcomes[threat].append(result)
     finally:
         model.train(was_training)
+        for p in trained:
+            p.requires_grad_()
     empty = torch.empty(0, dtype=torch.int64)
     return {threat: torch.cat([empty, *parts]) for threat, parts in outcomes.items()}
 

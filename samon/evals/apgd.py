@@ -1,6 +1,4 @@
-"""The step-size rule of Auto-PGD (Croce & Hein 2020, section 3), for the input-space and the weight-space
-ascent.
-"""
+"""The step-size rule of Auto-PGD (Croce & Hein 2020, section 3), for the input-space and the weight-space ascent."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,4 @@
-"""Feature rank: how many singular values hold 99 % of the energy of a layer's features (section 5.2, Table
-6).
+"""Feature rank: how many singular values hold 99 % of the energy of a layer's features (section 5.2, Table 6).
 
 Andriushchenko et al. 2023, "Sharpness-aware minimization leads to low-rank features". Their public code takes
 each example's own mean off its features (``row``); principal components take each feature's mean over the
@@ -65,9 +64,7 @@ def energies(phi: Tensor, centring: str) -> Tensor:
 
 
 def rank_of(squares: Tensor, share: float = 0.99) -> int:
-    """Smallest k whose k largest squared singular values hold more than ``share`` of their sum; 0 if all are
-    0.
-    """
+    """Smallest k whose k largest squared singular values hold more than ``share`` of their sum; 0 if all are 0."""
     if squares.sum() == 0:
         return 0
     return min(int((squares.cumsum(0) <= share * squares.sum()).sum()) + 1, len(squares))
@@ -75,12 +72,10 @@ def rank_of(squares: Tensor, share: float = 0.99) -> int:
 
 @torch.no_grad()
 def feature_matrix(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, *, device: torch.device | str, layer: str =
-    "", token: str = "auto",
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, *, device: torch.device | str,
+    layer: str = "", token: str = "auto",
 ) -> Tensor:
-    """[count, D] features in eval mode; ``batches`` yields (rows of the matrix, images), other rows stay
-    zero.
-    """
+    """[count, D] features in eval mode; ``batches`` yields (rows of the matrix, images), other rows stay zero."""
     was_training = model.training
     model.eval()
     phi: Tensor | None = None

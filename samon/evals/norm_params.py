@@ -36,9 +36,7 @@ def statistics(w: Tensor) -> dict[str, float]:
 
 
 def rows(found: Values) -> list[dict[str, Any]]:
-    """One row per number: over all layers of a type (``layer`` is ``all``), then layer by layer with its
-    depth.
-    """
+    """One row per number: over all layers of a type (``layer`` is ``all``), then layer by layer with its depth."""
     out: list[dict[str, Any]] = []
     for (kind, role), layers in found.items():
         everything = torch.cat([w for _, w in layers])
@@ -74,9 +72,7 @@ def plot(models: dict[str, Values], path: Path) -> None:
 
 
 def write_tensorboard(models: dict[str, Values], directory: Path) -> None:
-    """Histograms of every layer (step = depth, so the histogram view shows depth) under
-    ``directory/<model>``.
-    """
+    """Histograms of every layer (step = depth, so the histogram view shows depth) under ``directory/<model>``."""
     from torch.utils.tensorboard import SummaryWriter
 
     for name, found in models.items():

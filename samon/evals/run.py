@@ -1,6 +1,4 @@
-"""The evaluations of validate.py: each turns (model, data set) into result rows. The same for any process
-count.
-"""
+"""The evaluations of validate.py: each turns (model, data set) into result rows. The same for any process count."""
 
 import argparse
 import logging
@@ -82,22 +80,18 @@ class Entry:
         """A split with its labels as they are."""
         return suites.open_images(
             self.dataset, self.root, split, class_map=args.class_map, input_key=args.input_key,
-            target_key=args.target_key, download=args.dataset_download,
-            input_img_mode=args.input_img_mode or ("L" if args.in_chans == 1 else "RGB"),
+            target_key=args.target_key, download=args.dataset_download, input_img_mode=args.input_img_mode,
             trust_remote_code=args.dataset_trust_remote_code, num_classes=args.num_classes,
         )
 
 
 class Part(Subset):
-    """Chosen images; the loader's transform goes to the data set itself."""
+    """Chosen images, through the transform that the loader sets."""
 
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform  # type: ignore[attr-defined]
+    transform: Any = None
 
-    @transform.setter
-    def transform(self, value: Any) -> None:
-        self.dataset.transform = value  # type: ignore[attr-defined]
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
+        return [(self.transform(image), label) for image, label in super().__getitems__(indices)]
 
 
 def batches(

@@ -145,6 +145,7 @@ def build(args: argparse.Namespace, checkpoint: str, device: torch.device, rank:
             global_pool=args.gp, **args.model_kwargs,
         )
     args.num_classes = model.num_classes
+    args.input_img_mode = args.input_img_mode or ("L" if in_chans == 1 else "RGB")
     if checkpoint:
         try:
             timm.models.load_checkpoint(model, checkpoint, args.use_ema)
@@ -160,10 +161,21 @@ def build(args: argparse.Namespace, checkpoint: str, device: torch.device, rank:
     model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    model.eval()
+    _probe(args, model.eval(), data_config["input_size"], device)
     dtype = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     autocast = partial(torch.autocast, device_type=device.type, dtype=dtype) if args.amp else nullcontext
     return Target(args, model, data_config, device, rank, world, autocast)
+
+
+def _probe(args: argparse.Namespace, model: torch.nn.Module, size: tuple[int, ...], device: torch.device) -> None:
+    """One image through the model, so that a size it does not take is told before any data is read."""
+    with torch.no_grad():
+        try:
+            model(torch.zeros(1, *size, device=device, dtype=next(model.parameters()).dtype))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{args.model} does not take images of {list(size)} ({text}); give --img-size, and for "
+                            "transformers --model-kwargs img_size=N as well") from None
 
 
 def results(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> Iterator[Row]:
@@ -180,7 +192,7 @@ def results(args: argparse.Namespace, device: torch.device, rank: int, world: in
         if "norm_params" in args.evals:
             place = {"dataset": "", "split": "", "eval": "norm_params"}
             yield from ({**about, **place, **row} for row in norm_params_rows(target))
-            seen[path or settled.model] = norm_params.values(target.model)
+            seen["/".join(Path(path).parts[-2:]) or settled.model] = norm_params.values(target.model)
     if seen and rank == 0:
         if args.norm_figure:
             norm_params.plot(seen, Path(args.norm_figure))
