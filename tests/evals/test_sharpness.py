@@ -9,6 +9,7 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.evals.sharpness import (
+    PRESETS,
     Measure,
     average_case,
     batch_sharpness,
@@ -269,6 +270,13 @@ def test_parts_of_two_processes_add_up():
     even, odd = (sharpness(net, batches[r::2], 4, measures, device="cpu") for r in (0, 1))
     for measure in measures:
         assert torch.equal(whole[measure], even[measure] + odd[measure])
+
+
+def test_presets_are_the_papers_rows():
+    rows = {name: [str(m) for text in texts for m in Measure.parse(text)] for name, texts in PRESETS.items()}
+    assert {name: len(found) for name, found in rows.items()} == {"table6": 6, "table18": 4, "table19": 8}
+    assert "worst-linf-20step@1e-05" in rows["table19"]
+    assert "worst-linf-adaptive-logitnorm-1step@0.03" in rows["table6"]
 
 
 def test_short_form():
