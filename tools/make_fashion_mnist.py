@@ -75,11 +75,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    info = {"name": "fashion-mnist", "num_classes": len(CLASSES), "class_names": CLASSES,
-            "splits": {split: make_split(args.source, args.output, split) for split in SPLITS}}
+    splits = {split: make_split(args.source, args.output, split) for split in SPLITS}
+    info = {"name": "fashion-mnist", "num_classes": len(CLASSES), "class_names": CLASSES, "splits": splits}
     (args.output / "_info.json").write_text(json.dumps(info, indent=1) + "\n")
     size = sum(p.stat().st_size for p in args.output.iterdir())
-    print(f"{args.output}: {size / 1e6:.2f} MB, {[s['num_samples'] for s in info['splits'].values()]} images")
+    print(f"{args.output}: {size / 1e6:.2f} MB, {[s['num_samples'] for s in splits.values()]} images")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import random
 from pathlib import Path
 
+import efficientnet_lite0
 import numpy as np
 import pytest
 import torch
@@ -99,12 +100,15 @@ def test_normalised_output_without_the_prefetcher():
     assert (pil - tensor).abs().max() < 1.01 / 255 / 0.224
 
 
-def test_predictions_do_not_change():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 7, 4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
-                                torch.nn.Flatten(), torch.nn.Linear(32, 10))
+def test_a_pretrained_models_predictions_do_not_change():
+    model = efficientnet_lite0.create().eval()
+    options = EVAL | {"interpolation": "bicubic", "crop_pct": 0.875}
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.default_cfg["mean"], model.default_cfg["std"]))
     for photo in PHOTOS:
-        pil, tensor = (model(x[None].float() / 255) for x in both_paths(photo.read_bytes(), (3, 96, 96), EVAL))
+        image = decode_pil(photo.read_bytes())
+        large = encoded(image.resize((2 * image.width, 2 * image.height)), format="JPEG")
+        with torch.inference_mode():
+            pil, tensor = (model(((x / 255 - mean) / std)[None]).softmax(1) for x in both_paths(large, 224, options))
         assert pil.argmax() == tensor.argmax()
         assert (pil - tensor).abs().max() < 1e-3
 
