@@ -219,7 +219,8 @@ def test_unknown_readers_are_refused(root):
 def _one_process(rank, root):
     stream = create_dataset("wds/x", root, "train", is_training=False, batch_size=4)
     assert (stream.rank, stream.world_size) == (rank, 2)
-    evaluation, training = make_loader(root, training=False, batch=4, rank=None), make_loader(root, workers=1, rank=None)
+    evaluation = make_loader(root, training=False, batch=4, rank=None)
+    training = make_loader(root, workers=1, rank=None)
     seen = {"evaluated": torch.tensor(flat(evaluation)), "trained": torch.tensor(targets(training))}
     training.close()
     return seen
