@@ -10,7 +10,7 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
 
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
