@@ -5,7 +5,7 @@ from typing import Any
 
 from samon.build import World, build, build_world, shut_down
 from samon.checkpoint import Checkpoints, Progress
-from samon.cli import run
+from samon.cli import Stopped, run
 from samon.config import Config, dump, parse
 from samon.control import Control
 from samon.flags_train import steps_or_minutes
@@ -21,11 +21,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(dump(config), end="")
         return {}
     world = build_world(config)
-    try:
-        with console(world):
-            return train(config, world)
-    finally:
-        shut_down()
+    with console(world):
+        try:
+            metrics = train(config, world)
+        except Stopped:
+            shut_down()
+            raise
+    shut_down()  # after a fault it could wait for a process that is gone
+    return metrics
 
 
 def train(config: Config, world: World) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 import samon
-from samon import data
+from samon import data, elastic
 from samon.cli import user_errors
 from samon.config import Config
 from samon.data.sizes import SizeSchedule
@@ -105,6 +105,7 @@ def build_world(config: Config) -> World:
             importlib.import_module(module)
     if config.device is None:
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.dist_url = elastic.URL if elastic.restartable() else None
     with user_errors("--device"):
         torch.device(config.device)
         device = utils.init_distributed_device(config)

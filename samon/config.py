@@ -42,10 +42,7 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     values |= _typed(file, where)
     opt = given.get("opt", values["opt"])
     values |= per_opt.get(opt, {})
-    for key, value in given.items():
-        if (reason := FLAGS[key].refused) and value != FLAGS[key].default:
-            raise UserError(f"{FLAGS[key].flag} is not honoured: {reason}")
-        values[key] = value
+    values |= given
     values["data_dir"] = values["data_dir"] or values["data"]
     return Config(**values | {"data": None})
 
@@ -80,12 +77,14 @@ def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key not in FLAGS or key == "config":
             raise UserError(f"unknown key {key!r} in {where}{nearest(key, FLAGS)}")
         flag = FLAGS[key]
+        if flag.refused:
+            if value not in (None, False, "", 0, flag.default):
+                raise UserError(f"{key} in {where} is not honoured: {flag.refused}")
+            continue
         try:
             typed[key] = flag.parse(value)
         except UserError as error:
             raise UserError(f"{error} (in {where})") from None
-        if flag.refused and value not in (None, False, "", 0, flag.default):
-            raise UserError(f"{key} in {where} is not honoured: {flag.refused}")
     return typed
 
 

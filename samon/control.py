@@ -1,5 +1,6 @@
 """Signals and timed saves, agreed between processes: all of them stop, or save, after the same update."""
 
+import contextlib
 import os
 import signal
 import time
@@ -40,8 +41,8 @@ class Control:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending is not None:
-            self._pending[1].wait()
-            self._pending = None
+            with contextlib.suppress(RuntimeError):  # the others may be gone: whatever ends this run says why
+                self._pending[1].wait()
 
     def poll(self) -> tuple[int, bool]:
         """(signal to stop for or 0, whether a timed save is due), the same on all processes; call after an update."""

@@ -73,6 +73,14 @@ class Flag:
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.flag}: {error}") from None
 
+    def given(self, value: Any) -> Any:
+        """`parse` for the command line, where a refused flag may at most name its default."""
+        if not self.refused:
+            return self.parse(value)
+        if value != [str(self.default)]:
+            raise UserError(f"{self.flag} is not honoured: {self.refused}")
+        return self.default
+
     def _convert(self, value: Any) -> Any:
         if self.type is kwargs:
             return kwargs(value)
@@ -155,7 +163,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     else:
         names = [f"-{flag.short}", flag.flag] if flag.short else [flag.flag]
         metavar = flag.name.rsplit("-", 1)[-1].upper()
-        nargs = "*" if flag.type is kwargs else flag.nargs
+        nargs = "*" if flag.type is kwargs or flag.refused else flag.nargs
         extra = {"const": flag.const} if nargs == "?" else {}
         group.add_argument(*names, dest=flag.key, nargs=nargs, metavar=metavar, help=text, **extra)
 
@@ -168,7 +176,7 @@ def parse_command_line(groups: Groups, argv: list[str] | None, prog: str, descri
         word = next((item for item in rest if item.startswith("-")), rest[0])
         names = [flag.flag for flag in known.values()]
         raise UserError(f"unknown argument {word}{nearest(word.split('=')[0], names)} (see --help)")
-    return {key: known[key].parse(value) for key, value in vars(given).items()}
+    return {key: known[key].given(value) for key, value in vars(given).items()}
 
 
 def markdown(groups: Groups) -> str:

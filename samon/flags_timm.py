@@ -204,24 +204,13 @@ TIMM: dict[str, tuple[F, ...]] = {
         F("wandb-tags", str, [], "wandb tags", nargs="+"),
         F("wandb-resume-id", str, "", "wandb run to continue; needs --resume"),
     ),
-    "NaFlex": (
-        F("naflex-loader", bool, False, "", refused=_NO_NAFLEX),
-        F("naflex-train-seq-lens", int, [128, 256, 576, 784, 1024], "", nargs="+", refused=_NO_NAFLEX),
-        F("naflex-max-seq-len", int, 576, "", refused=_NO_NAFLEX),
-        F("naflex-patch-sizes", int, None, "", nargs="+", refused=_NO_NAFLEX),
-        F("naflex-patch-size-probs", float, None, "", nargs="+", refused=_NO_NAFLEX),
-        F("naflex-loss-scale", str, "linear", "", refused=_NO_NAFLEX),
-        F("naflex-patchify-channels-first", bool, False, "", refused=_NO_NAFLEX),
-    ),
-    "Distillation": (
-        F("kd-model-name", str, None, "", refused=_NO_KD),
-        F("kd-distill-type", str, "logit", "", refused=_NO_KD),
-        F("kd-loss-type", str, "kl", "", refused=_NO_KD),
-        F("distill-loss-weight", float, None, "", refused=_NO_KD),
-        F("task-loss-weight", float, None, "", refused=_NO_KD),
-        F("kd-temperature", float, 4.0, "", refused=_NO_KD),
-        F("kd-student-feature-dim", int, None, "", refused=_NO_KD),
-        F("kd-teacher-feature-dim", int, None, "", refused=_NO_KD),
-        F("kd-token-distill-type", str, "soft", "", refused=_NO_KD),
-    ),
+    "NaFlex": tuple(F(f"naflex-{name}", str, default, "", refused=_NO_NAFLEX) for name, default in (
+        ("loader", False), ("train-seq-lens", [128, 256, 576, 784, 1024]), ("max-seq-len", 576), ("patch-sizes", None),
+        ("patch-size-probs", None), ("loss-scale", "linear"), ("patchify-channels-first", False),
+    )),
+    "Distillation": tuple(F(name, str, default, "", refused=_NO_KD) for name, default in (
+        ("kd-model-name", None), ("kd-distill-type", "logit"), ("kd-loss-type", "kl"), ("distill-loss-weight", None),
+        ("task-loss-weight", None), ("kd-temperature", 4.0), ("kd-student-feature-dim", None),
+        ("kd-teacher-feature-dim", None), ("kd-token-distill-type", "soft"),
+    )),
 }  # fmt: skip

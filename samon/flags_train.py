@@ -74,9 +74,9 @@ SHARDS: tuple[F, ...] = (
     F("sample-split", bool, False, "allow fewer shards than processes x workers"),
     F("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
     F("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
-    F("max-bad-fraction", float, 0.001, "share of unreadable samples to pass over before stopping",
+    F("max-bad-samples", float, 0.001, "share of unreadable samples to pass over before stopping",
       range="in [0, 1]"),
-    F("decoder", str, "auto", "image decoder", choices=("auto", "pil", "torchvision")),
+    F("decoder", str, "auto", "image decoder", choices=("auto", "torch", "pil")),
     F("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
 )
 

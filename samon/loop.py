@@ -48,9 +48,11 @@ def fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, An
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         p.epoch, p.updates, p.samples, p.sums = p.epoch + 1, 0, 0, {}
     best = keeper.checkpoints.best
-    bad = int(getattr(run.train_loader, "bad_samples", 0))
+    bad = torch.tensor([int(getattr(run.train_loader, "bad_samples", 0))])
+    keeper.control.reduce(bad)
     return final | {
-        "best_metric": best["metric"], "best_epoch": best["epoch"], "skipped_steps": p.skipped, "skipped_samples": bad,
+        "best_metric": best["metric"], "best_epoch": best["epoch"], "skipped_steps": p.skipped,
+        "skipped_samples": int(bad),
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from timm import utils
 from timm.models import clean_state_dict, safe_model_name
 from torch import nn
 
+from samon import elastic
 from samon.build import Run, World
 from samon.checkpoint import Checkpoints, Progress, TrainState, newest, progress_of, read, rng_state, set_rng_state
 from samon.config import Config, dump
@@ -46,20 +46,19 @@ def locate(config: Config, world: World) -> tuple[Path, str, Path | None]:
 
 
 def _locate(c: Config) -> tuple[Path, str, Path | None]:
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     directory = _directory(c)
     source: Path | None = None
-    started = None
-    if restarted:
-        started = _identity(directory)
+    started, run_id = _identity(directory)
+    if elastic.restart_count() > 0 or (run_id and run_id == elastic.run_id()):
         source = _newest(directory, started) if started else None
         if source is None:
             log.warning("Restarted before a state was saved in %s: starting over", directory)
+    if source is None:
+        started = None
     if source is None and c.resume:
         source = Path(c.resume)
         if source.is_dir():
-            identity = _identity(source)
-            source = _newest(source, identity)
+            source = _newest(source, _identity(source)[0])
             if source is None:
                 raise UserError(f"no complete training state in {c.resume}; name a checkpoint file or drop --resume")
         same_run = source.parent.resolve() == directory.resolve()
@@ -83,27 +82,26 @@ def _directory(c: Config) -> Path:
     if c.resume and Path(c.resume).is_dir():
         return Path(c.resume)
     model = safe_model_name(c.model)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:  # the same name after a restart
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        if run_id == "none":
+    if elastic.restartable():  # the same name after a restart
+        if not elastic.run_id():
             raise UserError("torchrun --max-restarts needs --experiment NAME, by which a restart finds its directory")
-        return root / f"{run_id}-{model}"
+        return root / f"{elastic.run_id()}-{model}"
     return root / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}"
 
 
-def _identity(directory: Path) -> str | None:
-    """When the run in a directory was started, from the first line of its args.yaml."""
+def _identity(directory: Path) -> tuple[str | None, str]:
+    """(when the run in a directory was started, torchrun's name for it), from the first line of its args.yaml."""
     try:
-        found = re.match(r"# started (\S+)", (directory / "args.yaml").read_text())
+        found = re.match(r"# started (\S+) *(\S*)", (directory / "args.yaml").read_text())
     except OSError:
-        return None
-    return found.group(1) if found else None
+        found = None
+    return (found.group(1), found.group(2)) if found else (None, "")
 
 
 def _create(directory: Path, started: str, config: Config) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "args.yaml").write_text(f"# started {started}\n{dump(config)}")
+        (directory / "args.yaml").write_text(f"# started {started} {elastic.run_id()}\n{dump(config)}")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from None
 

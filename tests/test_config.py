@@ -34,7 +34,8 @@ def test_timms_flags_are_all_there() -> None:
     flags = {flag.flag for flag in by_key(TIMM).values()} | {"--config"}
     assert len(flags - {"data"}) == 171  # with --validation-batch-size
     assert {f for f in REFUSED if not f.startswith(("--kd-", "--naflex-"))} == {
-        "--fuser", "--torchscript", "--tta", "--distill-loss-weight", "--task-loss-weight"
+        "--fuser", "--torchscript", "--tta", "--distill-loss-weight", "--task-loss-weight", "--train-batch-sizes",
+        "--variable-batch-loss-scale",
     }  # fmt: skip
 
 
@@ -85,6 +86,16 @@ def test_an_args_yaml_of_timm_is_accepted(tmp_path: Path) -> None:
     values = {flag.key: flag.default for flag in by_key(TIMM).values()} | {"prefetcher": True, "rank": 0}
     file.write_text(yaml.safe_dump(values))
     assert parse("-c", str(file)).model == "resnet50"
+
+
+def test_every_refused_flag_says_why(tmp_path: Path) -> None:
+    for name in sorted(REFUSED):
+        with pytest.raises(UserError, match=f"^{name} is not honoured: .{{20,}}"):
+            parse(name)
+    assert parse("--tta", "0").tta == 0  # the default may be named
+    (tmp_path / "c.yaml").write_text("naflex_loader: true\n")
+    with pytest.raises(UserError, match=r"naflex_loader in .* is not honoured"):
+        parse("-c", str(tmp_path / "c.yaml"))
 
 
 def test_positional_directory_and_old_names() -> None:

@@ -119,7 +119,7 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     done = subprocess.run(
         [*torchrun, "--max-restarts", "1", str(script), *argv], capture_output=True, text=True, env=env, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     (restarted,) = [path for path in tmp_path.iterdir() if (path / "last.pth.tar").exists()]  # one directory for both
     assert "recovery-1-2.pth.tar at epoch 1, update 2" in done.stderr
     whole = [*torchrun, str(ROOT / "train.py"), *argv, "--experiment", "whole"]

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import SequentialSampler
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SizeSchedule:
     def choices(self, epoch: int) -> tuple[int, ...]:
         """Index into `sizes` of each of the epoch's batches."""
         sampler = ScheduledBatchSampler(
-            range(self.batches), batch_sizes=[1] * len(self.sizes), choice_weights=self.weights, seed=self.seed,
+            SequentialSampler(range(self.batches)), batch_sizes=[1] * len(self.sizes), choice_weights=self.weights, seed=self.seed,
             num_batches=self.batches, choice_schedule="progressive" if self.progressive else "constant",
             schedule_epochs=self.epochs, schedule_spread=self.spread, schedule_random_mix=self.random_mix,
         )  # fmt: skip
