@@ -3,11 +3,12 @@
 
 from typing import Any
 
-from samon.build import World, build, build_world, shut_down
+from samon.build import build
 from samon.checkpoint import Checkpoints, Progress
 from samon.cli import Stopped, run
 from samon.config import Config, dump, parse
 from samon.control import Control
+from samon.elastic import World, build_world, shut_down
 from samon.flags_train import steps_or_minutes
 from samon.loop import fit
 from samon.report import Report, console

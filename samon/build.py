@@ -1,6 +1,5 @@
 """Configuration -> everything a run needs: processes, model, optimizer, data, loss, schedule. One function each."""
 
-import importlib
 import inspect
 import logging
 import math
@@ -13,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 from timm import utils
 from timm.data import FastCollateMixup, Mixup, resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
@@ -23,28 +21,16 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 import samon
-from samon import data, elastic
+from samon import data
 from samon.cli import user_errors
 from samon.config import Config
 from samon.data.sizes import SizeSchedule
+from samon.elastic import World
 from samon.errors import UserError
 from samon.fine_tuning import freeze, weights_checked
 from samon.flags import nearest
 
 log = logging.getLogger("samon")
-
-
-@dataclass
-class World:
-    """This process among the others."""
-
-    device: torch.device
-    rank: int
-    size: int
-
-    @property
-    def primary(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass
@@ -96,25 +82,6 @@ def build(config: Config, world: World) -> Run:
         config, world, model, net, optimizer, scheduler, epochs, scaler, autocast, ema, loss, mixup, train_loader,
         eval_loader, metric,
     )  # fmt: skip
-
-
-def build_world(config: Config) -> World:
-    """Start the processes' group (gloo or nccl by device) and seed this one as timm does."""
-    for module in config.device_modules or []:
-        with user_errors("--device-modules"):
-            importlib.import_module(module)
-    if config.device is None:
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    config.dist_url = elastic.URL if elastic.restartable() else None
-    with user_errors("--device"):
-        torch.device(config.device)
-        device = utils.init_distributed_device(config)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    world = World(device, config.rank, config.world_size)
-    utils.random_seed(config.seed, world.rank)
-    return world
 
 
 def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
@@ -353,8 +320,3 @@ def _size_schedule(c: Config, batches: int) -> SizeSchedule:
         tuple(c.train_img_sizes), probabilities, batches, c.seed, c.train_size_schedule == "progressive", c.epochs,
         c.train_size_schedule_spread, c.train_size_random_mix,
     )  # fmt: skip
-
-
-def shut_down() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

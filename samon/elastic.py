@@ -1,14 +1,21 @@
-"""Restarts by torchrun: which processes belong together, and which run they are a restart of."""
+"""The processes of a run: how they find each other, and which run they are a restart of."""
 
+import importlib
 import os
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 
+import torch
 import torch.distributed as dist
+from timm import utils
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from samon.cli import user_errors
+from samon.config import Config
 
 URL = "samon://"
 
@@ -51,3 +58,40 @@ def _living_processes(url: str, timeout: timedelta, **kwargs: object) -> Iterato
 
 
 register_rendezvous_handler("samon", _living_processes)
+
+
+@dataclass
+class World:
+    """This process among the others."""
+
+    device: torch.device
+    rank: int
+    size: int
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+
+def build_world(config: Config) -> World:
+    """Start the processes' group (gloo or nccl by device) and seed this one as timm does."""
+    for module in config.device_modules or []:
+        with user_errors("--device-modules"):
+            importlib.import_module(module)
+    if config.device is None:
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.dist_url = URL if restartable() else None
+    with user_errors("--device"):
+        torch.device(config.device)
+        device = utils.init_distributed_device(config)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    world = World(device, config.rank, config.world_size)
+    utils.random_seed(config.seed, world.rank)
+    return world
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

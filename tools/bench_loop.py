@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from samon import build, config, loop  # noqa: E402
 from samon.checkpoint import Checkpoints, Progress  # noqa: E402
 from samon.control import Control  # noqa: E402
+from samon.elastic import build_world  # noqa: E402
 from samon.report import Report  # noqa: E402
 from samon.resume import Keeper  # noqa: E402
 
@@ -116,7 +117,7 @@ def main() -> None:
     chosen, rest = parser.parse_known_args()
     argv = ["-c", str(ROOT / "hparams/quickstart.yaml"), "--opt", "sgd", "--data-dir", str(ROOT / "data/fashion-mnist")]
     c = config.parse([*argv, "--epochs", "1000", "--log-interval", "50", "--val-split", "", *rest])
-    world = build.build_world(c)
+    world = build_world(c)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         loops = {"bare": bare(c, world.device), "samon": ours(c, world, Path(folder))}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
