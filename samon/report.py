@@ -211,7 +211,7 @@ class Report:
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(row)
-        log.info("Epoch %s", " ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None))
+        log.info(" ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None).capitalize())
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Where everything is and what to do next, then the final metrics as the last line on stdout."""

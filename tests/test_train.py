@@ -163,6 +163,21 @@ def test_no_replay_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
 
 
+@pytest.mark.parametrize("other", [["--torchcompile", "eager"], ["--grad-checkpointing"]], ids=str)
+def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], tmp_path: Path) -> None:
+    args = ["--opt", "samon", "--model", "test_vit", "--perturb", "blocks.[4-9]|^norm", "--val-split", ""]
+    _, one = run(tmp_path, *args, *other, name="one")
+    assert f"replay is off: it keeps activations from module to module, which {other[0]}" in (one / "log.txt").read_text()
+    _, two = run(tmp_path, *args, "--no-replay", name="two")
+    a, b = weights(one), weights(two)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+def test_groups_refuse_a_compiled_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--m-sharpness 4 .* drop --torchcompile"):
+        run(tmp_path, "--opt", "samon", "--m-sharpness", "4", "--torchcompile", "eager")
+
+
 def test_m_sharpness_in_groups_equals_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scope samon runs all sub-batches at once, any other scope one after the other: the same step on one model."""
     args = ["--opt", "samon", "--m-sharpness", "4", "--model", "test_vit", "--model-dtype", "float32"]

@@ -116,20 +116,21 @@ class GroupedNorms:
             z = y.view(self.groups, -1, *y.shape[1:])
             z = z if gamma is None else z * gamma.view(shape)
             z = z if beta is None else z + beta.view(shape)
-            return activation(z.view(y.shape).to(y.dtype))
+            return activation(_joined(z, y.shape).to(y.dtype))
 
         return forward
 
     def _batch_norm(self, module: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
         groups, channels = self.groups, x.shape[1]
-        folded = x.view(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
+        folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
         mean, variance = torch.zeros(2, groups * channels, dtype=_statistics_type(x), device=x.device)
         gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
         y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
         if getattr(module, "track_running_stats", False):
             self.statistics[module][self.pass_index].append((mean.view(groups, -1), variance.view(groups, -1)))
-        return y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1).reshape(x.shape)
+        y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)
+        return _joined(y if y.is_contiguous() else y.contiguous(), x.shape)
 
     @torch.no_grad()
     def update_running_statistics(self, bn_stats: str) -> None:
@@ -173,6 +174,12 @@ def _bare(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     finally:
         module._parameters |= {k: v for k, v in saved.items() if v is not None}
         module._modules |= {k: v for k, v in extra.items() if v is not None}
+
+
+def _joined(x: Tensor, shape: torch.Size) -> Tensor:
+    """x.view(shape) that autograd does not call a view: an in-place activation behind a view would cost it a copy of
+    the whole gradient."""
+    return torch.ops.aten._unsafe_view(x, shape)
 
 
 def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tuple[int, ...]:

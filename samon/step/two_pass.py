@@ -56,8 +56,7 @@ def two_pass(
 
     The ascent gradient is taken with respect to the perturbed parameters only, everything else frozen, and never
     touches `.grad`. Nothing is read on the host. A non-finite ascent gradient leaves the weights unperturbed and makes
-    the final gradient NaN, so that a gradient scaler, or any check of the gradient norm, skips the step on all
-    processes.
+    the final gradient NaN, so that a gradient scaler, or any check of its norm, skips the step on all processes.
 
     Args:
         optimizer: a SAM optimizer, or Lookahead around one.

@@ -37,6 +37,7 @@ def test_no_host_synchronisation(name: str, options: dict) -> None:
         samon.two_pass(opt, forward, scaler=scaler, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_gpu_gradient_equals_cpu() -> None:
