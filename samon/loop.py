@@ -210,7 +210,8 @@ def apply_gradient(run: Run) -> tuple[Tensor, bool]:
     c, scaler = run.config, run.scaler
     if scaler is not None:
         scaler.unscale_(run.optimizer)
-    norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    parameters = (p for group in run.optimizer.param_groups for p in group["params"])
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler is None and not bool(norm.isfinite()):
         return norm, False
     if c.clip_grad is not None:
