@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from samon.build import Run
 from samon.checkpoint import Progress
 from samon.cli import RunError, Stopped
+from samon.data import DataError
 from samon.evals.accuracy import accuracy
 from samon.flags_train import steps_or_minutes
 from samon.report import Meter, Report
@@ -28,7 +29,18 @@ Batch = tuple[Tensor, Tensor]
 
 
 def fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
-    """Epochs from `p` to the end; returns the final metrics. `rng`: random state to set before the next update."""
+    """Epochs from `p` to the end; returns the final metrics. `rng`: random state to set before the next update.
+
+    Raises:
+        RunError: too many unreadable samples or non-finite updates, or a state cannot be written.
+    """
+    try:
+        return _fit(run, p, keeper, report, rng)
+    except DataError as error:  # the settings were good enough to start: a fault, not a mistake
+        raise RunError(f"{error}; {keeper.checkpoints.describe_last_good()}") from error
+
+
+def _fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
     final: dict[str, Any] = {}
     while p.epoch < run.epochs:
         train = train_epoch(run, p, keeper, report, rng)

@@ -19,6 +19,7 @@ import train
 from samon import loop
 from samon.checkpoint import newest, read
 from samon.cli import RunError, Stopped
+from tests.data.sets import write_set
 from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
 from tools import check_interruptions as matrix
 
@@ -194,6 +195,21 @@ def test_divergence_stops_with_the_last_good_checkpoint(
     monkeypatch.setattr(loop, "train_epoch", begin)
     with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
         run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-bad-steps", "3", *extra)
+    assert last(tmp_path / "run")["epoch"] == 0
+
+
+def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
+    """Half of the second epoch's shards are unreadable by then; the first epoch's state stays."""
+    root = Path(write_set(tmp_path / "data", lengths=(16, 16), num_classes=32))
+    own = ["--data-dir", str(root), "--dataset", "wds/test", "--num-classes", "32", "--val-split", ""]
+    own += ["--in-chans", "3", "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--train-num-samples", "32"]
+    run(tmp_path, *own, "--epochs", "1")
+    state = tmp_path / "run/last.pth.tar"
+    unreadable = {i: {"jpg": b"not an image"} for i in range(16)}
+    write_set(root, lengths=(16, 16), num_classes=32, replace=unreadable)
+    with pytest.raises(RunError, match=r"(?i)bad.*the last good checkpoint is .*pth\.tar"):
+        run(tmp_path, *own, "--epochs", "2", "--resume", str(tmp_path / "run"))
+    assert state.exists()
     assert last(tmp_path / "run")["epoch"] == 0
 
 
