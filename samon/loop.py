@@ -32,11 +32,15 @@ def fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, An
     """Epochs from `p` to the end; returns the final metrics. `rng`: random state to set before the next update.
 
     Raises:
-        RunError: too many unreadable samples or non-finite updates, or a state cannot be written.
+        UserError: the very first batch shows that the data do not fit the settings.
+        RunError: too many unreadable samples or non-finite updates later on, or a state cannot be written.
     """
+    start = p.epoch, p.updates
     try:
         return _fit(run, p, keeper, report, rng)
-    except DataError as error:  # the settings were good enough to start: a fault, not a mistake
+    except DataError as error:
+        if (p.epoch, p.updates) == start and keeper.checkpoints.last_good is None:
+            raise
         raise RunError(f"{error}; {keeper.checkpoints.describe_last_good()}") from error
 
 
