@@ -1,6 +1,5 @@
 """The names `<scope>[-<geometry>][-<base>]` in timm's optimizer factory. The only module that touches that factory."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -105,7 +104,6 @@ def build_sam(
         raise UserError(f"base_opt={base_opt!r} is itself sharpness-aware; name a plain timm optimizer such as 'sgd'")
     if sparsity is not None and variant.mask is None:
         raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
-    _check_regex(perturb)
     if selection is None:
         params = list(params)
     base = create_optimizer_v2(params, base_opt, **base_kwargs)
@@ -121,13 +119,6 @@ def build_sam(
     return SAM(base, selection, rho=rho, geometry=variant.geometry, eta=eta, mask=mask)
 
 
-def _check_regex(perturb: str | None) -> None:
-    try:
-        re.compile(perturb or "")
-    except re.error as e:
-        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
-
-
 def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     """timm hands an optimizer only parameter groups; for our names the model's selection is made first."""
 
@@ -135,7 +126,6 @@ def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
         variant = variant_of(opt)
         if variant is not None and isinstance(model_or_params, nn.Module):
-            _check_regex(kwargs.get("perturb"))
             kwargs["selection"] = select(model_or_params, variant.scope, kwargs.get("perturb"))
         return create(model_or_params, opt, *args, **kwargs)
 

@@ -198,10 +198,10 @@ class _Replay:
 
     def __init__(self, sam: SAM, forwards: list[Forward], o: Options):
         self.sam = sam
-        # With both passes updating the statistics, the front's BatchNorms would have to run twice.
         wanted = o.replay and sam.selection.narrowed and sam.model is not None
         if wanted and sam.model is not None:
             refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
+        # With both passes updating the statistics, the front's BatchNorms would have to run twice.
         self.usable = wanted and len(forwards) == 1 and o.ascent_forward is None and o.bn_stats != "both"
         plan: Plan | None = sam.plan if self.usable else None
         device = next(iter(sam.perturbed_parameters().values())).device
