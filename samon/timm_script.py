@@ -16,8 +16,7 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor
 
-from samon.cli import run
-from samon.errors import UserError
+from samon.errors import UserError, run
 from samon.optim.geometry import global_norm
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
@@ -68,8 +67,12 @@ class Perturbed:
         finally:
             self.inside = False
         loss = result["loss"]
-        sam.stats = {"loss": clean.detach(), "loss_perturbed": loss.detach(), "eps_norm": global_norm(eps),
-                     "ascent_grad_norm": norm}  # fmt: skip
+        sam.stats = {
+            "loss": clean.detach(),
+            "loss_perturbed": loss.detach(),
+            "eps_norm": global_norm(eps),
+            "ascent_grad_norm": norm,
+        }
         if scaler is not None:  # it skips the step; without one the script gets the gradient at w, for eps is zero
             loss = loss * torch.where(finite, 1.0, torch.nan)
         loss.register_hook(self._restore_after_backward)

@@ -26,9 +26,7 @@ def norm_names(model: nn.Module) -> set[str]:
 
 def scope_names(model: nn.Module, scope: str) -> list[str]:
     norms = norm_names(model)
-    return [
-        name for name, _ in model.named_parameters() if scope == "sam" or (name in norms) == (scope == "samon")
-    ]
+    return [name for name, _ in model.named_parameters() if scope == "sam" or (name in norms) == (scope == "samon")]
 
 
 def scale(geometry: str, name: str, w: Tensor, g: Tensor, eta: float) -> Tensor:
@@ -55,11 +53,7 @@ def perturbation(geometry: str, weights: dict[str, Tensor], grads: dict[str, Ten
 
 
 def sam_gradient(
-    model: nn.Module,
-    losses: Sequence[Callable[[], Tensor]],
-    names: Sequence[str],
-    geometry: str,
-    rho: float,
+    model: nn.Module, losses: Sequence[Callable[[], Tensor]], names: Sequence[str], geometry: str, rho: float
 ) -> tuple[float, dict[str, Tensor]]:
     """(mean loss at w, gradient at w + eps of every parameter), one perturbation for all `losses` (their mean)."""
     parameters = dict(model.named_parameters())

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import train
-from samon import loop
-from samon.cli import Stopped
+from samon.errors import Stopped
+from samon.train import loop
+from samon.train import main as train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 DATA = ["--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10"]
 INPUT = ["--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353"]
 SHORT = ["--train-num-samples", "64", "--val-num-samples", "40", "-b", "16", "-j", "0", "--epochs", "1"]

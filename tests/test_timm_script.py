@@ -159,8 +159,9 @@ def test_a_script_without_a_task_is_refused(installed: None) -> None:
 
 
 def _rank(rank: int, port: int, argv: list[str]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     timm_script.main(argv)
 
 
@@ -177,10 +178,26 @@ def test_two_processes(tmp_path: Path) -> None:
             process.join()
         assert [process.exitcode for process in group] == [0, 0]
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-         "samon.timm_script", str(SCRIPT), *common, str(tmp_path / "sharp"), "--opt", "samon"],
-        cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "samon.timm_script",
+            str(SCRIPT),
+            *common,
+            str(tmp_path / "sharp"),
+            "--opt",
+            "samon",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     base, zero, sharp = (torch.load(tmp_path / name, weights_only=True) for name in ("base", "zero", "sharp"))
     assert same(base, zero)
     assert not same(zero, sharp)

@@ -70,16 +70,32 @@ def make_set(directory: Path, images: int) -> list[bytes]:
         path = directory / f"source/train/class{i % 8}/{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(some[i % len(some)])
-    subprocess.run([sys.executable, Path(__file__).with_name("make_shards.py"), "--source", directory / "source",
-                    "--output", directory / "shards"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).with_name("make_shards.py"),
+            "--source",
+            directory / "source",
+            "--output",
+            directory / "shards",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return some
 
 
 def make_loader(kind: str, root: Path, workers: int) -> Any:
     """timm's loader or one of ours (by decoder) over the shards, on the CPU."""
     common: dict[str, Any] = {"root": str(root), "split": "train", "is_training": True, "batch_size": BATCH}
-    loading: dict[str, Any] = {"input_size": SIZE, "batch_size": BATCH, "is_training": True, "num_workers": workers,
-                               "device": torch.device("cpu"), **AUGMENT}
+    loading: dict[str, Any] = {
+        "input_size": SIZE,
+        "batch_size": BATCH,
+        "is_training": True,
+        "num_workers": workers,
+        "device": torch.device("cpu"),
+        **AUGMENT,
+    }
     if kind == "timm":
         return timm.data.create_loader(timm.data.create_dataset("wds/bench", **common), **loading)
     return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading)
@@ -132,7 +148,8 @@ def stages(root: Path, some: list[bytes]) -> None:
         ("read", milliseconds(read_timm, [0]) / images, milliseconds(read_ours, [0]) / images),
         ("decode", milliseconds(decode_pil, some), milliseconds(decode_tensor, some)),
         ("augment", milliseconds(transform, pils), milliseconds(tensor_transform, tensors)),
-        ("collate", milliseconds(fast_collate, [ready]) / BATCH, milliseconds(fast_collate, [ready_tensors]) / BATCH)]
+        ("collate", milliseconds(fast_collate, [ready]) / BATCH, milliseconds(fast_collate, [ready_tensors]) / BATCH),
+    ]
     print(f"\n{'ms per image':14}{'timm':>8}{'ours':>8}")
     for name, theirs, ours in rows:
         print(f"{name:14}{theirs:8.3f}{ours:8.3f}")
@@ -154,8 +171,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         some = make_set(Path(directory), args.images)
         root = Path(directory) / "shards"
-        print(f"{args.images} JPEGs of 500 x 375, {sum(map(len, some)) / len(some) / 1e3:.0f} kB on average; "
-              f"torch {torch.__version__}, timm {timm.__version__}")
+        print(
+            f"{args.images} JPEGs of 500 x 375, {sum(map(len, some)) / len(some) / 1e3:.0f} kB on average; "
+            f"torch {torch.__version__}, timm {timm.__version__}"
+        )
         print(f"{'workers':8}{'timm':>8}{'ours pil':>10}{'ours torch':>12}   images/s, ratio torch : timm (per round)")
         for workers in args.workers:
             kinds = ("timm", "pil", "torch")
@@ -167,8 +186,11 @@ def main() -> None:
                 for kind in kinds:
                     rates[kind].append(epoch_rate(loaders[kind], clock))
             ratios = [ours / theirs for ours, theirs in zip(rates["torch"], rates["timm"], strict=True)]
-            print(f"{workers:<8}{median(rates['timm']):8.0f}{median(rates['pil']):10.0f}{median(rates['torch']):12.0f}"
-                  f"   {median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})", flush=True)
+            print(
+                f"{workers:<8}{median(rates['timm']):8.0f}{median(rates['pil']):10.0f}{median(rates['torch']):12.0f}"
+                f"   {median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+                flush=True,
+            )
         stages(root, some)
 
 

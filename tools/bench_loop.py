@@ -29,12 +29,13 @@ from timm.optim import create_optimizer_v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from samon import build, config, loop  # noqa: E402
-from samon.checkpoint import Checkpoints, Progress  # noqa: E402
-from samon.control import Control  # noqa: E402
-from samon.elastic import build_world  # noqa: E402
-from samon.report import Report  # noqa: E402
-from samon.resume import Keeper  # noqa: E402
+from samon.session.checkpoint import Checkpoints, Progress  # noqa: E402
+from samon.session.world import build_world  # noqa: E402
+from samon.settings import config  # noqa: E402
+from samon.train import build, loop  # noqa: E402
+from samon.train.control import Control  # noqa: E402
+from samon.train.report import Report  # noqa: E402
+from samon.train.state import Keeper  # noqa: E402
 
 
 def now() -> tuple[float, float]:
@@ -46,13 +47,26 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
     """An update at a time of the shortest loop: forward, backward, step, nothing else."""
     input_size = (c.in_chans or 3, c.img_size, c.img_size)
     dataset = timm.data.create_dataset(
-        c.dataset, root=c.data_dir, split=c.train_split, is_training=True, batch_size=c.batch_size, seed=c.seed,
+        c.dataset,
+        root=c.data_dir,
+        split=c.train_split,
+        is_training=True,
+        batch_size=c.batch_size,
+        seed=c.seed,
         input_img_mode="L" if input_size[0] == 1 else "RGB",
-    )  # fmt: skip
+    )
     loader = timm.data.create_loader(
-        dataset, input_size, c.batch_size, is_training=True, num_workers=c.workers, device=device, mean=c.mean,
-        std=c.std, color_jitter=c.color_jitter, interpolation=c.train_interpolation,
-    )  # fmt: skip
+        dataset,
+        input_size,
+        c.batch_size,
+        is_training=True,
+        num_workers=c.workers,
+        device=device,
+        mean=c.mean,
+        std=c.std,
+        color_jitter=c.color_jitter,
+        interpolation=c.train_interpolation,
+    )
     model = timm.create_model(c.model, num_classes=c.num_classes, in_chans=input_size[0], **c.model_kwargs).to(device)
     optimizer = create_optimizer_v2(model, "sgd", lr=c.lr, weight_decay=c.weight_decay)
     criterion = LabelSmoothingCrossEntropy(c.smoothing)
@@ -71,7 +85,7 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
 
 
 def ours(c: config.Config, world: build.World, folder: Path) -> Iterator[None]:
-    """An update at a time of samon.loop, everything on: meters, finite check, log lines, TensorBoard."""
+    """An update at a time of samon.train.loop, everything on: meters, finite check, log lines, TensorBoard."""
     run = build.build(c, world)
     report = Report(c, folder, world)
     keeper = Keeper(run, Checkpoints(folder, 1, False), Control(), "")
@@ -135,8 +149,10 @@ def main() -> None:
         ratios = statistics.quantiles([b / a for a, b in zip(bare_s, samon_s, strict=True)], n=4)
         low, middle, high = (f"{100 * (ratio - 1):+.2f} %" for ratio in ratios)
         rates = [c.batch_size / statistics.median(values) for values in (bare_s, samon_s)]
-        print(f"{kind:4} time: bare {rates[0]:.1f} images/s, samon {rates[1]:.1f}; samon takes {middle} more an update "
-              f"(median of {len(bare_s)} pairs; quartiles {low}, {high})")  # fmt: skip
+        print(
+            f"{kind:4} time: bare {rates[0]:.1f} images/s, samon {rates[1]:.1f}; samon takes {middle} more an update "
+            f"(median of {len(bare_s)} pairs; quartiles {low}, {high})"
+        )
 
 
 if __name__ == "__main__":

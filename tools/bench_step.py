@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
-from samon.optim.selection import norm_modules
+from samon.optim.scope import norm_modules
 
 Step = Callable[[], Any]
 
@@ -239,11 +239,17 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
         if memory:
             peak = gpu_memory(bench, step) if bench.device.type == "cuda" else cpu_memory(name)
         count, base = counted[name], counted["plain SGD"]
-        rows.append({
-            "variant": name, "flops_ratio": count / base if count and base else None,
-            "time_ratio": statistics.median(ratios), "time_ratio_min": min(ratios), "time_ratio_max": max(ratios),
-            "ms": statistics.median(times[name]), "peak_mib": peak,
-        })  # fmt: skip
+        rows.append(
+            {
+                "variant": name,
+                "flops_ratio": count / base if count and base else None,
+                "time_ratio": statistics.median(ratios),
+                "time_ratio_min": min(ratios),
+                "time_ratio_max": max(ratios),
+                "ms": statistics.median(times[name]),
+                "peak_mib": peak,
+            }
+        )
     return rows
 
 

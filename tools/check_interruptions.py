@@ -30,21 +30,70 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "samon.evals.validate"])
+CONTEXT.set_forkserver_preload(["train", "samon.evals.main"])
 UPDATES = 6  # per epoch
 ARGS = [
-    "--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10",
-    "--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353", "--val-num-samples", "40", "-j", "1",
-    "--epochs", "3", "--warmup-epochs", "1", "--lr", "0.02", "--model", "test_resnet",
-    "--opt", "samon-layerl2-momentum", "--model-ema", "--model-ema-decay", "0.9", "--drop", "0.1", "--mixup", "0.2",
-    "--reprob", "0.2", "--grad-accum-steps", "2", "-b", "8", "--sched-on-updates", "--checkpoint-interval", "2",
-    "--device", "cpu", "--sample-split",
-]  # fmt: skip
+    "--data-dir",
+    str(ROOT / "data/fashion-mnist"),
+    "--dataset",
+    "wds/fashion-mnist",
+    "--num-classes",
+    "10",
+    "--in-chans",
+    "1",
+    "--img-size",
+    "32",
+    "--mean",
+    "0.286",
+    "--std",
+    "0.353",
+    "--val-num-samples",
+    "40",
+    "-j",
+    "1",
+    "--epochs",
+    "3",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "0.02",
+    "--model",
+    "test_resnet",
+    "--opt",
+    "samon-layerl2-momentum",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--drop",
+    "0.1",
+    "--mixup",
+    "0.2",
+    "--reprob",
+    "0.2",
+    "--grad-accum-steps",
+    "2",
+    "-b",
+    "8",
+    "--sched-on-updates",
+    "--checkpoint-interval",
+    "2",
+    "--device",
+    "cpu",
+    "--sample-split",
+]
 # (where, epoch, update): right after an update, while a file is written, in validation, before the first update
 MOMENTS: list[tuple[str, int, int]] = [
-    ("start", 0, 0), ("update", 0, 1), ("update", 0, 3), ("write", 0, 4), ("update", 0, 6), ("validate", 0, 6),
-    ("write", 1, 0), ("update", 1, 2), ("update", 1, 5), ("validate", 2, 6),
-]  # fmt: skip
+    ("start", 0, 0),
+    ("update", 0, 1),
+    ("update", 0, 3),
+    ("write", 0, 4),
+    ("update", 0, 6),
+    ("validate", 0, 6),
+    ("write", 1, 0),
+    ("update", 1, 2),
+    ("update", 1, 5),
+    ("validate", 2, 6),
+]
 KINDS = ("term", "kill-one", "kill-all")
 
 
@@ -67,8 +116,8 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
     multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
-    import train
-    from samon import cli
+    from samon import errors as cli
+    from samon.train import main as train
 
     if moment is not None:
         _arm(moment, lambda: _signal_group(number))
@@ -82,7 +131,8 @@ def _signal_group(number: int) -> None:
 
 def _arm(moment: tuple[str, int, int], fire: Callable[[], None]) -> None:
     """Call `fire` when training reaches the moment."""
-    from samon import checkpoint, loop
+    from samon.session import checkpoint
+    from samon.train import loop
 
     where, epoch, update = moment
     at = {"epoch": -1, "update": -1}
@@ -128,8 +178,7 @@ def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str
     victims = {0 if moment and moment[0] == "write" else world - 1} if kind == "kill-one" else set(range(world))
     group = [
         CONTEXT.Process(
-            target=_process,
-            args=(rank, world, port, argv, str(log), moment if rank in victims else None, number),
+            target=_process, args=(rank, world, port, argv, str(log), moment if rank in victims else None, number)
         )
         for rank in range(world)
     ]

@@ -7,6 +7,7 @@ DIR holds Fashion-MNIST's four original files (`train-images-idx3-ubyte.gz`, ...
 as Debian's package `dataset-fashion-mnist` installs them under /usr/share/datasets/fashion-mnist.
 The first images of each class are taken, so the result is the same bytes wherever it is made.
 """
+
 import argparse
 import gzip
 import io
@@ -19,8 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-           "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # split: (prefix of the original files, images per class, shards). 16 shards feed 2 processes of up to 8 workers.
 SPLITS = {"train": ("train", 500, 16), "validation": ("t10k", 100, 8)}
 
@@ -29,7 +29,7 @@ def read_idx(path: Path) -> np.ndarray:
     """The uint8 array in an IDX file; its magic number's last byte is the number of dimensions."""
     raw = gzip.decompress(path.read_bytes())
     ndim = raw[3]
-    shape = struct.unpack(f">{ndim}I", raw[4:4 + 4 * ndim])
+    shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
@@ -60,7 +60,7 @@ def make_split(source: Path, output: Path, split: str) -> dict:
         samples.append((f"{prefix}-{i:05d}", png.getvalue(), int(labels[i])))
     filenames, lengths = [], []
     for n in range(num_shards):
-        part = samples[n * len(samples) // num_shards:(n + 1) * len(samples) // num_shards]
+        part = samples[n * len(samples) // num_shards : (n + 1) * len(samples) // num_shards]
         name = f"{split}-{n:02d}.tar.gz"
         (output / name).write_bytes(shard_bytes(part))
         filenames.append(name)

@@ -1,17 +1,20 @@
 """Data: shards and folders as streams that lose nothing, and the loader that feeds a device from them."""
 
-from samon.data.faults import (
-    DataError,
-    FaultCount,
-    ImageError,
-    ImageTooLargeError,
-    LabelError,
-    SampleError,
-    ShardError,
-)
+from samon.data.faults import DataError, FaultCount, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError
 from samon.data.loader import Loader, create_dataset, create_loader
 from samon.data.resident import ResidentLoader, create_resident_loader
 
 __all__ = [
-    'DataError', 'FaultCount', 'ImageError', 'ImageTooLargeError', 'LabelError', 'Loader', 'ResidentLoader',
-    'SampleError', 'ShardError', 'create_dataset', 'create_loader', 'create_resident_loader']
+    "DataError",
+    "FaultCount",
+    "ImageError",
+    "ImageTooLargeError",
+    "LabelError",
+    "Loader",
+    "ResidentLoader",
+    "SampleError",
+    "ShardError",
+    "create_dataset",
+    "create_loader",
+    "create_resident_loader",
+]

@@ -114,9 +114,11 @@ class Augment:
         fill = [float(GREY)] * images.shape[1]
         groups: dict[tuple[str, float], list[int]] = {}
         picks = zip(
-            draws.policy[index].tolist(), draws.chance[index, step].tolist(), draws.negative[index, step].tolist(),
+            draws.policy[index].tolist(),
+            draws.chance[index, step].tolist(),
+            draws.negative[index, step].tolist(),
             strict=True,
-        )  # fmt: skip
+        )
         for row, (policy, chance, negative) in enumerate(picks):
             name, probability, level = self.auto.policies[policy][step]
             if chance <= probability:

@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet has 61 million
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'MPO', 'JPEG2000', 'AVIF')
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 _TENSOR_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
@@ -46,39 +46,39 @@ def open_image(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(str(error)) from error
     except Exception as error:  # hostile bytes can make any parser raise anything
-        raise ImageError(f'not an image: {len(data)} bytes starting {data[:12]!r}') from error
+        raise ImageError(f"not an image: {len(data)} bytes starting {data[:12]!r}") from error
     if image.width * image.height > MAX_PIXELS:
-        raise ImageTooLargeError(f'{image.width} x {image.height} pixels, limit {MAX_PIXELS}')
+        raise ImageTooLargeError(f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}")
     return image
 
 
-def decode_pil(data: bytes | Image.Image, mode: str = 'RGB') -> Image.Image:
+def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to ``mode``; some data sets give Pillow images already."""
     return _load(data if isinstance(data, Image.Image) else open_image(data), mode)
 
 
 def _load(image: Image.Image, mode: str) -> Image.Image:
     try:
-        if image.mode != 'P':
+        if image.mode != "P":
             return image.convert(mode) if mode else image.copy()
         with warnings.catch_warnings():
             # Transparency is dropped by the conversion, which is what timm does as well.
-            warnings.filterwarnings('ignore', 'Palette images with Transparency', UserWarning)
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             return image.convert(mode) if mode else image.copy()
     except Exception as error:
-        raise ImageError(f'cannot be decoded: {type(error).__name__}: {error}') from error
+        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def decode_tensor(data: bytes | Image.Image) -> Tensor:
     """Decode to uint8 RGB [3, H, W]: JPEGs by simplejpeg, what it does not take (or CMYK) by Pillow."""
-    if isinstance(data, bytes) and data.startswith(b'\xff\xd8'):
+    if isinstance(data, bytes) and data.startswith(b"\xff\xd8"):
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-            if colors in ('YCbCr', 'Gray', 'RGB') and height * width <= MAX_PIXELS:
+            if colors in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS:
                 return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
         except ValueError:
             pass  # it is stricter than Pillow, which decides whether the file is damaged
-    return pil_to_tensor(decode_pil(data, 'RGB'))
+    return pil_to_tensor(decode_pil(data, "RGB"))
 
 
 class TensorCrop:
@@ -93,7 +93,7 @@ class TensorCrop:
         """uint8 [C, H, W] to uint8 [C, *size]; draws in timm's order."""
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
-        return F.resize_image(image[:, top:top + height, left:left + width], list(self.crop.size), mode)
+        return F.resize_image(image[:, top : top + height, left : left + width], list(self.crop.size), mode)
 
 
 class TensorResize:
@@ -131,7 +131,8 @@ class TensorJitter:
         """uint8 [3, H, W] to the same; draws in torchvision's order."""
         jitter = self.jitter
         order, brightness, contrast, saturation, _ = jitter.get_params(
-            jitter.brightness, jitter.contrast, jitter.saturation, None)
+            jitter.brightness, jitter.contrast, jitter.saturation, None
+        )
         for kind in order.tolist():
             if kind == 0 and brightness is not None:
                 image = _blend(0, image, brightness)
@@ -157,8 +158,17 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
         return TensorJitter(step) if step.hue is None else None
     if isinstance(step, MaybeToTensor):
         return _to_float
-    if isinstance(step, (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip, transforms.CenterCrop,
-                         transforms.Normalize, MaybePILToTensor, RandomErasing)):
+    if isinstance(
+        step,
+        (
+            transforms.RandomHorizontalFlip,
+            transforms.RandomVerticalFlip,
+            transforms.CenterCrop,
+            transforms.Normalize,
+            MaybePILToTensor,
+            RandomErasing,
+        ),
+    ):
         return step
     return None
 
@@ -172,17 +182,17 @@ def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[A
     Raises:
         UserError: ``torch`` was asked for and a step has no equal; it is named.
     """
-    if decoder not in ('auto', 'torch', 'pil'):
-        raise UserError(f'--decoder {decoder}: choose auto, torch or pil')
+    if decoder not in ("auto", "torch", "pil"):
+        raise UserError(f"--decoder {decoder}: choose auto, torch or pil")
 
-    steps = getattr(transform, 'transforms', [transform])
+    steps = getattr(transform, "transforms", [transform])
     converted = [(step, _tensor_step(step)) for step in steps]
     without = [type(step).__name__ for step, equal in converted if equal is None]
-    reason = f'no tensor form of {", ".join(without)}' if without else f'image mode {mode!r}' * (mode != 'RGB')
-    if decoder == 'torch' and reason:
-        raise UserError(f'--decoder torch: {reason}; use --decoder auto or pil')
-    if decoder == 'pil' or reason:
-        _logger.info('images are decoded by Pillow: %s', reason or 'as asked')
+    reason = f"no tensor form of {', '.join(without)}" if without else f"image mode {mode!r}" * (mode != "RGB")
+    if decoder == "torch" and reason:
+        raise UserError(f"--decoder torch: {reason}; use --decoder auto or pil")
+    if decoder == "pil" or reason:
+        _logger.info("images are decoded by Pillow: %s", reason or "as asked")
         return partial(decode_pil, mode=mode), transform
-    _logger.info('images are decoded and augmented as tensors')
+    _logger.info("images are decoded and augmented as tensors")
     return decode_tensor, transforms.Compose([equal for _, equal in converted])

@@ -44,7 +44,7 @@ class FaultCount:
 
     def __init__(self, limit: float, samples: int = 0) -> None:
         if not 0 <= limit <= 1:
-            raise UserError(f'the fraction of bad samples allowed is {limit}; give one between 0 and 1')
+            raise UserError(f"the fraction of bad samples allowed is {limit}; give one between 0 and 1")
         self.limit = limit
         self.samples = samples
         # One row per worker, so that no two processes write the same number. Columns: in this epoch, ever.
@@ -68,9 +68,10 @@ class FaultCount:
         self._counts[worker] += 1
         count = int(self._counts[:, 0].sum())
         if count <= _LOGGED:
-            _logger.warning('bad sample skipped: %s: %s', type(error).__name__, error)
+            _logger.warning("bad sample skipped: %s: %s", type(error).__name__, error)
         if count > self.limit * self.samples:
             raise DataError(
-                f'{count} bad samples in this epoch, more than {self.limit:g} of the {self.samples} that this '
-                f'process reads; last: {type(error).__name__}: {error}; repair the data or raise '
-                '--max-bad-samples')
+                f"{count} bad samples in this epoch, more than {self.limit:g} of the {self.samples} that this "
+                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise "
+                "--max-bad-samples"
+            )

@@ -32,17 +32,34 @@ from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-_SPLIT_FOLDERS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+_SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 
 
 def create_dataset(
-    name: str, root: str | None = None, split: str = 'validation', *, is_training: bool = False,
-    batch_size: int = 1, seed: int = 42, class_map: str | dict[Any, int] = '', input_img_mode: str = 'RGB',
-    input_key: str | None = None, target_key: str | None = None, num_samples: int | None = None,
-    num_classes: int | None = None, repeats: float = 0, download: bool = False, trust_remote_code: bool = False,
-    sample_split: bool = False, shuffle_buffer: int = 2048, shard_cache: str | None = None,
-    shard_cache_size: int = 200 << 30, allow_shell_urls: bool = False, max_bad_fraction: float = 0.001,
-    rank: int | None = None, world_size: int | None = None,
+    name: str,
+    root: str | None = None,
+    split: str = "validation",
+    *,
+    is_training: bool = False,
+    batch_size: int = 1,
+    seed: int = 42,
+    class_map: str | dict[Any, int] = "",
+    input_img_mode: str = "RGB",
+    input_key: str | None = None,
+    target_key: str | None = None,
+    num_samples: int | None = None,
+    num_classes: int | None = None,
+    repeats: float = 0,
+    download: bool = False,
+    trust_remote_code: bool = False,
+    sample_split: bool = False,
+    shuffle_buffer: int = 2048,
+    shard_cache: str | None = None,
+    shard_cache_size: int = 200 << 30,
+    allow_shell_urls: bool = False,
+    max_bad_fraction: float = 0.001,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> SampleStream:
     """The samples of a split, as this rank reads them; timm's arguments and names, and:
 
@@ -64,25 +81,45 @@ def create_dataset(
         grouped = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
     common: dict[str, Any] = {
-        'is_training': is_training, 'batch_size': batch_size, 'seed': seed, 'rank': rank,
-        'world_size': world_size, 'max_bad_fraction': max_bad_fraction}
+        "is_training": is_training,
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "max_bad_fraction": max_bad_fraction,
+    }
     stream: SampleStream
-    prefix = name.partition('/')[0].lower()
-    if prefix == 'wds':
+    prefix = name.partition("/")[0].lower()
+    if prefix == "wds":
         if not root:
-            raise UserError(f'--dataset {name} needs --data-dir, the directory or URL of its shards')
+            raise UserError(f"--dataset {name} needs --data-dir, the directory or URL of its shards")
         shards = load_split(root, split, allow_shell=allow_shell_urls)
         cache = ShardCache(shard_cache, shard_cache_size) if shard_cache else None
         size = _epoch_size(sum(shards.lengths), num_samples, repeats, is_training)
-        stream = ShardStream(shards, ShardReader(input_key, target_key or shards.label_key or None, cache), size,
-                             buffer=shuffle_buffer, sample_split=sample_split,
-                             num_classes=num_classes or shards.num_classes, **common)
+        stream = ShardStream(
+            shards,
+            ShardReader(input_key, target_key or shards.label_key or None, cache),
+            size,
+            buffer=shuffle_buffer,
+            sample_split=sample_split,
+            num_classes=num_classes or shards.num_classes,
+            **common,
+        )
         if class_map:
             stream.target_transform = partial(remap_target, class_to_idx=_class_map(class_map))
     else:
-        source = _indexed_source(name, root, split, num_classes, class_map=class_map, download=download,
-                                 input_img_mode=input_img_mode, input_key=input_key, target_key=target_key,
-                                 trust_remote_code=trust_remote_code)
+        source = _indexed_source(
+            name,
+            root,
+            split,
+            num_classes,
+            class_map=class_map,
+            download=download,
+            input_img_mode=input_img_mode,
+            input_key=input_key,
+            target_key=target_key,
+            trust_remote_code=trust_remote_code,
+        )
         size = _epoch_size(len(source), num_samples, repeats, is_training)
         stream = IndexedStream(source, size, num_classes=num_classes, **common)
     stream.image_mode = input_img_mode
@@ -92,43 +129,46 @@ def create_dataset(
 
 def _class_map(class_map: str | dict[Any, int]) -> dict[Any, int]:
     if isinstance(class_map, str) and not os.path.isfile(class_map):
-        raise UserError(f'--class-map {class_map}: no such file')
+        raise UserError(f"--class-map {class_map}: no such file")
     return load_class_map(class_map)
 
 
 def _epoch_size(held: int, num_samples: int | None, repeats: float, is_training: bool) -> int:
     if num_samples and not is_training and num_samples > held:
-        raise UserError(f'{num_samples} evaluation samples asked for, the split holds {held}')
+        raise UserError(f"{num_samples} evaluation samples asked for, the split holds {held}")
     return num_samples or (int(held * max(1, repeats)) if is_training else held)
 
 
 def _indexed_source(name: str, root: str | None, split: str, num_classes: int | None, **options: Any) -> Any:
     """timm's data set for a folder, `torch/` or `hfds/` name, its complaints turned into one line."""
-    prefix = name.partition('/')[0].lower() if '/' in name else ''
-    if prefix == 'npz':
+    prefix = name.partition("/")[0].lower() if "/" in name else ""
+    if prefix == "npz":
         return ArrayDataset(*read_npz(name, root, split))
-    if prefix in ('tfds', 'hfids'):
-        raise UserError(f'--dataset {name}: {prefix}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ '
-                        'or an image folder')
-    if prefix == 'torch':
-        options = {'download': options['download']}
-    elif prefix != 'hfds':
-        options.pop('trust_remote_code')
-        options.pop('download')
-        options.pop('target_key')
+    if prefix in ("tfds", "hfids"):
+        raise UserError(
+            f"--dataset {name}: {prefix}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ "
+            "or an image folder"
+        )
+    if prefix == "torch":
+        options = {"download": options["download"]}
+    elif prefix != "hfds":
+        options.pop("trust_remote_code")
+        options.pop("download")
+        options.pop("target_key")
         if not root or not os.path.exists(root):
-            raise UserError(f'--data-dir {root}: no such directory')
+            raise UserError(f"--data-dir {root}: no such directory")
         folders = [f for f in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, f))]
         if folders and timm.data.dataset_factory._search_split(root, split) == root:
-            raise UserError(f'--data-dir {root}: no folder for split {split!r}, it has {", ".join(folders)}')
+            raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(folders)}")
     try:
         source = timm.data.create_dataset(name, root=root, split=split, **options)
     except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
-        raise UserError(f'--dataset {name or "folder"} --data-dir {root}, split {split!r}: {error}') from error
-    classes = len(getattr(getattr(source, 'reader', source), 'class_to_idx', None) or ())
+        raise UserError(f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}: {error}") from error
+    classes = len(getattr(getattr(source, "reader", source), "class_to_idx", None) or ())
     if num_classes and classes > num_classes:
-        raise UserError(f'{root}: split {split!r} has {classes} classes, the model {num_classes}; '
-                        f'use --num-classes {classes}')
+        raise UserError(
+            f"{root}: split {split!r} has {classes} classes, the model {num_classes}; use --num-classes {classes}"
+        )
     return source
 
 
@@ -137,7 +177,7 @@ def rng_kept(device: torch.device) -> Iterator[None]:
     """Leave the random number generators of this process (and of a CUDA device) as they were before."""
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002  timm draws from the global generator
-    cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         yield
     finally:
@@ -165,7 +205,7 @@ class SeededErasing:
         self.batch += 1
         with rng_kept(self.device):
             seed_everything(seed)
-            if self.device.type == 'cuda':
+            if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed % 2**63)
             return self.erasing(images)
 
@@ -211,7 +251,7 @@ class _Batches:
         self.iterator = iterator = iter(self.loader)
         try:
             while True:
-                with nullcontext() if self.loader.num_workers else rng_kept(torch.device('cpu')):
+                with nullcontext() if self.loader.num_workers else rng_kept(torch.device("cpu")):
                     batch = next(iterator, None)
                 if batch is None:
                     return
@@ -254,7 +294,7 @@ class Loader:
     @property
     def mixup_enabled(self) -> bool:
         """Whether the collate function mixes samples; setting it takes effect at the next epoch, also in workers."""
-        return hasattr(self.dataset.collate, 'mixup_enabled') and bool(self.dataset.state[2])
+        return hasattr(self.dataset.collate, "mixup_enabled") and bool(self.dataset.state[2])
 
     @mixup_enabled.setter
     def mixup_enabled(self, value: bool) -> None:
@@ -270,12 +310,17 @@ class Loader:
         per_step = self.dataset.batch_size * self.dataset.world_size
         first, rest = divmod(samples_consumed, per_step)
         if rest:
-            _logger.warning('%d samples of epoch %d were used, no whole number of steps of %d: the last %d of them '
-                            'come again', samples_consumed, epoch, per_step, rest)
+            _logger.warning(
+                "%d samples of epoch %d were used, no whole number of steps of %d: the last %d of them come again",
+                samples_consumed,
+                epoch,
+                per_step,
+                rest,
+            )
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        erasing = getattr(self.batches, 'random_erasing', None)
+        erasing = getattr(self.batches, "random_erasing", None)
         if erasing is not None:
             erasing.batch = int(self.dataset.state[1])
         given = 0
@@ -285,22 +330,40 @@ class Loader:
                 yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
         except UserError as error:
             # A worker's error comes with its traceback in the message; the last line of that is what it said.
-            _, _, said = str(error).strip().rpartition('\n')[2].partition('Error: ')
-            raise type(error)(said if said and 'Traceback' in str(error) else str(error)) from None
+            _, _, said = str(error).strip().rpartition("\n")[2].partition("Error: ")
+            raise type(error)(said if said and "Traceback" in str(error) else str(error)) from None
         if not self.dataset.is_training and given != len(self.dataset):
-            raise DataError(f'evaluated {given} samples where the index promises {len(self.dataset)}')
+            raise DataError(f"evaluated {given} samples where the index promises {len(self.dataset)}")
 
 
 def create_loader(
-    dataset: SampleStream, input_size: int | tuple[int, int] | tuple[int, int, int], batch_size: int,
-    is_training: bool = False, *,
-    re_prob: float = 0., re_mode: str = 'const', re_count: int = 1, re_split: bool = False,
-    num_aug_repeats: int = 0, num_aug_splits: int = 0, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD, num_workers: int = 1, distributed: bool = False,
-    collate_fn: Callable[..., Any] | None = None, pin_memory: bool = False, fp16: bool = False,
-    img_dtype: torch.dtype = torch.float32, device: torch.device | str = 'cuda', use_prefetcher: bool = True,
-    use_multi_epochs_loader: bool = False, persistent_workers: bool = True, worker_seeding: str = 'all',
-    decoder: str = 'auto', size_schedule: SizeSchedule | None = None, **transform: Any,
+    dataset: SampleStream,
+    input_size: int | tuple[int, int] | tuple[int, int, int],
+    batch_size: int,
+    is_training: bool = False,
+    *,
+    re_prob: float = 0.0,
+    re_mode: str = "const",
+    re_count: int = 1,
+    re_split: bool = False,
+    num_aug_repeats: int = 0,
+    num_aug_splits: int = 0,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    num_workers: int = 1,
+    distributed: bool = False,
+    collate_fn: Callable[..., Any] | None = None,
+    pin_memory: bool = False,
+    fp16: bool = False,
+    img_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+    use_prefetcher: bool = True,
+    use_multi_epochs_loader: bool = False,
+    persistent_workers: bool = True,
+    worker_seeding: str = "all",
+    decoder: str = "auto",
+    size_schedule: SizeSchedule | None = None,
+    **transform: Any,
 ) -> Loader:
     """timm's `create_loader` for a stream of `create_dataset`; the arguments are timm's, plus ``decoder``.
 
@@ -316,8 +379,18 @@ def create_loader(
 
     def decoder_and_transform(size: Any) -> tuple[Any, Any]:
         made = create_transform(
-            size, is_training=is_training, mean=mean, std=std, re_prob=re_prob, re_mode=re_mode, re_count=re_count,
-            re_num_splits=re_splits, use_prefetcher=use_prefetcher, separate=num_aug_splits > 0, **transform)
+            size,
+            is_training=is_training,
+            mean=mean,
+            std=std,
+            re_prob=re_prob,
+            re_mode=re_mode,
+            re_count=re_count,
+            re_num_splits=re_splits,
+            use_prefetcher=use_prefetcher,
+            separate=num_aug_splits > 0,
+            **transform,
+        )
         chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
         return choose_decoder(decoder, chosen, dataset.image_mode)
 
@@ -328,20 +401,38 @@ def create_loader(
     dataset.batch_size = batch_size
     if num_aug_repeats:
         if not isinstance(dataset, IndexedStream):
-            raise UserError('--aug-repeats needs an image folder; shards are read once from front to back')
+            raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
         dataset.repeats = num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
-    loader: Any = _Batches(DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate,
-        pin_memory=pin_memory and device.type == 'cuda', drop_last=is_training,
-        persistent_workers=persistent_workers and num_workers > 0, worker_init_fn=leave_signals_to_trainer,
-        generator=torch.Generator()))  # its base seed would be drawn from the global generator
+    loader: Any = _Batches(
+        DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+            pin_memory=pin_memory and device.type == "cuda",
+            drop_last=is_training,
+            persistent_workers=persistent_workers and num_workers > 0,
+            worker_init_fn=leave_signals_to_trainer,
+            generator=torch.Generator(),
+        )
+    )  # its base seed would be drawn from the global generator
     if use_prefetcher:
         channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else len(mean)
         loader = PrefetchLoader(
-            loader, mean=mean, std=std, channels=channels, device=device, fp16=fp16, img_dtype=img_dtype,
-            re_prob=re_prob if is_training else 0., re_mode=re_mode, re_count=re_count, re_num_splits=re_splits)
+            loader,
+            mean=mean,
+            std=std,
+            channels=channels,
+            device=device,
+            fp16=fp16,
+            img_dtype=img_dtype,
+            re_prob=re_prob if is_training else 0.0,
+            re_mode=re_mode,
+            re_count=re_count,
+            re_num_splits=re_splits,
+        )
         if loader.random_erasing is not None:
             loader.random_erasing = SeededErasing(loader.random_erasing, dataset, device)
     return Loader(dataset, loader, device)

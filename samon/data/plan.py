@@ -37,7 +37,7 @@ def epoch_pieces(lengths: Sequence[int], size: int, *, seed: int | None, epoch: 
     while left > 0:
         order = list(range(len(lengths)))
         if seed is not None:
-            random.Random(f'shards {seed} {epoch} {turn}').shuffle(order)
+            random.Random(f"shards {seed} {epoch} {turn}").shuffle(order)
         for shard in order:
             take = min(left, lengths[shard])
             if take:

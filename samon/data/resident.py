@@ -119,12 +119,24 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
 
 
 def create_resident_loader(
-    dataset: SampleStream, input_size: tuple[int, int, int], batch_size: int, is_training: bool = False, *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    img_dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda", no_aug: bool = False,
-    train_crop_mode: str | None = None, hflip: float = 0.5, auto_augment: str | None = None,
-    interpolation: str = "bicubic", crop_pct: float | None = None, crop_mode: str | None = None, **rest: Any,
-) -> ResidentLoader:  # fmt: skip
+    dataset: SampleStream,
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    is_training: bool = False,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    img_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+    no_aug: bool = False,
+    train_crop_mode: str | None = None,
+    hflip: float = 0.5,
+    auto_augment: str | None = None,
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    **rest: Any,
+) -> ResidentLoader:
     """`samon.data.create_loader` for `--data-resident`: the same arguments, of which it takes what it can do.
 
     Args:
@@ -146,10 +158,18 @@ def create_resident_loader(
     images, labels = read_all(dataset, size, transform)
     grouped = dist.is_available() and dist.is_initialized()
     return ResidentLoader(
-        images.to(device), labels.to(device), batch_size, is_training=is_training, mean=mean, std=std,
-        augment=augment, seed=dataset.seed, img_dtype=img_dtype, rank=dist.get_rank() if grouped else 0,
+        images.to(device),
+        labels.to(device),
+        batch_size,
+        is_training=is_training,
+        mean=mean,
+        std=std,
+        augment=augment,
+        seed=dataset.seed,
+        img_dtype=img_dtype,
+        rank=dist.get_rank() if grouped else 0,
         world_size=dist.get_world_size() if grouped else 1,
-    )  # fmt: skip
+    )
 
 
 def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
@@ -161,10 +181,15 @@ def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[s
     if rest.get("collate_fn") is not None:
         raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
     flags = {
-        "vflip": "--vflip", "color_jitter": "--color-jitter", "grayscale_prob": "--grayscale-prob",
-        "gaussian_blur_prob": "--gaussian-blur-prob", "re_prob": "--reprob", "num_aug_splits": "--aug-splits",
-        "num_aug_repeats": "--aug-repeats", "size_schedule": "--train-img-sizes",
-    }  # fmt: skip
+        "vflip": "--vflip",
+        "color_jitter": "--color-jitter",
+        "grayscale_prob": "--grayscale-prob",
+        "gaussian_blur_prob": "--gaussian-blur-prob",
+        "re_prob": "--reprob",
+        "num_aug_splits": "--aug-splits",
+        "num_aug_repeats": "--aug-repeats",
+        "size_schedule": "--train-img-sizes",
+    }
     for key, flag in flags.items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
         if rest.get(key) and not no_aug and not jitter_is_off:

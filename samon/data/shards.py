@@ -20,10 +20,10 @@ from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_KEYS = 'jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif'
+IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif"
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
-_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))  # timm's, for folders
-_INFO_NAMES = ('_info.json', 'info.json')
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
+_INFO_NAMES = ("_info.json", "info.json")
 
 
 class Record(NamedTuple):
@@ -41,7 +41,7 @@ class ShardSet:
     urls: tuple[str, ...]
     lengths: tuple[int, ...]
     num_classes: int | None = None
-    label_key: str = ''  # timm's `alt_label`: the field of the .json member that holds the label
+    label_key: str = ""  # timm's `alt_label`: the field of the .json member that holds the label
 
 
 def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
@@ -51,16 +51,18 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
         if urls.is_local(url) and not os.path.isfile(url):
             continue
         try:
+
             def read(url: str = url) -> bytes:
                 with urls.open_url(url) as file:
                     return file.read(MAX_BYTES)
+
             info = json.loads(urls.with_retries(read, url))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
-            raise UserError(f'{url}: not JSON: {error}') from error
+            raise UserError(f"{url}: not JSON: {error}") from error
         if not isinstance(info, dict):
-            raise UserError(f'{url}: holds no JSON object; write it with tools/make_shards.py')
+            raise UserError(f"{url}: holds no JSON object; write it with tools/make_shards.py")
         return url, info
     return tried[0], {}
 
@@ -68,16 +70,18 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
 def _split_entry(where: str, split: str, entry: Any) -> tuple[list[str], list[int]]:
     """File names and lengths of one split of an info file, checked against each other."""
     if not isinstance(entry, Mapping):
-        raise UserError(f'{where}: split {split} is no object')
-    names, lengths = entry.get('filenames'), entry.get('shard_lengths')
+        raise UserError(f"{where}: split {split} is no object")
+    names, lengths = entry.get("filenames"), entry.get("shard_lengths")
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-        raise UserError(f'{where}: split {split} has no list of filenames')
+        raise UserError(f"{where}: split {split} has no list of filenames")
     if not (isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)):
-        raise UserError(f'{where}: split {split} has no list of shard_lengths (integers)')
-    total = entry.get('num_samples')
+        raise UserError(f"{where}: split {split} has no list of shard_lengths (integers)")
+    total = entry.get("num_samples")
     if len(names) != len(lengths) or total != sum(lengths):
-        raise UserError(f'{where}: split {split} contradicts itself: {len(names)} filenames, {len(lengths)} '
-                        f'shard_lengths that add up to {sum(lengths)}, num_samples {total}; write it again')
+        raise UserError(
+            f"{where}: split {split} contradicts itself: {len(names)} filenames, {len(lengths)} "
+            f"shard_lengths that add up to {sum(lengths)}, num_samples {total}; write it again"
+        )
     return names, lengths
 
 
@@ -91,48 +95,53 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
         UserError: no such split or file, or an info file that contradicts itself.
     """
     where, info = _load_info(root, allow_shell)
-    splits = info.get('splits')
+    splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
     known: dict[str, int] = {}
     synonyms = next((group for group in _SYNONYMS if split in group), ())
     split = next((name for name in (split, *synonyms) if name in splits), split)
     if split in splits:
         names, lengths = _split_entry(where, split, splits[split])
-    elif '.tar' in split or '..' in split:
-        names = [name for part in split.split('|')[0].split('::') for name in braceexpand(part)]
+    elif ".tar" in split or ".." in split:
+        names = [name for part in split.split("|")[0].split("::") for name in braceexpand(part)]
         for other, entry in splits.items():
             known.update(zip(*_split_entry(where, other, entry), strict=True))
         lengths = [known.get(name, -1) for name in names]
     elif splits:
         near = get_close_matches(split, list(splits), 1)
-        raise UserError(f'{where}: no split {split!r}' + (f'; did you mean {near[0]!r}?' if near else '')
-                        + f' It has {", ".join(sorted(splits))}')
+        raise UserError(
+            f"{where}: no split {split!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" It has {', '.join(sorted(splits))}"
+        )
     else:
-        raise UserError(f'{where}: not found or without splits; write it with tools/make_shards.py, '
-                        f'or name the shards instead of split {split!r}, like "train-{{0000..0127}}.tar"')
+        raise UserError(
+            f"{where}: not found or without splits; write it with tools/make_shards.py, "
+            f'or name the shards instead of split {split!r}, like "train-{{0000..0127}}.tar"'
+        )
     paths = [urls.join(root, name, allow_shell) for name in names]
     missing = [path for path in paths if urls.is_local(path) and not os.path.isfile(path)]
     if missing:
-        raise UserError(f'{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)')
+        raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
     lengths = [_count(path) if n < 0 else n for path, n in zip(paths, lengths, strict=True)]
-    expected = split.partition('|')[2] if split not in splits else ''
+    expected = split.partition("|")[2] if split not in splits else ""
     if expected and expected != str(sum(lengths)):
-        raise UserError(f'split {split!r} says {expected} samples, its shards hold {sum(lengths)}')
-    classes = info.get('num_classes')
-    label_key = splits[split].get('alt_label', '') if split in splits else ''
+        raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
+    classes = info.get("num_classes")
+    label_key = splits[split].get("alt_label", "") if split in splits else ""
     return ShardSet(tuple(paths), tuple(lengths), classes if isinstance(classes, int) else None, str(label_key))
 
 
 def _count(path: str) -> int:
     if not urls.is_local(path):
-        raise UserError(f'{path}: its number of samples is not known; list it in _info.json beside it')
-    _logger.info('counting the samples of %s', path)
+        raise UserError(f"{path}: its number of samples is not known; list it in _info.json beside it")
+    _logger.info("counting the samples of %s", path)
     with urls.open_url(path) as file:
-        return sum(1 for _ in members_by_key(file, path, range(0), frozenset(IMAGE_KEYS.split(';')) | {'cls'}))
+        return sum(1 for _ in members_by_key(file, path, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
 
 
 def members_by_key(
-    file: BinaryIO, url: str, wanted: range | frozenset[int], suffixes: frozenset[str],
+    file: BinaryIO, url: str, wanted: range | frozenset[int], suffixes: frozenset[str]
 ) -> Iterator[tuple[str, dict[str, bytes | SampleError]]]:
     """Each sample of a tar: its key, and for those whose position is wanted its members by suffix.
 
@@ -140,15 +149,15 @@ def members_by_key(
     passed over unread, which webdataset's own iterator cannot do. Names are never used as paths, links and devices
     are ignored, and no more than `MAX_BYTES` of a member is read.
     """
-    seekable = getattr(file, 'seekable', lambda: False)()
-    with tarfile.open(fileobj=file, mode='r:*' if seekable else 'r|*') as tar:
+    seekable = getattr(file, "seekable", lambda: False)()
+    with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:
         position, key = -1, None
         fields: dict[str, bytes | SampleError] = {}
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
             name, suffix = base_plus_ext(member.name)
-            suffix = (suffix or '').lower()
-            if not member.isreg() or suffix not in suffixes or re.match('__[^/]*__(/|$)', member.name):
+            suffix = (suffix or "").lower()
+            if not member.isreg() or suffix not in suffixes or re.match("__[^/]*__(/|$)", member.name):
                 continue
             if name != key:
                 if key is not None:
@@ -157,12 +166,12 @@ def members_by_key(
             if position not in wanted:
                 continue
             if suffix in fields:
-                fields[suffix] = ShardError(f'{url} {key}: two members end in .{suffix}')
+                fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
             elif member.size > MAX_BYTES:
-                fields[suffix] = ImageTooLargeError(f'{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}')
+                fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
             else:
                 data = tar.extractfile(member)
-                fields[suffix] = b'' if data is None else data.read()
+                fields[suffix] = b"" if data is None else data.read()
         if key is not None:
             yield key, fields
 
@@ -171,11 +180,11 @@ class ShardReader:
     """Reads chosen samples of shards, with retries for remote ones and a local cache if asked."""
 
     def __init__(self, image_keys: str | None, label_key: str | None, cache: urls.ShardCache | None = None) -> None:
-        self.image_keys = (image_keys or IMAGE_KEYS).lower().split(';')
-        if label_key and ',' in label_key:
-            raise UserError(f'--target-key {label_key}: several fields at once are not supported; name one')
+        self.image_keys = (image_keys or IMAGE_KEYS).lower().split(";")
+        if label_key and "," in label_key:
+            raise UserError(f"--target-key {label_key}: several fields at once are not supported; name one")
         self.label_key = label_key
-        self.suffixes = frozenset(self.image_keys) | {'json' if label_key else 'cls'}
+        self.suffixes = frozenset(self.image_keys) | {"json" if label_key else "cls"}
         self.cache = cache
 
     def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
@@ -185,10 +194,10 @@ class ShardReader:
             DataError: the shard holds more samples than ``length``.
         """
         attempts = 1 if urls.is_local(url) else urls.ATTEMPTS
-        done, fault = 0, ''
+        done, fault = 0, ""
         for attempt in range(attempts):
             if attempt:
-                _logger.warning('%s: %s; trying again in %d s', url, fault, 2 ** (attempt - 1))
+                _logger.warning("%s: %s; trying again in %d s", url, fault, 2 ** (attempt - 1))
                 time.sleep(2 ** (attempt - 1))
                 if self.cache:
                     self.cache.forget(url)
@@ -196,15 +205,15 @@ class ShardReader:
                 for item in self._scan(url, length, wanted[done:]):
                     yield item
                     done += 1
-                fault = f'ends before sample {length}'
+                fault = f"ends before sample {length}"
             except DataError:
                 raise
             except Exception as error:  # a damaged archive can make tarfile and the decompressors raise anything
-                fault = f'{type(error).__name__}: {error}'
+                fault = f"{type(error).__name__}: {error}"
             if done == len(wanted):
                 return
         for position in wanted[done:]:
-            yield position, ShardError(f'{url}: {fault}; sample {position} of {length} cannot be read')
+            yield position, ShardError(f"{url}: {fault}; sample {position} of {length} cannot be read")
 
     def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
         if not wanted:
@@ -214,37 +223,38 @@ class ShardReader:
         with self.cache.open(url) if cached and self.cache else urls.open_url(url) as file:
             for position, (key, fields) in enumerate(members_by_key(file, url, chosen, self.suffixes)):
                 if position >= length:
-                    raise DataError(f'{url}: holds more than the {length} samples that _info.json states; '
-                                    'write _info.json again')
+                    raise DataError(
+                        f"{url}: holds more than the {length} samples that _info.json states; write _info.json again"
+                    )
                 if position in chosen:
-                    printable = key.encode('unicode_escape').decode()[:200]  # it goes into logs
-                    yield position, self._record(f'{url} {printable}', fields)
+                    printable = key.encode("unicode_escape").decode()[:200]  # it goes into logs
+                    yield position, self._record(f"{url} {printable}", fields)
                 if position == wanted[-1] and position + 1 < length:
                     return
 
     def _record(self, where: str, fields: Mapping[str, bytes | SampleError]) -> Record | SampleError:
         image = next((fields[key] for key in self.image_keys if key in fields), None)
         if image is None:
-            return ShardError(f'{where}: no image, none of .{", .".join(self.image_keys)}')
-        label = fields.get('json' if self.label_key else 'cls')
+            return ShardError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
+        label = fields.get("json" if self.label_key else "cls")
         if label is None:
-            return LabelError(f'{where}: no label, no {"json" if self.label_key else "cls"} member')
+            return LabelError(f"{where}: no label, no {'json' if self.label_key else 'cls'} member")
         for value in (image, label):
             if isinstance(value, SampleError):
                 return value
         try:
             return Record(where, image, self._label(label))
         except Exception as error:  # JSON of any depth and type; int() of any bytes
-            return LabelError(f'{where}: {type(error).__name__}: {error}')
+            return LabelError(f"{where}: {type(error).__name__}: {error}")
 
     def _label(self, raw: Any) -> int:
         if self.label_key:
             value: Any = json.loads(raw)
-            for part in [self.label_key] if self.label_key in value else self.label_key.split('/'):
+            for part in [self.label_key] if self.label_key in value else self.label_key.split("/"):
                 value = value[part]
             if type(value) is not int:
-                raise TypeError(f'{self.label_key} is {value!r:.40}, no integer')
+                raise TypeError(f"{self.label_key} is {value!r:.40}, no integer")
             return value
-        if not re.fullmatch(rb'\s*-?\d{1,18}\s*', raw):
-            raise ValueError(f'label {raw[:40]!r} is no integer')
+        if not re.fullmatch(rb"\s*-?\d{1,18}\s*", raw):
+            raise ValueError(f"label {raw[:40]!r} is no integer")
         return int(raw)

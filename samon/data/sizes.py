@@ -32,10 +32,16 @@ class SizeSchedule:
     def choices(self, epoch: int) -> tuple[int, ...]:
         """Index into `sizes` of each of the epoch's batches."""
         sampler = ScheduledBatchSampler(
-            SequentialSampler(range(self.batches)), batch_sizes=[1] * len(self.sizes), choice_weights=self.weights,
-            seed=self.seed, num_batches=self.batches, choice_schedule="progressive" if self.progressive else "constant",
-            schedule_epochs=self.epochs, schedule_spread=self.spread, schedule_random_mix=self.random_mix,
-        )  # fmt: skip
+            SequentialSampler(range(self.batches)),
+            batch_sizes=[1] * len(self.sizes),
+            choice_weights=self.weights,
+            seed=self.seed,
+            num_batches=self.batches,
+            choice_schedule="progressive" if self.progressive else "constant",
+            schedule_epochs=self.epochs,
+            schedule_spread=self.spread,
+            schedule_random_mix=self.random_mix,
+        )
         sampler.set_epoch(epoch)
         return tuple(choice for [(_, choice)] in sampler)
 

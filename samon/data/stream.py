@@ -22,7 +22,7 @@ _SPARES = 8  # samples before and after one in the stream, of which the nearest 
 
 def sample_seed(*parts: int) -> int:
     """A 64-bit seed from whatever identifies a draw, such as (seed, epoch, position)."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def seed_everything(seed: int) -> None:
@@ -56,8 +56,16 @@ class SampleStream(IterableDataset):
     """
 
     def __init__(
-        self, size: int, *, is_training: bool, batch_size: int, seed: int = 42, rank: int = 0, world_size: int = 1,
-        num_classes: int | None = None, max_bad_fraction: float = 0.001,
+        self,
+        size: int,
+        *,
+        is_training: bool,
+        batch_size: int,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        num_classes: int | None = None,
+        max_bad_fraction: float = 0.001,
     ) -> None:
         super().__init__()
         self.size = size  # samples per epoch over all ranks
@@ -68,7 +76,7 @@ class SampleStream(IterableDataset):
         self.decode: Callable[[Any], Any] | None = None
         self.target_transform: Callable[[Any], Any] | None = None
         self.collate: Any = None
-        self.image_mode = 'RGB'
+        self.image_mode = "RGB"
         self.faults = FaultCount(max_bad_fraction)
         # Shared with persistent workers, which are told of a new epoch in no other way: epoch, first batch, mixup.
         self.state = torch.tensor([0, 0, 1]).share_memory_()
@@ -81,10 +89,12 @@ class SampleStream(IterableDataset):
         """
         needed = self.batch_size * self.world_size
         if self.is_training and self.size < needed:
-            raise UserError(f'{self.size} training samples do not fill one batch of {self.batch_size} on each of '
-                            f'{self.world_size} processes; lower --batch-size')
+            raise UserError(
+                f"{self.size} training samples do not fill one batch of {self.batch_size} on each of "
+                f"{self.world_size} processes; lower --batch-size"
+            )
         if self.size < 1:
-            raise UserError('the split has no samples')
+            raise UserError("the split has no samples")
 
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
         """Tell how many loader workers there will be (timm's name for it)."""
@@ -115,7 +125,7 @@ class SampleStream(IterableDataset):
         worker = get_worker_info()
         workers, me = (worker.num_workers, worker.id) if worker else (1, 0)
         epoch, first, mixup = self.state.tolist()
-        if hasattr(self.collate, 'mixup_enabled'):
+        if hasattr(self.collate, "mixup_enabled"):
             self.collate.mixup_enabled = bool(mixup)
         # The loader asks its workers in turn, beginning with worker 0: so that one takes over whose turn it was.
         stream = (me + first) % workers
@@ -142,7 +152,7 @@ class SampleStream(IterableDataset):
                 return self._finish(spare)
             except SampleError:  # counted when its own turn comes
                 continue
-        raise DataError(f'{len(spares) + 1} samples in a row are bad; the log names the first ones')
+        raise DataError(f"{len(spares) + 1} samples in a row are bad; the log names the first ones")
 
     def _finish(self, record: Record | SampleError) -> tuple[Any, Any]:
         if isinstance(record, SampleError):
@@ -152,7 +162,7 @@ class SampleStream(IterableDataset):
             try:
                 image = self.decode(image)
             except ImageError as error:
-                raise type(error)(f'{record.where}: {error}') from error
+                raise type(error)(f"{record.where}: {error}") from error
         return (image if self.transform is None else self.transform(image)), target
 
     def _target(self, record: Record) -> Any:
@@ -161,9 +171,9 @@ class SampleStream(IterableDataset):
             try:
                 label = self.target_transform(label)
             except (KeyError, IndexError) as error:
-                raise LabelError(f'{record.where}: label {label!r} is not in the class map') from error
+                raise LabelError(f"{record.where}: label {label!r} is not in the class map") from error
         if isinstance(label, (int, np.integer)) and not 0 <= label < (self.num_classes or int(label) + 1):
-            raise LabelError(f'{record.where}: label {label} is not in 0..{(self.num_classes or 0) - 1}')
+            raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 0) - 1}")
         return label
 
 
@@ -179,8 +189,16 @@ class ShardStream(SampleStream):
         **common: see `SampleStream`.
     """
 
-    def __init__(self, shards: ShardSet, reader: ShardReader, size: int, *, buffer: int = 2048,
-                 sample_split: bool = False, **common: Any) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        reader: ShardReader,
+        size: int,
+        *,
+        buffer: int = 2048,
+        sample_split: bool = False,
+        **common: Any,
+    ) -> None:
         super().__init__(size, **common)
         self.shards, self.reader, self.buffer, self.sample_split = shards, reader, buffer, sample_split
 
@@ -191,9 +209,10 @@ class ShardStream(SampleStream):
         if self.is_training and shards < readers and not self.sample_split:
             fewer = shards // self.world_size
             raise UserError(
-                f'{shards} shards, but {self.world_size} processes x {self.num_workers} workers = {readers} readers; '
-                + (f'use --workers {fewer}, ' if fewer else '')
-                + 'write more shards (tools/make_shards.py --samples-per-shard), or share them with --sample-split')
+                f"{shards} shards, but {self.world_size} processes x {self.num_workers} workers = {readers} readers; "
+                + (f"use --workers {fewer}, " if fewer else "")
+                + "write more shards (tools/make_shards.py --samples-per-shard), or share them with --sample-split"
+            )
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
@@ -201,7 +220,7 @@ class ShardStream(SampleStream):
         start, count, _ = self.stretch(stream, num_streams)
         pieces = plan.cut(plan.epoch_pieces(self.shards.lengths, self.size, seed=seed, epoch=epoch), start, count)
         if self.is_training:
-            order = plan.shuffle_order(count, self.buffer, random.Random(f'samples {self.seed} {epoch} {start}'))
+            order = plan.shuffle_order(count, self.buffer, random.Random(f"samples {self.seed} {epoch} {start}"))
         else:
             order = list(range(count))
         held: dict[int, Any] = {}
@@ -231,19 +250,19 @@ class IndexedStream(SampleStream):
     def __init__(self, source: Dataset, size: int, *, repeats: int = 1, **common: Any) -> None:
         super().__init__(size, **common)
         self.source, self.repeats = source, repeats
-        self.reader = getattr(source, 'reader', None)
+        self.reader = getattr(source, "reader", None)
         self.length = len(self.reader if self.reader is not None else source)  # type: ignore[arg-type]
 
     def _load(self, index: int) -> Record | SampleError:
         if self.reader is None:
-            return Record(f'sample {index}', *self.source[index])
+            return Record(f"sample {index}", *self.source[index])
         try:
             where = str(self.reader.filename(index))
             file, label = self.reader[index]
             with file:
                 return Record(where, file.read(), label)
         except OSError as error:
-            return ImageError(f'sample {index}: {error}')
+            return ImageError(f"sample {index}: {error}")
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """This rank's batches ``stream``, ``stream + num_streams``, ... of the epoch's order."""
@@ -253,8 +272,11 @@ class IndexedStream(SampleStream):
             return
         order = self._order(epoch)
         batch = self.batch_size
-        places = (((stream + b * num_streams) * batch + i) * self.world_size + self.rank
-                  for b in range(batches) for i in range(batch))
+        places = (
+            ((stream + b * num_streams) * batch + i) * self.world_size + self.rank
+            for b in range(batches)
+            for i in range(batch)
+        )
         for place in islice(places, skip, None):
             yield place, self._load(int(order[place]))
 
@@ -263,6 +285,6 @@ class IndexedStream(SampleStream):
         order: list[int] = []
         for turn in range(-(-self.size // (self.length * self.repeats))):
             indices = list(range(self.length))
-            random.Random(f'samples {self.seed} {epoch} {turn}').shuffle(indices)
+            random.Random(f"samples {self.seed} {epoch} {turn}").shuffle(indices)
             order += [index for index in indices for _ in range(self.repeats)]
-        return np.asarray(order[:self.size])
+        return np.asarray(order[: self.size])

@@ -16,25 +16,25 @@ from samon.data.faults import DataError
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
-T = TypeVar('T')
+T = TypeVar("T")
 
 ATTEMPTS = 5  # tries per shard; between them 1, 2, 4 and 8 seconds
-_SHELL = frozenset({'pipe'})
+_SHELL = frozenset({"pipe"})
 # webdataset fetches these by running curl, gsutil or ais with the URL as ONE argument, no shell in between; the
 # argument starts with the scheme, so it cannot be taken for an option either.
-_REMOTE = frozenset(gopen_schemes) - _SHELL - {'__default__'}
+_REMOTE = frozenset(gopen_schemes) - _SHELL - {"__default__"}
 
 
 def scheme(url: str) -> str:
     """The URL's scheme if it is one that can be opened; '' for a local path."""
-    found = re.match(r'([A-Za-z][A-Za-z0-9+.-]*):', url)
-    name = found[1].lower() if found else ''
-    if name in _SHELL | _REMOTE or name == 'file':
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    name = found[1].lower() if found else ""
+    if name in _SHELL | _REMOTE or name == "file":
         return name
-    if found and url[found.end():].startswith('//'):
-        known = ', '.join(sorted(_REMOTE))
-        raise UserError(f'{url}: no way to open {name}:// URLs; use a local path or one of {known}')
-    return ''
+    if found and url[found.end() :].startswith("//"):
+        known = ", ".join(sorted(_REMOTE))
+        raise UserError(f"{url}: no way to open {name}:// URLs; use a local path or one of {known}")
+    return ""
 
 
 def checked_url(url: str, allow_shell: bool = False) -> str:
@@ -46,9 +46,9 @@ def checked_url(url: str, allow_shell: bool = False) -> str:
     url = rewrite_url(url)
     kind = scheme(url)
     if kind in _SHELL and not allow_shell:
-        raise UserError(f'{url}: runs a shell command; if you trust where it comes from, add --allow-shell-urls')
-    if kind == 'file':
-        return os.path.abspath(re.sub('^file:(//)?', '', url))
+        raise UserError(f"{url}: runs a shell command; if you trust where it comes from, add --allow-shell-urls")
+    if kind == "file":
+        return os.path.abspath(re.sub("^file:(//)?", "", url))
     return url if kind else os.path.abspath(url)
 
 
@@ -56,7 +56,7 @@ def join(root: str, name: str, allow_shell: bool = False) -> str:
     """A file beside others under a root that is a directory or a URL; a name that is a URL stays as it is."""
     if scheme(name):
         return checked_url(name, allow_shell)
-    return checked_url(f'{root.rstrip("/")}/{name}' if scheme(root) else os.path.join(root, name), allow_shell)
+    return checked_url(f"{root.rstrip('/')}/{name}" if scheme(root) else os.path.join(root, name), allow_shell)
 
 
 def is_local(url: str) -> bool:
@@ -66,7 +66,7 @@ def is_local(url: str) -> bool:
 
 def open_url(url: str) -> BinaryIO:
     """Open a checked URL for reading."""
-    return open(url, 'rb') if is_local(url) else gopen(url)
+    return open(url, "rb") if is_local(url) else gopen(url)
 
 
 def with_retries(action: Callable[[], T], url: str, attempts: int = ATTEMPTS) -> T:
@@ -81,10 +81,10 @@ def with_retries(action: Callable[[], T], url: str, attempts: int = ATTEMPTS) ->
             return action()
         except (OSError, EOFError) as error:
             if attempt + 1 == attempts:
-                raise DataError(f'{url}: {error}' + f', {attempts} attempts' * (attempts > 1)) from error
-            _logger.warning('%s: %s; trying again in %d s', url, error, 2 ** attempt)
-            time.sleep(2 ** attempt)
-    raise AssertionError('not reached')
+                raise DataError(f"{url}: {error}" + f", {attempts} attempts" * (attempts > 1)) from error
+            _logger.warning("%s: %s; trying again in %d s", url, error, 2**attempt)
+            time.sleep(2**attempt)
+    raise AssertionError("not reached")
 
 
 class ShardCache:
@@ -101,24 +101,24 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """The file that caches ``url``; two URLs with the same last part do not meet."""
-        tail = re.sub(r'[^\w.-]', '_', url.rsplit('/', 1)[-1])[-80:]
-        return self.directory / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}'
+        tail = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])[-80:]
+        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
 
     def open(self, url: str) -> BinaryIO:
         """Open the copy, fetching it first if need be."""
         path = self.path(url)
         try:
             os.utime(path)  # last use, which the removal goes by
-            return open(path, 'rb')
+            return open(path, "rb")
         except FileNotFoundError:
             pass
-        partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
-            with open_url(url) as source, open(partial, 'wb') as target:
+            with open_url(url) as source, open(partial, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             self._make_room(partial.stat().st_size)
-            copy = partial.open('rb')  # stays readable should another process remove the file at once
+            copy = partial.open("rb")  # stays readable should another process remove the file at once
             os.replace(partial, path)
             return copy
         finally:
@@ -130,8 +130,10 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         if size > self.max_bytes:
-            raise UserError(f'a shard of {size} bytes does not fit the shard cache of {self.max_bytes} bytes; '
-                            'raise --shard-cache-size')
+            raise UserError(
+                f"a shard of {size} bytes does not fit the shard cache of {self.max_bytes} bytes; "
+                "raise --shard-cache-size"
+            )
         entries = []
         for path in self.directory.iterdir():
             try:
@@ -139,7 +141,7 @@ class ShardCache:
             except FileNotFoundError:  # another process was quicker
                 continue
             # A partial copy is being written by someone, unless it was left behind long ago.
-            if not path.name.endswith('.partial') or time.time() - status.st_mtime > 3600:
+            if not path.name.endswith(".partial") or time.time() - status.st_mtime > 3600:
                 entries.append((status.st_mtime_ns, status.st_size, path))
         used = sum(entry[1] for entry in entries)
         for _, entry_size, path in sorted(entries):

@@ -26,8 +26,12 @@ Scoring = tuple[Tensor | list[int] | None, Tensor | None]
 
 
 def accuracy(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, valid_labels: Tensor | list[int] | None = None,
-    label_sets: Tensor | None = None, **kwargs: Any,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    valid_labels: Tensor | list[int] | None = None,
+    label_sets: Tensor | None = None,
+    **kwargs: Any,
 ) -> dict[str, float]:
     """``{'top1': %, 'top5': %, 'loss', 'num_samples'}``; the keywords are those of `score`.
 
@@ -40,10 +44,16 @@ def accuracy(
 
 @torch.no_grad()
 def score(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], scorings: Mapping[str, Scoring], *,
-    device: torch.device | str, amp_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, channels_last: bool = False,
-    log: Callable[[str], None] | None = None, log_every: int = 50,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    scorings: Mapping[str, Scoring],
+    *,
+    device: torch.device | str,
+    amp_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    channels_last: bool = False,
+    log: Callable[[str], None] | None = None,
+    log_every: int = 50,
 ) -> dict[str, dict[str, float]]:
     """`accuracy` for several readings of the same logits, in eval mode; the model's mode is put back after.
 
@@ -89,8 +99,11 @@ def _on_device(scoring: Scoring, device: torch.device | str) -> tuple[Tensor | N
 
 
 def _batch_sums(
-    output: Tensor, target: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], columns: Tensor | None, table: Tensor
-    | None,
+    output: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    columns: Tensor | None,
+    table: Tensor | None,
 ) -> Tensor:
     """[right at 1, right at 5, loss, samples] of one batch, float64."""
     if columns is not None:

@@ -72,8 +72,13 @@ def rank_of(squares: Tensor, share: float = 0.99) -> int:
 
 @torch.no_grad()
 def feature_matrix(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, *, device: torch.device | str,
-    layer: str = "", token: str = "auto",
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    *,
+    device: torch.device | str,
+    layer: str = "",
+    token: str = "auto",
 ) -> Tensor:
     """[count, D] features in eval mode; ``batches`` yields (rows of the matrix, images), other rows stay zero."""
     was_training = model.training

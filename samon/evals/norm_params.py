@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.optim.selection import norm_modules
+from samon.optim.scope import norm_modules
 
 Values = dict[tuple[str, str], list[tuple[str, Tensor]]]  # (layer type, gamma|beta) -> [(layer, values)] by depth
 
@@ -30,8 +30,13 @@ def statistics(w: Tensor) -> dict[str, float]:
     """Numbers that describe a distribution: of w and of |w| (Figure 9 shows |w|)."""
     low, median, high = torch.quantile(w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     return {
-        "mean": float(w.double().mean()), "std": float(w.double().std(correction=0)), "q05": low, "median": median,
-        "q95": high, "abs_mean": float(w.double().abs().mean()), "abs_max": float(w.abs().max()),
+        "mean": float(w.double().mean()),
+        "std": float(w.double().std(correction=0)),
+        "q05": low,
+        "median": median,
+        "q95": high,
+        "abs_mean": float(w.double().abs().mean()),
+        "abs_max": float(w.abs().max()),
     }
 
 

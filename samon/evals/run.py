@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from samon.data import suites
 from samon.errors import UserError
-from samon.evals import adversarial, feature_rank, norm_params
+from samon.evals import attacks as adversarial
+from samon.evals import feature_rank, norm_params
+from samon.evals import shifts as suites
 from samon.evals.accuracy import Scoring, score
 from samon.evals.results import Row
 from samon.evals.sharpness import PRESETS, Measure, sharpness
@@ -79,9 +80,16 @@ class Entry:
     def plain(self, args: argparse.Namespace, split: str) -> Any:
         """A split with its labels as they are."""
         return suites.open_images(
-            self.dataset, self.root, split, class_map=args.class_map, input_key=args.input_key,
-            target_key=args.target_key, download=args.dataset_download, input_img_mode=args.input_img_mode,
-            trust_remote_code=args.dataset_trust_remote_code, num_classes=args.num_classes,
+            self.dataset,
+            self.root,
+            split,
+            class_map=args.class_map,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            download=args.dataset_download,
+            input_img_mode=args.input_img_mode,
+            trust_remote_code=args.dataset_trust_remote_code,
+            num_classes=args.num_classes,
         )
 
 
@@ -108,10 +116,21 @@ def batches(
     mean, std = ((0.0,) * len(c["mean"]), (1.0,) * len(c["std"])) if raw else (c["mean"], c["std"])
     part: Any = Part(images, mine)
     loader = create_loader(
-        part, c["input_size"], size, is_training=False, interpolation=c["interpolation"], mean=mean, std=std,
-        num_workers=args.workers, crop_pct=c["crop_pct"], crop_mode=c["crop_mode"],
-        crop_border_pixels=args.crop_border_pixels, pin_memory=args.pin_mem, device=t.device, use_prefetcher=not
-        args.no_prefetcher, persistent_workers=False,
+        part,
+        c["input_size"],
+        size,
+        is_training=False,
+        interpolation=c["interpolation"],
+        mean=mean,
+        std=std,
+        num_workers=args.workers,
+        crop_pct=c["crop_pct"],
+        crop_mode=c["crop_mode"],
+        crop_border_pixels=args.crop_border_pixels,
+        pin_memory=args.pin_mem,
+        device=t.device,
+        use_prefetcher=not args.no_prefetcher,
+        persistent_workers=False,
     )
     try:
         for k, (x, y) in enumerate(loader):
@@ -136,8 +155,14 @@ def accuracy_rows(t: Target, entry: Entry) -> list[Row]:
         loader = ((x.to(dtype), y) for _, _, x, y in batches(t, images, chosen, size))
         try:
             found = score(
-                net, loader, entry.scorings, device=t.device, amp_autocast=t.autocast,
-                channels_last=t.args.channels_last, log=log.info, log_every=t.args.log_freq,
+                net,
+                loader,
+                entry.scorings,
+                device=t.device,
+                amp_autocast=t.autocast,
+                channels_last=t.args.channels_last,
+                log=log.info,
+                log_every=t.args.log_freq,
             )
             break
         except torch.OutOfMemoryError:
@@ -273,7 +298,10 @@ def norm_params_rows(t: Target) -> list[Row]:
 
 
 RUN: dict[str, Callable[[Target, Entry], list[Row]]] = {
-    "accuracy": accuracy_rows, "apgd": apgd_rows, "sharpness": sharpness_rows, "feature_rank": feature_rank_rows,
+    "accuracy": accuracy_rows,
+    "apgd": apgd_rows,
+    "sharpness": sharpness_rows,
+    "feature_rank": feature_rank_rows,
 }
 
 

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.adversarial import full_precision
 from samon.evals.apgd import StepSize, checkpoints
+from samon.evals.attacks import full_precision
 from samon.optim.geometry import global_norm, project
 
 # (eps, want gradient) -> loss [], gradients
@@ -79,12 +79,19 @@ class Measure:
 
 PRESETS = {
     "table6": [
-        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007", "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
+        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
+        "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
     ],
     "table18": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005,0.007"],
     "table19": [
-        "average-l2@0.005", "average-l2-adaptive@0.1", "average-linf@0.01", "average-linf-adaptive@0.2",
-        "worst-l2@0.05", "worst-l2-adaptive@0.25", "worst-linf@1e-5", "worst-linf-adaptive@0.004",
+        "average-l2@0.005",
+        "average-l2-adaptive@0.1",
+        "average-linf@0.01",
+        "average-linf-adaptive@0.2",
+        "worst-l2@0.05",
+        "worst-l2-adaptive@0.25",
+        "worst-linf@1e-5",
+        "worst-linf-adaptive@0.004",
     ],
 }
 
@@ -249,8 +256,14 @@ def batch_sharpness(
 
 
 def sharpness(
-    model: nn.Module, batches: Iterable[tuple[int, Tensor, Tensor]], count: int, measures: list[Measure], *,
-    device: torch.device | str, mode: str = "reference", seed: int = 0,
+    model: nn.Module,
+    batches: Iterable[tuple[int, Tensor, Tensor]],
+    count: int,
+    measures: list[Measure],
+    *,
+    device: torch.device | str,
+    mode: str = "reference",
+    seed: int = 0,
 ) -> dict[Measure, Tensor]:
     """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
 

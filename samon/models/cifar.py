@@ -43,9 +43,7 @@ class CifarNet(nn.Module):
         self.feature_names = tuple(features)
         for name, module in features.items():
             self.add_module(name, module)
-        self.feature_info = [
-            {"num_chs": c, "reduction": r, "module": name} for name, (c, r) in stages.items()
-        ]
+        self.feature_info = [{"num_chs": c, "reduction": r, "module": name} for name, (c, r) in stages.items()]
         self.num_features = self.head_hidden_size = num_features
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool)

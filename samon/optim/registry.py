@@ -15,7 +15,7 @@ from samon.errors import UserError
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.masks import Mask
 from samon.optim.sam import SAM
-from samon.optim.selection import NORM_TYPES, SCOPES, Selection, select, select_bare
+from samon.optim.scope import NORM_TYPES, SCOPES, Selection, select, select_bare
 
 BASES = ("", "momentum", "adamw", "lion")  # "" is sgd
 MASKED = {  # names with a sparse mask over all parameters: kind of mask, default sparsity, description
@@ -135,11 +135,30 @@ def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer
 # timm's normalization layers that differ from the torch class they derive from, or derive from none.
 TIMM_NORMS: dict[int | None, tuple[str, ...]] = {
     -1: ("RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"),
-    1: ("LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d", "LayerNormAct2d", "LayerNormAct2dFp32", "RmsNorm2d",
-        "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
-    None: ("SplitBatchNorm2d", "InplaceAbn", "FilterResponseNormTlu2d", "FilterResponseNormAct2d", "EvoNorm2dB0",
-           "EvoNorm2dB1", "EvoNorm2dB2", "EvoNorm2dS0", "EvoNorm2dS1", "EvoNorm2dS2"),
-}  # fmt: skip
+    1: (
+        "LayerNorm2d",
+        "LayerNorm2dFp32",
+        "LayerNormExp2d",
+        "LayerNormAct2d",
+        "LayerNormAct2dFp32",
+        "RmsNorm2d",
+        "RmsNorm2dFp32",
+        "SimpleNorm2d",
+        "SimpleNorm2dFp32",
+    ),
+    None: (
+        "SplitBatchNorm2d",
+        "InplaceAbn",
+        "FilterResponseNormTlu2d",
+        "FilterResponseNormAct2d",
+        "EvoNorm2dB0",
+        "EvoNorm2dB1",
+        "EvoNorm2dB2",
+        "EvoNorm2dS0",
+        "EvoNorm2dS1",
+        "EvoNorm2dS2",
+    ),
+}
 
 
 def register(registry: OptimizerRegistry = default_registry) -> None:

@@ -13,7 +13,7 @@ from samon.errors import UserError
 from samon.optim.geometry import GEOMETRIES, ascend
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, running_statistics
-from samon.optim.selection import Selection, select, select_bare
+from samon.optim.scope import Selection, select, select_bare
 
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
 

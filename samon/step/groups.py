@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
 from samon.optim.sam import SAM
-from samon.optim.selection import affine_dim, norm_modules
+from samon.optim.scope import affine_dim, norm_modules
 from samon.step.passes import refuse_checkpointing, swapped_forwards
 
 

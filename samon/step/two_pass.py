@@ -90,9 +90,17 @@ def two_pass(
         )
     forwards = [forward] if callable(forward) else list(forward)
     options = Options(
-        groups, reduce, no_sync or nullcontext, scaler, bn_stats, same_noise, replay, ascent_forward, loss_scale,
+        groups,
+        reduce,
+        no_sync or nullcontext,
+        scaler,
+        bn_stats,
+        same_noise,
+        replay,
+        ascent_forward,
+        loss_scale,
         process_group,
-    )  # fmt: skip
+    )
     _check(sam, forwards, options)
     if groups > 1:
         return _grouped(sam, forwards[0], options)

@@ -1,7 +1,8 @@
 """Ends the loader workers that a test started."""
 
 import pytest
-import sets
+
+from tests import sets
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import io
 import random
 from pathlib import Path
 
-import efficientnet_lite0
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from samon.data.decode import TensorJitter, choose_decoder, decode_pil, decode_tensor
 from samon.data.stream import seed_everything
 from samon.errors import UserError
+from tests import efficientnet_lite0
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("photographs/*/*.jpg"))
 EVAL = {"is_training": False, "use_prefetcher": True}
@@ -95,8 +95,9 @@ def test_timms_default_training_stays_close():
 def test_normalised_output_without_the_prefetcher():
     transform = create_transform((3, 64, 64), use_prefetcher=False)
     data = PHOTOS[0].read_bytes()
-    pil, tensor = (step(decode(data)) for decode, step in
-                   (choose_decoder(name, transform, "RGB") for name in ("pil", "torch")))
+    pil, tensor = (
+        step(decode(data)) for decode, step in (choose_decoder(name, transform, "RGB") for name in ("pil", "torch"))
+    )
     assert (pil - tensor).abs().max() < 1.01 / 255 / 0.224
 
 
@@ -121,15 +122,22 @@ def _modes():
     palette.info["transparency"] = b"\x80" * 200
     deep = Image.fromarray(rng.integers(0, 65536, (40, 30)).astype(np.uint16))
     return {
-        "rgba png": (colour, {"format": "PNG"}), "palette png": (palette, {"format": "PNG"}),
-        "16 bit png": (deep, {"format": "PNG"}), "bilevel png": (rgb.convert("1"), {"format": "PNG"}),
-        "grey png": (rgb.convert("L"), {"format": "PNG"}), "grey alpha png": (colour.convert("LA"), {"format": "PNG"}),
-        "grey jpeg": (rgb.convert("L"), {"format": "JPEG"}), "cmyk jpeg": (rgb.convert("CMYK"), {"format": "JPEG"}),
+        "rgba png": (colour, {"format": "PNG"}),
+        "palette png": (palette, {"format": "PNG"}),
+        "16 bit png": (deep, {"format": "PNG"}),
+        "bilevel png": (rgb.convert("1"), {"format": "PNG"}),
+        "grey png": (rgb.convert("L"), {"format": "PNG"}),
+        "grey alpha png": (colour.convert("LA"), {"format": "PNG"}),
+        "grey jpeg": (rgb.convert("L"), {"format": "JPEG"}),
+        "cmyk jpeg": (rgb.convert("CMYK"), {"format": "JPEG"}),
         "progressive jpeg": (rgb, {"format": "JPEG", "progressive": True}),
         "444 jpeg": (rgb, {"format": "JPEG", "subsampling": 0}),
         "rgb jpeg": (rgb, {"format": "JPEG", "keep_rgb": True}),
-        "gif": (rgb, {"format": "GIF"}), "bmp": (rgb, {"format": "BMP"}), "tiff": (rgb, {"format": "TIFF"}),
-        "float tiff": (rgb.convert("F"), {"format": "TIFF"}), "webp": (colour, {"format": "WEBP", "lossless": True}),
+        "gif": (rgb, {"format": "GIF"}),
+        "bmp": (rgb, {"format": "BMP"}),
+        "tiff": (rgb, {"format": "TIFF"}),
+        "float tiff": (rgb.convert("F"), {"format": "TIFF"}),
+        "webp": (colour, {"format": "WEBP", "lossless": True}),
     }
 
 
@@ -164,7 +172,7 @@ def test_random_damage_is_treated_alike():
         damaged = bytearray(data)
         for _ in range(rng.randrange(1, 4)):
             damaged[rng.randrange(len(data))] = rng.randrange(256)
-        damaged = damaged[:rng.choice([len(data), rng.randrange(len(data))])]
+        damaged = damaged[: rng.choice([len(data), rng.randrange(len(data))])]
         results = []
         for decode in (decode_tensor, lambda d: pil_to_tensor(decode_pil(d))):
             try:
@@ -178,12 +186,15 @@ def test_random_damage_is_treated_alike():
     assert not all(outcomes)
 
 
-@pytest.mark.parametrize(("options", "why"), [
-    ({"is_training": True, "auto_augment": "rand-m9"}, "RandAugment"),
-    ({"is_training": True, "grayscale_prob": 0.5}, "RandomGrayscale"),
-    ({"is_training": True, "train_crop_mode": "rkrc"}, "ResizeKeepRatio, CenterCropOrPad"),
-    ({"interpolation": "lanczos"}, "Resize"),
-])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"is_training": True, "auto_augment": "rand-m9"}, "RandAugment"),
+        ({"is_training": True, "grayscale_prob": 0.5}, "RandomGrayscale"),
+        ({"is_training": True, "train_crop_mode": "rkrc"}, "ResizeKeepRatio, CenterCropOrPad"),
+        ({"interpolation": "lanczos"}, "Resize"),
+    ],
+)
 def test_what_tensors_cannot_do_goes_to_pillow(options, why, caplog):
     transform = create_transform((3, 32, 32), use_prefetcher=True, **options)
     caplog.set_level("INFO")

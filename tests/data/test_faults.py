@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from sets import flat, jpeg, make_loader, same, tar_of, write_set
 
 from samon.data import DataError, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError, shards
 from samon.errors import UserError
+from tests.sets import flat, jpeg, make_loader, same, tar_of, write_set
 
 SOME = {"max_bad_fraction": 0.5}
 
 
 def png_bomb():
     """A PNG of 65 bytes that states 60,000 x 60,000 pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -56,7 +58,7 @@ BAD = [
 @pytest.mark.parametrize(("suffix", "content", "kind", "said"), BAD, ids=range(len(BAD)))
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_samples_are_skipped_in_training_and_stop_evaluation(
-    tmp_path, caplog, suffix, content, kind, said, workers,
+    tmp_path, caplog, suffix, content, kind, said, workers
 ):
     root = write_set(tmp_path / "set", [8], {4: {suffix: content}})
     loader = make_loader(root, batch=2, workers=workers, dataset=SOME)
@@ -168,8 +170,14 @@ def test_nothing_in_a_shard_is_executed(tmp_path):
 
 
 def test_member_names_are_never_paths(tmp_path):
-    members = [("../../escape.jpg", jpeg(0)), ("../../escape.cls", b"0"), ("__meta__", b"x"), ("noext", b"x"),
-               ("/abs\x1b[31m\n.jpg", b"?"), ("/abs\x1b[31m\n.cls", b"1")]
+    members = [
+        ("../../escape.jpg", jpeg(0)),
+        ("../../escape.cls", b"0"),
+        ("__meta__", b"x"),
+        ("noext", b"x"),
+        ("/abs\x1b[31m\n.jpg", b"?"),
+        ("/abs\x1b[31m\n.cls", b"1"),
+    ]
     root = write_set(tmp_path / "set", [2])
     path = Path(root, "train-0000.tar")
     path.write_bytes(tar_of(members))
@@ -193,13 +201,19 @@ def test_a_longer_shard_than_stated_is_an_error(tmp_path):
             flat(make_loader(root, training=training, batch=1))
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"num_samples": 9}, "contradicts itself"), ({"shard_lengths": [4]}, "contradicts itself"),
-    ({"filenames": []}, "no list of filenames"), ({"filenames": "x.tar"}, "no list of filenames"),
-    ({"shard_lengths": ["4", "4"]}, "no list of shard_lengths"), ({"shard_lengths": [-4, 12]}, "shard_lengths"),
-    ({"filenames": ["train-0000.tar", "gone.tar"]}, "gone.tar: no such shard"),
-    ({"filenames": ["train-0000.tar", "pipe:touch executed"]}, "runs a shell command"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_samples": 9}, "contradicts itself"),
+        ({"shard_lengths": [4]}, "contradicts itself"),
+        ({"filenames": []}, "no list of filenames"),
+        ({"filenames": "x.tar"}, "no list of filenames"),
+        ({"shard_lengths": ["4", "4"]}, "no list of shard_lengths"),
+        ({"shard_lengths": [-4, 12]}, "shard_lengths"),
+        ({"filenames": ["train-0000.tar", "gone.tar"]}, "gone.tar: no such shard"),
+        ({"filenames": ["train-0000.tar", "pipe:touch executed"]}, "runs a shell command"),
+    ],
+)
 def test_info_files_that_lie(tmp_path, monkeypatch, change, said):
     monkeypatch.chdir(tmp_path)
     root = write_set(tmp_path / "set", [4, 4])

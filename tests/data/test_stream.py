@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from processes import run_ranks
-from sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
 from timm.data.mixup import FastCollateMixup
 
 from samon.data import create_dataset, plan
 from samon.data.stream import with_spares
 from samon.errors import UserError
+from tests.processes import run_ranks
+from tests.sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
 
 TOTAL = sum(UNEVEN)
 # The tests may have fewer cores than workers; how the work is shared is what they are about.
@@ -37,8 +37,9 @@ def test_stretches_cover_each_sample_once(world, workers, batch):
         training = [plan.training_stretch(size, batch, r, world, w, workers) for r, w in cells]
         covered = [i for s in training for i in range(s.start, s.start + s.size)]
         assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
-        steps = {sum(s.batches for s, (r, _) in zip(training, cells, strict=True) if r == rank)
-                 for rank in range(world)}
+        steps = {
+            sum(s.batches for s, (r, _) in zip(training, cells, strict=True) if r == rank) for rank in range(world)
+        }
         assert steps == {size // (world * batch)}
 
 
@@ -183,11 +184,14 @@ def test_image_folders_behave_like_shards(tmp_path):
         path.write_bytes(jpeg(i))
     root = str(tmp_path / "folder")
     for world in (1, 2, 3):
-        seen = [targets(make_loader(root, name="", training=False, batch=2, workers=2, world=world, rank=rank))
-                for rank in range(world)]
+        seen = [
+            targets(make_loader(root, name="", training=False, batch=2, workers=2, world=world, rank=rank))
+            for rank in range(world)
+        ]
         assert sorted(i for batches in seen for batch in batches for i in batch) == list(range(11))
-        trained = [targets(make_loader(root, name="", batch=2, workers=2, world=world, rank=rank))
-                   for rank in range(world)]
+        trained = [
+            targets(make_loader(root, name="", batch=2, workers=2, world=world, rank=rank)) for rank in range(world)
+        ]
         seen = [i for batches in trained for batch in batches for i in batch]
         assert len(set(seen)) == len(seen) == 11 // (2 * world) * 2 * world
     whole = make_loader(root, name="", workers=2)
@@ -203,8 +207,9 @@ def test_image_folders_behave_like_shards(tmp_path):
 
 
 def test_augmix_splits_come_clean_part_first(root):
-    images, target = next(iter(make_loader(
-        root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2", no_aug=False, decoder="auto")))
+    images, target = next(
+        iter(make_loader(root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2", no_aug=False, decoder="auto"))
+    )
     assert images.shape == (6, 3, 12, 12)
     assert target.tolist() == target[:2].tolist() * 3
 

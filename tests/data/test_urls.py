@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from sets import flat, make_loader, write_set
 
 from samon.data import ShardError, urls
 from samon.errors import UserError
+from tests.sets import flat, make_loader, write_set
 
 
 class Server(ThreadingHTTPServer):
@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         broken = self.server.faults.get(self.path, 0) > 0
         if broken:
             self.server.faults[self.path] -= 1
-        self.wfile.write(data[:len(data) // 2] if broken else data)
+        self.wfile.write(data[: len(data) // 2] if broken else data)
 
     def log_message(self, *_):
         pass

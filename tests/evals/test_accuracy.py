@@ -28,9 +28,7 @@ def test_figures_equal_their_definition_and_the_mode_is_put_back():
     order = LOGITS.argsort(1, descending=True)
     assert found["num_samples"] == 37
     assert found["top1"] == pytest.approx(100 * (order[:, 0] == TARGET).double().mean().item())
-    assert found["top5"] == pytest.approx(
-        100 * (order[:, :5] == TARGET[:, None]).any(1).double().mean().item()
-    )
+    assert found["top5"] == pytest.approx(100 * (order[:, :5] == TARGET[:, None]).any(1).double().mean().item())
     assert found["loss"] == pytest.approx(F.cross_entropy(LOGITS, TARGET).item(), rel=1e-6)
     assert model.training
 

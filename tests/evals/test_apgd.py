@@ -6,19 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samon.data.suites import from_shards
 from samon.errors import UserError
-from samon.evals.adversarial import (
-    ROBUST,
-    Normalized,
-    Threat,
-    attack,
-    project,
-    robust_outcomes,
-    seeded_noise,
-    summarize,
-)
 from samon.evals.apgd import StepSize, checkpoints
+from samon.evals.attacks import ROBUST, Normalized, Threat, attack, project, robust_outcomes, seeded_noise, summarize
+from samon.evals.shifts import from_shards
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +21,14 @@ def trained():
     x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in items])
     x, y = x.contiguous().float() / 255, torch.tensor([label for _, label in items])
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * 49, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 49, 10),
+    )
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(8):
         for rows in torch.randperm(len(x)).split(50):
@@ -48,8 +44,9 @@ def trained():
 def test_same_points_are_robust_as_by_the_authors_code(trained, norm, eps):
     autoattack = pytest.importorskip("pyautoattack").AutoAttack
     net, x, y = trained
-    theirs = autoattack(net, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="custom",
-                        attacks=["apgd-ce", "apgd-t"], seed=0)  # fmt: skip
+    theirs = autoattack(
+        net, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="custom", attacks=["apgd-ce", "apgd-t"], seed=0
+    )
     theirs.apgd.n_restarts = 1  # as in AutoAttack's standard version
     fooling, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
     expected = net(fooling).argmax(1) == y
@@ -73,7 +70,7 @@ def test_same_points_are_robust_as_by_the_authors_code(trained, norm, eps):
 
 
 def test_fooling_images_lie_in_the_ball_and_fool(trained):
-    from samon.evals.adversarial import apgd
+    from samon.evals.attacks import apgd
 
     net, x, y = trained
     for norm, eps in (("l2", 0.5), ("linf", 4 / 255)):
@@ -154,10 +151,7 @@ def test_step_size_rule():
         halved = step.update(i, torch.tensor([i > 0, True]), torch.tensor([3.0, 4.0]))
     assert halved.tolist() == [True, False]
     assert step.size.tolist() == [0.5, 1.0]
-    for i in (
-        4,
-        5,
-    ):  # both improve always, but the second's best stands still after an interval without halving
+    for i in (4, 5):  # both improve always, but the second's best stands still after an interval without halving
         halved = step.update(i, torch.tensor([True, True]), torch.tensor([3.0, 4.0]))
     assert halved.tolist() == [False, True]
 

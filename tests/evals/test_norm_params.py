@@ -37,9 +37,7 @@ def test_rows_hold_the_statistics():
     assert value("gamma_abs_max") == everything.abs().max().item()
     assert value("gamma_median") == pytest.approx(everything.median().item(), abs=1e-3)
     assert value("beta_std") == 0
-    assert value("gamma_std", "bn1") == pytest.approx(
-        model.bn1.weight.detach().std(correction=0).item(), rel=1e-5
-    )
+    assert value("gamma_std", "bn1") == pytest.approx(model.bn1.weight.detach().std(correction=0).item(), rel=1e-5)
     assert {row["num_samples"] for row in rows if row["layer"] == "all"} == {everything.numel()}
 
 

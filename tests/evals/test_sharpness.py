@@ -76,9 +76,7 @@ def test_l2_adaptive_maximum_of_a_linear_loss_is_the_closed_form():
 
     for steps in (1, 20):
         measure = Measure(0.2, norm="l2", steps=steps)
-        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(
-            0.2 * float((g * weights).norm())
-        )
+        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(0.2 * float((g * weights).norm()))
     # Where T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never
     # above.
     found = worst_reference(loss_of, [weights.abs()], Measure(0.2, norm="l2", steps=200))
@@ -176,10 +174,17 @@ def naive_reference(net, x, y, measure):
     return best - start
 
 
-@pytest.mark.parametrize("text", [
-    "worst-linf-adaptive-logitnorm@0.05,0.5", "worst-linf@0.02,0.3", "worst-l2@0.3,3", "worst-l2-adaptive@0.3,3",
-    "worst-linf-adaptive-7step@0.2", "worst-linf-adaptive-1step@0.2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "worst-linf-adaptive-logitnorm@0.05,0.5",
+        "worst-linf@0.02,0.3",
+        "worst-l2@0.3,3",
+        "worst-l2-adaptive@0.3,3",
+        "worst-linf-adaptive-7step@0.2",
+        "worst-linf-adaptive-1step@0.2",
+    ],
+)
 def test_reference_mode_is_the_public_codes_search(text):
     net, x, y = small_net()
     for measure in Measure.parse(text):

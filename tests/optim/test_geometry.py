@@ -6,11 +6,11 @@ Tolerance 1e-12: float64, sums of some hundred terms.
 import math
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 
 from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project, scales
+from tests import reference
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
 IS_WEIGHT = [n.endswith("weight") for n in NAMES]

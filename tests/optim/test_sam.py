@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import samon
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 
 
 def trained(opt_name: str, steps: int = 3, closure: bool = False, net=LayerNormNet, **kwargs):

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import BatchNormNet, LayerNormNet, batch, randomized
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import samon
+from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 RHO = 0.3
 

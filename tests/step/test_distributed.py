@@ -5,17 +5,17 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from nets import NETS, LayerNormNet, batch, randomized
-from processes import run_ranks
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import samon
+from tests import reference
+from tests.nets import NETS, LayerNormNet, batch, randomized
+from tests.processes import run_ranks
 
 RHO = 0.3
 SIZE = 8

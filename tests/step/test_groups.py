@@ -3,11 +3,9 @@
 import copy
 
 import pytest
-import reference
 import timm
 import torch
 import torch.nn.functional as F
-from nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from timm.layers import (
     BatchNormAct2d,
     EvoNorm2dS0,
@@ -22,6 +20,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import samon
+from tests import reference
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 
 RHO = 0.3
 
@@ -132,9 +132,15 @@ def test_every_groupable_layer(layer: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "image"),
-    [("vit_tiny_patch16_224", 32), ("resnet18", 64), ("convnext_atto", 32), ("efficientnet_b0", 64),
-     ("swin_tiny_patch4_window7_224", 56), ("coatnet_pico_rw_224", 64)],
-)  # fmt: skip
+    [
+        ("vit_tiny_patch16_224", 32),
+        ("resnet18", 64),
+        ("convnext_atto", 32),
+        ("efficientnet_b0", 64),
+        ("swin_tiny_patch4_window7_224", 56),
+        ("coatnet_pico_rw_224", 64),
+    ],
+)
 def test_timm_models(name: str, image: int) -> None:
     sized = {"img_size": image} if name.startswith(("vit", "swin", "coat")) else {}
     make = lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.0, **sized).double().train()  # noqa: E731

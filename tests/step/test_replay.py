@@ -7,23 +7,38 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from nets import BatchNormNet, LayerNormNet, batch, randomized
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
+from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 # One of each way to be built: plain and fused norms, class tokens, relative positions, windows, dense and multi-branch
 # connections, attention that is not a module call, squeeze-excite, re-parametrised convolutions.
 MODELS = {
-    "resnet18": 64, "resnet26": 32, "resnetv2_18": 32, "convnext_atto": 32, "vit_tiny_patch16_224": 32,
-    "deit3_small_patch16_224": 32, "swin_tiny_patch4_window7_224": 56, "efficientnet_b0": 32,
+    "resnet18": 64,
+    "resnet26": 32,
+    "resnetv2_18": 32,
+    "convnext_atto": 32,
+    "vit_tiny_patch16_224": 32,
+    "deit3_small_patch16_224": 32,
+    "swin_tiny_patch4_window7_224": 56,
+    "efficientnet_b0": 32,
     "mobilenetv3_small_050": 32,
-    "densenet121": 32, "regnety_002": 32, "mixer_s32_224": 32, "poolformer_s12": 32, "xcit_nano_12_p16_224": 32,
-    "cait_xxs24_224": 32, "coatnet_pico_rw_224": 32, "edgenext_xx_small": 64, "hrnet_w18_small": 64, "repvgg_a0": 32,
-    "test_vit": 32, "test_efficientnet": 32,
-}  # fmt: skip
+    "densenet121": 32,
+    "regnety_002": 32,
+    "mixer_s32_224": 32,
+    "poolformer_s12": 32,
+    "xcit_nano_12_p16_224": 32,
+    "cait_xxs24_224": 32,
+    "coatnet_pico_rw_224": 32,
+    "edgenext_xx_small": 64,
+    "hrnet_w18_small": 64,
+    "repvgg_a0": 32,
+    "test_vit": 32,
+    "test_efficientnet": 32,
+}
 RESIZABLE = re.compile("vit|deit|swin|mixer|xcit|cait|coatnet")
 
 

@@ -3,16 +3,16 @@
 import copy
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from timm.layers import BatchNormAct2d, set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samon
+from tests import reference
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 
 RHO = 0.3
 
@@ -111,9 +111,13 @@ class Norms(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None),
-            nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, track_running_stats=False),
-        )  # fmt: skip
+            nn.Conv2d(3, 4, 3),
+            BatchNormAct2d(4),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4, momentum=None),
+            nn.Conv2d(4, 5, 3),
+            nn.BatchNorm2d(5, track_running_stats=False),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x).mean((2, 3))

@@ -1,0 +1,226 @@
+"""Where the images of a data set lie and what their labels are, for the layouts that `make_shards.py` knows."""
+
+import argparse
+import csv
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+
+from samon.errors import UserError
+from samon.evals.shifts import SETS, label_table
+
+SPLITS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
+
+
+class Item(NamedTuple):
+    """One image: its path for people, and where its bytes lie (``array``: pixels [H, W, C] instead)."""
+
+    path: str
+    file: str = ""
+    offset: int = 0
+    size: int = 0
+    array: Any = None
+
+    def read(self) -> bytes:
+        """The image's own bytes; a PNG of an array."""
+        if self.array is not None:
+            png = io.BytesIO()
+            Image.fromarray(self.array).save(png, "PNG")
+            return png.getvalue()
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Split(NamedTuple):
+    """Images with their labels, and what the labels are called."""
+
+    items: list[tuple[Item, int]]
+    class_names: list[str]
+
+
+def tar_items(file: str, prefix: str, offset: int = 0) -> Iterator[Item]:
+    """Images in a plain tar (that may lie inside another one at ``offset``), tars inside it included."""
+    with open(file, "rb") as raw:
+        raw.seek(offset)
+        try:
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                for member in tar:
+                    stem, suffix = os.path.splitext(member.name)
+                    if member.isreg() and suffix == ".tar":
+                        yield from tar_items(file, f"{prefix}{stem}/", member.offset_data)
+                    elif member.isreg() and suffix.lower() in get_img_extensions(as_set=True):
+                        yield Item(f"{prefix}{member.name}", file, member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise UserError(f"{file}: no plain tar archive ({error}); extract it and give the directory") from error
+
+
+def find_images(source: Path) -> list[Item]:
+    """All images under a directory or in a tar, in natural order of their paths; tars are looked into."""
+    found: list[Item] = []
+    if not source.exists():
+        raise UserError(f"--source {source}: no such file or directory")
+    if source.is_file():
+        found = list(tar_items(str(source), ""))
+    for folder, _, names in os.walk(source, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, source)
+            stem, suffix = os.path.splitext(relative)
+            if suffix == ".tar":
+                found += tar_items(path, f"{stem}/")
+            elif suffix.lower() in get_img_extensions(as_set=True):
+                found.append(Item(relative, path, 0, os.path.getsize(path)))
+    if not found:
+        raise UserError(f"--source {source}: no images found; archives other than plain .tar must be extracted")
+    return sorted(found, key=lambda item: natural_key(item.path))
+
+
+def by_folder(items: list[Item]) -> Split:
+    """Labels in timm's order of the class folders' names."""
+    names = sorted({os.path.basename(os.path.dirname(item.path)) for item in items}, key=natural_key)
+    index = {name: label for label, name in enumerate(names)}
+    return Split([(item, index[os.path.basename(os.path.dirname(item.path))]) for item in items], names)
+
+
+def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """`<split>/<class>/<image>`, or `<class>/<image>` as the one split that --split names."""
+    found = find_images(args.source)
+    first = {item.path.split("/")[0] for item in found}
+    deep = min(item.path.count("/") for item in found)
+    if deep == 0:
+        raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
+    if not (deep >= 2 or first <= SPLITS) or args.split:
+        return {args.split or "train": by_folder(found)}
+    if deep == 1:
+        raise UserError(
+            f"--source {args.source}: images of a split lie in no class folder; for ImageNet's flat "
+            "validation images use --format imagenet --val-labels FILE"
+        )
+    groups = {name: by_folder([item for item in found if item.path.split("/")[0] == name]) for name in sorted(first)}
+    names = sorted({name for group in groups.values() for name in group.class_names}, key=natural_key)
+    index = {name: label for label, name in enumerate(names)}
+    # One numbering for all splits, so that a class which a split lacks does not shift the others.
+    return {
+        split: Split([(item, index[group.class_names[label]]) for item, label in group.items], names)
+        for split, group in groups.items()
+    }
+
+
+def shift_split(args: argparse.Namespace) -> dict[str, Split]:
+    """A shift set as distributed; its class names decide the labels, so they are checked here."""
+    split = by_folder(find_images(args.source))
+    known = SETS[args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")]
+    label_table(known.named, split.class_names)
+    found = (len(split.class_names), len(split.items))
+    if args.format != "objectnet" and found != (known.classes, known.images):
+        print(f"{args.format}: {found[0]} classes, {found[1]} images; published: {known.classes}, {known.images}")
+    return {args.split or "validation": split}
+
+
+def validation_synsets(path: Path) -> list[str]:
+    """Synset of validation image 1, 2, ...: a list of synsets, `LOC_val_solution.csv`, or the devkit's directory."""
+    if path.is_dir():
+        try:
+            from scipy.io import loadmat  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise UserError(
+                f"--val-labels {path}: reading the devkit needs scipy (pip install scipy); "
+                "a list of synsets needs nothing"
+            ) from None
+        meta = loadmat(path / "data" / "meta.mat", squeeze_me=True)["synsets"]
+        synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
+        numbers = (path / "data" / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+        return [synset[int(number)] for number in numbers]
+    if not path.is_file():
+        raise UserError(f"--val-labels {path}: no such file")
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            rows = sorted((row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file))
+        return [label for _, label in rows]
+    return path.read_text().split()
+
+
+def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """ImageNet's layouts: tars or folders of classes for training, flat or sorted images for validation."""
+    training, validation = [], []
+    for item in find_images(args.source):
+        if re.search(r"ILSVRC2012_val_\d{8}", item.path):
+            validation.append(item)
+        elif re.search(r"n\d{8}/[^/]*$", item.path) and not re.search(r"(^|/)(val|validation|test)/", item.path):
+            training.append(item)
+    splits = {"train": by_folder(training)} if training else {}
+    if validation:
+        sorted_in = re.search(r"n\d{8}/[^/]*$", validation[0].path)
+        if not sorted_in and args.val_labels is None:
+            raise UserError(
+                "the validation images are not in class folders; give their labels with --val-labels "
+                "(a list of synsets, LOC_val_solution.csv or the extracted devkit)"
+            )
+        if sorted_in:
+            splits["validation"] = by_folder(validation)
+        else:
+            synsets = validation_synsets(args.val_labels)
+            names = sorted(set(synsets))
+            index = {name: label for label, name in enumerate(names)}
+            number = [int(item.path[-13:-5]) for item in validation]
+            if max(number) > len(synsets):
+                raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, image {max(number)} needs one")
+            splits["validation"] = Split(
+                [(item, index[synsets[n - 1]]) for item, n in zip(validation, number, strict=True)], names
+            )
+    if not splits:
+        raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
+    both = [split.class_names for split in splits.values()]
+    if len(both) == 2 and both[0] != both[1]:
+        raise UserError(f"training has {len(both[0])} classes, validation {len(both[1])}: they do not match")
+    return splits
+
+
+def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """CIFAR-10/100 from torchvision's directories or an `.npz` with x_train, y_train, x_test, y_test."""
+    arrays: dict[str, tuple[Any, Any]] = {}
+    if args.source.suffix == ".npz":
+        if not args.source.is_file():
+            raise UserError(f"--source {args.source}: no such file")
+        with np.load(args.source, allow_pickle=False) as data:
+            missing = {"x_train", "y_train", "x_test", "y_test"} - set(data)
+            if missing:
+                raise UserError(f"--source {args.source}: lacks {', '.join(sorted(missing))}")
+            arrays = {"train": (data["x_train"], data["y_train"]), "validation": (data["x_test"], data["y_test"])}
+        names = [str(label) for label in range(int(arrays["train"][1].max()) + 1)]
+    else:
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        kind = CIFAR100 if (args.source / CIFAR100.base_folder).is_dir() else CIFAR10
+        try:  # torchvision compares checksums before it unpickles
+            sets = {"train": kind(str(args.source), train=True), "validation": kind(str(args.source), train=False)}
+        except RuntimeError as error:
+            raise UserError(f"--source {args.source}: {error}") from error
+        arrays = {split: (data.data, data.targets) for split, data in sets.items()}
+        names = sets["train"].classes
+    return {
+        split: Split(
+            [
+                (Item(f"{split}-{i:05d}", array=image), int(label))
+                for i, (image, label) in enumerate(zip(*pair, strict=True))
+            ],
+            names,
+        )
+        for split, pair in arrays.items()
+    }
+
+
+def find_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """The splits of `args.source` by `args.format`."""
+    known = {"folder": folder_splits, "imagenet": imagenet_splits, "cifar": cifar_splits}
+    return known.get(args.format, shift_split)(args)

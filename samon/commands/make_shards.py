@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Pack images into WebDataset shards with an `_info.json` that timm reads too; `--verify` checks a finished set.
+
+    python tools/make_shards.py --source DIR --output DIR                      # DIR/<split>/<class>/<image>
+    python tools/make_shards.py --source DIR --output DIR --format imagenet --val-labels FILE
+    python tools/make_shards.py --verify --output DIR
+
+Images keep their bytes unless --resize is given. Run the same command again to continue one that was interrupted.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from samon.commands.layouts import Item, Split, find_splits
+from samon.data import urls
+from samon.data.decode import decode_pil, open_image
+from samon.data.faults import SampleError
+from samon.data.shards import ShardReader, load_split
+from samon.errors import UserError, run
+
+FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
+SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
+MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # timm's reader looks for these
+
+
+def member_key(path: str, split: str, taken: set[str]) -> str:
+    """`<class>/<name>`, unique and without a dot, at which webdataset would cut it."""
+    parts = os.path.splitext(path)[0].replace(".", "_").split("/")[-2:]
+    key = "/".join(parts[parts[0] == split :]).lstrip("_") or "image"  # readers skip names like __this__
+    unique, number = key, 2
+    while unique in taken:
+        unique, number = f"{key}-{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def prepared(item: Item, resize: int, quality: int) -> tuple[str, bytes]:
+    """(suffix, bytes) of one image: as it is, or its shorter edge resized (never enlarged)."""
+    data = item.read()
+    try:
+        image = open_image(data)
+        if resize and min(image.size) > resize:
+            scale = resize / min(image.size)
+            size = (round(image.width * scale), round(image.height * scale))
+            small = decode_pil(data).resize(size, Image.Resampling.BICUBIC)
+            out = io.BytesIO()
+            small.save(out, "JPEG", quality=quality)
+            return "jpg", out.getvalue()
+    except SampleError as error:
+        raise UserError(f"{item.path}: {error}; remove or repair it") from error
+    return MEMBER_NAMES.get(image.format or "", (image.format or "").lower()), data
+
+
+def write_shard(task: tuple[Path, list[tuple[str, Item, int]]], resize: int, quality: int) -> str:
+    """Write one shard unless it is there already; its SHA-256."""
+    path, samples = task
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if not path.exists():
+            with open(partial, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                    for key, item, label in samples:
+                        suffix, data = prepared(item, resize, quality)
+                        for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
+                            info = tarfile.TarInfo(name)
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[tuple[Path, list[tuple[str, Item, int]]]]:
+    """The split's samples in an order drawn from --seed, cut into shards of about equal length."""
+    order = list(split.items)
+    random.Random(f"{args.seed} {name}").shuffle(order)
+    if args.samples_per_shard:
+        count = -(-len(order) // args.samples_per_shard)
+    else:
+        total = sum(item.size or item.array.nbytes for item, _ in order)
+        count = min(len(order), max(MIN_SHARDS, -(-total // args.shard_bytes)))
+    taken: set[str] = set()
+    keyed = [(member_key(item.path, name, taken), item, label) for item, label in order]
+    size = args.samples_per_shard or 0
+    bounds = [i * size if size else i * len(keyed) // count for i in range(count)] + [len(keyed)]
+    return [
+        (args.output / f"{name}-{i:0{max(4, len(str(count)))}d}.tar", keyed[bounds[i] : bounds[i + 1]])
+        for i in range(count)
+    ]
+
+
+def plan_digest(tasks: dict[str, Any], args: argparse.Namespace) -> str:
+    """What an interrupted conversion must have in common with the one that continues it."""
+    digest = hashlib.sha256(f"{args.resize} {args.quality}".encode())
+    for path, samples in chain.from_iterable(tasks.values()):
+        digest.update(path.name.encode())
+        for key, item, label in samples:
+            digest.update(f"{key} {item.size} {label}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Find, plan, write in parallel, and only at the end the `_info.json` that makes the set readable."""
+    splits = find_splits(args)
+    info_path, unfinished = args.output / "_info.json", args.output / "_unfinished.json"
+    info: dict[str, Any] = json.loads(info_path.read_text()) if info_path.is_file() else {}
+    tasks = {name: shard_tasks(name, split, args) for name, split in splits.items()}
+    digest = plan_digest(tasks, args)
+    if set(splits) & set(info.get("splits", {})):
+        raise UserError(
+            f"{info_path}: has split {', '.join(sorted(set(splits) & set(info['splits'])))} already; "
+            "choose another --output or remove it"
+        )
+    continued = unfinished.is_file() and unfinished.read_text() == digest
+    if unfinished.is_file() and not continued:
+        raise UserError(
+            f"{unfinished}: another conversion was interrupted here; repeat its command or empty the directory"
+        )
+    present = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
+    if present and not continued:
+        raise UserError(f"{args.output}: {present[0]} exists already; choose another --output")
+    names = next(iter(splits.values())).class_names
+    if info and info.get("class_names") != names:
+        raise UserError(f"{info_path}: its splits have other classes; choose another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(unfinished, digest)
+    info = {
+        "name": args.output.resolve().name,
+        "num_classes": len(names),
+        "class_names": names,
+        "splits": info.get("splits", {}),
+    }
+    job = partial(write_shard, resize=args.resize, quality=args.quality)
+    with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
+        for name, parts in tasks.items():
+            sums = list(tqdm(pool.map(job, parts), name, len(parts), unit="shard", disable=None))
+            info["splits"][name] = {
+                "name": name,
+                "num_samples": sum(len(samples) for _, samples in parts),
+                "filenames": [path.name for path, _ in parts],
+                "shard_lengths": [len(samples) for _, samples in parts],
+                "sha256": sums,
+            }
+    write_atomically(info_path, json.dumps(info, indent=1) + "\n")
+    unfinished.unlink()
+    print(
+        f"{args.output}: "
+        + ", ".join(f"{name} {len(split.items)} images in {len(tasks[name])} shards" for name, split in splits.items())
+    )
+
+
+def verify_shard(task: tuple[str, int, str | None, int | None]) -> tuple[int, list[str]]:
+    """(images decoded, faults) of one shard."""
+    url, length, digest, classes = task
+    faults: list[str] = []
+    if digest:
+        with urls.open_url(url) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
+                faults.append(f"{url}: its SHA-256 is not the one in _info.json")
+    good = 0
+    try:
+        for _, record in ShardReader(None, None).read(url, length, range(length)):
+            try:
+                if isinstance(record, SampleError):
+                    raise record
+                decode_pil(record.image)
+                if not 0 <= record.label < (classes or record.label + 1):
+                    raise SampleError(f"label {record.label} of {classes} classes")
+                good += 1
+            except SampleError as error:
+                where = "" if isinstance(record, SampleError) else f"{record.where}: "
+                faults.append(f"{where}{type(error).__name__}: {error}")
+    except UserError as error:
+        faults.append(str(error))
+    return good, faults
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Decode every image of a finished set; compare counts, labels and checksums with `_info.json`."""
+    path = args.output / "_info.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; the conversion is not finished")
+    entries = json.loads(path.read_text())["splits"]
+    faults: dict[str, list[str]] = defaultdict(list)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for name, entry in entries.items():
+            shards = load_split(str(args.output), name)
+            sums = entry.get("sha256") or [None] * len(shards.urls)
+            tasks = [
+                (url, length, digest, shards.num_classes)
+                for url, length, digest in zip(shards.urls, shards.lengths, sums, strict=True)
+            ]
+            good = 0
+            for decoded, found in tqdm(pool.map(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
+                good += decoded
+                faults[name] += found
+            print(f"{name}: {good} of {entry['num_samples']} images good, {len(faults[name])} faults")
+    every = list(chain.from_iterable(faults.values()))
+    for line in every[:20]:
+        print(line, file=sys.stderr)
+    if every:
+        raise UserError(f"{args.output}: {len(every)} faults, the first: {every[0]}")
+
+
+def main() -> None:
+    """Parse the command line, convert or verify."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="directory, plain tar or .npz")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the shards")
+    parser.add_argument("--format", choices=FORMATS, default="folder", help="layout of the source (default folder)")
+    parser.add_argument("--split", help="name of the one split in the source")
+    parser.add_argument("--val-labels", type=Path, help="labels of ImageNet's flat validation images")
+    parser.add_argument("--samples-per-shard", type=int, default=0, help="samples in each shard but the last")
+    parser.add_argument(
+        "--shard-bytes",
+        type=int,
+        default=SHARD_BYTES,
+        help=f"size of a shard, but {MIN_SHARDS} shards at least (default %(default)s)",
+    )
+    parser.add_argument("--resize", type=int, default=0, help="re-encode images with a longer shorter edge to this")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality for --resize (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples' order (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--verify", action="store_true", help="check a finished set instead of writing one")
+    args = parser.parse_args()
+    if args.samples_per_shard < 0 or args.shard_bytes < 1 or args.workers < 1 or args.resize < 0:
+        raise UserError("--samples-per-shard, --resize, --shard-bytes and --workers must be positive")
+    if not args.verify and args.source is None:
+        raise UserError("--source is missing: what to pack?")
+    verify(args) if args.verify else convert(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Train a recipe over optimizers x rho x seeds and tabulate the accuracies as the paper's Table 1 does.
+
+    python tools/sweep.py -c hparams/cifar/cifar100_resnet.yaml --opts sgd,sam,samon --seeds 3 -- --data-dir DIR
+    python tools/sweep.py -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
+
+What follows `--` goes to every train.py. rho is taken from the recipe's grid in hparams/rho_grids.yaml (`--grid`),
+from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output.
+Start it again after an interruption: finished runs are skipped, dead ones continue from their last state, and runs
+that another sweep is doing are left to it.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from samon import UserError, is_sam_name
+from samon.commands.tables import Cell, write_tables
+from samon.errors import RunError
+from samon.errors import run as run_script
+from samon.optim.registry import VARIANTS
+from samon.session.checkpoint import newest
+from samon.settings.config import Config, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    opt: str
+    rho: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        rho = "" if self.rho is None else f"-rho{self.rho:g}"
+        return f"{self.opt}{rho}-seed{self.seed}"
+
+    def arguments(self, args: argparse.Namespace) -> list[str]:
+        rho = [] if self.rho is None else ["--rho", str(self.rho)]
+        given = ["-c", args.config, "--opt", self.opt, *rho, "--seed", str(self.seed), *args.train]
+        return [*given, "--output", str(args.output), "--experiment", self.name]
+
+
+# --- what to run ------------------------------------------------------------------------------------------------------
+
+
+def split_list(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
+    try:
+        values = [kind(part) for part in text.split(",") if part]
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is not a list such as 1,2,3") from None
+    if not values or len(set(values)) != len(values):
+        raise UserError(f"{flag} {text!r} is empty or names something twice")
+    return values
+
+
+def grid_of(opt: str, args: argparse.Namespace) -> list[float | None]:
+    """The values of rho to try for an optimizer: one None for those that have none, or whose recipe says it."""
+    if not is_sam_name(opt) or args.rho == "recipe":
+        return [None]
+    if args.rho:
+        return list(split_list(args.rho, float, "--rho"))
+    grids = yaml.safe_load(Path(args.grids).read_text())
+    stem = Path(args.config).stem
+    name = args.grid or max((key for key in grids if stem.startswith(key)), key=len, default="")
+    if name not in grids:
+        raise UserError(f"{args.grids} has no grid {args.grid or stem!r} but {', '.join(grids)}; use --grid or --rho")
+    variant = VARIANTS[opt]
+    row = "-".join(part for part in (variant.scope, variant.geometry) if part)
+    if row not in grids[name] or variant.mask:
+        raise UserError(f"grid {name} of {args.grids} has no values for {opt}; use --rho")
+    return list(grids[name][row])
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All runs of the sweep, seeds outermost, so that a table of all columns exists as early as possible."""
+    opts = split_list(args.opts, str, "--opts")
+    seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
+    for opt in opts:
+        settings(args, opt)
+    grids = {opt: grid_of(opt, args) for opt in opts}
+    return [Job(opt, rho, seed) for seed in seeds for opt in opts for rho in grids[opt]]
+
+
+def settings(args: argparse.Namespace, opt: str) -> Config:
+    """The resolved configuration of a run: a mistake in recipe or arguments shows before anything is started."""
+    return parse(["-c", args.config, "--opt", opt, *args.train, "--print-config"])
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(job: Job, args: argparse.Namespace) -> str:
+    """What decides a run's result: the recipe's text and train.py's arguments, not where it writes."""
+    content = [Path(args.config).read_text(), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
+    return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
+
+
+def finished(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The run's metrics if it has ended; an error if they come from other settings."""
+    path = args.output / job.name / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["fingerprint"] != fingerprint(job, args):
+        raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
+    return result["metrics"]
+
+
+def command(job: Job, args: argparse.Namespace) -> list[str]:
+    """train.py alone, or under torchrun; continuing if a state of this run is there."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    start = start if args.nproc > 1 else [sys.executable]
+    directory = args.output / job.name
+    resume = ["--resume", str(directory)] if newest(directory)[0] else []
+    return [*start, str(ROOT / "train.py"), *job.arguments(args), *resume]
+
+
+def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None") -> str:
+    """Run to the end, with retries. Returns: 'done', 'skipped', 'elsewhere', 'stopped' (by a signal) or 'dead'."""
+    directory = args.output / job.name
+    directory.mkdir(parents=True, exist_ok=True)
+    with (args.output / f"{job.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "elsewhere"
+        if finished(job, args) is not None:
+            return "skipped"
+        gpu = gpus.get() if gpus else None
+        try:
+            for _ in range(1 + args.retries):
+                status, metrics = attempt(job, args, gpu, lock.fileno())
+                if metrics is not None:
+                    record(directory, {"fingerprint": fingerprint(job, args), "metrics": metrics})
+                    return "done"
+                if status > 128:
+                    return "stopped"
+        finally:
+            if gpus and gpu is not None:
+                gpus.put(gpu)
+    return "dead"
+
+
+def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+    """One start of train.py: its exit status, and its last line's metrics or None if it died.
+
+    The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory."""
+    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    with (args.output / job.name / "sweep.log").open("a") as log:
+        process = subprocess.run(
+            command(job, args), stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock], cwd=ROOT
+        )
+    lines = process.stdout.strip().splitlines()
+    return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None
+
+
+def record(directory: Path, content: dict[str, Any]) -> None:
+    """Write the result whole or not at all."""
+    temporary = directory / "result.json.part"
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.rename(directory / "result.json")
+
+
+def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
+    """Run all jobs, --jobs at a time; returns the names of those that died or were stopped."""
+    gpus: queue.Queue[str] | None = None
+    names = args.gpus.split(",") if args.gpus else []
+    if names:
+        gpus = queue.Queue()
+        for i in range(args.jobs):
+            gpus.put(names[i % len(names)])
+    states: dict[str, str] = {}
+    say = threading.Lock()
+
+    def one(job: Job) -> None:
+        state = run_job(job, args, gpus)
+        with say:
+            states[job.name] = state
+            metric = finished(job, args) if state in ("done", "skipped") else None
+            value = f" {args.metric} {metric[args.metric]:.2f}" if metric else ""
+            if state == "dead":
+                value = f" ({last_line(args.output / job.name / 'sweep.log')})"
+            print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(one, job) for job in jobs]:
+            future.result()
+    return [name for name, state in states.items() if state in ("dead", "stopped")]
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+
+def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
+    """Finished runs by optimizer and rho, in the sweep's order."""
+    cells: dict[tuple[str, float | None], Cell] = {}
+    for job in jobs:
+        metrics = finished(job, args)
+        if metrics is not None:
+            cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, []))
+            cell.values.append(float(metrics[args.metric]))
+    return list(cells.values())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", required=True, help="recipe, as for train.py")
+    parser.add_argument("--opts", required=True, help="optimizer names, with commas")
+    parser.add_argument("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
+    parser.add_argument("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
+    parser.add_argument("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
+    parser.add_argument("--grids", default=str(ROOT / "hparams/rho_grids.yaml"), help="file of grids")
+    parser.add_argument("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run (torchrun)")
+    parser.add_argument("--retries", type=int, default=1, help="further starts of a run that dies")
+    parser.add_argument("--metric", default="eval_top1", help="which of the final metrics to tabulate")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and which are finished")
+    args = parser.parse_args(argv[:cut])
+    args.train = argv[cut + 1 :]
+    args.output = args.output or ROOT / "output/sweep" / Path(args.config).stem
+    args.output = args.output.resolve()
+    for flag in ("--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"):
+        if flag in [word.split("=")[0] for word in args.train]:
+            raise UserError(f"{flag} behind -- is the sweep's to set")
+    if args.jobs < 1 or args.nproc < 1:
+        raise UserError("--jobs and --nproc must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    jobs = plan(args)
+    if args.dry_run:
+        for job in jobs:
+            print(f"{'finished' if finished(job, args) else 'to run':8}  {shlex.join(command(job, args))}")
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    dead = run_all(jobs, args)
+    cells = collect(jobs, args)
+    if cells:
+        about = {"config": args.config, "model": settings(args, jobs[0].opt).model, "metric": args.metric}
+        print(write_tables(args.output, cells, about | {"train": args.train}), end="")
+    if dead:
+        logs = args.output / dead[0] / "sweep.log"
+        raise RunError(f"{len(dead)} of {len(jobs)} runs did not end, see {logs}; start the sweep again to go on")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,117 @@
+"""The tables of tools/sweep.py: every optimizer and rho with mean +- std over seeds, and the paper's Table 1 layout."""
+
+import csv
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from samon.optim.registry import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {
+    "": "SAM",
+    "eleml2": "el. l2",
+    "eleml2orig": "el. l2, orig.",
+    "elemlinf": "el. linf",
+    "fisher": "Fisher",
+    "layerl2": "layer. l2",
+}
+COLUMNS = {"sam": "all", "samon": "ON", "samnn": "no-norm"}
+
+
+@dataclass
+class Cell:
+    """The runs of one optimizer and rho."""
+
+    opt: str
+    rho: float | None
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 0 for one run."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}±{self.std:.2f}" if len(self.values) > 1 else f"{self.mean:.2f}"
+
+
+def best_by_opt(cells: list[Cell]) -> dict[str, Cell]:
+    """For every optimizer the rho with the highest mean."""
+    best: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.opt not in best or cell.mean > best[cell.opt].mean:
+            best[cell.opt] = cell
+    return best
+
+
+def paper_results(recipe: str, model: str) -> dict[str, str]:
+    """The paper's figures for this recipe and model by optimizer name, empty if it has none."""
+    block = yaml.safe_load((ROOT / "hparams/paper_results.yaml").read_text()).get(recipe, {})
+    models = block.pop("models", [])
+    if model not in models:
+        return {}
+    return {opt: "±".join(map(str, row[models.index(model)])) for opt, row in block.items()}
+
+
+def markdown(cells: list[Cell], paper: dict[str, str]) -> str:
+    """Table 1's layout: variants down, scopes across; the better scope bold, the best of all underlined."""
+    best = best_by_opt(cells)
+    top = max(cell.mean for cell in best.values())
+    rows: dict[str, dict[str, Cell]] = {}
+    for opt, cell in best.items():
+        variant = VARIANTS.get(opt)
+        if variant is None or variant.mask:
+            rows[opt] = {"": cell}
+        else:
+            base = "" if variant.base == "sgd" else f" ({variant.base})"
+            rows.setdefault(ROWS[variant.geometry] + base, {})[variant.scope] = cell
+    scopes = [scope for scope in COLUMNS if any(scope in row for row in rows.values())] or ["sam"]
+    header = ["variant", *(COLUMNS[s] for s in scopes), *(f"paper, {COLUMNS[s]}" for s in scopes if paper)]
+    lines = [header, ["---"] * len(header)]
+    for name, row in rows.items():
+        alone = row.get("")  # has no scopes: stands in the first column
+        line = [row.get(scope) or (alone if scope == scopes[0] else None) for scope in scopes]
+        highest = max(cell.mean for cell in row.values())
+        theirs = [paper.get(cell.opt, "") if cell else "" for cell in line] if paper else []
+        lines.append([name, *(show(cell, len(row) > 1, highest, top) for cell in line), *theirs])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(cell: Cell | None, compared: bool, highest: float, top: float) -> str:
+    if cell is None:
+        return ""
+    text = str(cell)
+    text = f"**{text}**" if compared and cell.mean == highest else text
+    text = f"<u>{text}</u>" if cell.mean == top else text
+    return text if cell.rho is None else f"{text} (rho {cell.rho:g})"
+
+
+def write_tables(output: Path, cells: list[Cell], about: dict[str, Any]) -> str:
+    """table.csv, table.json and table.md in the directory; returns the Markdown.
+
+    about: `config`, `model`, `metric` and `train`, kept in table.json."""
+    rows = [
+        {"opt": c.opt, "rho": c.rho, "runs": len(c.values), "mean": c.mean, "std": c.std, "values": c.values}
+        for c in cells
+    ]
+    with (output / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["opt", "rho", "runs", "mean", "std"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    paper = paper_results(Path(about["config"]).stem, about["model"])
+    best = {opt: cell.rho for opt, cell in best_by_opt(cells).items()}
+    (output / "table.json").write_text(json.dumps({**about, "rows": rows, "best": best, "paper": paper}, indent=1))
+    every = [["optimizer", "rho", about["metric"], "runs"], ["---"] * 4]
+    every += [[c.opt, "" if c.rho is None else f"{c.rho:g}", str(c), str(len(c.values))] for c in cells]
+    text = markdown(cells, paper) + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in every) + "\n"
+    (output / "table.md").write_text(text)
+    return text

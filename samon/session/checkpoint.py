@@ -1,0 +1,244 @@
+"""Checkpoints in timm's format that hold all a run needs, written atomically, read without unpickling code."""
+
+import argparse
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samon.errors import RunError, UserError
+
+SUFFIX = ".pth.tar"
+FORMAT = 1  # of the keys beyond timm's
+_DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)  # found while looking into a state
+
+
+@dataclass
+class Progress:
+    """Where a run is. `epoch` is in progress, or complete if `epoch_done`."""
+
+    epoch: int = 0
+    updates: int = 0  # optimizer steps done in this epoch, skipped ones included
+    samples: int = 0  # samples of this epoch consumed by all processes
+    epoch_done: bool = False
+    skipped: int = 0  # optimizer steps skipped so far for a non-finite gradient
+    bad_in_a_row: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # running sums behind this epoch's training metrics
+
+
+@dataclass
+class TrainState:
+    """Everything saved: tensors and plain types only, so `weights_only=True` reads it.
+
+    The first block are the keys of timm's checkpoints, with timm's meaning.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    epoch: int
+    arch: str
+    args: dict[str, Any]  # the resolved configuration, seeds of the workers among it
+    metric: float | None
+    state_dict_ema: dict[str, torch.Tensor] | None
+    amp_scaler: dict[str, Any] | None
+
+    scheduler: dict[str, Any] | None
+    progress: dict[str, Any]  # a Progress
+    ranks: list[dict[str, Any]]  # of each process: `rng` and BatchNorm buffers of model and EMA (`buffers`)
+    best: dict[str, Any]  # metric and epoch of the best, and the kept [file, metric] pairs
+    started: str  # identifies the run: states of another run in the same directory are not this run's
+    version: int = 2  # of timm's format
+    samon: int = FORMAT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without absent parts: timm looks for keys, not for None."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+# --- random state ---------------------------------------------------------------------------------------------------
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The generators of this process: Python, NumPy, torch on the CPU and on its device."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - timm and its augmentations draw from the global one
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(content: Any, path: Path) -> None:
+    """Write, fsync, rename: `path` holds the old content or all of the new, whatever happens in between."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_directory(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """`target` becomes `source`'s content without writing it again where the file system has hard links."""
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copy2(source, part)
+    os.replace(part, target)
+
+
+def _numbers(path: Path) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", path.name)]
+
+
+class Checkpoints:
+    """The files of one run in its directory: kept history, last, best, and the two newest mid-epoch states."""
+
+    def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
+        self.directory, self.keep, self.lower_is_better = directory, keep, lower_is_better
+        self.best: dict[str, Any] = {"metric": None, "epoch": None, "kept": []}
+        self.last_good: Path | None = None
+
+    def save_epoch(self, state: TrainState) -> None:
+        """`checkpoint-N`, also as `last` and, if it is, `model_best`; then drop the worst beyond the history."""
+        epoch, metric = state.epoch, state.metric
+        name = f"checkpoint-{epoch}{SUFFIX}"
+        kept = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
+        kept.sort(key=lambda pair: self._rank(pair[1]))
+        improved = metric is not None and self._rank(metric) < self._rank(self.best["metric"])
+        dropped, kept = kept[self.keep :], kept[: self.keep]
+        best = {"metric": metric, "epoch": epoch} if improved else {k: self.best[k] for k in ("metric", "epoch")}
+        self.best = state.best = {**best, "kept": kept}
+        path = self.directory / name
+        self._write(state, path)
+        try:
+            _same_file(path, self.directory / f"last{SUFFIX}")
+            if improved:
+                _same_file(path, self.directory / f"model_best{SUFFIX}")
+        except OSError as error:
+            raise self._fault(path, error) from error
+        for old, _ in dropped:
+            (self.directory / old).unlink(missing_ok=True)
+        self.last_good = self.directory / f"last{SUFFIX}"
+        for old_state in self.directory.glob(f"recovery-*{SUFFIX}"):
+            old_state.unlink(missing_ok=True)
+
+    def save_recovery(self, state: TrainState) -> Path:
+        """A mid-epoch state; the one before it is kept until the next."""
+        state.best = self.best
+        progress = state.progress
+        path = self.directory / f"recovery-{progress['epoch']}-{progress['updates']}{SUFFIX}"
+        self._write(state, path)
+        states = sorted(self.directory.glob(f"recovery-*{SUFFIX}"), key=_numbers)
+        for old in states[:-2]:
+            old.unlink(missing_ok=True)
+        self.last_good = path
+        return path
+
+    def _rank(self, metric: float | None) -> float:
+        if metric is None or metric != metric:
+            return float("inf")
+        return metric if self.lower_is_better else -metric
+
+    def _write(self, state: TrainState, path: Path) -> None:
+        try:
+            write_atomically(state.as_dict(), path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            raise self._fault(path, error) from error
+
+    def _fault(self, path: Path, error: Exception) -> RunError:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return RunError(f"cannot write {path}: {reason}; {self.describe_last_good()}")
+
+    def describe_last_good(self) -> str:
+        if self.last_good is None:
+            return "no checkpoint was written before it"
+        return f"the last good checkpoint is {self.last_good}; free the cause and use --resume {self.directory}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors mapped from the file; UserError naming the file if it is damaged or foreign."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; check --resume") from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason[:90]}); use another one") from None
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
+    return content
+
+
+def progress_of(content: Mapping[str, Any]) -> Progress:
+    """Where a checkpoint stops; one of timm's own stops after a whole epoch."""
+    if "progress" in content:
+        return Progress(**content["progress"])
+    return Progress(epoch=int(content.get("epoch", 0)) - (content.get("version", 1) < 2), epoch_done=True)
+
+
+def newest(directory: Path, started: str | None = None) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest complete state of a directory: (file, content, what was passed over and why).
+
+    `started`: only states of that run count, so that files of an earlier run there are not taken for it.
+    """
+    found: tuple[tuple[int, bool, int], Path, dict[str, Any]] | None = None
+    passed: list[str] = []
+    for path in sorted([*directory.glob(f"*{SUFFIX}")]):
+        try:
+            content = read(path)
+            if content.get("samon") != FORMAT:
+                raise UserError(f"{path} is not a training state of this program")
+            if started is not None and content["started"] != started:
+                continue
+            progress = progress_of(content)
+            order = (progress.epoch, progress.epoch_done, progress.updates)
+        except UserError as error:
+            passed.append(str(error))
+            continue
+        except _DAMAGED as error:
+            passed.append(f"{path} is damaged ({error})")
+            continue
+        if found is None or order > found[0]:
+            found = (order, path, content)
+    return (None, {}, passed) if found is None else (found[1], found[2], passed)

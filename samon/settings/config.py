@@ -1,0 +1,181 @@
+"""Command line and YAML -> one configuration. Precedence: defaults < file < per_opt[opt] < command line."""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm.optim
+import yaml
+from timm.utils.distributed import world_info_from_env
+
+import samon
+from samon.errors import UserError
+from samon.settings.flag import Flag, by_key, nearest, parse_command_line
+from samon.settings.rows import SAM, TRAIN
+
+FLAGS: dict[str, Flag] = by_key(TRAIN)
+_IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # as in timm's args.yaml
+DESCRIPTION = "Train a timm model, plainly or with a sharpness-aware optimizer (--opt samon-layerl2)."
+
+
+class Config(argparse.Namespace):
+    """Every flag's value by key; attributes, because timm's helpers read them so."""
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The resolved configuration of a command line; every mistake in it is a UserError."""
+    given = parse_command_line(TRAIN, argv, "train.py", DESCRIPTION)
+    config = resolve(given, read_yaml(given["config"]) if given.get("config") else {})
+    check(config, given)
+    return config
+
+
+def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
+    """Merge the four layers; `file` may hold `per_opt: {opt name: {key: value}}`."""
+    file = dict(file)
+    where = given.get("config", "configuration")
+    per_opt = _per_opt(file.pop("per_opt", None) or {}, where)
+    values = {key: flag.default for key, flag in FLAGS.items()}
+    values |= _typed(file, where)
+    opt = given.get("opt", values["opt"])
+    values |= per_opt.get(opt, {})
+    values |= given
+    values["data_dir"] = values["data_dir"] or values["data"]
+    return Config(**values | {"data": None})
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--config {path} cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds no settings; write lines such as 'lr: 0.1'")
+    return content
+
+
+def _per_opt(table: Any, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(table, dict) or not all(isinstance(rows, dict | None) for rows in table.values()):
+        raise UserError(f"per_opt in {where} must map optimizer names to settings")
+    for name in table:
+        _check_opt(name, f"per_opt in {where}")
+    return {name: _typed(rows or {}, f"per_opt[{name}] in {where}") for name, rows in table.items()}
+
+
+def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    typed = {}
+    for key, value in settings.items():
+        if key in _IGNORED_KEYS:
+            continue
+        if key not in FLAGS or key == "config":
+            raise UserError(f"unknown key {key!r} in {where}{nearest(key, FLAGS)}")
+        flag = FLAGS[key]
+        if flag.refused:
+            if value not in (None, False, "", 0, flag.default):
+                raise UserError(f"{key} in {where} is not honoured: {flag.refused}")
+            continue
+        try:
+            typed[key] = flag.parse(value)
+        except UserError as error:
+            raise UserError(f"{error} (in {where})") from None
+    return typed
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that --config reads back."""
+    skip = {"config", "print_config", "data"}
+    values = {key: value for key, value in vars(config).items() if key in FLAGS and key not in skip}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def check(c: Config, given: Mapping[str, Any]) -> None:
+    """Mistakes visible in the settings alone."""
+    _check_opt(c.opt, "--opt")
+    if c.base_opt:
+        _check_opt(c.base_opt, "--base-opt")
+    _check_sam(c, given)
+    _check_batches(c)
+    if c.amp and c.model_dtype not in (None, "float32"):
+        raise UserError(f"--amp needs float32 weights, --model-dtype is {c.model_dtype}; drop one of them")
+    if c.sync_bn and c.split_bn:
+        raise UserError("--sync-bn and --split-bn exclude each other; drop one of them")
+    if c.wandb_resume_id and not c.resume:
+        raise UserError("--wandb-resume-id needs --resume")
+    if c.data_resident and c.epoch_repeats:
+        raise UserError("--data-resident passes over the set once per epoch; drop --epoch-repeats")
+    if c.sched == "plateau" and c.sched_on_updates:
+        raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
+    if not c.print_config:
+        _check_global_batch(c)
+
+
+def _check_opt(name: str, where: str) -> None:
+    known = timm.optim.list_optimizers()
+    plain = str(name).lower().removeprefix("lookahead_")
+    if plain not in known:
+        raise UserError(f"{where}: unknown optimizer {name!r}{nearest(plain, known)}")
+
+
+def _check_sam(c: Config, given: Mapping[str, Any]) -> None:
+    if not samon.is_sam_name(c.opt):
+        extra = [flag.flag for flag in SAM if flag.key in given]
+        if extra:
+            raise UserError(f"{extra[0]} does nothing with --opt {c.opt}; use one such as samon-layerl2")
+        return
+    try:
+        re.compile(c.perturb or "")
+    except re.error as error:
+        raise UserError(f"--perturb {c.perturb!r} is not a regular expression: {error}") from None
+    if c.sparsity is not None and not c.opt.startswith(("sam-random", "ssam-")):
+        raise UserError(f"--sparsity is for sam-random, ssam-f and ssam-d, not {c.opt}")
+    if isinstance(c.m_sharpness, int):
+        if c.batch_size % c.m_sharpness:
+            raise UserError(f"batch size {c.batch_size} is not divisible by --m-sharpness {c.m_sharpness}")
+        if c.aug_splits or c.ascent_fraction < 1:
+            raise UserError("--m-sharpness with a number excludes --aug-splits and --ascent-fraction")
+    if c.aug_splits and c.ascent_fraction < 1:
+        raise UserError("--ascent-fraction excludes --aug-splits: part of a batch holds part of the splits")
+
+
+def _check_batches(c: Config) -> None:
+    mixing = c.mixup > 0 or c.cutmix > 0 or c.cutmix_minmax is not None
+    if c.aug_splits == 1:
+        raise UserError("--aug-splits 1 splits nothing; use 0, or 2 and more")
+    if c.jsd_loss and c.aug_splits < 2:
+        raise UserError("--jsd-loss compares augmentation splits; add --aug-splits 3")
+    if c.split_bn and c.aug_splits < 2 and not c.resplit:
+        raise UserError("--split-bn needs --aug-splits or --resplit")
+    if mixing and c.aug_splits:
+        raise UserError("--mixup and --cutmix exclude --aug-splits; drop one of them")
+    if mixing and c.batch_size % 2:
+        raise UserError("mixup and cutmix pair samples; use an even --batch-size")
+    if c.train_img_sizes:
+        if c.train_size_probs and len(c.train_size_probs) != len(c.train_img_sizes):
+            raise UserError("--train-size-probs needs one value for each of --train-img-sizes")
+        if c.aug_splits or c.data_resident:
+            raise UserError("--train-img-sizes excludes --aug-splits and --data-resident")
+    elif c.train_size_probs or c.train_batches_per_epoch:
+        raise UserError("--train-size-probs and --train-batches-per-epoch need --train-img-sizes")
+    channels = (c.input_size or [None])[0]
+    if c.in_chans and channels and c.in_chans != channels:
+        raise UserError(f"--in-chans {c.in_chans} contradicts --input-size with {channels} channels; drop one of them")
+
+
+def _check_global_batch(c: Config) -> None:
+    """world x batch x accumulation == --global-batch-size, from the environment alone."""
+    if c.global_batch_size is None:
+        return
+    world = world_info_from_env()[2] if os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"} else 1
+    product = world * c.batch_size * c.grad_accum_steps
+    if product != c.global_batch_size:
+        raise UserError(
+            f"--global-batch-size is {c.global_batch_size}, but {world} processes x batch {c.batch_size} x "
+            f"accumulation {c.grad_accum_steps} make {product}; change one of them"
+        )

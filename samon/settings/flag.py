@@ -1,0 +1,197 @@
+"""How a flag is declared: one row, from which --help, YAML keys, --print-config, args.yaml and docs derive.
+
+The rows are in `flags_timm.py` (timm's names and meaning) and `flags_train.py` (what this project adds).
+"""
+
+import argparse
+import ast
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from samon.errors import UserError
+
+# Ranges a number can be held to: text -> test. Rows name them, so docs and error messages say the same thing.
+RANGES: dict[str, Callable[[float], bool]] = {
+    ">= 0": lambda v: v >= 0,
+    "> 0": lambda v: v > 0,
+    ">= 1": lambda v: v >= 1,
+    "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
+    "in [0, 1)": lambda v: 0 <= v < 1,
+}
+
+
+def kwargs(value: Any) -> dict[str, Any]:
+    """`['a=1', 'b=x']` or a mapping -> dict; values are Python literals or else text (timm's ParseKwargs)."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    pairs: dict[str, Any] = {}
+    for item in [value] if isinstance(value, str) else value:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise ValueError(f"{item!r} is not KEY=VALUE")
+        try:
+            pairs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            pairs[key] = text
+    return pairs
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting: `--name` on the command line, `name` with `_` for `-` in YAML."""
+
+    name: str
+    type: Callable[[Any], Any]  # bool is a switch; `kwargs` takes KEY=VALUE pairs
+    default: Any
+    help: str
+    nargs: str | int | None = None
+    choices: tuple[Any, ...] = ()
+    short: str = ""
+    range: str = ""  # a key of RANGES, applied to the number or to each of a list
+    const: Any = None  # value of a bare `--name` when nargs is '?'
+    refused: str = ""  # why it cannot be honoured here, and what to use instead
+    positional: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def flag(self) -> str:
+        return self.name if self.positional else f"--{self.name}"
+
+    def parse(self, value: Any) -> Any:
+        """A YAML or command-line value in this flag's type; raises UserError naming the flag."""
+        if value is None or value == self.default:
+            return value
+        try:
+            return self._convert(value)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.flag}: {error}") from None
+
+    def given(self, value: Any) -> Any:
+        """`parse` for the command line, where a refused flag may at most name its default."""
+        if not self.refused:
+            return self.parse(value)
+        if value != [str(self.default)]:
+            raise UserError(f"{self.flag} is not honoured: {self.refused}")
+        return self.default
+
+    def _convert(self, value: Any) -> Any:
+        if self.type is kwargs:
+            return kwargs(value)
+        if self.nargs in ("+", "*") or isinstance(self.nargs, int):
+            items = list(value) if isinstance(value, list | tuple) else [value]
+            if isinstance(self.nargs, int) and len(items) != self.nargs:
+                raise ValueError(f"takes {self.nargs} values, got {len(items)}")
+            return [self._scalar(item) for item in items]
+        return self._scalar(value)
+
+    def _scalar(self, value: Any) -> Any:
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"takes true or false, got {value!r}")
+            return value
+        wrong_kind = isinstance(value, bool | list | dict) or (self.type is int and isinstance(value, float))
+        try:
+            if wrong_kind:
+                raise ValueError
+            typed = self.type(value)
+        except ValueError as error:
+            plain = self.type in (int, float, str)
+            raise ValueError(f"{value!r} is not {a(self.type.__name__)}" if plain else str(error)) from None
+        if self.choices and typed not in self.choices:
+            names = ", ".join(map(repr, self.choices))
+            raise ValueError(f"{typed!r} is not one of {names}{nearest(typed, self.choices)}")
+        if isinstance(typed, float) and math.isnan(typed):
+            raise ValueError("NaN is not a value")
+        if self.range and isinstance(typed, int | float) and not RANGES[self.range](typed):
+            raise ValueError(f"must be {self.range}, got {typed}")
+        return typed
+
+
+Groups = Mapping[str, tuple[Flag, ...]]
+
+
+def a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def nearest(word: Any, known: Iterable[Any]) -> str:
+    """`; did you mean 'x'?` for the known word closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def by_key(groups: Groups) -> dict[str, Flag]:
+    return {flag.key: flag for rows in groups.values() for flag in rows}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake as one UserError instead of a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parser(groups: Groups, prog: str, description: str) -> Parser:
+    """The parser of `groups`; values stay text and only what was given appears in the result."""
+    result = Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, rows in groups.items():
+        group = result.add_argument_group(title)
+        for flag in rows:
+            _add(group, flag)
+    return result
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    text = f"refused: {flag.refused}" if flag.refused else flag.help
+    if flag.default not in (None, False, "", [], {}) and not flag.refused:
+        text += f" (default: {flag.default})"
+    text = text.replace("%", "%%")
+    if flag.positional:
+        group.add_argument(flag.name, nargs="?", metavar="DIR", help=text)
+    elif flag.type is bool:
+        group.add_argument(flag.flag, action="store_true", dest=flag.key, help=text)
+    else:
+        names = [f"-{flag.short}", flag.flag] if flag.short else [flag.flag]
+        metavar = flag.name.rsplit("-", 1)[-1].upper()
+        nargs = "*" if flag.type is kwargs or flag.refused else flag.nargs
+        extra = {"const": flag.const} if nargs == "?" else {}
+        group.add_argument(*names, dest=flag.key, nargs=nargs, metavar=metavar, help=text, **extra)
+
+
+def parse_command_line(groups: Groups, argv: list[str] | None, prog: str, description: str) -> dict[str, Any]:
+    """`{key: value}` of what the command line gives; an unknown flag is an error naming the nearest one."""
+    given, rest = parser(groups, prog, description).parse_known_args(argv)
+    known = by_key(groups)
+    if rest:
+        word = next((item for item in rest if item.startswith("-")), rest[0])
+        names = [flag.flag for flag in known.values()]
+        raise UserError(f"unknown argument {word}{nearest(word.split('=')[0], names)} (see --help)")
+    return {key: known[key].given(value) for key, value in vars(given).items()}
+
+
+def markdown(groups: Groups) -> str:
+    """The flag tables of docs/flags.md."""
+    lines = []
+    for title, rows in groups.items():
+        lines += [f"## {title}", "", "| flag | default | meaning |", "|---|---|---|"]
+        for flag in rows:
+            default = "" if flag.default in (None, False, "", [], {}) else f"`{flag.default}`"
+            values = f" One of {', '.join(f'`{c}`' for c in flag.choices)}." if flag.choices else ""
+            limits = f" Must be {flag.range}." if flag.range else ""
+            meaning = f"**Refused**: {flag.refused}." if flag.refused else f"{flag.help}.{values}{limits}"
+            lines.append(f"| `{flag.flag}` | {default} | {meaning} |".replace("  ", " "))
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,345 @@
+"""The training loop: what happens in an update, an epoch, a run."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from samon.data import DataError
+from samon.errors import RunError, Stopped
+from samon.evals.accuracy import accuracy
+from samon.session.checkpoint import Progress
+from samon.settings.rows import steps_or_minutes
+from samon.step.two_pass import two_pass
+from samon.train.build import Run
+from samon.train.report import Meter, Report
+from samon.train.state import Keeper, set_random_state
+
+log = logging.getLogger("samon")
+Batch = tuple[Tensor, Tensor]
+
+
+def fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+    """Epochs from `p` to the end; returns the final metrics. `rng`: random state to set before the next update.
+
+    Raises:
+        UserError: the very first batch shows that the data do not fit the settings.
+        RunError: too many unreadable samples or non-finite updates later on, or a state cannot be written.
+    """
+    start = p.epoch, p.updates
+    try:
+        return _fit(run, p, keeper, report, rng)
+    except DataError as error:
+        if (p.epoch, p.updates) == start and keeper.checkpoints.last_good is None:
+            raise
+        raise RunError(f"{error}; {keeper.checkpoints.describe_last_good()}") from error
+
+
+def _fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+    final: dict[str, Any] = {}
+    while p.epoch < run.epochs:
+        train = train_epoch(run, p, keeper, report, rng)
+        rng = None
+        share_running_statistics(run, run.model)
+        last = p.epoch + 1 == run.epochs
+        evaluated = None
+        if (p.epoch + 1) % run.config.val_interval == 0 or last:
+            evaluated = validate(run, p, keeper)
+            decisive = (train if evaluated is None else evaluated)[run.metric]
+            report.end_epoch(run, p, train, evaluated)
+            step_schedule(run, p, decisive)
+            keeper.epoch(p, decisive)
+        else:
+            step_schedule(run, p, None)
+        final = {"epoch": p.epoch} | {f"train_{k}": v for k, v in train.items()}
+        final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
+        p.epoch, p.updates, p.samples, p.sums = p.epoch + 1, 0, 0, {}
+    best = keeper.checkpoints.best
+    bad = torch.tensor([int(getattr(run.train_loader, "bad_samples", 0))])
+    keeper.control.reduce(bad)
+    return final | {
+        "best_metric": best["metric"],
+        "best_epoch": best["epoch"],
+        "skipped_steps": p.skipped,
+        "skipped_samples": int(bad),
+    }
+
+
+def train_epoch(run: Run, p: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
+    """The updates of an epoch that are left; returns the mean losses over all of its samples."""
+    run.net.train()
+    meter, clock = Meter(p), Clock(run.world.size)
+    report.begin_epoch(p, run.updates_per_epoch)
+    for batches, count in updates(run, p, clock, rng, report):
+        values, samples = gradient(run, batches, count, perturbs(run, p))
+        values["grad_norm"], applied = apply_gradient(run)
+        count_bad(run, p, keeper, applied)
+        if applied:
+            meter.add(samples, values)
+        p.updates, p.samples = p.updates + 1, p.samples + samples * run.world.size
+        after_update(run, p)
+        clock.samples += samples
+        report.advance()
+        last = p.updates == run.updates_per_epoch
+        if p.updates % run.config.log_interval == 0 or last:
+            report.update(run, p, meter.read(keeper.control.reduce), *clock.read())
+        save_or_stop(run, p, keeper, meter, last)
+    if hasattr(run.optimizer, "sync_lookahead"):
+        run.optimizer.sync_lookahead()
+    return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
+
+
+# --- an update ------------------------------------------------------------------------------------------------------
+
+
+def updates(run: Run, p: Progress, clock: "Clock", rng: Any, report: Report) -> Iterator[tuple[Iterator[Batch], int]]:
+    """(the micro-batches of an update, their number), from where `p` stands to the end of the epoch."""
+    loader, accumulate = run.train_loader, run.config.grad_accum_steps
+    loader.set_epoch(p.epoch, p.samples)
+    off = run.config.mixup_off_epoch
+    set_mixing(run, not off or p.epoch < off)
+    left = len(loader) - p.samples // (run.config.batch_size * run.world.size)
+    source = clock.timed(loader) if left else iter(())
+    if left:
+        first = next(source)
+        report.images(first[0], p.epoch * run.updates_per_epoch, p.updates % run.config.log_interval == 0)
+        source = chain([first], source)
+    set_random_state(rng, run.world.device)  # after the loader has started, which may draw too
+    while left > 0:
+        count = min(accumulate, left)
+        yield (to_device(run, *batch) for batch in islice(source, count)), count
+        left -= count
+
+
+def set_mixing(run: Run, on: bool) -> None:
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = on
+    elif not on:
+        run.train_loader.mixup_enabled = False
+
+
+def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
+    """The batch as the model takes it; without the prefetcher the mixing happens here."""
+    c, device = run.config, run.world.device
+    if c.no_prefetcher:
+        images = images.to(device, getattr(torch, c.model_dtype) if c.model_dtype else None)
+        target = target.to(device)
+        if run.mixup is not None:
+            images, target = run.mixup(images, target)
+    return (images.contiguous(memory_format=torch.channels_last) if c.channels_last else images), target
+
+
+def perturbs(run: Run, p: Progress) -> bool:
+    """Whether this update is a two-pass one (--sam-start-epoch, --sam-end-epoch, --sam-every)."""
+    c = run.config
+    if run.sam is None or p.epoch < c.sam_start_epoch or (c.sam_end_epoch is not None and p.epoch >= c.sam_end_epoch):
+        return False
+    return (p.epoch * run.updates_per_epoch + p.updates) % c.sam_every == 0
+
+
+def gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[dict[str, Tensor], int]:
+    """Leave in `.grad` the gradient of the mean loss over the micro-batches, at w + eps if `perturb`.
+
+    Returns: (mean losses and norms as 0-dim device tensors, samples of this process).
+    """
+    run.optimizer.zero_grad()
+    rows, samples = [], 0
+    if perturb and run.config.m_sharpness == "global":
+        held = list(batches)
+        samples = sum(len(images) for images, _ in held)
+        rows.append(perturbed(run, [forward(run, *batch) for batch in held], reduce="global"))
+    else:
+        for index, (images, target) in enumerate(batches):
+            samples += len(images)
+            with sync_if(run, index + 1 == count):
+                rows.append((sharp if perturb else plain)(run, images, target, 1 / count))
+    names = rows[0].keys()
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in names}, samples
+
+
+def sync_if(run: Run, last: bool) -> Any:
+    """DDP sends gradients with the last micro-batch only."""
+    no_sync = getattr(run.net, "no_sync", None)
+    return nullcontext() if last or no_sync is None else no_sync()
+
+
+def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        with run.autocast():
+            return run.loss(run.net(images), target)
+
+    return loss
+
+
+def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
+    """The base step's gradient."""
+    loss = forward(run, images, target)()
+    scaled = loss * scale
+    scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
+    scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
+    return {"loss": loss.detach()}
+
+
+def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
+    """The two-pass gradient of one micro-batch, in sub-batches of m if --m-sharpness is a number."""
+    m, size = run.config.m_sharpness, len(images)
+    if m == "device" or m == size:
+        part = math.ceil(run.config.ascent_fraction * size)
+        ascent = forward(run, images[:part], target[:part]) if part < size else None
+        return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
+    groups = size // int(m)
+    if run.sam.scope == "samon":  # every group's own copy of the perturbed parameters fits in one pass
+        return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
+    rows = []
+    for index, (x, y) in enumerate(zip(images.split(int(m)), target.split(int(m)), strict=True)):
+        with sync_if(run, index + 1 == groups) if synced(run) else nullcontext():
+            rows.append(perturbed(run, forward(run, x, y), loss_scale=scale / groups))
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+
+def synced(run: Run) -> bool:
+    return getattr(run.net, "require_backward_grad_sync", False)
+
+
+def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
+    c = run.config
+    two_pass(
+        run.optimizer,
+        forwards,
+        no_sync=getattr(run.net, "no_sync", None),
+        scaler=run.scaler,
+        bn_stats=c.bn_stats,
+        same_noise=c.same_noise,
+        replay=not c.no_replay,
+        **how,
+    )
+    return dict(run.sam.stats)
+
+
+def apply_gradient(run: Run) -> tuple[Tensor, bool]:
+    """Clip and step. A non-finite gradient is skipped, on all processes alike since they share it.
+
+    Returns: (gradient norm before clipping, whether the step was taken). Reading whether it is finite is the one
+    place in an update where the host waits for the device.
+    """
+    c, scaler = run.config, run.scaler
+    if scaler is not None:
+        scaler.unscale_(run.optimizer)
+    parameters = (p for group in run.optimizer.param_groups for p in group["params"])
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if scaler is None and not bool(norm.isfinite()):
+        return norm, False
+    if c.clip_grad is not None:
+        clipped = model_parameters(run.model, exclude_head="agc" in c.clip_mode)
+        dispatch_clip_grad(clipped, c.clip_grad, mode=c.clip_mode)
+    if scaler is None:
+        run.optimizer.step()
+        return norm, True
+    before = scaler.get_scale()
+    scaler.step(run.optimizer)
+    scaler.update()
+    return norm, scaler.get_scale() >= before
+
+
+def count_bad(run: Run, p: Progress, keeper: Keeper, applied: bool) -> None:
+    """Count skipped updates; too many in a row end the run."""
+    p.bad_in_a_row = 0 if applied else p.bad_in_a_row + 1
+    p.skipped += not applied
+    if p.bad_in_a_row >= run.config.max_bad_steps:
+        raise RunError(
+            f"non-finite gradients in {p.bad_in_a_row} updates in a row (epoch {p.epoch}, update {p.updates}); lower "
+            f"--lr or --rho; {keeper.checkpoints.describe_last_good()}"
+        )
+
+
+def after_update(run: Run, p: Progress) -> None:
+    """What follows the optimizer's step: average, schedule, and --synchronize-step."""
+    count = p.epoch * run.updates_per_epoch + p.updates
+    if run.ema is not None:
+        run.ema.update(run.model, step=count)
+    if run.scheduler is not None:
+        run.scheduler.step_update(num_updates=count)
+    if run.config.synchronize_step and run.world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def save_or_stop(run: Run, p: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
+    """A state within the epoch where one is due; on a signal also the end."""
+    signum, due = keeper.control.poll()
+    steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
+    due |= bool(steps) and p.updates % steps == 0
+    if signum or (due and not last):
+        meter.read(keeper.control.reduce)
+        keeper.recovery(p)
+    if signum:
+        raise Stopped(signum, str(keeper.checkpoints.directory))
+
+
+# --- after an epoch -------------------------------------------------------------------------------------------------
+
+
+def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
+    if run.world.size > 1 and run.config.dist_bn:
+        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
+
+
+def step_schedule(run: Run, p: Progress, metric: float | None) -> None:
+    if run.scheduler is not None:
+        run.scheduler.step(p.epoch + 1, metric)
+
+
+def validate(run: Run, p: Progress, keeper: Keeper) -> dict[str, float] | None:
+    """Metrics of the model, or of its average where one is kept; None without validation data.
+
+    A signal meanwhile ends the run, with the epoch's training saved.
+    """
+    if run.eval_loader is None:
+        return None
+    control, model = keeper.control, run.model
+    if run.ema is not None and not run.config.model_ema_force_cpu:
+        model = run.ema.module
+        share_running_statistics(run, model)
+    metrics = accuracy(
+        model,
+        control.until_signal(run.eval_loader),
+        device=run.world.device,
+        amp_autocast=run.autocast,
+        channels_last=run.config.channels_last,
+    )
+    if signum := control.agree():
+        keeper.recovery(p)
+        raise Stopped(signum, str(keeper.checkpoints.directory))
+    return metrics
+
+
+class Clock:
+    """Images per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size, self.samples, self._waited, self._since = world_size, 0, 0.0, time.monotonic()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        source = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(source, None)
+            self._waited += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        now = time.monotonic()
+        passed = max(now - self._since, 1e-9)
+        result = self.samples * self.world_size / passed, self._waited / passed
+        self.samples, self._waited, self._since = 0, 0.0, now
+        return result

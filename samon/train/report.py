@@ -1,0 +1,283 @@
+"""What a run tells: log lines or a progress bar, log.txt, summary.csv, TensorBoard, wandb, and the last line."""
+
+import csv
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from samon.optim.scope import norm_parameters
+from samon.session.checkpoint import Progress
+from samon.settings.config import Config
+from samon.train.build import Run, World
+
+log = logging.getLogger("samon")
+_LOGGERS = ("samon", "timm")
+
+
+class Meter:
+    """Means of device scalars over the samples of a window and of the epoch.
+
+    Values are kept as tensors and read in one transfer when a line is due, so that no update waits for the device.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
+        self._window: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, samples: int, values: dict[str, Tensor]) -> None:
+        self._window.append((samples, values))
+
+    def read(self, reduce: Any) -> dict[str, float]:
+        """Means of the window over all processes; adds it to the epoch. Every process must call it.
+
+        reduce: sums a float64 CPU tensor over the processes, in place.
+        """
+        names = sorted({name for _, values in self._window for name in values})
+        totals = []
+        for name in names:
+            rows = [(n, values[name]) for n, values in self._window if name in values]
+            stacked = torch.stack([value.detach().float() for _, value in rows]).double().cpu()
+            weights = torch.tensor([n for n, _ in rows], dtype=torch.float64)
+            totals += [(stacked * weights).sum(), weights.sum()]
+        self._window.clear()
+        if not totals:
+            return {}
+        both = torch.stack(totals)
+        reduce(both)
+        means = {}
+        for name, (total, weight) in zip(names, both.view(-1, 2).tolist(), strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.sums[f"{name}/n"] = self.sums.get(f"{name}/n", 0.0) + weight
+            means[name] = total / weight
+        return means
+
+    def epoch_mean(self, name: str) -> float | None:
+        return self.sums[name] / self.sums[f"{name}/n"] if name in self.sums else None
+
+
+@contextmanager
+def console(world: World) -> Iterator[None]:
+    """Log lines on stderr: all of rank 0's, warnings of the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if world.primary else logging.WARNING)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if name == "samon" else logging.WARNING)
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
+class Report:
+    """Output of a run. Only rank 0 writes; on the others every method does nothing."""
+
+    def __init__(self, config: Config, directory: Path, world: World) -> None:
+        self.config, self.directory, self.primary = config, directory, world.primary
+        self._file = self._log_file() if self.primary else None
+        self._tensorboard = SummaryWriter(str(directory / "tb"), purge_step=None) if self.primary else None
+        self._wandb = self._start_wandb() if self.primary and config.log_wandb else None
+        self._bar: Any = None
+        self._images_left = 1
+        self._began = time.monotonic()
+
+    def _log_file(self) -> logging.Handler:
+        handler = logging.FileHandler(self.directory / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(handler)
+        return handler
+
+    def _start_wandb(self) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            log.warning("--log-wandb: wandb is not installed, metrics are not sent; pip install wandb")
+            return None
+        c = self.config
+        return wandb.init(
+            project=c.wandb_project,
+            name=self.directory.name,
+            config=vars(c),
+            tags=c.wandb_tags,
+            resume="must" if c.wandb_resume_id else None,
+            id=c.wandb_resume_id or None,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._file is not None:
+            for name in _LOGGERS:
+                logging.getLogger(name).removeHandler(self._file)
+            self._file.close()
+
+    # --- while training -------------------------------------------------------------------------------------------
+
+    def describe(self, run: Run) -> None:
+        """What is about to run: data, model, what is perturbed."""
+        c, size = run.config, sum(p.numel() for p in run.model.parameters())
+        log.info("Results go to %s", self.directory)
+        log.info(
+            "%s: %.2f M parameters, %d classes, on %d x %s",
+            c.model,
+            size / 1e6,
+            c.num_classes,
+            run.world.size,
+            run.world.device.type,
+        )
+        log.info(
+            "%d training samples, %d updates per epoch, %d epochs, --opt %s, lr %.4g",
+            run.train_loader.num_samples,
+            run.updates_per_epoch,
+            run.epochs,
+            c.opt,
+            c.lr,
+        )
+        if run.sam is not None:
+            log.info("%s", run.sam.selection.summary())
+
+    def begin_epoch(self, progress: Progress, updates: int) -> None:
+        if self.primary and sys.stderr.isatty():
+            self._bar = tqdm(total=updates, initial=progress.updates, desc=f"epoch {progress.epoch}", leave=False)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def update(self, run: Run, p: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
+        """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""
+        if not self.primary or self._tensorboard is None:
+            return
+        step = p.epoch * run.updates_per_epoch + p.updates
+        lr = mean_lr(run.optimizer)
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        if "loss_perturbed" in means:
+            scalars["train/sharpness"] = means["loss_perturbed"] - means["loss"]
+        if run.sam is not None:
+            scalars["train/rho"] = run.sam.rho
+        bad_samples = int(getattr(run.train_loader, "bad_samples", 0))
+        scalars |= {
+            "train/lr": lr,
+            "train/images_per_second": speed,
+            "train/data_wait": waited,
+            "train/skipped_steps": p.skipped,
+            "train/skipped_samples": bad_samples,
+        }
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        loss = means.get("loss", float("nan"))
+        perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
+        skipped = f" skipped {p.skipped}" if p.skipped else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}{perturbed} lr {lr:.3g}{skipped}")
+            return
+        left = (run.updates_per_epoch - p.updates) * run.config.batch_size * run.config.grad_accum_steps
+        log.info(
+            "Train %d [%d/%d] loss %.4f%s lr %.4g %.0f img/s data %.0f%% eta %.0fs%s",
+            p.epoch,
+            p.updates,
+            run.updates_per_epoch,
+            loss,
+            perturbed,
+            lr,
+            speed,
+            100 * waited,
+            left * run.world.size / max(speed, 1e-9),
+            skipped,
+        )
+
+    def images(self, batch: Tensor, update: int, last_of_interval: bool) -> None:
+        """The input batch: the run's first to TensorBoard, and with --save-images one per log interval to a file."""
+        if self._tensorboard is None:
+            return
+        if self._images_left:
+            self._images_left = 0
+            grid = make_grid(batch[:16].detach().float().cpu(), nrow=4, normalize=True)
+            self._tensorboard.add_image("input", grid, update)
+        if self.config.save_images and last_of_interval:
+            path = self.directory / f"train-batch-{update}.jpg"
+            save_image(batch.detach().float().cpu(), path, padding=0, normalize=True)
+
+    # --- after an epoch -------------------------------------------------------------------------------------------
+
+    def end_epoch(self, run: Run, p: Progress, train: Mapping[str, Any], evaluated: Mapping[str, float] | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tensorboard is None:
+            return
+        row: dict[str, Any] = {"epoch": p.epoch} | {f"train_{name}": value for name, value in train.items()}
+        row |= {f"eval_{name}": evaluated[name] for name in ("loss", "top1", "top5")} if evaluated else {}
+        row["lr"] = mean_lr(run.optimizer)
+        append_summary(self.directory / "summary.csv", row)
+        step = (p.epoch + 1) * run.updates_per_epoch
+        for name, value in (evaluated or {}).items():
+            self._tensorboard.add_scalar(f"eval/{name}", value, step)
+        for depth, (name, parameter) in enumerate(norm_parameters(run.model).items()):
+            kind = "gamma" if name.endswith("weight") else "beta"
+            if bool(parameter.isfinite().all()):
+                self._tensorboard.add_histogram(f"{kind}/{depth:03d} {name}", parameter.detach().float().cpu(), step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(row)
+        log.info(" ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None).capitalize())
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Where everything is and what to do next, then the final metrics as the last line on stdout."""
+        if not self.primary:
+            return
+        where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
+        print(f"\nResults      {where}: summary.csv, log.txt, checkpoints (best: {checkpoint.name})")
+        print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
+        print(f"Next         {validate_command(self.config, checkpoint)}\n")
+        seconds = round(time.monotonic() - self._began, 1)
+        print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
+
+
+def validate_command(c: Config, checkpoint: Path) -> str:
+    """The validate.py command that gives the run's validation figure from a checkpoint."""
+    words = ["python", "validate.py", "--split", c.val_split, "--checkpoint", str(checkpoint)]
+    for key in ("data_dir", "dataset", "model", "num_classes", "in_chans", "img_size", "crop_pct", "interpolation"):
+        if value := getattr(c, key):
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    for key in ("input_size", "mean", "std"):
+        words += [f"--{key.replace('_', '-')}", *map(str, getattr(c, key))] if getattr(c, key) else []
+    words += ["--model-kwargs", *(f"{k}={v}" for k, v in c.model_kwargs.items())] if c.model_kwargs else []
+    return shlex.join(words)
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return float(sum(rates) / len(rates))
+
+
+def append_summary(path: Path, row: Mapping[str, Any]) -> None:
+    """Add an epoch's row; rows of this epoch and later, of an earlier attempt, go."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, row])
+    part.replace(path)

@@ -1,0 +1,240 @@
+"""Where a run lives, what it continues from, and how its state is taken and put back."""
+
+import datetime
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm import utils
+from timm.models import clean_state_dict, safe_model_name
+from torch import nn
+
+from samon.errors import UserError
+from samon.session import world as elastic
+from samon.session.checkpoint import (
+    Checkpoints,
+    Progress,
+    TrainState,
+    newest,
+    progress_of,
+    read,
+    rng_state,
+    set_rng_state,
+)
+from samon.settings.config import Config, dump
+from samon.train.build import Run, World
+from samon.train.control import Control
+
+log = logging.getLogger("samon")
+
+
+def on_primary(world: World, function: Callable[[], Any]) -> Any:
+    """`function()` of rank 0 on every process, a user's error included, so that all of them end alike."""
+    if world.size == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if world.primary:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, device=world.device if world.device.type == "cuda" else None)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def locate(config: Config, world: World) -> tuple[Path, str, Path | None]:
+    """(the run's directory, its identity, the state to continue from or None), the same on all processes."""
+    return on_primary(world, lambda: _locate(config))
+
+
+def _locate(c: Config) -> tuple[Path, str, Path | None]:
+    directory = _directory(c)
+    source: Path | None = None
+    started, run_id = _identity(directory)
+    if elastic.restart_count() > 0 or (run_id and run_id == elastic.run_id()):
+        source = _newest(directory, started) if started else None
+        if source is None:
+            log.warning("Restarted before a state was saved in %s: starting over", directory)
+    if source is None:
+        started = None
+    if source is None and c.resume:
+        source = Path(c.resume)
+        if source.is_dir():
+            source = _newest(source, _identity(source)[0])
+            if source is None:
+                raise UserError(f"no complete training state in {c.resume}; name a checkpoint file or drop --resume")
+        same_run = source.parent.resolve() == directory.resolve()
+        started = str(read(source).get("started", "")) if same_run else None
+    started = started or datetime.datetime.now().isoformat()
+    _create(directory, started, c)
+    return directory, started, source
+
+
+def _newest(directory: Path, started: str | None) -> Path | None:
+    path, _, passed = newest(directory, started)
+    for reason in passed:
+        log.warning("Passed over: %s", reason)
+    return path
+
+
+def _directory(c: Config) -> Path:
+    root = Path(c.output or "output/train")
+    if c.experiment:
+        return root / c.experiment
+    if c.resume and Path(c.resume).is_dir():
+        return Path(c.resume)
+    model = safe_model_name(c.model)
+    if elastic.restartable():  # the same name after a restart
+        if not elastic.run_id():
+            raise UserError("torchrun --max-restarts needs --experiment NAME, by which a restart finds its directory")
+        return root / f"{elastic.run_id()}-{model}"
+    return root / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}"
+
+
+def _identity(directory: Path) -> tuple[str | None, str]:
+    """(when the run in a directory was started, torchrun's name for it), from the first line of its args.yaml."""
+    try:
+        found = re.match(r"# started (\S+) *(\S*)", (directory / "args.yaml").read_text())
+    except OSError:
+        found = None
+    return (found.group(1), found.group(2)) if found else (None, "")
+
+
+def _create(directory: Path, started: str, config: Config) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "args.yaml").write_text(f"# started {started} {elastic.run_id()}\n{dump(config)}")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from None
+
+
+class Keeper:
+    """Takes the state of a run, all processes together, and has rank 0 write it."""
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, control: Control, started: str) -> None:
+        self.run, self.checkpoints, self.control, self.started = run, checkpoints, control, started
+
+    def epoch(self, progress: Progress, metric: float | None) -> None:
+        state = self._capture(replace(progress, epoch_done=True), metric)
+        if state is not None:
+            self.checkpoints.save_epoch(state)
+
+    def recovery(self, progress: Progress) -> None:
+        state = self._capture(progress, None)
+        if state is not None:
+            self.checkpoints.save_recovery(state)
+
+    def _capture(self, progress: Progress, metric: float | None) -> TrainState | None:
+        run, several = self.run, self.run.world.size > 1
+        mine = {
+            "rng": rng_state(run.world.device),
+            "buffers": _buffers(run.model) if several else {},
+            "ema_buffers": _buffers(run.ema.module) if several and run.ema is not None else {},
+        }
+        ranks = self.control.gather(mine)
+        if ranks is None:
+            return None
+        return TrainState(
+            state_dict=run.model.state_dict(),
+            optimizer=run.optimizer.state_dict(),
+            epoch=progress.epoch,
+            arch=run.config.model,
+            args={key: value for key, value in vars(run.config).items() if key != "config"},
+            metric=metric,
+            state_dict_ema=None if run.ema is None else run.ema.module.state_dict(),
+            amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
+            scheduler=_plateau(run.scheduler),
+            progress=asdict(progress),
+            ranks=ranks,
+            best=self.checkpoints.best,
+            started=self.started,
+        )
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A process's own running statistics: ranks agree on them only where DDP or --dist-bn has shared them."""
+    return {name: buffer.cpu() for name, buffer in model.named_buffers() if "running_" in name or "num_batches" in name}
+
+
+def _plateau(scheduler: Any) -> dict[str, Any] | None:
+    """Of timm's schedules only plateau has a state; the others follow from the count."""
+    inner = getattr(scheduler, "lr_scheduler", None)
+    return None if inner is None else {"inner": inner.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
+    """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
+    content, c = read(source), run.config
+    try:
+        run.model.load_state_dict(clean_state_dict(content["state_dict"]))
+        if run.ema is not None:
+            run.ema.module.load_state_dict(clean_state_dict(content.get("state_dict_ema") or content["state_dict"]))
+        if not c.no_resume_opt and "optimizer" in content:
+            run.optimizer.load_state_dict(content["optimizer"])
+        if run.scaler is not None and not c.no_resume_opt and "amp_scaler" in content:
+            run.scaler.load_state_dict(content["amp_scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        was = content.get("args", {})
+        was = was if isinstance(was, dict) else vars(was)
+        raise UserError(
+            f"{source} does not fit --model {c.model} --opt {c.opt} (it was written by --model {was.get('model')} "
+            f"--opt {was.get('opt')}): {str(error).splitlines()[0]}"
+        ) from None
+    if source.parent.resolve() == checkpoints.directory.resolve():
+        checkpoints.best = content.get("best", checkpoints.best)
+        checkpoints.last_good = source
+    progress, ranks = progress_of(content), content.get("ranks", [])
+    if c.start_epoch is not None:
+        progress = Progress(epoch=c.start_epoch)
+    elif progress.epoch_done:
+        progress = replace(progress, epoch=progress.epoch + 1, updates=0, samples=0, epoch_done=False, sums={})
+    rng = _restore_rank(run, progress, ranks)
+    _restore_schedule(run, progress, content.get("scheduler"))
+    log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
+    return progress, rng
+
+
+def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    world = run.world
+    if len(ranks) == world.size:
+        mine = ranks[world.rank]
+        run.model.load_state_dict(mine["buffers"], strict=False)
+        if run.ema is not None:
+            run.ema.module.load_state_dict(mine["ema_buffers"], strict=False)
+        return mine["rng"]
+    if ranks:
+        log.warning(
+            "The state was saved by %d processes and continues on %d: the epoch goes on after its %d samples, "
+            "but the order of samples and the random numbers differ",
+            len(ranks),
+            world.size,
+            progress.samples,
+        )
+        per_update = world.size * run.config.batch_size * run.config.grad_accum_steps
+        progress.updates = progress.samples // per_update
+    utils.random_seed(run.config.seed + progress.epoch, world.rank)
+    return None
+
+
+def _restore_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | None) -> None:
+    if run.scheduler is None:
+        return
+    if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
+        run.scheduler.lr_scheduler.load_state_dict(plateau["inner"])
+        run.scheduler.restore_lr = plateau["restore_lr"]
+    elif run.config.sched_on_updates:
+        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.updates)
+    elif progress.epoch > 0:
+        run.scheduler.step(progress.epoch)
+
+
+def set_random_state(rng: dict[str, Any] | None, device: torch.device) -> None:
+    if rng is not None:
+        set_rng_state(rng, device)

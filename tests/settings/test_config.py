@@ -1,0 +1,223 @@
+"""The declaration of flags, what derives from it, and that mistakes end with one line and exit status 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from samon import errors as cli
+from samon.errors import UserError
+from samon.settings import config
+from samon.settings.flag import by_key, markdown
+from samon.settings.rows import TRAIN
+from samon.settings.rows_timm import TIMM
+from samon.train import main as train
+from tests.runs import BASE, ROOT
+
+REFUSED = {flag.flag for flag in by_key(TRAIN).values() if flag.refused}
+
+
+def parse(*argv: str) -> config.Config:
+    return config.parse(list(argv))
+
+
+def test_every_flag_is_declared_once() -> None:
+    names = [flag.name for rows in TRAIN.values() for flag in rows]
+    assert len(names) == len(set(names))
+
+
+def test_timms_flags_are_all_there() -> None:
+    """The 170 flags of timm 1.0.31's train.py, honoured but for those refused by name."""
+    flags = {flag.flag for flag in by_key(TIMM).values()} | {"--config"}
+    assert len(flags - {"data"}) == 171  # with --validation-batch-size
+    assert {f for f in REFUSED if not f.startswith(("--kd-", "--naflex-"))} == {
+        "--fuser",
+        "--torchscript",
+        "--tta",
+        "--distill-loss-weight",
+        "--task-loss-weight",
+        "--train-batch-sizes",
+        "--variable-batch-loss-scale",
+    }
+
+
+def test_the_documentation_is_current() -> None:
+    assert markdown(TRAIN).strip() in (ROOT / "docs/flags.md").read_text(), "run: python -m samon.settings.rows"
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag.flag in printed for flag in by_key(TRAIN).values())
+
+
+def test_print_config_reads_back_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--opt", "samon", "--data-dir", "/nowhere", "--global-batch-size", "7", "--print-config"]) == {}
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["opt"] == "samon"
+    (tmp_path / "again.yaml").write_text(printed)
+    again = parse("-c", str(tmp_path / "again.yaml"), "--print-config")
+    assert config.dump(again) == printed
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 0.2\nepochs: 7\nmomentum: 0.5\nper_opt:\n  samon: {lr: 0.3, rho: 0.7}\n  sgd: {lr: 0.4}\n")
+    c = parse("-c", str(file), "--opt", "samon", "--epochs", "9")
+    assert (c.lr, c.rho, c.epochs, c.momentum, c.weight_decay) == (0.3, 0.7, 9, 0.5, 2e-5)
+    assert parse("-c", str(file), "--opt", "samon", "--lr", "1").lr == 1.0
+    assert parse("-c", str(file)).lr == 0.4  # per_opt of the default, sgd
+    file.write_text("opt: samon\nper_opt: {samon: {rho: 0.7}}\n")
+    assert parse("-c", str(file)).rho == 0.7
+
+
+def test_yaml_values_are_typed(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 1e-3\nmean: [0.5]\nm_sharpness: 8\nmodel_kwargs: {a: 1}\ninput_size: [1, 28, 28]\namp: true\n")
+    c = parse("-c", str(file), "--opt", "samon")
+    assert (c.lr, c.mean, c.m_sharpness, c.model_kwargs, c.input_size, c.amp) == (
+        1e-3,
+        [0.5],
+        8,
+        {"a": 1},
+        [1, 28, 28],
+        True,
+    )
+
+
+def test_an_args_yaml_of_timm_is_accepted(tmp_path: Path) -> None:
+    """It holds every key of timm's, those refused here at their defaults."""
+    file = tmp_path / "args.yaml"
+    values = {flag.key: flag.default for flag in by_key(TIMM).values()} | {"prefetcher": True, "rank": 0}
+    file.write_text(yaml.safe_dump(values))
+    assert parse("-c", str(file)).model == "resnet50"
+
+
+def test_every_refused_flag_says_why(tmp_path: Path) -> None:
+    for name in sorted(REFUSED):
+        with pytest.raises(UserError, match=f"^{name} is not honoured: .{{20,}}"):
+            parse(name)
+    assert parse("--tta", "0").tta == 0  # the default may be named
+    (tmp_path / "c.yaml").write_text("naflex_loader: true\n")
+    with pytest.raises(UserError, match=r"naflex_loader in .* is not honoured"):
+        parse("-c", str(tmp_path / "c.yaml"))
+
+
+def test_positional_directory_and_old_names() -> None:
+    assert parse("/images").data_dir == "/images"
+    assert parse("--dr", "0.3").decay_rate == 0.3
+    assert parse("-vb", "7", "-j", "2", "-b", "5").validation_batch_size == 7
+
+
+@pytest.mark.parametrize(("world", "right"), [("2", True), ("4", False)])
+def test_global_batch_size_counts_processes(world: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    argv = ["-b", "16", "--grad-accum-steps", "4", "--global-batch-size", "128"]
+    if right:
+        assert parse(*argv).global_batch_size == 128
+    else:
+        with pytest.raises(UserError, match="4 processes x batch 16 x accumulation 4 make 256"):
+            parse(*argv)
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "flag": (["--learning-rat", "1"], "unknown argument --learning-rat"),
+    "flag, near one": (["--weight-deca", "1"], "did you mean '--weight-decay'"),
+    "optimizer": (["--opt", "samom"], "unknown optimizer 'samom'; did you mean 'samon'"),
+    "base optimizer": (["--opt", "samon", "--base-opt", "lambb"], "did you mean 'lamb'"),
+    "base is sharpness-aware": (["--opt", "samon", "--base-opt", "sam"], "itself sharpness-aware"),
+    "model": (["--model", "test_resnett"], "unknown model 'test_resnett'; did you mean 'test_resnet'"),
+    "model argument": (["--model-kwargs", "widthh=3"], "widthh"),
+    "not a number": (["--lr", "fast"], "--lr: 'fast' is not a float"),
+    "not a pair": (["--model-kwargs", "widthh"], "is not KEY=VALUE"),
+    "choice": (["--sched", "cosin"], "did you mean 'cosine'"),
+    "negative rho": (["--opt", "samon", "--rho", "-0.1"], "--rho: must be >= 0, got -0.1"),
+    "range": (["--reprob", "1.5"], "must be in [0, 1]"),
+    "regex": (["--opt", "samon", "--perturb", "layer("], "not a regular expression"),
+    "regex without match": (["--opt", "samon", "--perturb", "layer9"], "layer9"),
+    "no normalization layer": (["--opt", "samon", "--model", "test_nfnet"], "test_nfnet|normalization"),
+    "rho for sgd": (["--opt", "sgd", "--rho", "0.1"], "--rho does nothing with --opt sgd"),
+    "sparsity without mask": (["--opt", "sam", "--sparsity", "0.5"], "--sparsity is for"),
+    "m does not divide": (["--opt", "samon", "--m-sharpness", "5"], "not divisible by --m-sharpness 5"),
+    "m": (["--opt", "samon", "--m-sharpness", "all"], "not device, global or a number"),
+    "no data": (["--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
+    "no split": (["--train-split", "trian"], "trian"),
+    "data set type": (["--dataset", "tfds/x"], "tfds"),
+    "class count": (["--num-classes", "3"], "3"),
+    "global batch": (["--global-batch-size", "100"], "1 processes x batch 16 x accumulation 1 make 16"),
+    "config": (["-c", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
+    "resume": (["--resume", "/nowhere.pth.tar"], "no checkpoint at /nowhere.pth.tar"),
+    "initial checkpoint": (["--initial-checkpoint", "/nowhere.pth"], "nowhere"),
+    "output": (["--output", "/proc/nothing"], "cannot write to /proc/nothing"),
+    "odd batch with mixup": (["--mixup", "0.2", "-b", "15"], "even --batch-size"),
+    "jsd without splits": (["--jsd-loss"], "--aug-splits"),
+    "amp with half weights": (["--amp", "--model-dtype", "bfloat16"], "--amp needs float32"),
+    "refused": (["--torchscript"], "--torchscript is not honoured: TorchScript is retired"),
+    "distillation": (["--kd-model-name", "resnet50"], "samon.timm_script"),
+    "batch larger than the data": (["-b", "128"], "batch"),
+    "interval": (["--checkpoint-interval", "soon"], "not a number of updates"),
+    "workers": (["-j", "-1"], "--workers: must be >= 0"),
+    "compile backend": (["--torchcompile", "nothing"], "nothing"),
+    "device": (["--device", "tpux"], "--device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv, words = BAD[case]
+    output = [] if "--output" in argv else ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.main([*BASE, *output, *argv]))
+    printed = capfd.readouterr().err
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(errors) == 1
+    assert "Traceback" not in printed
+    assert any(word in errors[0] for word in words.split("|")), errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("weight_deca: 1", "did you mean 'weight_decay'"),
+        ("per_opt: {samom: {}}", "unknown optimizer 'samom'; did you mean 'samon'"),
+        ("per_opt: {samon: {roh: 1}}", "did you mean 'rho'"),
+        ("per_opt: 3", "must map optimizer names"),
+        ("lr: fast", "'fast' is not a float"),
+        ("epochs: 1.5", "1.5 is not an int"),
+        ("amp: 3", "takes true or false"),
+        ("input_size: [1, 2]", "takes 3 values, got 2"),
+        ("- 1", "holds no settings"),
+        ("a: [", "is not YAML"),
+        ("kd_model_name: resnet50", "is not honoured"),
+        ("config: x.yaml", "unknown key 'config'"),
+    ],
+)
+def test_bad_yaml(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse("-c", str(file))
+    assert words in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
+    """A real process: nothing but the line on stderr, nothing on stdout."""
+    done: Any = subprocess.run(
+        [sys.executable, "train.py", "--opt", "samom"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["error: --opt: unknown optimizer 'samom'; did you mean 'samon'?"]
