@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from samon.errors import Stopped
-from samon.train import loop
+from samon.session.checkpoint import Progress
 from samon.train import main as train
+from samon.train.build import Hooks, Run
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10"]
@@ -20,9 +21,12 @@ SHORT = ["--train-num-samples", "64", "--val-num-samples", "40", "-b", "16", "-j
 BASE = [*DATA, *INPUT, *SHORT, "--warmup-epochs", "0", "--lr", "0.05", "--model", "test_resnet"]
 
 
-def run(tmp_path: Path, *args: str, name: str = "run") -> tuple[dict[str, Any], Path]:
+WATCH = Hooks()  # what the fixtures `jobs` and `batches` look in by
+
+
+def run(tmp_path: Path, *args: str, name: str = "run", hooks: Hooks | None = None) -> tuple[dict[str, Any], Path]:
     """(final metrics, directory) of a run with BASE and `args`, which win."""
-    metrics = train.main([*BASE, "--output", str(tmp_path), "--experiment", name, *args])
+    metrics = train.main([*BASE, "--output", str(tmp_path), "--experiment", name, *args], hooks or WATCH)
     return metrics, tmp_path / name
 
 
@@ -43,24 +47,20 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different, different
 
 
-def stop_at(monkeypatch: Any, epoch: int, updates: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal right after an update."""
-    original = loop.after_update
+def stop_at(epoch: int, updates: int, number: int = signal.SIGTERM) -> Hooks:
+    """Hooks that send this process a signal right after an update."""
 
-    def after_update(job: Any, progress: Any) -> None:
-        original(job, progress)
+    def updated(job: Run, progress: Progress, perturbed: bool) -> None:
         if (progress.epoch, progress.updates) == (epoch, updates):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop, "after_update", after_update)
+    return Hooks(updated=updated)
 
 
-def run_stopped(tmp_path: Path, monkeypatch: Any, epoch: int, updates: int, *args: str) -> Path:
+def run_stopped(tmp_path: Path, epoch: int, updates: int, *args: str) -> Path:
     """A run that a signal stops after an update; its directory."""
-    with monkeypatch.context() as patched:
-        stop_at(patched, epoch, updates)
-        with pytest.raises(Stopped, match="stopped by signal 15"):
-            run(tmp_path, *args, name="stopped")
+    with pytest.raises(Stopped, match="stopped by signal 15"):
+        run(tmp_path, *args, name="stopped", hooks=stop_at(epoch, updates))
     return tmp_path / "stopped"
 
 

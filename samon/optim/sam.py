@@ -85,6 +85,11 @@ class SAM(Optimizer):
     def model(self) -> torch.nn.Module | None:
         return self.selection.model
 
+    @property
+    def can_group(self) -> bool:
+        """Whether each of several groups can carry its own copy of the perturbed parameters in one pass."""
+        return self.scope == "samon" and self.model is not None and self.mask is None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the group to the base; those of its parameters that fall into the scope are perturbed from now on."""
         self.base.add_param_group(param_group)

@@ -1,19 +1,17 @@
 """Checkpoints in timm's format that hold all a run needs, written atomically, read without unpickling code."""
 
 import argparse
-import os
-import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import timm
 import torch
 
 from samon.errors import RunError, UserError
+from samon.files import replacing, same_content
 
 SUFFIX = ".pth.tar"
 FORMAT = 1  # of the keys beyond timm's
@@ -63,64 +61,7 @@ class TrainState:
         return {key: value for key, value in values.items() if value is not None}
 
 
-# --- random state ---------------------------------------------------------------------------------------------------
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The generators of this process: Python, NumPy, torch on the CPU and on its device."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - timm and its augmentations draw from the global one
-    return {
-        "python": random.getstate(),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], device)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(content: Any, path: Path) -> None:
-    """Write, fsync, rename: `path` holds the old content or all of the new, whatever happens in between."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_directory(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """`target` becomes `source`'s content without writing it again where the file system has hard links."""
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:
-        shutil.copy2(source, part)
-    os.replace(part, target)
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _numbers(path: Path) -> list[int]:
@@ -148,9 +89,9 @@ class Checkpoints:
         path = self.directory / name
         self._write(state, path)
         try:
-            _same_file(path, self.directory / f"last{SUFFIX}")
+            same_content(path, self.directory / f"last{SUFFIX}")
             if improved:
-                _same_file(path, self.directory / f"model_best{SUFFIX}")
+                same_content(path, self.directory / f"model_best{SUFFIX}")
         except OSError as error:
             raise self._fault(path, error) from error
         for old, _ in dropped:
@@ -178,7 +119,8 @@ class Checkpoints:
 
     def _write(self, state: TrainState, path: Path) -> None:
         try:
-            write_atomically(state.as_dict(), path)
+            with replacing(path) as file:
+                torch.save(state.as_dict(), file)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise self._fault(path, error) from error
 
@@ -195,19 +137,50 @@ class Checkpoints:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, flag: str = "--resume") -> dict[str, Any]:
     """A checkpoint's content, tensors mapped from the file; UserError naming the file if it is damaged or foreign."""
+    content = load(path, flag)
+    if "state_dict" not in content:
+        raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
+    return content
+
+
+def load(path: Path, flag: str) -> dict[str, Any]:
+    """What a file of weights or of a training state holds, tensors mapped from it; nothing in it is executed."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; check --resume") from None
-    except Exception as error:
+        raise UserError(f"no checkpoint at {path}; check {flag}") from None
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint ({reason[:90]}); use another one") from None
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
+        named = f"{flag} {path}".strip()
+        raise UserError(f"{named} is damaged or no checkpoint ({reason[:90]}); use another one") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path} holds no weights but a {type(content).__name__}; use another one")
     return content
+
+
+def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a training state was made with; empty for bare weights."""
+    stored = content.get("args") or {}
+    return dict(stored) if isinstance(stored, Mapping) else dict(vars(stored))
+
+
+def averaged(content: Mapping[str, Any]) -> bool:
+    """Whether the run was validated, and its best chosen, by the averaged weights."""
+    stored = settings_of(content)
+    chosen = stored.get("model_ema") and not stored.get("model_ema_force_cpu") and stored.get("val_split", True)
+    return "state_dict_ema" in content and bool(chosen)
+
+
+def load_weights(model: torch.nn.Module, path: str, use_ema: bool) -> None:
+    """Load a file of weights or a checkpoint into the model, strictly."""
+    try:
+        timm.models.load_checkpoint(model, path, use_ema)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"--checkpoint {path}: {type(error).__name__}: {text}") from error
 
 
 def progress_of(content: Mapping[str, Any]) -> Progress:
@@ -226,7 +199,7 @@ def newest(directory: Path, started: str | None = None) -> tuple[Path | None, di
     passed: list[str] = []
     for path in sorted([*directory.glob(f"*{SUFFIX}")]):
         try:
-            content = read(path)
+            content = read(path, "")
             if content.get("samon") != FORMAT:
                 raise UserError(f"{path} is not a training state of this program")
             if started is not None and content["started"] != started:

@@ -1,16 +1,109 @@
-"""Starting from pretrained weights: what a weights file really gave, and parameters that are not to be trained."""
+"""One model builder for every program: timm's factory, what a weights file really gave, layout, freezing."""
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+from timm.layers import set_fast_norm
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from samon.errors import UserError
+from samon.errors import UserError, user_errors
+from samon.session.world import World
+from samon.settings.config import Config
+from samon.settings.flag import nearest
 
 log = logging.getLogger("samon")
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def check_name(config: Config) -> None:
+    """Raises:
+    UserError: timm does not know the model.
+    """
+    if not config.model.startswith(_HUBS) and not timm.is_model(config.model):
+        known = nearest(config.model.split(".")[0], timm.list_models())
+        raise UserError(f"--model: unknown model {config.model!r}{known}")
+
+
+def create(config: Config, **factory: Any) -> nn.Module:
+    """The model by timm's factory, on the CPU; `factory` are further arguments of timm's."""
+    check_name(config)
+    set_fast_norm(config.fast_norm)
+    with user_errors(f"--model {config.model}"):
+        return timm.create_model(
+            config.model,
+            num_classes=config.num_classes,
+            in_chans=config.in_chans or (config.input_size or [3])[0],
+            global_pool=config.gp,
+            **factory,
+            **config.model_kwargs,
+        )
+
+
+def for_training(config: Config) -> nn.Module:
+    """The model to train: initial weights, regularization, the head's initial scale and bias, frozen parameters."""
+    for key in ("initial_checkpoint", "pretrained_path"):
+        if (path := getattr(config, key)) and not Path(path).exists():
+            raise UserError(f"--{key.replace('_', '-')}: no file {path}")
+    weights: dict[str, Any] = {"pretrained": config.pretrained, "checkpoint_path": config.initial_checkpoint}
+    if config.pretrained_path:
+        overlay = {"file": config.pretrained_path, "num_classes": -1}
+        weights |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    rates = {"drop_rate": config.drop, "drop_block_rate": config.drop_block}
+    rates["drop_path_rate"] = config.drop_connect if config.drop_path is None else config.drop_path
+    with weights_checked(config.pretrained_path) if config.pretrained_path else nullcontext():
+        model: Any = create(config, **weights, **rates, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
+    with user_errors(f"--model {config.model}"):
+        _init_head(model, config.head_init_scale, config.head_init_bias)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+        if config.freeze:
+            freeze(model, config.freeze)
+    return model
+
+
+@torch.no_grad()
+def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
+    if scale is not None:
+        for parameter in model.get_classifier().parameters():
+            parameter.mul_(scale)
+    if bias is not None:
+        model.get_classifier().bias.fill_(bias)
+
+
+def place(config: Config, model: nn.Module, world: World) -> nn.Module:
+    """Device, precision of the weights, memory format."""
+    model.to(device=world.device, dtype=dtype_of(config.model_dtype))
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def compiled(config: Config, model: nn.Module) -> nn.Module:
+    """The model as it is called: compiled where asked."""
+    if not config.torchcompile:
+        return model
+    with user_errors("--torchcompile"):
+        return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
+
+
+def autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context of a forward pass under --amp; without it one that does nothing."""
+    if not config.amp:
+        return nullcontext
+    return partial(torch.autocast, device_type=device.type, dtype=dtype_of(config.amp_dtype))
+
+
+# --- starting from pretrained weights ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -19,26 +112,38 @@ def weights_checked(path: str) -> Iterator[None]:
 
     timm drops the classifier and then loads whatever fits, so that a file of another network, or with other names,
     leaves the model at its random start without a word."""
-    load = nn.Module.load_state_dict
-    found: list[tuple[set[str], int]] = []
+    loaded: dict[nn.Module, set[str]] = {}  # the last one loaded is the model itself
 
-    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = load(self, *args, **kwargs)
-        head = getattr(self, "pretrained_cfg", {}).get("classifier") or ()
-        heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
-        names = {name for name, _ in self.named_parameters() if not (heads and name.startswith(heads))}
-        found.append((names & set(result.missing_keys), len(names)))
-        return result
+    def loads(module: nn.Module, result: Any) -> None:
+        loaded.pop(module, None)
+        loaded[module] = set(result.missing_keys)
 
-    nn.Module.load_state_dict = recorded  # type: ignore[method-assign]
+    watched: dict[nn.Module, Any] = {}
+
+    def watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if parent not in watched:
+            watched[parent] = parent.register_load_state_dict_post_hook(loads)
+
+    handle = register_module_module_registration_hook(watch)
     try:
         yield
     finally:
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
-    missing, total = found[-1] if found else (set(), 0)
-    if total and len(missing) > total / 2:
+        handle.remove()
+        for hook in watched.values():
+            hook.remove()
+    if loaded:
+        model, missing = list(loaded.items())[-1]
+        _judge(path, model, missing)
+
+
+def _judge(path: str, model: nn.Module, missing: set[str]) -> None:
+    head = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    names = {name for name, _ in model.named_parameters() if not (heads and name.startswith(heads))}
+    missing &= names
+    if names and len(missing) > len(names) / 2:
         raise UserError(
-            f"--pretrained-path {path} lacks {len(missing)} of the model's {total} parameters, such as "
+            f"--pretrained-path {path} lacks {len(missing)} of the model's {len(names)} parameters, such as "
             f"{min(missing)}; name a file of this model, under timm's names"
         )
     if missing:

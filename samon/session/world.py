@@ -1,23 +1,30 @@
 """The processes of a run: how they find each other, and which run they are a restart of."""
 
+import argparse
 import importlib
+import logging
 import os
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm import utils
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from samon.errors import user_errors
+from samon.errors import Stopped, UserError, user_errors
 from samon.settings.config import Config
 
 URL = "samon://"
+LOGGERS = ("samon", "timm")
+T = TypeVar("T")
 
 
 def restartable() -> bool:
@@ -60,7 +67,7 @@ def _living_processes(url: str, timeout: timedelta, **kwargs: object) -> Iterato
 register_rendezvous_handler("samon", _living_processes)
 
 
-@dataclass
+@dataclass(frozen=True)
 class World:
     """This process among the others."""
 
@@ -73,25 +80,77 @@ class World:
         return self.rank == 0
 
 
-def build_world(config: Config) -> World:
-    """Start the processes' group (gloo or nccl by device) and seed this one as timm does."""
+def start(config: Config) -> World:
+    """Start the processes' group (gloo or nccl by device), or find that there is one process."""
     for module in config.device_modules or []:
         with user_errors("--device-modules"):
             importlib.import_module(module)
-    if config.device is None:
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    config.dist_url = URL if restartable() else None
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = argparse.Namespace(device=name, dist_backend=None, dist_url=URL if restartable() else None)
     with user_errors("--device"):
-        torch.device(config.device)
-        device = utils.init_distributed_device(config)
+        torch.device(name)
+        device = utils.init_distributed_device(settings)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    world = World(device, config.rank, config.world_size)
-    utils.random_seed(config.seed, world.rank)
-    return world
+    return World(device, settings.rank, settings.world_size)
+
+
+@contextmanager
+def processes(config: Config) -> Iterator[World]:
+    """The entrance of every program: processes, log lines on stderr, and at the end the group's shutdown.
+
+    After a fault the group is left to the end of the process: shutting it down could wait for a process that is gone.
+    """
+    world = start(config)
+    with console(world):
+        try:
+            yield world
+        except (Stopped, UserError):
+            shut_down()
+            raise
+    shut_down()
 
 
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def console(world: World) -> Iterator[None]:
+    """Log lines on stderr: all of rank 0's, warnings of the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if world.primary else logging.WARNING)
+    logging.getLogger("samon").setLevel(logging.INFO)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    with handled(handler):
+        yield
+
+
+@contextmanager
+def handled(handler: logging.Handler) -> Iterator[None]:
+    """What this project and timm log goes to the handler inside."""
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
+def on_primary(world: World, function: Callable[[], T]) -> T:
+    """`function()` of rank 0 on every process, a user's error included, so that all of them end alike."""
+    if world.size == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if world.primary:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, device=world.device if world.device.type == "cuda" else None)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]

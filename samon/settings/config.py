@@ -22,11 +22,21 @@ DESCRIPTION = "Train a timm model, plainly or with a sharpness-aware optimizer (
 
 
 class Config(argparse.Namespace):
-    """Every flag's value by key; attributes, because timm's helpers read them so."""
+    """Every flag's value by key, frozen; attributes, because timm's helpers read them so."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the configuration is frozen: {name} cannot be set; make another one with but()")
+
+    def but(self, **changes: Any) -> "Config":
+        """The same settings with some others."""
+        return Config(**vars(self) | changes)
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The resolved configuration of a command line; every mistake in it is a UserError."""
+    """The resolved configuration of train.py's command line; every mistake in it is a UserError."""
     given = parse_command_line(TRAIN, argv, "train.py", DESCRIPTION)
     config = resolve(given, read_yaml(given["config"]) if given.get("config") else {})
     check(config, given)
@@ -89,7 +99,7 @@ def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that --config reads back."""
+    """train.py's configuration as YAML that --config reads back."""
     skip = {"config", "print_config", "data"}
     values = {key: value for key, value in vars(config).items() if key in FLAGS and key not in skip}
     return yaml.safe_dump(values, sort_keys=False)

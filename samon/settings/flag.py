@@ -1,6 +1,6 @@
 """How a flag is declared: one row, from which --help, YAML keys, --print-config, args.yaml and docs derive.
 
-The rows are in `flags_timm.py` (timm's names and meaning) and `flags_train.py` (what this project adds).
+The rows are in `rows_timm.py` (timm's names and meaning) and `rows.py` (what this project adds).
 """
 
 import argparse
@@ -8,10 +8,12 @@ import ast
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from samon.errors import UserError
+
+TRAIN_ONLY, VALIDATE_ONLY, BOTH = ("train",), ("validate",), ("train", "validate")
 
 # Ranges a number can be held to: text -> test. Rows name them, so docs and error messages say the same thing.
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -55,6 +57,9 @@ class Flag:
     const: Any = None  # value of a bare `--name` when nargs is '?'
     refused: str = ""  # why it cannot be honoured here, and what to use instead
     positional: bool = False
+    programs: tuple[str, ...] = TRAIN_ONLY
+    in_validate: Any = ...  # the default of validate.py, where it is another one
+    aliases: tuple[str, ...] = ()  # timm's other names
 
     @property
     def key(self) -> str:
@@ -107,8 +112,8 @@ class Flag:
         if self.choices and typed not in self.choices:
             names = ", ".join(map(repr, self.choices))
             raise ValueError(f"{typed!r} is not one of {names}{nearest(typed, self.choices)}")
-        if isinstance(typed, float) and math.isnan(typed):
-            raise ValueError("NaN is not a value")
+        if isinstance(typed, float) and not math.isfinite(typed):
+            raise ValueError(f"{typed} is not a value; give a finite number")
         if self.range and isinstance(typed, int | float) and not RANGES[self.range](typed):
             raise ValueError(f"must be {self.range}, got {typed}")
         return typed
@@ -125,6 +130,16 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
     """`; did you mean 'x'?` for the known word closest to a wrong one, or nothing."""
     close = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def of_program(groups: Groups, program: str) -> Groups:
+    """The rows of one program (`train` or `validate`), with its defaults."""
+
+    def row(flag: Flag) -> Flag:
+        return flag if program == "train" or flag.in_validate is ... else replace(flag, default=flag.in_validate)
+
+    chosen = {title: tuple(row(flag) for flag in rows if program in flag.programs) for title, rows in groups.items()}
+    return {title: rows for title, rows in chosen.items() if rows}
 
 
 def by_key(groups: Groups) -> dict[str, Flag]:
@@ -164,7 +179,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     elif flag.type is bool:
         group.add_argument(flag.flag, action="store_true", dest=flag.key, help=text)
     else:
-        names = [f"-{flag.short}", flag.flag] if flag.short else [flag.flag]
+        names = [f"-{flag.short}"] * bool(flag.short) + [flag.flag, *(f"--{alias}" for alias in flag.aliases)]
         metavar = flag.name.rsplit("-", 1)[-1].upper()
         nargs = "*" if flag.type is kwargs or flag.refused else flag.nargs
         extra = {"const": flag.const} if nargs == "?" else {}

@@ -1,10 +1,10 @@
-"""The flags that train.py adds to timm's: the perturbation, over what it is made, and how a run survives."""
+"""The flags that this project adds to timm's, and the tables of both programs (`python -m samon.settings.rows`)."""
 
 from typing import Any
 
-from samon.settings.flag import Flag as F
-from samon.settings.flag import Groups, markdown
-from samon.settings.rows_timm import TIMM
+from samon.evals import EVALS
+from samon.settings.flag import Flag, Groups, markdown, of_program
+from samon.settings.rows_timm import TIMM, T, V
 
 
 def m_sharpness(value: Any) -> str | int:
@@ -37,61 +37,97 @@ def steps_or_minutes(text: str) -> tuple[int, float]:
     return steps, minutes
 
 
-SAM: tuple[F, ...] = (
-    F("rho", float, None, "size of the perturbation; the variant's own if not given", range=">= 0"),
-    F("eta", float, None, "the variant's eta; its own if not given", range=">= 0"),
-    F("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
-    F("perturb", str, None, "perturb only parameters of the scope whose qualified name matches this regex"),
-    F("sparsity", float, None, "share left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
-    F(
+SAM: tuple[Flag, ...] = (
+    T("rho", float, None, "size of the perturbation; the variant's own if not given", range=">= 0"),
+    T("eta", float, None, "the variant's eta; its own if not given", range=">= 0"),
+    T("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
+    T("perturb", str, None, "perturb only parameters of the scope whose qualified name matches this regex"),
+    T("sparsity", float, None, "share left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
+    T(
         "m-sharpness",
         m_sharpness,
         "device",
         "device: each process its own perturbation; global: one for all; a number m: sub-batches of m",
     ),
-    F("ascent-fraction", float, 1.0, "share of the batch that makes the ascent gradient", range="in (0, 1]"),
-    F("sam-start-epoch", int, 0, "first epoch with the two-pass step", range=">= 0"),
-    F("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
-    F("sam-every", int, 1, "two-pass step at every k-th update, the base step between", range=">= 1"),
-    F("bn-stats", str, "first", "which pass updates BatchNorm statistics", choices=("first", "second", "both")),
-    F("same-noise", bool, False, "same dropout and stochastic-depth masks in both passes"),
-    F("no-replay", bool, False, "do not reuse activations in front of the first perturbed layer"),
+    T("ascent-fraction", float, 1.0, "share of the batch that makes the ascent gradient", range="in (0, 1]"),
+    T("sam-start-epoch", int, 0, "first epoch with the two-pass step", range=">= 0"),
+    T("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
+    T("sam-every", int, 1, "two-pass step at every k-th update, the base step between", range=">= 1"),
+    T("bn-stats", str, "first", "which pass updates BatchNorm statistics", choices=("first", "second", "both")),
+    T("same-noise", bool, False, "same dropout and stochastic-depth masks in both passes"),
+    T("no-replay", bool, False, "do not reuse activations in front of the first perturbed layer"),
 )
 
-RUN: tuple[F, ...] = (
-    F("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
-    F("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
-    F("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
+RUN: tuple[Flag, ...] = (
+    T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
+    T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
+    T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
 )
 
-FINE_TUNING: tuple[F, ...] = (
-    F("freeze", str, None, "do not train parameters whose qualified name matches this regex"),
+FINE_TUNING: tuple[Flag, ...] = (
+    T("freeze", str, None, "do not train parameters whose qualified name matches this regex"),
 )
 
-SHARDS: tuple[F, ...] = (
-    F("shard-cache", str, None, "directory that keeps copies of remote shards"),
-    F("shard-cache-size", float, 200.0, "size limit of --shard-cache in GiB", range="> 0"),
-    F("sample-split", bool, False, "allow fewer shards than processes x workers"),
-    F("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
-    F("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
-    F("max-bad-samples", float, 0.001, "share of unreadable samples to pass over before stopping", range="in [0, 1]"),
-    F("decoder", str, "auto", "image decoder", choices=("auto", "torch", "pil")),
-    F("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
+SHARDS: tuple[Flag, ...] = (
+    T("shard-cache", str, None, "directory that keeps copies of remote shards"),
+    T("shard-cache-size", float, 200.0, "size limit of --shard-cache in GiB", range="> 0"),
+    T("sample-split", bool, False, "allow fewer shards than processes x workers"),
+    T("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
+    T("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
+    T("max-bad-samples", float, 0.001, "share of unreadable samples to pass over before stopping", range="in [0, 1]"),
+    T("decoder", str, "auto", "image decoder", choices=("auto", "torch", "pil")),
+    T("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
 )
 
-CONTROL: tuple[F, ...] = (
-    F("config", str, "", "YAML file of settings, keys as the flags with _ for -", short="c"),
-    F("print-config", bool, False, "print the resolved configuration as YAML and exit"),
+CONTROL: tuple[Flag, ...] = (
+    T("config", str, "", "YAML file of settings, keys as the flags with _ for -", short="c"),
+    T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
 )
 
-OURS = {
+EVALUATION: Groups = {
+    "What to evaluate": (
+        V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),
+        V("suite", str, None, "YAML list of data sets to evaluate in one go (docs/evaluation.md)"),
+        V("no-ema", bool, False, "evaluate the weights themselves, also where their average decided the best"),
+    ),
+    "Adversarial robustness (--evals apgd)": (
+        V("norm", str, "l2,linf", "norms of the attack"),
+        V("eps", str, "0.25,0.5,0.25/255,0.5/255", "radii for images in [0, 1]; beside a/255, plain ones are for l2"),
+        V("apgd-iters", int, 100, "iterations of a run", range="> 0"),
+        V("apgd-targets", int, 9, "target classes of the targeted attack", range="> 0"),
+        V("apgd-restarts", int, 1, "runs from other starting points", range="> 0"),
+        V("apgd-batch-size", int, 100, "images attacked at once", range="> 0"),
+        V("apgd-state", str, "", "directory that keeps every finished batch; the same command goes on from it"),
+    ),
+    "Sharpness (--evals sharpness)": (
+        V("sharpness", str, ["table6"], "presets, or such as worst-linf-adaptive-logitnorm-1step@0.007", nargs="+"),
+        V("sharpness-mode", str, "reference", "how it is maximised", choices=("reference", "autopgd")),
+        V("sharpness-split", str, "train", "split, read without augmentation"),
+        V("sharpness-samples", int, 2048, "images, drawn by --seed", range="> 0"),
+        V("sharpness-m", int, 128, "images per batch", range="> 0"),
+    ),
+    "Feature rank and normalization parameters": (
+        V("feature-layer", str, [""], "layers by name; `pre_logits`, or none for the last before pooling", nargs="+"),
+        V("feature-token", str, "auto", "tokens kept", choices=("auto", "cls", "all")),
+        V("feature-centring", str, "row,column", "mean taken off each image, each feature, or none"),
+        V("feature-samples", int, 10_000, "images, drawn by --seed", range="> 0"),
+        V("feature-split", str, "", "split; --split if not given"),
+        V("norm-figure", str, "", "PNG of gamma's and beta's distributions (needs matplotlib)"),
+        V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
+    ),
+}
+
+GROUPS: Groups = {
     "Configuration": CONTROL,
     "Sharpness-aware minimization": SAM,
     "Run": RUN,
     "Fine-tuning": FINE_TUNING,
     "Shards": SHARDS,
+    **EVALUATION,
+    **TIMM,
 }
-TRAIN: Groups = OURS | TIMM
+TRAIN = of_program(GROUPS, "train")
+VALIDATE = of_program(GROUPS, "validate")
 
 if __name__ == "__main__":
     print(markdown(TRAIN))

@@ -1,35 +1,77 @@
-"""Configuration -> everything a run needs: processes, model, optimizer, data, loss, schedule. One function each."""
+"""Configuration -> everything a run needs: model, optimizer, data, loss, schedule. One function each."""
 
 import inspect
 import logging
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import timm
 import torch
-from timm import utils
 from timm.data import FastCollateMixup, Mixup, resolve_data_config
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import nn
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 import samon
 from samon import data
 from samon.data.sizes import SizeSchedule
 from samon.errors import UserError, user_errors
-from samon.session.model import freeze, weights_checked
+from samon.session import model as models
+from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings.config import Config
-from samon.settings.flag import nearest
 
 log = logging.getLogger("samon")
+
+
+class Batches(Protocol):
+    """What the loop needs of a loader."""
+
+    mixup_enabled: bool
+    bad_samples: int
+    num_samples: int
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What building decided where the configuration leaves it open; args.yaml and checkpoints say it too."""
+
+    num_classes: int
+    lr: float
+    dist_bn: str
+    no_replay: bool
+    rho: float | None  # of the sharpness-aware optimizer, its own default included
+    eta: float | None
+    epochs: int  # with cycles, warm-up prefix and cool-down
+    metric: str  # what decides the best: a key of the validation (or training) metrics
+
+    def settings(self) -> dict[str, Any]:
+        """As settings of train.py, for a configuration that makes the same run again."""
+        keys = ("num_classes", "lr", "dist_bn", "no_replay", "rho", "eta")
+        return {key: getattr(self, key) for key in keys}
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass
+class Hooks:
+    """Where tests and benchmarks look in: the run when it is built, each batch as the model sees it, each update."""
+
+    built: Callable[["Run"], None] = nothing
+    batch: Callable[[Tensor, Tensor], None] = nothing
+    updated: Callable[["Run", Progress, bool], None] = nothing  # the last: whether it was a two-pass update
 
 
 @dataclass
@@ -37,357 +79,293 @@ class Run:
     """What the loop works with."""
 
     config: Config
+    settled: Settled
     world: World
     model: nn.Module  # the bare model: state_dict, EMA, selection
     net: nn.Module  # what is called: compiled, and wrapped for DDP
     optimizer: torch.optim.Optimizer
-    scheduler: Any
-    epochs: int
-    scaler: Any
-    autocast: Callable[[], AbstractContextManager]
-    ema: Any
+    scheduler: Scheduler | None
+    scaler: torch.amp.GradScaler | None
+    autocast: Callable[[], AbstractContextManager[Any]]
+    ema: ModelEmaV3 | None
     loss: nn.Module
-    mixup: Any  # host-side Mixup where the loader does not mix
-    train_loader: Any
-    eval_loader: Any
-    metric: str  # what decides the best: a key of the validation (or training) metrics
+    mixup: Mixup | None  # host-side, where the loader does not mix
+    train_loader: Batches
+    eval_loader: Batches | None
+    hooks: Hooks = field(default_factory=Hooks)
 
     @property
-    def sam(self) -> Any:
+    def sam(self) -> samon.SAM | None:
         return samon.sam_of(self.optimizer)
+
+    @property
+    def epochs(self) -> int:
+        return self.settled.epochs
 
     @property
     def updates_per_epoch(self) -> int:
         return math.ceil(len(self.train_loader) / self.config.grad_accum_steps)
 
 
-def build(config: Config, world: World) -> Run:
+def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     """Everything, in timm's order: model, layout, optimizer, EMA, data, loss, processes, schedule."""
-    config.num_classes, model = build_model(config, world)
+    model = models.for_training(config)
+    classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = resolve_data_config(vars(config), model=model)
     model = lay_out(config, model, world)
-    config.lr = learning_rate(config, world.size)
-    optimizer = build_optimizer(config, model)
-    settle_step(config, samon.sam_of(optimizer))
-    autocast, scaler = precision(config, world.device)
-    ema = build_ema(config, model)
-    train_loader, eval_loader, mixup = build_data(config, data_config, world)
-    net = wrap(config, model, world)
+    lr = learning_rate(config, world.size)
+    optimizer = build_optimizer(config, model, lr)
+    sam = samon.sam_of(optimizer)
+    train_loader, eval_loader, mixup = build_data(config, classes, data_config, world)
     metric = config.eval_metric if eval_loader is not None else "loss"
     updates = math.ceil(len(train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
-    loss = build_loss(config).to(world.device)
-    return Run(
-        config,
-        world,
-        model,
-        net,
-        optimizer,
-        scheduler,
-        epochs,
-        scaler,
-        autocast,
-        ema,
-        loss,
-        mixup,
-        train_loader,
-        eval_loader,
-        metric,
+    settled = Settled(
+        num_classes=classes,
+        lr=lr,
+        dist_bn="" if config.sync_bn and world.size > 1 else config.dist_bn,
+        no_replay=sam is not None and not replays(config, sam),
+        rho=config.rho if sam is None else sam.rho,
+        eta=config.eta if sam is None else sam.eta,
+        epochs=epochs,
+        metric=metric,
     )
+    run = Run(
+        config=config,
+        settled=settled,
+        world=world,
+        model=model,
+        net=wrap(config, model, world),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
+        autocast=models.autocast(config, world.device),
+        ema=build_ema(config, model),
+        loss=build_loss(config).to(world.device),
+        mixup=mixup,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        hooks=hooks or Hooks(),
+    )
+    run.hooks.built(run)
+    return run
 
 
-def build_model(c: Config, world: World) -> tuple[int, nn.Module]:
-    """(number of classes, model) by timm's factory, with the head's initial scale and bias."""
-    if not c.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(c.model):
-        raise UserError(f"--model: unknown model {c.model!r}{nearest(c.model.split('.')[0], timm.list_models())}")
-    for key in ("initial_checkpoint", "pretrained_path"):
-        if (path := getattr(c, key)) and not Path(path).exists():
-            raise UserError(f"--{key.replace('_', '-')}: no file {path}")
-    set_fast_norm(c.fast_norm)
-    weights = {"file": c.pretrained_path, "num_classes": -1}
-    overlay: dict[str, Any] = {"pretrained_cfg_overlay": weights} if c.pretrained_path else {}
-    checked = weights_checked(c.pretrained_path) if c.pretrained_path else nullcontext()
-    with user_errors(f"--model {c.model}"), checked:
-        model: Any = timm.create_model(
-            c.model,
-            pretrained=c.pretrained or bool(c.pretrained_path),
-            in_chans=c.in_chans or (c.input_size or [3])[0],
-            num_classes=c.num_classes,
-            drop_rate=c.drop,
-            drop_path_rate=c.drop_connect if c.drop_path is None else c.drop_path,
-            drop_block_rate=c.drop_block,
-            global_pool=c.gp,
-            bn_momentum=c.bn_momentum,
-            bn_eps=c.bn_eps,
-            checkpoint_path=c.initial_checkpoint,
-            **overlay,
-            **c.model_kwargs,
-        )
-        if c.head_init_scale is not None or c.head_init_bias is not None:
-            _init_head(model.get_classifier(), c.head_init_scale, c.head_init_bias)
-        if c.grad_checkpointing:
-            model.set_grad_checkpointing(enable=True)
-        if c.freeze:
-            freeze(model, c.freeze)
-    return model.num_classes, model
-
-
-@torch.no_grad()
-def _init_head(head: Any, scale: float | None, bias: float | None) -> None:
-    if scale is not None:
-        for parameter in head.parameters():
-            parameter.mul_(scale)
-    if bias is not None:
-        head.bias.fill_(bias)
-
-
-def lay_out(c: Config, model: nn.Module, world: World) -> nn.Module:
+def lay_out(config: Config, model: nn.Module, world: World) -> nn.Module:
     """Split or synchronized BatchNorm, device, precision, memory format."""
-    if c.split_bn:
-        model = convert_splitbn_model(model, max(c.aug_splits, 2))
-    model.to(device=world.device, dtype=getattr(torch, c.model_dtype) if c.model_dtype else None)
-    if c.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if c.sync_bn and world.size > 1:
+    if config.split_bn:
+        model = convert_splitbn_model(model, max(config.aug_splits, 2))
+    model = models.place(config, model, world)
+    if config.sync_bn and world.size > 1:
         if world.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
-        c.dist_bn = ""
         model = convert_sync_batchnorm(model)
     return model
 
 
-def learning_rate(c: Config, world_size: int) -> float:
+def learning_rate(config: Config, world_size: int) -> float:
     """--lr, or --lr-base scaled with the global batch (by its root for adaptive optimizers), as timm does."""
-    if c.lr:
-        return c.lr
-    ratio = world_size * c.batch_size * c.grad_accum_steps / c.lr_base_size
-    name = f"{c.opt} {c.base_opt or ''}".lower()
-    scale = c.lr_base_scale or ("sqrt" if any(part in name for part in ("ada", "lamb")) else "linear")
-    return c.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+    if config.lr:
+        return float(config.lr)
+    ratio = world_size * config.batch_size * config.grad_accum_steps / config.lr_base_size
+    name = f"{config.opt} {config.base_opt or ''}".lower()
+    scale = config.lr_base_scale or ("sqrt" if any(part in name for part in ("ada", "lamb")) else "linear")
+    return float(config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
 
 
-def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
     """timm's factory, with this package's arguments where the name is one of ours."""
-    extra = dict(c.opt_kwargs)
-    if samon.is_sam_name(c.opt):
-        ours = {key: getattr(c, key) for key in ("rho", "eta", "base_opt", "perturb", "sparsity")}
+    extra = dict(config.opt_kwargs)
+    if samon.is_sam_name(config.opt):
+        ours = {key: getattr(config, key) for key in ("rho", "eta", "base_opt", "perturb", "sparsity")}
         extra |= {key: value for key, value in ours.items() if value is not None}
-    with user_errors(f"--opt {c.opt}"):
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=c) | extra)
-    sam = samon.sam_of(optimizer)
-    if sam is not None and getattr(sam.base, "is_second_order", False):
-        raise UserError(f"--base-opt {c.base_opt} needs second derivatives, which the two-pass step does not keep")
-    return optimizer
+    settings = optimizer_kwargs(cfg=config if lr is None else config.but(lr=lr))
+    with user_errors(f"--opt {config.opt}"):
+        return create_optimizer_v2(model, **settings | extra)
 
 
-def settle_step(c: Config, sam: Any) -> None:
-    """Say at the start which of the step's economies do not combine with how the model is run."""
-    if sam is None:
-        return
-    m = c.m_sharpness
-    grouped = sam.scope == "samon" and m not in ("device", "global") and int(m) < c.batch_size
-    if c.torchcompile and grouped:
+def replays(config: Config, sam: samon.SAM) -> bool:
+    """Whether replay stays on; says at the start which of the step's economies do not combine with the model's way."""
+    m = config.m_sharpness
+    if config.torchcompile and sam.can_group and m not in ("device", "global") and int(m) < config.batch_size:
         raise UserError(
             f"--m-sharpness {m} puts other normalization layers into the model at every step, which compiled graphs "
             "cannot follow; drop --torchcompile or take --m-sharpness device"
         )
-    other = "--torchcompile" if c.torchcompile else "--grad-checkpointing" if c.grad_checkpointing else None
-    if other and sam.selection.narrowed and not c.no_replay:
+    other = "--torchcompile" if config.torchcompile else "--grad-checkpointing" if config.grad_checkpointing else None
+    if other and sam.selection.narrowed and not config.no_replay:
         log.info(f"replay is off: it keeps activations from module to module, which {other} does not allow")
-        c.no_replay = True
+        return False
+    return not config.no_replay
 
 
-def precision(c: Config, device: torch.device) -> tuple[Callable[[], AbstractContextManager], Any]:
-    """(autocast context, gradient scaler for float16 or None)."""
-    if not c.amp:
-        return nullcontext, None
-    scaler = torch.amp.GradScaler(device.type) if c.amp_dtype == "float16" else None
-    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, c.amp_dtype)), scaler
-
-
-def build_ema(c: Config, model: nn.Module) -> Any:
-    if not c.model_ema:
+def build_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
+    if not config.model_ema:
         return None
-    device = torch.device("cpu") if c.model_ema_force_cpu else None
-    return utils.ModelEmaV3(model, decay=c.model_ema_decay, use_warmup=c.model_ema_warmup, device=device)
+    device = torch.device("cpu") if config.model_ema_force_cpu else None
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
 
 
-def build_loss(c: Config) -> nn.Module:
+def build_loss(config: Config) -> nn.Module:
     """timm's choice: JSD, soft targets under mixing, binary, label smoothing, or plain cross-entropy."""
-    if c.jsd_loss:
-        return JsdCrossEntropy(num_splits=c.aug_splits, smoothing=c.smoothing)
-    mixed = mixing(c)
-    if c.bce_loss:
-        return BinaryCrossEntropy(
-            smoothing=0.0 if mixed else c.smoothing,
-            target_threshold=c.bce_target_thresh,
-            sum_classes=c.bce_sum,
-            pos_weight=c.bce_pos_weight,
-        )
+    if config.jsd_loss:
+        return JsdCrossEntropy(num_splits=config.aug_splits, smoothing=config.smoothing)
+    mixed = mixing(config)
+    if config.bce_loss:
+        smoothing = 0.0 if mixed else config.smoothing
+        how = {"sum_classes": config.bce_sum, "pos_weight": config.bce_pos_weight}
+        return BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh, **how)
     if mixed:
         return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing=c.smoothing) if c.smoothing else nn.CrossEntropyLoss()
+    return LabelSmoothingCrossEntropy(smoothing=config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
 
 
-def mixing(c: Config) -> bool:
-    return c.mixup > 0 or c.cutmix > 0 or c.cutmix_minmax is not None
+def mixing(config: Config) -> bool:
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
-def build_schedule(c: Config, optimizer: Any, updates: int, metric: str) -> tuple[Any, int]:
+def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) -> tuple[Scheduler | None, int]:
     """(timm's scheduler or None, epochs with cycles, warm-up prefix and cool-down)."""
-    with user_errors(f"--sched {c.sched}"):
-        kwargs = scheduler_kwargs(c, decreasing_metric=metric == "loss")
-        kwargs["decay_epochs"] = c.decay_epochs or (0.2 if c.sched in ("wsd", "rsqrt") else 90)
+    with user_errors(f"--sched {config.sched}"):
+        kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
+        kwargs["decay_epochs"] = config.decay_epochs or (0.2 if config.sched in ("wsd", "rsqrt") else 90)
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     return scheduler, int(epochs)
 
 
-def wrap(c: Config, model: nn.Module, world: World) -> nn.Module:
+def wrap(config: Config, model: nn.Module, world: World) -> nn.Module:
     """Compile, then DistributedDataParallel."""
-    net: nn.Module = model
-    if c.torchcompile:
-        with user_errors("--torchcompile"):
-            net = torch.compile(model, backend=c.torchcompile, mode=c.torchcompile_mode)  # type: ignore[assignment]
+    net = models.compiled(config, model)
     if world.size > 1:
         ids = [world.device] if world.device.type != "cpu" else None
         ddp = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # PyTorch 2.15 warns of the old name
-        shared: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": not c.no_ddp_bb}
+        shared: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": not config.no_ddp_bb}
         net = ddp(net, device_ids=ids, **shared)
     return net
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
+
+# Arguments of create_loader for training, and the settings that fill them; then those of create_dataset.
+_AUGMENTATION = {
+    **{"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit", "auto_augment": "aa"},
+    **{
+        "num_aug_splits": "aug_splits",
+        "num_workers": "workers",
+        "no_aug": "no_aug",
+        "scale": "scale",
+        "ratio": "ratio",
+    },
+    **{key: key for key in ("no_aug", "train_crop_mode", "hflip", "vflip", "color_jitter", "color_jitter_prob")},
+    **{key: key for key in ("grayscale_prob", "gaussian_blur_prob", "worker_seeding", "use_multi_epochs_loader")},
+}
+_DATASET = ("class_map", "input_key", "target_key", "sample_split", "shuffle_buffer", "shard_cache", "seed")
 
 
-def build_data(c: Config, data_config: dict[str, Any], world: World) -> tuple[Any, Any, Any]:
+def build_data(
+    config: Config, classes: int, data_config: dict[str, Any], world: World
+) -> tuple[Batches, Batches | None, Mixup | None]:
     """(training loader, validation loader or None, host-side Mixup or None)."""
-    if not c.data_dir and not c.dataset.startswith(("torch/", "hfds/", "hfids/", "tfds/")):
-        raise UserError("no data: name its directory with --data-dir")
-    dtype = getattr(torch, c.model_dtype) if c.model_dtype else torch.float32
-    shared = {
-        "input_size": data_config["input_size"],
-        "mean": data_config["mean"],
-        "std": data_config["std"],
-        "pin_memory": c.pin_mem,
-        "img_dtype": dtype,
+    keys = ("input_size", "mean", "std")
+    shared = {key: data_config[key] for key in keys} | {
+        "pin_memory": config.pin_mem,
+        "img_dtype": models.dtype_of(config.model_dtype) or torch.float32,
         "device": world.device,
-        "distributed": world.size > 1,
-        "use_prefetcher": not c.no_prefetcher,
-        "decoder": c.decoder,
+        "use_prefetcher": not config.no_prefetcher,
     }
+    make: Any = data.create_resident_loader if config.data_resident else data.create_loader
     with user_errors("data"):
-        mixup, collate = _mixing(c)
-        if c.train_batches_per_epoch:
-            c.train_num_samples = c.train_batches_per_epoch * c.batch_size * world.size
-        train = _dataset(c, data_config, c.train_split, True)
-        make = data.create_resident_loader if c.data_resident else data.create_loader
-        sizes: dict[str, Any] = {}
-        if c.train_img_sizes:
-            sizes["size_schedule"] = _size_schedule(c, len(train) // c.batch_size)
-        train_loader = make(train, collate_fn=collate, **shared, **sizes, **_train_kwargs(c, data_config))
+        mixup, collate = _mixing(config, classes)
+        train = _dataset(config, classes, data_config, config.train_split, world)
+        training = _train_kwargs(config, data_config, len(train) // config.batch_size)
+        train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
-            raise UserError(f"--train-split {c.train_split} holds less than one batch; lower --batch-size")
-        if not c.val_split:
+            raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
+        if not config.val_split:
             return train_loader, None, mixup
-        eval_loader = make(
-            _dataset(c, data_config, c.val_split, False),
-            **shared,
+        # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
+        eval_loader: Batches = make(
+            _dataset(config, classes, data_config, config.val_split, None),
             is_training=False,
-            batch_size=c.validation_batch_size or c.batch_size,
-            interpolation=data_config["interpolation"],
-            num_workers=c.workers,
-            crop_pct=data_config["crop_pct"],
-            crop_mode=data_config["crop_mode"],
+            batch_size=config.validation_batch_size or config.batch_size,
+            num_workers=config.workers,
+            decoder="pil" if config.decoder == "auto" else config.decoder,
+            **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+            **shared,
         )
     return train_loader, eval_loader, mixup
 
 
-def _mixing(c: Config) -> tuple[Any, Any]:
+def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
     """(host-side Mixup, collate function that mixes): one of them, or neither."""
-    if not mixing(c):
+    if not mixing(config):
         return None, None
     kwargs = {
-        "mixup_alpha": c.mixup,
-        "cutmix_alpha": c.cutmix,
-        "cutmix_minmax": c.cutmix_minmax,
-        "prob": c.mixup_prob,
-        "switch_prob": c.mixup_switch_prob,
-        "mode": c.mixup_mode,
-        "label_smoothing": c.smoothing,
-        "num_classes": c.num_classes,
+        "mixup_alpha": config.mixup,
+        "cutmix_alpha": config.cutmix,
+        "cutmix_minmax": config.cutmix_minmax,
+        "prob": config.mixup_prob,
+        "switch_prob": config.mixup_switch_prob,
+        "mode": config.mixup_mode,
+        "label_smoothing": config.smoothing,
+        "num_classes": classes,
     }
-    return (Mixup(**kwargs), None) if c.no_prefetcher else (None, FastCollateMixup(**kwargs))
+    return (Mixup(**kwargs), None) if config.no_prefetcher else (None, FastCollateMixup(**kwargs))
 
 
-def _dataset(c: Config, data_config: dict[str, Any], split: str, training: bool) -> Any:
-    extra: dict[str, Any] = {"repeats": c.epoch_repeats} if training else {}
-    if c.data_resident:  # every process reads the whole set once, from front to back
+def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: str, training: World | None) -> Any:
+    """A split: to train on by the processes of `training`, or None to validate on."""
+    if training is None:
+        size, samples = config.validation_batch_size or config.batch_size, config.val_num_samples
+        extra: dict[str, Any] = {}
+    else:
+        size, samples, extra = config.batch_size, config.train_num_samples, {"repeats": config.epoch_repeats}
+        if config.train_batches_per_epoch:
+            samples = config.train_batches_per_epoch * size * training.size
+    if config.data_resident:  # every process reads the whole set once, from front to back
         extra = {"rank": 0, "world_size": 1}
     return data.create_dataset(
-        c.dataset,
-        root=c.data_dir,
+        config.dataset,
+        root=config.data_dir,
         split=split,
-        is_training=training and not c.data_resident,
-        seed=c.seed,
-        batch_size=c.batch_size if training else c.validation_batch_size or c.batch_size,
-        class_map=c.class_map,
-        input_key=c.input_key,
-        target_key=c.target_key,
-        download=c.dataset_download,
-        input_img_mode=c.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
-        num_samples=c.train_num_samples if training else c.val_num_samples,
-        trust_remote_code=c.dataset_trust_remote_code,
-        num_classes=c.num_classes,
-        sample_split=c.sample_split,
-        shuffle_buffer=c.shuffle_buffer,
-        shard_cache=c.shard_cache,
-        shard_cache_size=int(c.shard_cache_size * 2**30),
-        allow_shell_urls=c.allow_shell_urls,
-        max_bad_fraction=c.max_bad_samples,
+        is_training=training is not None and not config.data_resident,
+        batch_size=size,
+        input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
+        num_samples=samples,
+        num_classes=classes,
+        download=config.dataset_download,
+        trust_remote_code=config.dataset_trust_remote_code,
+        shard_cache_size=int(config.shard_cache_size * 2**30),
+        max_bad_fraction=config.max_bad_samples,
+        allow_shell_urls=config.allow_shell_urls,
+        **{key: getattr(config, key) for key in _DATASET},
         **extra,
     )
 
 
-def _train_kwargs(c: Config, data_config: dict[str, Any]) -> dict[str, Any]:
+def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
     """create_loader's arguments for training, as timm's script fills them."""
-    interpolation = data_config["interpolation"] if c.no_aug or not c.train_interpolation else c.train_interpolation
-    return {
-        "batch_size": c.batch_size,
+    plain = config.no_aug or not config.train_interpolation
+    kwargs = {name: getattr(config, key) for name, key in _AUGMENTATION.items()} | {
+        "batch_size": config.batch_size,
         "is_training": True,
-        "no_aug": c.no_aug,
-        "re_prob": c.reprob,
-        "re_mode": c.remode,
-        "re_count": c.recount,
-        "re_split": c.resplit,
-        "train_crop_mode": c.train_crop_mode,
-        "scale": c.scale,
-        "ratio": c.ratio,
-        "hflip": c.hflip,
-        "vflip": c.vflip,
-        "color_jitter": c.color_jitter,
-        "color_jitter_prob": c.color_jitter_prob,
-        "grayscale_prob": c.grayscale_prob,
-        "gaussian_blur_prob": c.gaussian_blur_prob,
-        "auto_augment": c.aa,
-        "num_aug_repeats": int(c.aug_repeats),
-        "num_aug_splits": c.aug_splits,
-        "interpolation": interpolation,
-        "num_workers": c.workers,
-        "worker_seeding": c.worker_seeding,
-        "use_multi_epochs_loader": c.use_multi_epochs_loader,
+        "num_aug_repeats": int(config.aug_repeats),
+        "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
     }
+    if config.train_img_sizes:
+        kwargs["size_schedule"] = _size_schedule(config, batches)
+    return kwargs
 
 
-def _size_schedule(c: Config, batches: int) -> SizeSchedule:
-    probabilities = tuple(c.train_size_probs) if c.train_size_probs else None
+def _size_schedule(config: Config, batches: int) -> SizeSchedule:
     return SizeSchedule(
-        tuple(c.train_img_sizes),
-        probabilities,
-        batches,
-        c.seed,
-        c.train_size_schedule == "progressive",
-        c.epochs,
-        c.train_size_schedule_spread,
-        c.train_size_random_mix,
+        sizes=tuple(config.train_img_sizes),
+        weights=tuple(config.train_size_probs) if config.train_size_probs else None,
+        batches=batches,
+        seed=config.seed,
+        progressive=config.train_size_schedule == "progressive",
+        epochs=config.epochs,
+        spread=config.train_size_schedule_spread,
+        random_mix=config.train_size_random_mix,
     )

@@ -14,85 +14,89 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from samon import rng as generators
 from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.evals.accuracy import accuracy
 from samon.session.checkpoint import Progress
+from samon.session.model import dtype_of
 from samon.settings.rows import steps_or_minutes
 from samon.step.two_pass import two_pass
 from samon.train.build import Run
 from samon.train.report import Meter, Report
-from samon.train.state import Keeper, set_random_state
+from samon.train.state import Keeper
 
 log = logging.getLogger("samon")
 Batch = tuple[Tensor, Tensor]
 
 
-def fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
-    """Epochs from `p` to the end; returns the final metrics. `rng`: random state to set before the next update.
+def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+    """Epochs from `progress` to the end; returns the final metrics. `rng`: random state to set before the next update.
 
     Raises:
         UserError: the very first batch shows that the data do not fit the settings.
         RunError: too many unreadable samples or non-finite updates later on, or a state cannot be written.
     """
-    start = p.epoch, p.updates
+    start = progress.epoch, progress.updates
     try:
-        return _fit(run, p, keeper, report, rng)
+        return _fit(run, progress, keeper, report, rng)
     except DataError as error:
-        if (p.epoch, p.updates) == start and keeper.checkpoints.last_good is None:
+        if (progress.epoch, progress.updates) == start and keeper.checkpoints.last_good is None:
             raise
         raise RunError(f"{error}; {keeper.checkpoints.describe_last_good()}") from error
 
 
-def _fit(run: Run, p: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
     final: dict[str, Any] = {}
-    while p.epoch < run.epochs:
-        train = train_epoch(run, p, keeper, report, rng)
+    while progress.epoch < run.epochs:
+        train = train_epoch(run, progress, keeper, report, rng)
         rng = None
         share_running_statistics(run, run.model)
-        last = p.epoch + 1 == run.epochs
+        last = progress.epoch + 1 == run.epochs
         evaluated = None
-        if (p.epoch + 1) % run.config.val_interval == 0 or last:
-            evaluated = validate(run, p, keeper)
-            decisive = (train if evaluated is None else evaluated)[run.metric]
-            report.end_epoch(run, p, train, evaluated)
-            step_schedule(run, p, decisive)
-            keeper.epoch(p, decisive)
+        if (progress.epoch + 1) % run.config.val_interval == 0 or last:
+            evaluated = validate(run, progress, keeper)
+            decisive = (train if evaluated is None else evaluated)[run.settled.metric]
+            report.end_epoch(run, progress, train, evaluated)
+            step_schedule(run, progress, decisive)
+            keeper.epoch(progress, decisive)
         else:
-            step_schedule(run, p, None)
-        final = {"epoch": p.epoch} | {f"train_{k}": v for k, v in train.items()}
+            step_schedule(run, progress, None)
+        final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
-        p.epoch, p.updates, p.samples, p.sums = p.epoch + 1, 0, 0, {}
+        progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
     best = keeper.checkpoints.best
     bad = torch.tensor([int(getattr(run.train_loader, "bad_samples", 0))])
     keeper.control.reduce(bad)
     return final | {
         "best_metric": best["metric"],
         "best_epoch": best["epoch"],
-        "skipped_steps": p.skipped,
+        "skipped_steps": progress.skipped,
         "skipped_samples": int(bad),
     }
 
 
-def train_epoch(run: Run, p: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
+def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
     run.net.train()
-    meter, clock = Meter(p), Clock(run.world.size)
-    report.begin_epoch(p, run.updates_per_epoch)
-    for batches, count in updates(run, p, clock, rng, report):
-        values, samples = gradient(run, batches, count, perturbs(run, p))
+    meter, clock = Meter(progress), Clock(run.world.size)
+    report.begin_epoch(progress, run.updates_per_epoch)
+    for batches, count in updates(run, progress, clock, rng, report):
+        perturb = perturbs(run, progress)
+        values, samples = gradient(run, batches, count, perturb)
         values["grad_norm"], applied = apply_gradient(run)
-        count_bad(run, p, keeper, applied)
+        count_bad(run, progress, keeper, applied)
         if applied:
             meter.add(samples, values)
-        p.updates, p.samples = p.updates + 1, p.samples + samples * run.world.size
-        after_update(run, p)
+        progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
+        after_update(run, progress)
+        run.hooks.updated(run, progress, perturb)
         clock.samples += samples
         report.advance()
-        last = p.updates == run.updates_per_epoch
-        if p.updates % run.config.log_interval == 0 or last:
-            report.update(run, p, meter.read(keeper.control.reduce), *clock.read())
-        save_or_stop(run, p, keeper, meter, last)
+        last = progress.updates == run.updates_per_epoch
+        if progress.updates % run.config.log_interval == 0 or last:
+            report.update(run, progress, meter.read(keeper.control.reduce), *clock.read())
+        save_or_stop(run, progress, keeper, meter, last)
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
@@ -101,19 +105,22 @@ def train_epoch(run: Run, p: Progress, keeper: Keeper, report: Report, rng: Any)
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
-def updates(run: Run, p: Progress, clock: "Clock", rng: Any, report: Report) -> Iterator[tuple[Iterator[Batch], int]]:
-    """(the micro-batches of an update, their number), from where `p` stands to the end of the epoch."""
+def updates(
+    run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report
+) -> Iterator[tuple[Iterator[Batch], int]]:
+    """(the micro-batches of an update, their number), from where `progress` stands to the end of the epoch."""
     loader, accumulate = run.train_loader, run.config.grad_accum_steps
-    loader.set_epoch(p.epoch, p.samples)
+    loader.set_epoch(progress.epoch, progress.samples)
     off = run.config.mixup_off_epoch
-    set_mixing(run, not off or p.epoch < off)
-    left = len(loader) - p.samples // (run.config.batch_size * run.world.size)
+    set_mixing(run, not off or progress.epoch < off)
+    left = len(loader) - progress.samples // (run.config.batch_size * run.world.size)
     source = clock.timed(loader) if left else iter(())
     if left:
         first = next(source)
-        report.images(first[0], p.epoch * run.updates_per_epoch, p.updates % run.config.log_interval == 0)
+        report.images(first[0], progress.epoch * run.updates_per_epoch, progress.updates % run.config.log_interval == 0)
         source = chain([first], source)
-    set_random_state(rng, run.world.device)  # after the loader has started, which may draw too
+    if rng is not None:  # after the loader has started, which may draw too
+        generators.put(rng, run.world.device)
     while left > 0:
         count = min(accumulate, left)
         yield (to_device(run, *batch) for batch in islice(source, count)), count
@@ -129,21 +136,23 @@ def set_mixing(run: Run, on: bool) -> None:
 
 def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
     """The batch as the model takes it; without the prefetcher the mixing happens here."""
-    c, device = run.config, run.world.device
-    if c.no_prefetcher:
-        images = images.to(device, getattr(torch, c.model_dtype) if c.model_dtype else None)
+    config, device = run.config, run.world.device
+    if config.no_prefetcher:
+        images = images.to(device, dtype_of(config.model_dtype))
         target = target.to(device)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
-    return (images.contiguous(memory_format=torch.channels_last) if c.channels_last else images), target
+    images = images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
+    run.hooks.batch(images, target)
+    return images, target
 
 
-def perturbs(run: Run, p: Progress) -> bool:
+def perturbs(run: Run, progress: Progress) -> bool:
     """Whether this update is a two-pass one (--sam-start-epoch, --sam-end-epoch, --sam-every)."""
-    c = run.config
-    if run.sam is None or p.epoch < c.sam_start_epoch or (c.sam_end_epoch is not None and p.epoch >= c.sam_end_epoch):
+    config, end = run.config, run.config.sam_end_epoch
+    if run.sam is None or progress.epoch < config.sam_start_epoch or (end is not None and progress.epoch >= end):
         return False
-    return (p.epoch * run.updates_per_epoch + p.updates) % c.sam_every == 0
+    return (progress.epoch * run.updates_per_epoch + progress.updates) % config.sam_every == 0
 
 
 def gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[dict[str, Tensor], int]:
@@ -197,7 +206,7 @@ def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
         ascent = forward(run, images[:part], target[:part]) if part < size else None
         return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
     groups = size // int(m)
-    if run.sam.scope == "samon":  # every group's own copy of the perturbed parameters fits in one pass
+    if run.sam is not None and run.sam.can_group:  # every group's own copy of the perturbed parameters fits in one pass
         return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
     rows = []
     for index, (x, y) in enumerate(zip(images.split(int(m)), target.split(int(m)), strict=True)):
@@ -211,18 +220,18 @@ def synced(run: Run) -> bool:
 
 
 def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
-    c = run.config
+    config = run.config
     two_pass(
         run.optimizer,
         forwards,
         no_sync=getattr(run.net, "no_sync", None),
         scaler=run.scaler,
-        bn_stats=c.bn_stats,
-        same_noise=c.same_noise,
-        replay=not c.no_replay,
+        bn_stats=config.bn_stats,
+        same_noise=config.same_noise,
+        replay=not run.settled.no_replay,
         **how,
     )
-    return dict(run.sam.stats)
+    return {} if run.sam is None else dict(run.sam.stats)
 
 
 def apply_gradient(run: Run) -> tuple[Tensor, bool]:
@@ -231,16 +240,16 @@ def apply_gradient(run: Run) -> tuple[Tensor, bool]:
     Returns: (gradient norm before clipping, whether the step was taken). Reading whether it is finite is the one
     place in an update where the host waits for the device.
     """
-    c, scaler = run.config, run.scaler
+    config, scaler = run.config, run.scaler
     if scaler is not None:
         scaler.unscale_(run.optimizer)
     parameters = (p for group in run.optimizer.param_groups for p in group["params"])
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler is None and not bool(norm.isfinite()):
         return norm, False
-    if c.clip_grad is not None:
-        clipped = model_parameters(run.model, exclude_head="agc" in c.clip_mode)
-        dispatch_clip_grad(clipped, c.clip_grad, mode=c.clip_mode)
+    if config.clip_grad is not None:
+        clipped = model_parameters(run.model, exclude_head="agc" in config.clip_mode)
+        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
     if scaler is None:
         run.optimizer.step()
         return norm, True
@@ -250,20 +259,21 @@ def apply_gradient(run: Run) -> tuple[Tensor, bool]:
     return norm, scaler.get_scale() >= before
 
 
-def count_bad(run: Run, p: Progress, keeper: Keeper, applied: bool) -> None:
+def count_bad(run: Run, progress: Progress, keeper: Keeper, applied: bool) -> None:
     """Count skipped updates; too many in a row end the run."""
-    p.bad_in_a_row = 0 if applied else p.bad_in_a_row + 1
-    p.skipped += not applied
-    if p.bad_in_a_row >= run.config.max_bad_steps:
+    progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
+    progress.skipped += not applied
+    if progress.bad_in_a_row >= run.config.max_bad_steps:
+        where = f"epoch {progress.epoch}, update {progress.updates}"
         raise RunError(
-            f"non-finite gradients in {p.bad_in_a_row} updates in a row (epoch {p.epoch}, update {p.updates}); lower "
-            f"--lr or --rho; {keeper.checkpoints.describe_last_good()}"
+            f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
+            f"{keeper.checkpoints.describe_last_good()}"
         )
 
 
-def after_update(run: Run, p: Progress) -> None:
+def after_update(run: Run, progress: Progress) -> None:
     """What follows the optimizer's step: average, schedule, and --synchronize-step."""
-    count = p.epoch * run.updates_per_epoch + p.updates
+    count = progress.epoch * run.updates_per_epoch + progress.updates
     if run.ema is not None:
         run.ema.update(run.model, step=count)
     if run.scheduler is not None:
@@ -272,14 +282,14 @@ def after_update(run: Run, p: Progress) -> None:
         torch.cuda.synchronize()
 
 
-def save_or_stop(run: Run, p: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
+def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
     signum, due = keeper.control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
-    due |= bool(steps) and p.updates % steps == 0
+    due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and not last):
         meter.read(keeper.control.reduce)
-        keeper.recovery(p)
+        keeper.recovery(progress)
     if signum:
         raise Stopped(signum, str(keeper.checkpoints.directory))
 
@@ -288,16 +298,16 @@ def save_or_stop(run: Run, p: Progress, keeper: Keeper, meter: Meter, last: bool
 
 
 def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
-    if run.world.size > 1 and run.config.dist_bn:
-        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
+    if run.world.size > 1 and run.settled.dist_bn:
+        distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
 
 
-def step_schedule(run: Run, p: Progress, metric: float | None) -> None:
+def step_schedule(run: Run, progress: Progress, metric: float | None) -> None:
     if run.scheduler is not None:
-        run.scheduler.step(p.epoch + 1, metric)
+        run.scheduler.step(progress.epoch + 1, metric)
 
 
-def validate(run: Run, p: Progress, keeper: Keeper) -> dict[str, float] | None:
+def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] | None:
     """Metrics of the model, or of its average where one is kept; None without validation data.
 
     A signal meanwhile ends the run, with the epoch's training saved.
@@ -316,7 +326,7 @@ def validate(run: Run, p: Progress, keeper: Keeper) -> dict[str, float] | None:
         channels_last=run.config.channels_last,
     )
     if signum := control.agree():
-        keeper.recovery(p)
+        keeper.recovery(progress)
         raise Stopped(signum, str(keeper.checkpoints.directory))
     return metrics
 

@@ -1,13 +1,14 @@
 """What a run tells: log lines or a progress bar, log.txt, summary.csv, TensorBoard, wandb, and the last line."""
 
 import csv
+import io
 import json
 import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from samon.files import write_text
 from samon.optim.scope import norm_parameters
 from samon.session.checkpoint import Progress
+from samon.session.world import World, handled
 from samon.settings.config import Config
-from samon.train.build import Run, World
+from samon.train.build import Run
 
 log = logging.getLogger("samon")
-_LOGGERS = ("samon", "timm")
 
 
 class Meter:
@@ -67,39 +69,24 @@ class Meter:
         return self.sums[name] / self.sums[f"{name}/n"] if name in self.sums else None
 
 
-@contextmanager
-def console(world: World) -> Iterator[None]:
-    """Log lines on stderr: all of rank 0's, warnings of the others."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO if world.primary else logging.WARNING)
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO if name == "samon" else logging.WARNING)
-        logging.getLogger(name).addHandler(handler)
-    try:
-        yield
-    finally:
-        for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
-
-
 class Report:
     """Output of a run. Only rank 0 writes; on the others every method does nothing."""
 
     def __init__(self, config: Config, directory: Path, world: World) -> None:
         self.config, self.directory, self.primary = config, directory, world.primary
-        self._file = self._log_file() if self.primary else None
-        self._tensorboard = SummaryWriter(str(directory / "tb"), purge_step=None) if self.primary else None
-        self._wandb = self._start_wandb() if self.primary and config.log_wandb else None
+        self._tensorboard = self._wandb = None
         self._bar: Any = None
+        self._open = ExitStack()
         self._images_left = 1
         self._began = time.monotonic()
-
-    def _log_file(self) -> logging.Handler:
-        handler = logging.FileHandler(self.directory / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(handler)
-        return handler
+        if not self.primary:
+            return
+        file = logging.FileHandler(directory / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._open.callback(file.close)
+        self._open.enter_context(handled(file))
+        self._tensorboard = self._open.enter_context(SummaryWriter(str(directory / "tb"), purge_step=None))
+        self._wandb = self._start_wandb() if config.log_wandb else None
 
     def _start_wandb(self) -> Any:
         try:
@@ -107,50 +94,28 @@ class Report:
         except ImportError:
             log.warning("--log-wandb: wandb is not installed, metrics are not sent; pip install wandb")
             return None
-        c = self.config
-        return wandb.init(
-            project=c.wandb_project,
-            name=self.directory.name,
-            config=vars(c),
-            tags=c.wandb_tags,
-            resume="must" if c.wandb_resume_id else None,
-            id=c.wandb_resume_id or None,
-        )
+        config, run_id = self.config, self.config.wandb_resume_id or None
+        resume = {"resume": "must", "id": run_id} if run_id else {}
+        name, project, tags = self.directory.name, config.wandb_project, config.wandb_tags
+        run = wandb.init(project=project, name=name, config=vars(config), tags=tags, **resume)
+        self._open.callback(run.finish)
+        return run
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._file is not None:
-            for name in _LOGGERS:
-                logging.getLogger(name).removeHandler(self._file)
-            self._file.close()
+        self._open.close()
 
     # --- while training -------------------------------------------------------------------------------------------
 
     def describe(self, run: Run) -> None:
         """What is about to run: data, model, what is perturbed."""
-        c, size = run.config, sum(p.numel() for p in run.model.parameters())
+        size, settled = sum(p.numel() for p in run.model.parameters()) / 1e6, run.settled
+        place = f"{run.world.size} x {run.world.device.type}"
         log.info("Results go to %s", self.directory)
-        log.info(
-            "%s: %.2f M parameters, %d classes, on %d x %s",
-            c.model,
-            size / 1e6,
-            c.num_classes,
-            run.world.size,
-            run.world.device.type,
-        )
-        log.info(
-            "%d training samples, %d updates per epoch, %d epochs, --opt %s, lr %.4g",
-            run.train_loader.num_samples,
-            run.updates_per_epoch,
-            run.epochs,
-            c.opt,
-            c.lr,
-        )
+        log.info("%s: %.2f M parameters, %d classes, on %s", run.config.model, size, settled.num_classes, place)
+        much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
+        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, run.config.opt, settled.lr)
         if run.sam is not None:
             log.info("%s", run.sam.selection.summary())
 
@@ -162,11 +127,11 @@ class Report:
         if self._bar is not None:
             self._bar.update()
 
-    def update(self, run: Run, p: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
+    def update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""
         if not self.primary or self._tensorboard is None:
             return
-        step = p.epoch * run.updates_per_epoch + p.updates
+        step = progress.epoch * run.updates_per_epoch + progress.updates
         lr = mean_lr(run.optimizer)
         scalars = {f"train/{name}": value for name, value in means.items()}
         if "loss_perturbed" in means:
@@ -178,31 +143,22 @@ class Report:
             "train/lr": lr,
             "train/images_per_second": speed,
             "train/data_wait": waited,
-            "train/skipped_steps": p.skipped,
+            "train/skipped_steps": progress.skipped,
             "train/skipped_samples": bad_samples,
         }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
         loss = means.get("loss", float("nan"))
         perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
-        skipped = f" skipped {p.skipped}" if p.skipped else ""
+        skipped = f" skipped {progress.skipped}" if progress.skipped else ""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}{perturbed} lr {lr:.3g}{skipped}")
             return
-        left = (run.updates_per_epoch - p.updates) * run.config.batch_size * run.config.grad_accum_steps
-        log.info(
-            "Train %d [%d/%d] loss %.4f%s lr %.4g %.0f img/s data %.0f%% eta %.0fs%s",
-            p.epoch,
-            p.updates,
-            run.updates_per_epoch,
-            loss,
-            perturbed,
-            lr,
-            speed,
-            100 * waited,
-            left * run.world.size / max(speed, 1e-9),
-            skipped,
-        )
+        left = (run.updates_per_epoch - progress.updates) * run.config.batch_size * run.config.grad_accum_steps
+        eta = left * run.world.size / max(speed, 1e-9)
+        where = f"Train {progress.epoch} [{progress.updates}/{run.updates_per_epoch}]"
+        pace = f"{speed:.0f} img/s data {100 * waited:.0f}% eta {eta:.0f}s"
+        log.info("%s loss %.4f%s lr %.4g %s%s", where, loss, perturbed, lr, pace, skipped)
 
     def images(self, batch: Tensor, update: int, last_of_interval: bool) -> None:
         """The input batch: the run's first to TensorBoard, and with --save-images one per log interval to a file."""
@@ -218,17 +174,19 @@ class Report:
 
     # --- after an epoch -------------------------------------------------------------------------------------------
 
-    def end_epoch(self, run: Run, p: Progress, train: Mapping[str, Any], evaluated: Mapping[str, float] | None) -> None:
+    def end_epoch(
+        self, run: Run, progress: Progress, train: Mapping[str, Any], evaluated: Mapping[str, float] | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._tensorboard is None:
             return
-        row: dict[str, Any] = {"epoch": p.epoch} | {f"train_{name}": value for name, value in train.items()}
+        row: dict[str, Any] = {"epoch": progress.epoch} | {f"train_{name}": value for name, value in train.items()}
         row |= {f"eval_{name}": evaluated[name] for name in ("loss", "top1", "top5")} if evaluated else {}
         row["lr"] = mean_lr(run.optimizer)
         append_summary(self.directory / "summary.csv", row)
-        step = (p.epoch + 1) * run.updates_per_epoch
+        step = (progress.epoch + 1) * run.updates_per_epoch
         for name, value in (evaluated or {}).items():
             self._tensorboard.add_scalar(f"eval/{name}", value, step)
         for depth, (name, parameter) in enumerate(norm_parameters(run.model).items()):
@@ -247,21 +205,9 @@ class Report:
         where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
         print(f"\nResults      {where}: summary.csv, log.txt, checkpoints (best: {checkpoint.name})")
         print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
-        print(f"Next         {validate_command(self.config, checkpoint)}\n")
+        print(f"Next         python validate.py --checkpoint {where}\n")
         seconds = round(time.monotonic() - self._began, 1)
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
-
-
-def validate_command(c: Config, checkpoint: Path) -> str:
-    """The validate.py command that gives the run's validation figure from a checkpoint."""
-    words = ["python", "validate.py", "--split", c.val_split, "--checkpoint", str(checkpoint)]
-    for key in ("data_dir", "dataset", "model", "num_classes", "in_chans", "img_size", "crop_pct", "interpolation"):
-        if value := getattr(c, key):
-            words += [f"--{key.replace('_', '-')}", str(value)]
-    for key in ("input_size", "mean", "std"):
-        words += [f"--{key.replace('_', '-')}", *map(str, getattr(c, key))] if getattr(c, key) else []
-    words += ["--model-kwargs", *(f"{k}={v}" for k, v in c.model_kwargs.items())] if c.model_kwargs else []
-    return shlex.join(words)
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
@@ -275,9 +221,8 @@ def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     if path.exists():
         with open(path, newline="") as file:
             kept = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*kept, row])
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(row), extrasaction="ignore", lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows([*kept, row])
+    write_text(path, text.getvalue())

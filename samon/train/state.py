@@ -3,59 +3,45 @@
 import datetime
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm import utils
 from timm.models import clean_state_dict, safe_model_name
 from torch import nn
 
+from samon import rng as generators
 from samon.errors import UserError
+from samon.files import write_text
 from samon.session import world as elastic
-from samon.session.checkpoint import (
-    Checkpoints,
-    Progress,
-    TrainState,
-    newest,
-    progress_of,
-    read,
-    rng_state,
-    set_rng_state,
-)
+from samon.session.checkpoint import Checkpoints, Progress, TrainState, newest, progress_of, read, settings_of
+from samon.session.world import World, on_primary
 from samon.settings.config import Config, dump
-from samon.train.build import Run, World
+from samon.train.build import Run
 from samon.train.control import Control
 
 log = logging.getLogger("samon")
+ARGS = "args.yaml"
 
 
-def on_primary(world: World, function: Callable[[], Any]) -> Any:
-    """`function()` of rank 0 on every process, a user's error included, so that all of them end alike."""
-    if world.size == 1:
-        return function()
-    answer: list[Any] = [None, None]
-    if world.primary:
-        try:
-            answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, device=world.device if world.device.type == "cuda" else None)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives, the same on all processes."""
+
+    directory: Path
+    started: str  # identifies the run
+    source: Path | None  # the state to continue from
 
 
-def locate(config: Config, world: World) -> tuple[Path, str, Path | None]:
-    """(the run's directory, its identity, the state to continue from or None), the same on all processes."""
+def locate(config: Config, world: World) -> Place:
+    """Find or make the run's directory, and the state to continue from."""
     return on_primary(world, lambda: _locate(config))
 
 
-def _locate(c: Config) -> tuple[Path, str, Path | None]:
-    directory = _directory(c)
+def _locate(config: Config) -> Place:
+    directory = _directory(config)
     source: Path | None = None
     started, run_id = _identity(directory)
     if elastic.restart_count() > 0 or (run_id and run_id == elastic.run_id()):
@@ -64,17 +50,19 @@ def _locate(c: Config) -> tuple[Path, str, Path | None]:
             log.warning("Restarted before a state was saved in %s: starting over", directory)
     if source is None:
         started = None
-    if source is None and c.resume:
-        source = Path(c.resume)
+    if source is None and config.resume:
+        source = Path(config.resume)
         if source.is_dir():
             source = _newest(source, _identity(source)[0])
             if source is None:
-                raise UserError(f"no complete training state in {c.resume}; name a checkpoint file or drop --resume")
+                raise UserError(
+                    f"no complete training state in {config.resume}; name a checkpoint file or drop --resume"
+                )
         same_run = source.parent.resolve() == directory.resolve()
         started = str(read(source).get("started", "")) if same_run else None
-    started = started or datetime.datetime.now().isoformat()
-    _create(directory, started, c)
-    return directory, started, source
+    place = Place(directory, started or datetime.datetime.now().isoformat(), source)
+    _write(place, config)
+    return place
 
 
 def _newest(directory: Path, started: str | None) -> Path | None:
@@ -84,13 +72,13 @@ def _newest(directory: Path, started: str | None) -> Path | None:
     return path
 
 
-def _directory(c: Config) -> Path:
-    root = Path(c.output or "output/train")
-    if c.experiment:
-        return root / c.experiment
-    if c.resume and Path(c.resume).is_dir():
-        return Path(c.resume)
-    model = safe_model_name(c.model)
+def _directory(config: Config) -> Path:
+    root = Path(config.output or "output/train")
+    if config.experiment:
+        return root / config.experiment
+    if config.resume and Path(config.resume).is_dir():
+        return Path(config.resume)
+    model = safe_model_name(config.model)
     if elastic.restartable():  # the same name after a restart
         if not elastic.run_id():
             raise UserError("torchrun --max-restarts needs --experiment NAME, by which a restart finds its directory")
@@ -101,18 +89,28 @@ def _directory(c: Config) -> Path:
 def _identity(directory: Path) -> tuple[str | None, str]:
     """(when the run in a directory was started, torchrun's name for it), from the first line of its args.yaml."""
     try:
-        found = re.match(r"# started (\S+) *(\S*)", (directory / "args.yaml").read_text())
+        found = re.match(r"# started (\S+) *(\S*)", (directory / ARGS).read_text())
     except OSError:
         found = None
     return (found.group(1), found.group(2)) if found else (None, "")
 
 
-def _create(directory: Path, started: str, config: Config) -> None:
+def write_settings(place: Place, run: Run) -> None:
+    """args.yaml once more, with what building settled: it says what runs."""
+    on_primary(run.world, lambda: _write(place, effective(run)))
+
+
+def effective(run: Run) -> Config:
+    """The configuration with what building settled."""
+    return run.config.but(**run.settled.settings())
+
+
+def _write(place: Place, config: Config) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "args.yaml").write_text(f"# started {started} {elastic.run_id()}\n{dump(config)}")
+        place.directory.mkdir(parents=True, exist_ok=True)
+        write_text(place.directory / ARGS, f"# started {place.started} {elastic.run_id()}\n{dump(config)}")
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from None
+        raise UserError(f"cannot write to {place.directory}: {error.strerror}; choose another --output") from None
 
 
 class Keeper:
@@ -134,7 +132,7 @@ class Keeper:
     def _capture(self, progress: Progress, metric: float | None) -> TrainState | None:
         run, several = self.run, self.run.world.size > 1
         mine = {
-            "rng": rng_state(run.world.device),
+            "rng": generators.take(run.world.device),
             "buffers": _buffers(run.model) if several else {},
             "ema_buffers": _buffers(run.ema.module) if several and run.ema is not None else {},
         }
@@ -146,7 +144,7 @@ class Keeper:
             optimizer=run.optimizer.state_dict(),
             epoch=progress.epoch,
             arch=run.config.model,
-            args={key: value for key, value in vars(run.config).items() if key != "config"},
+            args={key: value for key, value in vars(effective(run)).items() if key != "config"},
             metric=metric,
             state_dict_ema=None if run.ema is None else run.ema.module.state_dict(),
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
@@ -171,28 +169,28 @@ def _plateau(scheduler: Any) -> dict[str, Any] | None:
 
 def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
     """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
-    content, c = read(source), run.config
+    content, config = read(source), run.config
     try:
         run.model.load_state_dict(clean_state_dict(content["state_dict"]))
         if run.ema is not None:
             run.ema.module.load_state_dict(clean_state_dict(content.get("state_dict_ema") or content["state_dict"]))
-        if not c.no_resume_opt and "optimizer" in content:
+        if not config.no_resume_opt and "optimizer" in content:
             run.optimizer.load_state_dict(content["optimizer"])
-        if run.scaler is not None and not c.no_resume_opt and "amp_scaler" in content:
+        if run.scaler is not None and not config.no_resume_opt and "amp_scaler" in content:
             run.scaler.load_state_dict(content["amp_scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
-        was = content.get("args", {})
-        was = was if isinstance(was, dict) else vars(was)
+        was = settings_of(content)
+        wrote = f"--model {was.get('model')} --opt {was.get('opt')}"
         raise UserError(
-            f"{source} does not fit --model {c.model} --opt {c.opt} (it was written by --model {was.get('model')} "
-            f"--opt {was.get('opt')}): {str(error).splitlines()[0]}"
+            f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by {wrote}): "
+            f"{str(error).splitlines()[0]}"
         ) from None
     if source.parent.resolve() == checkpoints.directory.resolve():
         checkpoints.best = content.get("best", checkpoints.best)
         checkpoints.last_good = source
     progress, ranks = progress_of(content), content.get("ranks", [])
-    if c.start_epoch is not None:
-        progress = Progress(epoch=c.start_epoch)
+    if config.start_epoch is not None:
+        progress = Progress(epoch=config.start_epoch)
     elif progress.epoch_done:
         progress = replace(progress, epoch=progress.epoch + 1, updates=0, samples=0, epoch_done=False, sums={})
     rng = _restore_rank(run, progress, ranks)
@@ -228,13 +226,8 @@ def _restore_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | No
         return
     if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
         run.scheduler.lr_scheduler.load_state_dict(plateau["inner"])
-        run.scheduler.restore_lr = plateau["restore_lr"]
+        vars(run.scheduler)["restore_lr"] = plateau["restore_lr"]
     elif run.config.sched_on_updates:
         run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.updates)
     elif progress.epoch > 0:
         run.scheduler.step(progress.epoch)
-
-
-def set_random_state(rng: dict[str, Any] | None, device: torch.device) -> None:
-    if rng is not None:
-        set_rng_state(rng, device)

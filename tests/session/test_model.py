@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import samon
 from samon import UserError
+from samon.session.model import for_training
 from samon.settings import config
-from samon.train.build import World, build_model, build_optimizer
+from samon.train.build import build_optimizer
 from samon.train.main import main
 from tests import efficientnet_lite0
 
@@ -35,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(*argv: str) -> tuple[config.Config, nn.Module]:
     c = config.parse(["--model", MODEL, "--num-classes", "10", "--data-dir", "x", *argv])
     torch.manual_seed(0)
-    return c, build_model(c, World(torch.device("cpu"), 0, 1))[1]
+    return c, for_training(c)
 
 
 @needs_weights

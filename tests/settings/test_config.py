@@ -12,8 +12,8 @@ import yaml
 from samon import errors as cli
 from samon.errors import UserError
 from samon.settings import config
-from samon.settings.flag import by_key, markdown
-from samon.settings.rows import TRAIN
+from samon.settings.flag import Groups, by_key, markdown
+from samon.settings.rows import TRAIN, VALIDATE
 from samon.settings.rows_timm import TIMM
 from samon.train import main as train
 from tests.runs import BASE, ROOT
@@ -30,10 +30,17 @@ def test_every_flag_is_declared_once() -> None:
     assert len(names) == len(set(names))
 
 
-def test_timms_flags_are_all_there() -> None:
-    """The 170 flags of timm 1.0.31's train.py, honoured but for those refused by name."""
-    flags = {flag.flag for flag in by_key(TIMM).values()} | {"--config"}
-    assert len(flags - {"data"}) == 171  # with --validation-batch-size
+@pytest.mark.parametrize(("groups", "listed"), [(TRAIN, "train"), (VALIDATE, "validate")])
+def test_timms_flags_are_all_there(groups: Groups, listed: str) -> None:
+    """Every flag of timm 1.0.31's scripts, kept as a list of its own, honoured but for those refused by name."""
+    flags = by_key(groups).values()
+    known = {flag.flag for flag in flags} | {f"--{alias}" for flag in flags for alias in flag.aliases}
+    wanted = set(Path(__file__).with_name(f"timm_{listed}_flags.txt").read_text().split())
+    assert len(wanted) == {"train": 170, "validate": 56}[listed]
+    assert wanted - known == set()
+
+
+def test_refused_flags() -> None:
     assert {f for f in REFUSED if not f.startswith(("--kd-", "--naflex-"))} == {
         "--fuser",
         "--torchscript",
@@ -43,6 +50,28 @@ def test_timms_flags_are_all_there() -> None:
         "--train-batch-sizes",
         "--variable-batch-loss-scale",
     }
+
+
+def test_both_programs_share_their_rows() -> None:
+    """One table: what both programs know is the same flag, but for a default that differs where timm's does."""
+    train, validate = by_key(TRAIN), by_key(VALIDATE)
+    shared = train.keys() & validate.keys()
+    different = {key: (train[key].default, validate[key].default) for key in shared if train[key] != validate[key]}
+    assert different == {"model": ("resnet50", None), "batch_size": (128, 256)}
+    assert {"num_classes", "data_dir", "mean", "amp", "workers", "device"} <= shared
+
+
+def test_aliases_of_timm() -> None:
+    argv = ("--train-img-sizes", "16", "32", "--train-steps-per-epoch", "7")
+    assert parse(*argv).train_batches_per_epoch == 7
+
+
+def test_the_configuration_is_frozen() -> None:
+    settings = parse("--lr", "0.5")
+    with pytest.raises(AttributeError, match="frozen"):
+        settings.lr = 1.0
+    changed = settings.but(lr=1.0)
+    assert (settings.lr, changed.lr, changed.opt) == (0.5, 1.0, settings.opt)
 
 
 def test_the_documentation_is_current() -> None:
@@ -94,7 +123,8 @@ def test_yaml_values_are_typed(tmp_path: Path) -> None:
 def test_an_args_yaml_of_timm_is_accepted(tmp_path: Path) -> None:
     """It holds every key of timm's, those refused here at their defaults."""
     file = tmp_path / "args.yaml"
-    values = {flag.key: flag.default for flag in by_key(TIMM).values()} | {"prefetcher": True, "rank": 0}
+    timm_flags = [flag for flag in by_key(TIMM).values() if "train" in flag.programs]
+    values = {flag.key: flag.default for flag in timm_flags} | {"prefetcher": True, "rank": 0}
     file.write_text(yaml.safe_dump(values))
     assert parse("-c", str(file)).model == "resnet50"
 
@@ -139,6 +169,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "choice": (["--sched", "cosin"], "did you mean 'cosine'"),
     "negative rho": (["--opt", "samon", "--rho", "-0.1"], "--rho: must be >= 0, got -0.1"),
     "range": (["--reprob", "1.5"], "must be in [0, 1]"),
+    "infinite rho": (["--opt", "samon", "--rho", "inf"], "--rho: inf is not a value; give a finite number"),
+    "infinite eta": (["--opt", "samon", "--eta", "inf"], "--eta: inf is not a value"),
     "regex": (["--opt", "samon", "--perturb", "layer("], "not a regular expression"),
     "regex without match": (["--opt", "samon", "--perturb", "layer9"], "layer9"),
     "no normalization layer": (["--opt", "samon", "--model", "test_nfnet"], "test_nfnet|normalization"),

@@ -44,7 +44,7 @@ CASES = {
 def test_stopped_within_an_epoch(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [*CASES[case], "--epochs", "2"]
     _, whole = run(tmp_path, *args, name="whole")
-    stopped = run_stopped(tmp_path, monkeypatch, 1, 2, *args)
+    stopped = run_stopped(tmp_path, 1, 2, *args)
     assert newest(stopped)[0] == stopped / "recovery-1-2.pth.tar"
     metrics, _ = run(tmp_path, *args, "--resume", str(stopped), name="stopped")
     assert metrics["epoch"] == 1
@@ -58,7 +58,7 @@ def test_stopped_in_the_first_and_after_the_last_update(
 ) -> None:
     args = ["--opt", "samon", "--epochs", "2", "--model-ema", "--drop", "0.1"]
     _, whole = run(tmp_path, *args, name="whole")
-    stopped = run_stopped(tmp_path, monkeypatch, 0, updates, *args)
+    stopped = run_stopped(tmp_path, 0, updates, *args)
     run(tmp_path, *args, "--resume", str(stopped), name="stopped")
     assert_same(weights(whole), weights(stopped))
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.sets import write_set
+from torch import Tensor
 
 from samon.errors import RunError, Stopped
 from samon.session.checkpoint import newest, read
-from samon.train import loop
 from samon.train import main as train
+from samon.train.build import Hooks
+from samon.train.state import Keeper
 from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
+from tests.sets import write_set
 from tools import check_interruptions as matrix
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the matrix forks and signals as on Linux")
@@ -72,10 +74,11 @@ def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tupl
 def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     """The first one is waiting for the update to end, which here takes a minute."""
     code = (
-        "import os, sys, time\nfrom samon import errors as cli\nfrom samon.train import loop, main as train\n"
+        "import sys, time\nfrom samon.errors import run\nfrom samon.train.build import Hooks\n"
+        "from samon.train.main import main\n"
         "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
         "    while time.time() < end: time.sleep(0.05)\n"
-        "loop.apply_gradient = slow\ncli.run(lambda: train.main(sys.argv[1:]))\n"
+        "run(lambda: main(sys.argv[1:], Hooks(updated=slow)))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)],
@@ -95,11 +98,10 @@ def test_second_signal_exits_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_status_names_the_signal(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_names_the_signal(number: int, tmp_path: Path) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    stop_at(monkeypatch, 0, 2, number)
     with pytest.raises(Stopped) as stop:
-        run(tmp_path, "--opt", "samon")
+        run(tmp_path, "--opt", "samon", hooks=stop_at(0, 2, number))
     assert stop.value.status == 128 + number
     assert str(tmp_path / "run") in str(stop.value)
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
@@ -109,17 +111,13 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from samon.train import main as train\nfrom samon import errors as cli\nfrom samon.train import loop\n"
-        "original = loop.after_update\n"
-        "def after_update(run, p):\n"
-        "    original(run, p)\n"
+        "import os, signal, sys\nfrom samon.errors import run\nfrom samon.train.build import Hooks\n"
+        "from samon.train.main import main\n"
+        "def updated(run, p, perturbed):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "    if first and os.environ['RANK'] == '1' and (p.epoch, p.updates) == (1, 3):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "loop.after_update = after_update\n"
-        "cli.run(lambda: train.main(sys.argv[1:]))\n"
+        "run(lambda: main(sys.argv[1:], Hooks(updated=updated)))\n"
     )
     argv = [
         *BASE,
@@ -155,8 +153,8 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
 def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--checkpoint-interval in minutes: here a thousandth of a second, so after every update."""
     saved: list[int] = []
-    original = loop.Keeper.recovery
-    monkeypatch.setattr(loop.Keeper, "recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1])
+    original = Keeper.recovery
+    monkeypatch.setattr(Keeper, "recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1])
     run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
     assert saved == [1, 2, 3]
     assert not list((tmp_path / "run").glob("recovery-*"))  # the epoch's checkpoint replaces them
@@ -165,10 +163,9 @@ def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert saved == [2]
 
 
-def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(monkeypatch, 0, 7)
+def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        run(tmp_path, "--opt", "sgd", "-b", "8", "--checkpoint-interval", "1")
+        run(tmp_path, "--opt", "sgd", "-b", "8", "--checkpoint-interval", "1", hooks=stop_at(0, 7))
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pth.tar"))
     assert names == ["recovery-0-6.pth.tar", "recovery-0-7.pth.tar"]
     for name in names:
@@ -205,25 +202,17 @@ def test_disk_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
-def test_divergence_stops_with_the_last_good_checkpoint(
-    extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_path: Path) -> None:
     """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""
-    original = loop.forward
+    seen: list[int] = []
 
-    def forward(job: Any, images: Any, target: Any) -> Any:
-        broken = job.optimizer.param_groups[0]["broken"] = getattr(job, "epoch_seen", 0) >= 1
-        return original(job, images * (float("nan") if broken else 1.0), target)
+    def batch(images: Tensor, target: Tensor) -> None:
+        seen.append(len(images))
+        if sum(seen) > 64:  # from the second epoch on
+            images.fill_(float("nan"))
 
-    def begin(job: Any, p: Any, *rest: Any) -> Any:
-        job.epoch_seen = p.epoch
-        return epoch(job, p, *rest)
-
-    epoch = loop.train_epoch
-    monkeypatch.setattr(loop, "forward", forward)
-    monkeypatch.setattr(loop, "train_epoch", begin)
     with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
-        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-bad-steps", "3", *extra)
+        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-bad-steps", "3", *extra, hooks=Hooks(batch=batch))
     assert last(tmp_path / "run")["epoch"] == 0
 
 
@@ -242,17 +231,16 @@ def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
     assert last(tmp_path / "run")["epoch"] == 0
 
 
-def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.to_device
+def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def to_device(job: Any, images: Any, target: Any) -> Any:
+    def batch(images: Tensor, target: Tensor) -> None:
         calls.append(1)
-        images, target = original(job, images, target)
-        return (images * float("inf") if len(calls) == 2 else images), target
+        if len(calls) == 2:
+            images.fill_(float("inf"))
 
-    monkeypatch.setattr(loop, "to_device", to_device)
-    metrics, directory = run(tmp_path, "--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit")
+    args = ["--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit"]
+    metrics, directory = run(tmp_path, *args, hooks=Hooks(batch=batch))
     assert metrics["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(directory).values())
     assert metrics["train_loss"] == metrics["train_loss"]  # the skipped update is not in the mean

@@ -18,23 +18,18 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from samon.evals.accuracy import accuracy
+from samon.session.model import for_training
 from samon.settings import config
-from samon.train import build, loop
+from samon.train import build
 from samon.train import main as train
-from tests.runs import BASE, assert_same, last, last_line, run, weights
+from tests.runs import BASE, WATCH, assert_same, last, last_line, run, weights
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[build.Run]:
     """The Run of each training run of the test."""
     seen: list[build.Run] = []
-    original = build.build
-
-    def remember(c: Any, world: Any) -> build.Run:
-        seen.append(original(c, world))
-        return seen[-1]
-
-    monkeypatch.setattr("samon.train.main.build", remember)
+    monkeypatch.setattr(WATCH, "built", seen.append)
     return seen
 
 
@@ -42,13 +37,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[build.Run]:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The training batches as the model sees them."""
     seen: list[tuple[Tensor, Tensor]] = []
-    original = loop.to_device
+    monkeypatch.setattr(WATCH, "batch", lambda images, target: seen.append((images, target)))
+    return seen
 
-    def remember(job: Any, images: Tensor, target: Tensor) -> Any:
-        seen.append(original(job, images, target))
-        return seen[-1]
 
-    monkeypatch.setattr(loop, "to_device", remember)
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """(epoch, update, whether it was a two-pass one) of every update."""
+    seen: list[tuple[int, int, bool]] = []
+    monkeypatch.setattr(WATCH, "updated", lambda _, p, perturbed: seen.append((p.epoch, p.updates, perturbed)))
     return seen
 
 
@@ -221,25 +218,19 @@ def test_m_sharpness_in_groups_equals_the_loop(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_when_the_two_pass_step_is_used(
-    args: list[str], two_pass: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], two_pass: list[bool], tmp_path: Path, updates: list[tuple[int, int, bool]]
 ) -> None:
-    seen: list[bool] = []
-    original = loop.gradient
-    monkeypatch.setattr(loop, "gradient", lambda *a: (seen.append(a[3]), original(*a))[1])
     run(tmp_path, "--opt", "samon", "--epochs", "2", *args)
-    assert seen == two_pass
+    assert [perturbed for _, _, perturbed in updates] == two_pass
 
 
 @pytest.mark.parametrize("how", ["device", "global"])
-def test_accumulation(how: str, tmp_path: Path, jobs: list[build.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulation(how: str, tmp_path: Path, jobs: list[build.Run], updates: list[tuple[int, int, bool]]) -> None:
     """Under `global` the micro-batches share one perturbation, so 2 x 8 is 1 x 16 for a model without BatchNorm."""
-    steps: list[int] = []
-    original = loop.apply_gradient
-    monkeypatch.setattr(loop, "apply_gradient", lambda job: (steps.append(1), original(job))[1])
     args = ["--opt", "samon", "--model", "test_vit", "--m-sharpness", how]
     _, whole = run(tmp_path, *args, name="whole")
     _, split = run(tmp_path, *args, "-b", "8", "--grad-accum-steps", "2", name="split")
-    assert len(steps) == 8
+    assert len(updates) == 8
     assert jobs[1].updates_per_epoch == 4
     a, b = weights(whole), weights(split)
     close = all(torch.allclose(a[name], b[name], rtol=1e-3, atol=2e-5) for name in a)
@@ -354,22 +345,19 @@ def test_optimizer_flags(tmp_path: Path, jobs: list[build.Run]) -> None:
 
 
 @pytest.mark.parametrize(("mode", "value"), [("norm", "0.01"), ("value", "0.001"), ("agc", "0.01")])
-def test_clipping(mode: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping(mode: str, value: str, tmp_path: Path) -> None:
     found: list[Tensor] = []
-    original = loop.after_update
 
-    def after_update(job: Any, progress: Any) -> None:
-        grads = {name: p.grad for name, p in job.model.named_parameters()}
+    def updated(job: build.Run, *_: Any) -> None:
+        grads = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
         if mode == "norm":
             found.append(torch.nn.utils.get_total_norm(list(grads.values())) <= 0.0101)
         elif mode == "value":
             found.append(torch.stack([g.abs().max() for g in grads.values()]).max() <= 0.00101)
         else:
             found.append(torch.stack([g.norm() for n, g in grads.items() if "fc" not in n]).max() < 0.2)
-        original(job, progress)
 
-    monkeypatch.setattr(loop, "after_update", after_update)
-    run(tmp_path, "--opt", "samon", "--clip-grad", value, "--clip-mode", mode)
+    run(tmp_path, "--opt", "samon", "--clip-grad", value, "--clip-mode", mode, hooks=build.Hooks(updated=updated))
     assert torch.stack(found).all()
 
 
@@ -398,11 +386,10 @@ def test_model_flags(args: list[str], holds: Any, tmp_path: Path, jobs: list[bui
 
 
 def test_head_initialization() -> None:
-    world = build.World(torch.device("cpu"), 0, 1)
     heads = []
     for args in ([], ["--head-init-scale", "0.5", "--head-init-bias", "-3"]):
         torch.manual_seed(0)
-        _, model = build.build_model(config.parse(["--model", "test_vit", "--num-classes", "10", *args]), world)
+        model: Any = for_training(config.parse(["--model", "test_vit", "--num-classes", "10", *args]))
         heads.append(model.get_classifier())
     assert torch.equal(heads[0].weight * 0.5, heads[1].weight)
     assert (heads[1].bias == -3).all()
