@@ -19,12 +19,12 @@ from timm.layers import apply_test_time_pool, set_fast_norm
 
 import samon  # noqa: F401 - registers the networks
 from samon.errors import UserError, user_errors
-from samon.evals import norm_params
+from samon.evals import EVALS, needs_data, norm_params
+from samon.evals.entry import Entry, Target, evaluate
 from samon.evals.results import Row, markdown, render, result_format
-from samon.evals.run import Entry, Target, evaluate, norm_params_rows
 from samon.evals.shifts import SETS
 from samon.settings.flag import by_key, nearest, parse_command_line
-from samon.settings.rows_validate import EVALS, VALIDATE
+from samon.settings.rows_validate import VALIDATE
 
 log = logging.getLogger("samon")
 DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sharpness, feature rank."
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     low = args.amp or args.model_dtype not in (None, "float32")
     if low and set(args.evals) - {"accuracy"}:
         raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
-    if not args.suite and not args.data_dir and set(args.evals) - {"norm_params"}:
+    if not args.suite and not args.data_dir and any(map(needs_data, args.evals)):
         raise UserError("no data set; give --data-dir, or several with --suite")
     return args
 
@@ -205,7 +205,7 @@ def results(args: argparse.Namespace, device: torch.device, rank: int, world: in
             yield from evaluate(target, entry, about)
         if "norm_params" in args.evals:
             place = {"dataset": "", "split": "", "eval": "norm_params"}
-            yield from ({**about, **place, **row} for row in norm_params_rows(target))
+            yield from ({**about, **place, **row} for row in norm_params.rows(target))
             seen["/".join(Path(path).parts[-2:]) or settled.model] = norm_params.values(target.model)
     if seen and rank == 0:
         if args.norm_figure:

@@ -1,14 +1,16 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samon.errors import UserError
+from samon.evals.entry import Entry, Target
+from samon.evals.results import Row
 from samon.optim.scope import norm_modules
 
+NEEDS_DATA = False
 Values = dict[tuple[str, str], list[tuple[str, Tensor]]]  # (layer type, gamma|beta) -> [(layer, values)] by depth
 
 
@@ -40,15 +42,22 @@ def statistics(w: Tensor) -> dict[str, float]:
     }
 
 
-def rows(found: Values) -> list[dict[str, Any]]:
+def described(found: Values) -> list[Row]:
     """One row per number: over all layers of a type (``layer`` is ``all``), then layer by layer with its depth."""
-    out: list[dict[str, Any]] = []
+    out: list[Row] = []
     for (kind, role), layers in found.items():
         everything = torch.cat([w for _, w in layers])
         for depth, (name, w) in enumerate([("all", everything), *layers]):
-            place = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
-            out += [{"metric": f"{role}_{key}", "value": value, **place} for key, value in statistics(w).items()]
+            about = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
+            for key, value in statistics(w).items():
+                metric = f"{role}_{key}"
+                out.append({"metric": metric, "value": value, **about, "setting": f"{kind} {metric}"})
     return out
+
+
+def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
+    """Statistics of gamma and beta by layer type, over all layers and for each."""
+    return described(values(target.model))
 
 
 def plot(models: dict[str, Values], path: Path) -> None:

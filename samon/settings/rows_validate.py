@@ -1,10 +1,10 @@
 """The flags of validate.py: timm's, with timm's meaning, and this project's. See `samon.settings.flag`."""
 
+from samon.evals import EVALS
 from samon.evals.sharpness import PRESETS
 from samon.settings.flag import Flag as F
 from samon.settings.flag import kwargs
 
-EVALS = ("accuracy", "apgd", "sharpness", "feature_rank", "norm_params")
 _NO_JIT = "TorchScript and functorch's AOT are retired by PyTorch; use --torchcompile"
 _NO_NAFLEX = "sequence-packed batches are not evaluated here"
 
