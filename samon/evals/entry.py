@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from samon.data.decode import decode_pil
-from samon.data.faults import SampleError, worker_errors
+from samon.data.faults import SampleError, from_worker
 from samon.data.shards import Record
 from samon.data.sources import Source, open_source
 from samon.errors import UserError
@@ -167,9 +167,11 @@ def batches(
     options |= {"crop_border_pixels": config.crop_border_pixels, "persistent_workers": False, "device": target.device}
     part: Any = Part(images, mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
-    with worker_errors():
+    try:
         for k, (x, y) in enumerate(tqdm(loader, bar, disable=not bar or target.rank != 0, unit="batch")):
             yield target.rank + k * target.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+    except UserError as error:
+        raise from_worker(error) from None
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

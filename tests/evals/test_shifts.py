@@ -68,7 +68,7 @@ def write(root, folders, border=None):
     return root
 
 
-def measure(kind, root, model=None, dataset="", split="", **changes):
+def measure(kind, root, model=None, dataset="", split="", first=None, **changes):
     """{reading of the labels: {metric: row}}."""
     settings = {
         "num_samples": None,
@@ -94,7 +94,7 @@ def measure(kind, root, model=None, dataset="", split="", **changes):
     config = argparse.Namespace(**settings | changes)
     target = Target(config, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
     found = {}
-    for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind)):
+    for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind, first)):
         found.setdefault(row.get("setting", ""), {})[row["metric"]] = row
     return found
 
@@ -235,8 +235,26 @@ def test_plain_set_with_valid_labels(tmp_path):
         measure("", tmp_path / "elsewhere")
 
 
-def test_a_damaged_image_stops_the_evaluation(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_stops_the_evaluation(tmp_path, workers):
     root = write(tmp_path, {SYNSETS[0]: [0]})
     (root / SYNSETS[0] / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"1\.png.*evaluation skips nothing"):
-        measure("imagenet-sketch", root)
+    with pytest.raises(UserError) as caught:
+        measure("imagenet-sketch", root, workers=workers)
+    where = root / SYNSETS[0] / "1.png"
+    said = "not an image: 8 bytes starting b'no image'; repair the data set, evaluation skips nothing"
+    assert str(caught.value) == f"{where}: {said}"
+
+
+def test_a_sample_without_label_stops_the_evaluation(tmp_path):
+    pack(tmp_path, [("a", 0, 0), ("b", 1, "one")], ["0", "1"])
+    with pytest.raises(UserError, match=r"val\.tar b: .*'one'.*evaluation skips nothing"):
+        measure("imagenetv2-top-images", tmp_path, dataset="wds", split="val")
+
+
+def test_a_runs_own_validation_is_the_front_of_the_split(tmp_path):
+    pack(tmp_path, [(f"{k:02d}", k, 0 if k > 3 else k) for k in range(10)], None)  # the first five are right or 4
+    top1 = measure("", tmp_path, dataset="wds", split="val", first=5)[""]["top1"]
+    assert (top1["value"], top1["num_samples"]) == (80, 5)
+    assert measure("", tmp_path, dataset="wds", split="val", first=4)[""]["top1"]["value"] == 100
+    assert measure("", tmp_path, dataset="wds", split="val")[""]["top1"]["value"] == 40
