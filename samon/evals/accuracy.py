@@ -55,7 +55,7 @@ def score(
     far is logged.
     """
     sums = torch.zeros(len(scorings), 4, dtype=torch.float64, device=device)  # right at 1, at 5, loss, samples
-    tables = [_on_device(scoring, device) for scoring in scorings.values()]
+    readings = [[None if x is None else torch.as_tensor(x, device=device) for x in pair] for pair in scorings.values()]
     with evaluating(model):
         for index, (images, target) in enumerate(loader):
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -63,11 +63,10 @@ def score(
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
                 output = predict(model, images)
-                sums += torch.stack([_batch_sums(output, target, *table) for table in tables])
+                sums += torch.stack([_batch_sums(output, target, *reading) for reading in readings])
             if log_every and (index + 1) % log_every == 0:
-                top1, _, loss, count = sums[0].tolist()
-                shown = loss / max(count, 1), 100 * top1 / max(count, 1)
-                _log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, *shown)
+                top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
+                _log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, loss, 100 * top1)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     if scorings and sums[0, 3] == 0:
@@ -77,12 +76,6 @@ def score(
         n = max(count, 1)
         results[name] = {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n, "num_samples": int(count)}
     return results
-
-
-def _on_device(scoring: Scoring, device: Device) -> tuple[Tensor | None, Tensor | None]:
-    columns, table = scoring
-    columns = None if columns is None else torch.as_tensor(columns, device=device)
-    return columns, None if table is None else table.to(device)
 
 
 def _batch_sums(output: Tensor, target: Tensor, columns: Tensor | None, table: Tensor | None) -> Tensor:

@@ -196,10 +196,8 @@ def fingerprint(*parts: Tensor | str) -> str:
     """A name for these values: what makes a stored outcome safe to take up again."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        flat = part if isinstance(part, str) else part.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(flat.encode() if isinstance(flat, str) else flat.numpy().data)
     return digest.hexdigest()[:24]
 
 
@@ -257,12 +255,8 @@ def threats(config: Any) -> list[Threat]:
     radii = {text: radius(text) for text in map(str.strip, config.eps.split(","))}
     mixed = len({"/" in text for text in radii}) == 2
     budget = config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed
-    found = [
-        Threat(norm, eps, *budget)
-        for norm in norms
-        for text, eps in radii.items()
-        if not mixed or ("/" in text) == (norm == "linf")
-    ]
+    pairs = [(norm, text) for norm in norms for text in radii if not mixed or ("/" in text) == (norm == "linf")]
+    found = [Threat(norm, radii[text], *budget) for norm, text in pairs]
     if not found:
         raise UserError(f"--eps {config.eps}: no radius fits --norm {config.norm}")
     return found
@@ -282,12 +276,10 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     state = Path(config.apgd_state) if config.apgd_state else None
     found: list[Row] = []
     for threat, outcome in robust_outcomes(model, plain, threats(config), device=target.device, state=state).items():
-        counts = summarize(outcome)
-        clean, *after, n = target.total(torch.tensor(list(counts.values()))).tolist()
+        clean, *after, n = target.total(torch.tensor(list(summarize(outcome).values()))).tolist()
         eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
-        about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "clean_top1": 100 * clean / n}
-        about |= {"setting": f"{threat.norm} {eps}"}
-        metrics = [*(f"robust_top1_{name}" for name in ATTACKS), "robust_top1"]
-        values = zip(metrics, [*after, after[-1]], strict=True)
-        found += [{"metric": metric, "value": 100 * value / n, **about} for metric, value in values]
+        about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
+        about |= {"clean_top1": 100 * clean / n}
+        values = dict(zip((f"robust_top1_{name}" for name in ATTACKS), after, strict=True)) | {"robust_top1": after[-1]}
+        found += [{"metric": metric, "value": 100 * value / n, **about} for metric, value in values.items()]
     return found

@@ -111,8 +111,8 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         if target.world > 1:
             dist.all_reduce(phi)
         about = {"layer": layer or "forward_features", "features": phi.shape[1], "split": split}
+        about |= {"metric": "feature_rank", "num_samples": len(chosen)}
         for centring in centrings:
             setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}
-            value = {"metric": "feature_rank", "value": rank_of(energies(phi, centring)), "num_samples": len(chosen)}
-            found.append({**value, **about, **setting})
+            found.append({**about, **setting, "value": rank_of(energies(phi, centring))})
     return found

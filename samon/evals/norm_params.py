@@ -30,16 +30,11 @@ def values(model: nn.Module) -> Values:
 
 def statistics(w: Tensor) -> dict[str, float]:
     """Numbers that describe a distribution: of w and of |w| (Figure 9 shows |w|)."""
-    low, median, high = torch.quantile(w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-    return {
-        "mean": float(w.double().mean()),
-        "std": float(w.double().std(correction=0)),
-        "q05": low,
-        "median": median,
-        "q95": high,
-        "abs_mean": float(w.double().abs().mean()),
-        "abs_max": float(w.abs().max()),
-    }
+    exact = w.double()
+    low, median, high = torch.quantile(exact, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    found = {"mean": exact.mean(), "std": exact.std(correction=0), "q05": low, "median": median, "q95": high}
+    found |= {"abs_mean": exact.abs().mean(), "abs_max": w.abs().max()}
+    return {key: float(value) for key, value in found.items()}
 
 
 def described(found: Values) -> list[Row]:

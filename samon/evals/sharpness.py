@@ -39,6 +39,7 @@ from samon.optim.geometry import global_norm, project
 
 # (eps, want gradient) -> loss [], gradients
 Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
+_FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
 P = {"l2": 2.0, "linf": math.inf}
 
 
@@ -62,16 +63,10 @@ class Measure:
         except ValueError:
             radii = []
         if form is None or not radii or min(radii) <= 0:
-            raise UserError(
-                f"sharpness measure {text!r}: write worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]"
-                "@RHO[,RHO...] with positive radii"
-            )
+            raise UserError(f"sharpness measure {text!r}: write {_FORM} with positive radii")
         words = form[3].split("-")
-        steps = [int(word.removesuffix("step")) for word in words if word.endswith("step")]
-        return [
-            cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps[0] if steps else 20)
-            for rho in radii
-        ]
+        steps = next((int(word.removesuffix("step")) for word in words if word.endswith("step")), 20)
+        return [cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps) for rho in radii]
 
     def __str__(self) -> str:
         flags = [word for word, on in (("adaptive", self.adaptive), ("logitnorm", self.logit_norm)) if on]
@@ -272,23 +267,19 @@ def sharpness(
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Mean sharpness over batches of m training images, for every measure asked for."""
     config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
-    texts = [text for word in config.sharpness for text in PRESETS.get(word, [word])]
-    measures = [measure for text in texts for measure in Measure.parse(text)]
+    measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
     images = entry.open(target, split)
     chosen = choose(len(images), config.sharpness_samples, config.seed)
     count = len(chosen) // size
     if not count:
-        held = f"{len(chosen)} images of {entry.name} {split}"
-        raise UserError(f"sharpness: {held} are fewer than --sharpness-m {size}; lower it or take more images")
-    n = count * size
+        raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
+    n, mode = count * size, config.sharpness_mode
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
     chosen = [chosen[i] for i in order]  # sets lie sorted by class; a batch should not hold one class
     parts = ((number, x, y) for number, _, x, y in batches(target, images, chosen, size, bar=f"sharpness {entry.name}"))
-    mode = config.sharpness_mode
     values = sharpness(target.model, parts, count, measures, device=target.device, mode=mode, seed=config.seed)
     found: list[Row] = []
     for measure, part in values.items():
         about = {"setting": f"{measure} {mode}", "rho": measure.rho, "m": size, "split": split}
-        value = float(target.total(part).mean())
-        found.append({"metric": "sharpness", "value": value, "num_samples": n, **about})
+        found.append({"metric": "sharpness", "value": float(target.total(part).mean()), "num_samples": n, **about})
     return found
