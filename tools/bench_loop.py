@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -26,16 +25,16 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from samon.session.checkpoint import Checkpoints, Progress
+from samon.session.world import World, start
+from samon.settings import config
+from samon.train import loop
+from samon.train.build import Hooks, build
+from samon.train.control import Control
+from samon.train.report import Report
+from samon.train.state import Keeper
 
-from samon.session.checkpoint import Checkpoints, Progress  # noqa: E402
-from samon.session.world import build_world  # noqa: E402
-from samon.settings import config  # noqa: E402
-from samon.train import build, loop  # noqa: E402
-from samon.train.control import Control  # noqa: E402
-from samon.train.report import Report  # noqa: E402
-from samon.train.state import Keeper  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def now() -> tuple[float, float]:
@@ -84,39 +83,23 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
             yield
 
 
-def ours(c: config.Config, world: build.World, folder: Path) -> Iterator[None]:
+def ours(c: config.Config, world: World, folder: Path) -> Iterator[None]:
     """An update at a time of samon.train.loop, everything on: meters, finite check, log lines, TensorBoard."""
-    run = build.build(c, world)
-    report = Report(c, folder, world)
-    keeper = Keeper(run, Checkpoints(folder, 1, False), Control(), "")
-    original = loop.after_update
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
 
-    def after_update(job: Any, progress: Any) -> None:
-        original(job, progress)
+    def pause(*_: Any) -> None:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-
-    vars(loop).update(after_update=after_update)
-    return stepwise(run, Progress(), keeper, report)
-
-
-def stepwise(run: build.Run, p: Progress, keeper: Keeper, report: Report) -> Iterator[None]:
-    """`loop.train_epoch`, epoch after epoch, giving control back after each update."""
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-    original = loop.save_or_stop
-
-    def pause(*args: Any) -> None:
-        original(*args)
         done.release()
         go.acquire()
 
+    run = build(c, world, Hooks(updated=pause))
+    keeper, report = Keeper(run, Checkpoints(folder, 1, False), Control(), ""), Report(c, folder, world)
+
     def work() -> None:
         go.acquire()
-        while True:
-            loop.train_epoch(run, p, keeper, report, None)
-            p.epoch, p.updates, p.samples, p.sums = p.epoch + 1, 0, 0, {}
+        loop.fit(run, Progress(), keeper, report, None)
 
-    vars(loop).update(save_or_stop=pause)
     threading.Thread(target=work, daemon=True).start()
     while True:
         go.release()
@@ -131,7 +114,7 @@ def main() -> None:
     chosen, rest = parser.parse_known_args()
     argv = ["-c", str(ROOT / "hparams/quickstart.yaml"), "--opt", "sgd", "--data-dir", str(ROOT / "data/fashion-mnist")]
     c = config.parse([*argv, "--epochs", "1000", "--log-interval", "50", "--val-split", "", *rest])
-    world = build_world(c)
+    world = start(c)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         loops = {"bare": bare(c, world.device), "samon": ours(c, world, Path(folder))}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}

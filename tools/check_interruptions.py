@@ -24,13 +24,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from samon.errors import run
+from samon.session import checkpoint
+from samon.session.checkpoint import Progress
+from samon.train.build import Hooks
+from samon.train.main import main as main_of_training
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "samon.evals.main"])
+CONTEXT.set_forkserver_preload(["samon.train.main", "samon.evals.main"])
 UPDATES = 6  # per epoch
 ARGS = [
     "--data-dir",
@@ -116,12 +120,8 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
     multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
-    from samon import errors as cli
-    from samon.train import main as train
-
-    if moment is not None:
-        _arm(moment, lambda: _signal_group(number))
-    cli.run(lambda: train.main(argv))
+    hooks = None if moment is None else _armed(moment, lambda: _signal_group(number))
+    run(lambda: main_of_training(argv, hooks))
 
 
 def _signal_group(number: int) -> None:
@@ -129,28 +129,15 @@ def _signal_group(number: int) -> None:
     subprocess.run(["/bin/kill", f"-{number}", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
 
 
-def _arm(moment: tuple[str, int, int], fire: Callable[[], None]) -> None:
-    """Call `fire` when training reaches the moment."""
-    from samon.session import checkpoint
-    from samon.train import loop
-
+def _armed(moment: tuple[str, int, int], fire: Callable[[], None]) -> Hooks:
+    """Hooks that call `fire` when training reaches the moment."""
     where, epoch, update = moment
     at = {"epoch": -1, "update": -1}
-    after_update, begin, write, validate = loop.after_update, loop.train_epoch, checkpoint.torch.save, loop.validate
 
-    def reached(kind: str) -> bool:
-        return where == kind and (at["epoch"], at["update"]) == (epoch, update)
-
-    def on_begin(run: Any, p: Any, *rest: Any) -> Any:
-        at.update(epoch=p.epoch, update=p.updates)
-        if reached("start"):
-            fire()
-        return begin(run, p, *rest)
-
-    def on_update(run: Any, p: Any) -> None:
-        after_update(run, p)
-        at.update(epoch=p.epoch, update=p.updates)
-        if reached("update"):
+    def reach(kind: str, progress: Progress | None = None) -> None:
+        if progress is not None:
+            at.update(epoch=progress.epoch, update=progress.updates)
+        if where == kind and (at["epoch"], at["update"]) == (epoch, update):
             fire()
 
     def on_write(content: Any, file: Any) -> None:
@@ -160,15 +147,14 @@ def _arm(moment: tuple[str, int, int], fire: Callable[[], None]) -> None:
             file.write(b"half a file")
             file.flush()
             fire()
-        write(content, file)
+        torch.save(content, file)
 
-    def on_validate(run: Any, p: Any, keeper: Any) -> Any:
-        if reached("validate"):
-            fire()
-        return validate(run, p, keeper)
-
-    vars(loop).update(after_update=on_update, train_epoch=on_begin, validate=on_validate)
-    vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))
+    vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))  # a fault in the writer
+    return Hooks(
+        begun=lambda run, progress: reach("start", progress),
+        updated=lambda run, progress, perturbed: reach("update", progress),
+        validating=lambda run, progress: reach("validate"),
+    )
 
 
 def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str = "") -> list[int]:

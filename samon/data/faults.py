@@ -36,6 +36,12 @@ class LabelError(SampleError):
     """The label is missing, no integer, or not a class."""
 
 
+def from_worker(error: UserError) -> UserError:
+    """The same error without the traceback that a loader's worker puts in front of its message."""
+    _, _, said = str(error).strip().rpartition("\n")[2].partition("Error: ")
+    return type(error)(said if said and "Traceback" in str(error) else str(error))
+
+
 class FaultCount:
     """Faulty samples of one process, counted over its loader workers in shared memory.
 

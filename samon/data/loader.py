@@ -2,37 +2,30 @@
 
 import logging
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
-import timm.data
 import torch
 import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.class_map import load_class_map, remap_target
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from samon.data.arrays import ArrayDataset, read_npz
+from samon import rng
 from samon.data.cifar_augment import create_transform
 from samon.data.decode import choose_decoder, decode_pil
-from samon.data.faults import DataError
-from samon.data.shards import ShardReader, load_split
+from samon.data.faults import DataError, from_worker
 from samon.data.sizes import SizedTransform, SizeSchedule
-from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed, seed_everything
-from samon.data.urls import ShardCache
+from samon.data.sources import ShardSource, open_source
+from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
-
-_SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 
 
 def create_dataset(
@@ -80,112 +73,31 @@ def create_dataset(
     if rank is None or world_size is None:
         grouped = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    common: dict[str, Any] = {
-        "is_training": is_training,
-        "batch_size": batch_size,
-        "seed": seed,
-        "rank": rank,
-        "world_size": world_size,
-        "max_bad_fraction": max_bad_fraction,
-    }
+    opening: dict[str, Any] = {"class_map": class_map, "input_key": input_key, "target_key": target_key}
+    opening |= {"download": download, "trust_remote_code": trust_remote_code, "input_img_mode": input_img_mode}
+    opening |= {"num_classes": num_classes, "allow_shell_urls": allow_shell_urls}
+    opening |= {"shard_cache": shard_cache, "shard_cache_size": shard_cache_size}
+    source = open_source(name, root, split, **opening)
+    size = _epoch_size(len(source), num_samples, repeats, is_training)
+    common: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "rank": rank}
+    common |= {"world_size": world_size, "max_bad_fraction": max_bad_fraction}
+    common |= {"num_classes": num_classes or source.num_classes}
     stream: SampleStream
-    prefix = name.partition("/")[0].lower()
-    if prefix == "wds":
-        if not root:
-            raise UserError(f"--dataset {name} needs --data-dir, the directory or URL of its shards")
-        shards = load_split(root, split, allow_shell=allow_shell_urls)
-        cache = ShardCache(shard_cache, shard_cache_size) if shard_cache else None
-        size = _epoch_size(sum(shards.lengths), num_samples, repeats, is_training)
+    if isinstance(source, ShardSource):
         stream = ShardStream(
-            shards,
-            ShardReader(input_key, target_key or shards.label_key or None, cache),
-            size,
-            buffer=shuffle_buffer,
-            sample_split=sample_split,
-            num_classes=num_classes or shards.num_classes,
-            **common,
+            source.shards, source.reader, size, buffer=shuffle_buffer, sample_split=sample_split, **common
         )
-        if class_map:
-            stream.target_transform = partial(remap_target, class_to_idx=_class_map(class_map))
     else:
-        source = _indexed_source(
-            name,
-            root,
-            split,
-            num_classes,
-            class_map=class_map,
-            download=download,
-            input_img_mode=input_img_mode,
-            input_key=input_key,
-            target_key=target_key,
-            trust_remote_code=trust_remote_code,
-        )
-        size = _epoch_size(len(source), num_samples, repeats, is_training)
-        stream = IndexedStream(source, size, num_classes=num_classes, **common)
+        stream = IndexedStream(source, size, **common)
     stream.image_mode = input_img_mode
     stream.decode = partial(decode_pil, mode=input_img_mode)
     return stream
-
-
-def _class_map(class_map: str | dict[Any, int]) -> dict[Any, int]:
-    if isinstance(class_map, str) and not os.path.isfile(class_map):
-        raise UserError(f"--class-map {class_map}: no such file")
-    return load_class_map(class_map)
 
 
 def _epoch_size(held: int, num_samples: int | None, repeats: float, is_training: bool) -> int:
     if num_samples and not is_training and num_samples > held:
         raise UserError(f"{num_samples} evaluation samples asked for, the split holds {held}")
     return num_samples or (int(held * max(1, repeats)) if is_training else held)
-
-
-def _indexed_source(name: str, root: str | None, split: str, num_classes: int | None, **options: Any) -> Any:
-    """timm's data set for a folder, `torch/` or `hfds/` name, its complaints turned into one line."""
-    prefix = name.partition("/")[0].lower() if "/" in name else ""
-    if prefix == "npz":
-        return ArrayDataset(*read_npz(name, root, split))
-    if prefix in ("tfds", "hfids"):
-        raise UserError(
-            f"--dataset {name}: {prefix}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ "
-            "or an image folder"
-        )
-    if prefix == "torch":
-        options = {"download": options["download"]}
-    elif prefix != "hfds":
-        options.pop("trust_remote_code")
-        options.pop("download")
-        options.pop("target_key")
-        if not root or not os.path.exists(root):
-            raise UserError(f"--data-dir {root}: no such directory")
-        folders = [f for f in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, f))]
-        if folders and timm.data.dataset_factory._search_split(root, split) == root:
-            raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(folders)}")
-    try:
-        source = timm.data.create_dataset(name, root=root, split=split, **options)
-    except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}: {error}") from error
-    classes = len(getattr(getattr(source, "reader", source), "class_to_idx", None) or ())
-    if num_classes and classes > num_classes:
-        raise UserError(
-            f"{root}: split {split!r} has {classes} classes, the model {num_classes}; use --num-classes {classes}"
-        )
-    return source
-
-
-@contextmanager
-def rng_kept(device: torch.device) -> Iterator[None]:
-    """Leave the random number generators of this process (and of a CUDA device) as they were before."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = np.random.get_state()  # noqa: NPY002  timm draws from the global generator
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
 
 
 class SeededErasing:
@@ -203,10 +115,8 @@ class SeededErasing:
         """Erase in place, [B, C, H, W]."""
         seed = sample_seed(self.stream.seed, int(self.stream.state[0]), self.batch, self.stream.rank, 1)
         self.batch += 1
-        with rng_kept(self.device):
-            seed_everything(seed)
-            if self.device.type == "cuda":
-                torch.cuda.manual_seed(seed % 2**63)
+        with rng.kept(self.device):
+            rng.seed(seed, self.device)
             return self.erasing(images)
 
 
@@ -251,7 +161,7 @@ class _Batches:
         self.iterator = iterator = iter(self.loader)
         try:
             while True:
-                with nullcontext() if self.loader.num_workers else rng_kept(torch.device("cpu")):
+                with nullcontext() if self.loader.num_workers else rng.kept():
                     batch = next(iterator, None)
                 if batch is None:
                     return
@@ -329,9 +239,7 @@ class Loader:
                 given += len(target)
                 yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
         except UserError as error:
-            # A worker's error comes with its traceback in the message; the last line of that is what it said.
-            _, _, said = str(error).strip().rpartition("\n")[2].partition("Error: ")
-            raise type(error)(said if said and "Traceback" in str(error) else str(error)) from None
+            raise from_worker(error) from None
         if not self.dataset.is_training and given != len(self.dataset):
             raise DataError(f"evaluated {given} samples where the index promises {len(self.dataset)}")
 

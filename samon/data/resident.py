@@ -99,10 +99,10 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         transform: PIL image -> uint8 array [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
-    source = getattr(stream, "source", None)
-    arrays = getattr(source, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
+    pairs = getattr(getattr(stream, "source", None), "pairs", None)
+    arrays = getattr(pairs, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
     if transform is None and isinstance(arrays, np.ndarray) and arrays.shape[1:] == (height, width, channels):
-        labels = torch.as_tensor(np.asarray(source.targets, dtype=np.int64))  # type: ignore[union-attr]
+        labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]
         return torch.from_numpy(arrays[: stream.size]).permute(0, 3, 1, 2).contiguous(), labels[: stream.size]
 
     def resize(image: Image.Image) -> np.ndarray:

@@ -36,11 +36,12 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A split: its shards' URLs, how many samples each holds, and the number of classes if that is written down."""
+    """A split: its shards' URLs, how many samples each holds, and the classes if they are written down."""
 
     urls: tuple[str, ...]
     lengths: tuple[int, ...]
     num_classes: int | None = None
+    class_names: list[str] | None = None
     label_key: str = ""  # timm's `alt_label`: the field of the .json member that holds the label
 
 
@@ -127,9 +128,14 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     expected = split.partition("|")[2] if split not in splits else ""
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    classes = info.get("num_classes")
-    label_key = splits[split].get("alt_label", "") if split in splits else ""
-    return ShardSet(tuple(paths), tuple(lengths), classes if isinstance(classes, int) else None, str(label_key))
+    classes, class_names = info.get("num_classes"), info.get("class_names")
+    return ShardSet(
+        tuple(paths),
+        tuple(lengths),
+        classes if isinstance(classes, int) else None,
+        [str(name) for name in class_names] if isinstance(class_names, list) else None,
+        str(splits[split].get("alt_label", "") if split in splits else ""),
+    )
 
 
 def _count(path: str) -> int:
@@ -186,6 +192,7 @@ class ShardReader:
         self.label_key = label_key
         self.suffixes = frozenset(self.image_keys) | {"json" if label_key else "cls"}
         self.cache = cache
+        self.class_map: dict[Any, int] = {}
 
     def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
         """(position, sample) for each wanted position, ascending; what cannot be read comes as its error.
@@ -243,9 +250,12 @@ class ShardReader:
             if isinstance(value, SampleError):
                 return value
         try:
-            return Record(where, image, self._label(label))
+            number = self._label(label)
         except Exception as error:  # JSON of any depth and type; int() of any bytes
             return LabelError(f"{where}: {type(error).__name__}: {error}")
+        if self.class_map and number not in self.class_map:
+            return LabelError(f"{where}: label {number} is not in the class map")
+        return Record(where, image, self.class_map.get(number, number))
 
     def _label(self, raw: Any) -> int:
         if self.label_key:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from samon import rng
 from samon.data import plan
 from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
 from samon.data.shards import Record, ShardReader, ShardSet
 from samon.data.sizes import SizedTransform
+from samon.data.sources import Source
 from samon.errors import UserError
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
@@ -23,13 +25,6 @@ _SPARES = 8  # samples before and after one in the stream, of which the nearest 
 def sample_seed(*parts: int) -> int:
     """A 64-bit seed from whatever identifies a draw, such as (seed, epoch, position)."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what timm's transforms and collate functions draw from: python, numpy and torch on the CPU."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  timm draws from the global generator
-    torch.default_generator.manual_seed(seed % 2**63)
 
 
 def with_spares(items: Iterable[Any], reach: int = _SPARES) -> Iterator[tuple[Any, list[Any]]]:
@@ -52,7 +47,7 @@ class SampleStream(IterableDataset):
     """What shards and indexed data sets share: the epoch's arithmetic, decoding, labels, faults and resuming.
 
     Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
-    ``transform``, ``decode``, ``target_transform`` and ``collate`` are set by `samon.data.create_loader`.
+    ``transform``, ``decode`` and ``collate`` are set by `samon.data.create_loader`.
     """
 
     def __init__(
@@ -74,7 +69,6 @@ class SampleStream(IterableDataset):
         self.num_classes = num_classes
         self.transform: Callable[[Any], Any] | None = None
         self.decode: Callable[[Any], Any] | None = None
-        self.target_transform: Callable[[Any], Any] | None = None
         self.collate: Any = None
         self.image_mode = "RGB"
         self.faults = FaultCount(max_bad_fraction)
@@ -136,7 +130,7 @@ class SampleStream(IterableDataset):
             if isinstance(self.transform, SizedTransform) and count % self.batch_size == 0:
                 self.transform.begin_batch(epoch, stream + count // self.batch_size * workers)
             if self.is_training:
-                seed_everything(sample_seed(self.seed, epoch, place))
+                rng.seed(sample_seed(self.seed, epoch, place))
             yield self._usable(record, [spare for _, spare in spares], me)
 
     def _usable(self, record: Any, spares: Sequence[Any], worker: int) -> tuple[Any, Any]:
@@ -167,13 +161,15 @@ class SampleStream(IterableDataset):
 
     def _target(self, record: Record) -> Any:
         label = record.label
-        if self.target_transform is not None:
-            try:
-                label = self.target_transform(label)
-            except (KeyError, IndexError) as error:
-                raise LabelError(f"{record.where}: label {label!r} is not in the class map") from error
-        if isinstance(label, (int, np.integer)) and not 0 <= label < (self.num_classes or int(label) + 1):
-            raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 0) - 1}")
+        if not isinstance(label, (int, np.integer)):
+            return label
+        if label < 0:
+            raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 1) - 1}")
+        if self.num_classes and label >= self.num_classes:  # not one sample's fault: the settings do not fit the data
+            raise DataError(
+                f"{record.where}: label {label}, but there are {self.num_classes} classes (0..{self.num_classes - 1}); "
+                "raise --num-classes or give --class-map"
+            )
         return label
 
 
@@ -242,27 +238,17 @@ class ShardStream(SampleStream):
 
 
 class IndexedStream(SampleStream):
-    """Samples of a map-style data set: image folders and timm's `torch/` and `hfds/` data sets.
+    """Samples of a source that can be read in any order.
 
     ``repeats`` > 1 is timm's repeated augmentation: that many differently augmented copies, on different ranks.
     """
 
-    def __init__(self, source: Dataset, size: int, *, repeats: int = 1, **common: Any) -> None:
+    def __init__(self, source: Source, size: int, *, repeats: int = 1, **common: Any) -> None:
         super().__init__(size, **common)
-        self.source, self.repeats = source, repeats
-        self.reader = getattr(source, "reader", None)
-        self.length = len(self.reader if self.reader is not None else source)  # type: ignore[arg-type]
+        self.source, self.repeats, self.length = source, repeats, len(source)
 
     def _load(self, index: int) -> Record | SampleError:
-        if self.reader is None:
-            return Record(f"sample {index}", *self.source[index])
-        try:
-            where = str(self.reader.filename(index))
-            file, label = self.reader[index]
-            with file:
-                return Record(where, file.read(), label)
-        except OSError as error:
-            return ImageError(f"sample {index}: {error}")
+        return self.source.read([index])[0]
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """This rank's batches ``stream``, ``stream + num_streams``, ... of the epoch's order."""

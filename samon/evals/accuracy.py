@@ -1,5 +1,6 @@
 """Top-1, top-5 and loss over a loader, the same figures for any number of processes."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
+from samon.evals import shifts
+from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict
+from samon.evals.results import Row
+from samon.evals.shifts import Scoring
+
+_log = logging.getLogger("samon")
 
 
 def set_loss(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -21,25 +28,9 @@ def set_loss(logits: Tensor, allowed: Tensor) -> Tensor:
     return logits.logsumexp(1) - logits.masked_fill(~allowed, float("-inf")).logsumexp(1)
 
 
-# How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
-Scoring = tuple[Tensor | list[int] | None, Tensor | None]
-
-
-def accuracy(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    valid_labels: Tensor | list[int] | None = None,
-    label_sets: Tensor | None = None,
-    **kwargs: Any,
-) -> dict[str, float]:
-    """``{'top1': %, 'top5': %, 'loss', 'num_samples'}``; the keywords are those of `score`.
-
-    ``valid_labels`` keeps those columns of the logits (targets index into them, as in timm's validate).
-    ``label_sets`` [rows, classes] bool makes ``target`` a row number: a prediction is right if it lies in the
-    row's set, rows without a label are not counted, and the loss is `set_loss`.
-    """
-    return score(model, loader, {"": (valid_labels, label_sets)}, **kwargs)[""]
+def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], **options: Any) -> dict[str, float]:
+    """``{'top1': %, 'top5': %, 'loss', 'num_samples'}`` of plain labels; the options are those of `score`."""
+    return score(model, loader, {"": (None, None)}, **options)[""]
 
 
 @torch.no_grad()
@@ -48,68 +39,51 @@ def score(
     loader: Iterable[tuple[Tensor, Tensor]],
     scorings: Mapping[str, Scoring],
     *,
-    device: torch.device | str,
+    device: Device,
     amp_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     channels_last: bool = False,
-    log: Callable[[str], None] | None = None,
-    log_every: int = 50,
+    log_every: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """`accuracy` for several readings of the same logits, in eval mode; the model's mode is put back after.
+    """Top-1, top-5 and loss for several readings of the same logits; the model's mode is put back after.
 
-    ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and
-    all-reduced once after the loop, so ranks may hold different numbers of batches. ``loss_fn`` is a mean
-    over the batch.
+    A scoring's columns are those of the logits that are kept (targets index into them, as in timm's validate).
+    Its label sets [rows, classes] bool make ``target`` a row number: a prediction is right if it lies in the row's
+    set, rows without a label are not counted, and the loss is `set_loss`.
+
+    ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and all-reduced
+    once after the loop, so ranks may hold different numbers of batches. ``log_every`` so many batches the part so
+    far is logged.
     """
     sums = torch.zeros(len(scorings), 4, dtype=torch.float64, device=device)  # right at 1, at 5, loss, samples
-    tables = [_on_device(scoring, device) for scoring in scorings.values()]
-    was_training = model.training
-    model.eval()
-    try:
+    readings = [[None if x is None else torch.as_tensor(x, device=device) for x in pair] for pair in scorings.values()]
+    with evaluating(model):
         for index, (images, target) in enumerate(loader):
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
-                output = model(images)
-                output = output[0] if isinstance(output, (tuple, list)) else output
-                sums += torch.stack([_batch_sums(output, target, loss_fn, *table) for table in tables])
-            if log is not None and (index + 1) % log_every == 0:
-                top1, _, loss, count = sums[0].tolist()  # this process's part so far
-                count = max(count, 1)
-                log(f"eval batch {index + 1}: loss {loss / count:.4f} top1 {100 * top1 / count:.2f}")
-    finally:
-        model.train(was_training)
+                output = predict(model, images)
+                sums += torch.stack([_batch_sums(output, target, *reading) for reading in readings])
+            if log_every and (index + 1) % log_every == 0:
+                top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
+                _log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, loss, 100 * top1)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
+    if scorings and sums[0, 3] == 0:
+        raise UserError("nothing to evaluate: the loader gave no sample with a label; check the split")
     results: dict[str, dict[str, float]] = {}
     for name, (top1, top5, loss, count) in zip(scorings, sums.tolist(), strict=True):
-        if count == 0 and len(results) == 0:
-            raise UserError("nothing to evaluate: the loader gave no sample with a label; check the split")
         n = max(count, 1)
-        top = {"top1": 100 * top1 / n, "top5": 100 * top5 / n}
-        results[name] = {**top, "loss": loss / n, "num_samples": int(count)}
+        results[name] = {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n, "num_samples": int(count)}
     return results
 
 
-def _on_device(scoring: Scoring, device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
-    columns, table = scoring
-    columns = None if columns is None else torch.as_tensor(columns, device=device)
-    return columns, None if table is None else table.to(device)
-
-
-def _batch_sums(
-    output: Tensor,
-    target: Tensor,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    columns: Tensor | None,
-    table: Tensor | None,
-) -> Tensor:
+def _batch_sums(output: Tensor, target: Tensor, columns: Tensor | None, table: Tensor | None) -> Tensor:
     """[right at 1, right at 5, loss, samples] of one batch, float64."""
     if columns is not None:
         output = output[:, columns]
     if table is None:
-        allowed, loss = None, loss_fn(output, target).double() * len(output)
+        allowed, loss = None, F.cross_entropy(output, target).double() * len(output)
     else:
         allowed = table[target] if columns is None else table[target][:, columns]
         counted = allowed.any(1)
@@ -118,3 +92,37 @@ def _batch_sums(
     top = output.topk(min(5, output.shape[1]), dim=1).indices  # [B, k]
     hits = top == target[:, None] if allowed is None else allowed.gather(1, top)
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(output))])
+
+
+def rows(target: Target, entry: Entry) -> list[Row]:
+    """top1, top5 and loss under every reading of the set's labels."""
+    config, images = target.config, entry.labelled(target)
+    chosen = choose(len(images), config.num_samples, config.seed, entry.first)
+    found: list[Row] = []
+    for setting, values in _scored(target, images, chosen).items():
+        n = int(values.pop("num_samples"))
+        about: Row = {"num_samples": n} | ({"setting": setting} if setting else {})
+        # The labels of ObjectNet's shards are known only now.
+        mismatch = images.mismatch or (shifts.mismatch(entry.kind, images=n) if entry.kind == "objectnet" else "")
+        about |= {"mismatch": mismatch} if mismatch else {}
+        found += [{"metric": key, "value": round(value, 6), **about} for key, value in values.items()]
+    return found
+
+
+def _scored(target: Target, images: EvalImages, chosen: list[int]) -> dict[str, dict[str, float]]:
+    """`score` of the chosen images; with --retry the batch is halved until it fits the memory."""
+    config, size = target.config, target.config.batch_size
+    dtype = next(target.model.parameters()).dtype
+    net: Any = target.model
+    if config.torchcompile:
+        net = torch.compile(net, backend=config.torchcompile, mode=config.torchcompile_mode)
+    options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
+    while True:
+        loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size))
+        try:
+            return score(net, loader, images.scorings, device=target.device, **options)
+        except torch.OutOfMemoryError:
+            if not config.retry or size == 1 or target.world > 1:
+                raise
+            size //= 2
+            _log.warning("out of memory: trying again with --batch-size %d", size)

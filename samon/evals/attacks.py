@@ -5,11 +5,10 @@ attacks". Images are [B, C, H, W] in [0, 1]; the model normalises its own input 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,12 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
+from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating, full_precision, predict
+from samon.evals.results import Row
+from samon.files import replacing
 
 ATTACKS = ("apgd-ce", "apgd-t")
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, which images) -> loss per image
 ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
 
 
@@ -36,8 +39,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.model((x - self.mean) / self.std)
-        return out[0] if isinstance(out, (tuple, list)) else out
+        return predict(self.model, (x - self.mean) / self.std)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Threat:
     seed: int = 0
 
 
+Batch = tuple[Tensor, Tensor, Tensor]  # index, images in [0, 1], label
 # (attack, target rank, restart, indices of the images, image shape, norm) -> noise of shape [B, *image shape]
 Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
 
@@ -98,9 +101,7 @@ def dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     return -(logits[rows, label] - logits[rows, target]) / (scale + 1e-12)
 
 
-def _evaluate(
-    model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -112,12 +113,7 @@ def _evaluate(
 
 @torch.no_grad()
 def apgd(
-    model: nn.Module,
-    images: Tensor,
-    label: Tensor,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
-    threat: Threat,
+    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat
 ) -> tuple[Tensor, Tensor]:
     """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one).
 
@@ -168,109 +164,122 @@ def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threa
     logits = model(images)
     classes = logits.shape[1]
     if classes < 4:
-        raise UserError(
-            f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; "
-            "evaluate a model with 4 or more"
-        )
+        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; take another")
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
-    for number, name in enumerate(ATTACKS):
-        targets = range(1) if name == "apgd-ce" else range(2, min(threat.n_targets, classes - 1) + 2)
-        for target in targets:
-            for restart in range(threat.restarts):
-                rows = (outcome == ROBUST).nonzero().flatten()
-                if not len(rows):
-                    return outcome
-                x, y, wanted = images[rows], label[rows], ranking[rows, -target]
+    for name, target, restart in _runs(threat, classes):
+        rows = (outcome == ROBUST).nonzero().flatten()
+        if not len(rows):
+            break
+        x, y, wanted = images[rows], label[rows], ranking[rows, -target]
 
-                def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, t: Tensor = wanted) -> Tensor:
-                    if name == "apgd-ce":
-                        return F.cross_entropy(z, y[r], reduction="none")
-                    return dlr_targeted(z, y[r], t[r])
+        def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, wanted: Tensor = wanted) -> Tensor:
+            if name == "apgd-ce":
+                return F.cross_entropy(z, y[r], reduction="none")
+            return dlr_targeted(z, y[r], wanted[r])
 
-                draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
-                start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
-                fooled, _ = apgd(model, x, y, loss_fn, start, threat)
-                outcome[rows[fooled]] = number
+        draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
+        start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
+        fooled, _ = apgd(model, x, y, loss_fn, start, threat)
+        outcome[rows[fooled]] = ATTACKS.index(name)
     return outcome
+
+
+def _runs(threat: Threat, classes: int) -> Iterator[tuple[str, int, int]]:
+    """(attack, rank of the target class counted from the likeliest, restart) in the order of the attacks."""
+    last = min(threat.n_targets, classes - 1) + 1
+    for name, targets in zip(ATTACKS, (range(1), range(2, last + 1)), strict=True):
+        yield from ((name, target, restart) for target in targets for restart in range(threat.restarts))
 
 
 def fingerprint(*parts: Tensor | str) -> str:
     """A name for these values: what makes a stored outcome safe to take up again."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        flat = part if isinstance(part, str) else part.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(flat.encode() if isinstance(flat, str) else flat.numpy().data)
     return digest.hexdigest()[:24]
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 all through: no TF32 in convolutions and matrix products on GPUs."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def robust_outcomes(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    threats: list[Threat],
-    *,
-    device: torch.device | str,
-    state: Path | None = None,
-    noise: Noise | None = None,
+    model: nn.Module, batches: Iterable[Batch], threats: list[Threat], *, device: Device, state: Path | None = None
 ) -> dict[Threat, Tensor]:
     """{threat: outcomes of this process's images, int64 [n]}, images in the order ``batches`` gives them.
 
-    ``batches`` yields (index, images in [0, 1], label). With ``state`` (a directory) every batch's outcome is
+    With ``state`` (a directory) every batch's outcome is
     stored under the fingerprint of weights, images and threat as soon as it is known, and never attacked
     twice.
     """
-    was_training = model.training
-    model.eval()
     weights = fingerprint(str(model), *model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in threats}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)  # only the image needs a gradient: 12 % faster
-        with full_precision():
-            for index, images, label in batches:
-                for threat in threats:
-                    path = state and state / f"{fingerprint(weights, repr(threat), index, images, label)}.npy"
-                    if path and path.exists():
-                        outcomes[threat].append(torch.from_numpy(np.load(path)))
-                        continue
-                    result = attack(
-                        model, images.to(device), label.to(device), index, threat, noise or seeded_noise(threat.seed)
-                    ).cpu()
-                    if path:
-                        _store(path, result)
-                    outcomes[threat].append(result)
-    finally:
-        model.train(was_training)
-        for p in trained:
-            p.requires_grad_()
+    with evaluating(model, gradients=False), full_precision():  # only the image needs a gradient: 12 % faster
+        for index, images, label in batches:
+            for threat, parts in outcomes.items():
+                path = state and state / f"{fingerprint(weights, repr(threat), index, images, label)}.npy"
+                if path and path.exists():
+                    parts.append(torch.from_numpy(np.load(path)))
+                    continue
+                noise = seeded_noise(threat.seed)
+                parts.append(attack(model, images.to(device), label.to(device), index, threat, noise).cpu())
+                if path:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(path) as file:
+                        np.save(file, parts[-1].numpy())
     empty = torch.empty(0, dtype=torch.int64)
     return {threat: torch.cat([empty, *parts]) for threat, parts in outcomes.items()}
-
-
-def _store(path: Path, outcome: Tensor) -> None:
-    """Write whole or not at all: the file appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    with part.open("wb") as file:
-        np.save(file, outcome.numpy())
-    part.replace(path)
 
 
 def summarize(outcome: Tensor) -> dict[str, int]:
     """Counts over [n] outcomes: correct as they are, and still robust after each attack in turn."""
     after = {f"robust_{name}": int((outcome > k).sum()) for k, name in enumerate(ATTACKS)}
     return {"clean": int((outcome >= 0).sum()), **after, "num_samples": len(outcome)}
+
+
+def radius(text: str) -> float:
+    """A positive number, or a fraction such as 0.25/255."""
+    above, _, below = text.partition("/")
+    try:
+        eps = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        eps = 0.0
+    if not 0 < eps < float("inf"):
+        raise UserError(f"--eps {text!r}: write positive numbers such as 0.25 or 0.25/255")
+    return eps
+
+
+def threats(config: Any) -> list[Threat]:
+    """Every norm with every radius; where plain and a/255 radii are mixed, plain ones are for l2 alone."""
+    norms = [norm.strip().lower() for norm in config.norm.split(",")]
+    if set(norms) - {"l2", "linf"}:
+        raise UserError(f"--norm {config.norm}: use l2, linf or both, comma-separated")
+    radii = {text: radius(text) for text in map(str.strip, config.eps.split(","))}
+    mixed = len({"/" in text for text in radii}) == 2
+    budget = config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed
+    pairs = [(norm, text) for norm in norms for text in radii if not mixed or ("/" in text) == (norm == "linf")]
+    found = [Threat(norm, radii[text], *budget) for norm, text in pairs]
+    if not found:
+        raise UserError(f"--eps {config.eps}: no radius fits --norm {config.norm}")
+    return found
+
+
+def rows(target: Target, entry: Entry) -> list[Row]:
+    """Robust accuracy under both attacks, after each of them, for every threat."""
+    config, images = target.config, entry.labelled(target)
+    columns, table = next(iter(images.scorings.values()))
+    if columns is not None or (table is not None and int(table.sum(1).max()) > 1):
+        raise UserError(f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones")
+    chosen = choose(len(images), config.num_samples, config.seed, entry.first)
+    data = batches(target, images, chosen, config.apgd_batch_size, raw=True, bar=f"apgd {entry.name}")
+    labels = None if table is None else table.float().argmax(1)
+    plain = ((index, x, y if labels is None else labels.to(y.device)[y]) for _, index, x, y in data)
+    model = Normalized(target.model, target.data_config["mean"], target.data_config["std"]).to(target.device)
+    state = Path(config.apgd_state) if config.apgd_state else None
+    found: list[Row] = []
+    for threat, outcome in robust_outcomes(model, plain, threats(config), device=target.device, state=state).items():
+        clean, *after, n = target.total(torch.tensor(list(summarize(outcome).values()))).tolist()
+        eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
+        about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
+        about |= {"clean_top1": 100 * clean / n}
+        values = dict(zip((f"robust_top1_{name}" for name in ATTACKS), after, strict=True)) | {"robust_top1": after[-1]}
+        found += [{"metric": metric, "value": 100 * value / n, **about} for metric, value in values.items()]
+    return found

@@ -8,10 +8,14 @@ examples off (``column``). Both are offered, because the two ranks differ.
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
+from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating
+from samon.evals.results import Row
 
+Part = tuple[Tensor, Tensor]  # rows of the feature matrix, images
 CENTRINGS = ("row", "column", "none")
 
 
@@ -72,26 +76,43 @@ def rank_of(squares: Tensor, share: float = 0.99) -> int:
 
 @torch.no_grad()
 def feature_matrix(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    count: int,
-    *,
-    device: torch.device | str,
-    layer: str = "",
-    token: str = "auto",
+    model: nn.Module, batches: Iterable[Part], count: int, *, device: Device, layer: str = "", token: str = "auto"
 ) -> Tensor:
-    """[count, D] features in eval mode; ``batches`` yields (rows of the matrix, images), other rows stay zero."""
-    was_training = model.training
-    model.eval()
+    """[count, D] features in eval mode; rows that ``batches`` does not name stay zero."""
     phi: Tensor | None = None
-    try:
+    with evaluating(model):
         for rows, images in batches:
             out = features(model, images.to(device), layer, token).float()
             if phi is None:
                 phi = out.new_zeros(count, out.shape[1])
             phi[rows.to(out.device)] = out
-    finally:
-        model.train(was_training)
     if phi is None:
         raise UserError("feature_rank: a process got no batch; use fewer processes or a smaller --batch-size")
     return phi
+
+
+def rows(target: Target, entry: Entry) -> list[Row]:
+    """Rank of every layer under every centring."""
+    config = target.config
+    centrings = config.feature_centring.split(",")
+    if set(centrings) - set(CENTRINGS):
+        raise UserError(f"--feature-centring {config.feature_centring}: use {', '.join(CENTRINGS)}")
+    split = config.feature_split or entry.split
+    images = entry.open(target, split)
+    first = entry.first if split == entry.split else None
+    chosen = choose(len(images), config.feature_samples, config.seed, first)
+    size = min(config.batch_size, -(-len(chosen) // target.world))
+    found: list[Row] = []
+    for layer in config.feature_layer:
+        data = batches(target, images, chosen, size)
+        parts = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in data)
+        options = {"layer": layer, "token": config.feature_token}
+        phi = feature_matrix(target.model, parts, len(chosen), device=target.device, **options)
+        if target.world > 1:
+            dist.all_reduce(phi)
+        about = {"layer": layer or "forward_features", "features": phi.shape[1], "split": split}
+        about |= {"metric": "feature_rank", "num_samples": len(chosen)}
+        for centring in centrings:
+            setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}
+            found.append({**about, **setting, "value": rank_of(energies(phi, centring))})
+    return found

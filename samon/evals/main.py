@@ -1,72 +1,66 @@
 """validate.py from command line to results: settings -> model and data sets -> evaluations -> table and file."""
 
-import argparse
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torch.distributed as dist
 import yaml
 from timm import utils
 from timm.data import resolve_data_config
-from timm.layers import apply_test_time_pool, set_fast_norm
+from timm.layers import apply_test_time_pool
 
-import samon  # noqa: F401 - registers the networks
+from samon.data.sources import check_name
 from samon.errors import UserError, user_errors
-from samon.evals import norm_params
+from samon.evals import EVALS, evaluation, needs_data, norm_params
+from samon.evals.entry import Entry, Target, evaluate
 from samon.evals.results import Row, markdown, render, result_format
-from samon.evals.run import Entry, Target, evaluate, norm_params_rows
 from samon.evals.shifts import SETS
+from samon.files import write_text
+from samon.session import model as models
+from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
+from samon.session.world import World, processes
+from samon.settings.config import Config
 from samon.settings.flag import by_key, nearest, parse_command_line
-from samon.settings.rows_validate import EVALS, VALIDATE
+from samon.settings.rows import VALIDATE
 
 log = logging.getLogger("samon")
 DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sharpness, feature rank."
-_WEIGHTS = (".pth.tar", ".pth", ".safetensors")
-# Settings of a training run that its checkpoint carries and that decide how it must be evaluated.
-_FROM_CHECKPOINT = (
-    "num_classes",
-    "in_chans",
-    "img_size",
-    "input_size",
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "gp",
-    "model_kwargs",
-    "input_img_mode",
-)
+_WEIGHTS = (SUFFIX, ".pth", ".safetensors")
+# What a training run's checkpoint brings along: settings that decide how its model must be evaluated, and its data.
+_MODEL = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "gp")
+_STORED = (*_MODEL, "model_kwargs", "input_img_mode", "fast_norm", "channels_last")
+_DATA = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
+_PRECISION = ("amp", "amp_dtype", "model_dtype")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Settings; ``given`` keeps those that the command line names."""
+@dataclass(frozen=True)
+class Job:
+    """One model to evaluate."""
+
+    path: str  # its checkpoint; '' for the model as it is created
+    config: Config
+    average: bool  # evaluate the checkpoint's averaged weights
+    entries: list[Entry]
+
+
+def parse(argv: list[str] | None) -> list[Job]:
+    """The command line, with what its checkpoints bring along; every mistake in it is a UserError."""
     given = parse_command_line(VALIDATE, argv, "validate.py", DESCRIPTION)
-    flags = by_key(VALIDATE)
-    for key, value in given.items():
-        if flags[key].refused and value != flags[key].default:
-            raise UserError(f"{flags[key].flag} is not honoured: {flags[key].refused}")
-    args = argparse.Namespace(**{key: flag.default for key, flag in flags.items()} | given, given=set(given))
-    args.data_dir = args.data_dir or args.data
-    args.evals = _evals(args.evals, "--evals")
-    args.workers = min(args.workers, os.cpu_count() or 1)
-    if args.results_file:
-        result_format(args.results_file, args.results_format)
-    low = args.amp or args.model_dtype not in (None, "float32")
-    if low and set(args.evals) - {"accuracy"}:
-        raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
-    if not args.suite and not args.data_dir and set(args.evals) - {"norm_params"}:
-        raise UserError("no data set; give --data-dir, or several with --suite")
-    return args
+    given |= {"data_dir": given.get("data_dir") or given["data"]} if given.get("data") else {}
+    if given.get("use_ema") and given.get("no_ema"):
+        raise UserError("--use-ema and --no-ema exclude each other; drop one of them")
+    if given.get("results_file"):
+        result_format(given["results_file"], given.get("results_format", ""))
+    evaluations(given.get("evals", "accuracy"), "--evals")
+    return [settle(given, path) for path in checkpoints(given.get("checkpoint", []))]
 
 
-def _evals(text: str | list[str], where: str) -> list[str]:
+def evaluations(text: str | list[str], where: str) -> list[str]:
+    """The names of evaluations in a list, or in a text with commas."""
     names = text.split(",") if isinstance(text, str) else text
     for name in names:
         if name not in EVALS:
@@ -74,21 +68,77 @@ def _evals(text: str | list[str], where: str) -> list[str]:
     return names
 
 
-def entries(args: argparse.Namespace) -> list[Entry]:
+def checkpoints(paths: list[str]) -> list[str]:
+    """Checkpoint files to evaluate: of a run's directory its best; ``''`` stands for the model as it is created."""
+    found: list[str] = []
+    for path in paths:
+        if Path(path).is_dir():
+            inside = {p.name: str(p) for p in sorted(Path(path).iterdir()) if p.name.endswith(_WEIGHTS)}
+            if not inside:
+                raise UserError(f"--checkpoint {path}: no {', '.join(_WEIGHTS)} file in this directory")
+            chosen = next((name for name in (f"model_best{SUFFIX}", f"last{SUFFIX}") if name in inside), None)
+            found += [inside[chosen]] if chosen else inside.values()
+        elif not Path(path).is_file():
+            raise UserError(f"--checkpoint {path}: no such file")
+        else:
+            found.append(path)
+    return found or [""]
+
+
+def settle(given: dict[str, Any], path: str) -> Job:
+    """Settings for one checkpoint: defaults < what its run was made with < command line."""
+    content = load(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
+    stored, first = from_run(given, content)
+    flags = by_key(VALIDATE)
+    values = {key: flag.default for key, flag in flags.items()} | stored | given
+    if values["model"] is None:
+        raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
+    config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
+    models.check_name(config)
+    entries = data_sets(config, first)
+    wanted = {name for entry in entries for name in entry.evals}
+    if (config.amp or config.model_dtype not in (None, "float32")) and wanted - {"accuracy"}:
+        if {"amp", "model_dtype"} & set(given):
+            raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
+        config = config.but(amp=False, model_dtype=None)
+    average = not config.no_ema and (config.use_ema or averaged(content))
+    return Job(path, config, average, entries)
+
+
+def from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """(settings that a checkpoint brings along, how many images from the front its run validated on).
+
+    A checkpoint of another model than the command line names brings nothing.
+    """
+    stored = settings_of(content)
+    model = content.get("arch") or stored.get("model")
+    if not isinstance(model, str) or given.get("model", model) != model:
+        return {}, None
+    data = () if given.get("suite") else _DATA
+    found = {key: stored[key] for key in (*_STORED, *data, *_PRECISION) if stored.get(key) is not None}
+    found |= {"model": model} | ({"split": stored["val_split"]} if stored.get("val_split") else {})
+    own = not {"data_dir", "dataset", "split", "num_samples", "suite"} & set(given)
+    return found, stored.get("val_num_samples") if own else None
+
+
+def data_sets(config: Config, first: int | None) -> list[Entry]:
     """The data sets of ``--suite``, or the one of ``--data-dir``."""
-    if not args.suite:
-        name = args.dataset or Path(args.data_dir or "").name
-        return [Entry(name, args.dataset, args.data_dir or "", args.split, args.evals)]
+    names = evaluations(config.evals, "--evals")
+    if not config.suite:
+        if any(map(needs_data, names)):
+            check_name(config.dataset, config.data_dir)
+        name = config.dataset or Path(config.data_dir or "").name
+        return [Entry(name, config.dataset, config.data_dir or "", config.split, names, first=first)]
     try:
-        content = yaml.safe_load(Path(args.suite).read_text())
+        content = yaml.safe_load(Path(config.suite).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--suite {args.suite} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"--suite {config.suite} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
-        raise UserError(f"--suite {args.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
-    return [_suite_entry(item, f"--suite {args.suite}", args) for item in content]
+        raise UserError(f"--suite {config.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
+    return [_suite_entry(item, f"--suite {config.suite}", config, names) for item in content]
 
 
-def _suite_entry(item: dict[str, Any], where: str, args: argparse.Namespace) -> Entry:
+def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[str]) -> Entry:
     keys = ("set", "name", "dataset", "data_dir", "split", "evals")
     for key in item:
         if key not in keys:
@@ -99,141 +149,74 @@ def _suite_entry(item: dict[str, Any], where: str, args: argparse.Namespace) -> 
     if "data_dir" not in item:
         raise UserError(f"{where}: {item} has no data_dir")
     name = item.get("name") or kind or item.get("dataset") or Path(item["data_dir"]).name
-    evals = _evals(item["evals"], where) if "evals" in item else args.evals
-    split = item.get("split", "" if kind else args.split)
+    evals = evaluations(item["evals"], where) if "evals" in item else names
+    split = item.get("split", "" if kind else config.split)
     return Entry(str(name), item.get("dataset", ""), str(item["data_dir"]), str(split), evals, kind)
 
 
-def checkpoints(args: argparse.Namespace) -> list[str]:
-    """Checkpoint files to evaluate; ``''`` stands for the model as it is created."""
-    found = []
-    for path in args.checkpoint:
-        if Path(path).is_dir():
-            inside = [str(p) for p in sorted(Path(path).iterdir()) if p.name.endswith(_WEIGHTS)]
-            if not inside:
-                raise UserError(f"--checkpoint {path}: no {', '.join(_WEIGHTS)} file in this directory")
-            found += inside
-        elif not Path(path).is_file():
-            raise UserError(f"--checkpoint {path}: no such file")
-        else:
-            found.append(path)
-    return found or [""]
-
-
-def settle_model(args: argparse.Namespace, checkpoint: str) -> argparse.Namespace:
-    """Settings with the model's name, and what the command line leaves open taken from the checkpoint."""
-    args = argparse.Namespace(**vars(args))
-    if args.model is None:
-        stored: Any = {}
-        if checkpoint and not checkpoint.endswith(".safetensors"):
-            with user_errors(f"--checkpoint {checkpoint}"), torch.serialization.safe_globals([argparse.Namespace]):
-                stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        trained = stored.get("args") if isinstance(stored, dict) else None
-        if not isinstance(stored, dict) or not stored.get("arch"):
-            raise UserError("--model: name the model" + (f", {checkpoint} does not" if checkpoint else ""))
-        args.model = stored["arch"]
-        settings = trained if isinstance(trained, dict) else vars(trained) if trained else {}
-        for key in _FROM_CHECKPOINT:
-            if key not in args.given and settings.get(key) is not None:
-                setattr(args, key, settings[key])
-    if not args.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(args.model):
-        raise UserError(f"--model: unknown model {args.model!r}{nearest(args.model, timm.list_models())}")
-    return args
-
-
-def build(args: argparse.Namespace, checkpoint: str, device: torch.device, rank: int, world: int) -> Target:
+def build(job: Job, world: World) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
-    set_fast_norm(args.fast_norm)
-    utils.random_seed(args.seed)  # without weights to load, every process makes the same ones
-    in_chans = args.in_chans or (args.input_size or [3])[0]
-    args.in_chans = in_chans
-    with user_errors(f"--model {args.model}"):
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained and not checkpoint,
-            num_classes=args.num_classes,
-            in_chans=in_chans,
-            global_pool=args.gp,
-            **args.model_kwargs,
-        )
-    args.num_classes = model.num_classes
-    args.input_img_mode = args.input_img_mode or ("L" if in_chans == 1 else "RGB")
-    if checkpoint:
-        try:
-            timm.models.load_checkpoint(model, checkpoint, args.use_ema)
-        except Exception as error:  # a damaged file can make the unpickler raise anything
-            text = " ".join(str(error).split())[:300]
-            raise UserError(f"--checkpoint {checkpoint}: {type(error).__name__}: {text}") from error
+    config = job.config
+    utils.random_seed(config.seed)  # without weights to load, every process makes the same ones
+    model = models.create(config, pretrained=config.pretrained and not job.path)
+    if job.path:
+        load_weights(model, job.path, job.average)
+        which = "averaged weights" if job.average else "weights"
+        log.info("%s: the %s of %s", config.model, which, job.path)
     with user_errors():
-        data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    if args.test_pool:
+        data_config = resolve_data_config(vars(config), model=model, use_test_size=not config.use_train_size)
+    if config.test_pool:
         model, _ = apply_test_time_pool(model, data_config)
-    if args.reparam:
+    if config.reparam:
         model = utils.reparameterize_model(model)
-    model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    _probe(args, model.eval(), data_config["input_size"], device)
-    dtype = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
-    autocast = partial(torch.autocast, device_type=device.type, dtype=dtype) if args.amp else nullcontext
-    return Target(args, model, data_config, device, rank, world, autocast)
+    model = models.place(config, model, world).eval()
+    _probe(config, model, data_config["input_size"], world.device)
+    autocast = models.autocast(config, world.device)
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast)
 
 
-def _probe(args: argparse.Namespace, model: torch.nn.Module, size: tuple[int, ...], device: torch.device) -> None:
+@torch.no_grad()
+def _probe(config: Config, model: torch.nn.Module, size: tuple[int, ...], device: torch.device) -> None:
     """One image through the model, so that a size it does not take is told before any data is read."""
-    with torch.no_grad():
-        try:
-            model(torch.zeros(1, *size, device=device, dtype=next(model.parameters()).dtype))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{args.model} does not take images of {list(size)} ({text}); give --img-size, and for "
-                "transformers --model-kwargs img_size=N as well"
-            ) from None
+    try:
+        model(torch.zeros(1, *size, device=device, dtype=next(model.parameters()).dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{config.model} does not take images of {list(size)} ({text}); give --img-size, and for transformers "
+            "--model-kwargs img_size=N as well"
+        ) from None
 
 
-def results(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> Iterator[Row]:
+def results(jobs: list[Job], world: World) -> Iterator[Row]:
     """Every row of every model; the figure and histograms of normalization parameters on the way."""
-    sets = entries(args)
-    paths = checkpoints(args)
     seen: dict[str, norm_params.Values] = {}
-    for path in paths:
-        settled = settle_model(args, path)
-        target = build(settled, path, device, rank, world)
-        about: Row = {"model": settled.model} | ({"checkpoint": path} if path else {})
-        for entry in sets:
+    for job in jobs:
+        target = build(job, world)
+        about: Row = {"model": job.config.model} | ({"checkpoint": job.path} if job.path else {})
+        for entry in job.entries:
             yield from evaluate(target, entry, about)
-        if "norm_params" in args.evals:
+        if "norm_params" in job.config.evals:
             place = {"dataset": "", "split": "", "eval": "norm_params"}
-            yield from ({**about, **place, **row} for row in norm_params_rows(target))
-            seen["/".join(Path(path).parts[-2:]) or settled.model] = norm_params.values(target.model)
-    if seen and rank == 0:
-        if args.norm_figure:
-            norm_params.plot(seen, Path(args.norm_figure))
-        if args.norm_tensorboard:
-            norm_params.write_tensorboard(seen, Path(args.norm_tensorboard))
+            yield from ({**about, **place, **row} for row in evaluation("norm_params").rows(target, job.entries[0]))
+            seen["/".join(Path(job.path).parts[-2:]) or job.config.model] = norm_params.values(target.model)
+    if seen and world.primary:
+        if figure := jobs[0].config.norm_figure:
+            norm_params.plot(seen, Path(figure))
+        if directory := jobs[0].config.norm_tensorboard:
+            norm_params.write_tensorboard(seen, Path(directory))
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
     """Run the command line; the table goes to standard output, the log to standard error."""
-    args = parse(argv)
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with user_errors("--device"):
-        torch.device(args.device)
-        where = argparse.Namespace(device=args.device, dist_backend=None, dist_url=None)
-        device = utils.init_distributed_device(where)
-    rank, world = where.rank, where.world_size
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
-    try:
-        rows = list(results(args, device, rank, world))
-        if rank == 0:
+    jobs = parse(argv)
+    config = jobs[0].config
+    with processes(config) as world:
+        rows = list(results(jobs, world))
+        if world.primary:
             print(markdown(rows), end="", flush=True)
-            if args.results_file:
-                path = Path(args.results_file)
+            if config.results_file:
+                path = Path(config.results_file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(render(rows, result_format(args.results_file, args.results_format)))
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+                write_text(path, render(rows, result_format(config.results_file, config.results_format)))
     return rows

@@ -1,14 +1,16 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samon.errors import UserError
+from samon.evals.entry import Entry, Target
+from samon.evals.results import Row
 from samon.optim.scope import norm_modules
 
+NEEDS_DATA = False
 Values = dict[tuple[str, str], list[tuple[str, Tensor]]]  # (layer type, gamma|beta) -> [(layer, values)] by depth
 
 
@@ -28,27 +30,29 @@ def values(model: nn.Module) -> Values:
 
 def statistics(w: Tensor) -> dict[str, float]:
     """Numbers that describe a distribution: of w and of |w| (Figure 9 shows |w|)."""
-    low, median, high = torch.quantile(w.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-    return {
-        "mean": float(w.double().mean()),
-        "std": float(w.double().std(correction=0)),
-        "q05": low,
-        "median": median,
-        "q95": high,
-        "abs_mean": float(w.double().abs().mean()),
-        "abs_max": float(w.abs().max()),
-    }
+    exact = w.double()
+    low, median, high = torch.quantile(exact, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    found = {"mean": exact.mean(), "std": exact.std(correction=0), "q05": low, "median": median, "q95": high}
+    found |= {"abs_mean": exact.abs().mean(), "abs_max": w.abs().max()}
+    return {key: float(value) for key, value in found.items()}
 
 
-def rows(found: Values) -> list[dict[str, Any]]:
+def described(found: Values) -> list[Row]:
     """One row per number: over all layers of a type (``layer`` is ``all``), then layer by layer with its depth."""
-    out: list[dict[str, Any]] = []
+    out: list[Row] = []
     for (kind, role), layers in found.items():
         everything = torch.cat([w for _, w in layers])
         for depth, (name, w) in enumerate([("all", everything), *layers]):
-            place = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
-            out += [{"metric": f"{role}_{key}", "value": value, **place} for key, value in statistics(w).items()]
+            about = {"layer_type": kind, "layer": name, "depth": depth, "num_samples": w.numel()}
+            for key, value in statistics(w).items():
+                metric = f"{role}_{key}"
+                out.append({"metric": metric, "value": value, **about, "setting": f"{kind} {metric}"})
     return out
+
+
+def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
+    """Statistics of gamma and beta by layer type, over all layers and for each."""
+    return described(values(target.model))
 
 
 def plot(models: dict[str, Values], path: Path) -> None:

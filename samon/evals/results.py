@@ -1,6 +1,4 @@
-"""Results as rows, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, and as a
-table.
-"""
+"""Results as rows, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, and as a table."""
 
 import csv
 import io
@@ -41,14 +39,9 @@ def render(rows: list[Row], form: str) -> str:
 
 
 def line_of(row: Row) -> tuple[str, ...]:
-    """What one line of the table is about: data set, evaluation with its setting, images."""
-    if row["eval"] == "apgd":
-        radius = f"{row['eps'] * 255:g}/255" if row["norm"] == "linf" else f"{row['eps']:g}"
-        setting = f"{row['norm']} {radius}"
-    else:
-        setting = row.get("setting", "")
-    notes = row.get("mismatch") or ""
-    return row["dataset"], f"{row['eval']} {setting}".strip(), str(row["num_samples"]), notes
+    """What one line of the table is about: data set, evaluation with its setting, images, notes."""
+    what = f"{row['eval']} {row.get('setting', '')}".strip()
+    return row["dataset"], what, str(row["num_samples"]), row.get("mismatch", "")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -59,10 +52,7 @@ def markdown(rows: list[Row]) -> str:
     many = len({name for name, _ in columns}) > 1
     cells: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in rows:
-        value = "" if row["value"] is None else f"{row['value']:.4g}"
-        if row["value"] is not None and short(row) in ("top-1", "top-5"):
-            value = f"{row['value']:.2f}"
-        cells.setdefault(line_of(row), {})[name_of(row), short(row)] = value
+        cells.setdefault(line_of(row), {})[name_of(row), short(row)] = _shown(row)
     head = ["data set", "evaluation", *(f"{m} ({n})" if many else m for n, m in columns), "n", "note"]
     lines = [head, ["---"] * len(head)]
     for (data, what, count, note), found in cells.items():
@@ -76,9 +66,14 @@ def name_of(row: Row) -> str:
 
 def short(row: Row) -> str:
     """The table's column for a metric."""
-    names = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1"}
     if row["eval"] in ("sharpness", "feature_rank", "norm_params"):
         return "value"
-    if row["eval"] == "apgd" and row["metric"] != "robust_top1":
-        return str(row["metric"]).removeprefix("robust_top1_")
-    return names.get(str(row["metric"]), str(row["metric"]))
+    metric = str(row["metric"])
+    names = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1"}
+    return names.get(metric, metric.removeprefix("robust_top1_"))
+
+
+def _shown(row: Row) -> str:
+    if row["value"] is None:
+        return ""
+    return f"{row['value']:.2f}" if short(row) in ("top-1", "top-5") else f"{row['value']:.4g}"

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.attacks import full_precision
+from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating, full_precision, predict
+from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
 
 # (eps, want gradient) -> loss [], gradients
 Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
+_FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
 P = {"l2": 2.0, "linf": math.inf}
 
 
@@ -61,16 +63,10 @@ class Measure:
         except ValueError:
             radii = []
         if form is None or not radii or min(radii) <= 0:
-            raise UserError(
-                f"sharpness measure {text!r}: write worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]"
-                "@RHO[,RHO...] with positive radii"
-            )
+            raise UserError(f"sharpness measure {text!r}: write {_FORM} with positive radii")
         words = form[3].split("-")
-        steps = [int(word.removesuffix("step")) for word in words if word.endswith("step")]
-        return [
-            cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps[0] if steps else 20)
-            for rho in radii
-        ]
+        steps = next((int(word.removesuffix("step")) for word in words if word.endswith("step")), 20)
+        return [cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps) for rho in radii]
 
     def __str__(self) -> str:
         flags = [word for word, on in (("adaptive", self.adaptive), ("logitnorm", self.logit_norm)) if on]
@@ -118,29 +114,29 @@ def _mix(a: float, x: list[Tensor], b: float, y: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_add(torch._foreach_mul(x, a), y, alpha=b))
 
 
-def _ascent(delta: list[Tensor], grads: list[Tensor], t: list[Tensor], size: float, p: float) -> list[Tensor]:
+def _ascent(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, p: float) -> list[Tensor]:
     """delta + size T sign(g) (p = inf) or delta + size T^2 g / ||T g|| (p = 2), not yet projected."""
     if p == math.inf:
-        direction = [a * g.sign() for a, g in zip(t, grads, strict=True)]
+        direction = [a * g.sign() for a, g in zip(scales, grads, strict=True)]
     else:
-        scaled = [a * g for a, g in zip(t, grads, strict=True)]
+        scaled = [a * g for a, g in zip(scales, grads, strict=True)]
         norm = global_norm(scaled)
-        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(t, scaled, strict=True)]
+        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(scales, scaled, strict=True)]
     return _mix(1.0, delta, size, direction)
 
 
-def worst_autopgd(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
+def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
     """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
     p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = best_delta = [torch.zeros_like(a) for a in t]
+    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
     start, grads = loss_of(delta, True)
     best, best_grads, before = start, grads, start
     step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checkpoints(steps))
     for i in range(steps):
-        z = project(_ascent(delta, grads, t, float(step.size), p), t, rho, p)
+        z = project(_ascent(delta, grads, scales, float(step.size), p), scales, rho, p)
         momentum = 0.75 if i else 1.0
         moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
-        previous, delta = delta, project(moved, t, rho, p)
+        previous, delta = delta, project(moved, scales, rho, p)
         loss, grads = loss_of(delta, i + 1 < steps)
         improved, before = loss > before, loss
         if loss > best:
@@ -160,15 +156,15 @@ def reference_checkpoints(n_iter: int) -> dict[int, int]:
     return {end: end - before for before, end in itertools.pairwise(ends)}
 
 
-def project_euclidean(delta: list[Tensor], t: list[Tensor], rho: float) -> list[Tensor]:
+def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> list[Tensor]:
     """Nearest point of the ellipsoid ||T^-1 delta||_2 <= rho: delta / (1 + lam / T^2), lam by bisection."""
-    inside = [torch.where(a > 0, d, 0) for d, a in zip(delta, t, strict=True)]
+    inside = [torch.where(a > 0, d, 0) for d, a in zip(delta, scales, strict=True)]
 
     def shrunk(lam: float) -> list[Tensor]:
-        return [d * a.square() / (a.square() + lam) if lam else d for d, a in zip(inside, t, strict=True)]
+        return [d * a.square() / (a.square() + lam) if lam else d for d, a in zip(inside, scales, strict=True)]
 
     def radius(point: list[Tensor]) -> float:
-        return float(global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(point, t, strict=True)]))
+        return float(global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(point, scales, strict=True)]))
 
     if radius(inside) <= rho:
         return inside
@@ -181,21 +177,21 @@ def project_euclidean(delta: list[Tensor], t: list[Tensor], rho: float) -> list[
     return shrunk(high)
 
 
-def worst_reference(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
+def worst_reference(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
     """The same maximum as the public sharpness code searches it: see the top of this file."""
     p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = [torch.zeros_like(a) for a in t]
+    delta = previous = [torch.zeros_like(a) for a in scales]
     start, grads = loss_of(delta, True)
     best, best_grads = start, grads
     step = StepSize(start.new_full((1,), 2 * rho), best.view(1), reference_checkpoints(steps), strict=True)
     for i in range(steps):
         size = float(step.size)
         if p == math.inf:
-            z = project(_ascent(delta, grads, t, size, p), t, rho, p)
+            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
         else:
-            along = torch._foreach_div([a * g for a, g in zip(t, grads, strict=True)], global_norm(grads) + 1e-12)
+            along = torch._foreach_div([a * g for a, g in zip(scales, grads, strict=True)], global_norm(grads) + 1e-12)
             moved = _mix(1.0, delta, size, list(along))
-            z = project_euclidean(moved, t, rho) if measure.adaptive else project(moved, t, rho, p)
+            z = project_euclidean(moved, scales, rho) if measure.adaptive else project(moved, scales, rho, p)
         previous, delta = delta, _mix(0.75, z, 0.25, previous)
         loss, grads = loss_of(delta, i + 1 < steps)
         improved = loss > best
@@ -207,16 +203,16 @@ def worst_reference(loss_of: Loss, t: list[Tensor], measure: Measure) -> float:
     return float(best.double() - start.double())
 
 
-def average_case(loss_of: Loss, t: list[Tensor], measure: Measure, seed: int) -> float:
+def average_case(loss_of: Loss, scales: list[Tensor], measure: Measure, seed: int) -> float:
     """Mean of L(w + rho T n) - L(w) over ``measure.steps`` draws of n."""
-    generator = torch.Generator(t[0].device).manual_seed(seed)
-    start, _ = loss_of([torch.zeros_like(a) for a in t], False)
+    generator = torch.Generator(scales[0].device).manual_seed(seed)
+    start, _ = loss_of([torch.zeros_like(a) for a in scales], False)
     total = 0.0
     for _ in range(measure.steps):
-        draws = [torch.empty_like(a) for a in t]
+        draws = [torch.empty_like(a) for a in scales]
         for draw in draws:
             _ = draw.normal_(generator=generator) if measure.norm == "l2" else draw.uniform_(-1, 1, generator=generator)
-        loss, _ = loss_of([measure.rho * a * n for a, n in zip(t, draws, strict=True)], False)
+        loss, _ = loss_of([measure.rho * a * n for a, n in zip(scales, draws, strict=True)], False)
         total += float(loss.double() - start.double())
     return total / measure.steps
 
@@ -226,33 +222,23 @@ def batch_sharpness(
 ) -> float:
     """Sharpness on one batch of m images. The model is left bit for bit as it was, also after an exception."""
     parameters: list[Tensor] = list(model.parameters())
-    with full_precision(), restored(parameters) as weights:
-        t = [w.abs() if measure.adaptive else torch.ones_like(w) for w in weights]
+    with full_precision(), evaluating(model, gradients=True), restored(parameters) as weights:
 
         def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, torch._foreach_add(weights, delta))
             with torch.set_grad_enabled(want_grad):
-                out = model(images)
-                out = out[0] if isinstance(out, (tuple, list)) else out
+                out = predict(model, images)
                 loss = F.cross_entropy(normalized_logits(out) if measure.logit_norm else out, label)
             if not want_grad:
                 return loss.detach(), []
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             return loss.detach(), list(grads)
 
-        frozen = [p for p in parameters if not p.requires_grad]
-        wanted = [p.requires_grad_() for p in parameters]
-        was_training = model.training
-        model.eval()
-        try:
-            if measure.kind == "average":
-                return average_case(loss_of, t, measure, seed)
-            return (worst_reference if mode == "reference" else worst_autopgd)(loss_of, t, measure)
-        finally:
-            model.train(was_training)
-            for p in frozen:
-                p.requires_grad_(False)
+        scales = [w.abs() if measure.adaptive else torch.ones_like(w) for w in weights]
+        if measure.kind == "average":
+            return average_case(loss_of, scales, measure, seed)
+        return (worst_reference if mode == "reference" else worst_autopgd)(loss_of, scales, measure)
 
 
 def sharpness(
@@ -261,7 +247,7 @@ def sharpness(
     count: int,
     measures: list[Measure],
     *,
-    device: torch.device | str,
+    device: Device,
     mode: str = "reference",
     seed: int = 0,
 ) -> dict[Measure, Tensor]:
@@ -276,3 +262,24 @@ def sharpness(
         for measure in measures:
             values[measure][number] = batch_sharpness(model, images, label, measure, mode, seed * 1_000_003 + number)
     return values
+
+
+def rows(target: Target, entry: Entry) -> list[Row]:
+    """Mean sharpness over batches of m training images, for every measure asked for."""
+    config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
+    measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
+    images = entry.open(target, split)
+    chosen = choose(len(images), config.sharpness_samples, config.seed)
+    count = len(chosen) // size
+    if not count:
+        raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
+    n, mode = count * size, config.sharpness_mode
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
+    chosen = [chosen[i] for i in order]  # sets lie sorted by class; a batch should not hold one class
+    parts = ((number, x, y) for number, _, x, y in batches(target, images, chosen, size, bar=f"sharpness {entry.name}"))
+    values = sharpness(target.model, parts, count, measures, device=target.device, mode=mode, seed=config.seed)
+    found: list[Row] = []
+    for measure, part in values.items():
+        about = {"setting": f"{measure} {mode}", "rho": measure.rho, "m": size, "split": split}
+        found.append({"metric": "sharpness", "value": float(target.total(part).mean()), "num_samples": n, **about})
+    return found

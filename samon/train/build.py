@@ -67,10 +67,13 @@ def nothing(*_: Any) -> None:
 
 @dataclass
 class Hooks:
-    """Where tests and benchmarks look in: the run when it is built, each batch as the model sees it, each update."""
+    """Where tests and benchmarks look in: the run when it is built, each epoch's begin, each batch as the model sees
+    it, each update, and the begin of a validation."""
 
     built: Callable[["Run"], None] = nothing
     batch: Callable[[Tensor, Tensor], None] = nothing
+    begun: Callable[["Run", Progress], None] = nothing
+    validating: Callable[["Run", Progress], None] = nothing
     updated: Callable[["Run", Progress, bool], None] = nothing  # the last: whether it was a two-pass update
 
 

@@ -78,6 +78,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
 
 def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
+    run.hooks.begun(run, progress)
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
     report.begin_epoch(progress, run.updates_per_epoch)
@@ -314,6 +315,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     """
     if run.eval_loader is None:
         return None
+    run.hooks.validating(run, progress)
     control, model = keeper.control, run.model
     if run.ema is not None and not run.config.model_ema_force_cpu:
         model = run.ema.module

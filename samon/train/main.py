@@ -4,6 +4,7 @@ from typing import Any
 
 from timm.utils import random_seed
 
+from samon.data.sources import check_name
 from samon.session.checkpoint import Checkpoints, Progress
 from samon.session.world import World, processes
 from samon.settings.config import Config, dump, parse
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> dict[str,
     if config.print_config:
         print(dump(config), end="")
         return {}
+    check_name(config.dataset, config.data_dir)
     with processes(config) as world:
         return train(config, world, hooks)
 

@@ -12,8 +12,8 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import pil_to_tensor
 
+from samon import rng
 from samon.data.decode import TensorJitter, choose_decoder, decode_pil, decode_tensor
-from samon.data.stream import seed_everything
 from samon.errors import UserError
 from tests import efficientnet_lite0
 
@@ -34,7 +34,7 @@ def both_paths(data, size, options, seed=0):
     results = []
     for decoder in ("pil", "torch"):
         decode, step = choose_decoder(decoder, transform, "RGB")
-        seed_everything(seed)
+        rng.seed(seed)
         results.append(torch.as_tensor(step(decode(data))).to(torch.int16))
     return results
 

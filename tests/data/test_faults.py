@@ -51,7 +51,6 @@ BAD = [
     ("cls", b"", LabelError, "is no integer"),
     ("cls", b"9" * 5000, LabelError, "is no integer"),
     ("cls", b"-1", LabelError, r"label -1 is not in 0\.\.7"),
-    ("cls", b"8", LabelError, r"label 8 is not in 0\.\.7"),
 ]
 
 
@@ -129,6 +128,22 @@ def test_too_many_bad_samples_stop_training(tmp_path):
         flat(make_loader(root))
     with pytest.raises(UserError, match="between 0 and 1"):
         make_loader(root, dataset={"max_bad_fraction": 2})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_outside_the_classes_is_no_bad_sample_but_a_wrong_setting(tmp_path, workers):
+    root = write_set(tmp_path / "set", [4, 4])
+    info = json.loads(Path(root, "_info.json").read_text())
+    Path(root, "_info.json").write_text(json.dumps(info | {"num_classes": None}))
+    loader = make_loader(root, workers=workers, dataset={"max_bad_fraction": 1, "num_classes": 7})
+    with pytest.raises(
+        DataError, match=r"s0007: label 7, but there are 7 classes.*--num-classes or give --class-map"
+    ) as caught:
+        flat(loader)
+    assert not isinstance(caught.value, SampleError)
+    assert loader.bad_samples == 0
+    with pytest.raises(UserError, match="has 8 classes, the model 7; use --num-classes 8"):
+        make_loader(write_set(tmp_path / "told", [8]), dataset={"num_classes": 7})
 
 
 def test_the_limit_holds_for_each_epoch_and_the_total_goes_on(tmp_path):

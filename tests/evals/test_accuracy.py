@@ -36,7 +36,7 @@ def test_figures_equal_their_definition_and_the_mode_is_put_back():
 def test_restricted_predictions_use_timms_convention():
     columns = [1, 4, 6, 8]
     target = torch.arange(37) % 4  # positions among the columns
-    found = accuracy(Table(), loader(target=target), device="cpu", valid_labels=columns)
+    found = score(Table(), loader(target=target), {"kept": (columns, None)}, device="cpu")["kept"]
     kept = LOGITS[:, columns]
     assert found["top1"] == pytest.approx(100 * (kept.argmax(1) == target).double().mean().item())
     assert found["top5"] == 100  # of four columns
@@ -48,7 +48,7 @@ def test_label_sets_count_any_of_them_and_leave_out_rows_without_labels():
     sets[0, [2, 5]] = True
     sets[1, 7] = True  # row 2 has no label
     target = torch.arange(37) % 3
-    found = accuracy(Table(), loader(target=target), device="cpu", label_sets=sets)
+    found = score(Table(), loader(target=target), {"sets": (None, sets)}, device="cpu")["sets"]
     counted = target < 2
     right = sets[target].gather(1, LOGITS.argmax(1, keepdim=True))[:, 0]
     probability = (LOGITS.softmax(1) * sets[target]).sum(1)

@@ -1,25 +1,38 @@
 """The attacks against the original authors' implementation, and what surrounds them."""
 
-import numpy as np
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
+from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.attacks import ROBUST, Normalized, Threat, attack, project, robust_outcomes, seeded_noise, summarize
-from samon.evals.shifts import from_shards
+from samon.evals.attacks import (
+    ROBUST,
+    Normalized,
+    Threat,
+    apgd,
+    attack,
+    project,
+    robust_outcomes,
+    seeded_noise,
+    summarize,
+    threats,
+)
+from samon.evals.entry import EvalImages
 
 
 @pytest.fixture(scope="module")
 def trained():
     """(a small network that has learnt Fashion-MNIST, 24 of its images, their labels)."""
     torch.manual_seed(0)
-    images = from_shards("data/fashion-mnist", "validation")
-    items = [images[i] for i in range(600)]
-    x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in items])
-    x, y = x.contiguous().float() / 255, torch.tensor([label for _, label in items])
+    source = open_source("wds/fashion-mnist", "data/fashion-mnist", "validation")
+    images, labels = zip(*EvalImages(source).__getitems__(list(range(600))), strict=True)
+    x, y = torch.stack([to_tensor(image) for image in images]), torch.tensor(labels)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1),
         nn.BatchNorm2d(8),
@@ -70,8 +83,6 @@ def test_same_points_are_robust_as_by_the_authors_code(trained, norm, eps):
 
 
 def test_fooling_images_lie_in_the_ball_and_fool(trained):
-    from samon.evals.attacks import apgd
-
     net, x, y = trained
     for norm, eps in (("l2", 0.5), ("linf", 4 / 255)):
 
@@ -114,8 +125,24 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
     finally:
         net[6].bias.data[0] -= 1
     assert len(list(tmp_path.glob("*.npy"))) == 5
-    counts = summarize(whole)
-    assert counts["clean"] >= counts["robust_apgd-ce"] >= counts["robust_apgd-t"]
+
+
+def test_counts_are_of_images_that_are_still_robust():
+    outcome = torch.tensor([-1, 0, 0, 1, ROBUST, ROBUST, ROBUST])
+    assert summarize(outcome) == {"clean": 6, "robust_apgd-ce": 4, "robust_apgd-t": 3, "num_samples": 7}
+
+
+def test_plain_radii_are_for_l2_where_fractions_are_mixed_in():
+    budget = {"apgd_iters": 5, "apgd_targets": 2, "apgd_restarts": 1, "seed": 3}
+
+    def balls(norm, eps):
+        return [(t.norm, t.eps) for t in threats(argparse.Namespace(norm=norm, eps=eps, **budget))]
+
+    assert balls("l2,linf", "0.5, 1/255") == [("l2", 0.5), ("linf", 1 / 255)]
+    assert balls("l2,Linf", "0.5,0.25") == [("l2", 0.5), ("l2", 0.25), ("linf", 0.5), ("linf", 0.25)]
+    for wrong in ("0", "-1", "nan", "inf", "1/0", "a/255"):
+        with pytest.raises(UserError, match="write positive numbers"):
+            balls("l2", wrong)
 
 
 def test_a_model_with_three_classes_is_refused():

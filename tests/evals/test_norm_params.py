@@ -26,7 +26,7 @@ def test_every_normalization_layer_is_found_by_type_in_order_of_depth():
 
 def test_rows_hold_the_statistics():
     model = resnet()
-    rows = norm_params.rows(norm_params.values(model))
+    rows = norm_params.described(norm_params.values(model))
     everything = torch.cat([m.weight.detach() for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
 
     def value(metric, layer="all"):

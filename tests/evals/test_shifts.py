@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from samon.errors import UserError
-from samon.evals import shifts as suites
-from samon.evals.run import Entry, Target, accuracy_rows
+from samon.evals import accuracy, shifts
+from samon.evals.entry import Entry, Target
 
-SYNSETS = suites._timm_lines("imagenet_synsets.txt")
+SYNSETS = shifts._timm_lines("imagenet_synsets.txt")
 DATA_CONFIG = {
     "input_size": (3, 8, 8),
     "mean": (0.0, 0.0, 0.0),
@@ -68,7 +68,7 @@ def write(root, folders, border=None):
     return root
 
 
-def measure(kind, root, model=None, dataset="", split="", **changes):
+def measure(kind, root, model=None, dataset="", split="", first=None, **changes):
     """{reading of the labels: {metric: row}}."""
     settings = {
         "num_samples": None,
@@ -90,13 +90,11 @@ def measure(kind, root, model=None, dataset="", split="", **changes):
         "dataset_download": False,
         "dataset_trust_remote_code": False,
         "input_img_mode": None,
-        "in_chans": 3,
-        "num_classes": 1000,
     }
-    args = argparse.Namespace(**settings | changes)
-    target = Target(args, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
+    config = argparse.Namespace(**settings | changes)
+    target = Target(config, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
     found = {}
-    for row in accuracy_rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind)):
+    for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind, first)):
         found.setdefault(row.get("setting", ""), {})[row["metric"]] = row
     return found
 
@@ -123,7 +121,7 @@ def test_v2_with_other_folders_is_an_error_or_a_mismatch(tmp_path):
 
 @pytest.mark.parametrize("letter", ["r", "a"])
 def test_r_and_a_are_read_by_synset_among_their_200_classes(tmp_path, letter):
-    inside = suites.subset_indices(letter)
+    inside = shifts.subset_indices(letter)
     outside = min(set(range(1000)) - set(inside))
     root = write(tmp_path, {SYNSETS[i]: [i] for i in inside})
     found = measure(f"imagenet-{letter}", root, Reader(favourite=outside))
@@ -136,7 +134,7 @@ def test_r_and_a_are_read_by_synset_among_their_200_classes(tmp_path, letter):
 
 
 def test_imagenet_is_also_read_on_the_clean_subsets(tmp_path):
-    a, r = suites.subset_indices("a"), suites.subset_indices("r")
+    a, r = shifts.subset_indices("a"), shifts.subset_indices("r")
     only_a, only_r = min(set(a) - set(r)), min(set(r) - set(a))
     neither = min(set(range(1000)) - set(a) - set(r))
     root = write(tmp_path / "validation", {SYNSETS[i]: [i, i] for i in (only_a, only_r, neither)})
@@ -158,7 +156,7 @@ def test_sketch_goes_by_synset(tmp_path):
 
 
 def test_objectnet_cuts_the_border_and_knows_both_conventions(tmp_path):
-    classes = suites.objectnet_classes()
+    classes = shifts.objectnet_classes()
     assert len(classes) == 113
     assert sum(len(indices) > 1 for indices in classes.values()) == 9
     folders = dict(classes)  # one image for each right index
@@ -178,7 +176,7 @@ def test_objectnet_cuts_the_border_and_knows_both_conventions(tmp_path):
 
 
 def test_real_labels_go_by_file_name(tmp_path):
-    labels = suites.real_labels()
+    labels = shifts.real_labels()
     several = int((labels.sum(1) > 1).nonzero()[0])
     none = int((labels.sum(1) == 0).nonzero()[0])
     single = int((labels.sum(1) == 1).nonzero()[0])
@@ -221,7 +219,7 @@ def test_shards_go_by_the_class_names_of_their_info_file(tmp_path):
 
 
 def test_real_labels_of_shards_go_by_key(tmp_path):
-    labels = suites.real_labels()
+    labels = shifts.real_labels()
     answer = int(labels[6].nonzero()[0])
     pack(tmp_path, [("ILSVRC2012_val_00000007", answer, 0)], None)
     row = measure("imagenet-real", tmp_path, dataset="wds", split="val")["1000 classes"]["top1"]
@@ -237,19 +235,26 @@ def test_plain_set_with_valid_labels(tmp_path):
         measure("", tmp_path / "elsewhere")
 
 
-def test_a_damaged_image_stops_the_evaluation(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_stops_the_evaluation(tmp_path, workers):
     root = write(tmp_path, {SYNSETS[0]: [0]})
     (root / SYNSETS[0] / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"1\.png.*evaluation skips nothing"):
-        measure("imagenet-sketch", root)
+    with pytest.raises(UserError) as caught:
+        measure("imagenet-sketch", root, workers=workers)
+    where = root / SYNSETS[0] / "1.png"
+    said = "not an image: 8 bytes starting b'no image'; repair the data set, evaluation skips nothing"
+    assert str(caught.value) == f"{where}: {said}"
 
 
-def test_subsets_and_shares():
-    chosen = suites.choose(1000, 100, seed=3)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == 100
-    assert chosen == suites.choose(1000, 100, seed=3) != suites.choose(1000, 100, seed=4)
-    assert suites.choose(5, 100, seed=3) == suites.choose(5, None, seed=3) == [0, 1, 2, 3, 4]
-    parts = [suites.share(chosen, 8, rank, 3) for rank in range(3)]
-    assert sorted(parts[0] + parts[1] + parts[2]) == chosen
-    assert parts[1][:8] == chosen[8:16]
+def test_a_sample_without_label_stops_the_evaluation(tmp_path):
+    pack(tmp_path, [("a", 0, 0), ("b", 1, "one")], ["0", "1"])
+    with pytest.raises(UserError, match=r"val\.tar b: .*'one'.*evaluation skips nothing"):
+        measure("imagenetv2-top-images", tmp_path, dataset="wds", split="val")
+
+
+def test_a_runs_own_validation_is_the_front_of_the_split(tmp_path):
+    pack(tmp_path, [(f"{k:02d}", k, 0 if k > 3 else k) for k in range(10)], None)  # the first five are right or 4
+    top1 = measure("", tmp_path, dataset="wds", split="val", first=5)[""]["top1"]
+    assert (top1["value"], top1["num_samples"]) == (80, 5)
+    assert measure("", tmp_path, dataset="wds", split="val", first=4)[""]["top1"]["value"] == 100
+    assert measure("", tmp_path, dataset="wds", split="val")[""]["top1"]["value"] == 40
