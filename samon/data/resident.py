@@ -172,25 +172,21 @@ def create_resident_loader(
     )
 
 
+# What is done image by image on the CPU and has no counterpart on the device: argument and flag.
+_BY_IMAGE = {"vflip": "vflip", "color_jitter": "color-jitter", "grayscale_prob": "grayscale-prob", "re_prob": "reprob"}
+_BY_IMAGE |= {"gaussian_blur_prob": "gaussian-blur-prob", "num_aug_splits": "aug-splits"}
+_BY_IMAGE |= {"num_aug_repeats": "aug-repeats", "size_schedule": "train-img-sizes"}
+
+
 def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
-    """Say which flag asks for what is done image by image on the CPU and has no counterpart on the device."""
+    """Say which flag asks for what cannot be done on the device."""
     if crop_mode != "pad" and not no_aug:
         raise UserError("--data-resident needs --train-crop-mode pad (or --no-aug)")
     if policy not in (None, "", "cifar10"):
         raise UserError(f"--data-resident does not go with --aa {policy}; use --aa cifar10 or none")
     if rest.get("collate_fn") is not None:
         raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
-    flags = {
-        "vflip": "--vflip",
-        "color_jitter": "--color-jitter",
-        "grayscale_prob": "--grayscale-prob",
-        "gaussian_blur_prob": "--gaussian-blur-prob",
-        "re_prob": "--reprob",
-        "num_aug_splits": "--aug-splits",
-        "num_aug_repeats": "--aug-repeats",
-        "size_schedule": "--train-img-sizes",
-    }
-    for key, flag in flags.items():
+    for key, flag in _BY_IMAGE.items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
         if rest.get(key) and not no_aug and not jitter_is_off:
-            raise UserError(f"--data-resident does not go with {flag}; leave it out or set it to 0")
+            raise UserError(f"--data-resident does not go with --{flag}; leave it out or set it to 0")

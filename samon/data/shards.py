@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import tarfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -52,15 +51,10 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
         if urls.is_local(url) and not os.path.isfile(url):
             continue
         try:
-
-            def read(url: str = url) -> bytes:
-                with urls.open_url(url) as file:
-                    return file.read(MAX_BYTES)
-
-            info = json.loads(urls.with_retries(read, url))
+            info = json.loads(urls.read_url(url, MAX_BYTES))
+        except DataError:
+            raise
         except ValueError as error:
-            if isinstance(error, DataError):
-                raise
             raise UserError(f"{url}: not JSON: {error}") from error
         if not isinstance(info, dict):
             raise UserError(f"{url}: holds no JSON object; write it with tools/make_shards.py")
@@ -200,27 +194,23 @@ class ShardReader:
         Raises:
             DataError: the shard holds more samples than ``length``.
         """
-        attempts = 1 if urls.is_local(url) else urls.ATTEMPTS
-        done, fault = 0, ""
-        for attempt in range(attempts):
-            if attempt:
-                _logger.warning("%s: %s; trying again in %d s", url, fault, 2 ** (attempt - 1))
-                time.sleep(2 ** (attempt - 1))
-                if self.cache:
-                    self.cache.forget(url)
+        done, faults = 0, [""]
+        for attempt in urls.attempts(url, faults):
+            if attempt and self.cache:
+                self.cache.forget(url)
             try:
                 for item in self._scan(url, length, wanted[done:]):
                     yield item
                     done += 1
-                fault = f"ends before sample {length}"
+                faults.append(f"ends before sample {length}")
             except DataError:
                 raise
             except Exception as error:  # a damaged archive can make tarfile and the decompressors raise anything
-                fault = f"{type(error).__name__}: {error}"
+                faults.append(f"{type(error).__name__}: {error}")
             if done == len(wanted):
                 return
         for position in wanted[done:]:
-            yield position, ShardError(f"{url}: {fault}; sample {position} of {length} cannot be read")
+            yield position, ShardError(f"{url}: {faults[-1]}; sample {position} of {length} cannot be read")
 
     def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
         if not wanted:

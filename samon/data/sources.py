@@ -160,7 +160,10 @@ def _open_folder(request: Request) -> Source:
 
 
 def _open_arrays(request: Request) -> Source:
-    return PairSource(ArrayDataset(*read_npz(request.name, request.root, request.split)))
+    images, labels = read_npz(request.name, request.root, request.split)
+    source = PairSource(ArrayDataset(images, labels))
+    source.num_classes = int(labels.max(initial=-1)) + 1
+    return source
 
 
 def _open_torch(request: Request) -> Source:
