@@ -42,10 +42,8 @@ class ResidentLoader:
         img_dtype: torch.dtype = torch.float32,
     ) -> None:
         if is_training and len(images) < batch_size * world_size:
-            raise UserError(
-                f"{len(images)} training samples do not fill one batch of {batch_size} on each of {world_size} "
-                "processes; lower --batch-size"
-            )
+            what = f"one batch of {batch_size} on each of {world_size} processes"
+            raise UserError(f"{len(images)} training samples do not fill {what}; lower --batch-size")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.is_training, self.augment, self.seed = is_training, augment, seed
         self.rank, self.world_size, self.img_dtype = rank, world_size, img_dtype
@@ -152,24 +150,14 @@ def create_resident_loader(
         refuse(train_crop_mode, no_aug, auto_augment, rest)
         augment = None if no_aug else Augment(size[1:], hflip, policy=auto_augment == "cifar10")
     elif (crop_pct or 1.0) != 1.0 or crop_mode not in (None, "center"):
-        transform = timm.data.create_transform(
-            size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, use_prefetcher=True
-        )
+        crop: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+        transform = timm.data.create_transform(size, use_prefetcher=True, **crop)
     images, labels = read_all(dataset, size, transform)
     grouped = dist.is_available() and dist.is_initialized()
-    return ResidentLoader(
-        images.to(device),
-        labels.to(device),
-        batch_size,
-        is_training=is_training,
-        mean=mean,
-        std=std,
-        augment=augment,
-        seed=dataset.seed,
-        img_dtype=img_dtype,
-        rank=dist.get_rank() if grouped else 0,
-        world_size=dist.get_world_size() if grouped else 1,
-    )
+    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if grouped else {}
+    look: dict[str, Any] = {"mean": mean, "std": std, "augment": augment, "img_dtype": img_dtype, **ranks}
+    images, labels = images.to(device), labels.to(device)
+    return ResidentLoader(images, labels, batch_size, is_training=is_training, seed=dataset.seed, **look)
 
 
 # What is done image by image on the CPU and has no counterpart on the device: argument and flag.

@@ -83,10 +83,8 @@ class SampleStream(IterableDataset):
         """
         needed = self.batch_size * self.world_size
         if self.is_training and self.size < needed:
-            raise UserError(
-                f"{self.size} training samples do not fill one batch of {self.batch_size} on each of "
-                f"{self.world_size} processes; lower --batch-size"
-            )
+            what = f"one batch of {self.batch_size} on each of {self.world_size} processes"
+            raise UserError(f"{self.size} training samples do not fill {what}; lower --batch-size")
         if self.size < 1:
             raise UserError("the split has no samples")
 
@@ -166,10 +164,8 @@ class SampleStream(IterableDataset):
         if label < 0:
             raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 1) - 1}")
         if self.num_classes and label >= self.num_classes:  # not one sample's fault: the settings do not fit the data
-            raise DataError(
-                f"{record.where}: label {label}, but there are {self.num_classes} classes (0..{self.num_classes - 1}); "
-                "raise --num-classes or give --class-map"
-            )
+            there = f"there are {self.num_classes} classes (0..{self.num_classes - 1})"
+            raise DataError(f"{record.where}: label {label}, but {there}; raise --num-classes or give --class-map")
         return label
 
 
@@ -204,11 +200,10 @@ class ShardStream(SampleStream):
         readers, shards = self.world_size * self.num_workers, sum(n > 0 for n in self.shards.lengths)
         if self.is_training and shards < readers and not self.sample_split:
             fewer = shards // self.world_size
-            raise UserError(
-                f"{shards} shards, but {self.world_size} processes x {self.num_workers} workers = {readers} readers; "
-                + (f"use --workers {fewer}, " if fewer else "")
-                + "write more shards (tools/make_shards.py --samples-per-shard), or share them with --sample-split"
-            )
+            have = f"{self.world_size} processes x {self.num_workers} workers = {readers} readers"
+            do = (f"use --workers {fewer}, " if fewer else "") + "write more shards (tools/make_shards.py"
+            do += " --samples-per-shard), or share them with --sample-split"
+            raise UserError(f"{shards} shards, but {have}; {do}")
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
