@@ -191,10 +191,7 @@ def verify(args: argparse.Namespace) -> None:
         for name, entry in entries.items():
             shards = load_split(str(args.output), name)
             sums = entry.get("sha256") or [None] * len(shards.urls)
-            tasks = [
-                (url, length, digest, shards.num_classes)
-                for url, length, digest in zip(shards.urls, shards.lengths, sums, strict=True)
-            ]
+            tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
             good = 0
             for decoded, found in tqdm(pool.map(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
                 good += decoded

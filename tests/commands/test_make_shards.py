@@ -232,7 +232,7 @@ def test_cifar_arrays(tmp_path):
         }
         assert found == {x.tobytes(): int(y) for x, y in zip(arrays[f"x_{part}"], arrays[f"y_{part}"], strict=True)}
     np.savez(tmp_path / "cifar10.npz", x_train=arrays["x_train"])
-    assert "lacks x_test, y_test, y_train" in pack(*source, "--output", tmp_path / "other")
+    assert "holds no y_train; it needs x_train, y_train, x_test" in pack(*source, "--output", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
