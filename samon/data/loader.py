@@ -85,7 +85,7 @@ def create_dataset(
     stream: SampleStream
     if isinstance(source, ShardSource):
         common |= {"buffer": shuffle_buffer, "sample_split": sample_split}
-        stream = ShardStream(source.shards, source.reader, size, **common)
+        stream = ShardStream(source, size, **common)
     else:
         stream = IndexedStream(source, size, **common)
     stream.image_mode = input_img_mode

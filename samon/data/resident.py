@@ -97,7 +97,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         transform: PIL image -> uint8 array [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
-    pairs = getattr(getattr(stream, "source", None), "pairs", None)
+    pairs = getattr(stream.source, "pairs", None)
     arrays = getattr(pairs, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
     if transform is None and isinstance(arrays, np.ndarray) and arrays.shape[1:] == (height, width, channels):
         labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]

@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samon import rng
 from samon.data import plan
 from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
-from samon.data.shards import Record, ShardReader, ShardSet
+from samon.data.shards import Record
 from samon.data.sizes import SizedTransform
-from samon.data.sources import Source
+from samon.data.sources import ShardSource, Source
 from samon.errors import UserError
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
@@ -47,11 +47,13 @@ class SampleStream(IterableDataset):
     """What shards and indexed data sets share: the epoch's arithmetic, decoding, labels, faults and resuming.
 
     Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
+    ``size`` is the samples per epoch over all ranks; more than the source holds means further passes over it.
     ``transform``, ``decode`` and ``collate`` are set by `samon.data.create_loader`.
     """
 
     def __init__(
         self,
+        source: Source,
         size: int,
         *,
         is_training: bool,
@@ -63,7 +65,7 @@ class SampleStream(IterableDataset):
         max_bad_fraction: float = 0.001,
     ) -> None:
         super().__init__()
-        self.size = size  # samples per epoch over all ranks
+        self.source, self.size = source, size
         self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, 1
         self.num_classes = num_classes
@@ -173,26 +175,16 @@ class ShardStream(SampleStream):
     """Samples of WebDataset shards, each shard read from its beginning to its end.
 
     Args:
-        shards: the split.
-        reader: how to read it.
-        size: samples per epoch; more than the split holds means further passes over it.
         buffer: samples held, still encoded, for shuffling (at 110 kB each, 2,048 take 225 MB per worker).
         sample_split: allow fewer shards than readers, which then share them sample by sample.
-        **common: see `SampleStream`.
+        source, size, **common: see `SampleStream`.
     """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        reader: ShardReader,
-        size: int,
-        *,
-        buffer: int = 2048,
-        sample_split: bool = False,
-        **common: Any,
+        self, source: ShardSource, size: int, *, buffer: int = 2048, sample_split: bool = False, **common: Any
     ) -> None:
-        super().__init__(size, **common)
-        self.shards, self.reader, self.buffer, self.sample_split = shards, reader, buffer, sample_split
+        super().__init__(source, size, **common)
+        self.shards, self.reader, self.buffer, self.sample_split = source.shards, source.reader, buffer, sample_split
 
     def check(self) -> None:
         """Also refuse fewer shards than training readers, unless samples may be split."""
@@ -239,8 +231,8 @@ class IndexedStream(SampleStream):
     """
 
     def __init__(self, source: Source, size: int, *, repeats: int = 1, **common: Any) -> None:
-        super().__init__(size, **common)
-        self.source, self.repeats, self.length = source, repeats, len(source)
+        super().__init__(source, size, **common)
+        self.repeats = repeats
 
     def _load(self, index: int) -> Record | SampleError:
         return self.source.read([index])[0]
@@ -264,8 +256,9 @@ class IndexedStream(SampleStream):
     def _order(self, epoch: int) -> np.ndarray:
         """Indices in the epoch's order over all ranks, ``size`` of them; place p belongs to rank p % world."""
         order: list[int] = []
-        for turn in range(-(-self.size // (self.length * self.repeats))):
-            indices = list(range(self.length))
+        held = len(self.source)
+        for turn in range(-(-self.size // (held * self.repeats))):
+            indices = list(range(held))
             random.Random(f"samples {self.seed} {epoch} {turn}").shuffle(indices)
             order += [index for index in indices for _ in range(self.repeats)]
         return np.asarray(order[: self.size])

@@ -87,9 +87,7 @@ def init_he(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -138,11 +136,10 @@ def resnet(
         for _ in range(depth):
             downsample: nn.Module | None = None
             if step != 1 or inplanes != outplanes:
-                downsample = (
-                    PadShortcut(outplanes - inplanes, step)
-                    if shortcut == "A"
-                    else downsample_conv(inplanes, outplanes, 1, step)
-                )
+                if shortcut == "A":
+                    downsample = PadShortcut(outplanes - inplanes, step)
+                else:
+                    downsample = downsample_conv(inplanes, outplanes, 1, step)
             rate = drop_path_rate * index / max(1, sum(layers) - 1)  # deeper blocks are dropped more often
             path = DropPath(rate) if rate else None
             blocks.append(block(inplanes, planes, step, downsample, cardinality, base_width, drop_path=path))
@@ -254,31 +251,24 @@ _RESNET56 = partial(resnet, BasicBlock, (9, 9, 9), (16, 32, 64), 16, shortcut="A
 _RESNEXT29 = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
 _RESNET18 = partial(resnet, BasicBlock, (2, 2, 2, 2), _STAGES4, 64)
 _RESNET101 = partial(resnet, Bottleneck, (3, 4, 23, 3), _STAGES4, 64)
+_WRN28, _DENSENET100 = partial(wide_resnet, 28, 10), partial(densenet_bc, 100, 12)
+_VGG13, _VGG16, _VGG19 = (partial(vgg, depths) for depths in ((2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)))
 
-# fmt: off
 NETS = {
-    "resnet56_cifar": Row(_RESNET56, 4, {},
-        "ResNet-56 (He et al. 2016, section 4.2), 0.853 M; with `shortcut='B'` projections, 0.856 M."),
-    "resnext29_32x4d_cifar": Row(_RESNEXT29, 4, {},
-        "ResNeXt-29 (Xie et al. 2017, section 5.3) with cardinality 32 and width 4, 4.78 M."),
+    "resnet56_cifar": Row(_RESNET56, 4, {}, "ResNet-56 (He et al. 2016, 4.2), 0.853 M; shortcut='B': 0.856 M."),
+    "resnext29_32x4d_cifar": Row(_RESNEXT29, 4, {}, "ResNeXt-29, 32 x 4d (Xie et al. 2017, 5.3), 4.78 M."),
     "resnet18_cifar": Row(_RESNET18, 5, _POOL4, "ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."),
     "resnet101_cifar": Row(_RESNET101, 5, _POOL4, "ResNet-101 with a 3 x 3 stem and no max-pooling, 42.51 M."),
-    "wrn28_10_cifar": Row(partial(wide_resnet, 28, 10), 4, {},
-        "WideResNet-28-10 (Zagoruyko & Komodakis 2016), 36.48 M."),
-    "vgg13_bn_cifar": Row(partial(vgg, (2, 2, 2, 2, 2)), 5, _VGG,
-        "VGG-13 with batch norm and one linear layer, 9.42 M."),
-    "vgg16_bn_cifar": Row(partial(vgg, (2, 2, 3, 3, 3)), 5, _VGG,
-        "VGG-16 with batch norm and one linear layer, 14.73 M."),
-    "vgg19_bn_cifar": Row(partial(vgg, (2, 2, 4, 4, 4)), 5, _VGG,
-        "VGG-19 with batch norm and one linear layer, 20.04 M."),
-    "densenet100_cifar": Row(partial(densenet_bc, 100, 12), 4, {},
-        "DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M (without bottlenecks and compression 7.0 M)."),
-    "vit_tiny_cifar": Row(_vit(192, 3), 0, _VIT,
-        "ViT-T (width 192, 12 layers, 3 heads) on 4 x 4 patches of 32 px, 5.36 M; timm's initialisation."),
-    "vit_small_cifar": Row(_vit(384, 6), 0, _VIT,
-        "ViT-S (width 384, 12 layers, 6 heads) on 4 x 4 patches of 32 px, 21.34 M; timm's initialisation."),
+    "wrn28_10_cifar": Row(_WRN28, 4, {}, "WideResNet-28-10 (Zagoruyko & Komodakis 2016), 36.48 M."),
+    "vgg13_bn_cifar": Row(_VGG13, 5, _VGG, "VGG-13 with batch norm and one linear layer, 9.42 M."),
+    "vgg16_bn_cifar": Row(_VGG16, 5, _VGG, "VGG-16 with batch norm and one linear layer, 14.73 M."),
+    "vgg19_bn_cifar": Row(_VGG19, 5, _VGG, "VGG-19 with batch norm and one linear layer, 20.04 M."),
+    # Without bottlenecks and compression it would have 7.0 M.
+    "densenet100_cifar": Row(_DENSENET100, 4, {}, "DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M."),
+    # timm's initialisation; 12 layers.
+    "vit_tiny_cifar": Row(_vit(192, 3), 0, _VIT, "ViT-T (width 192, 3 heads), 4 x 4 patches of 32 px, 5.36 M."),
+    "vit_small_cifar": Row(_vit(384, 6), 0, _VIT, "ViT-S (width 384, 6 heads), 4 x 4 patches of 32 px, 21.34 M."),
 }
-# fmt: on
 default_cfgs = generate_default_cfgs({name: _CFG | row.cfg for name, row in NETS.items()})  # timm looks for this name
 
 
