@@ -9,10 +9,9 @@ machine hits both alike; then, in this process, each stage by itself.
 """
 
 import argparse
+import contextlib
 import io
 import logging
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from timm.data.readers.reader_wds import log_and_continue
 from timm.data.transforms_factory import create_transform
 from webdataset import DataPipeline, SimpleShardList, tarfile_to_samples
 
+from samon.commands import make_shards
 from samon.data import create_dataset, create_loader
 from samon.data.decode import choose_decoder, decode_pil, decode_tensor
 from samon.data.shards import ShardReader, load_split
@@ -70,18 +70,8 @@ def make_set(directory: Path, images: int) -> list[bytes]:
         path = directory / f"source/train/class{i % 8}/{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(some[i % len(some)])
-    subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).with_name("make_shards.py"),
-            "--source",
-            directory / "source",
-            "--output",
-            directory / "shards",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        make_shards.main(["--source", str(directory / "source"), "--output", str(directory / "shards")])
     return some
 
 
@@ -158,13 +148,13 @@ def stages(root: Path, some: list[bytes]) -> None:
     print(f"bound if all but decoding and reading were free: {theirs / (rows[0][2] + rows[1][2]):.2f}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make the set, time loaders and stages, print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

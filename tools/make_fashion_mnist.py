@@ -68,12 +68,12 @@ def make_split(source: Path, output: Path, split: str) -> dict:
     return {"name": split, "num_samples": len(samples), "filenames": filenames, "shard_lengths": lengths}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and write both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     splits = {split: make_split(args.source, args.output, split) for split in SPLITS}
     info = {"name": "fashion-mnist", "num_classes": len(CLASSES), "class_names": CLASSES, "splits": splits}

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
+from samon.data.arrays import read_npz
 from samon.errors import UserError
 from samon.evals.shifts import SETS, label_table
 
@@ -102,10 +102,8 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
     if not (deep >= 2 or first <= SPLITS) or args.split:
         return {args.split or "train": by_folder(found)}
     if deep == 1:
-        raise UserError(
-            f"--source {args.source}: images of a split lie in no class folder; for ImageNet's flat "
-            "validation images use --format imagenet --val-labels FILE"
-        )
+        flat = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
+        raise UserError(f"--source {args.source}: images of a split lie in no class folder; {flat}")
     groups = {name: by_folder([item for item in found if item.path.split("/")[0] == name]) for name in sorted(first)}
     names = sorted({name for group in groups.values() for name in group.class_names}, key=natural_key)
     index = {name: label for label, name in enumerate(names)}
@@ -133,10 +131,8 @@ def validation_synsets(path: Path) -> list[str]:
         try:
             from scipy.io import loadmat  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
-            raise UserError(
-                f"--val-labels {path}: reading the devkit needs scipy (pip install scipy); "
-                "a list of synsets needs nothing"
-            ) from None
+            needed = "reading the devkit needs scipy (pip install scipy); a list of synsets needs nothing"
+            raise UserError(f"--val-labels {path}: {needed}") from None
         meta = loadmat(path / "data" / "meta.mat", squeeze_me=True)["synsets"]
         synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
         numbers = (path / "data" / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
@@ -162,10 +158,8 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
     if validation:
         sorted_in = re.search(r"n\d{8}/[^/]*$", validation[0].path)
         if not sorted_in and args.val_labels is None:
-            raise UserError(
-                "the validation images are not in class folders; give their labels with --val-labels "
-                "(a list of synsets, LOC_val_solution.csv or the extracted devkit)"
-            )
+            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
+            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         if sorted_in:
             splits["validation"] = by_folder(validation)
         else:
@@ -175,9 +169,8 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
             number = [int(item.path[-13:-5]) for item in validation]
             if max(number) > len(synsets):
                 raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, image {max(number)} needs one")
-            splits["validation"] = Split(
-                [(item, index[synsets[n - 1]]) for item, n in zip(validation, number, strict=True)], names
-            )
+            labels = [index[synsets[n - 1]] for n in number]
+            splits["validation"] = Split(list(zip(validation, labels, strict=True)), names)
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     both = [split.class_names for split in splits.values()]
@@ -190,13 +183,7 @@ def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
     """CIFAR-10/100 from torchvision's directories or an `.npz` with x_train, y_train, x_test, y_test."""
     arrays: dict[str, tuple[Any, Any]] = {}
     if args.source.suffix == ".npz":
-        if not args.source.is_file():
-            raise UserError(f"--source {args.source}: no such file")
-        with np.load(args.source, allow_pickle=False) as data:
-            missing = {"x_train", "y_train", "x_test", "y_test"} - set(data)
-            if missing:
-                raise UserError(f"--source {args.source}: lacks {', '.join(sorted(missing))}")
-            arrays = {"train": (data["x_train"], data["y_train"]), "validation": (data["x_test"], data["y_test"])}
+        arrays = {split: read_npz(args.source.stem, str(args.source), split) for split in ("train", "validation")}
         names = [str(label) for label in range(int(arrays["train"][1].max()) + 1)]
     else:
         from torchvision.datasets import CIFAR10, CIFAR100
@@ -208,16 +195,11 @@ def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
             raise UserError(f"--source {args.source}: {error}") from error
         arrays = {split: (data.data, data.targets) for split, data in sets.items()}
         names = sets["train"].classes
-    return {
-        split: Split(
-            [
-                (Item(f"{split}-{i:05d}", array=image), int(label))
-                for i, (image, label) in enumerate(zip(*pair, strict=True))
-            ],
-            names,
-        )
-        for split, pair in arrays.items()
-    }
+    splits = {}
+    for split, pair in arrays.items():
+        pairs = enumerate(zip(*pair, strict=True))
+        splits[split] = Split([(Item(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs], names)
+    return splits
 
 
 def find_splits(args: argparse.Namespace) -> dict[str, Split]:

@@ -32,9 +32,11 @@ from samon.data.decode import decode_pil, open_image
 from samon.data.faults import SampleError
 from samon.data.shards import ShardReader, load_split
 from samon.errors import UserError, run
+from samon.files import replacing, write_text
 
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
 SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
+Task = tuple[Path, list[tuple[str, Item, int]]]  # a shard to write: its (key, image, label) samples
 MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # timm's reader looks for these
 
 
@@ -66,30 +68,22 @@ def prepared(item: Item, resize: int, quality: int) -> tuple[str, bytes]:
     return MEMBER_NAMES.get(image.format or "", (image.format or "").lower()), data
 
 
-def write_shard(task: tuple[Path, list[tuple[str, Item, int]]], resize: int, quality: int) -> str:
+def write_shard(task: Task, resize: int, quality: int) -> str:
     """Write one shard unless it is there already; its SHA-256."""
     path, samples = task
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        if not path.exists():
-            with open(partial, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                    for key, item, label in samples:
-                        suffix, data = prepared(item, resize, quality)
-                        for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
-                            info = tarfile.TarInfo(name)
-                            info.size = len(content)
-                            tar.addfile(info, io.BytesIO(content))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not path.exists():
+        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for key, item, label in samples:
+                suffix, data = prepared(item, resize, quality)
+                for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[tuple[Path, list[tuple[str, Item, int]]]]:
+def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[Task]:
     """The split's samples in an order drawn from --seed, cut into shards of about equal length."""
     order = list(split.items)
     random.Random(f"{args.seed} {name}").shuffle(order)
@@ -108,7 +102,7 @@ def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[tuple
     ]
 
 
-def plan_digest(tasks: dict[str, Any], args: argparse.Namespace) -> str:
+def digest_of(tasks: dict[str, list[Task]], args: argparse.Namespace) -> str:
     """What an interrupted conversion must have in common with the one that continues it."""
     digest = hashlib.sha256(f"{args.resize} {args.quality}".encode())
     for path, samples in chain.from_iterable(tasks.values()):
@@ -118,61 +112,46 @@ def plan_digest(tasks: dict[str, Any], args: argparse.Namespace) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def may_write(output: Path, splits: dict[str, Split], tasks: dict[str, list[Task]], digest: str) -> dict[str, Any]:
+    """What the directory's `_info.json` says so far, refusing to touch what another conversion made."""
+    info_path, unfinished = output / "_info.json", output / "_unfinished.json"
+    info: dict[str, Any] = json.loads(info_path.read_text()) if info_path.is_file() else {}
+    there = sorted(set(splits) & set(info.get("splits", {})))
+    if there:
+        raise UserError(f"{info_path}: has split {', '.join(there)} already; choose another --output or remove it")
+    continued = unfinished.is_file() and unfinished.read_text() == digest
+    if unfinished.is_file() and not continued:
+        what = "another conversion was interrupted here"
+        raise UserError(f"{unfinished}: {what}; repeat its command or empty the directory")
+    present = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
+    if present and not continued:
+        raise UserError(f"{output}: {present[0]} exists already; choose another --output")
+    if info and info.get("class_names") != next(iter(splits.values())).class_names:
+        raise UserError(f"{info_path}: its splits have other classes; choose another --output")
+    return info
 
 
 def convert(args: argparse.Namespace) -> None:
     """Find, plan, write in parallel, and only at the end the `_info.json` that makes the set readable."""
     splits = find_splits(args)
-    info_path, unfinished = args.output / "_info.json", args.output / "_unfinished.json"
-    info: dict[str, Any] = json.loads(info_path.read_text()) if info_path.is_file() else {}
     tasks = {name: shard_tasks(name, split, args) for name, split in splits.items()}
-    digest = plan_digest(tasks, args)
-    if set(splits) & set(info.get("splits", {})):
-        raise UserError(
-            f"{info_path}: has split {', '.join(sorted(set(splits) & set(info['splits'])))} already; "
-            "choose another --output or remove it"
-        )
-    continued = unfinished.is_file() and unfinished.read_text() == digest
-    if unfinished.is_file() and not continued:
-        raise UserError(
-            f"{unfinished}: another conversion was interrupted here; repeat its command or empty the directory"
-        )
-    present = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
-    if present and not continued:
-        raise UserError(f"{args.output}: {present[0]} exists already; choose another --output")
-    names = next(iter(splits.values())).class_names
-    if info and info.get("class_names") != names:
-        raise UserError(f"{info_path}: its splits have other classes; choose another --output")
+    digest = digest_of(tasks, args)
+    written = may_write(args.output, splits, tasks, digest).get("splits", {})
     args.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(unfinished, digest)
-    info = {
-        "name": args.output.resolve().name,
-        "num_classes": len(names),
-        "class_names": names,
-        "splits": info.get("splits", {}),
-    }
+    write_text(args.output / "_unfinished.json", digest)
     job = partial(write_shard, resize=args.resize, quality=args.quality)
     with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
         for name, parts in tasks.items():
             sums = list(tqdm(pool.map(job, parts), name, len(parts), unit="shard", disable=None))
-            info["splits"][name] = {
-                "name": name,
-                "num_samples": sum(len(samples) for _, samples in parts),
-                "filenames": [path.name for path, _ in parts],
-                "shard_lengths": [len(samples) for _, samples in parts],
-                "sha256": sums,
-            }
-    write_atomically(info_path, json.dumps(info, indent=1) + "\n")
-    unfinished.unlink()
-    print(
-        f"{args.output}: "
-        + ", ".join(f"{name} {len(split.items)} images in {len(tasks[name])} shards" for name, split in splits.items())
-    )
+            files, lengths = [path.name for path, _ in parts], [len(samples) for _, samples in parts]
+            entry = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
+            written[name] = entry | {"sha256": sums}
+    names = next(iter(splits.values())).class_names
+    info = {"name": args.output.resolve().name, "num_classes": len(names), "class_names": names, "splits": written}
+    write_text(args.output / "_info.json", json.dumps(info, indent=1) + "\n")
+    (args.output / "_unfinished.json").unlink()
+    made = [f"{name} {len(split.items)} images in {len(tasks[name])} shards" for name, split in splits.items()]
+    print(f"{args.output}: {', '.join(made)}")
 
 
 def verify_shard(task: tuple[str, int, str | None, int | None]) -> tuple[int, list[str]]:
@@ -212,10 +191,7 @@ def verify(args: argparse.Namespace) -> None:
         for name, entry in entries.items():
             shards = load_split(str(args.output), name)
             sums = entry.get("sha256") or [None] * len(shards.urls)
-            tasks = [
-                (url, length, digest, shards.num_classes)
-                for url, length, digest in zip(shards.urls, shards.lengths, sums, strict=True)
-            ]
+            tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
             good = 0
             for decoded, found in tqdm(pool.map(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
                 good += decoded
@@ -228,31 +204,34 @@ def verify(args: argparse.Namespace) -> None:
         raise UserError(f"{args.output}: {len(every)} faults, the first: {every[0]}")
 
 
-def main() -> None:
-    """Parse the command line, convert or verify."""
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="directory, plain tar or .npz")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the shards")
-    parser.add_argument("--format", choices=FORMATS, default="folder", help="layout of the source (default folder)")
-    parser.add_argument("--split", help="name of the one split in the source")
-    parser.add_argument("--val-labels", type=Path, help="labels of ImageNet's flat validation images")
-    parser.add_argument("--samples-per-shard", type=int, default=0, help="samples in each shard but the last")
-    parser.add_argument(
-        "--shard-bytes",
-        type=int,
-        default=SHARD_BYTES,
-        help=f"size of a shard, but {MIN_SHARDS} shards at least (default %(default)s)",
-    )
-    parser.add_argument("--resize", type=int, default=0, help="re-encode images with a longer shorter edge to this")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality for --resize (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples' order (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--verify", action="store_true", help="check a finished set instead of writing one")
-    args = parser.parse_args()
+    add, number = parser.add_argument, partial(parser.add_argument, type=int)
+    least = f"size of a shard, but {MIN_SHARDS} shards at least (default %(default)s)"
+    add("--source", type=Path, help="directory, plain tar or .npz")
+    add("--output", type=Path, required=True, help="directory of the shards")
+    add("--format", choices=FORMATS, default="folder", help="layout of the source (default folder)")
+    add("--split", help="name of the one split in the source")
+    add("--val-labels", type=Path, help="labels of ImageNet's flat validation images")
+    number("--samples-per-shard", default=0, help="samples in each shard but the last")
+    number("--shard-bytes", default=SHARD_BYTES, help=least)
+    number("--resize", default=0, help="re-encode images with a longer shorter edge to this")
+    number("--quality", default=95, help="JPEG quality for --resize (default %(default)s)")
+    number("--seed", default=0, help="of the samples' order (default %(default)s)")
+    number("--workers", default=os.cpu_count() or 1, help="threads (default: all cores)")
+    add("--verify", action="store_true", help="check a finished set instead of writing one")
+    args = parser.parse_args(argv)
     if args.samples_per_shard < 0 or args.shard_bytes < 1 or args.workers < 1 or args.resize < 0:
         raise UserError("--samples-per-shard, --resize, --shard-bytes and --workers must be positive")
     if not args.verify and args.source is None:
         raise UserError("--source is missing: what to pack?")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, convert or verify."""
+    args = arguments(argv)
     verify(args) if args.verify else convert(args)
 
 

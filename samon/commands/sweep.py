@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from samon import UserError, is_sam_name
 from samon.commands.tables import Cell, write_tables
 from samon.errors import RunError
 from samon.errors import run as run_script
+from samon.files import write_text
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
 from samon.settings.config import Config, parse
@@ -89,7 +91,7 @@ def grid_of(opt: str, args: argparse.Namespace) -> list[float | None]:
     return list(grids[name][row])
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
+def jobs_of(args: argparse.Namespace) -> list[Job]:
     """All runs of the sweep, seeds outermost, so that a table of all columns exists as early as possible."""
     opts = split_list(args.opts, str, "--opts")
     seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
@@ -149,7 +151,8 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
             for _ in range(1 + args.retries):
                 status, metrics = attempt(job, args, gpu, lock.fileno())
                 if metrics is not None:
-                    record(directory, {"fingerprint": fingerprint(job, args), "metrics": metrics})
+                    content = {"fingerprint": fingerprint(job, args), "metrics": metrics}
+                    write_text(directory / "result.json", json.dumps(content, indent=1))
                     return "done"
                 if status > 128:
                     return "stopped"
@@ -172,21 +175,12 @@ def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> t
     return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None
 
 
-def record(directory: Path, content: dict[str, Any]) -> None:
-    """Write the result whole or not at all."""
-    temporary = directory / "result.json.part"
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.rename(directory / "result.json")
-
-
 def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
     """Run all jobs, --jobs at a time; returns the names of those that died or were stopped."""
-    gpus: queue.Queue[str] | None = None
-    names = args.gpus.split(",") if args.gpus else []
-    if names:
-        gpus = queue.Queue()
-        for i in range(args.jobs):
-            gpus.put(names[i % len(names)])
+    gpus: queue.Queue[str] | None = queue.Queue() if args.gpus else None
+    if gpus:
+        for gpu in islice(cycle(args.gpus.split(",")), args.jobs):
+            gpus.put(gpu)
     states: dict[str, str] = {}
     say = threading.Lock()
 
@@ -229,19 +223,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--config", required=True, help="recipe, as for train.py")
-    parser.add_argument("--opts", required=True, help="optimizer names, with commas")
-    parser.add_argument("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
-    parser.add_argument("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
-    parser.add_argument("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
-    parser.add_argument("--grids", default=str(ROOT / "hparams/rho_grids.yaml"), help="file of grids")
-    parser.add_argument("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
-    parser.add_argument("--nproc", type=int, default=1, help="processes of each run (torchrun)")
-    parser.add_argument("--retries", type=int, default=1, help="further starts of a run that dies")
-    parser.add_argument("--metric", default="eval_top1", help="which of the final metrics to tabulate")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and which are finished")
+    add = parser.add_argument
+    add("-c", "--config", required=True, help="recipe, as for train.py")
+    add("--opts", required=True, help="optimizer names, with commas")
+    add("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
+    add("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
+    add("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
+    add("--grids", default=str(ROOT / "hparams/rho_grids.yaml"), help="file of grids")
+    add("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
+    add("--nproc", type=int, default=1, help="processes of each run (torchrun)")
+    add("--retries", type=int, default=1, help="further starts of a run that dies")
+    add("--metric", default="eval_top1", help="which of the final metrics to tabulate")
+    add("--dry-run", action="store_true", help="print the commands and which are finished")
     args = parser.parse_args(argv[:cut])
     args.train = argv[cut + 1 :]
     args.output = args.output or ROOT / "output/sweep" / Path(args.config).stem
@@ -256,7 +251,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    jobs = plan(args)
+    jobs = jobs_of(args)
     if args.dry_run:
         for job in jobs:
             print(f"{'finished' if finished(job, args) else 'to run':8}  {shlex.join(command(job, args))}")

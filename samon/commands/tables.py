@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from samon.files import write_text
 from samon.optim.registry import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,9 +110,9 @@ def write_tables(output: Path, cells: list[Cell], about: dict[str, Any]) -> str:
         writer.writerows(rows)
     paper = paper_results(Path(about["config"]).stem, about["model"])
     best = {opt: cell.rho for opt, cell in best_by_opt(cells).items()}
-    (output / "table.json").write_text(json.dumps({**about, "rows": rows, "best": best, "paper": paper}, indent=1))
+    write_text(output / "table.json", json.dumps({**about, "rows": rows, "best": best, "paper": paper}, indent=1))
     every = [["optimizer", "rho", about["metric"], "runs"], ["---"] * 4]
     every += [[c.opt, "" if c.rho is None else f"{c.rho:g}", str(c), str(len(c.values))] for c in cells]
     text = markdown(cells, paper) + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in every) + "\n"
-    (output / "table.md").write_text(text)
+    write_text(output / "table.md", text)
     return text

@@ -33,19 +33,16 @@ def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.nd
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = {f"x_{kind}", f"y_{kind}"} - set(file.files)
             if missing:
-                raise UserError(
-                    f"{path} holds no {' and no '.join(sorted(missing))}; it needs x_train, y_train, x_test and y_test"
-                )
+                missed = " and no ".join(sorted(missing))
+                raise UserError(f"{path} holds no {missed}; it needs x_train, y_train, x_test and y_test")
             images, labels = file[f"x_{kind}"], file[f"y_{kind}"]
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} cannot be read as arrays: {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise UserError(
-            f"{path}: x_{kind} must be uint8 [N, H, W, 3] with one label each, is {images.dtype} "
-            f"{list(images.shape)} with {len(labels)} labels"
-        )
+        found = f"{images.dtype} {list(images.shape)} with {len(labels)} labels"
+        raise UserError(f"{path}: x_{kind} must be uint8 [N, H, W, 3] with one label each, is {found}")
     return images, labels.astype(np.int64).reshape(-1)
 
 

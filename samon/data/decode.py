@@ -32,6 +32,8 @@ _logger = logging.getLogger(__name__)
 MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet has 61 million
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+_CROP_AND_FLIPS = (transforms.CenterCrop, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+_SAME_ON_TENSORS = (*_CROP_AND_FLIPS, transforms.Normalize, MaybePILToTensor, RandomErasing)
 _TENSOR_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
@@ -158,19 +160,7 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
         return TensorJitter(step) if step.hue is None else None
     if isinstance(step, MaybeToTensor):
         return _to_float
-    if isinstance(
-        step,
-        (
-            transforms.RandomHorizontalFlip,
-            transforms.RandomVerticalFlip,
-            transforms.CenterCrop,
-            transforms.Normalize,
-            MaybePILToTensor,
-            RandomErasing,
-        ),
-    ):
-        return step
-    return None
+    return step if isinstance(step, _SAME_ON_TENSORS) else None
 
 
 def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[Any], Any], Any]:

@@ -76,8 +76,6 @@ class FaultCount:
         if count <= _LOGGED:
             _logger.warning("bad sample skipped: %s: %s", type(error).__name__, error)
         if count > self.limit * self.samples:
-            raise DataError(
-                f"{count} bad samples in this epoch, more than {self.limit:g} of the {self.samples} that this "
-                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise "
-                "--max-bad-samples"
-            )
+            allowed = f"{self.limit:g} of the {self.samples} that this process reads"
+            last = f"{type(error).__name__}: {error}; repair the data or raise --max-bad-samples"
+            raise DataError(f"{count} bad samples in this epoch, more than {allowed}; last: {last}")

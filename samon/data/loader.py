@@ -84,9 +84,8 @@ def create_dataset(
     common |= {"num_classes": num_classes or source.num_classes}
     stream: SampleStream
     if isinstance(source, ShardSource):
-        stream = ShardStream(
-            source.shards, source.reader, size, buffer=shuffle_buffer, sample_split=sample_split, **common
-        )
+        common |= {"buffer": shuffle_buffer, "sample_split": sample_split}
+        stream = ShardStream(source, size, **common)
     else:
         stream = IndexedStream(source, size, **common)
     stream.image_mode = input_img_mode
@@ -220,13 +219,8 @@ class Loader:
         per_step = self.dataset.batch_size * self.dataset.world_size
         first, rest = divmod(samples_consumed, per_step)
         if rest:
-            _logger.warning(
-                "%d samples of epoch %d were used, no whole number of steps of %d: the last %d of them come again",
-                samples_consumed,
-                epoch,
-                per_step,
-                rest,
-            )
+            used = f"{samples_consumed} samples of epoch {epoch} were used, no whole number of steps of {per_step}"
+            _logger.warning("%s: the last %d of them come again", used, rest)
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -283,22 +277,12 @@ def create_loader(
         UserError: numbers that cannot work, or a transform that ``decoder`` cannot do.
     """
     device = torch.device(device)
-    re_splits = (num_aug_splits or 2) if re_split else 0
+    erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count, "mean": mean, "std": std}
+    erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
 
     def decoder_and_transform(size: Any) -> tuple[Any, Any]:
-        made = create_transform(
-            size,
-            is_training=is_training,
-            mean=mean,
-            std=std,
-            re_prob=re_prob,
-            re_mode=re_mode,
-            re_count=re_count,
-            re_num_splits=re_splits,
-            use_prefetcher=use_prefetcher,
-            separate=num_aug_splits > 0,
-            **transform,
-        )
+        how = {"is_training": is_training, "use_prefetcher": use_prefetcher, "separate": num_aug_splits > 0}
+        made = create_transform(size, **how, **erasing, **transform)
         chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
         return choose_decoder(decoder, chosen, dataset.image_mode)
 
@@ -313,34 +297,15 @@ def create_loader(
         dataset.repeats = num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
-    loader: Any = _Batches(
-        DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=dataset.collate,
-            pin_memory=pin_memory and device.type == "cuda",
-            drop_last=is_training,
-            persistent_workers=persistent_workers and num_workers > 0,
-            worker_init_fn=leave_signals_to_trainer,
-            generator=torch.Generator(),
-        )
-    )  # its base seed would be drawn from the global generator
+    workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers and num_workers > 0}
+    workers |= {"pin_memory": pin_memory and device.type == "cuda", "drop_last": is_training}
+    workers |= {"collate_fn": dataset.collate, "worker_init_fn": leave_signals_to_trainer}
+    # The generator: its base seed would be drawn from the global one.
+    loader: Any = _Batches(DataLoader(dataset, batch_size, generator=torch.Generator(), **workers))
     if use_prefetcher:
         channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else len(mean)
-        loader = PrefetchLoader(
-            loader,
-            mean=mean,
-            std=std,
-            channels=channels,
-            device=device,
-            fp16=fp16,
-            img_dtype=img_dtype,
-            re_prob=re_prob if is_training else 0.0,
-            re_mode=re_mode,
-            re_count=re_count,
-            re_num_splits=re_splits,
-        )
+        erasing["re_prob"] = re_prob if is_training else 0.0
+        loader = PrefetchLoader(loader, channels=channels, device=device, fp16=fp16, img_dtype=img_dtype, **erasing)
         if loader.random_erasing is not None:
             loader.random_erasing = SeededErasing(loader.random_erasing, dataset, device)
     return Loader(dataset, loader, device)

@@ -42,10 +42,8 @@ class ResidentLoader:
         img_dtype: torch.dtype = torch.float32,
     ) -> None:
         if is_training and len(images) < batch_size * world_size:
-            raise UserError(
-                f"{len(images)} training samples do not fill one batch of {batch_size} on each of {world_size} "
-                "processes; lower --batch-size"
-            )
+            what = f"one batch of {batch_size} on each of {world_size} processes"
+            raise UserError(f"{len(images)} training samples do not fill {what}; lower --batch-size")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.is_training, self.augment, self.seed = is_training, augment, seed
         self.rank, self.world_size, self.img_dtype = rank, world_size, img_dtype
@@ -99,7 +97,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         transform: PIL image -> uint8 array [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
-    pairs = getattr(getattr(stream, "source", None), "pairs", None)
+    pairs = getattr(stream.source, "pairs", None)
     arrays = getattr(pairs, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
     if transform is None and isinstance(arrays, np.ndarray) and arrays.shape[1:] == (height, width, channels):
         labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]
@@ -152,45 +150,31 @@ def create_resident_loader(
         refuse(train_crop_mode, no_aug, auto_augment, rest)
         augment = None if no_aug else Augment(size[1:], hflip, policy=auto_augment == "cifar10")
     elif (crop_pct or 1.0) != 1.0 or crop_mode not in (None, "center"):
-        transform = timm.data.create_transform(
-            size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, use_prefetcher=True
-        )
+        crop: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+        transform = timm.data.create_transform(size, use_prefetcher=True, **crop)
     images, labels = read_all(dataset, size, transform)
     grouped = dist.is_available() and dist.is_initialized()
-    return ResidentLoader(
-        images.to(device),
-        labels.to(device),
-        batch_size,
-        is_training=is_training,
-        mean=mean,
-        std=std,
-        augment=augment,
-        seed=dataset.seed,
-        img_dtype=img_dtype,
-        rank=dist.get_rank() if grouped else 0,
-        world_size=dist.get_world_size() if grouped else 1,
-    )
+    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if grouped else {}
+    look: dict[str, Any] = {"mean": mean, "std": std, "augment": augment, "img_dtype": img_dtype, **ranks}
+    images, labels = images.to(device), labels.to(device)
+    return ResidentLoader(images, labels, batch_size, is_training=is_training, seed=dataset.seed, **look)
+
+
+# What is done image by image on the CPU and has no counterpart on the device: argument and flag.
+_BY_IMAGE = {"vflip": "vflip", "color_jitter": "color-jitter", "grayscale_prob": "grayscale-prob", "re_prob": "reprob"}
+_BY_IMAGE |= {"gaussian_blur_prob": "gaussian-blur-prob", "num_aug_splits": "aug-splits"}
+_BY_IMAGE |= {"num_aug_repeats": "aug-repeats", "size_schedule": "train-img-sizes"}
 
 
 def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
-    """Say which flag asks for what is done image by image on the CPU and has no counterpart on the device."""
+    """Say which flag asks for what cannot be done on the device."""
     if crop_mode != "pad" and not no_aug:
         raise UserError("--data-resident needs --train-crop-mode pad (or --no-aug)")
     if policy not in (None, "", "cifar10"):
         raise UserError(f"--data-resident does not go with --aa {policy}; use --aa cifar10 or none")
     if rest.get("collate_fn") is not None:
         raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
-    flags = {
-        "vflip": "--vflip",
-        "color_jitter": "--color-jitter",
-        "grayscale_prob": "--grayscale-prob",
-        "gaussian_blur_prob": "--gaussian-blur-prob",
-        "re_prob": "--reprob",
-        "num_aug_splits": "--aug-splits",
-        "num_aug_repeats": "--aug-repeats",
-        "size_schedule": "--train-img-sizes",
-    }
-    for key, flag in flags.items():
+    for key, flag in _BY_IMAGE.items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
         if rest.get(key) and not no_aug and not jitter_is_off:
-            raise UserError(f"--data-resident does not go with {flag}; leave it out or set it to 0")
+            raise UserError(f"--data-resident does not go with --{flag}; leave it out or set it to 0")

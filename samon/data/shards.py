@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import tarfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +23,7 @@ IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif"
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
 _INFO_NAMES = ("_info.json", "info.json")
+_TOOL = "tools/make_shards.py"
 
 
 class Record(NamedTuple):
@@ -52,18 +52,13 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
         if urls.is_local(url) and not os.path.isfile(url):
             continue
         try:
-
-            def read(url: str = url) -> bytes:
-                with urls.open_url(url) as file:
-                    return file.read(MAX_BYTES)
-
-            info = json.loads(urls.with_retries(read, url))
+            info = json.loads(urls.read_url(url, MAX_BYTES))
+        except DataError:
+            raise
         except ValueError as error:
-            if isinstance(error, DataError):
-                raise
             raise UserError(f"{url}: not JSON: {error}") from error
         if not isinstance(info, dict):
-            raise UserError(f"{url}: holds no JSON object; write it with tools/make_shards.py")
+            raise UserError(f"{url}: holds no JSON object; write it with {_TOOL}")
         return url, info
     return tried[0], {}
 
@@ -79,10 +74,8 @@ def _split_entry(where: str, split: str, entry: Any) -> tuple[list[str], list[in
         raise UserError(f"{where}: split {split} has no list of shard_lengths (integers)")
     total = entry.get("num_samples")
     if len(names) != len(lengths) or total != sum(lengths):
-        raise UserError(
-            f"{where}: split {split} contradicts itself: {len(names)} filenames, {len(lengths)} "
-            f"shard_lengths that add up to {sum(lengths)}, num_samples {total}; write it again"
-        )
+        counts = f"{len(names)} filenames, {len(lengths)} shard_lengths that add up to {sum(lengths)}"
+        raise UserError(f"{where}: split {split} contradicts itself: {counts}, num_samples {total}; write it again")
     return names, lengths
 
 
@@ -109,17 +102,11 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
             known.update(zip(*_split_entry(where, other, entry), strict=True))
         lengths = [known.get(name, -1) for name in names]
     elif splits:
-        near = get_close_matches(split, list(splits), 1)
-        raise UserError(
-            f"{where}: no split {split!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" It has {', '.join(sorted(splits))}"
-        )
+        near = [f"; did you mean {name!r}?" for name in get_close_matches(split, list(splits), 1)]
+        raise UserError(f"{where}: no split {split!r}{''.join(near) or ';'} it has {', '.join(sorted(splits))}")
     else:
-        raise UserError(
-            f"{where}: not found or without splits; write it with tools/make_shards.py, "
-            f'or name the shards instead of split {split!r}, like "train-{{0000..0127}}.tar"'
-        )
+        what = f"write it with {_TOOL}, or name the shards instead of split {split!r}, like"
+        raise UserError(f'{where}: not found or without splits; {what} "train-{{0000..0127}}.tar"')
     paths = [urls.join(root, name, allow_shell) for name in names]
     missing = [path for path in paths if urls.is_local(path) and not os.path.isfile(path)]
     if missing:
@@ -129,13 +116,10 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
     classes, class_names = info.get("num_classes"), info.get("class_names")
-    return ShardSet(
-        tuple(paths),
-        tuple(lengths),
-        classes if isinstance(classes, int) else None,
-        [str(name) for name in class_names] if isinstance(class_names, list) else None,
-        str(splits[split].get("alt_label", "") if split in splits else ""),
-    )
+    classes = classes if isinstance(classes, int) else None
+    class_names = [str(name) for name in class_names] if isinstance(class_names, list) else None
+    label_key = str(splits[split].get("alt_label", "")) if split in splits else ""
+    return ShardSet(tuple(paths), tuple(lengths), classes, class_names, label_key)
 
 
 def _count(path: str) -> int:
@@ -200,27 +184,23 @@ class ShardReader:
         Raises:
             DataError: the shard holds more samples than ``length``.
         """
-        attempts = 1 if urls.is_local(url) else urls.ATTEMPTS
-        done, fault = 0, ""
-        for attempt in range(attempts):
-            if attempt:
-                _logger.warning("%s: %s; trying again in %d s", url, fault, 2 ** (attempt - 1))
-                time.sleep(2 ** (attempt - 1))
-                if self.cache:
-                    self.cache.forget(url)
+        done, faults = 0, [""]
+        for attempt in urls.attempts(url, faults):
+            if attempt and self.cache:
+                self.cache.forget(url)
             try:
                 for item in self._scan(url, length, wanted[done:]):
                     yield item
                     done += 1
-                fault = f"ends before sample {length}"
+                faults.append(f"ends before sample {length}")
             except DataError:
                 raise
             except Exception as error:  # a damaged archive can make tarfile and the decompressors raise anything
-                fault = f"{type(error).__name__}: {error}"
+                faults.append(f"{type(error).__name__}: {error}")
             if done == len(wanted):
                 return
         for position in wanted[done:]:
-            yield position, ShardError(f"{url}: {fault}; sample {position} of {length} cannot be read")
+            yield position, ShardError(f"{url}: {faults[-1]}; sample {position} of {length} cannot be read")
 
     def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
         if not wanted:
@@ -230,9 +210,8 @@ class ShardReader:
         with self.cache.open(url) if cached and self.cache else urls.open_url(url) as file:
             for position, (key, fields) in enumerate(members_by_key(file, url, chosen, self.suffixes)):
                 if position >= length:
-                    raise DataError(
-                        f"{url}: holds more than the {length} samples that _info.json states; write _info.json again"
-                    )
+                    more = f"holds more than the {length} samples that _info.json states"
+                    raise DataError(f"{url}: {more}; write _info.json again")
                 if position in chosen:
                     printable = key.encode("unicode_escape").decode()[:200]  # it goes into logs
                     yield position, self._record(f"{url} {printable}", fields)

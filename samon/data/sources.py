@@ -61,6 +61,12 @@ class Source:
         """The samples in the order asked for; the error in place of one that cannot be read."""
         raise NotImplementedError
 
+    def take_classes(self, inner: Any) -> None:
+        """Classes as timm's readers and torchvision's data sets have them, if they do."""
+        classes = getattr(inner, "class_to_idx", None)
+        if classes:
+            self.class_names, self.num_classes = sorted(classes, key=classes.__getitem__), len(classes)
+
 
 class ShardSource(Source):
     """WebDataset shards; streams read `shards` with `reader` from front to back, `read` scans for a few samples."""
@@ -89,9 +95,7 @@ class FileSource(Source):
 
     def __init__(self, reader: Any, name: str = "") -> None:
         self.reader, self.name = reader, name
-        classes = getattr(reader, "class_to_idx", None)
-        if classes:
-            self.class_names, self.num_classes = sorted(classes, key=classes.__getitem__), len(classes)
+        self.take_classes(reader)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -115,9 +119,7 @@ class PairSource(Source):
 
     def __init__(self, pairs: Any) -> None:
         self.pairs = pairs
-        classes = getattr(pairs, "class_to_idx", None)
-        if classes:
-            self.class_names, self.num_classes = sorted(classes, key=classes.__getitem__), len(classes)
+        self.take_classes(pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -160,7 +162,10 @@ def _open_folder(request: Request) -> Source:
 
 
 def _open_arrays(request: Request) -> Source:
-    return PairSource(ArrayDataset(*read_npz(request.name, request.root, request.split)))
+    images, labels = read_npz(request.name, request.root, request.split)
+    source = PairSource(ArrayDataset(images, labels))
+    source.num_classes = int(labels.max(initial=-1)) + 1
+    return source
 
 
 def _open_torch(request: Request) -> Source:
@@ -204,10 +209,8 @@ def check_name(dataset: str, data_dir: str | None) -> None:
     """
     kind = _kind(dataset)
     if kind in _REFUSED:
-        raise UserError(
-            f"--dataset {dataset}: {kind}/ cannot be resumed or counted exactly; use wds/, hfds/, torch/ "
-            "or an image folder"
-        )
+        better = "use wds/, hfds/, torch/ or an image folder"
+        raise UserError(f"--dataset {dataset}: {kind}/ cannot be resumed or counted exactly; {better}")
     if kind not in SOURCES:
         known = ", ".join(f"{prefix}/" for prefix in SOURCES if prefix)
         raise UserError(f"--dataset {dataset}: no such kind of data set; use {known}, or no prefix for image folders")

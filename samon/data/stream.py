@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samon import rng
 from samon.data import plan
 from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
-from samon.data.shards import Record, ShardReader, ShardSet
+from samon.data.shards import Record
 from samon.data.sizes import SizedTransform
-from samon.data.sources import Source
+from samon.data.sources import ShardSource, Source
 from samon.errors import UserError
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
@@ -47,11 +47,13 @@ class SampleStream(IterableDataset):
     """What shards and indexed data sets share: the epoch's arithmetic, decoding, labels, faults and resuming.
 
     Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
+    ``size`` is the samples per epoch over all ranks; more than the source holds means further passes over it.
     ``transform``, ``decode`` and ``collate`` are set by `samon.data.create_loader`.
     """
 
     def __init__(
         self,
+        source: Source,
         size: int,
         *,
         is_training: bool,
@@ -63,7 +65,7 @@ class SampleStream(IterableDataset):
         max_bad_fraction: float = 0.001,
     ) -> None:
         super().__init__()
-        self.size = size  # samples per epoch over all ranks
+        self.source, self.size = source, size
         self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, 1
         self.num_classes = num_classes
@@ -83,10 +85,8 @@ class SampleStream(IterableDataset):
         """
         needed = self.batch_size * self.world_size
         if self.is_training and self.size < needed:
-            raise UserError(
-                f"{self.size} training samples do not fill one batch of {self.batch_size} on each of "
-                f"{self.world_size} processes; lower --batch-size"
-            )
+            what = f"one batch of {self.batch_size} on each of {self.world_size} processes"
+            raise UserError(f"{self.size} training samples do not fill {what}; lower --batch-size")
         if self.size < 1:
             raise UserError("the split has no samples")
 
@@ -166,10 +166,8 @@ class SampleStream(IterableDataset):
         if label < 0:
             raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 1) - 1}")
         if self.num_classes and label >= self.num_classes:  # not one sample's fault: the settings do not fit the data
-            raise DataError(
-                f"{record.where}: label {label}, but there are {self.num_classes} classes (0..{self.num_classes - 1}); "
-                "raise --num-classes or give --class-map"
-            )
+            there = f"there are {self.num_classes} classes (0..{self.num_classes - 1})"
+            raise DataError(f"{record.where}: label {label}, but {there}; raise --num-classes or give --class-map")
         return label
 
 
@@ -177,26 +175,16 @@ class ShardStream(SampleStream):
     """Samples of WebDataset shards, each shard read from its beginning to its end.
 
     Args:
-        shards: the split.
-        reader: how to read it.
-        size: samples per epoch; more than the split holds means further passes over it.
         buffer: samples held, still encoded, for shuffling (at 110 kB each, 2,048 take 225 MB per worker).
         sample_split: allow fewer shards than readers, which then share them sample by sample.
-        **common: see `SampleStream`.
+        source, size, **common: see `SampleStream`.
     """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        reader: ShardReader,
-        size: int,
-        *,
-        buffer: int = 2048,
-        sample_split: bool = False,
-        **common: Any,
+        self, source: ShardSource, size: int, *, buffer: int = 2048, sample_split: bool = False, **common: Any
     ) -> None:
-        super().__init__(size, **common)
-        self.shards, self.reader, self.buffer, self.sample_split = shards, reader, buffer, sample_split
+        super().__init__(source, size, **common)
+        self.shards, self.reader, self.buffer, self.sample_split = source.shards, source.reader, buffer, sample_split
 
     def check(self) -> None:
         """Also refuse fewer shards than training readers, unless samples may be split."""
@@ -204,11 +192,10 @@ class ShardStream(SampleStream):
         readers, shards = self.world_size * self.num_workers, sum(n > 0 for n in self.shards.lengths)
         if self.is_training and shards < readers and not self.sample_split:
             fewer = shards // self.world_size
-            raise UserError(
-                f"{shards} shards, but {self.world_size} processes x {self.num_workers} workers = {readers} readers; "
-                + (f"use --workers {fewer}, " if fewer else "")
-                + "write more shards (tools/make_shards.py --samples-per-shard), or share them with --sample-split"
-            )
+            have = f"{self.world_size} processes x {self.num_workers} workers = {readers} readers"
+            do = (f"use --workers {fewer}, " if fewer else "") + "write more shards (tools/make_shards.py"
+            do += " --samples-per-shard), or share them with --sample-split"
+            raise UserError(f"{shards} shards, but {have}; {do}")
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
@@ -244,8 +231,8 @@ class IndexedStream(SampleStream):
     """
 
     def __init__(self, source: Source, size: int, *, repeats: int = 1, **common: Any) -> None:
-        super().__init__(size, **common)
-        self.source, self.repeats, self.length = source, repeats, len(source)
+        super().__init__(source, size, **common)
+        self.repeats = repeats
 
     def _load(self, index: int) -> Record | SampleError:
         return self.source.read([index])[0]
@@ -269,8 +256,9 @@ class IndexedStream(SampleStream):
     def _order(self, epoch: int) -> np.ndarray:
         """Indices in the epoch's order over all ranks, ``size`` of them; place p belongs to rank p % world."""
         order: list[int] = []
-        for turn in range(-(-self.size // (self.length * self.repeats))):
-            indices = list(range(self.length))
+        held = len(self.source)
+        for turn in range(-(-self.size // (held * self.repeats))):
+            indices = list(range(held))
             random.Random(f"samples {self.seed} {epoch} {turn}").shuffle(indices)
             order += [index for index in indices for _ in range(self.repeats)]
         return np.asarray(order[: self.size])

@@ -6,17 +6,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
 from samon.data.faults import DataError
 from samon.errors import UserError
+from samon.files import replacing
 
 _logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 ATTEMPTS = 5  # tries per shard; between them 1, 2, 4 and 8 seconds
 _SHELL = frozenset({"pipe"})
@@ -69,22 +69,33 @@ def open_url(url: str) -> BinaryIO:
     return open(url, "rb") if is_local(url) else gopen(url)
 
 
-def with_retries(action: Callable[[], T], url: str, attempts: int = ATTEMPTS) -> T:
-    """What ``action`` returns; for a remote URL it is tried again, after waits that double, when it fails.
+def attempts(url: str, faults: list[Any]) -> Iterator[int]:
+    """0, 1, ...: one attempt at a local file; `ATTEMPTS` at a remote one, with waits between them that double.
+
+    The caller appends to ``faults`` why an attempt failed; the last one is logged before the next attempt.
+    """
+    for attempt in range(1 if is_local(url) else ATTEMPTS):
+        if attempt:
+            wait = 2 ** (attempt - 1)
+            _logger.warning("%s: %s; trying again in %d s", url, faults[-1], wait)
+            time.sleep(wait)
+        yield attempt
+
+
+def read_url(url: str, limit: int) -> bytes:
+    """The first ``limit`` bytes of a checked URL, tried as often as `attempts` says.
 
     Raises:
         DataError: the last attempt failed too.
     """
-    attempts = 1 if is_local(url) else attempts
-    for attempt in range(attempts):
+    faults: list[Exception] = []
+    for _ in attempts(url, faults):
         try:
-            return action()
+            with open_url(url) as file:
+                return file.read(limit)
         except (OSError, EOFError) as error:
-            if attempt + 1 == attempts:
-                raise DataError(f"{url}: {error}" + f", {attempts} attempts" * (attempts > 1)) from error
-            _logger.warning("%s: %s; trying again in %d s", url, error, 2**attempt)
-            time.sleep(2**attempt)
-    raise AssertionError("not reached")
+            faults.append(error)
+    raise DataError(f"{url}: {faults[-1]}" + f", {len(faults)} attempts" * (len(faults) > 1)) from faults[-1]
 
 
 class ShardCache:
@@ -112,17 +123,12 @@ class ShardCache:
             return open(path, "rb")
         except FileNotFoundError:
             pass
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as target:
             # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
-            with open_url(url) as source, open(partial, "wb") as target:
+            with open_url(url) as source:
                 shutil.copyfileobj(source, target, 1 << 20)
-            self._make_room(partial.stat().st_size)
-            copy = partial.open("rb")  # stays readable should another process remove the file at once
-            os.replace(partial, path)
-            return copy
-        finally:
-            partial.unlink(missing_ok=True)
+            self._make_room(target.tell())
+            return open(target.name, "rb")  # stays readable should another process remove the file at once
 
     def forget(self, url: str) -> None:
         """Remove a copy that turned out to be damaged."""
@@ -130,18 +136,16 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         if size > self.max_bytes:
-            raise UserError(
-                f"a shard of {size} bytes does not fit the shard cache of {self.max_bytes} bytes; "
-                "raise --shard-cache-size"
-            )
+            limit = f"the shard cache of {self.max_bytes} bytes; raise --shard-cache-size"
+            raise UserError(f"a shard of {size} bytes does not fit {limit}")
         entries = []
         for path in self.directory.iterdir():
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was quicker
                 continue
-            # A partial copy is being written by someone, unless it was left behind long ago.
-            if not path.name.endswith(".partial") or time.time() - status.st_mtime > 3600:
+            # A part is being written by someone, unless it was left behind long ago.
+            if path.suffix != ".part" or time.time() - status.st_mtime > 3600:
                 entries.append((status.st_mtime_ns, status.st_size, path))
         used = sum(entry[1] for entry in entries)
         for _, entry_size, path in sorted(entries):

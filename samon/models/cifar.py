@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,7 @@ def init_he(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -138,11 +136,10 @@ def resnet(
         for _ in range(depth):
             downsample: nn.Module | None = None
             if step != 1 or inplanes != outplanes:
-                downsample = (
-                    PadShortcut(outplanes - inplanes, step)
-                    if shortcut == "A"
-                    else downsample_conv(inplanes, outplanes, 1, step)
-                )
+                if shortcut == "A":
+                    downsample = PadShortcut(outplanes - inplanes, step)
+                else:
+                    downsample = downsample_conv(inplanes, outplanes, 1, step)
             rate = drop_path_rate * index / max(1, sum(layers) - 1)  # deeper blocks are dropped more often
             path = DropPath(rate) if rate else None
             blocks.append(block(inplanes, planes, step, downsample, cardinality, base_width, drop_path=path))
@@ -229,118 +226,62 @@ def densenet_bc(depth: int, growth: int, *, in_chans: int = 3, **head: Any) -> C
     return CifarNet(features, stages, chs, **head)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        **kwargs,
-    }
-
-
-_POOL4, _POOL1 = {"pool_size": (4, 4)}, {"pool_size": (1, 1), "first_conv": "layer1.0"}
+# What all have in common for timm, and what differs with the last feature map or the architecture.
+_CFG = {"url": "", "num_classes": 10, "input_size": (3, 32, 32), "pool_size": (8, 8), "mean": CIFAR10_MEAN}
+_CFG |= {"std": CIFAR10_STD, "crop_pct": 1.0, "interpolation": "bicubic", "first_conv": "conv1", "classifier": "fc"}
+_POOL4, _VGG = {"pool_size": (4, 4)}, {"pool_size": (1, 1), "first_conv": "layer1.0"}
 _VIT = {"pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
-
-default_cfgs = generate_default_cfgs(
-    {
-        "resnet56_cifar": _cfg(),
-        "resnext29_32x4d_cifar": _cfg(),
-        "wrn28_10_cifar": _cfg(),
-        "vgg13_bn_cifar": _cfg(**_POOL1),
-        "vgg16_bn_cifar": _cfg(**_POOL1),
-        "vgg19_bn_cifar": _cfg(**_POOL1),
-        "densenet100_cifar": _cfg(),
-        "resnet18_cifar": _cfg(**_POOL4),
-        "resnet101_cifar": _cfg(**_POOL4),
-        "vit_tiny_cifar": _cfg(**_VIT),
-        "vit_small_cifar": _cfg(**_VIT),
-    }
-)
+_STAGES4 = (64, 128, 256, 512)
 
 
-def _build(net: Callable[..., nn.Module], name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    four_stages = name.startswith(("vgg", "resnet18", "resnet101"))
-    feature_cfg = {"out_indices": tuple(range(5 if four_stages else 4)), "flatten_sequential": False}
-    return build_model_with_cfg(net, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+class Row(NamedTuple):
+    """A registered network: how it is built, how many stages feature extraction taps, timm's cfg, what it is."""
+
+    net: Callable[..., nn.Module]
+    taps: int
+    cfg: dict[str, Any]
+    doc: str
 
 
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-56 (He et al. 2016, section 4.2), 0.853 M; with `shortcut='B'` projections, 0.856 M."""
-    net = partial(resnet, BasicBlock, (9, 9, 9), (16, 32, 64), 16, shortcut="A")
-    return _build(net, "resnet56_cifar", pretrained, kwargs)
+def _vit(width: int, heads: int) -> Callable[..., nn.Module]:
+    return partial(VisionTransformer, img_size=32, patch_size=4, embed_dim=width, depth=12, num_heads=heads)
 
 
-@register_model
-def resnext29_32x4d_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNeXt-29 (Xie et al. 2017, section 5.3) with cardinality 32 and width 4, 4.78 M."""
-    net = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
-    return _build(net, "resnext29_32x4d_cifar", pretrained, kwargs)
+_RESNET56 = partial(resnet, BasicBlock, (9, 9, 9), (16, 32, 64), 16, shortcut="A")
+_RESNEXT29 = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
+_RESNET18 = partial(resnet, BasicBlock, (2, 2, 2, 2), _STAGES4, 64)
+_RESNET101 = partial(resnet, Bottleneck, (3, 4, 23, 3), _STAGES4, 64)
+_WRN28, _DENSENET100 = partial(wide_resnet, 28, 10), partial(densenet_bc, 100, 12)
+_VGG13, _VGG16, _VGG19 = (partial(vgg, depths) for depths in ((2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)))
+
+NETS = {
+    "resnet56_cifar": Row(_RESNET56, 4, {}, "ResNet-56 (He et al. 2016, 4.2), 0.853 M; shortcut='B': 0.856 M."),
+    "resnext29_32x4d_cifar": Row(_RESNEXT29, 4, {}, "ResNeXt-29, 32 x 4d (Xie et al. 2017, 5.3), 4.78 M."),
+    "resnet18_cifar": Row(_RESNET18, 5, _POOL4, "ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."),
+    "resnet101_cifar": Row(_RESNET101, 5, _POOL4, "ResNet-101 with a 3 x 3 stem and no max-pooling, 42.51 M."),
+    "wrn28_10_cifar": Row(_WRN28, 4, {}, "WideResNet-28-10 (Zagoruyko & Komodakis 2016), 36.48 M."),
+    "vgg13_bn_cifar": Row(_VGG13, 5, _VGG, "VGG-13 with batch norm and one linear layer, 9.42 M."),
+    "vgg16_bn_cifar": Row(_VGG16, 5, _VGG, "VGG-16 with batch norm and one linear layer, 14.73 M."),
+    "vgg19_bn_cifar": Row(_VGG19, 5, _VGG, "VGG-19 with batch norm and one linear layer, 20.04 M."),
+    # Without bottlenecks and compression it would have 7.0 M.
+    "densenet100_cifar": Row(_DENSENET100, 4, {}, "DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M."),
+    # timm's initialisation; 12 layers.
+    "vit_tiny_cifar": Row(_vit(192, 3), 0, _VIT, "ViT-T (width 192, 3 heads), 4 x 4 patches of 32 px, 5.36 M."),
+    "vit_small_cifar": Row(_vit(384, 6), 0, _VIT, "ViT-S (width 384, 6 heads), 4 x 4 patches of 32 px, 21.34 M."),
+}
+default_cfgs = generate_default_cfgs({name: _CFG | row.cfg for name, row in NETS.items()})  # timm looks for this name
 
 
-@register_model
-def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."""
-    net = partial(resnet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), 64)
-    return _build(net, "resnet18_cifar", pretrained, kwargs)
+def _register(name: str, row: Row) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if row.taps:
+            kwargs["feature_cfg"] = {"out_indices": tuple(range(row.taps)), "flatten_sequential": False}
+        return build_model_with_cfg(row.net, name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = row.doc
+    register_model(create)
 
 
-@register_model
-def resnet101_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-101 with a 3 x 3 stem and no max-pooling, 42.51 M."""
-    net = partial(resnet, Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), 64)
-    return _build(net, "resnet101_cifar", pretrained, kwargs)
-
-
-@register_model
-def wrn28_10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WideResNet-28-10 (Zagoruyko & Komodakis 2016), 36.48 M."""
-    return _build(partial(wide_resnet, 28, 10), "wrn28_10_cifar", pretrained, kwargs)
-
-
-@register_model
-def vgg13_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-13 with batch norm and one linear layer, 9.42 M."""
-    return _build(partial(vgg, (2, 2, 2, 2, 2)), "vgg13_bn_cifar", pretrained, kwargs)
-
-
-@register_model
-def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-16 with batch norm and one linear layer, 14.73 M."""
-    return _build(partial(vgg, (2, 2, 3, 3, 3)), "vgg16_bn_cifar", pretrained, kwargs)
-
-
-@register_model
-def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-19 with batch norm and one linear layer, 20.04 M."""
-    return _build(partial(vgg, (2, 2, 4, 4, 4)), "vgg19_bn_cifar", pretrained, kwargs)
-
-
-@register_model
-def densenet100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M (without bottlenecks and compression 7.0 M)."""
-    return _build(partial(densenet_bc, 100, 12), "densenet100_cifar", pretrained, kwargs)
-
-
-def _build_vit(name: str, pretrained: bool, width: int, heads: int, kwargs: dict[str, Any]) -> nn.Module:
-    fixed = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": 12, "num_heads": heads}
-    return build_model_with_cfg(VisionTransformer, name, pretrained, **{**fixed, **kwargs})
-
-
-@register_model
-def vit_tiny_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-T (width 192, 12 layers, 3 heads) on 4 x 4 patches of 32 px, 5.36 M; timm's initialisation."""
-    return _build_vit("vit_tiny_cifar", pretrained, 192, 3, kwargs)
-
-
-@register_model
-def vit_small_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S (width 384, 12 layers, 6 heads) on 4 x 4 patches of 32 px, 21.34 M; timm's initialisation."""
-    return _build_vit("vit_small_cifar", pretrained, 384, 6, kwargs)
+for _name, _row in NETS.items():
+    _register(_name, _row)

@@ -56,11 +56,11 @@ def test_grid_is_the_papers_by_the_recipes_name(tmp_path: Path) -> None:
     assert sweep.grid_of("samon", args_of(tmp_path, "--grid", "cifar10_resnet")) == [0.1, 0.5, 1]
     assert sweep.grid_of("samnn", args_of(tmp_path, "--rho", "0.3,0.4")) == [0.3, 0.4]
     own = args_of(tmp_path, "--rho", "recipe")
-    assert [job.name for job in sweep.plan(own)] == ["sgd-seed0", "samon-seed0"]
-    assert "--rho" not in sweep.command(sweep.plan(own)[1], own)
+    assert [job.name for job in sweep.jobs_of(own)] == ["sgd-seed0", "samon-seed0"]
+    assert "--rho" not in sweep.command(sweep.jobs_of(own)[1], own)
 
 
-def test_plan_is_every_combination_once(tmp_path: Path) -> None:
+def test_jobs_are_every_combination_once(tmp_path: Path) -> None:
     args = sweep.arguments(
         [
             "-c",
@@ -73,7 +73,7 @@ def test_plan_is_every_combination_once(tmp_path: Path) -> None:
             "sgd,sam,samon,sam-layerl2,samon-layerl2",
         ]
     )
-    jobs = sweep.plan(args)
+    jobs = sweep.jobs_of(args)
     assert len(jobs) == len({job.name for job in jobs}) == 26
     assert [job.seed for job in jobs] == [0] * 13 + [1] * 13
     command = sweep.command(jobs[1], args)

@@ -105,7 +105,7 @@ def test_broken_transfers_and_damaged_copies_are_fetched_again(server, tmp_path)
     copy = next(path for path in cache.iterdir() if "0001" in path.name)
     copy.write_bytes(copy.read_bytes()[:3000])
     assert sorted(flat(make_loader(server.url, training=False, dataset=options))) == list(range(18))
-    assert not [path for path in cache.iterdir() if path.name.endswith(".partial")]
+    assert not [path for path in cache.iterdir() if path.suffix == ".part"]
 
 
 def test_two_urls_with_one_name_do_not_share_a_copy(tmp_path):
