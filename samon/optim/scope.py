@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from timm import layers
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,8 +18,16 @@ SCOPES = {
     "samnn": "all but normalization parameters (no-norm)",
 }
 
+# timm's normalization layers that differ from the torch class they derive from, or derive from none.
+_TIMM: dict[int | None, str] = {
+    -1: "RmsNorm RmsNormFp32 SimpleNorm SimpleNormFp32",
+    1: "LayerNorm2d LayerNorm2dFp32 LayerNormExp2d LayerNormAct2d LayerNormAct2dFp32 RmsNorm2d RmsNorm2dFp32 "
+    "SimpleNorm2d SimpleNorm2dFp32",
+    None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
+    "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
+}
 # Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1, and the first dimension they run along;
-# None where one module cannot carry several gammas (see step/groups.py). registry.py adds timm's own classes.
+# None where one module cannot carry several gammas (see step/groups.py). Not every timm exports all of its own.
 # Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
 NORM_TYPES: dict[type[nn.Module], int | None] = {
     _BatchNorm: 1,
@@ -28,16 +36,13 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
     _InstanceNorm: 1,
     nn.LayerNorm: -1,
     nn.RMSNorm: -1,
+    **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
 }
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, _norm_types())}
-
-
-def _norm_types() -> tuple[type[nn.Module], ...]:
-    return tuple(NORM_TYPES)
+    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, tuple(NORM_TYPES))}
 
 
 def affine_dim(module: nn.Module) -> int | None:
@@ -45,19 +50,13 @@ def affine_dim(module: nn.Module) -> int | None:
     return next(NORM_TYPES[t] for t in type(module).__mro__ if t in NORM_TYPES)
 
 
-def _norm_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Parameter]]:
-    for prefix, module in norm_modules(model).items():
-        for name in ("weight", "bias"):
-            parameter = getattr(module, name, None)
-            if isinstance(parameter, Parameter):
-                yield f"{prefix}.{name}" if prefix else name, module, parameter
-
-
 def norm_parameters(model: nn.Module) -> dict[str, Parameter]:
     """The affine normalization parameters by qualified name; shared ones once, under their first name."""
     seen: dict[Parameter, str] = {}
-    for name, _, parameter in _norm_parameters(model):
-        seen.setdefault(parameter, name)
+    for prefix, module in norm_modules(model).items():
+        for name in ("weight", "bias"):
+            if isinstance(parameter := getattr(module, name, None), Parameter):
+                seen.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
     return {name: parameter for parameter, name in seen.items()}
 
 

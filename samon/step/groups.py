@@ -7,7 +7,7 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,31 +17,39 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
-from samon.optim.sam import SAM
+from samon.optim.sam import SAM, wide
 from samon.optim.scope import affine_dim, norm_modules
-from samon.step.passes import refuse_checkpointing, swapped_forwards
+from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed
 
 
-class GroupedNorms:
-    """The model's normalization layers with one set of affine parameters per group.
+class Grouped:
+    """Both passes with one perturbation per group: normalization layers carry one set of affine parameters for each.
+
+    The running statistics are written once, at the end.
 
     Args:
         groups: G, equal groups of consecutive samples in the leading dimension.
+
+    Attributes:
+        inputs: the offsets [G, *parameter shape], in float32 or wider, so that no half-precision sum rounds them away.
 
     Raises:
         UserError: naming the layer or option that cannot be grouped.
     """
 
-    def __init__(self, sam: SAM, groups: int):
-        if sam.scope != "samon" or sam.model is None or sam.mask is not None:
+    def __init__(self, sam: SAM, groups: int, bn_stats: str):
+        if not sam.can_group:
             raise UserError(
                 f"groups={groups} holds one copy of the perturbed parameters per group, which only scope samon on a "
                 f"model can do (this is scope {sam.scope}); loop over the sub-batches instead"
             )
-        self.groups = groups
-        self.parameters = list(sam.perturbed_parameters().values())
-        self.perturbed = {id(p): i for i, p in enumerate(self.parameters)}
-        self.offsets: list[Tensor] = []
+        assert sam.model is not None
+        self.sam, self.groups, self.bn_stats = sam, groups, bn_stats
+        parameters = list(sam.perturbed_parameters().values())
+        self.device = parameters[0].device
+        self.perturbed = {id(p): i for i, p in enumerate(parameters)}
+        self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
+        self.frozen = [*unperturbed(sam), *parameters]
         # [module -> per pass -> the (mean, variance) [G, C] of each call]
         self.statistics: dict[Any, list[list[tuple[Tensor, Tensor]]]] = defaultdict(lambda: [[], []])
         self.pass_index = 0
@@ -62,26 +70,13 @@ class GroupedNorms:
             )
         return True
 
-    @contextmanager
-    def first_pass(self) -> Iterator[list[Tensor]]:
-        """Around the ascent pass; yields the offsets [G, *shape], zeros that require gradients."""
-        self.offsets = [
-            torch.zeros(self.groups, *p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
-            for p in self.parameters
-        ]
-        with self._installed(0):
-            yield self.offsets
+    def first(self) -> AbstractContextManager[None]:
+        """Around the first pass."""
+        return frozen(self.frozen)
 
     @contextmanager
-    def second_pass(self, eps: list[Tensor]) -> Iterator[None]:
-        """Around the second pass, with the perturbations [G, *shape] as offsets."""
-        self.offsets = [e.to(p.dtype) for e, p in zip(eps, self.parameters, strict=True)]
-        with self._installed(1):
-            yield
-
-    @contextmanager
-    def _installed(self, pass_index: int) -> Iterator[None]:
-        self.pass_index = pass_index
+    def each_first(self) -> Iterator[None]:
+        """Around each forward of the first pass, and around each of the second."""
         with ExitStack() as stack:
             forwards: dict[nn.Module, Callable] = {}
             for module in self.modules:
@@ -91,12 +86,24 @@ class GroupedNorms:
             stack.enter_context(swapped_forwards(forwards))
             yield
 
+    each_second = each_first
+
+    @contextmanager
+    def second(self, eps: list[Tensor]) -> Iterator[None]:
+        """Around the second pass, with the perturbations [G, *shape] as offsets."""
+        self.inputs, self.pass_index = eps, 1
+        self.sam.measure(eps, eps, grouped=True)
+        yield
+        self._update_running_statistics()
+
     def _per_group(self, parameter: Parameter | None) -> Callable[[], Tensor] | None:
         """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
         if parameter is None:
             return None
         i = self.perturbed.get(id(parameter))
-        return lambda: parameter.expand(self.groups, *parameter.shape) if i is None else parameter + self.offsets[i]
+        if i is None:
+            return lambda: wide(parameter).expand(self.groups, *parameter.shape)
+        return lambda: parameter + self.inputs[i]
 
     def _forward(self, module: nn.Module, affine: tuple, activation: Callable[[Tensor], Tensor]) -> Callable:
         statistics = isinstance(module, _BatchNorm) and module.training
@@ -133,9 +140,9 @@ class GroupedNorms:
         return _joined(y if y.is_contiguous() else y.contiguous(), x.shape)
 
     @torch.no_grad()
-    def update_running_statistics(self, bn_stats: str) -> None:
+    def _update_running_statistics(self) -> None:
         """Bring the running statistics to where a loop over the groups, two passes each, would have left them."""
-        passes = {"first": [0], "second": [1], "both": [0, 1]}[bn_stats]
+        passes = {"first": [0], "second": [1], "both": [0, 1]}[self.bn_stats]
         for module, by_pass in self.statistics.items():
             calls = [call for i in passes for call in by_pass[i]]
             if not calls or module.running_mean is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project, scales
+from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project
 from tests import reference
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
@@ -40,7 +40,8 @@ def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
     weights, grads = vectors
     row = GEOMETRIES[geometry]
     eps, _ = ascend(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
-    t = scales(geometry, weights, grads, row.eta, IS_WEIGHT) or [torch.ones_like(w) for w in weights]
+    ones = [torch.ones_like(w) for w in weights]
+    t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
     radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
     assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
     # ... and is the best point of it: no random other point raises the linearised loss more.

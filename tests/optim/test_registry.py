@@ -88,9 +88,9 @@ def test_bare_parameters(model) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rho": -1}, "rho must be zero or positive, got -1"),
-        ({"rho": float("nan")}, "rho must be zero or positive"),
-        ({"eta": -0.1}, "eta must be zero or positive"),
+        ({"rho": -1}, "rho must be a finite number, zero or positive, got -1"),
+        ({"rho": float("nan")}, "rho must be a finite number"),
+        ({"eta": -0.1}, "eta must be a finite number"),
         ({"perturb": "("}, "not a regular expression"),
         ({"perturb": "layer9"}, "matches none"),
         ({"sparsity": 0.5}, "samon has no mask"),
