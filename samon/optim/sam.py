@@ -176,18 +176,15 @@ class SAM(Optimizer):
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        parameters: list[Tensor] = list(self.perturbed_parameters().values())
-        with torch.no_grad():
-            saved = [p.clone() for p in parameters]
+        weights = [p.detach() for p in self.perturbed_parameters().values()]
+        saved = [w.clone() for w in weights]
         try:
-            with torch.no_grad():
-                torch._foreach_add_(parameters, list(eps))  # float32 eps on half-precision weights: rounded once
-                triples = zip(parameters, saved, eps, strict=True)
-                self.measure(eps, [p.float() - w.float() if p.dtype in HALF else e for p, w, e in triples])
+            torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
+            triples = zip(weights, saved, eps, strict=True)
+            self.measure(eps, [new.float() - old.float() if new.dtype in HALF else e for new, old, e in triples])
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, saved)
+            torch._foreach_copy_(weights, saved)
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:

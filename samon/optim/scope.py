@@ -42,7 +42,7 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, tuple(NORM_TYPES))}
+    return {clean_name(name): m for name, m in model.named_modules() if NORM_TYPES.keys() & set(type(m).__mro__)}
 
 
 def affine_dim(module: nn.Module) -> int | None:
@@ -125,12 +125,8 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
     norms = norm_parameters(model)
     norm_ids = {id(p) for p in norms.values()}
     everything = {clean_name(name): p for name, p in model.named_parameters()}
-    if scope == "samon":
-        candidates = norms
-    elif scope == "samnn":
-        candidates = {name: p for name, p in everything.items() if id(p) not in norm_ids}
-    else:
-        candidates = everything
+    others = {name: p for name, p in everything.items() if id(p) not in norm_ids}
+    candidates = {"sam": everything, "samon": norms, "samnn": others}[scope]
     trainable = {name: p for name, p in candidates.items() if p.requires_grad}
     if not trainable:
         found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]

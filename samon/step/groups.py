@@ -165,22 +165,15 @@ class Grouped:
 def _bare(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, the layer only normalises: gamma = 1, beta = 0, no activation. Yields the activation of timm's fused
     norm+act classes, to be applied behind the groups' own gamma and beta."""
-    saved = {name: module._parameters.get(name) for name in ("weight", "bias")}
-    extra = {name: module._modules.get(name) for name in ("drop", "act")}
-    for name, parameter in saved.items():
-        if parameter is not None:
-            fill = torch.ones_like if name == "weight" else torch.zeros_like
-            module._parameters[name] = fill(parameter.detach())  # type: ignore[assignment]
-    identity = nn.Identity()
-    for name, child in extra.items():
-        if child is not None:
-            module._modules[name] = identity
-    after = [child for child in extra.values() if child is not None]
+    parameters, children = module._parameters, module._modules
+    fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
+    bare = {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in parameters.items()}
+    after = {n: child for n, child in children.items() if n in ("drop", "act") and child is not None}
+    module.__dict__.update(_parameters=bare, _modules=children | dict.fromkeys(after, nn.Identity()))
     try:
-        yield lambda x: nn.Sequential(*after)(x) if after else x
+        yield nn.Sequential(*after.values())
     finally:
-        module._parameters |= {k: v for k, v in saved.items() if v is not None}
-        module._modules |= {k: v for k, v in extra.items() if v is not None}
+        module.__dict__.update(_parameters=parameters, _modules=children)
 
 
 def _joined(x: Tensor, shape: torch.Size) -> Tensor:

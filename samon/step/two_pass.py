@@ -105,25 +105,24 @@ def two_pass(
 def _check(
     sam: SAM, forwards: list[Forward], groups: int, reduce: str, bn_stats: str, ascent_forward: Forward | None
 ) -> None:
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
+    grouped = f"groups={groups} gives each sub-batch its own perturbation and does not combine with "
+    mistakes = {
+        "forward is an empty sequence": not forwards,
+        f"reduce must be 'device' or 'global', got {reduce!r}": reduce not in ("device", "global"),
+        f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}": bn_stats not in BN_STATS,
+        f"groups must be at least 1, got {groups}": groups < 1,
+        grouped + "reduce='global', which makes one for all": groups > 1 and reduce == "global",
+        grouped + "several forwards that share one": groups > 1 and len(forwards) > 1,
+        grouped + "ascent_forward over a part of the batch": groups > 1 and ascent_forward is not None,
+        "ascent_forward takes a single forward beside it": len(forwards) > 1 and ascent_forward is not None,
+        f"all parameters that {sam.scope} perturbs are frozen; unfreeze some": not sam.perturbed_parameters(),
+        f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model": (
+            bn_stats != "first" and sam.model is None
+        ),
+    }
+    for message, made in mistakes.items():
+        if made:
             raise UserError(message)
-
-    refuse(not forwards, "forward is an empty sequence")
-    refuse(reduce not in ("device", "global"), f"reduce must be 'device' or 'global', got {reduce!r}")
-    refuse(bn_stats not in BN_STATS, f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
-    refuse(groups < 1, f"groups must be at least 1, got {groups}")
-    if groups > 1:
-        clash = f"groups={groups} gives each sub-batch its own perturbation and does not combine with "
-        refuse(reduce == "global", clash + "reduce='global', which makes one for all")
-        refuse(len(forwards) > 1, clash + "several forwards that share one")
-        refuse(ascent_forward is not None, clash + "ascent_forward over a part of the batch")
-    refuse(len(forwards) > 1 and ascent_forward is not None, "ascent_forward takes a single forward beside it")
-    refuse(not sam.perturbed_parameters(), f"all parameters that {sam.scope} perturbs are frozen; unfreeze some")
-    refuse(
-        bn_stats != "first" and sam.model is None,
-        f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model",
-    )
 
 
 def ascent(
@@ -142,17 +141,20 @@ def ascent(
     """
     losses: list[Tensor] = []
     total: list[Tensor] = []
+    missing: list[tuple[list[Tensor | None], Tensor, Forward]] = []
     with passes.first():
         for forward in forwards:
             with no_sync(), passes.each_first():
                 loss = forward()
                 found = gradients(loss, passes.inputs, scaler)
             if any(g is None for g in found):
-                with no_sync():
-                    explain_missing(sam, found, loss, forward)
+                missing.append((found, loss, forward))
             losses.append(loss.detach())
             grads = [torch.zeros_like(x) if g is None else g for x, g in zip(passes.inputs, found, strict=True)]
             total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
+    for incomplete in missing:
+        with no_sync():
+            explain_missing(sam, *incomplete)
     if len(losses) > 1:
         torch._foreach_div_(total, len(losses))
     if passes.groups > 1:  # the loss is the mean over equal groups, each group's own depends on its offsets alone

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project
+from samon.optim.geometry import GEOMETRIES, Geometry, ascend, global_norm, project
+from samon.optim.registry import Variant
 from tests import reference
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
@@ -102,3 +103,20 @@ def test_projection(p: float, vectors) -> None:
         torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
     for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
         assert torch.equal(far, torch.where(a > 0, d, 0))
+
+
+def test_one_row_is_a_new_geometry(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scale, its exponent and its radius are all that has to be said."""
+    weights, grads = vectors
+    rho = dict.fromkeys(("sam", "samon", "samnn"), 0.1)
+    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "l_inf ball, T = 1", rho))
+    eps, _ = ascend("linf", weights, grads, RHO)
+    assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
+    twice = Geometry(2, 0.5, "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w])
+    monkeypatch.setitem(GEOMETRIES, "twice", twice)
+    doubled, norm = ascend("twice", weights, grads, RHO, twice.eta)
+    single, one = ascend("", weights, grads, RHO)
+    assert norm == 2 * one
+    for a, b in zip(doubled, single, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
+    assert Variant("samon-twice", "samon", "twice", "sgd").rho == 0.1
