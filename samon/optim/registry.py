@@ -121,14 +121,8 @@ def register(registry: OptimizerRegistry = default_registry) -> None:
     if "samon" in registry._optimizers:
         return
     for variant in VARIANTS.values():
-        info = OptimInfo(
-            name=variant.name,
-            opt_class=partial(build_sam, variant=variant),  # type: ignore[arg-type]
-            description=variant.description,
-            # All pass through: the base optimizer, which base_opt may change, drops what it does not know.
-            has_eps=True,
-            has_momentum=True,
-            has_betas=True,
-        )
-        registry.register(info)
+        build: Any = partial(build_sam, variant=variant)
+        # All arguments pass through: the base optimizer, which base_opt may change, drops what it does not know.
+        known = dict.fromkeys(("has_eps", "has_momentum", "has_betas"), True)
+        registry.register(OptimInfo(variant.name, build, variant.description, **known))
     registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

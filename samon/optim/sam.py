@@ -23,6 +23,10 @@ HALF = (torch.float16, torch.bfloat16)
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
 
 
+def _of_base(name: str) -> property:
+    return property(lambda sam: getattr(sam.base, name), lambda sam, value: setattr(sam.base, name, value))
+
+
 class SAM(Optimizer):
     """Sharpness-aware minimization over a selection of parameters (Eqs. 2 to 5).
 
@@ -75,21 +79,8 @@ class SAM(Optimizer):
         self._rounding_checked = False
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
+    param_groups: Any = _of_base("param_groups")
+    state: Any = _of_base("state")
 
     @property
     def scope(self) -> str:
@@ -220,9 +211,8 @@ class SAM(Optimizer):
             return self.base.step()
         with torch.enable_grad():
             loss = closure()
-        grads = [None if p.grad is None else p.grad.clone() for p in self.perturbed_parameters().values()]
         buffers = [] if self.model is None else running_statistics(self.model)
-        eps, norm, _ = self.perturbation(grads)
+        eps, norm, _ = self.perturbation([p.grad for p in self.perturbed_parameters().values()])
         with kept(buffers), self.moved(eps), torch.enable_grad():
             closure()
         self.stats["ascent_grad_norm"] = norm

@@ -67,13 +67,9 @@ def clean_name(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 @dataclass
@@ -98,13 +94,11 @@ class Selection:
             return line
         total = sum(p.numel() for p in self.model.parameters())
         tensors, numbers = Counter[str](), Counter[str]()
-        pending = {id(p) for p in self.parameters.values()}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) in pending:
-                    pending.remove(id(parameter))
-                    tensors[type(module).__name__] += 1
-                    numbers[type(module).__name__] += parameter.numel()
+        modules = reversed(list(self.model.modules()))  # a shared parameter counts where it is met first
+        kinds = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
+        for parameter in self.parameters.values():
+            tensors[kinds[id(parameter)]] += 1
+            numbers[kinds[id(parameter)]] += parameter.numel()
         rows = [f"  {kind}: {numbers[kind]:,} in {tensors[kind]} tensors" for kind, _ in numbers.most_common()]
         return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
 
@@ -135,23 +129,7 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
             f"layers found: {', '.join(found)}); take a scope that has some (sam perturbs all parameters), "
             "unfreeze them, or choose another model"
         )
-    chosen = {name: p for name, p in trainable.items() if matches(perturb, name)}
-    if not chosen:
-        raise UserError(
-            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in "
-            f"{model_name(model)}; the first of them is {next(iter(trainable))!r}"
-        )
-    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))
-
-
-def matches(perturb: str | None, name: str) -> bool:
-    """Whether the regular expression is found anywhere in the name; no expression matches all."""
-    if perturb is None:
-        return True
-    try:
-        return re.search(perturb, name) is not None
-    except re.error as e:
-        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
+    return _narrowed(trainable, scope, perturb, model)
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
@@ -165,7 +143,20 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
     for i, group in enumerate(param_groups):
         names = group.get("param_names") or [f"group{i}.{j}" for j in range(len(group["params"]))]
         named |= {name: p for name, p in zip(names, group["params"], strict=True) if p.requires_grad}
-    chosen = {name: p for name, p in named.items() if matches(perturb, name)}
+    return _narrowed(named, scope, perturb)
+
+
+def _narrowed(
+    trainable: dict[str, Parameter], scope: str, perturb: str | None, model: nn.Module | None = None
+) -> Selection:
+    """Those whose name the regular expression is found in; without one, all."""
+    try:
+        chosen = {name: p for name, p in trainable.items() if re.search(perturb or "", name)}
+    except re.error as e:
+        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
     if not chosen:
-        raise UserError(f"perturb={perturb!r} matches no trainable parameter; create the optimizer from the model")
-    return Selection(scope, chosen, perturb, narrowed=len(chosen) < len(named))
+        raise UserError(
+            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in "
+            f"{'the groups' if model is None else model_name(model)}; the first of them is {next(iter(trainable), None)!r}"
+        )
+    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))

@@ -131,7 +131,9 @@ class Grouped:
         """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
         groups, channels = self.groups, x.shape[1]
         folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
-        mean, variance = torch.zeros(2, groups * channels, dtype=_statistics_type(x), device=x.device)
+        mean, variance = torch.zeros(
+            2, groups * channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
         gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
         y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
         if getattr(module, "track_running_stats", False):
@@ -189,7 +191,3 @@ def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tup
     if affine_dim(module) == 1:
         return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
     return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])
-
-
-def _statistics_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
