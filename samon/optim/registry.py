@@ -123,6 +123,6 @@ def register(registry: OptimizerRegistry = default_registry) -> None:
     for variant in VARIANTS.values():
         build: Any = partial(build_sam, variant=variant)
         # All arguments pass through: the base optimizer, which base_opt may change, drops what it does not know.
-        known = dict.fromkeys(("has_eps", "has_momentum", "has_betas"), True)
-        registry.register(OptimInfo(variant.name, build, variant.description, **known))
+        info = OptimInfo(variant.name, build, variant.description, has_eps=True, has_momentum=True, has_betas=True)
+        registry.register(info)
     registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

@@ -155,8 +155,9 @@ def _narrowed(
     except re.error as e:
         raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
     if not chosen:
+        where = "the parameter groups" if model is None else model_name(model)
         raise UserError(
-            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in "
-            f"{'the groups' if model is None else model_name(model)}; the first of them is {next(iter(trainable), None)!r}"
+            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in {where}; the "
+            f"first of them is {next(iter(trainable), None)!r}"
         )
     return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))

@@ -80,9 +80,8 @@ class Grouped:
         with ExitStack() as stack:
             forwards: dict[nn.Module, Callable] = {}
             for module in self.modules:
-                affine = tuple(self._per_group(module._parameters.get(name)) for name in ("weight", "bias"))
-                activation = stack.enter_context(_bare(module))
-                forwards[module] = self._forward(module, affine, activation)
+                affine = tuple(module._parameters.get(name) for name in ("weight", "bias"))
+                forwards[module] = self._forward(module, affine, stack.enter_context(_bare(module)))
             stack.enter_context(swapped_forwards(forwards))
             yield
 
@@ -96,14 +95,12 @@ class Grouped:
         yield
         self._update_running_statistics()
 
-    def _per_group(self, parameter: Parameter | None) -> Callable[[], Tensor] | None:
+    def _per_group(self, parameter: Parameter | None) -> Tensor | None:
         """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
         if parameter is None:
             return None
         i = self.perturbed.get(id(parameter))
-        if i is None:
-            return lambda: wide(parameter).expand(self.groups, *parameter.shape)
-        return lambda: parameter + self.inputs[i]
+        return wide(parameter).expand(self.groups, *parameter.shape) if i is None else parameter + self.inputs[i]
 
     def _forward(self, module: nn.Module, affine: tuple, activation: Callable[[Tensor], Tensor]) -> Callable:
         statistics = isinstance(module, _BatchNorm) and module.training
@@ -115,7 +112,7 @@ class Grouped:
                     f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(module).__name__}; "
                     "choose a batch size that m divides"
                 )
-            gamma, beta = (None if a is None else a() for a in affine)
+            gamma, beta = (self._per_group(parameter) for parameter in affine)
             if statistics:
                 return activation(self._batch_norm(module, x, gamma, beta))
             y = normalized(module, x)

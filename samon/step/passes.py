@@ -1,7 +1,7 @@
 """What both passes of a step need: freezing, other forwards for a while, gradients that are missing for a reason."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +59,18 @@ def swapped_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
             del module.__dict__["forward"]
             if module in before:
                 module.__dict__["forward"] = before[module]
+
+
+@contextmanager
+def watched(modules: Iterable[nn.Module], start: Callable, end: Callable | None = None) -> Iterator[None]:
+    """The hooks see these modules run inside; compiled ones run eagerly, for compiled graphs call none."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_pre_hook(start))
+            if end is not None:
+                stack.enter_context(module.register_forward_hook(end))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
@@ -120,12 +132,9 @@ def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forw
             lost.extend(missing[id(p)] for p in module.parameters(recurse=False) if id(p) in missing)
 
     buffers = [] if sam.model is None else running_statistics(sam.model)
-    handle = register_module_forward_pre_hook(look)  # of all modules: without a model too
-    try:
-        with kept(buffers), rng.kept(loss.device), torch.compiler.set_stance("force_eager"):
-            forward()
-    finally:
-        handle.remove()
+    everywhere = register_module_forward_pre_hook(look) if sam.model is None else watched(sam.model.modules(), look)
+    with kept(buffers), rng.kept(loss.device), everywhere:
+        forward()
     if lost:
         raise UserError(REENTRANT.format(lost[0]) + "; what runs under torch.no_grad() on purpose: freeze it")
     if not loss.requires_grad:

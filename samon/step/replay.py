@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from samon import rng
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
-from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed
+from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed, watched
 
 
 @dataclass
@@ -39,20 +39,6 @@ class Trace:
         self.clock += 1
         next(call for call in reversed(self.calls[module]) if call[1] < 0)[1] = self.clock
         self.nodes[module] += [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[Trace]:
-    """Trace of all module calls inside."""
-    trace = Trace()
-    handles = [m.register_forward_pre_hook(trace.start) for m in model.modules()]
-    handles += [m.register_forward_hook(trace.end) for m in model.modules()]
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled graphs call no hooks
-            yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -150,13 +136,9 @@ class Tape:
         def reached(*_: Any) -> None:
             self.cut_reached = True
 
-        handles = [m.register_forward_pre_hook(reached) for m in self.plan.owners]
-        try:
-            with swapped_forwards({m: self._recorder(m, m.forward) for m in self.plan.front}):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        recorders = {m: self._recorder(m, m.forward) for m in self.plan.front}
+        with watched(self.plan.owners, reached), swapped_forwards(recorders):
+            yield
         self._check_versions()
 
     def _recorder(self, module: nn.Module, forward: Any) -> Any:
@@ -249,7 +231,8 @@ class Plain:
         """Around each forward of the first pass."""
         if self.planning:
             assert self.model is not None
-            with recorded(self.model) as trace:
+            trace = Trace()
+            with watched(self.model.modules(), trace.start, trace.end):
                 yield
             self.sam.plan = make_plan(self.sam, trace)
         else:
