@@ -8,6 +8,7 @@ the weights are back at w when that loss's backward pass returns, before the scr
 import runpy
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from timm.task.task import TrainingTask
 from torch import Tensor
 
 from samon.errors import UserError, run
-from samon.optim.geometry import global_norm
-from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
-from samon.step.passes import frozen
-from samon.step.two_pass import ascent_gradients, unperturbed
+from samon.step.replay import Plain
+from samon.step.two_pass import ascent
 
 _sams: list[weakref.ref] = []  # in the order they were made
 _scalers: list[weakref.ref] = []
+_plain_call = TrainingTask.__call__
 
 
 class Perturbed:
@@ -37,77 +37,51 @@ class Perturbed:
         # A loss that is never differentiated would leave w + eps: nobody gets to see it.
         module.register_forward_pre_hook(lambda *_: None if self.inside else self.restore())
         module.register_state_dict_pre_hook(lambda *_: self.restore())
-        sam.register_step_pre_hook(self._before_step)
+        sam.register_step_pre_hook(lambda *_: self.restore())
 
     def restore(self) -> None:
         """Back to w, bit by bit."""
         self.undo.close()
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def losses(self, plain: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The task's result at w + eps, from its `plain` call."""
         self.restore()
-
-    def losses(self, task: TrainingTask, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """The task's result at w + eps."""
-        self.restore()
-        sam, parameters, scaler = self.sam, list(self.sam.perturbed_parameters().values()), _latest(_scalers)
+        sam, scaler, passes = self.sam, _latest(_scalers), Plain(self.sam)
         self.inside = True
         try:
-            with frozen(unperturbed(sam)), self.no_sync():
-                clean = _plain_call(task, *args, **kwargs)["loss"]
-                grads = ascent_gradients(clean, parameters, scaler)
+            clean, grads = ascent(sam, passes, [lambda: plain()["loss"]], no_sync=self.no_sync, scaler=scaler)
             eps, norm, finite = sam.perturbation(grads)
-            torch.clear_autocast_cache()  # it holds half-precision copies of the weights at w
-            self.undo.callback(torch.clear_autocast_cache)
-            self.undo.enter_context(kept(running_statistics(sam.model) if sam.model is not None else []))
-            self.undo.enter_context(sam.moved(eps))
-            result = _plain_call(task, *args, **kwargs)
+            self.undo.enter_context(passes.second(eps))
+            result = plain()
         except BaseException:
             self.restore()
             raise
         finally:
             self.inside = False
         loss = result["loss"]
-        sam.stats = {
-            "loss": clean.detach(),
-            "loss_perturbed": loss.detach(),
-            "eps_norm": global_norm(eps),
-            "ascent_grad_norm": norm,
-        }
+        sam.stats |= {"loss": clean, "loss_perturbed": loss.detach(), "ascent_grad_norm": norm}
         if scaler is not None:  # it skips the step; without one the script gets the gradient at w, for eps is zero
             loss = loss * torch.where(finite, 1.0, torch.nan)
-        loss.register_hook(self._restore_after_backward)
+        loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.restore))
         return {**result, "loss": loss}
-
-    def _restore_after_backward(self, grad: Tensor) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(self.restore)
-
-
-_plain_call = TrainingTask.__call__
 
 
 def _call(task: TrainingTask, *args: Any, **kwargs: Any) -> Any:
+    def plain() -> Any:
+        return _plain_call(task, *args, **kwargs)
+
     if not (task.training and torch.is_grad_enabled()):
-        return _plain_call(task, *args, **kwargs)
-    if "_samon" not in task.__dict__:
-        task.__dict__["_samon"] = _attach(task)
+        return plain()
+    if "_samon" not in task.__dict__:  # the newest of our optimizers over its parameters; None if it has another one
+        own = {id(p) for p in task.parameters()}
+        sam = _latest(_sams, lambda sam: any(id(p) in own for p in sam.selection.parameters.values()))
+        task.__dict__["_samon"] = None if sam is None else Perturbed(task, sam)
     perturbed = task.__dict__["_samon"]
-    if perturbed is None:
-        return _plain_call(task, *args, **kwargs)
-    return perturbed.losses(task, args, kwargs)
+    return plain() if perturbed is None else perturbed.losses(plain)
 
 
-def _attach(task: TrainingTask) -> Perturbed | None:
-    """The two passes for the newest of our optimizers over this task's parameters; None if it has another one."""
-    own = {id(p) for p in task.parameters()}
-    for reference in reversed(_sams):
-        sam = reference()
-        if sam is not None and any(id(p) in own for p in sam.selection.parameters.values()):
-            return Perturbed(task, sam)
-    return None
-
-
-def _latest(references: list[weakref.ref]) -> Any:
-    return next((made for made in (r() for r in reversed(references)) if made is not None), None)
+def _latest(references: list[weakref.ref], wanted: Callable[[Any], bool] = lambda made: True) -> Any:
+    return next((made for r in reversed(references) if (made := r()) is not None and wanted(made)), None)
 
 
 def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
@@ -121,20 +95,20 @@ def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
 
 def install() -> None:
     """Let timm's tasks know of our optimizers and of the gradient scaler, from now on in this process."""
-    sam_init, scaler_init = SAM.__init__, torch.amp.GradScaler.__init__
-
-    def on_sam(self: SAM, *args: Any, **kwargs: Any) -> None:
-        sam_init(self, *args, **kwargs)
-        self.register_step_pre_hook(_refuse_plain_step)
-        _sams.append(weakref.ref(self))
-
-    def on_scaler(self: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
-        scaler_init(self, *args, **kwargs)
-        _scalers.append(weakref.ref(self))
-
-    SAM.__init__ = on_sam  # type: ignore[method-assign]
-    torch.amp.GradScaler.__init__ = on_scaler  # type: ignore[method-assign]
+    _remember(SAM, _sams, lambda sam: sam.register_step_pre_hook(_refuse_plain_step))
+    _remember(torch.amp.GradScaler, _scalers)
     TrainingTask.__call__ = _call  # type: ignore[method-assign]
+
+
+def _remember(kind: Any, references: list[weakref.ref], then: Callable[[Any], Any] = lambda made: None) -> None:
+    initialize = kind.__init__
+
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        then(self)
+        references.append(weakref.ref(self))
+
+    kind.__init__ = remembering
 
 
 def main(argv: list[str] | None = None) -> None:

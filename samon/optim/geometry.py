@@ -5,60 +5,71 @@ Every function treats a list of tensors as one vector. With `grouped=True` the g
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
+Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A row of Table 9: eps maximises the linearised loss over ||T^-1 eps||_p <= rho."""
+    """A row of Table 9: eps maximises the linearised loss over ||T^-1 eps||_p <= rho.
+
+    Attributes:
+        rho: radius to start from by scope: middle values of the paper's Tables 7 and 8, not tuned ones.
+        scale: T from (weights, gradients, eta, which tensors are weights), one tensor per weight that broadcasts
+            against its gradient; None stands for T = 1.
+    """
 
     p: float
     eta: float
     description: str
+    rho: dict[str, float]
+    scale: Scale | None = None
 
 
-GEOMETRIES: dict[str, Geometry] = {
-    "": Geometry(2, 0.0, "l2 ball, T = 1"),
-    "eleml2": Geometry(2, 0.0, "elementwise l2, T = |w|"),
-    "eleml2orig": Geometry(2, 0.01, "elementwise l2, T = |w| + eta for weights, 1 for the rest"),
-    "elemlinf": Geometry(math.inf, 0.0, "elementwise l_inf, T = |w|"),
-    "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2"),
-    "fisher": Geometry(2, 1.0, "Fisher l2, T = (1 + eta g^2)^-1/2"),
-}
+def _rho(sam: float, samon: float) -> dict[str, float]:
+    return {"sam": sam, "samon": samon, "samnn": sam}
 
 
-def scales(
-    geometry: str, weights: Tensors, grads: Tensors, eta: float = 0.0, is_weight: Sequence[bool] = ()
-) -> list[Tensor] | None:
-    """T of Table 9, one tensor per weight that broadcasts against its gradient; None stands for T = 1.
+def _entry_sizes(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+    return list(torch._foreach_abs(list(weights)))
 
-    Args:
-        is_weight: for `eleml2orig`, which tensors are weights (|w| + eta); the others get 1 (section 3.2).
-    """
-    if geometry == "":
-        return None
-    if geometry in ("eleml2", "elemlinf"):
-        return list(torch._foreach_abs(list(weights)))
-    if geometry == "eleml2orig":
-        return [w.abs() + eta if weight else torch.ones_like(w) for w, weight in zip(weights, is_weight, strict=True)]
-    if geometry == "layerl2":
-        return list(torch._foreach_norm(list(weights)))
-    assert geometry == "fisher", geometry
+
+def _weight_sizes(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+    return [w.abs() + eta if weight else torch.ones_like(w) for w, weight in zip(weights, is_weight, strict=True)]
+
+
+def _tensor_norms(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+    return list(torch._foreach_norm(list(weights)))
+
+
+def _fisher(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
     return [(1 + eta * g.square()).rsqrt() for g in grads]
 
 
-def global_norm(tensors: Tensors, p: float = 2, grouped: bool = False) -> Tensor:
-    """The p-norm of all tensors as one vector: shape [], or [G] when they are grouped."""
+GEOMETRIES: dict[str, Geometry] = {
+    "": Geometry(2, 0.0, "l2 ball, T = 1", _rho(0.05, 0.5)),
+    "eleml2": Geometry(2, 0.0, "elementwise l2, T = |w|", _rho(1.0, 1.0), _entry_sizes),
+    "eleml2orig": Geometry(
+        2, 0.01, "elementwise l2, T = |w| + eta for weights, 1 for the rest", _rho(0.5, 0.5), _weight_sizes
+    ),
+    "elemlinf": Geometry(math.inf, 0.0, "elementwise l_inf, T = |w|", _rho(0.001, 0.005), _entry_sizes),
+    "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2", _rho(0.005, 0.05), _tensor_norms),
+    "fisher": Geometry(2, 1.0, "Fisher l2, T = (1 + eta g^2)^-1/2", _rho(0.05, 0.5), _fisher),
+}
+
+
+def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False) -> Tensor:
+    """The norm of this order of all tensors as one vector: shape [], or [G] when they are grouped."""
     if grouped:
-        parts = [torch.linalg.vector_norm(t.flatten(1), p, dim=1) for t in tensors]
-        return torch.linalg.vector_norm(torch.stack(parts), p, dim=0)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), p)), p)
+        parts = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
+        return torch.linalg.vector_norm(torch.stack(parts), order, dim=0)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), order)), order)
 
 
 def ascend(
@@ -73,29 +84,35 @@ def ascend(
     """One ascent step (Eq. 5): `(eps, ||T g||_2)`, eps shaped like the gradients, in their dtype.
 
     p = 2: eps = rho T^2 g / ||T g||_2, zero where ||T g|| is zero; p = inf: eps = rho T sign(g).
+
+    Args:
+        is_weight: for `eleml2orig`, which tensors are weights (|w| + eta); the others get 1 (section 3.2).
     """
-    t = scales(geometry, weights, grads, eta, is_weight)
-    u = list(grads) if t is None else [a * g for a, g in zip(t, grads, strict=True)]
-    norm = global_norm(u, grouped=grouped)
-    if GEOMETRIES[geometry].p == math.inf:
-        assert t is not None
-        return [rho * a * g.sign() for a, g in zip(t, grads, strict=True)], norm
-    u = u if t is None else [a * b for a, b in zip(t, u, strict=True)]
-    # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every u.
+    row = GEOMETRIES[geometry]
+    scales = None if row.scale is None else row.scale(weights, grads, eta, is_weight)
+
+    def scaled(tensors: Tensors) -> list[Tensor]:
+        return list(tensors) if scales is None else [a * x for a, x in zip(scales, tensors, strict=True)]
+
+    steep = scaled(grads)
+    norm = global_norm(steep, grouped=grouped)
+    if row.p == math.inf:
+        return [rho * x for x in scaled([g.sign() for g in grads])], norm
+    # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every direction.
     divisor = torch.where(norm > 0, norm, 1) / rho
     if grouped:
-        return [b / divisor.view(-1, *[1] * (b.dim() - 1)) for b in u], norm
-    return list(torch._foreach_div(u, divisor)), norm
+        return [x / divisor.view(-1, *[1] * (x.dim() - 1)) for x in scaled(steep)], norm
+    return list(torch._foreach_div(scaled(steep), divisor)), norm
 
 
-def project(deltas: Tensors, t: Tensors, rho: float, p: float) -> list[Tensor]:
-    """The deltas on or inside ||T^-1 delta||_p <= rho: clipped for p = inf, scaled back for p = 2.
+def project(deltas: Tensors, scales: Tensors, rho: float, order: float) -> list[Tensor]:
+    """The deltas on or inside ||T^-1 delta||_order <= rho: clipped for infinity, scaled back for 2.
 
-    Where T is zero the ball has no extent, so delta is zero there.
+    Where T (`scales`) is zero the ball has no extent, so delta is zero there.
     """
-    if p == math.inf:
-        return [torch.clamp(d, -rho * a, rho * a) for d, a in zip(deltas, t, strict=True)]
-    inside = [torch.where(a > 0, d, 0) for d, a in zip(deltas, t, strict=True)]
-    radius = global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(inside, t, strict=True)])
+    if order == math.inf:
+        return [torch.clamp(d, -rho * a, rho * a) for d, a in zip(deltas, scales, strict=True)]
+    inside = [torch.where(a > 0, d, 0) for d, a in zip(deltas, scales, strict=True)]
+    radius = global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(inside, scales, strict=True)])
     factor = torch.where(radius > rho, rho / radius, 1)
     return list(torch._foreach_mul(inside, factor))

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from samon.errors import UserError
 
-KINDS = ("random", "fisher", "dynamic")
+KINDS = {
+    "random": "a random mask, drawn once",
+    "fisher": "a Fisher mask (SSAM-F)",
+    "dynamic": "a dynamic mask (SSAM-D)",
+}
 EXCHANGED = 0.5  # share of the kept entries that SSAM-D gives up at a renewal (its initial rate)
 
 

@@ -1,21 +1,30 @@
 """The sharpness-aware optimizer: a shell around any base optimizer that knows how to perturb the weights."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from samon.errors import UserError
-from samon.optim.geometry import GEOMETRIES, ascend
+from samon.optim.geometry import GEOMETRIES, ascend, global_norm
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.scope import Selection, select, select_bare
 
+HALF = (torch.float16, torch.bfloat16)
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
+
+
+def _of_base(name: str) -> property:
+    return property(lambda sam: getattr(sam.base, name), lambda sam, value: setattr(sam.base, name, value))
 
 
 class SAM(Optimizer):
@@ -32,10 +41,12 @@ class SAM(Optimizer):
         mask: sparse perturbation of section 5.1.
 
     Attributes:
-        stats: of the last step, as 0-dim tensors on the device: loss, loss_perturbed, eps_norm, ascent_grad_norm.
+        stats: of the last step, as 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm,
+            the length of the perturbation that the weights took (the mean over groups). With half-precision weights
+            also eps_lost: the length of what rounding kept from them, as a share of the intended one.
 
     Raises:
-        UserError: rho or eta is negative.
+        UserError: rho or eta is not a finite number >= 0, or the base optimizer needs second derivatives.
     """
 
     def __init__(
@@ -48,34 +59,28 @@ class SAM(Optimizer):
         eta: float | None = None,
         mask: Mask | None = None,
     ):
-        eta = GEOMETRIES[geometry].eta if eta is None else eta
-        for name, value in (("rho", rho), ("eta", eta)):
-            if not value >= 0:
-                raise UserError(f"{name} must be zero or positive, got {value}")
-        self.base, self.rho, self.eta, self.geometry, self.mask = base, float(rho), float(eta), geometry, mask
+        if getattr(base, "is_second_order", False):
+            raise UserError(
+                f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a "
+                "first-order base optimizer such as adamw"
+            )
+        self.base, self.geometry, self.mask = base, geometry, mask
+        self.rho, self.eta = _radius("rho", rho), _radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
         self.selection = selection
-        self.stats: dict[str, Tensor] = {}
-        self.plan: Any = None  # the replay plan that samon.step keeps between steps
+        self._start()
         super().__init__(base.param_groups, base.defaults)
 
+    def _start(self) -> None:
+        self.stats: dict[str, Tensor] = {}
+        self.plan: Any = None  # the replay plan that samon.step keeps between steps
+        self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
+        self._rounding_checked = False
+
     # -- one set of groups and one state with the base ---------------------------------------------------------------
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
+    param_groups: Any = _of_base("param_groups")
+    state: Any = _of_base("state")
 
     @property
     def scope(self) -> str:
@@ -87,7 +92,7 @@ class SAM(Optimizer):
 
     @property
     def can_group(self) -> bool:
-        """Whether each of several groups can carry its own copy of the perturbed parameters in one pass."""
+        """Whether each group of a batch can carry a perturbation of its own (`groups` of `samon.two_pass`)."""
         return self.scope == "samon" and self.model is not None and self.mask is None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,7 +125,7 @@ class SAM(Optimizer):
         if "base" not in state:  # from load_state_dict: new groups and state
             self.base.__setstate__(state)
             return
-        self.stats, self.plan = {}, None
+        self._start()
         super().__setstate__(state)
 
     # -- perturbation ------------------------------------------------------------------------------------------------
@@ -139,8 +144,8 @@ class SAM(Optimizer):
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
-        weights = [_wide(p.detach()) for p in self.perturbed_parameters().values()]
-        dense = [torch.zeros_like(w) if g is None else _wide(g) for w, g in zip(weights, grads, strict=True)]
+        weights = [wide(p.detach()) for p in self.perturbed_parameters().values()]
+        dense = [torch.zeros_like(w) if g is None else wide(g) for w, g in zip(weights, grads, strict=True)]
         dense = dense if self.mask is None else self.mask(dense)
         eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight(), grouped)
         finite = norm.isfinite()
@@ -162,16 +167,34 @@ class SAM(Optimizer):
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        parameters: list[Tensor] = list(self.perturbed_parameters().values())
-        steps = [e.to(p.dtype) for e, p in zip(eps, parameters, strict=True)]
-        with torch.no_grad():
-            saved = [p.clone() for p in parameters]
-            torch._foreach_add_(parameters, steps)
+        weights = [p.detach() for p in self.perturbed_parameters().values()]
+        saved = [w.clone() for w in weights]
         try:
+            torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
+            triples = zip(weights, saved, eps, strict=True)
+            self.measure(eps, [new.float() - old.float() if new.dtype in HALF else e for new, old, e in triples])
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, saved)
+            torch._foreach_copy_(weights, saved)
+
+    @torch.no_grad()
+    def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
+        """Begin the step's `stats` with the size of the perturbation: intended, and as the weights really took it."""
+        self.stats = {"eps_norm": global_norm(applied, grouped=grouped).mean()}
+        if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
+            return
+        missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)])
+        lost = missed / global_norm(eps).clamp(min=torch.finfo(missed.dtype).tiny)
+        self.stats["eps_lost"] = lost
+        if self._rounding_checked or lost.is_meta or isinstance(lost, FakeTensor):
+            return
+        self._rounding_checked = True  # one read on the host, in the first step
+        if lost.item() > 0.5:
+            warnings.warn(
+                f"rounding to half-precision weights loses {lost.item():.0%} of the perturbation (rho={self.rho}); "
+                "keep float32 weights (--amp instead of --model-dtype) or raise rho",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -188,17 +211,24 @@ class SAM(Optimizer):
             return self.base.step()
         with torch.enable_grad():
             loss = closure()
-        grads = [None if p.grad is None else p.grad.clone() for p in self.perturbed_parameters().values()]
         buffers = [] if self.model is None else running_statistics(self.model)
-        with kept(buffers), self.perturbed(grads):
+        eps, norm, _ = self.perturbation([p.grad for p in self.perturbed_parameters().values()])
+        with kept(buffers), self.moved(eps), torch.enable_grad():
             closure()
+        self.stats["ascent_grad_norm"] = norm
         self.base.step()
         return loss
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """float32 or wider: norms of half-precision gradients overflow."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def _radius(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise UserError(f"{name} must be a finite number, zero or positive, got {value!r}")
+    return float(value)
 
 
 def sam_of(optimizer: Any) -> SAM | None:

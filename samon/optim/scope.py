@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from timm import layers
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,8 +18,16 @@ SCOPES = {
     "samnn": "all but normalization parameters (no-norm)",
 }
 
+# timm's normalization layers that differ from the torch class they derive from, or derive from none.
+_TIMM: dict[int | None, str] = {
+    -1: "RmsNorm RmsNormFp32 SimpleNorm SimpleNormFp32",
+    1: "LayerNorm2d LayerNorm2dFp32 LayerNormExp2d LayerNormAct2d LayerNormAct2dFp32 RmsNorm2d RmsNorm2dFp32 "
+    "SimpleNorm2d SimpleNorm2dFp32",
+    None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
+    "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
+}
 # Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1, and the first dimension they run along;
-# None where one module cannot carry several gammas (see step/groups.py). registry.py adds timm's own classes.
+# None where one module cannot carry several gammas (see step/groups.py). Not every timm exports all of its own.
 # Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
 NORM_TYPES: dict[type[nn.Module], int | None] = {
     _BatchNorm: 1,
@@ -28,16 +36,13 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
     _InstanceNorm: 1,
     nn.LayerNorm: -1,
     nn.RMSNorm: -1,
+    **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
 }
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, _norm_types())}
-
-
-def _norm_types() -> tuple[type[nn.Module], ...]:
-    return tuple(NORM_TYPES)
+    return {clean_name(name): m for name, m in model.named_modules() if NORM_TYPES.keys() & set(type(m).__mro__)}
 
 
 def affine_dim(module: nn.Module) -> int | None:
@@ -45,19 +50,13 @@ def affine_dim(module: nn.Module) -> int | None:
     return next(NORM_TYPES[t] for t in type(module).__mro__ if t in NORM_TYPES)
 
 
-def _norm_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Parameter]]:
-    for prefix, module in norm_modules(model).items():
-        for name in ("weight", "bias"):
-            parameter = getattr(module, name, None)
-            if isinstance(parameter, Parameter):
-                yield f"{prefix}.{name}" if prefix else name, module, parameter
-
-
 def norm_parameters(model: nn.Module) -> dict[str, Parameter]:
     """The affine normalization parameters by qualified name; shared ones once, under their first name."""
     seen: dict[Parameter, str] = {}
-    for name, _, parameter in _norm_parameters(model):
-        seen.setdefault(parameter, name)
+    for prefix, module in norm_modules(model).items():
+        for name in ("weight", "bias"):
+            if isinstance(parameter := getattr(module, name, None), Parameter):
+                seen.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
     return {name: parameter for parameter, name in seen.items()}
 
 
@@ -68,13 +67,9 @@ def clean_name(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 @dataclass
@@ -99,13 +94,11 @@ class Selection:
             return line
         total = sum(p.numel() for p in self.model.parameters())
         tensors, numbers = Counter[str](), Counter[str]()
-        pending = {id(p) for p in self.parameters.values()}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) in pending:
-                    pending.remove(id(parameter))
-                    tensors[type(module).__name__] += 1
-                    numbers[type(module).__name__] += parameter.numel()
+        modules = reversed(list(self.model.modules()))  # a shared parameter counts where it is met first
+        kinds = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
+        for parameter in self.parameters.values():
+            tensors[kinds[id(parameter)]] += 1
+            numbers[kinds[id(parameter)]] += parameter.numel()
         rows = [f"  {kind}: {numbers[kind]:,} in {tensors[kind]} tensors" for kind, _ in numbers.most_common()]
         return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
 
@@ -126,12 +119,8 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
     norms = norm_parameters(model)
     norm_ids = {id(p) for p in norms.values()}
     everything = {clean_name(name): p for name, p in model.named_parameters()}
-    if scope == "samon":
-        candidates = norms
-    elif scope == "samnn":
-        candidates = {name: p for name, p in everything.items() if id(p) not in norm_ids}
-    else:
-        candidates = everything
+    others = {name: p for name, p in everything.items() if id(p) not in norm_ids}
+    candidates = {"sam": everything, "samon": norms, "samnn": others}[scope]
     trainable = {name: p for name, p in candidates.items() if p.requires_grad}
     if not trainable:
         found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
@@ -140,23 +129,7 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
             f"layers found: {', '.join(found)}); take a scope that has some (sam perturbs all parameters), "
             "unfreeze them, or choose another model"
         )
-    chosen = {name: p for name, p in trainable.items() if matches(perturb, name)}
-    if not chosen:
-        raise UserError(
-            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in "
-            f"{model_name(model)}; the first of them is {next(iter(trainable))!r}"
-        )
-    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))
-
-
-def matches(perturb: str | None, name: str) -> bool:
-    """Whether the regular expression is found anywhere in the name; no expression matches all."""
-    if perturb is None:
-        return True
-    try:
-        return re.search(perturb, name) is not None
-    except re.error as e:
-        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
+    return _narrowed(trainable, scope, perturb, model)
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
@@ -170,7 +143,21 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
     for i, group in enumerate(param_groups):
         names = group.get("param_names") or [f"group{i}.{j}" for j in range(len(group["params"]))]
         named |= {name: p for name, p in zip(names, group["params"], strict=True) if p.requires_grad}
-    chosen = {name: p for name, p in named.items() if matches(perturb, name)}
+    return _narrowed(named, scope, perturb)
+
+
+def _narrowed(
+    trainable: dict[str, Parameter], scope: str, perturb: str | None, model: nn.Module | None = None
+) -> Selection:
+    """Those whose name the regular expression is found in; without one, all."""
+    try:
+        chosen = {name: p for name, p in trainable.items() if re.search(perturb or "", name)}
+    except re.error as e:
+        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
     if not chosen:
-        raise UserError(f"perturb={perturb!r} matches no trainable parameter; create the optimizer from the model")
-    return Selection(scope, chosen, perturb, narrowed=len(chosen) < len(named))
+        where = "the parameter groups" if model is None else model_name(model)
+        raise UserError(
+            f"perturb={perturb!r} matches none of the {len(trainable)} parameters of scope {scope} in {where}; the "
+            f"first of them is {next(iter(trainable), None)!r}"
+        )
+    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(trainable))

@@ -7,7 +7,7 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,31 +17,39 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
-from samon.optim.sam import SAM
+from samon.optim.sam import SAM, wide
 from samon.optim.scope import affine_dim, norm_modules
-from samon.step.passes import refuse_checkpointing, swapped_forwards
+from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed
 
 
-class GroupedNorms:
-    """The model's normalization layers with one set of affine parameters per group.
+class Grouped:
+    """Both passes with one perturbation per group: normalization layers carry one set of affine parameters for each.
+
+    The running statistics are written once, at the end.
 
     Args:
         groups: G, equal groups of consecutive samples in the leading dimension.
+
+    Attributes:
+        inputs: the offsets [G, *parameter shape], in float32 or wider, so that no half-precision sum rounds them away.
 
     Raises:
         UserError: naming the layer or option that cannot be grouped.
     """
 
-    def __init__(self, sam: SAM, groups: int):
-        if sam.scope != "samon" or sam.model is None or sam.mask is not None:
+    def __init__(self, sam: SAM, groups: int, bn_stats: str):
+        if not sam.can_group:
             raise UserError(
                 f"groups={groups} holds one copy of the perturbed parameters per group, which only scope samon on a "
                 f"model can do (this is scope {sam.scope}); loop over the sub-batches instead"
             )
-        self.groups = groups
-        self.parameters = list(sam.perturbed_parameters().values())
-        self.perturbed = {id(p): i for i, p in enumerate(self.parameters)}
-        self.offsets: list[Tensor] = []
+        assert sam.model is not None
+        self.sam, self.groups, self.bn_stats = sam, groups, bn_stats
+        parameters = list(sam.perturbed_parameters().values())
+        self.device = parameters[0].device
+        self.perturbed = {id(p): i for i, p in enumerate(parameters)}
+        self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
+        self.frozen = [*unperturbed(sam), *parameters]
         # [module -> per pass -> the (mean, variance) [G, C] of each call]
         self.statistics: dict[Any, list[list[tuple[Tensor, Tensor]]]] = defaultdict(lambda: [[], []])
         self.pass_index = 0
@@ -62,41 +70,37 @@ class GroupedNorms:
             )
         return True
 
-    @contextmanager
-    def first_pass(self) -> Iterator[list[Tensor]]:
-        """Around the ascent pass; yields the offsets [G, *shape], zeros that require gradients."""
-        self.offsets = [
-            torch.zeros(self.groups, *p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
-            for p in self.parameters
-        ]
-        with self._installed(0):
-            yield self.offsets
+    def first(self) -> AbstractContextManager[None]:
+        """Around the first pass."""
+        return frozen(self.frozen)
 
     @contextmanager
-    def second_pass(self, eps: list[Tensor]) -> Iterator[None]:
-        """Around the second pass, with the perturbations [G, *shape] as offsets."""
-        self.offsets = [e.to(p.dtype) for e, p in zip(eps, self.parameters, strict=True)]
-        with self._installed(1):
-            yield
-
-    @contextmanager
-    def _installed(self, pass_index: int) -> Iterator[None]:
-        self.pass_index = pass_index
+    def each_first(self) -> Iterator[None]:
+        """Around each forward of the first pass, and around each of the second."""
         with ExitStack() as stack:
             forwards: dict[nn.Module, Callable] = {}
             for module in self.modules:
-                affine = tuple(self._per_group(module._parameters.get(name)) for name in ("weight", "bias"))
-                activation = stack.enter_context(_bare(module))
-                forwards[module] = self._forward(module, affine, activation)
+                affine = tuple(module._parameters.get(name) for name in ("weight", "bias"))
+                forwards[module] = self._forward(module, affine, stack.enter_context(_bare(module)))
             stack.enter_context(swapped_forwards(forwards))
             yield
 
-    def _per_group(self, parameter: Parameter | None) -> Callable[[], Tensor] | None:
+    each_second = each_first
+
+    @contextmanager
+    def second(self, eps: list[Tensor]) -> Iterator[None]:
+        """Around the second pass, with the perturbations [G, *shape] as offsets."""
+        self.inputs, self.pass_index = eps, 1
+        self.sam.measure(eps, eps, grouped=True)
+        yield
+        self._update_running_statistics()
+
+    def _per_group(self, parameter: Parameter | None) -> Tensor | None:
         """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
         if parameter is None:
             return None
         i = self.perturbed.get(id(parameter))
-        return lambda: parameter.expand(self.groups, *parameter.shape) if i is None else parameter + self.offsets[i]
+        return wide(parameter).expand(self.groups, *parameter.shape) if i is None else parameter + self.inputs[i]
 
     def _forward(self, module: nn.Module, affine: tuple, activation: Callable[[Tensor], Tensor]) -> Callable:
         statistics = isinstance(module, _BatchNorm) and module.training
@@ -108,7 +112,7 @@ class GroupedNorms:
                     f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(module).__name__}; "
                     "choose a batch size that m divides"
                 )
-            gamma, beta = (None if a is None else a() for a in affine)
+            gamma, beta = (self._per_group(parameter) for parameter in affine)
             if statistics:
                 return activation(self._batch_norm(module, x, gamma, beta))
             y = normalized(module, x)
@@ -124,7 +128,9 @@ class GroupedNorms:
         """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
         groups, channels = self.groups, x.shape[1]
         folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
-        mean, variance = torch.zeros(2, groups * channels, dtype=_statistics_type(x), device=x.device)
+        mean, variance = torch.zeros(
+            2, groups * channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
         gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
         y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
         if getattr(module, "track_running_stats", False):
@@ -133,9 +139,9 @@ class GroupedNorms:
         return _joined(y if y.is_contiguous() else y.contiguous(), x.shape)
 
     @torch.no_grad()
-    def update_running_statistics(self, bn_stats: str) -> None:
+    def _update_running_statistics(self) -> None:
         """Bring the running statistics to where a loop over the groups, two passes each, would have left them."""
-        passes = {"first": [0], "second": [1], "both": [0, 1]}[bn_stats]
+        passes = {"first": [0], "second": [1], "both": [0, 1]}[self.bn_stats]
         for module, by_pass in self.statistics.items():
             calls = [call for i in passes for call in by_pass[i]]
             if not calls or module.running_mean is None:
@@ -158,22 +164,15 @@ class GroupedNorms:
 def _bare(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, the layer only normalises: gamma = 1, beta = 0, no activation. Yields the activation of timm's fused
     norm+act classes, to be applied behind the groups' own gamma and beta."""
-    saved = {name: module._parameters.get(name) for name in ("weight", "bias")}
-    extra = {name: module._modules.get(name) for name in ("drop", "act")}
-    for name, parameter in saved.items():
-        if parameter is not None:
-            fill = torch.ones_like if name == "weight" else torch.zeros_like
-            module._parameters[name] = fill(parameter.detach())  # type: ignore[assignment]
-    identity = nn.Identity()
-    for name, child in extra.items():
-        if child is not None:
-            module._modules[name] = identity
-    after = [child for child in extra.values() if child is not None]
+    parameters, children = module._parameters, module._modules
+    fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
+    bare = {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in parameters.items()}
+    after = {n: child for n, child in children.items() if n in ("drop", "act") and child is not None}
+    module.__dict__.update(_parameters=bare, _modules=children | dict.fromkeys(after, nn.Identity()))
     try:
-        yield lambda x: nn.Sequential(*after)(x) if after else x
+        yield nn.Sequential(*after.values())
     finally:
-        module._parameters |= {k: v for k, v in saved.items() if v is not None}
-        module._modules |= {k: v for k, v in extra.items() if v is not None}
+        module.__dict__.update(_parameters=parameters, _modules=children)
 
 
 def _joined(x: Tensor, shape: torch.Size) -> Tensor:
@@ -189,7 +188,3 @@ def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tup
     if affine_dim(module) == 1:
         return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
     return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])
-
-
-def _statistics_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,14 +1,24 @@
-"""What both passes of a step need: freezing, the same noise twice, other forwards for a while."""
+"""What both passes of a step need: freezing, other forwards for a while, gradients that are missing for a reason."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from samon import rng
 from samon.errors import UserError
+from samon.optim.norm_stats import kept, running_statistics
+from samon.optim.sam import SAM
+
+REENTRANT = (
+    "torch.utils.checkpoint(use_reentrant=True) hides {} from the ascent pass, which differentiates with respect to "
+    "the perturbed parameters only; pass use_reentrant=False (timm: timm.layers.set_reentrant_ckpt(False))"
+)
 
 
 @contextmanager
@@ -22,6 +32,14 @@ def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
     finally:
         for p in thawed:
             p.requires_grad_(True)
+
+
+def unperturbed(sam: SAM) -> list[Parameter]:
+    """All parameters that are not perturbed."""
+    perturbed = {id(p) for p in sam.perturbed_parameters().values()}
+    groups = [p for group in sam.param_groups for p in group["params"]]
+    everything = groups if sam.model is None else [*sam.model.parameters(), *groups]
+    return list({id(p): p for p in everything if id(p) not in perturbed}.values())
 
 
 @contextmanager
@@ -43,18 +61,16 @@ def swapped_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
                 module.__dict__["forward"] = before[module]
 
 
-class Noise:
-    """The random state (CPU and one accelerator) that dropout and stochastic depth draw from."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+@contextmanager
+def watched(modules: Iterable[nn.Module], start: Callable, end: Callable | None = None) -> Iterator[None]:
+    """The hooks see these modules run inside; compiled ones run eagerly, for compiled graphs call none."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_pre_hook(start))
+            if end is not None:
+                stack.enter_context(module.register_forward_hook(end))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
@@ -75,3 +91,54 @@ def refuse_checkpointing(model: nn.Module, purpose: str) -> None:
                 f"{purpose}, but gradient checkpointing is on in {name or type(module).__name__!r} and runs the "
                 "forward again; turn one of the two off"
             )
+
+
+def gradients(loss: Tensor, inputs: Sequence[Tensor], scaler: Any = None) -> list[Tensor | None]:
+    """Unscaled gradients of the loss, None where it does not depend on an input.
+
+    Raises:
+        UserError: reentrant checkpointing lies between the loss and the inputs.
+    """
+    if not loss.requires_grad:
+        return [None] * len(inputs)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    try:
+        grads = torch.autograd.grad(scaled, list(inputs), allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UserError(REENTRANT.format("layers")) from error
+        raise
+    if scaler is not None:
+        torch._foreach_div_([g for g in grads if g is not None], scaler.scale(torch.ones((), device=loss.device)))
+    return list(grads)
+
+
+def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forward: Callable[[], Any]) -> None:
+    """Tell perturbed parameters that the loss does not use from those whose gradient got lost on the way.
+
+    The owner of a lost one runs with gradients disabled. To see it, the forward runs once more, without a trace, the
+    first time that a parameter's gradient is missing; no other step pays for it.
+
+    Raises:
+        UserError: a gradient got lost, or the loss depends on nothing that is perturbed.
+    """
+    missing = {id(p): n for (n, p), g in zip(sam.perturbed_parameters().items(), grads, strict=True) if g is None}
+    if loss.requires_grad and missing.keys() <= sam.unused:
+        return
+    lost: list[str] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            lost.extend(missing[id(p)] for p in module.parameters(recurse=False) if id(p) in missing)
+
+    buffers = [] if sam.model is None else running_statistics(sam.model)
+    everywhere = register_module_forward_pre_hook(look) if sam.model is None else watched(sam.model.modules(), look)
+    with kept(buffers), rng.kept(loss.device), everywhere:
+        forward()
+    if lost:
+        raise UserError(REENTRANT.format(lost[0]) + "; what runs under torch.no_grad() on purpose: freeze it")
+    if not loss.requires_grad:
+        raise UserError(
+            f"the loss depends on no parameter that {sam.scope} perturbs; return it with its graph attached"
+        )
+    sam.unused |= missing.keys()

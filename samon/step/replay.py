@@ -8,7 +8,7 @@ no child module (class token, position embedding) receive their gradient through
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
+from samon import rng
+from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
-from samon.step.passes import Noise, swapped_forwards
+from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed, watched
 
 
 @dataclass
@@ -37,20 +39,6 @@ class Trace:
         self.clock += 1
         next(call for call in reversed(self.calls[module]) if call[1] < 0)[1] = self.clock
         self.nodes[module] += [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[Trace]:
-    """Trace of all module calls inside."""
-    trace = Trace()
-    handles = [m.register_forward_pre_hook(trace.start) for m in model.modules()]
-    handles += [m.register_forward_hook(trace.end) for m in model.modules()]
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled graphs call no hooks
-            yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -137,7 +125,7 @@ class Tape:
 
     def __init__(self, plan: Plan, device: torch.device, same_noise: bool):
         self.plan, self.device, self.same_noise = plan, device, same_noise
-        self.outputs: dict[nn.Module, list[tuple[Any, Noise | None]]] = defaultdict(list)
+        self.outputs: dict[nn.Module, list[tuple[Any, dict[str, Any] | None]]] = defaultdict(list)
         self.versions: list[tuple[nn.Module, Tensor, int]] = []
         self.whole, self.cut_reached, self.reordered = True, False, False
 
@@ -148,13 +136,9 @@ class Tape:
         def reached(*_: Any) -> None:
             self.cut_reached = True
 
-        handles = [m.register_forward_pre_hook(reached) for m in self.plan.owners]
-        try:
-            with swapped_forwards({m: self._recorder(m, m.forward) for m in self.plan.front}):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        recorders = {m: self._recorder(m, m.forward) for m in self.plan.front}
+        with watched(self.plan.owners, reached), swapped_forwards(recorders):
+            yield
         self._check_versions()
 
     def _recorder(self, module: nn.Module, forward: Any) -> Any:
@@ -163,7 +147,7 @@ class Tape:
             output = forward(*args, **kwargs)
             if self.cut_reached:
                 self.whole, self.reordered = False, True
-            self.outputs[module].append((output, Noise(self.device) if self.same_noise else None))
+            self.outputs[module].append((output, rng.take_torch(self.device) if self.same_noise else None))
             # Whatever this module wrote over in place (activations do), its own kept output stands for.
             self.versions = [(m, t, t._version) for m, t, _ in self.versions]
             self.versions += [(module, t, t._version) for t in _tensors(output)]
@@ -186,14 +170,14 @@ class Tape:
         """Around the second pass's forward."""
 
         def player(module: nn.Module, forward: Any) -> Any:
-            kept = iter(self.outputs[module])
+            remaining = iter(self.outputs[module])
 
             def play(*args: Any, **kwargs: Any) -> Any:
-                output, noise = next(kept, (None, None))
+                output, noise = next(remaining, (None, None))
                 if output is None:  # not called in the first pass
                     return forward(*args, **kwargs)
                 if noise is not None:
-                    noise.restore()
+                    rng.put_torch(noise, self.device)
                 return self._handed_out(module, output)
 
             return play
@@ -204,3 +188,86 @@ class Tape:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+
+
+class Plain:
+    """Both passes with one perturbation for the whole batch. Of replay they use nothing, record the order of modules
+    for a plan, or follow the plan.
+
+    Args:
+        replay: whether replay is wanted and possible: one forward, the same in both passes.
+
+    Attributes:
+        inputs: the perturbed parameters.
+
+    Raises:
+        UserError: replay meets gradient checkpointing.
+    """
+
+    groups = 1
+
+    def __init__(self, sam: SAM, bn_stats: str = "first", *, replay: bool = False, same_noise: bool = False):
+        self.sam, self.model, self.bn_stats = sam, sam.model, bn_stats
+        self.inputs: list[Tensor] = list(sam.perturbed_parameters().values())
+        self.device = self.inputs[0].device
+        self.tape: Tape | None = None
+        # With both passes updating the statistics, the front's BatchNorms would have to run twice.
+        usable = replay and sam.selection.narrowed and sam.model is not None and bn_stats != "both"
+        self.planning = usable and sam.plan is None
+        if usable and sam.model is not None:
+            refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
+            if sam.plan is not None and sam.plan.front:
+                self.tape = Tape(sam.plan, self.device, same_noise)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the first pass."""
+        late = self.tape.plan.late if self.tape is not None else [] if self.planning else unperturbed(self.sam)
+        with frozen(late), self._statistics_kept(self.bn_stats == "second"):
+            yield
+
+    @contextmanager
+    def each_first(self) -> Iterator[None]:
+        """Around each forward of the first pass."""
+        if self.planning:
+            assert self.model is not None
+            trace = Trace()
+            with watched(self.model.modules(), trace.start, trace.end):
+                yield
+            self.sam.plan = make_plan(self.sam, trace)
+        else:
+            with self.tape.recording() if self.tape is not None else nullcontext():
+                yield
+
+    @contextmanager
+    def second(self, eps: list[Tensor]) -> Iterator[None]:
+        """Around the second pass: the weights are at w + eps."""
+        # An autocast context around the whole step would go on using its half-precision copies of the old weights.
+        torch.clear_autocast_cache()
+        try:
+            with self._statistics_kept(self.bn_stats == "first"), self.sam.moved(eps):
+                yield
+        finally:
+            torch.clear_autocast_cache()
+            if self.tape is not None:
+                if self.tape.reordered:
+                    self.sam.plan = None  # modules ran in another order: look again
+                self.tape.outputs.clear()
+
+    def each_second(self) -> AbstractContextManager[None]:
+        """Around each forward and backward of the second pass."""
+        return self.tape.replaying() if self.tape is not None and self.tape.whole else nullcontext()
+
+    @contextmanager
+    def _statistics_kept(self, wanted: bool) -> Iterator[None]:
+        """A pass that leaves the running statistics alone. Front layers run once and stay updated, since both passes
+        would see the same batch there; only if the kept outputs cannot be used they are put back too."""
+        if not wanted or self.model is None:
+            yield
+            return
+        front = [] if self.tape is None else [m for f in self.tape.plan.front for m in f.modules()]
+        late = running_statistics(self.model, skip=front)
+        known = {id(b) for b in late}
+        early = [b for b in running_statistics(self.model) if id(b) not in known]
+        with kept(late), kept(early, unless=lambda: self.tape is not None and self.tape.whole):
+            yield

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.optim.geometry import GEOMETRIES, ascend, global_norm, project, scales
+from samon.optim.geometry import GEOMETRIES, Geometry, ascend, global_norm, project
+from samon.optim.registry import Variant
 from tests import reference
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
@@ -40,7 +41,8 @@ def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
     weights, grads = vectors
     row = GEOMETRIES[geometry]
     eps, _ = ascend(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
-    t = scales(geometry, weights, grads, row.eta, IS_WEIGHT) or [torch.ones_like(w) for w in weights]
+    ones = [torch.ones_like(w) for w in weights]
+    t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
     radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
     assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
     # ... and is the best point of it: no random other point raises the linearised loss more.
@@ -101,3 +103,20 @@ def test_projection(p: float, vectors) -> None:
         torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
     for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
         assert torch.equal(far, torch.where(a > 0, d, 0))
+
+
+def test_one_row_is_a_new_geometry(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scale, its exponent and its radius are all that has to be said."""
+    weights, grads = vectors
+    rho = dict.fromkeys(("sam", "samon", "samnn"), 0.1)
+    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "l_inf ball, T = 1", rho))
+    eps, _ = ascend("linf", weights, grads, RHO)
+    assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
+    twice = Geometry(2, 0.5, "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w])
+    monkeypatch.setitem(GEOMETRIES, "twice", twice)
+    doubled, norm = ascend("twice", weights, grads, RHO, twice.eta)
+    single, one = ascend("", weights, grads, RHO)
+    assert norm == 2 * one
+    for a, b in zip(doubled, single, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
+    assert Variant("samon-twice", "samon", "twice", "sgd").rho == 0.1

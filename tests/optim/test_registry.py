@@ -1,5 +1,6 @@
 """timm's factory makes our optimizers, with timm's own parameter groups."""
 
+import copy
 import itertools
 
 import pytest
@@ -18,6 +19,9 @@ NAMES = [
     )
 ]
 MASKED = ["-".join(filter(None, p)) for p in itertools.product(("sam-random", "ssam-f", "ssam-d"), ("", "adamw"))]
+# Middle values of the paper's Tables 7 and 8.
+RHO_ALL = {"": 0.05, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.001, "layerl2": 0.005, "fisher": 0.05}
+RHO_NORMS = {"": 0.5, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.005, "layerl2": 0.05, "fisher": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,10 @@ def test_all_names_are_listed_and_described() -> None:
     assert len(NAMES) == len(set(NAMES)) == 72
     assert set(NAMES) <= set(list_optimizers("sam*"))
     described = dict(list_optimizers(with_description=True))
-    assert all(len(described[n]) > 30 for n in NAMES + MASKED)
-    assert len({described[n] for n in NAMES}) > 60  # the description tells variants apart
+    assert described["samon-layerl2"] == (
+        "Sharpness-aware sgd: perturbs only normalization parameters (SAM-ON), layerwise l2, T = ||tensor||_2"
+    )
+    assert len({described[n] for n in NAMES + MASKED}) == len(NAMES + MASKED)  # the description tells variants apart
 
 
 @pytest.mark.parametrize("name", NAMES + MASKED)
@@ -39,7 +45,9 @@ def test_every_name_makes_the_right_optimizer(name: str, model) -> None:
     base = {"adamw": "AdamW", "lion": "Lion"}.get(name.rpartition("-")[2], "SGD")
     assert type(opt.base).__name__ == base
     assert isinstance(opt, torch.optim.Optimizer)
-    assert opt.rho > 0
+    scope, _, rest = name.partition("-")
+    geometry = rest.partition("-")[0] if name in NAMES else ""
+    assert opt.rho == (RHO_NORMS if scope == "samon" else RHO_ALL)[geometry if geometry in RHO_ALL else ""]
     assert opt.scope == (name.split("-")[0] if name in NAMES else "sam")
     if base == "SGD":
         assert opt.defaults["nesterov"] == (not name.endswith("momentum"))
@@ -88,9 +96,15 @@ def test_bare_parameters(model) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rho": -1}, "rho must be zero or positive, got -1"),
-        ({"rho": float("nan")}, "rho must be zero or positive"),
-        ({"eta": -0.1}, "eta must be zero or positive"),
+        ({"rho": -1}, "rho must be a finite number, zero or positive, got -1"),
+        ({"rho": float("nan")}, "rho must be a finite number"),
+        ({"rho": float("inf")}, "rho must be a finite number.*got inf"),
+        ({"rho": "0.1"}, "rho must be a finite number.*got '0.1'"),
+        ({"rho": True}, "rho must be a finite number.*got True"),
+        ({"eta": -0.1}, "eta must be a finite number"),
+        ({"eta": float("inf")}, "eta must be a finite number.*got inf"),
+        ({"eta": float("nan")}, "eta must be a finite number.*got nan"),
+        ({"base_opt": "adahessian"}, "Adahessian needs second derivatives.*first-order base"),
         ({"perturb": "("}, "not a regular expression"),
         ({"perturb": "layer9"}, "matches none"),
         ({"sparsity": 0.5}, "samon has no mask"),
@@ -105,6 +119,32 @@ def test_bad_arguments(kwargs: dict, message: str, model) -> None:
 def test_unknown_base(model) -> None:
     with pytest.raises(ValueError, match="nosuch"):
         create_optimizer_v2(model, "samon", lr=0.1, base_opt="nosuch")
+
+
+@pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated
+@pytest.mark.parametrize("base", [name for name in list_optimizers() if not samon.is_sam_name(name)])
+def test_every_base_steps_or_is_refused_by_name(base: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(1))
+    model.append(torch.nn.Linear(16, 5))
+    refused = {"adahessian": "second derivatives"}
+    if base.startswith(("bnb", "fused")) and not torch.cuda.is_available():
+        refused[base] = f"base_opt='{base}': .*(CUDA|bitsandbytes|APEX)"
+    if base in refused:
+        with pytest.raises(samon.UserError, match=refused[base]):
+            create_optimizer_v2(model, "samon", lr=0.1, base_opt=base)
+        return
+    opt = create_optimizer_v2(model, "samon", lr=0.1, base_opt=base)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(4, 3, 4, 4)
+    for _ in range(2):  # adopt's first step only looks
+        opt.zero_grad()
+        samon.two_pass(opt, lambda: model(x).square().mean())
+        with torch.compiler.set_stance("force_eager"):  # kron would compile itself
+            opt.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name]) or name == "0.bias", name  # no gradient in front of BatchNorm
 
 
 def test_other_optimizers_are_untouched(model) -> None:

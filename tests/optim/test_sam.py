@@ -64,6 +64,13 @@ def test_closure_step_equals_two_pass(name: str, net) -> None:
     assert_same(trained(name, net=net)[0], trained(name, net=net, closure=True)[0], 1e-12)
 
 
+def test_only_norm_parameters_of_a_model_without_mask_can_be_grouped() -> None:
+    for name, can in {"samon": True, "samon-fisher-lion": True, "sam": False, "samnn": False, "ssam-f": False}.items():
+        assert samon.sam_of(trained(name, 0)[1]).can_group == can
+    bare = create_optimizer_v2(LayerNormNet().parameters(), "sam", lr=0.1)
+    assert not bare.can_group
+
+
 def test_closure_returns_the_clean_loss() -> None:
     model, opt = trained("samon", 0)
     x, y = batch(seed=0)
@@ -101,8 +108,11 @@ def test_loads_the_base_optimizers_state() -> None:
     model, plain = trained("adamw", 2)
     opt = create_optimizer_v2(model, "samon-adamw", lr=0.05, weight_decay=1e-3)
     opt.load_state_dict(plain.state_dict())
-    assert len(opt.state) == len(plain.state) > 0
+    for p in model.parameters():
+        assert torch.equal(opt.state[p]["exp_avg"], plain.state[p]["exp_avg"])
+        assert opt.state[p]["step"] == 2
     train_step(model, opt, 3)
+    assert opt.state[model.head.weight]["step"] == 3
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
