@@ -37,8 +37,9 @@ def two_pass(
     """Accumulate the gradient at w + eps into `.grad`; the weights end bit-exactly as they were.
 
     The ascent gradient is taken with respect to the perturbed parameters only, everything else frozen, and never
-    touches `.grad`. Nothing is read on the host. A non-finite ascent gradient leaves the weights unperturbed and makes
-    the final gradient NaN, so that a gradient scaler, or any check of its norm, skips the step on all processes.
+    touches `.grad`. Nothing is read on the host (with half-precision weights once, in the first step). A non-finite
+    ascent gradient leaves the weights unperturbed and makes the final gradient NaN, so that a gradient scaler, or any
+    check of its norm, skips the step on all processes.
 
     Args:
         optimizer: a SAM optimizer, or Lookahead around one.
