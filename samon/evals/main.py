@@ -116,7 +116,9 @@ def from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict
         return {}, None
     data = () if given.get("suite") else _DATA
     found = {key: stored[key] for key in (*_STORED, *data, *_PRECISION) if stored.get(key) is not None}
-    found |= {"model": model} | ({"split": stored["val_split"]} if stored.get("val_split") else {})
+    found["model"] = model
+    if stored.get("val_split"):  # training validates at the training resolution and its crop
+        found |= {"split": stored["val_split"], "use_train_size": True}
     own = not {"data_dir", "dataset", "split", "num_samples", "suite"} & set(given)
     return found, stored.get("val_num_samples") if own else None
 
