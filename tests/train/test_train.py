@@ -589,5 +589,5 @@ def test_folder_class_map_and_repeats(folder: Path, tmp_path: Path, batches: Any
     batches.clear()
     without = [item for item in args if item not in ("--train-num-samples", "32")]
     base = [item for item in BASE if item not in ("--train-num-samples", "64")]
-    train.main([*base, *without, "--epoch-repeats", "2", "--output", str(tmp_path), "--experiment", "repeats"])
+    train.main([*base, *without, "--epoch-repeats", "2", "--output", str(tmp_path), "--experiment", "repeats"], WATCH)
     assert len(batches) == 8
