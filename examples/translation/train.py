@@ -7,6 +7,7 @@ A single process on the CPU or on one GPU. Writes `last.pt` (to resume from) and
 import argparse
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -78,9 +79,10 @@ class Run:
         tokens = [batch.tokens for batch in batches]
         losses = [partial(self.loss, batch) for batch in batches]
         loss = float(fill_gradients(self.optimizer, losses, tokens, s.m_sharpness))
-        if loss != loss or abs(loss) == float("inf"):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not math.isfinite(loss + float(torch.nn.utils.get_total_norm(gradients))):  # before it reaches the weights
             raise Fault(
-                f"the loss is {loss} at update {self.updates}; lower --lr or --rho and --resume {self.directory}"
+                f"loss {loss} or its gradient is not finite at update {self.updates}; train with less lr or rho"
             )
         self.optimizer.step()
         self.sums = [self.sums[0] + loss * sum(tokens), self.sums[1] + sum(tokens)]
