@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class Run:
         line: dict[str, Any] = {"epoch": self.epoch, "updates": self.updates, "loss": self.sums[0] / self.sums[1]}
         self.epoch, self.done, self.sums = self.epoch + 1, 0, [0.0, 0.0]
         if self.epoch % self.settings.valid_every == 0 or self.epoch == self.settings.epochs:
-            # Greedy: a beam costs many times as much and ranks epochs alike.
+            # Greedy: a beam costs several times as much.
             sources = [german for german, _ in self.corpus.valid]
             line["valid_bleu"] = bleu(translate(self.model, self.processor, sources, beam=1), self.corpus.valid).score
             if line["valid_bleu"] > self.best:
@@ -207,10 +207,14 @@ def begin(settings: Settings, directory: Path) -> Run:
     return Run(settings, directory, corpus, bpe)
 
 
-def resume(directory: Path) -> Run:
-    """The run as its last checkpoint has it, settings included."""
+def resume(directory: Path, epochs: int | None = None) -> Run:
+    """The run as its last checkpoint has it, settings included; `epochs` for another end than it had.
+
+    The learning rate does not depend on the end, so a run that is extended equals one that was longer from the start.
+    """
     content = read_checkpoint(directory / "last.pt")
-    run = Run(content["settings"], directory, load_corpus(content["settings"]), content["bpe"])
+    settings = content["settings"] if epochs is None else replace(content["settings"], epochs=epochs)
+    run = Run(settings, directory, load_corpus(settings), content["bpe"])
     run.restore(content)
     return run
 
@@ -225,13 +229,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", metavar="DIR", default="output/translation/run")
-    parser.add_argument("--resume", metavar="DIR", help="go on with that run, with its own settings")
+    parser.add_argument("--resume", metavar="DIR", help="go on with that run and its settings; --epochs extends it")
     options = vars(parser.parse_args(arguments))
     recipe, output, resumed = (options.pop(name) for name in ("config", "output", "resume"))
     if resumed is not None:
+        epochs = options.pop("epochs")
         if recipe is not None or any(v is not None for v in options.values()):
-            raise UserError("--resume goes on with the run's own settings; leave the others out")
-        run = resume(Path(resumed))
+            raise UserError("--resume goes on with the run's own settings; leave all others but --epochs out")
+        run = resume(Path(resumed), epochs)
     else:
         run = begin(load_settings(recipe, options), Path(output))
     counts = {name: len(getattr(run.corpus, name)) for name in ("train", "valid", "test")}

@@ -12,8 +12,6 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-pytest.importorskip("sentencepiece")
-
 from examples.translation import evaluate, flops, train
 from examples.translation.data import (
     BOS,
@@ -289,7 +287,7 @@ def test_train_and_evaluate_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--text", "nowhere"], "no nowhere/train.de"),
         ([], "name either text: DIR"),
         (["--resume", "nowhere"], "no checkpoint at nowhere/last.pt"),
-        (["--resume", "nowhere", "--lr", "1"], "leave the others out"),
+        (["--resume", "nowhere", "--lr", "1"], "leave all others but --epochs out"),
         (["--lr", "-1"], "lr must be positive"),
     ],
 )
