@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot,translation]'
 	touch $@
 
 clean:
