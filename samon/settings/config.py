@@ -105,25 +105,25 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def check(c: Config, given: Mapping[str, Any]) -> None:
+def check(config: Config, given: Mapping[str, Any]) -> None:
     """Mistakes visible in the settings alone."""
-    _check_opt(c.opt, "--opt")
-    if c.base_opt:
-        _check_opt(c.base_opt, "--base-opt")
-    _check_sam(c, given)
-    _check_batches(c)
-    if c.amp and c.model_dtype not in (None, "float32"):
-        raise UserError(f"--amp needs float32 weights, --model-dtype is {c.model_dtype}; drop one of them")
-    if c.sync_bn and c.split_bn:
+    _check_opt(config.opt, "--opt")
+    if config.base_opt:
+        _check_opt(config.base_opt, "--base-opt")
+    _check_sam(config, given)
+    _check_batches(config)
+    if config.amp and config.model_dtype not in (None, "float32"):
+        raise UserError(f"--amp needs float32 weights, --model-dtype is {config.model_dtype}; drop one of them")
+    if config.sync_bn and config.split_bn:
         raise UserError("--sync-bn and --split-bn exclude each other; drop one of them")
-    if c.wandb_resume_id and not c.resume:
+    if config.wandb_resume_id and not config.resume:
         raise UserError("--wandb-resume-id needs --resume")
-    if c.data_resident and c.epoch_repeats:
+    if config.data_resident and config.epoch_repeats:
         raise UserError("--data-resident passes over the set once per epoch; drop --epoch-repeats")
-    if c.sched == "plateau" and c.sched_on_updates:
+    if config.sched == "plateau" and config.sched_on_updates:
         raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
-    if not c.print_config:
-        _check_global_batch(c)
+    if not config.print_config:
+        _check_global_batch(config)
 
 
 def _check_opt(name: str, where: str) -> None:
@@ -133,59 +133,61 @@ def _check_opt(name: str, where: str) -> None:
         raise UserError(f"{where}: unknown optimizer {name!r}{nearest(plain, known)}")
 
 
-def _check_sam(c: Config, given: Mapping[str, Any]) -> None:
-    if not samon.is_sam_name(c.opt):
+def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
+    if not samon.is_sam_name(config.opt):
         extra = [flag.flag for flag in SAM if flag.key in given]
         if extra:
-            raise UserError(f"{extra[0]} does nothing with --opt {c.opt}; use one such as samon-layerl2")
+            raise UserError(f"{extra[0]} does nothing with --opt {config.opt}; use one such as samon-layerl2")
         return
     try:
-        re.compile(c.perturb or "")
+        re.compile(config.perturb or "")
     except re.error as error:
-        raise UserError(f"--perturb {c.perturb!r} is not a regular expression: {error}") from None
-    if c.sparsity is not None and not c.opt.startswith(("sam-random", "ssam-")):
-        raise UserError(f"--sparsity is for sam-random, ssam-f and ssam-d, not {c.opt}")
-    if isinstance(c.m_sharpness, int):
-        if c.batch_size % c.m_sharpness:
-            raise UserError(f"batch size {c.batch_size} is not divisible by --m-sharpness {c.m_sharpness}")
-        if c.aug_splits or c.ascent_fraction < 1:
+        raise UserError(f"--perturb {config.perturb!r} is not a regular expression: {error}") from None
+    if config.sparsity is not None and not config.opt.startswith(("sam-random", "ssam-")):
+        raise UserError(f"--sparsity is for sam-random, ssam-f and ssam-d, not {config.opt}")
+    if isinstance(config.m_sharpness, int):
+        if config.batch_size % config.m_sharpness:
+            raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {config.m_sharpness}")
+        if config.aug_splits or config.ascent_fraction < 1:
             raise UserError("--m-sharpness with a number excludes --aug-splits and --ascent-fraction")
-    if c.aug_splits and c.ascent_fraction < 1:
+    if config.aug_splits and config.ascent_fraction < 1:
         raise UserError("--ascent-fraction excludes --aug-splits: part of a batch holds part of the splits")
 
 
-def _check_batches(c: Config) -> None:
-    mixing = c.mixup > 0 or c.cutmix > 0 or c.cutmix_minmax is not None
-    if c.aug_splits == 1:
+def _check_batches(config: Config) -> None:
+    mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+    if config.aug_splits == 1:
         raise UserError("--aug-splits 1 splits nothing; use 0, or 2 and more")
-    if c.jsd_loss and c.aug_splits < 2:
+    if config.jsd_loss and config.aug_splits < 2:
         raise UserError("--jsd-loss compares augmentation splits; add --aug-splits 3")
-    if c.split_bn and c.aug_splits < 2 and not c.resplit:
+    if config.split_bn and config.aug_splits < 2 and not config.resplit:
         raise UserError("--split-bn needs --aug-splits or --resplit")
-    if mixing and c.aug_splits:
+    if mixing and config.aug_splits:
         raise UserError("--mixup and --cutmix exclude --aug-splits; drop one of them")
-    if mixing and c.batch_size % 2:
+    if mixing and config.batch_size % 2:
         raise UserError("mixup and cutmix pair samples; use an even --batch-size")
-    if c.train_img_sizes:
-        if c.train_size_probs and len(c.train_size_probs) != len(c.train_img_sizes):
+    if config.train_img_sizes:
+        if config.train_size_probs and len(config.train_size_probs) != len(config.train_img_sizes):
             raise UserError("--train-size-probs needs one value for each of --train-img-sizes")
-        if c.aug_splits or c.data_resident:
+        if config.aug_splits or config.data_resident:
             raise UserError("--train-img-sizes excludes --aug-splits and --data-resident")
-    elif c.train_size_probs or c.train_batches_per_epoch:
+    elif config.train_size_probs or config.train_batches_per_epoch:
         raise UserError("--train-size-probs and --train-batches-per-epoch need --train-img-sizes")
-    channels = (c.input_size or [None])[0]
-    if c.in_chans and channels and c.in_chans != channels:
-        raise UserError(f"--in-chans {c.in_chans} contradicts --input-size with {channels} channels; drop one of them")
+    channels = (config.input_size or [None])[0]
+    if config.in_chans and channels and config.in_chans != channels:
+        raise UserError(
+            f"--in-chans {config.in_chans} contradicts --input-size with {channels} channels; drop one of them"
+        )
 
 
-def _check_global_batch(c: Config) -> None:
+def _check_global_batch(config: Config) -> None:
     """world x batch x accumulation == --global-batch-size, from the environment alone."""
-    if c.global_batch_size is None:
+    if config.global_batch_size is None:
         return
     world = world_info_from_env()[2] if os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"} else 1
-    product = world * c.batch_size * c.grad_accum_steps
-    if product != c.global_batch_size:
+    product = world * config.batch_size * config.grad_accum_steps
+    if product != config.global_batch_size:
         raise UserError(
-            f"--global-batch-size is {c.global_batch_size}, but {world} processes x batch {c.batch_size} x "
-            f"accumulation {c.grad_accum_steps} make {product}; change one of them"
+            f"--global-batch-size is {config.global_batch_size}, but {world} processes x batch {config.batch_size} x "
+            f"accumulation {config.grad_accum_steps} make {product}; change one of them"
         )
