@@ -1,0 +1,150 @@
+"""Configuration -> the loaders of a run: what is read, how it is mixed and augmented."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from timm.data import FastCollateMixup, Mixup
+from torch import Tensor
+
+from samon import data
+from samon.data.sizes import SizeSchedule
+from samon.errors import UserError, user_errors
+from samon.session.model import dtype_of
+from samon.session.world import World
+from samon.settings.config import Config
+
+
+class Batches(Protocol):
+    """What the loop needs of a loader."""
+
+    mixup_enabled: bool
+    bad_samples: int
+    num_samples: int
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None: ...
+
+
+# Arguments of create_loader for training, and the settings that fill them; then those of create_dataset.
+_AUGMENTATION = {
+    **{"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit", "auto_augment": "aa"},
+    **{"num_aug_splits": "aug_splits", "num_workers": "workers"},
+    **{key: key for key in ("no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter")},
+    **{key: key for key in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
+    "use_multi_epochs_loader": "use_multi_epochs_loader",
+}
+_DATASET = ("class_map", "input_key", "target_key", "sample_split", "shuffle_buffer", "shard_cache", "seed")
+
+
+def build_data(
+    config: Config, classes: int, data_config: dict[str, Any], world: World
+) -> tuple[Batches, Batches | None, Mixup | None]:
+    """(training loader, validation loader or None, host-side Mixup or None)."""
+    keys = ("input_size", "mean", "std")
+    shared = {key: data_config[key] for key in keys} | {
+        "pin_memory": config.pin_mem,
+        "img_dtype": dtype_of(config.model_dtype) or torch.float32,
+        "device": world.device,
+        "use_prefetcher": not config.no_prefetcher,
+    }
+    make: Any = data.create_resident_loader if config.data_resident else data.create_loader
+    with user_errors("data"):
+        mixup, collate = _mixing(config, classes)
+        train = _dataset(config, classes, data_config, config.train_split, world)
+        training = _train_kwargs(config, data_config, len(train) // config.batch_size)
+        train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
+        if len(train_loader) == 0:
+            raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
+        if not config.val_split:
+            return train_loader, None, mixup
+        # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
+        eval_loader: Batches = make(
+            _dataset(config, classes, data_config, config.val_split, None),
+            is_training=False,
+            batch_size=config.validation_batch_size or config.batch_size,
+            num_workers=config.workers,
+            decoder="pil" if config.decoder == "auto" else config.decoder,
+            **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+            **shared,
+        )
+    return train_loader, eval_loader, mixup
+
+
+def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
+    """(host-side Mixup, collate function that mixes): one of them, or neither."""
+    if not mixing(config):
+        return None, None
+    kwargs = {
+        "mixup_alpha": config.mixup,
+        "cutmix_alpha": config.cutmix,
+        "cutmix_minmax": config.cutmix_minmax,
+        "prob": config.mixup_prob,
+        "switch_prob": config.mixup_switch_prob,
+        "mode": config.mixup_mode,
+        "label_smoothing": config.smoothing,
+        "num_classes": classes,
+    }
+    return (Mixup(**kwargs), None) if config.no_prefetcher else (None, FastCollateMixup(**kwargs))
+
+
+def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: str, training: World | None) -> Any:
+    """A split: to train on by the processes of `training`, or None to validate on."""
+    if training is None:
+        size, samples = config.validation_batch_size or config.batch_size, config.val_num_samples
+        extra: dict[str, Any] = {}
+    else:
+        size, samples, extra = config.batch_size, config.train_num_samples, {"repeats": config.epoch_repeats}
+        if config.train_batches_per_epoch:
+            samples = config.train_batches_per_epoch * size * training.size
+    if config.data_resident:  # every process reads the whole set once, from front to back
+        extra = {"rank": 0, "world_size": 1}
+    return data.create_dataset(
+        config.dataset,
+        root=config.data_dir,
+        split=split,
+        is_training=training is not None and not config.data_resident,
+        batch_size=size,
+        input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
+        num_samples=samples,
+        num_classes=classes,
+        download=config.dataset_download,
+        trust_remote_code=config.dataset_trust_remote_code,
+        shard_cache_size=int(config.shard_cache_size * 2**30),
+        max_bad_fraction=config.max_bad_samples,
+        allow_shell_urls=config.allow_shell_urls,
+        **{key: getattr(config, key) for key in _DATASET},
+        **extra,
+    )
+
+
+def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
+    """create_loader's arguments for training, as timm's script fills them."""
+    plain = config.no_aug or not config.train_interpolation
+    kwargs = {name: getattr(config, key) for name, key in _AUGMENTATION.items()} | {
+        "batch_size": config.batch_size,
+        "is_training": True,
+        "num_aug_repeats": int(config.aug_repeats),
+        "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
+    }
+    if config.train_img_sizes:
+        kwargs["size_schedule"] = _size_schedule(config, batches)
+    return kwargs
+
+
+def _size_schedule(config: Config, batches: int) -> SizeSchedule:
+    return SizeSchedule(
+        sizes=tuple(config.train_img_sizes),
+        weights=tuple(config.train_size_probs) if config.train_size_probs else None,
+        batches=batches,
+        seed=config.seed,
+        progressive=config.train_size_schedule == "progressive",
+        epochs=config.epochs,
+        spread=config.train_size_schedule_spread,
+        random_mix=config.train_size_random_mix,
+    )
+
+
+def mixing(config: Config) -> bool:
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
