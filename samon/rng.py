@@ -17,8 +17,7 @@ def take(device: torch.device = CPU) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        **take_torch(device),
     }
 
 

@@ -137,10 +137,18 @@ def train_bpe(pairs: list[Pair], vocabulary: int) -> bytes:
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=(text for pair in pairs for text in pair), model_writer=model, model_type="bpe",
-            vocab_size=vocabulary, character_coverage=1.0, num_threads=1, minloglevel=2,
-            pad_id=PAD, unk_id=UNK, bos_id=BOS, eos_id=EOS,
-        )  # fmt: skip
+            sentence_iterator=(text for pair in pairs for text in pair),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary,
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+        )
     except RuntimeError as error:
         raise UserError(f"no BPE of {vocabulary} pieces from {len(pairs)} pairs ({error}); change vocabulary") from None
     return model.getvalue()

@@ -12,7 +12,7 @@ import torch
 
 from examples.translation.data import EOS, Pair, load_corpus, padded
 from examples.translation.model import Translator, beam_search
-from examples.translation.settings import exit_with
+from samon.errors import run
 
 SENTENCES = 64  # decoded at a time
 
@@ -55,11 +55,18 @@ def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[
     sources = [german for german, _ in pairs]
     translations = translate(model, processor, sources, beam)
     return {
-        "checkpoint": str(checkpoint), "split": split, "pairs": len(pairs), "beam": beam, "opt": settings.opt,
-        "rho": settings.rho, "seed": settings.seed, "epoch": content["progress"][0],
-        "bleu": round(bleu(translations, pairs).score, 2), "bleu_of_copying": round(bleu(sources, pairs).score, 2),
+        "checkpoint": str(checkpoint),
+        "split": split,
+        "pairs": len(pairs),
+        "beam": beam,
+        "opt": settings.opt,
+        "rho": settings.rho,
+        "seed": settings.seed,
+        "epoch": content["progress"][0],
+        "bleu": round(bleu(translations, pairs).score, 2),
+        "bleu_of_copying": round(bleu(sources, pairs).score, 2),
         "examples": [[*pair, translation] for pair, translation in list(zip(pairs, translations, strict=True))[::40]],
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,4 +82,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    run(main)

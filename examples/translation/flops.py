@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from examples.translation.model import Translator, token_loss
-from examples.translation.settings import Settings, exit_with, load_settings
+from examples.translation.settings import Settings, load_settings
 from examples.translation.train import make_optimizer
+from samon.errors import run
 
 
 def step_flops(settings: Settings, length: int) -> int:
@@ -52,4 +53,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    run(main)

@@ -23,9 +23,7 @@ class Translator(nn.Module):
         self.source_embedding = (
             self.target_embedding if s.share_all else nn.Embedding(vocabulary, s.d_model, padding_idx=PAD)
         )
-        self.transformer = nn.Transformer(
-            s.d_model, s.heads, s.layers, s.layers, s.ffn, s.dropout, batch_first=True
-        )  # fmt: skip
+        self.transformer = nn.Transformer(s.d_model, s.heads, s.layers, s.layers, s.ffn, s.dropout, batch_first=True)
         # torch puts one more norm behind each stack, which only the pre-norm form needs.
         self.transformer.encoder.norm = self.transformer.decoder.norm = None
         self.transformer.encoder.use_nested_tensor = False

@@ -1,8 +1,6 @@
 """A run's settings: a YAML recipe, then the command line; and how the commands of this example end."""
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,6 @@ from typing import Any
 import yaml
 
 from samon import UserError
-
-
-class Fault(RuntimeError):
-    """The run cannot go on and the user's settings are not wrong in form: exit status 1."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +125,3 @@ def _fits(annotation: Any, value: Any) -> bool:
     if isinstance(value, int) and text.startswith("int"):
         return True
     return isinstance(value, (int, float)) and text.startswith("float")
-
-
-def exit_with(main: Callable[[], Any]) -> None:
-    """Run `main`; a user's mistake ends with status 2 and a fault with 1, each as one `error:` line."""
-    try:
-        main()
-    except (UserError, Fault) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -5,10 +5,8 @@ A single process on the CPU or on one GPU. Writes `last.pt` (to resume from) and
 """
 
 import argparse
-import io
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,9 +25,11 @@ import samon
 from examples.translation.data import Batch, Corpus, Pieces, collate, encode, load_corpus, token_batches, train_bpe
 from examples.translation.evaluate import bleu, device_of_choice, translate
 from examples.translation.model import Translator, token_loss
-from examples.translation.settings import Fault, Settings, checked, exit_with, load_settings
+from examples.translation.settings import Settings, checked, load_settings
 from examples.translation.step import fill_gradients, inverse_sqrt
-from samon import UserError
+from samon import UserError, rng
+from samon.errors import RunError, run
+from samon.files import replacing
 
 
 class Run:
@@ -81,7 +81,7 @@ class Run:
         loss = float(fill_gradients(self.optimizer, losses, tokens, s.m_sharpness))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not math.isfinite(loss + float(torch.nn.utils.get_total_norm(gradients))):  # before it reaches the weights
-            raise Fault(
+            raise RunError(
                 f"loss {loss} or its gradient is not finite at update {self.updates}; train with less lr or rho"
             )
         self.optimizer.step()
@@ -93,9 +93,12 @@ class Run:
         device = self.device
         with self.arithmetic():
             return token_loss(
-                self.model, batch.source.to(device), batch.shifted.to(device), batch.target.to(device),
+                self.model,
+                batch.source.to(device),
+                batch.shifted.to(device),
+                batch.target.to(device),
                 self.settings.smoothing,
-            )  # fmt: skip
+            )
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -134,8 +137,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": [self.epoch, self.done, self.updates, self.best, *self.sums],
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "random": rng.take_torch(self.device),
         }
         write_atomically(content, self.directory / name)
 
@@ -143,9 +145,7 @@ class Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.done, self.updates, self.best, *self.sums = content["progress"]
-        torch.set_rng_state(content["random"])
-        if content["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(content["cuda_random"])
+        rng.put_torch(content["random"], self.device)
 
 
 def make_optimizer(model: Translator, s: Settings) -> Optimizer:
@@ -171,17 +171,12 @@ def make_optimizer(model: Translator, s: Settings) -> Optimizer:
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
     """`path` holds the old content or all of the new, whatever happens in between."""
-    part = path.with_name(f".{path.name}.part")
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise Fault(f"cannot write {path}: {error.strerror}; the one before it is whole") from None
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; the one before it is whole") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -246,4 +241,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    run(main)

@@ -15,6 +15,7 @@ from samon.evals import shifts
 from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
+from samon.session.model import compiled
 
 _log = logging.getLogger("samon")
 
@@ -113,9 +114,7 @@ def _scored(target: Target, images: EvalImages, chosen: list[int]) -> dict[str, 
     """`score` of the chosen images; with --retry the batch is halved until it fits the memory."""
     config, size = target.config, target.config.batch_size
     dtype = next(target.model.parameters()).dtype
-    net: Any = target.model
-    if config.torchcompile:
-        net = torch.compile(net, backend=config.torchcompile, mode=config.torchcompile_mode)
+    net = compiled(config, target.model)
     options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
     while True:
         loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size))
