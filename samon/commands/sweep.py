@@ -149,9 +149,9 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
         gpu = gpus.get() if gpus else None
         try:
             for _ in range(1 + args.retries):
-                status, metrics = attempt(job, args, gpu, lock.fileno())
+                status, metrics, cost = attempt(job, args, gpu, lock.fileno())
                 if metrics is not None:
-                    content = {"fingerprint": fingerprint(job, args), "metrics": metrics}
+                    content = {"fingerprint": fingerprint(job, args), "metrics": metrics, **cost}
                     write_text(directory / "result.json", json.dumps(content, indent=1))
                     return "done"
                 if status > 128:
@@ -162,17 +162,26 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
     return "dead"
 
 
-def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
-    """One start of train.py: its exit status, and its last line's metrics or None if it died.
+def attempt(
+    job: Job, args: argparse.Namespace, gpu: str | None, lock: int
+) -> tuple[int, dict[str, Any] | None, dict[str, Any]]:
+    """One start of train.py: its exit status, its last line's metrics or None if it died, and what it cost.
 
     The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    with (args.output / job.name / "sweep.log").open("a") as log:
-        process = subprocess.run(
-            command(job, args), stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock], cwd=ROOT
-        )
-    lines = process.stdout.strip().splitlines()
-    return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None
+    words = command(job, args)
+    with (
+        (args.output / job.name / "sweep.log").open("a") as log,
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock], cwd=ROOT
+        ) as process,
+    ):
+        assert process.stdout is not None
+        lines = process.stdout.read().strip().splitlines()
+        _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
+        process.returncode = os.waitstatus_to_exitcode(status)
+    cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "resumed": "--resume" in words}
+    return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None, cost
 
 
 def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
@@ -213,6 +222,8 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
         if metrics is not None:
             cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, []))
             cell.values.append(float(metrics[args.metric]))
+            cost = json.loads((args.output / job.name / "result.json").read_text())
+            cell.cpu_seconds.append(None if cost.get("resumed", True) else cost["cpu_seconds"])
     return list(cells.values())
 
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Cell:
     opt: str
     rho: float | None
     values: list[float]
+    cpu_seconds: list[float | None] = field(default_factory=list)  # processor time of each run; None if it was resumed
 
     @property
     def mean(self) -> float:
@@ -100,8 +101,9 @@ def write_tables(output: Path, cells: list[Cell], about: dict[str, Any]) -> str:
     """table.csv, table.json and table.md in the directory; returns the Markdown.
 
     about: `config`, `model`, `metric` and `train`, kept in table.json."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"opt": c.opt, "rho": c.rho, "runs": len(c.values), "mean": c.mean, "std": c.std, "values": c.values}
+        | {"cpu_seconds": c.cpu_seconds}
         for c in cells
     ]
     with (output / "table.csv").open("w", newline="") as file:

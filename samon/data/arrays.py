@@ -1,5 +1,6 @@
 """Data sets that are plain arrays: `--dataset npz/NAME` reads NAME.npz in --data-dir."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -24,11 +25,14 @@ def array_path(name: str, root: str | None) -> Path:
 
 
 def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split of `npz/NAME`."""
+    """Images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split of `npz/NAME`, or of a part of it:
+    `train[:45000]` and `train[45000:]` hold out the last 5,000 training images, to choose settings on."""
     path = array_path(name, root)
+    named = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    split, *ends = named.groups() if named else (split, None, None)
     kind = "train" if split in TRAIN_SPLITS else "test" if split in EVAL_SPLITS else None
     if kind is None:
-        raise UserError(f"{path}: unknown split {split!r}; use train or validation")
+        raise UserError(f"{path}: unknown split {split!r}; use train or validation, or a part such as train[:45000]")
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = {f"x_{kind}", f"y_{kind}"} - set(file.files)
@@ -43,7 +47,10 @@ def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.nd
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         found = f"{images.dtype} {list(images.shape)} with {len(labels)} labels"
         raise UserError(f"{path}: x_{kind} must be uint8 [N, H, W, 3] with one label each, is {found}")
-    return images, labels.astype(np.int64).reshape(-1)
+    part = slice(*(int(end) if end else None for end in ends))
+    if not len(images[part]):
+        raise UserError(f"{path}: the part of {split} is empty, it has {len(images)} images")
+    return images[part], labels[part].astype(np.int64).reshape(-1)
 
 
 class ArrayDataset(Dataset):

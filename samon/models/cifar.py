@@ -1,4 +1,4 @@
-"""The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2), registered with timm.
+"""The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2) and a small one, registered with timm.
 
 `timm.create_model('wrn28_10_cifar', num_classes=100)`; inputs are [B, 3, 32, 32]. The convolutional ones are
 chains of named modules ending in global average pooling and one linear layer, initialised by He et al.'s rule
@@ -247,7 +247,7 @@ def _vit(width: int, heads: int) -> Callable[..., nn.Module]:
     return partial(VisionTransformer, img_size=32, patch_size=4, embed_dim=width, depth=12, num_heads=heads)
 
 
-_RESNET56 = partial(resnet, BasicBlock, (9, 9, 9), (16, 32, 64), 16, shortcut="A")
+_RESNET20, _RESNET56 = (partial(resnet, BasicBlock, (n, n, n), (16, 32, 64), 16, shortcut="A") for n in (3, 9))
 _RESNEXT29 = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
 _RESNET18 = partial(resnet, BasicBlock, (2, 2, 2, 2), _STAGES4, 64)
 _RESNET101 = partial(resnet, Bottleneck, (3, 4, 23, 3), _STAGES4, 64)
@@ -255,6 +255,7 @@ _WRN28, _DENSENET100 = partial(wide_resnet, 28, 10), partial(densenet_bc, 100, 1
 _VGG13, _VGG16, _VGG19 = (partial(vgg, depths) for depths in ((2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)))
 
 NETS = {
+    "resnet20_cifar": Row(_RESNET20, 4, {}, "ResNet-20 (He et al. 2016, 4.2), 0.270 M: for small experiments."),
     "resnet56_cifar": Row(_RESNET56, 4, {}, "ResNet-56 (He et al. 2016, 4.2), 0.853 M; shortcut='B': 0.856 M."),
     "resnext29_32x4d_cifar": Row(_RESNEXT29, 4, {}, "ResNeXt-29, 32 x 4d (Xie et al. 2017, 5.3), 4.78 M."),
     "resnet18_cifar": Row(_RESNET18, 5, _POOL4, "ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."),

@@ -113,7 +113,11 @@ def test_runs_once_then_skips(
     assert "| samon | 0.1 | 50.00±0.00 | 2 |" in out.out
     assert out.err.count("done") == out.err.count("skipped") == 4
     assert set(starts(sweep.arguments(command)).values()) == {1}
-    assert json.loads((tmp_path / "table.json").read_text())["best"] == {"sgd": None, "samon": 0.1}
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["best"] == {"sgd": None, "samon": 0.1}
+    seconds = table["rows"][0]["cpu_seconds"]  # a Python that starts and sleeps: little processor time, but some
+    assert len(seconds) == 2
+    assert all(0 < spent < 5 for spent in seconds)
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "sgd,,2,50.0,0.0"
 
 

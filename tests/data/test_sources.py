@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from samon.data import ShardError
+from samon.data.arrays import read_npz
 from samon.data.sources import SOURCES, check_name, open_source
 from samon.errors import UserError
 from tests.sets import jpeg, write_set
@@ -97,3 +98,16 @@ def test_arrays_come_as_images(tmp_path):
     assert (np.asarray(first.image) == pixels[2]).all()
     with pytest.raises(UserError, match="has 4 classes, the model 3; use --num-classes 4"):
         open_source("npz/tiny", str(tmp_path), "train", num_classes=3)
+
+
+def test_a_part_of_an_array_split_holds_out_the_rest(tmp_path):
+    pixels = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1).repeat(3, -1)
+    np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=[3, 1, 2, 0])
+    images, labels = read_npz("npz/tiny", str(tmp_path), "train[:3]")
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert labels.tolist() == [3, 1, 2]
+    assert read_npz("npz/tiny", str(tmp_path), "train[3:]")[1].tolist() == [0]
+    with pytest.raises(UserError, match="the part of train is empty, it has 4 images"):
+        read_npz("npz/tiny", str(tmp_path), "train[4:]")
+    with pytest.raises(UserError, match=r"unknown split 'train\[3\]'"):
+        read_npz("npz/tiny", str(tmp_path), "train[3]")

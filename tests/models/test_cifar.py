@@ -11,6 +11,7 @@ from samon.optim.scope import norm_modules
 
 # Exact counts for 10 classes, and the millions their papers (or the usual public definitions) state.
 COUNTS = {
+    "resnet20_cifar": (269_722, 0.27),
     "resnet56_cifar": (853_018, 0.85),
     "resnext29_32x4d_cifar": (4_775_754, 4.8),
     "wrn28_10_cifar": (36_479_194, 36.5),
