@@ -180,7 +180,7 @@ def attempt(
         lines = process.stdout.read().strip().splitlines()
         _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
         process.returncode = os.waitstatus_to_exitcode(status)
-    cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "resumed": "--resume" in words}
+    cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
     return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None, cost
 
 
