@@ -20,7 +20,7 @@ from torch import Tensor
 from samon.errors import UserError, run
 from samon.optim.sam import SAM
 from samon.step.replay import Plain
-from samon.step.two_pass import ascent
+from samon.step.two_pass import climb
 
 _sams: list[weakref.ref] = []  # in the order they were made
 _scalers: list[weakref.ref] = []
@@ -46,12 +46,14 @@ class Perturbed:
     def losses(self, plain: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The task's result at w + eps, from its `plain` call."""
         self.restore()
-        sam, scaler, passes = self.sam, _latest(_scalers), Plain(self.sam)
+        sam, scaler, climbs = self.sam, _latest(_scalers), self.sam.ascent.climbs()
+        passes = Plain(sam, "first" if climbs else "second")
         self.inside = True
         try:
-            clean, grads = ascent(sam, passes, [lambda: plain()["loss"]], no_sync=self.no_sync, scaler=scaler)
-            eps, norm, finite = sam.perturbation(grads)
-            self.undo.enter_context(passes.second(eps))
+            forwards = [lambda: plain()["loss"]] if climbs else []
+            clean, eps, finite = climb(sam, passes, forwards, no_sync=self.no_sync, scaler=scaler)
+            if eps is not None:
+                self.undo.enter_context(passes.second(eps))
             result = plain()
         except BaseException:
             self.restore()
@@ -59,7 +61,8 @@ class Perturbed:
         finally:
             self.inside = False
         loss = result["loss"]
-        sam.stats |= {"loss": clean, "loss_perturbed": loss.detach(), "ascent_grad_norm": norm}
+        last = loss.detach()
+        sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
         if scaler is not None:  # it skips the step; without one the script gets the gradient at w, for eps is zero
             loss = loss * torch.where(finite, 1.0, torch.nan)
         loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.restore))

@@ -92,3 +92,89 @@ def m_sharpness_gradient(
     each = [sam_gradient(model, [loss], names, geometry, rho) for loss in losses]
     mean = {n: sum(g[n] for _, g in each) / len(each) for n in each[0][1]}
     return sum(clean for clean, _ in each) / len(each), mean
+
+
+def ascent_training(
+    model: nn.Module,
+    updates: Sequence[Sequence[Callable[[], Tensor]]],
+    names: Sequence[str],
+    geometry: str,
+    rho: float,
+    source: str,
+    gsam_alpha: float = 0.0,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+) -> list[str]:
+    """Train by SGD with momentum in place, the direction of each perturbation from `source`; every loss of an update is
+    a micro-batch with a perturbation of its own. Returns what each update did: 'sam', 'stored' or 'plain'."""
+    parameters = dict(model.named_parameters())
+    buffers = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    kept: dict[str, Tensor] = {}
+    size = mean = variance = 0.0
+    did = []
+
+    def gradient(loss: Callable[[], Tensor], eps: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        saved = {n: p.detach().clone() for n, p in parameters.items()}
+        model.zero_grad()
+        with torch.no_grad():
+            for n, e in (eps or {}).items():
+                parameters[n] += e
+        loss().backward()
+        with torch.no_grad():
+            for n, p in parameters.items():
+                p.copy_(saved[n])
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+
+    def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+        return sum(float((a[n] * b[n]).sum()) for n in names)
+
+    for t, losses in enumerate(updates):
+        kind, _, k = source.partition(":")
+        if kind == "every":
+            way = "sam" if t % int(k) == 0 else "plain"
+        elif kind == "adaptive":
+            way = "sam" if t == 0 or size >= mean + 0.0 * math.sqrt(variance) else "plain"
+        elif kind in ("previous", "momentum"):
+            way = "stored" if kept else "plain"
+        else:
+            way = "sam"
+        did.append(way)
+        weights = {n: parameters[n].detach().clone() for n in names}
+        clean = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        final = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        for loss in losses:
+            if way == "plain":
+                h = gradient(loss)
+            else:
+                direction = kept
+                if way == "sam":
+                    g = gradient(loss)
+                    direction = {n: g[n] - kept[n] if kind == "friendly" and kept else g[n] for n in names}
+                    clean = {n: clean[n] + g[n] / len(losses) for n in clean}
+                h = gradient(loss, perturbation(geometry, weights, direction, rho))
+            final = {n: final[n] + h[n] / len(losses) for n in final}
+        if gsam_alpha:
+            share = dot(clean, final) / dot(final, final)
+            final |= {n: final[n] - gsam_alpha * (clean[n] - share * final[n]) for n in names}
+        if kind == "every" and way == "plain":
+            stretch = 0.7 * math.sqrt(dot(final, final)) / math.sqrt(dot(kept, kept))
+            final |= {n: final[n] + stretch * kept[n] for n in names}
+        elif kind == "every":
+            share = dot(final, clean) / dot(clean, clean)
+            kept = {n: final[n] - share * clean[n] for n in names}
+        if kind == "friendly":
+            kept = {n: 0.9 * kept[n] + 0.1 * clean[n] if kept else clean[n] for n in names}
+        if kind == "adaptive":
+            size = dot(final, final)
+            mean = 0.9 * mean + 0.1 * size if t else size
+            variance = 0.9 * variance + 0.1 * (size - mean) ** 2 if t else 0.0
+        with torch.no_grad():
+            for n, p in parameters.items():
+                buffers[n] = momentum * buffers[n] + final[n]
+                p -= lr * buffers[n]
+        if kind == "previous":
+            kept = {n: final[n].clone() for n in names}
+        if kind == "momentum":
+            kept = {n: -buffers[n] for n in names}
+    model.zero_grad()
+    return did

@@ -7,7 +7,8 @@
 
 Every round runs each variant once, in turn; a ratio is taken within its round, so drift of the machine cancels. Times
 are of forward, backward and optimizer step, by CUDA events on a GPU. Peak memory is the growth of the largest resident
-size during two steps in a fresh process (CPU), or the allocator's peak above what model and optimizer hold (GPU).
+size during two steps in a fresh process (CPU), or the allocator's peak above what model and optimizer hold (GPU). The
+learning rate is zero and the batch always the same, so `ascent adaptive` makes its ascent pass at every update here.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device(args.device)
+        self.updates_of: dict[Step, int] = {}  # updates that a step makes, where they are several
         torch.manual_seed(0)
         kwargs = {} if args.img_size is None else {"img_size": args.img_size}
         try:
@@ -73,6 +75,19 @@ class Bench:
             self.loss().backward()
             opt.step()
 
+        return step
+
+    def ascending(self, updates: int = 1, **how: Any) -> Step:
+        """SAM-ON with another source of the direction (`samon.optim.ascent`), the mean of some updates."""
+        opt = self.optimizer("samon-momentum", momentum=0.9, **how)
+
+        def step() -> None:
+            for _ in range(updates):
+                opt.zero_grad()
+                samon.two_pass(opt, self.loss)
+                opt.step()
+
+        self.updates_of[step] = updates
         return step
 
     def two_pass(self, name: str, perturb: str | None = None, **kwargs: Any) -> Step:
@@ -143,6 +158,10 @@ class Bench:
             f"SAM-ON {late}, no replay": lambda: self.two_pass("samon", late, replay=False),
             f"SAM-ON {late}, replay": lambda: self.two_pass("samon", late),
         }
+        for source, updates in (("previous", 1), ("momentum", 1), ("friendly", 1), ("every:5", 5), ("adaptive", 1)):
+            found[f"SAM-ON, ascent {source}"] = partial(self.ascending, updates, ascent=source)
+        found["SAM-ON, GSAM"] = partial(self.ascending, gsam_alpha=0.4)
+        found["SAM-ON, ESAM's half"] = partial(self.ascending, esam_beta=0.5)
         norms = norm_modules(self.model).values()
         coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
         for m in self.args.m or sorted({batch, 16, 4, 1}, reverse=True):
@@ -163,10 +182,10 @@ class Bench:
             step()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end)
+            return start.elapsed_time(end) / self.updates_of.get(step, 1)
         begin = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - begin)
+        return 1e3 * (time.perf_counter() - begin) / self.updates_of.get(step, 1)
 
 
 def late_layers(model: nn.Module) -> str:
@@ -226,7 +245,8 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
         for _ in range(2):
             step()
     eager = not bench.args.compile
-    counted = {name: flops(step) if eager else None for name, step in steps.items()}
+    each = {name: bench.updates_of.get(step, 1) for name, step in steps.items()}
+    counted = {name: flops(step) / each[name] if eager else None for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -3,7 +3,7 @@
 
     python tools/tradeoff.py --data-dir DIR --output output/tradeoff [--jobs 2] [--only SAM-ON,SGD] [--table]
 
-DIR/cifar10.npz holds the arrays (hparams/cifar/tradeoff.yaml). First the last 5,000 training images choose rho (one
+DIR/cifar10.npz holds the arrays (hparams/tradeoff.yaml). First the last 5,000 training images choose rho (one
 seed), then all 50,000 train and the 10,000 test images are scored once a run. Each method is a sweep of its own under
 --output: start it again to go on. `--table` prints what is finished.
 """
@@ -21,7 +21,7 @@ from samon.errors import UserError
 from samon.errors import run as run_script
 from samon.files import write_text
 
-RECIPE = Path(__file__).resolve().parents[1] / "hparams/cifar/tradeoff.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "hparams/tradeoff.yaml"
 HELD_OUT = ["--train-split", "train[:45000]", "--val-split", "train[45000:]"]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
 Tensors = Sequence[Tensor]
 Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
 
@@ -62,6 +63,11 @@ GEOMETRIES: dict[str, Geometry] = {
     "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2", _rho(0.005, 0.05), _tensor_norms),
     "fisher": Geometry(2, 1.0, "Fisher l2, T = (1 + eta g^2)^-1/2", _rho(0.05, 0.5), _fisher),
 }
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32 or wider: norms of half-precision gradients overflow."""
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False) -> Tensor:

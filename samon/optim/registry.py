@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from samon.errors import UserError, user_errors
+from samon.optim.ascent import Ascent
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.masks import KINDS, Mask
 from samon.optim.sam import SAM
@@ -72,6 +73,9 @@ def build_sam(
     perturb: str | None = None,
     sparsity: float | None = None,
     mask_every: int = 100,
+    ascent: str = "batch",
+    gsam_alpha: float = 0.0,
+    esam_beta: float = 1.0,
     selection: Selection | None = None,
     **base_kwargs: Any,
 ) -> SAM:
@@ -100,7 +104,9 @@ def build_sam(
     sparsity = 0.5 if sparsity is None else sparsity
     mask = None if variant.mask is None else Mask(variant.mask, sparsity, mask_every)
     rho = variant.rho if rho is None else rho
-    return SAM(base, selection, rho=rho, geometry=variant.geometry, eta=eta, mask=mask)
+    source = Ascent(ascent, gsam_alpha)
+    how: dict[str, Any] = {"geometry": variant.geometry, "eta": eta, "mask": mask, "esam_beta": esam_beta}
+    return SAM(base, selection, rho=rho, ascent=source, **how)
 
 
 def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:

@@ -14,12 +14,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from samon.errors import UserError
-from samon.optim.geometry import GEOMETRIES, ascend, global_norm
+from samon.optim.ascent import Ascent
+from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, wide
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.scope import Selection, select, select_bare
 
-HALF = (torch.float16, torch.bfloat16)
+STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
 
 
@@ -39,6 +40,10 @@ class SAM(Optimizer):
         selection: the parameters to perturb.
         geometry: row of Table 9; `rho` radius of its ball; `eta` its constant (the row's own by default).
         mask: sparse perturbation of section 5.1.
+        ascent: where the direction of the perturbation comes from, and what is made of the final gradient.
+        esam_beta: each update perturbs every tensor with this probability and scales the perturbation by its inverse:
+            the stochastic weight perturbation of ESAM (Du et al. 2022, Eq. 6). The draw depends on the number of the
+            update alone, so it is the same on all processes and after a restart.
 
     Attributes:
         stats: of the last step, as 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm,
@@ -46,7 +51,8 @@ class SAM(Optimizer):
             also eps_lost: the length of what rounding kept from them, as a share of the intended one.
 
     Raises:
-        UserError: rho or eta is not a finite number >= 0, or the base optimizer needs second derivatives.
+        UserError: rho or eta is not a finite number >= 0, the base optimizer needs second derivatives, or esam_beta is
+            not in (0, 1] or combined with a mask, another ascent or gsam_alpha.
     """
 
     def __init__(
@@ -58,13 +64,20 @@ class SAM(Optimizer):
         geometry: str = "",
         eta: float | None = None,
         mask: Mask | None = None,
+        ascent: Ascent | None = None,
+        esam_beta: float = 1.0,
     ):
         if getattr(base, "is_second_order", False):
             raise UserError(
                 f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a "
                 "first-order base optimizer such as adamw"
             )
-        self.base, self.geometry, self.mask = base, geometry, mask
+        self.base, self.geometry, self.mask, self.ascent = base, geometry, mask, ascent or Ascent()
+        self.esam_beta = esam_beta
+        if not 0 < esam_beta <= 1:
+            raise UserError(f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor")
+        if esam_beta < 1 and (mask is not None or self.ascent.kind != "batch" or self.ascent.gsam_alpha):
+            raise UserError("esam_beta draws other tensors at every update and combines with ascent='batch' alone")
         self.rho, self.eta = _radius("rho", rho), _radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
@@ -77,6 +90,7 @@ class SAM(Optimizer):
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
         self._rounding_checked = False
+        self._drawn: set[str] | None = None
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -110,16 +124,26 @@ class SAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        if self.ascent.source != "batch" or self.esam_beta < 1:
+            state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state written by this class or by the base optimizer alone."""
         super().load_state_dict(state_dict)
+        device = next(iter(self.selection.parameters.values())).device
         if self.mask is not None and "mask" in state_dict:
-            self.mask.load_state_dict(state_dict["mask"], next(iter(self.selection.parameters.values())).device)
+            self.mask.load_state_dict(state_dict["mask"], device)
+        if "ascent" in state_dict:
+            self.ascent.load_state_dict(state_dict["ascent"], device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those of an update that was skipped included."""
+        super().zero_grad(set_to_none)
+        self.ascent.clean = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: self.__dict__[k] for k in ("base", "selection", "rho", "eta", "geometry", "mask", "defaults")}
+        return {k: v for k, v in self.__dict__.items() if k in STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" not in state:  # from load_state_dict: new groups and state
@@ -131,7 +155,22 @@ class SAM(Optimizer):
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters that are trainable now, by qualified name."""
-        return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
+        drawn = self._drawn
+        chosen = self.selection.parameters.items()
+        return {name: p for name, p in chosen if p.requires_grad and (drawn is None or name in drawn)}
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Inside, only this update's random part of the tensors is perturbed (`esam_beta`), at least one of them."""
+        if self.esam_beta < 1:
+            names = list(self.perturbed_parameters())
+            chance = torch.rand(len(names), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
+            limit = max(self.esam_beta, min(chance, default=0) + 1e-12)
+            self._drawn = {name for name, number in zip(names, chance, strict=True) if number < limit}
+        try:
+            yield
+        finally:
+            self._drawn = None
 
     def is_weight(self) -> list[bool]:
         """For `eleml2orig`: which perturbed tensors are weights, by their own name as in the authors' code."""
@@ -148,6 +187,7 @@ class SAM(Optimizer):
         dense = [torch.zeros_like(w) if g is None else wide(g) for w, g in zip(weights, grads, strict=True)]
         dense = dense if self.mask is None else self.mask(dense)
         eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight(), grouped)
+        eps = eps if self.esam_beta == 1 else list(torch._foreach_div(eps, self.esam_beta))
         finite = norm.isfinite()
         rows = [finite.view(-1, *[1] * (e.dim() - 1)) if grouped else finite for e in eps]
         return [torch.where(row, e, 0) for row, e in zip(rows, eps, strict=True)], norm, finite
@@ -179,8 +219,8 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
-        """Begin the step's `stats` with the size of the perturbation: intended, and as the weights really took it."""
-        self.stats = {"eps_norm": global_norm(applied, grouped=grouped).mean()}
+        """Into the step's `stats` the size of the perturbation: intended, and as the weights really took it."""
+        self.stats["eps_norm"] = global_norm(applied, grouped=grouped).mean()
         if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
             return
         missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)])
@@ -207,22 +247,34 @@ class SAM(Optimizer):
         Returns:
             The loss at w, or None without a closure.
         """
-        if closure is None:
-            return self.base.step()
-        with torch.enable_grad():
-            loss = closure()
-        buffers = [] if self.model is None else running_statistics(self.model)
-        eps, norm, _ = self.perturbation([p.grad for p in self.perturbed_parameters().values()])
-        with kept(buffers), self.moved(eps), torch.enable_grad():
-            closure()
-        self.stats["ascent_grad_norm"] = norm
-        self.base.step()
-        return loss
+        loss = None
+        if closure is not None:
+            with self.drawn():
+                loss = self._passes(torch.enable_grad()(closure))
+        self.ascent.update(self.perturbed_parameters(), self.state)
+        result = self.base.step()
+        return result if closure is None else loss
 
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32 or wider: norms of half-precision gradients overflow."""
-    return tensor.float() if tensor.dtype in HALF else tensor
+    def _passes(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure at w, at w + eps, or both; returns its first result."""
+        ascent, named, first = self.ascent, self.perturbed_parameters(), None
+        grads: list[Tensor | None] = []
+        if climbs := ascent.climbs():
+            first = closure()
+            grads = [g if g is None or not ascent.notes else g.clone() for g in (p.grad for p in named.values())]
+            direction: Sequence[Tensor | None] | None = ascent.direction(named, grads)
+        else:
+            direction = ascent.stored(named, self.state)
+        if direction is None:
+            self.stats = {}
+            return closure()
+        eps, norm, _ = self.perturbation(direction)
+        self.stats = {"ascent_grad_norm": norm}
+        buffers = running_statistics(self.model) if climbs and self.model is not None else []
+        with kept(buffers), self.moved(eps):
+            second = closure()
+        ascent.note(named, grads)  # behind the closure, which zeroes gradients
+        return first if climbs else second
 
 
 def _radius(name: str, value: Any) -> float:

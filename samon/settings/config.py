@@ -13,6 +13,7 @@ from timm.utils.distributed import world_info_from_env
 
 import samon
 from samon.errors import UserError
+from samon.optim.ascent import Ascent
 from samon.settings.flag import Flag, by_key, nearest, parse_command_line
 from samon.settings.rows import SAM, TRAIN
 
@@ -150,8 +151,22 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
             raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {config.m_sharpness}")
         if config.aug_splits or config.ascent_fraction < 1:
             raise UserError("--m-sharpness with a number excludes --aug-splits and --ascent-fraction")
+    _check_ascent(config)
     if config.aug_splits and config.ascent_fraction < 1:
         raise UserError("--ascent-fraction excludes --aug-splits: part of a batch holds part of the splits")
+
+
+def _check_ascent(config: Config) -> None:
+    Ascent(config.ascent, config.gsam_alpha)
+    several = config.m_sharpness != "device"
+    if config.ascent in ("previous", "momentum"):
+        if several or config.ascent_fraction < 1 or config.ascent_size:
+            raise UserError(
+                f"--ascent {config.ascent} makes no ascent pass and perturbs all processes alike; drop --m-sharpness, "
+                "--ascent-fraction and --ascent-size"
+            )
+    elif config.ascent_size and (several or config.aug_splits or config.bn_stats == "both"):
+        raise UserError("--ascent-size excludes --m-sharpness, --aug-splits and --bn-stats both; drop one of them")
 
 
 def _check_batches(config: Config) -> None:

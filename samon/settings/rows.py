@@ -3,6 +3,7 @@
 from typing import Any
 
 from samon.evals import EVALS
+from samon.optim.ascent import SOURCES, Ascent
 from samon.settings.flag import Flag, Groups, markdown, of_program
 from samon.settings.rows_timm import TIMM, T, V
 
@@ -14,6 +15,11 @@ def m_sharpness(value: Any) -> str | int:
     if str(value).isdigit() and int(value) > 0:
         return int(value)
     raise ValueError(f"{value!r} is not device, global or a number of samples")
+
+
+def ascent(value: Any) -> str:
+    """A source of the direction, checked and left as text."""
+    return Ascent(str(value)).source
 
 
 def interval(value: Any) -> str:
@@ -49,7 +55,11 @@ SAM: tuple[Flag, ...] = (
         "device",
         "device: each process its own perturbation; global: one for all; a number m: sub-batches of m",
     ),
+    T("ascent", ascent, "batch", f"where the direction of the perturbation comes from: {', '.join(SOURCES)}"),
     T("ascent-fraction", float, 1.0, "share of the batch that makes the ascent gradient", range="in (0, 1]"),
+    T("ascent-size", int, None, "image size of the ascent pass", range=">= 1"),
+    T("gsam-alpha", float, 0.0, "GSAM: share of the clean gradient's orthogonal part to take off", range=">= 0"),
+    T("esam-beta", float, 1.0, "ESAM: chance of each tensor to be perturbed in an update", range="in (0, 1]"),
     T("sam-start-epoch", int, 0, "first epoch with the two-pass step", range=">= 0"),
     T("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
     T("sam-every", int, 1, "two-pass step at every k-th update, the base step between", range=">= 1"),

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
-from samon.optim.sam import SAM, wide
+from samon.optim.geometry import wide
+from samon.optim.sam import SAM
 from samon.optim.scope import affine_dim, norm_modules
 from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed
 

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -71,14 +70,6 @@ def watched(modules: Iterable[nn.Module], start: Callable, end: Callable | None 
                 stack.enter_context(module.register_forward_hook(end))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The tensors averaged over the processes, in one message."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def refuse_checkpointing(model: nn.Module, purpose: str) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from samon import rng
 from samon.errors import UserError
+from samon.optim.ascent import Ascent, all_reduce_mean
 from samon.optim.norm_stats import BN_STATS
 from samon.optim.sam import SAM, sam_of
 from samon.step.groups import Grouped
-from samon.step.passes import all_reduce_mean, explain_missing, gradients
+from samon.step.passes import explain_missing, gradients
 from samon.step.replay import Plain
 
 Forward = Callable[[], Tensor]
@@ -33,6 +34,7 @@ def two_pass(
     ascent_forward: Forward | None = None,
     loss_scale: float = 1.0,
     process_group: Any = None,
+    ascent: str | None = None,
 ) -> Tensor:
     """Accumulate the gradient at w + eps into `.grad`; the weights end bit-exactly as they were.
 
@@ -58,9 +60,11 @@ def two_pass(
         loss_scale: factor on the gradient, 1/K for K accumulated calls. The ascent gradient is never scaled by it,
             since the Fisher geometry depends on its size.
         process_group: for `reduce='global'`.
+        ascent: where the direction of the perturbation comes from (`samon.optim.ascent`), from now on; the optimizer's
+            own if not given. `previous` and `momentum` make one pass, at w + eps.
 
     Returns:
-        The clean loss, at w, detached. `SAM.stats` holds more.
+        The clean loss, at w, detached; where no pass is made there, the one at w + eps. `SAM.stats` holds more.
 
     Raises:
         UserError: naming what this model or combination cannot honour.
@@ -71,35 +75,40 @@ def two_pass(
             f"two_pass needs one of samon's optimizers, got {type(optimizer).__name__}; create one with "
             "timm.optim.create_optimizer_v2(model, 'samon-layerl2', ...)"
         )
+    if ascent is not None and ascent != sam.ascent.source:
+        sam.ascent = Ascent(ascent, sam.ascent.gsam_alpha)
     no_sync = no_sync or nullcontext
     forwards = [forward] if callable(forward) else list(forward)
     _check(sam, forwards, groups, reduce, bn_stats, ascent_forward)
-    passes: Plain | Grouped
-    if groups > 1:
-        passes = Grouped(sam, groups, bn_stats)
-    else:
-        single = len(forwards) == 1 and ascent_forward is None
-        passes = Plain(sam, bn_stats, replay=replay and single, same_noise=same_noise)
-    noise = rng.take_torch(passes.device) if same_noise else None
-    ascents = forwards if ascent_forward is None else [ascent_forward]
-    clean, grads = ascent(sam, passes, ascents, no_sync=no_sync, scaler=scaler)
-    if reduce == "global" and torch.distributed.is_initialized():
-        grads = all_reduce_mean(grads, process_group)
-    eps, norm, finite = sam.perturbation(grads, grouped=groups > 1)
-    del grads
-    if noise is not None:
-        rng.put_torch(noise, passes.device)
-    losses = []
-    with passes.second(eps):
-        factor = torch.where(finite.all(), torch.full_like(clean, loss_scale / len(forwards)), torch.nan)
-        for i, descent in enumerate(forwards):
-            # Gradients are sent with the last one. The backward is inside: checkpointed parts run their forward in it.
-            with no_sync() if i + 1 < len(forwards) else nullcontext(), passes.each_second():
-                loss = descent()
-                scaled = loss * factor
-                (scaled if scaler is None else scaler.scale(scaled)).backward()
-            losses.append(loss.detach())
-    sam.stats |= {"loss": clean, "loss_perturbed": torch.stack(losses).mean(), "ascent_grad_norm": norm.mean()}
+    with sam.drawn():
+        passes: Plain | Grouped
+        climbs = sam.ascent.climbs()
+        if groups > 1 and climbs:
+            passes = Grouped(sam, groups, bn_stats)
+        else:
+            single = climbs and len(forwards) == 1 and ascent_forward is None and sam.esam_beta == 1
+            statistics = bn_stats if climbs else "second"  # the only pass that there is
+            passes = Plain(sam, statistics, replay=replay and single, same_noise=same_noise)
+        noise = rng.take_torch(passes.device) if same_noise else None
+        ascents = forwards if ascent_forward is None else [ascent_forward]
+        how = {"reduce": reduce, "process_group": process_group, "loss_scale": loss_scale}
+        clean, eps, finite = climb(sam, passes, ascents if climbs else [], no_sync=no_sync, scaler=scaler, **how)
+        if noise is not None:
+            rng.put_torch(noise, passes.device)
+        losses = []
+        with nullcontext() if eps is None else passes.second(eps):
+            for i, descent in enumerate(forwards):
+                # Gradients are sent with the last one. The backward is inside: checkpointed parts run forwards in it.
+                with no_sync() if i + 1 < len(forwards) else nullcontext(), passes.each_second():
+                    loss = descent()
+                    scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
+                    (scaled if scaler is None else scaler.scale(scaled)).backward()
+                losses.append(loss.detach())
+    last = torch.stack(losses).mean()
+    if clean is None:
+        sam.stats["loss"] = last
+        return last
+    sam.stats |= {"loss": clean, "loss_perturbed": last}
     return clean
 
 
@@ -115,6 +124,9 @@ def _check(
         grouped + "reduce='global', which makes one for all": groups > 1 and reduce == "global",
         grouped + "several forwards that share one": groups > 1 and len(forwards) > 1,
         grouped + "ascent_forward over a part of the batch": groups > 1 and ascent_forward is not None,
+        f"ascent={sam.ascent.source!r} makes no ascent pass; drop groups, reduce='global' and ascent_forward": (
+            sam.ascent.kind in ("previous", "momentum") and (groups > 1 or reduce == "global" or bool(ascent_forward))
+        ),
         "ascent_forward takes a single forward beside it": len(forwards) > 1 and ascent_forward is not None,
         f"all parameters that {sam.scope} perturbs are frozen; unfreeze some": not sam.perturbed_parameters(),
         f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model": (
@@ -126,7 +138,38 @@ def _check(
             raise UserError(message)
 
 
-def ascent(
+def climb(
+    sam: SAM,
+    passes: Plain | Grouped,
+    forwards: Sequence[Forward],
+    *,
+    no_sync: Context = nullcontext,
+    scaler: Any = None,
+    reduce: str = "device",
+    process_group: Any = None,
+    loss_scale: float = 1.0,
+) -> tuple[Tensor | None, list[Tensor] | None, Tensor]:
+    """The perturbation, by an ascent pass over `forwards` where there are some, else from what the optimizer has kept:
+    `(the loss at w or None, eps or None for a step at w, whether the ascent gradient is finite)`."""
+    source, named = sam.ascent, sam.perturbed_parameters()
+    clean: Tensor | None = None
+    if forwards:
+        clean, grads = first_pass(sam, passes, forwards, no_sync=no_sync, scaler=scaler)
+        if reduce == "global" and torch.distributed.is_initialized():
+            grads = all_reduce_mean(grads, process_group)
+        source.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
+        direction: Sequence[Tensor | None] | None = source.direction(named, grads)
+    else:
+        direction = source.stored(named, sam.state)
+    if direction is None:
+        sam.stats = {}
+        return clean, None, torch.ones((), dtype=torch.bool, device=passes.device)
+    eps, norm, finite = sam.perturbation(direction, grouped=passes.groups > 1)
+    sam.stats = {"ascent_grad_norm": norm.mean()}
+    return clean, eps, finite.all()
+
+
+def first_pass(
     sam: SAM,
     passes: Plain | Grouped,
     forwards: Sequence[Forward],

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +102,7 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     model = models.for_training(config)
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = resolve_data_config(vars(config), model=model)
+    check_ascent_size(config, model, data_config["input_size"])
     model = lay_out(config, model, world)
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config, model, lr)
@@ -137,8 +138,29 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         eval_loader=eval_loader,
         hooks=hooks or Hooks(),
     )
+    if sam is not None:
+        sam.ascent.total = epochs * run.updates_per_epoch
     run.hooks.built(run)
     return run
+
+
+def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
+    """--ascent-size must be smaller than the images, and the model must take it."""
+    if config.ascent_size is None:
+        return
+    if config.ascent_size >= min(input_size[1:]):
+        raise UserError(f"--ascent-size {config.ascent_size} is to be smaller than the images, {input_size[1:]}")
+    size = config.ascent_size
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, input_size[0], size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"--ascent-size {size}: {config.model} does not take such images; drop the flag, or add --model-kwargs "
+            f"dynamic_img_size=True where it has that argument ({' '.join(str(error).split())})"
+        ) from None
+    model.train(training)
 
 
 def lay_out(config: Config, model: nn.Module, world: World) -> nn.Module:
@@ -167,7 +189,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -
     """timm's factory, with this package's arguments where the name is one of ours."""
     extra = dict(config.opt_kwargs)
     if samon.is_sam_name(config.opt):
-        ours = {key: getattr(config, key) for key in ("rho", "eta", "base_opt", "perturb", "sparsity")}
+        keys = ("rho", "eta", "base_opt", "perturb", "sparsity", "ascent", "gsam_alpha", "esam_beta")
+        ours = {key: getattr(config, key) for key in keys}
         extra |= {key: value for key, value in ours.items() if value is not None}
     settings = optimizer_kwargs(cfg=config if lr is None else config.but(lr=lr))
     with user_errors(f"--opt {config.opt}"):

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
@@ -203,9 +204,8 @@ def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
     """The two-pass gradient of one micro-batch, in sub-batches of m if --m-sharpness is a number."""
     m, size = run.config.m_sharpness, len(images)
     if m == "device" or m == size:
-        part = math.ceil(run.config.ascent_fraction * size)
-        ascent = forward(run, images[:part], target[:part]) if part < size else None
-        return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
+        first = ascent_forward(run, images, target)
+        return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=first)
     groups = size // int(m)
     if run.sam is not None and run.sam.can_group:  # every group's own copy of the perturbed parameters fits in one pass
         return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
@@ -214,6 +214,17 @@ def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
         with sync_if(run, index + 1 == groups) if synced(run) else nullcontext():
             rows.append(perturbed(run, forward(run, x, y), loss_scale=scale / groups))
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+
+def ascent_forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor] | None:
+    """The ascent pass over a part of the batch (--ascent-fraction) or smaller images (--ascent-size), if asked for."""
+    part, size = math.ceil(run.config.ascent_fraction * len(images)), run.config.ascent_size
+    if part == len(images) and size is None:
+        return None
+    images = images[:part]
+    if size is not None:
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    return forward(run, images, target[:part])
 
 
 def synced(run: Run) -> bool:
@@ -227,7 +238,7 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
         forwards,
         no_sync=getattr(run.net, "no_sync", None),
         scaler=run.scaler,
-        bn_stats=config.bn_stats,
+        bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
         same_noise=config.same_noise,
         replay=not run.settled.no_replay,
         **how,

@@ -196,6 +196,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch larger than the data": (["-b", "128"], "64 training samples do not fill one batch of 128"),
     "interval": (["--checkpoint-interval", "soon"], "not a number of updates"),
     "workers": (["-j", "-1"], "--workers: must be >= 0"),
+    "ascent": (["--opt", "samon", "--ascent", "evry:3"], "--ascent: ascent must be one of batch, previous"),
+    "ascent without a pass": (["--opt", "samon", "--ascent", "previous", "--m-sharpness", "4"], "no ascent pass"),
+    "gsam without a pass": (
+        ["--opt", "samon", "--ascent", "momentum", "--gsam-alpha", "0.1"],
+        "needs the gradient at w",
+    ),
+    "ascent size": (["--opt", "samon", "--ascent-size", "32"], "--ascent-size 32 is to be smaller than the images"),
+    "ascent size, both": (["--opt", "samon", "--ascent-size", "8", "--bn-stats", "both"], "--ascent-size excludes"),
+    "ascent size of a ViT": (
+        ["--opt", "samon", "--ascent-size", "8", "--model", "test_vit"],
+        "does not take such images",
+    ),
+    "ascent of sgd": (["--opt", "sgd", "--ascent", "previous"], "--ascent does nothing with --opt sgd"),
     "compile backend": (["--torchcompile", "nothing"], "nothing"),
     "device": (["--device", "tpux"], "--device"),
 }

@@ -35,6 +35,13 @@ CASES = {
     "lookahead": ["--opt", "lookahead_samon-eleml2"],
     "late-layers-replayed": ["--opt", "samon", "--perturb", "layer4|stages.3", "--same-noise", "--drop", "0.1"],
     "every-other": ["--opt", "samon", "--sam-every", "2", "--sched", "wsd", "--sched-on-updates"],
+    "previous": ["--opt", "samon", "--ascent", "previous"],
+    "momentum": ["--opt", "sam-layerl2-adamw", "--lr", "0.001", "--ascent", "momentum"],
+    "friendly-accumulation": ["--opt", "samon", "--ascent", "friendly", "--grad-accum-steps", "2", "-b", "8"],
+    "every": ["--opt", "samon", "--ascent", "every:3", "--clip-grad", "1"],
+    "adaptive": ["--opt", "samon", "--ascent", "adaptive"],
+    "gsam-small-ascent": ["--opt", "samon", "--gsam-alpha", "0.3", "--ascent-size", "24"],
+    "esam": ["--opt", "sam", "--esam-beta", "0.5"],
     "bf16": ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16"],
     "fp16-scaler": ["--opt", "samon", "--amp"],
 }
