@@ -32,6 +32,7 @@ class Method:
     opt: str
     rhos: str = ""  # as sweep.py's --rho; nothing to choose where it is empty
     train: tuple[str, ...] = ()
+    rho_of: str = ""  # the method whose choice it takes, where it perturbs as that one does
 
 
 ON = "0.1,0.5,1"
@@ -40,6 +41,10 @@ METHODS = {
     "SAM": Method("sam", "0.05,0.1,0.25"),
     "SAM-ON": Method("samon", ON),
     "SAM no-norm": Method("samnn", "0.05,0.1,0.25"),
+    "SAM-ON previous": Method("samon", ON, ("--ascent", "previous")),
+    "SAM-ON momentum": Method("samon", ON, ("--ascent", "momentum")),
+    "SAM-ON every 5th": Method("samon", "", ("--ascent", "every:5"), rho_of="SAM-ON"),
+    "SAM-ON adaptive": Method("samon", "", ("--ascent", "adaptive"), rho_of="SAM-ON"),
 }
 
 
@@ -59,6 +64,8 @@ def swept(name: str, stage: str, rhos: str, seeds: int, args: argparse.Namespace
 
 def rho_of(name: str, args: argparse.Namespace, run: bool) -> str | None:
     """The rho that the held-out images choose; '' where there is nothing to choose, None before all are tried."""
+    if METHODS[name].rho_of:
+        return rho_of(METHODS[name].rho_of, args, run)
     rhos = METHODS[name].rhos
     if "," not in rhos:
         return rhos
