@@ -35,12 +35,12 @@ class Method:
     rho_of: str = ""  # the method whose choice it takes, where it perturbs as that one does
 
 
-ON = "0.1,0.5,1"
+ON = "0.02,0.1,0.5"
 METHODS = {
     "SGD": Method("sgd"),
-    "SAM": Method("sam", "0.05,0.1,0.25"),
+    "SAM": Method("sam", "0.02,0.05,0.1"),
     "SAM-ON": Method("samon", ON),
-    "SAM no-norm": Method("samnn", "0.05,0.1,0.25"),
+    "SAM no-norm": Method("samnn", "0.02,0.05,0.1"),
     "SAM-ON previous": Method("samon", ON, ("--ascent", "previous")),
     "SAM-ON momentum": Method("samon", ON, ("--ascent", "momentum")),
     "SAM-ON every 5th": Method("samon", "", ("--ascent", "every:5"), rho_of="SAM-ON"),
