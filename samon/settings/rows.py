@@ -90,7 +90,7 @@ SHARDS: tuple[Flag, ...] = (
 )
 
 CONTROL: tuple[Flag, ...] = (
-    T("config", str, "", "YAML file of settings, keys as the flags with _ for -", short="c"),
+    T("config", str, "", "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50", short="c"),
     T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
 )
 
