@@ -107,9 +107,16 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+def recipe_text(path: Path) -> str:
+    """The recipe, and the one that it is based on."""
+    text = path.read_text()
+    base = (yaml.safe_load(text) or {}).get("base")
+    return text if base is None else text + recipe_text(path.parent / base)
+
+
 def fingerprint(job: Job, args: argparse.Namespace) -> str:
     """What decides a run's result: the recipe's text and train.py's arguments, not where it writes."""
-    content = [Path(args.config).read_text(), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
+    content = [recipe_text(Path(args.config)), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
     return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
 
 

@@ -1,12 +1,16 @@
 """Sparse perturbations that the paper compares SAM-ON with (section 5.1, Tables 5 and 12).
 
-A mask keeps the share 1 - sparsity of all perturbed entries, counted over all tensors together. `random` draws it
-once; `fisher` (SSAM-F) keeps the entries with the largest squared batch gradient; `dynamic` (SSAM-D) starts at random
-and at each renewal exchanges half of the kept entries, those with the smallest gradients, for random others.
-Fisher and dynamic masks are renewed every `every` steps from that step's gradient, averaged over the processes, so all
-of them hold the same mask and a checkpoint of one serves all.
+A mask keeps the share 1 - sparsity of all perturbed entries, counted over all tensors together and exactly. `random`
+draws it once; `fisher` (SSAM-F) keeps the entries with the largest diagonal of the empirical Fisher; `dynamic` (SSAM-D)
+starts at random and at each renewal gives up a share of its entries, those with the smallest gradients, for random
+others; the share falls by a cosine from a half to nothing (Mi et al. 2022, Algorithms 1 and 2).
+
+In train.py masks are renewed every `--mask-epochs`, SSAM-F from `--fisher-samples` images. Without it nobody tells
+epochs or holds the data: both are renewed every `every` steps, SSAM-F from that step's squared gradient, SSAM-D by a
+half. Gradients are averaged over the processes, so all of them hold the same mask and a checkpoint of one serves all.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +24,7 @@ KINDS = {
     "fisher": "a Fisher mask (SSAM-F)",
     "dynamic": "a dynamic mask (SSAM-D)",
 }
-EXCHANGED = 0.5  # share of the kept entries that SSAM-D gives up at a renewal (its initial rate)
+EXCHANGED = 0.5  # share of the kept entries that SSAM-D gives up at its first renewal
 
 
 class Mask:
@@ -35,15 +39,36 @@ class Mask:
         if not 0 <= sparsity < 1:
             raise UserError(f"sparsity must be in [0, 1), got {sparsity}; 0.5 keeps half of the entries")
         self.kind, self.sparsity, self.every, self.seed = kind, sparsity, every, seed
-        self.step = 0
+        self.step, self.rate = 0, EXCHANGED
+        self.epoch, self.due = -1, False  # as `begin_epoch` was told last, and whether it asked for a renewal
         self.masks: list[Tensor] = []
+
+    def begin_epoch(self, epoch: int, epochs: int, every: int) -> bool:
+        """From the first call on, epochs renew the mask: SSAM-D with the next gradient, SSAM-F by `renew_fisher`.
+
+        Returns:
+            Whether `renew_fisher` is due: at each `every`-th epoch, once.
+        """
+        if self.kind == "random" or epoch == self.epoch:
+            return False
+        self.every, self.epoch, due = 0, epoch, epoch % every == 0
+        self.rate = EXCHANGED * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        self.due = due and self.kind == "dynamic"
+        return due and self.kind == "fisher"
+
+    def renew_fisher(self, diagonal: Sequence[Tensor]) -> None:
+        """Keep the entries with the largest diagonal of the Fisher, shaped like the parameters."""
+        self._renew(diagonal, "fisher")
 
     def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients with the dropped entries zeroed; renews the mask first when it is due."""
         if not self.masks:
             self._renew(grads, "fisher" if self.kind == "fisher" else "random")
-        elif self.kind != "random" and self.step % self.every == 0:
+        elif self.kind != "random" and self.every and self.step % self.every == 0:
             self._renew(grads, self.kind)
+        if self.due:
+            self._renew(grads, self.kind)
+            self.due = False
         self.step += 1
         return [g * m for g, m in zip(grads, self.masks, strict=True)]
 
@@ -60,10 +85,9 @@ class Mask:
                 mask = _largest(size, keep)
             else:
                 old = torch.cat([m.flatten() for m in self.masks])
-                stay = _largest(size.masked_fill(~old, -1), keep - round(EXCHANGED * keep))
-                # New entries come from outside the old mask; where too few lie outside, old ones come back.
-                chance = self._random(flat) + (~old).to(flat.dtype)
-                mask = stay | _largest(chance.masked_fill(stay, -1), keep - int(stay.sum()))
+                exchanged = min(round(self.rate * keep), flat.numel() - keep)  # there must be others to take
+                stay = _largest(size.masked_fill(~old, -1), keep - exchanged)
+                mask = stay | _largest(self._random(flat).masked_fill(old, -1), exchanged)
         self.masks = [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
 
     def _random(self, like: Tensor) -> Tensor:
@@ -72,10 +96,14 @@ class Mask:
         return torch.rand(like.numel(), generator=generator, dtype=torch.float32).to(like)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "masks": list(self.masks)}
+        names = ("step", "epoch", "due", "rate", "every")
+        return {name: getattr(self, name) for name in names} | {"masks": list(self.masks)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.step, self.masks = state["step"], [m.to(device) for m in state["masks"]]
+        """Also a state that was written before masks knew epochs."""
+        self.masks = [m.to(device) for m in state["masks"]]
+        for name in state.keys() - {"masks"}:
+            setattr(self, name, state[name])
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

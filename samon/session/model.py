@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from samon.errors import UserError, user_errors
+from samon.session import ablations
 from samon.session.world import World
 from samon.settings.config import Config
 from samon.settings.flag import nearest
@@ -66,6 +67,12 @@ def for_training(config: Config) -> nn.Module:
             model.set_grad_checkpointing(enable=True)
         if config.freeze:
             freeze(model, config.freeze)
+    if config.fix_norm:
+        ablations.fix_norm(model)
+    if config.train_only_norm:
+        ablations.train_only_norm(model)
+    if config.norm_dropout:
+        ablations.norm_dropout(model, config.norm_dropout)
     return model
 
 

@@ -66,7 +66,7 @@ def recipe(name: str) -> Path:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file, or in a recipe by its name."""
+    """The mapping in a YAML file or a recipe. `base: FILE`, seen from the file, names another that it changes."""
     try:
         content = yaml.safe_load(recipe(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -76,7 +76,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no settings; write lines such as 'lr: 0.1'")
-    return content
+    if (base := content.pop("base", None)) is None:
+        return content
+    below = read_yaml(str(recipe(path).parent / str(base)))
+    per_opt = {"per_opt": (below.get("per_opt") or {}) | (content.get("per_opt") or {})}
+    return below | content | (per_opt if per_opt["per_opt"] else {})
 
 
 def _per_opt(table: Any, where: str) -> dict[str, dict[str, Any]]:
@@ -122,6 +126,7 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
     _check_batches(config)
     if config.amp and config.model_dtype not in (None, "float32"):
         raise UserError(f"--amp needs float32 weights, --model-dtype is {config.model_dtype}; drop one of them")
+    _check_norm(config)
     if config.sync_bn and config.split_bn:
         raise UserError("--sync-bn and --split-bn exclude each other; drop one of them")
     if config.wandb_resume_id and not config.resume:
@@ -153,6 +158,8 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
         raise UserError(f"--perturb {config.perturb!r} is not a regular expression: {error}") from None
     if config.sparsity is not None and not config.opt.startswith(("sam-random", "ssam-")):
         raise UserError(f"--sparsity is for sam-random, ssam-f and ssam-d, not {config.opt}")
+    if {"fisher_samples", "mask_epochs"} & given.keys() and not config.opt.startswith("ssam-"):
+        raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {config.opt}")
     if isinstance(config.m_sharpness, int):
         if config.batch_size % config.m_sharpness:
             raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {config.m_sharpness}")
@@ -161,6 +168,15 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
     _check_ascent(config)
     if config.aug_splits and config.ascent_fraction < 1:
         raise UserError("--ascent-fraction excludes --aug-splits: part of a batch holds part of the splits")
+
+
+def _check_norm(config: Config) -> None:
+    if config.fix_norm and (config.train_only_norm or config.norm_dropout):
+        raise UserError("--fix-norm leaves no normalization parameters for --train-only-norm or --norm-dropout")
+    if config.weight_decay_on and config.layer_decay:
+        raise UserError("--weight-decay-on excludes --layer-decay, which makes groups of its own; drop one of them")
+    if config.norm_dropout and (isinstance(config.m_sharpness, int) or config.torchcompile):
+        raise UserError("--norm-dropout excludes --torchcompile and a number in --m-sharpness; drop one of them")
 
 
 def _check_ascent(config: Config) -> None:

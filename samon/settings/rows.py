@@ -49,6 +49,8 @@ SAM: tuple[Flag, ...] = (
     T("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
     T("perturb", str, None, "perturb only parameters of the scope whose qualified name matches this regex"),
     T("sparsity", float, None, "share left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
+    T("mask-epochs", int, 5, "ssam-f, ssam-d: renew the mask at each k-th epoch", range=">= 1"),
+    T("fisher-samples", int, 1024, "ssam-f: training images that the mask is made from", range=">= 1"),
     T(
         "m-sharpness",
         m_sharpness,
@@ -72,6 +74,13 @@ RUN: tuple[Flag, ...] = (
     T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
     T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
     T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
+)
+
+NORMALIZATION: tuple[Flag, ...] = (
+    T("fix-norm", bool, False, "normalization layers without affine parameters: gamma = 1, beta = 0, not trained"),
+    T("train-only-norm", bool, False, "train the normalization parameters alone"),
+    T("weight-decay-on", str, None, "what decays, instead of timm's rule", choices=("all", "non-norm", "none")),
+    T("norm-dropout", float, 0.0, "dropout on the normalization parameters", range="in [0, 1)"),
 )
 
 FINE_TUNING: tuple[Flag, ...] = (
@@ -131,6 +140,7 @@ GROUPS: Groups = {
     "Configuration": CONTROL,
     "Sharpness-aware minimization": SAM,
     "Run": RUN,
+    "Normalization layers (the paper's B.7 to B.9)": NORMALIZATION,
     "Fine-tuning": FINE_TUNING,
     "Shards": SHARDS,
     **EVALUATION,

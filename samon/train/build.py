@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import samon
 from samon.errors import UserError, user_errors
 from samon.session import model as models
+from samon.session.ablations import weight_decay_groups
 from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings.config import Config
@@ -192,6 +194,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -
         keys = ("rho", "eta", "base_opt", "perturb", "sparsity", "ascent", "gsam_alpha", "esam_beta")
         ours = {key: getattr(config, key) for key in keys}
         extra |= {key: value for key, value in ours.items() if value is not None}
+    if config.weight_decay_on:
+        extra["param_group_fn"] = partial(weight_decay_groups, decay=config.weight_decay, on=config.weight_decay_on)
     settings = optimizer_kwargs(cfg=config if lr is None else config.but(lr=lr))
     with user_errors(f"--opt {config.opt}"):
         return create_optimizer_v2(model, **settings | extra)

@@ -24,6 +24,7 @@ from samon.session.model import dtype_of
 from samon.settings.rows import steps_or_minutes
 from samon.step.two_pass import two_pass
 from samon.train.build import Run
+from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
 from samon.train.state import Keeper
 
@@ -80,6 +81,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
 def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
     run.hooks.begun(run, progress)
+    renew_mask(run, progress, to_device)
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
     report.begin_epoch(progress, run.updates_per_epoch)

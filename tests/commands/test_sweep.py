@@ -230,3 +230,14 @@ def test_a_real_run_and_its_continuation(tmp_path: Path) -> None:
     assert metrics["epoch"] == 1
     command = sweep.command(job, args)
     assert command[command.index("--resume") + 1] == str(args.output / job.name)
+
+
+def test_a_change_of_the_base_recipe_is_another_run(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("lr: 0.1\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nmodel: resnet18\n")
+    args = args_of(tmp_path, recipe=str(tmp_path / "own.yaml"))
+    job = sweep.Job("sgd", None, 0)
+    before = sweep.fingerprint(job, args)
+    assert sweep.fingerprint(job, args) == before
+    (tmp_path / "base.yaml").write_text("lr: 0.2\n")
+    assert sweep.fingerprint(job, args) != before

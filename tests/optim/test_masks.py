@@ -53,6 +53,48 @@ def test_dynamic_mask_drops_the_smallest_and_grows_elsewhere() -> None:
     assert size[stayed].min() >= size[dropped].max()
 
 
+def test_epochs_renew_a_dynamic_mask_by_a_cosine() -> None:
+    """Every second epoch of four, once: 0.5 (1 + cos(pi e / 4)) / 2 of the 100 kept entries change."""
+    mask = Mask("dynamic", 0.8)
+    changed = []
+    for epoch in range(4):
+        for told in range(2):  # again after a restart within the epoch
+            assert mask.begin_epoch(epoch, 4, 2) is False, told
+            before = flat(mask.masks) if mask.masks else None
+            mask(gradients(2 * epoch + told))
+            changed.append(0 if before is None else int((before & ~flat(mask.masks)).sum()))
+            assert flat(mask.masks).sum() == 100
+    assert changed == [0, 0, 0, 0, 25, 0, 0, 0]  # at epoch 0 the random mask has been renewed at once
+
+
+def test_a_dynamic_mask_keeps_its_sparsity_where_few_entries_lie_outside() -> None:
+    mask = Mask("dynamic", 0.1, every=1)
+    for seed in range(3):
+        mask(gradients(seed))
+        assert flat(mask.masks).sum() == 450
+    assert mask.state_dict()["rate"] == 0.5
+
+
+def test_epochs_ask_for_the_fisher_of_fisher_masks_alone() -> None:
+    asked = [Mask(kind, 0.5).begin_epoch(0, 4, 2) for kind in ("random", "fisher", "dynamic")]
+    assert asked == [False, True, False]
+    mask = Mask("fisher", 0.9)
+    assert [mask.begin_epoch(epoch, 4, 2) for epoch in (0, 0, 1, 2, 3)] == [True, False, False, True, False]
+    scores = gradients(5)
+    mask.renew_fisher([s.abs() for s in scores])
+    before = flat(mask.masks)
+    mask(gradients(6))
+    assert torch.equal(flat(mask.masks), before)
+    assert flat(scores).abs()[before].min() >= flat(scores).abs()[~before].max()
+
+
+def test_a_state_from_before_epochs_continues() -> None:
+    mask, old = Mask("dynamic", 0.8, every=2), Mask("dynamic", 0.8, every=2)
+    old(gradients(0))
+    mask.load_state_dict({"step": 1, "masks": old.masks}, torch.device("cpu"))
+    assert (mask.step, mask.every, mask.rate) == (1, 2, 0.5)
+
+
 def test_state_continues() -> None:
     one, two = Mask("dynamic", 0.8, every=2), Mask("dynamic", 0.8, every=2)
     for seed in range(3):

@@ -95,6 +95,19 @@ def test_print_config_reads_back_and_touches_nothing(tmp_path: Path, capsys: pyt
     assert config.dump(again) == printed
 
 
+def test_a_file_changes_the_one_it_is_based_on(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("lr: 0.2\nepochs: 7\nper_opt:\n  samon: {rho: 0.7}\n  sam: {rho: 0.1}\n")
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub/own.yaml"
+    file.write_text("base: ../base.yaml\nepochs: 9\nper_opt: {sam: {rho: 0.3}}\n")
+    config = parse("-c", str(file), "--opt", "samon")
+    assert (config.lr, config.epochs, config.rho) == (0.2, 9, 0.7)
+    assert parse("-c", str(file), "--opt", "sam").rho == 0.3
+    file.write_text("base: gone.yaml\n")
+    with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
+        parse("-c", str(file))
+
+
 def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("lr: 0.2\nepochs: 7\nmomentum: 0.5\nper_opt:\n  samon: {lr: 0.3, rho: 0.7}\n  sgd: {lr: 0.4}\n")
@@ -209,6 +222,11 @@ BAD: dict[str, tuple[list[str], str]] = {
         "does not take such images",
     ),
     "ascent of sgd": (["--opt", "sgd", "--ascent", "previous"], "--ascent does nothing with --opt sgd"),
+    "fix-norm and SAM-ON": (["--opt", "samon", "--fix-norm"], "no trainable parameter to perturb"),
+    "no norm to train": (["--fix-norm", "--train-only-norm"], "--fix-norm leaves no normalization parameters"),
+    "two kinds of groups": (["--weight-decay-on", "all", "--layer-decay", "0.9"], "--weight-decay-on excludes"),
+    "dropout in groups": (["--opt", "samon", "--norm-dropout", "0.1", "--m-sharpness", "4"], "--norm-dropout excludes"),
+    "fisher of sam": (["--opt", "sam", "--fisher-samples", "9"], "are for ssam-f and ssam-d, not sam"),
     "compile backend": (["--torchcompile", "nothing"], "nothing"),
     "device": (["--device", "tpux"], "--device"),
 }
