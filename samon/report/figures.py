@@ -79,13 +79,13 @@ def errors(values: list[float | None]) -> dict[str, Any]:
 
 def cost(content: Content, style: Style, kind: str) -> Figure:
     """Figure 3: a point for each method at its best rho, bars of a standard deviation both ways."""
-    names = {"cpu_seconds": "CPU time of a run, s", "seconds": "time of a run, s", "flops": "training FLOPs of a run"}
+    names = {"cpu_seconds": "CPU time of a run, s", "seconds": "time of a run, s", "flops": "training PFLOPs of a run"}
     traces = []
     for score in content.best():
-        if values := score.costs.get(kind):
+        if values := [value / (1e15 if kind == "flops" else 1) for value in score.costs.get(kind, [])]:
             spread = statistics.stdev(values) if len(values) > 1 and kind != "flops" else None
             bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
-            text = {"text": [plain(score.method)], "textposition": "top center"}
+            text = {"text": [plain(score.method)], "textposition": "top right"}
             traces.append(
                 style.trace(score.method, [average(values)], [score.mean], mode="markers+text", **text, **bars)
             )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 
 from samon import UserError
 from samon.commands import report
-from samon.report.content import Content, Run, Score, name_methods
+from samon.report.content import FORMAT, Content, Run, Score, name_methods
 from samon.report.cost import step_flops
 from samon.report.figures import figures
 from samon.report.read import gather
 from samon.report.tables import tables
 from tests.browser import chromium
-from tests.runs import run
+from tests.runs import ROOT, run
 
+EXPORTS = [path for path in (ROOT / "docs/results").rglob("*.json") if FORMAT in path.read_text()[:100]]
 HOSTILE = "<img src=x onerror=document.title='owned'><b>{{data}} & 'q'"
 
 
@@ -201,6 +203,27 @@ def test_cells_that_look_like_formulas_or_tex() -> None:
     found = tables(Content(scores=[Score("=1+1 & 50 %_{x}", -0.5, [50.0], "samon", metric="eval_top1")]))[0]
     assert "'=1+1 & 50 %_{x},-0.5" in found.csv()
     assert r"=1+1 \& 50 \%\_\{x\}" in found.latex()
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.stem)
+def test_committed_results_make_a_page(path: Path, tmp_path: Path) -> None:
+    """With SCREENSHOTS=DIR the figures against cost and rho are also kept as pictures, of both themes."""
+    page_file = tmp_path / f"{path.stem}.html"
+    report.main([str(path), "-o", str(page_file), "--title", path.stem])
+    with chromium() as browser:
+        for scheme in ("light", "dark"):
+            page = browser.new_context(viewport={"width": 800, "height": 600}, color_scheme=scheme).new_page()
+            said: list[str] = []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.goto(page_file.as_uri())
+            page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
+            assert page.query_selector("[id^=rho] .scatterlayer path")
+            assert said == []
+            for figure in (
+                page.query_selector_all("figure[id^=cost], figure[id^=rho]") if os.environ.get("SCREENSHOTS") else []
+            ):
+                name = f"{path.stem}-{figure.get_attribute('id')}-{scheme}.png"
+                figure.screenshot(path=Path(os.environ["SCREENSHOTS"]) / name)
 
 
 def test_the_page_in_a_browser(everything: Path, tmp_path: Path) -> None:
