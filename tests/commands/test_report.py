@@ -13,11 +13,13 @@ from samon.commands import report
 from samon.report.content import FORMAT, Content, Run, Score, name_methods
 from samon.report.cost import step_flops
 from samon.report.figures import figures
+from samon.report.page import script_json
 from samon.report.read import gather
 from samon.report.tables import tables
 from tests.browser import chromium
 from tests.runs import ROOT, run
 
+ENDING = "</script><script>document.title='owned'</script><b>.pth.tar"
 EXPORTS = [path for path in (ROOT / "docs/results").rglob("*.json") if FORMAT in path.read_text()[:100]]
 HOSTILE = "<img src=x onerror=document.title='owned'><b>{{data}} & 'q'"
 
@@ -45,7 +47,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(base / "runs", "--opt", "samon", "--rho", "0.1", "--epochs", "2", "--log-interval", "1", name=HOSTILE)
     run(base / "runs", "--opt", "sgd", name="sgd")
     found = rows(str(base / "runs" / HOSTILE / "model_best.pth.tar"))
-    found += rows("</script><script>document.title='owned'</script>.pth.tar")
+    found += rows(ENDING)
     (base / "evaluations.json").write_text(json.dumps(found))
     (base / "sweep").mkdir()
     cells = [
@@ -199,6 +201,11 @@ def test_mistakes(content: str | None, said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x.html").exists()
 
 
+def test_data_cannot_end_their_script() -> None:
+    assert json.loads(script_json({"a": ENDING})) == {"a": ENDING}
+    assert "<" not in script_json(ENDING)
+
+
 def test_cells_that_look_like_formulas_or_tex() -> None:
     found = tables(Content(scores=[Score("=1+1 & 50 %_{x}", -0.5, [50.0], "samon", metric="eval_top1")]))[0]
     assert "'=1+1 & 50 %_{x},-0.5" in found.csv()
@@ -247,6 +254,7 @@ def test_the_page_in_a_browser(everything: Path, tmp_path: Path) -> None:
         assert page.title() == HOSTILE
         assert page.query_selector("img, main b, table script") is None
         assert HOSTILE in page.inner_text("#settings")
+        assert ENDING in page.text_content("#sharpness .legend")  # Plotly would read markup in names too
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         background = "getComputedStyle(document.body).backgroundColor"
         text = "document.querySelector('.plot .xtitle').style.fill"
