@@ -174,7 +174,7 @@ def distribution(content: Content, style: Style, kind: str) -> Figure:
             x, y = [value for value, _ in values], [100 * share for _, share in values]
             traces.append(style.trace(run.method, x, y, mode="lines", text=plain(run.name)))
             traces[-1]["line"] |= {"shape": "hvh"}
-    caption = f"All normalization layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
+    caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
     title = f"Distribution of {kind}"
     return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
 
