@@ -5,7 +5,7 @@ from types import ModuleType
 
 EVALS = {  # name on the command line -> module
     "accuracy": "accuracy",
-    "apgd": "attacks",
+    "apgd": "robustness",
     "sharpness": "sharpness",
     "hessian": "hessian",
     "feature_rank": "feature_rank",

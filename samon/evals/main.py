@@ -24,7 +24,7 @@ from samon.evals.shifts import SETS
 from samon.session import model as models
 from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.session.world import World, on_primary, processes
-from samon.settings.config import Config
+from samon.settings.config import Config, recipe
 from samon.settings.flag import by_key, nearest, parse_command_line
 from samon.settings.rows import VALIDATE
 
@@ -146,7 +146,7 @@ def data_sets(config: Config, first: int | None) -> list[Entry]:
         name = config.dataset or Path(config.data_dir or "").name
         return [Entry(name, config.dataset, config.data_dir or "", config.split, names, first=first)]
     try:
-        content = yaml.safe_load(Path(config.suite).read_text())
+        content = yaml.safe_load(recipe(config.suite).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--suite {config.suite} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
@@ -168,7 +168,8 @@ def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[s
     name = item.get("name") or kind or item.get("dataset") or Path(item["data_dir"]).name
     evals = evaluations(item["evals"], where) if "evals" in item else names
     split = item.get("split", "" if kind else config.split)
-    return Entry(str(name), item.get("dataset", ""), str(item["data_dir"]), str(split), evals, kind)
+    root = Path(config.data_dir or "") / item["data_dir"]
+    return Entry(str(name), item.get("dataset", ""), str(root), str(split), evals, kind)
 
 
 def build(job: Job, world: World) -> Target:

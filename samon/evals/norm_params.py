@@ -70,8 +70,40 @@ def figure_type() -> Any:
     return Figure
 
 
+def bins(found: Values, role: str, edges: Tensor) -> Tensor:
+    """How many values of gamma or beta, over all layers, lie between each two of ``edges``."""
+    layers = [w for (_, r), entries in found.items() if r == role for _, w in entries]
+    return torch.histogram(torch.cat([torch.empty(0), *layers]).double(), edges.double()).hist
+
+
+def draw(models: dict[str, Values]) -> Any:
+    """Figure 5: a column for each model, gamma above and beta below, signed values on linear axes.
+
+    The panels of a row share both axes, so that the models can be compared.
+    """
+    figure = figure_type()(figsize=(3.6 * len(models), 5), layout="constrained")
+    panels = figure.subplots(2, len(models), squeeze=False, sharex="row", sharey="row")
+    for row, role in enumerate(("gamma", "beta")):
+        every = [w for found in models.values() for (_, r), layers in found.items() if r == role for _, w in layers]
+        low, high = (float(getattr(torch.cat(every or [torch.zeros(1)]), side)()) for side in ("min", "max"))
+        edges = torch.linspace(low - 1e-6, high + 1e-6, 61, dtype=torch.float64)
+        for axis, (name, found) in zip(panels[row], models.items(), strict=True):
+            axis.stairs(bins(found, role, edges).numpy(), edges.numpy(), fill=True)
+            axis.set(title=name, xlabel=f"$\\{role}$")
+        panels[row][0].set_ylabel("parameters")
+    return figure
+
+
 def plot(models: dict[str, Values], path: Path) -> None:
-    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth."""
+    """Figure 5 under the name asked for and as PDF beside it, and `draw_magnitudes` as NAME-magnitudes."""
+    figure = draw(models)
+    for wanted in {path, path.with_suffix(".pdf")}:
+        figure.savefig(wanted, dpi=150)
+    draw_magnitudes(models).savefig(path.with_name(f"{path.stem}-magnitudes{path.suffix}"), dpi=120)
+
+
+def draw_magnitudes(models: dict[str, Values]) -> Any:
+    """For every layer type and role, |w| of all models in a panel (log counts, as Figure 9), and its mean by depth."""
     panels = sorted({key for found in models.values() for key in found})
     figure = figure_type()(figsize=(4.5 * len(panels), 7), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False)
@@ -87,8 +119,7 @@ def plot(models: dict[str, Values], path: Path) -> None:
         top.set(title=f"{kind} {role}", xlabel=f"|{role}|", ylabel="parameters")
         bottom.set(xlabel="depth (layers from the input)", ylabel=f"mean |{role}|")
         top.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def write_tensorboard(models: dict[str, Values], directory: Path) -> None:

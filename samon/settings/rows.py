@@ -110,19 +110,20 @@ CONTROL: tuple[Flag, ...] = (
 EVALUATION: Groups = {
     "What to evaluate": (
         V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),
-        V("suite", str, None, "YAML list of data sets to evaluate in one go (docs/evaluation.md)"),
+        V("suite", str, None, "YAML list of data sets under --data-dir to evaluate in one go; `suites` comes along"),
         V("group", bool, False, "mean and standard deviation over the checkpoints given together"),
         V("bootstrap", int, 0, "draws for 95 % intervals over images, such as 1000; 0 for none", range=">= 0"),
         V("class-report", str, "", "directory for accuracy by class and confusion matrices, as CSV"),
         V("no-ema", bool, False, "evaluate the weights themselves, also where their average decided the best"),
     ),
     "Adversarial robustness (--evals apgd)": (
+        V("attack", str, "apgd", "standard: FAB-T and Square as well", choices=("apgd", "standard")),
         V("norm", str, "l2,linf", "norms of the attack"),
         V("eps", str, "0.25,0.5,0.25/255,0.5/255", "radii for images in [0, 1]; beside a/255, plain ones are for l2"),
         V("apgd-iters", int, 100, "iterations of a run", range="> 0"),
         V("apgd-targets", int, 9, "target classes of the targeted attack", range="> 0"),
         V("apgd-restarts", int, 1, "runs from other starting points", range="> 0"),
-        V("apgd-batch-size", int, 100, "images attacked at once", range="> 0"),
+        V("apgd-batch-size", int, 100, "images attacked at once; 0: a search for the fastest size", range=">= 0"),
         V("apgd-state", str, "", "directory that keeps every finished batch; the same command goes on from it"),
     ),
     "Sharpness (--evals sharpness)": (
@@ -147,7 +148,7 @@ EVALUATION: Groups = {
         V("feature-centring", str, "row,column", "mean taken off each image, each feature, or none"),
         V("feature-samples", int, 10_000, "images, drawn by --seed", range="> 0"),
         V("feature-split", str, "train", "split, as in the public code; --split if empty"),
-        V("norm-figure", str, "", "PNG of gamma's and beta's distributions (needs matplotlib)"),
+        V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions (needs matplotlib)"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),
 }

@@ -11,19 +11,9 @@ from torchvision.transforms.functional import to_tensor
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.attacks import (
-    ROBUST,
-    Normalized,
-    Threat,
-    apgd,
-    attack,
-    project,
-    robust_outcomes,
-    seeded_noise,
-    summarize,
-    threats,
-)
+from samon.evals.attacks import ROBUST, Normalized, Threat, apgd, attack, project, seeded_noise
 from samon.evals.entry import EvalImages
+from samon.evals.robustness import robust_outcomes, summarize, threats
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +119,12 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
 
 def test_counts_are_of_images_that_are_still_robust():
     outcome = torch.tensor([-1, 0, 0, 1, ROBUST, ROBUST, ROBUST])
-    assert summarize(outcome) == {"clean": 6, "robust_apgd-ce": 4, "robust_apgd-t": 3, "num_samples": 7}
+    found = summarize(outcome, ("apgd-ce", "apgd-t"))
+    assert found == {"clean": 6, "robust_apgd-ce": 4, "robust_apgd-t": 3, "num_samples": 7}
 
 
 def test_plain_radii_are_for_l2_where_fractions_are_mixed_in():
-    budget = {"apgd_iters": 5, "apgd_targets": 2, "apgd_restarts": 1, "seed": 3}
+    budget = {"apgd_iters": 5, "apgd_targets": 2, "apgd_restarts": 1, "seed": 3, "attack": "apgd"}
 
     def balls(norm, eps):
         return [(t.norm, t.eps) for t in threats(argparse.Namespace(norm=norm, eps=eps, **budget))]

@@ -9,7 +9,7 @@ import torch
 
 from samon.errors import UserError
 from samon.evals import accuracy
-from samon.evals.main import checkpoints, different, main
+from samon.evals.main import checkpoints, different, main, parse
 
 FLAGS = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
 FLAGS += ["--num-samples", "16"]
@@ -111,3 +111,15 @@ def test_attacks_show_progress_within_a_batch(capsys):
     shown = capsys.readouterr().err
     assert "apgd wds/fashion-mnist: " in shown
     assert "image/s" in shown
+
+
+def test_the_shipped_suite_names_the_papers_sets_under_the_data_dir(tmp_path):
+    flags = ["--model", "test_resnet", "--suite", "suites", "--data-dir", str(tmp_path)]
+    (job,) = parse(flags)
+    v2 = [f"imagenetv2-{form}" for form in ("matched-frequency", "threshold0.7", "top-images")]
+    others = ["imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"]
+    assert [entry.kind for entry in job.entries] == ["imagenet", "imagenet-real", *v2, *others]
+    assert job.entries[0].root == str(tmp_path / "imagenet")
+    assert job.entries[0].split == "validation"
+    with pytest.raises(UserError, match="imagenet: no such directory"):
+        main([*flags, "--device", "cpu", "--workers", "0"])

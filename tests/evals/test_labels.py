@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from samon.errors import UserError
-from samon.evals import attacks, shifts
+from samon.evals import robustness, shifts
 from samon.evals.entry import Among, Entry, Target, batches, one_label
 from samon.evals.main import main
 from samon.settings.flag import by_key
@@ -69,7 +69,7 @@ def test_attacks_on_the_200_classes_end_with_figures(tmp_path):
     inside = shifts.subset_indices("r")[:4]
     root = write(tmp_path, {SYNSETS[i]: [i] for i in inside})
     target = target_of(Slanted(), norm="linf", eps="0.001", apgd_iters=1, apgd_targets=1)
-    found = attacks.rows(target, Entry("r", "", str(root), "", ["apgd"], "imagenet-r"))
+    found = robustness.rows(target, Entry("r", "", str(root), "", ["apgd"], "imagenet-r"))
     assert {row["metric"]: row["value"] for row in found}["robust_top1"] == 100
 
 

@@ -52,5 +52,34 @@ def test_figure_and_histograms_of_two_models(tmp_path):
     norm_params.write_tensorboard(models, tmp_path / "tb")
     assert len(list((tmp_path / "tb").glob("*/events*"))) == 2
     pytest.importorskip("matplotlib")
-    norm_params.plot(models, tmp_path / "figures" / "norm.png")
-    assert (tmp_path / "figures" / "norm.png").read_bytes().startswith(b"\x89PNG")
+    norm_params.plot(models, tmp_path / "norm.png")
+    assert (tmp_path / "norm.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "norm-magnitudes.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "norm.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_figure_5_has_signed_values_on_linear_axes_in_a_panel_for_each_model():
+    pytest.importorskip("matplotlib")
+    low, high = (nn.Sequential(nn.BatchNorm1d(40)), nn.Sequential(nn.BatchNorm1d(40)))
+    for net, centre in ((low, -0.2), (high, 0.3)):
+        nn.init.constant_(net[0].weight, 1.0)
+        with torch.no_grad():
+            net[0].bias.copy_(centre + torch.linspace(-0.1, 0.1, 40))
+    figure = norm_params.draw({"SAM": norm_params.values(low), "SAM-ON": norm_params.values(high)})
+    panels = figure.axes
+    assert [axis.get_title() for axis in panels] == ["SAM", "SAM-ON"] * 2
+    assert [axis.get_xlabel() for axis in panels] == ["$\\gamma$"] * 2 + ["$\\beta$"] * 2
+    assert {axis.get_yscale() for axis in panels} | {axis.get_xscale() for axis in panels} == {"linear"}
+    for axis, centre in ((panels[2], -0.2), (panels[3], 0.3)):
+        (stairs,) = axis.patches
+        counts, edges, _ = stairs.get_data()
+        assert counts.sum() == 40
+        middle = edges[:-1] + (edges[1] - edges[0]) / 2
+        assert (counts * middle).sum() / 40 == pytest.approx(centre, abs=0.006)  # a bin is 0.012 wide
+    assert panels[2].get_xlim() == panels[3].get_xlim()
+
+
+def test_bins_count_what_lies_between_their_edges():
+    found = {("BatchNorm2d", "beta"): [("a", torch.tensor([-0.5, 0.1])), ("b", torch.tensor([0.2, 0.9]))]}
+    assert norm_params.bins(found, "beta", torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == [1, 2, 1]
+    assert norm_params.bins(found, "gamma", torch.tensor([-1.0, 0.0])).tolist() == [0]
