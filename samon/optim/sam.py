@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from samon.errors import UserError
 from samon.optim.ascent import Ascent
-from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, wide
+from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.scope import Selection, select, select_bare
@@ -90,7 +90,7 @@ class SAM(Optimizer):
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
         self._rounding_checked = False
-        self._drawn: set[str] | None = None
+        self._drawn: dict[str, Parameter] | None = None  # inside a step
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -155,18 +155,20 @@ class SAM(Optimizer):
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters that are trainable now, by qualified name."""
-        drawn = self._drawn
-        chosen = self.selection.parameters.items()
-        return {name: p for name, p in chosen if p.requires_grad and (drawn is None or name in drawn)}
+        if self._drawn is not None:
+            return self._drawn
+        return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Inside, only this update's random part of the tensors is perturbed (`esam_beta`), at least one of them."""
+        """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
+        random part of it is perturbed, at least one tensor."""
+        named = self.perturbed_parameters()
         if self.esam_beta < 1:
-            names = list(self.perturbed_parameters())
-            chance = torch.rand(len(names), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
+            chance = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
             limit = max(self.esam_beta, min(chance, default=0) + 1e-12)
-            self._drawn = {name for name, number in zip(names, chance, strict=True) if number < limit}
+            named = {name: p for (name, p), number in zip(named.items(), chance, strict=True) if number < limit}
+        self._drawn = named
         try:
             yield
         finally:
@@ -183,14 +185,16 @@ class SAM(Optimizer):
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
-        weights = [wide(p.detach()) for p in self.perturbed_parameters().values()]
-        dense = [torch.zeros_like(w) if g is None else wide(g) for w, g in zip(weights, grads, strict=True)]
+        named = self.perturbed_parameters()
+        pairs = zip(named.values(), grads, strict=True)
+        weights = widened(named.values())
+        dense = widened([torch.zeros_like(p) if g is None else g for p, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
-        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight(), grouped)
+        is_weight = self.is_weight() if self.geometry == "eleml2orig" else []
+        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, is_weight, grouped)
         eps = eps if self.esam_beta == 1 else list(torch._foreach_div(eps, self.esam_beta))
         finite = norm.isfinite()
-        rows = [finite.view(-1, *[1] * (e.dim() - 1)) if grouped else finite for e in eps]
-        return [torch.where(row, e, 0) for row, e in zip(rows, eps, strict=True)], norm, finite
+        return _zero_unless(finite, eps), norm, finite
 
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
@@ -207,15 +211,20 @@ class SAM(Optimizer):
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        weights = [p.detach() for p in self.perturbed_parameters().values()]
-        saved = [w.clone() for w in weights]
+        weights: list[Tensor] = list(self.perturbed_parameters().values())
+        half = any(w.dtype in HALF for w in weights)
+        with torch.no_grad():
+            saved = torch._foreach_clone(weights)
         try:
-            torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
-            triples = zip(weights, saved, eps, strict=True)
-            self.measure(eps, [new.float() - old.float() if new.dtype in HALF else e for new, old, e in triples])
+            with torch.no_grad():
+                torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
+                triples = zip(weights, saved, eps, strict=True)
+                took = [n.float() - o.float() if n.dtype in HALF else e for n, o, e in triples] if half else eps
+                self.measure(eps, took)
             yield
         finally:
-            torch._foreach_copy_(weights, saved)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, saved)
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
@@ -270,11 +279,25 @@ class SAM(Optimizer):
             return closure()
         eps, norm, _ = self.perturbation(direction)
         self.stats = {"ascent_grad_norm": norm}
-        buffers = running_statistics(self.model) if climbs and self.model is not None else []
+        buffers = running_statistics(self.model.modules()) if climbs and self.model is not None else []
         with kept(buffers), self.moved(eps):
             second = closure()
         ascent.note(named, grads)  # behind the closure, which zeroes gradients
         return first if climbs else second
+
+
+def _zero_unless(finite: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, zero where `finite` is false: all, or with [G] each group. One kernel for all of them: hundreds
+    of small ones would cost as much as the arithmetic."""
+    if len({(t.dtype, t.device) for t in tensors}) > 1:
+        rows = [finite.view(-1, *[1] * (t.dim() - 1)) if finite.dim() else finite for t in tensors]
+        return [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
+    if not finite.dim():
+        flat = torch.cat([t.reshape(-1) for t in tensors]).masked_fill_(~finite, 0)
+        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    flat = torch.cat([t.flatten(1) for t in tensors], 1).masked_fill_(~finite[:, None], 0)
+    sizes = [t[0].numel() for t in tensors]
+    return [part.view_as(t) for part, t in zip(flat.split(sizes, 1), tensors, strict=True)]
 
 
 def _radius(name: str, value: Any) -> float:
