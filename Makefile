@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs bench report clean
 
 train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
@@ -17,6 +17,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict
+
+bench: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(NPROC) $(BIN)/python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
+
+# RUNS="output/train/RUN output/sweep/NAME"; everything under output/ if not given
+report: $(VENV)/.installed
+	$(BIN)/python tools/report.py $(or $(RUNS),output) -o report.html
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -25,7 +35,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot,translation]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot,translation,docs]'
 	touch $@
 
 clean:

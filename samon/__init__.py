@@ -6,6 +6,7 @@ from samon.optim.registry import is_sam_name, register
 from samon.optim.sam import SAM, sam_of
 from samon.step.two_pass import two_pass
 
+__version__ = "0.1.0"
 register()
 
-__all__ = ["SAM", "UserError", "is_sam_name", "models", "sam_of", "two_pass"]
+__all__ = ["SAM", "UserError", "__version__", "is_sam_name", "models", "sam_of", "two_pass"]

@@ -36,9 +36,7 @@ from samon.errors import run as run_script
 from samon.files import write_text
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
-from samon.settings.config import Config, parse
-
-ROOT = Path(__file__).resolve().parents[2]
+from samon.settings.config import RECIPES, Config, parse, recipe
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def command(job: Job, args: argparse.Namespace) -> list[str]:
     start = start if args.nproc > 1 else [sys.executable]
     directory = args.output / job.name
     resume = ["--resume", str(directory)] if newest(directory)[0] else []
-    return [*start, str(ROOT / "train.py"), *job.arguments(args), *resume]
+    return [*start, "-m", "samon.train", *job.arguments(args), *resume]
 
 
 def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None") -> str:
@@ -179,9 +177,7 @@ def attempt(
     words = command(job, args)
     with (
         (args.output / job.name / "sweep.log").open("a") as log,
-        subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock], cwd=ROOT
-        ) as process,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock]) as process,
     ):
         assert process.stdout is not None
         lines = process.stdout.read().strip().splitlines()
@@ -247,7 +243,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
     add("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
     add("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
-    add("--grids", default=str(ROOT / "hparams/rho_grids.yaml"), help="file of grids")
+    add("--grids", default=str(RECIPES / "rho_grids.yaml"), help="file of grids")
     add("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
@@ -257,8 +253,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the commands and which are finished")
     args = parser.parse_args(argv[:cut])
     args.train = argv[cut + 1 :]
-    args.output = args.output or ROOT / "output/sweep" / Path(args.config).stem
-    args.output = args.output.resolve()
+    args.config = str(recipe(args.config))
+    args.output = (args.output or Path("output/sweep") / Path(args.config).stem).resolve()
     for flag in ("--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"):
         if flag in [word.split("=")[0] for word in args.train]:
             raise UserError(f"{flag} behind -- is the sweep's to set")

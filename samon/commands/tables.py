@@ -11,8 +11,8 @@ import yaml
 
 from samon.files import write_text
 from samon.optim.registry import VARIANTS
+from samon.settings.config import RECIPES
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = {
     "": "SAM",
     "eleml2": "el. l2",
@@ -57,7 +57,7 @@ def best_by_opt(cells: list[Cell]) -> dict[str, Cell]:
 
 def paper_results(recipe: str, model: str) -> dict[str, str]:
     """The paper's figures for this recipe and model by optimizer name, empty if it has none."""
-    block = yaml.safe_load((ROOT / "hparams/paper_results.yaml").read_text()).get(recipe, {})
+    block = yaml.safe_load((RECIPES / "paper_results.yaml").read_text()).get(recipe, {})
     models = block.pop("models", [])
     if model not in models:
         return {}

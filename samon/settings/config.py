@@ -17,6 +17,7 @@ from samon.optim.ascent import Ascent
 from samon.settings.flag import Flag, by_key, nearest, parse_command_line
 from samon.settings.rows import SAM, TRAIN
 
+RECIPES = Path(__file__).parents[1] / "hparams"  # hparams/ of the repository; the wheel holds a copy
 FLAGS: dict[str, Flag] = by_key(TRAIN)
 _IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # as in timm's args.yaml
 DESCRIPTION = "Train a timm model, plainly or with a sharpness-aware optimizer (--opt samon-layerl2)."
@@ -58,10 +59,16 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     return Config(**values | {"data": None})
 
 
+def recipe(name: str) -> Path:
+    """A file as it is named, or else one of the recipes that come along (`imagenet/resnet50`)."""
+    packaged = RECIPES / f"{name.removesuffix('.yaml').removeprefix('hparams/')}.yaml"
+    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. `base: FILE`, seen from the file, names another one whose settings it changes."""
+    """The mapping in a YAML file or a recipe. `base: FILE`, seen from the file, names another that it changes."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(recipe(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--config {path} cannot be read: {reason}") from None
@@ -71,7 +78,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} holds no settings; write lines such as 'lr: 0.1'")
     if (base := content.pop("base", None)) is None:
         return content
-    below = read_yaml(str(Path(path).parent / str(base)))
+    below = read_yaml(str(recipe(path).parent / str(base)))
     per_opt = {"per_opt": (below.get("per_opt") or {}) | (content.get("per_opt") or {})}
     return below | content | (per_opt if per_opt["per_opt"] else {})
 

@@ -1,5 +1,9 @@
-"""The flags that this project adds to timm's, and the tables of both programs (`python -m samon.settings.rows`)."""
+"""The flags that this project adds to timm's, and the tables of both programs.
 
+`python -m samon.settings.rows` renews docs/flags.md and docs/flags_validate.md.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from samon.evals import EVALS
@@ -99,7 +103,7 @@ SHARDS: tuple[Flag, ...] = (
 )
 
 CONTROL: tuple[Flag, ...] = (
-    T("config", str, "", "YAML file of settings, keys as the flags with _ for -", short="c"),
+    T("config", str, "", "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50", short="c"),
     T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
 )
 
@@ -149,5 +153,6 @@ GROUPS: Groups = {
 TRAIN = of_program(GROUPS, "train")
 VALIDATE = of_program(GROUPS, "validate")
 
-if __name__ == "__main__":
-    print(markdown(TRAIN))
+if __name__ == "__main__":  # renews the tables; what stands above the first of them stays
+    for page, groups in ((Path("docs/flags.md"), TRAIN), (Path("docs/flags_validate.md"), VALIDATE)):
+        page.write_text(page.read_text().partition("## ")[0] + markdown(groups).rstrip("\n") + "\n")

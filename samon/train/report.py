@@ -24,6 +24,7 @@ from samon.session.checkpoint import Progress
 from samon.session.world import World, handled
 from samon.settings.config import Config
 from samon.train.build import Run
+from samon.train.record import write_record
 
 log = logging.getLogger("samon")
 
@@ -73,7 +74,7 @@ class Report:
     """Output of a run. Only rank 0 writes; on the others every method does nothing."""
 
     def __init__(self, config: Config, directory: Path, world: World) -> None:
-        self.config, self.directory, self.primary = config, directory, world.primary
+        self.config, self.directory, self.primary, self._world = config, directory, world.primary, world
         self._tensorboard = self._wandb = None
         self._bar: Any = None
         self._open = ExitStack()
@@ -205,8 +206,10 @@ class Report:
         where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
         print(f"\nResults      {where}: summary.csv, log.txt, checkpoints (best: {checkpoint.name})")
         print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
-        print(f"Next         python validate.py --checkpoint {where}\n")
+        print(f"Next         python validate.py --checkpoint {where}")
+        print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self._began, 1)
+        write_record(self.directory, self.config, self._world, metrics, seconds)
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 
 

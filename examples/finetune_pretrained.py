@@ -1,0 +1,47 @@
+"""Fine-tune a pretrained timm model with SAM-ON: python examples/finetune_pretrained.py [MODEL] [WEIGHTS]
+
+WEIGHTS is a local file under timm's names; without it timm fetches the model's weights. Layer-wise decay, a frozen
+stem and a new classifier, as train.py's --layer-decay, --freeze and --num-classes do.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from fashion import accuracy, batches
+from torch import nn
+
+import samon
+
+SIZE = 48  # the images are 28 px, too small for an ImageNet network
+
+
+def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
+    overlay = {"file": weights} if weights else None
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
+    model.conv_stem.requires_grad_(False)
+    how: Any = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "layer_decay": 0.75, "rho": 0.1}
+    optimizer = timm.optim.create_optimizer_v2(model, "samon", **how)
+    sam = samon.sam_of(optimizer)
+    assert sam is not None
+    print(sam.selection.summary())
+    loader = batches("train", 20, samples, SIZE)
+    for _ in range(epochs):
+        model.train()
+        for x, y in loader:
+            optimizer.zero_grad()
+            samon.two_pass(optimizer, partial(loss, model, x, y))
+            optimizer.step()
+    return accuracy(model, samples=samples, size=SIZE)
+
+
+if __name__ == "__main__":
+    given: Any = dict(zip(("name", "weights"), sys.argv[1:], strict=False))
+    print(f"{main(**given):.1f} % of the test images")

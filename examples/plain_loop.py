@@ -1,0 +1,31 @@
+"""SAM-ON in a loop of your own: python examples/plain_loop.py"""
+
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from fashion import accuracy, batches, small_resnet
+
+import samon  # registers the optimizers with timm
+
+
+def loss_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def main(epochs: int = 3, samples: int | None = None) -> float:
+    model = small_resnet()
+    optimizer = timm.optim.create_optimizer_v2(model, "samon-layerl2", lr=0.05, momentum=0.9, rho=0.05)
+    loader = batches("train", samples=samples)
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = samon.two_pass(optimizer, partial(loss_of, model, x, y))
+            optimizer.step()
+        print(f"loss of the last batch {loss:.3f}")
+    return accuracy(model)
+
+
+if __name__ == "__main__":
+    print(f"{main():.1f} % of the test images")

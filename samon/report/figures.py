@@ -1,0 +1,210 @@
+"""The figures of a page as Plotly's JSON; which of the paper's they answer to stands in the caption."""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from samon.report.content import Content, Run, label
+from samon.report.tables import average
+
+# Okabe and Ito's palette, without its yellow and black, which vanish on a white or a dark page.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
+SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "triangle-down")
+DASHES = ("solid", "dash", "dot", "dashdot")
+Trace = dict[str, Any]
+
+
+@dataclass
+class Figure:
+    name: str
+    title: str
+    caption: str
+    traces: list[Trace]
+    x: dict[str, Any]  # Plotly's axes
+    y: dict[str, Any]
+
+
+def plain(text: str) -> str:
+    """Plotly reads `<b>` and `&amp;` in names as markup: this is what shows the text as it is."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+class Style:
+    """A method looks the same in every figure; colour is never alone, symbol and dash go with it."""
+
+    def __init__(self, methods: list[str]) -> None:
+        self.order = {method: i for i, method in enumerate(methods)}
+
+    def trace(self, method: str, x: list[Any], y: list[Any], **more: Any) -> Trace:
+        i = self.order[method]
+        colour = COLOURS[i % len(COLOURS)]
+        line = {"color": colour, "dash": DASHES[i // len(COLOURS) % len(DASHES)], "width": 2}
+        marker = {"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8}
+        looks = {"type": "scatter", "mode": "lines+markers", "line": line, "marker": marker}
+        return {**looks, "name": plain(method), "legendgroup": str(i), "x": x, "y": y, **more}
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    return {"title": {"text": title}, **more}
+
+
+def figures(content: Content) -> list[Figure]:
+    """Those that have something to show."""
+    style = Style(content.methods())
+    found = compared(content, style)
+    found += [*curves(content, style), *inside(content, style)]
+    found += [distribution(content, style, kind) for kind in ("gamma", "beta")]
+    found += [sharpness(content, style), *robustness(content, style)]
+    return [figure for figure in found if figure.traces]
+
+
+def compared(content: Content, style: Style) -> list[Figure]:
+    """Accuracy against cost and rho: only runs of one recipe and model share a figure."""
+    settings = list(dict.fromkeys((score.recipe, score.model) for score in content.scores))
+    found = []
+    for i, setting in enumerate(settings):
+        part = Content(scores=[score for score in content.scores if (score.recipe, score.model) == setting])
+        drawn = [cost(part, style, kind) for kind in ("cpu_seconds", "seconds", "flops")] + [rho(part, style)]
+        if len(settings) > 1:
+            where = ", ".join(filter(None, setting)) or "recipe not known"
+            drawn = [replace(f, name=f"{f.name}-{i}", title=f"{f.title}: {where}") for f in drawn]
+        found += drawn
+    return found
+
+
+def errors(values: list[float | None]) -> dict[str, Any]:
+    return {"type": "data", "array": [value or 0.0 for value in values], "visible": any(values)}
+
+
+def cost(content: Content, style: Style, kind: str) -> Figure:
+    """Figure 3: a point for each method at its best rho, bars of a standard deviation both ways."""
+    names = {"cpu_seconds": "CPU time of a run, s", "seconds": "time of a run, s", "flops": "training PFLOPs of a run"}
+    traces = []
+    for score in content.best():
+        if values := [value / (1e15 if kind == "flops" else 1) for value in score.costs.get(kind, [])]:
+            spread = statistics.stdev(values) if len(values) > 1 and kind != "flops" else None
+            bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
+            text = {"text": [plain(score.method)], "textposition": "top right"}
+            traces.append(
+                style.trace(score.method, [average(values)], [score.mean], mode="markers+text", **text, **bars)
+            )
+    caption = "Each method at its best rho; bars are one standard deviation over seeds. Compare the paper's Figure 3."
+    axes = axis(names[kind]), axis("accuracy, %")
+    return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
+
+
+def rho(content: Content, style: Style) -> Figure:
+    """Figures 1, 6 and 7. Where some images were held out to choose rho, those."""
+    held_out = any(score.held_out for score in content.scores)
+    rows = defaultdict(list)
+    for score in content.scores:
+        if score.rho is not None and score.held_out == held_out:
+            rows[score.method].append(score)
+    traces = []
+    for method, scores in rows.items():
+        scores.sort(key=lambda score: score.rho or 0.0)
+        bars = errors([score.std for score in scores])
+        traces.append(style.trace(method, [s.rho for s in scores], [s.mean for s in scores], error_y=bars))
+    reach = sorted({score.rho for scores in rows.values() for score in scores if score.rho})
+    for score in content.scores:
+        if score.rho is None and score.held_out == held_out and len(reach) > 1:
+            level = [score.mean, score.mean]
+            traces.append(style.trace(score.method, [reach[0], reach[-1]], level, mode="lines"))
+    where = "held-out images" if held_out else "the evaluated images"
+    caption = f"Accuracy on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
+    return Figure("rho", "Accuracy against rho", caption, traces, axis("rho", type="log"), axis("accuracy, %"))
+
+
+def curves(content: Content, style: Style) -> list[Figure]:
+    """A line for each run."""
+    found = []
+    for key, title in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
+        lines = []
+        for run in content.runs:
+            points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
+            lines.append((run, [x for x, _ in points], [y for _, y in points]))
+        traces = per_run(lines, style)
+        caption = "A line for each run; runs of a method share colour and symbol. Click the legend to hide one."
+        found.append(Figure(f"curve-{key}", title.capitalize(), caption, traces, axis("epoch"), axis(title)))
+    return found
+
+
+def inside(content: Content, style: Style) -> list[Figure]:
+    """What the steps saw: TensorBoard's scalars."""
+    kinds = {
+        "train/sharpness": ("Sharpness during training", "loss at w + eps minus loss at w"),
+        "train/grad_norm": ("Gradient norm during training", "norm of the gradient that is applied"),
+        "train/ascent_grad_norm": ("Ascent gradient norm", "norm of the perturbed parameters' gradient at w"),
+    }
+    found = []
+    for tag, (title, name) in kinds.items():
+        lines = []
+        for run in content.runs:
+            points = run.scalars.get(tag, [])
+            lines.append((run, [x for x, _ in points], [y for _, y in points]))
+        traces = per_run(lines, style, mode="lines")
+        caption = "Means between two log lines, a line for each run."
+        found.append(Figure(tag.replace("/", "-"), title, caption, traces, axis("update"), axis(name)))
+    return found
+
+
+def per_run(lines: list[tuple[Run, list[Any], list[Any]]], style: Style, **more: Any) -> list[Trace]:
+    """One trace for each line, one legend entry for each method."""
+    traces: list[Trace] = []
+    for run, x, y in lines:
+        if x:
+            first = all(trace["name"] != plain(run.method) for trace in traces)
+            traces.append(style.trace(run.method, x, y, text=plain(run.name), showlegend=first, **more))
+    return traces
+
+
+def distribution(content: Content, style: Style, kind: str) -> Figure:
+    """Figures 5 and 9: of the first run of each method."""
+    traces: list[Trace] = []
+    for run in content.runs:
+        if run.norms.get(kind) and all(trace["name"] != plain(run.method) for trace in traces):
+            values = run.norms[kind]
+            x, y = [value for value, _ in values], [100 * share for _, share in values]
+            traces.append(style.trace(run.method, x, y, mode="lines", text=plain(run.name)))
+            traces[-1]["line"] |= {"shape": "hvh"}
+    caption = f"All normalization layers' {kind} after training, of each method's first run. Compare Figures 5 and 9."
+    title = f"Distribution of {kind}"
+    return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
+
+
+def sharpness(content: Content, style: Style) -> Figure:
+    """Table 6: a point for each model and measure."""
+    top1: dict[str, float] = {}
+    for row in content.evaluations:
+        if row["eval"] == "accuracy" and row["metric"] == "top1" and row["value"] is not None:
+            top1.setdefault(str(row.get("checkpoint")), row["value"])
+    traces = []
+    for row in content.evaluations:
+        where = str(row.get("checkpoint"))
+        if row["eval"] == "sharpness" and row["value"] is not None and where in top1:
+            named = {"text": plain(f"{label(row)}: {row.get('setting', row['metric'])}")}
+            traces.append(style.trace(label(row), [row["value"]], [top1[where]], mode="markers", **named))
+    caption = "A point for each model and measure (shown at the point). Compare the paper's Table 6."
+    return Figure("sharpness", "Accuracy against sharpness", caption, traces, axis("sharpness"), axis("accuracy, %"))
+
+
+def robustness(content: Content, style: Style) -> list[Figure]:
+    """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy on the same images."""
+    rows: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in content.evaluations:
+        if row["eval"] == "apgd" and row["metric"] == "robust_top1" and row["value"] is not None:
+            rows[row["norm"]][label(row)][float(row["eps"])] = row["value"]
+    found = []
+    for norm, models in rows.items():
+        for name, points in models.items():
+            for row in content.evaluations:
+                if row["eval"] == "accuracy" and row["metric"] == "top1" and label(row) == name:
+                    points.setdefault(0.0, row["value"])
+        traces = []
+        for name, points in models.items():
+            traces.append(style.trace(name, sorted(points), [points[eps] for eps in sorted(points)]))
+        caption = "Accuracy under APGD-CE and APGD-T. Compare the paper's Tables 14 and 15."
+        title = f"Robust accuracy against the {norm} radius"
+        found.append(Figure(f"robust-{norm}", title, caption, traces, axis(f"{norm} radius"), axis("accuracy, %")))
+    return found

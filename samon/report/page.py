@@ -1,0 +1,69 @@
+"""One HTML file that holds everything: Plotly's library, figures, tables, themes. It needs no network."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import plotly.offline
+
+import samon
+from samon.report.content import Content
+from samon.report.figures import Figure, figures
+from samon.report.tables import Table, tables
+
+HERE = Path(__file__).parent
+
+
+def render(content: Content, title: str, command: str) -> str:
+    """The page. Nothing of the content is markup: it is escaped in HTML, and JSON without `<` for the script."""
+    drawn, tabled = figures(content), tables(content)
+    body = [f"<section><h2>Figures</h2>{''.join(map(_figure, drawn))}</section>"] if drawn else []
+    body += [_table(table) for table in tabled]
+    counts = [f"{len(content.runs)} runs", f"{len(content.scores)} rows of scores"]
+    counts += [f"{len(content.evaluations)} evaluation rows"]
+    about = f"{', '.join(counts)}. Made by samon {samon.__version__}: {command}"
+    data = {f.name: {"data": f.traces, "x": f.x, "y": f.y} for f in drawn}
+    page = (HERE / "page.html").read_text()
+    titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
+    parts = {
+        "title": html.escape(title),
+        "about": html.escape(about),
+        "style": (HERE / "page.css").read_text(),
+        "links": "".join(f'<a href="#{html.escape(name)}">{html.escape(title)}</a>' for name, title in titles),
+        "body": "".join(body),
+        "data": script_json(data),
+        "script": (HERE / "page.js").read_text(),
+        "plotly": plotly.offline.get_plotlyjs(),
+    }
+    before, *pieces = page.split("{{")
+    filled = [before]
+    for piece in pieces:  # one pass, so that a name such as {{data}} in the content is never filled
+        key, rest = piece.split("}}", 1)
+        filled += [parts[key], rest]
+    return "".join(filled)
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _figure(figure: Figure) -> str:
+    title, caption = html.escape(figure.title), html.escape(figure.caption)
+    return (
+        f'<figure id="{html.escape(figure.name)}"><h3>{title}</h3><div class="plot" role="img" aria-label="{title}">'
+        f"</div><figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    copies = "".join(
+        f"<details><summary>{kind}</summary><pre>{html.escape(text)}</pre></details>"
+        for kind, text in (("LaTeX", table.latex()), ("CSV", table.csv()))
+    )
+    title, caption = html.escape(table.title), html.escape(table.caption)
+    return (
+        f'<section id="{table.name}"><h2>{title}</h2><div class="wide">{table.html()}</div>'
+        f"<p>{caption}</p>{copies}</section>"
+    )

@@ -1,0 +1,55 @@
+"""The documentation builds without a warning, its tables of flags are current, and runnable commands are found."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from samon.settings.flag import markdown
+from samon.settings.rows import VALIDATE
+from tests.runs import ROOT
+from tools.runnable import commands, small
+
+
+def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]  # --quiet hides warnings
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement of the theme
+    done = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "api.html").read_text()
+    assert "samon.two_pass" in reference
+    assert "m-sharpness inside the batch" in reference  # the docstring's own words
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= {path.stem for path in tmp_path.glob("*.html")}
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (tmp_path / "index.html").read_text())
+
+
+def test_validates_flags_are_current() -> None:
+    text = (ROOT / "docs/flags_validate.md").read_text()
+    assert markdown(VALIDATE).strip() in text, "run: python -m samon.settings.rows"
+
+
+def test_runnable_commands_are_joined_and_scaled_down() -> None:
+    marked = "# words\npython train.py -c a \\\n  --opt samon   # why\nsamon-sweep -c b\n"
+    page = f"<!-- runnable -->\n```bash\n{marked}```\n```bash\nrm x\n```"
+    assert commands(page) == ["python train.py -c a    --opt samon", "samon-sweep -c b"]
+    assert small("samon-sweep -c b") == "samon-sweep -c b -- --epochs 1 --train-num-samples 200 --val-num-samples 100"
+    assert small("samon-sweep -c b -- --lr 1").count(" -- ") == 1
+    assert small("samon-report a") == "samon-report a"
+
+
+def test_there_are_runnable_commands() -> None:
+    found = [command for page in (ROOT / "docs").glob("*.md") for command in commands(page.read_text())]
+    assert any("train" in command for command in found)
+    assert any("report" in command for command in found)
+
+
+def test_citation_and_version_agree() -> None:
+    import samon
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == samon.__version__
+    assert samon.__version__ in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What a stranger does: clone into an empty directory, run the README's two commands, then every command of README and
+# docs that is marked as runnable, scaled down (tools/runnable.py). Prints the seconds of each; ends at the first that fails.
+#
+#   tools/check_fresh_clone.sh                 # the committed state of this checkout
+#   SKIP_TEST=1 tools/check_fresh_clone.sh     # without `make test`
+set -euo pipefail
+source=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+
+timed() {
+  local began=$SECONDS status=0
+  bash -c "$1" </dev/null >"$place/log" 2>&1 || status=$?
+  printf '%5d s  %s\n' $((SECONDS - began)) "$1"
+  if [ $status -ne 0 ]; then
+    tail -30 "$place/log" >&2
+    echo "failed with status $status: $1" >&2
+    exit 1
+  fi
+}
+
+timed "git clone --quiet --no-hardlinks '$source' '$place/samon'"
+cd "$place/samon"
+timed "make train"
+[ -n "${SKIP_TEST:-}" ] || timed "make test"
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+mapfile -t commands < <(python tools/runnable.py --small)
+[ ${#commands[@]} -gt 0 ] || { echo "no block is marked as runnable" >&2; exit 1; }
+for command in "${commands[@]}"; do timed "$command"; done

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""One page of figures and tables from runs and sweeps: `python tools/report.py --help`."""
+
+from samon.commands.report import main
+from samon.errors import run
+
+if __name__ == "__main__":
+    run(main)

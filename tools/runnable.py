@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""The commands of README and docs that stand in a block behind `<!-- runnable -->`, one per line.
+
+python tools/runnable.py            # as they stand
+python tools/runnable.py --small    # scaled down: one epoch, a few samples
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"<!-- runnable -->\s*```bash\n(.*?)```", re.DOTALL)
+SMALL = {  # program -> what is added
+    r"samon-train|\btrain\.py": "--epochs 1 --train-num-samples 200 --val-num-samples 100",
+    r"samon-validate|\bvalidate\.py": "--num-samples 50",
+    r"samon-sweep|sweep\.py": "--epochs 1 --train-num-samples 200 --val-num-samples 100",
+}
+
+
+def commands(text: str) -> list[str]:
+    """Commands of the marked blocks, continued lines joined, comments and empty lines left out."""
+    lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return [command for line in lines if (command := re.sub(r"\s+#.*$|^#.*$", "", line).strip())]
+
+
+def small(command: str) -> str:
+    """The same command over in seconds; those of other programs as they stand."""
+    for program, flags in SMALL.items():
+        if re.search(program, command):
+            sweep = "sweep" in program
+            return f"{command} {'' if not sweep or ' -- ' in command else '-- '}{flags}"
+    return command
+
+
+def main() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for command in commands(page.read_text()):
+            print(small(command) if "--small" in sys.argv[1:] else command)
+
+
+if __name__ == "__main__":
+    main()
