@@ -229,7 +229,8 @@ class SAM(Optimizer):
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
         """Into the step's `stats` the size of the perturbation: intended, and as the weights really took it."""
-        self.stats["eps_norm"] = global_norm(applied, grouped=grouped).mean()
+        whole = [applied.flat] if isinstance(applied, Parts) else applied
+        self.stats["eps_norm"] = global_norm(whole, grouped=grouped).mean()
         if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
             return
         missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)])
@@ -260,7 +261,7 @@ class SAM(Optimizer):
         if closure is not None:
             with self.drawn():
                 loss = self._passes(torch.enable_grad()(closure))
-        self.ascent.update(self.perturbed_parameters(), self.state)
+        self.ascent.update(self.perturbed_parameters, self.state)
         result = self.base.step()
         return result if closure is None else loss
 
@@ -286,18 +287,26 @@ class SAM(Optimizer):
         return first if climbs else second
 
 
+class Parts(list[Tensor]):
+    """Tensors that are views of `flat`, of shape [N], or [G, N] where they are grouped."""
+
+    def __init__(self, flat: Tensor, like: list[Tensor]) -> None:
+        self.flat = flat
+        sizes = [t.numel() for t in like] if flat.dim() == 1 else [t[0].numel() for t in like]
+        super().__init__(part.view_as(t) for part, t in zip(flat.split(sizes, -1), like, strict=True))
+
+
 def _zero_unless(finite: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, zero where `finite` is false: all, or with [G] each group. One kernel for all of them: hundreds
     of small ones would cost as much as the arithmetic."""
     if len({(t.dtype, t.device) for t in tensors}) > 1:
         rows = [finite.view(-1, *[1] * (t.dim() - 1)) if finite.dim() else finite for t in tensors]
         return [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
-    if not finite.dim():
+    if finite.dim():
+        flat = torch.cat([t.flatten(1) for t in tensors], 1).masked_fill_(~finite[:, None], 0)
+    else:
         flat = torch.cat([t.reshape(-1) for t in tensors]).masked_fill_(~finite, 0)
-        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-    flat = torch.cat([t.flatten(1) for t in tensors], 1).masked_fill_(~finite[:, None], 0)
-    sizes = [t[0].numel() for t in tensors]
-    return [part.view_as(t) for part, t in zip(flat.split(sizes, 1), tensors, strict=True)]
+    return Parts(flat, tensors)
 
 
 def _radius(name: str, value: Any) -> float:
