@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
 
-.PHONY: train test lint docs bench report clean
+.PHONY: train test lint docs bench report results clean
 
 train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
@@ -26,6 +26,11 @@ bench: $(VENV)/.installed-dev
 # RUNS="output/train/RUN output/sweep/NAME"; everything under output/ if not given
 report: $(VENV)/.installed
 	$(BIN)/python tools/report.py $(or $(RUNS),output) -o report.html
+
+# The page of the committed results, after a new export (samon-report RUNS --export docs/results/NAME/FILE.json)
+results: $(VENV)/.installed
+	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' docs/results/*/*.json) \
+	  --title "Committed results" -o docs/results/report.html
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -55,7 +55,7 @@ def figures(content: Content) -> list[Figure]:
     found = compared(content, style)
     found += [*curves(content, style), *inside(content, style)]
     found += [distribution(content, style, kind) for kind in ("gamma", "beta")]
-    found += [sharpness(content, style), *robustness(content, style)]
+    found += [*sharpness(content, style), *robustness(content, style)]
     return [figure for figure in found if figure.traces]
 
 
@@ -89,7 +89,9 @@ def cost(content: Content, style: Style, kind: str) -> Figure:
             traces.append(
                 style.trace(score.method, [average(values)], [score.mean], mode="markers+text", **text, **bars)
             )
-    caption = "Each method at its best rho; bars are one standard deviation over seeds. Compare the paper's Figure 3."
+    held_out = any(score.held_out for score in content.scores)
+    chosen = "rho chosen on held-out images" if held_out else "rho chosen on these images themselves"
+    caption = f"Each method at its best rho ({chosen}); bars: a standard deviation over seeds. Compare Figure 3."
     axes = axis(names[kind]), axis("accuracy, %")
     return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
 
@@ -173,38 +175,50 @@ def distribution(content: Content, style: Style, kind: str) -> Figure:
     return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
 
 
-def sharpness(content: Content, style: Style) -> Figure:
-    """Table 6: a point for each model and measure."""
-    top1: dict[str, float] = {}
+def sharpness(content: Content, style: Style) -> list[Figure]:
+    """Table 6: a figure for each measure, a point for each evaluated model."""
+    top1 = {row["checkpoint"]: row["value"] for row in _rows(content, "accuracy", "top1") if "checkpoint" in row}
+    measures: dict[str, list[Trace]] = defaultdict(list)
     for row in content.evaluations:
-        if row["eval"] == "accuracy" and row["metric"] == "top1" and row["value"] is not None:
-            top1.setdefault(str(row.get("checkpoint")), row["value"])
-    traces = []
-    for row in content.evaluations:
-        where = str(row.get("checkpoint"))
-        if row["eval"] == "sharpness" and row["value"] is not None and where in top1:
-            named = {"text": plain(f"{label(row)}: {row.get('setting', row['metric'])}")}
-            traces.append(style.trace(label(row), [row["value"]], [top1[where]], mode="markers", **named))
-    caption = "A point for each model and measure (shown at the point). Compare the paper's Table 6."
-    return Figure("sharpness", "Accuracy against sharpness", caption, traces, axis("sharpness"), axis("accuracy, %"))
+        if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
+            traces = measures[str(row.get("setting", row["metric"]))]
+            first = all(trace["name"] != plain(label(row)) for trace in traces)
+            named = {"text": plain(row["checkpoint"]), "showlegend": first, "mode": "markers"}
+            traces.append(style.trace(label(row), [row["value"]], [top1[row["checkpoint"]]], **named))
+    caption = "A point for each evaluated model. Compare the paper's Table 6."
+    return [
+        Figure(
+            f"sharpness-{i}", f"Accuracy against sharpness: {name}", caption, traces, axis(name), axis("accuracy, %")
+        )
+        for i, (name, traces) in enumerate(measures.items())
+    ]
 
 
 def robustness(content: Content, style: Style) -> list[Figure]:
-    """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy on the same images."""
-    rows: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in content.evaluations:
-        if row["eval"] == "apgd" and row["metric"] == "robust_top1" and row["value"] is not None:
-            rows[row["norm"]][label(row)][float(row["eps"])] = row["value"]
-    found = []
-    for norm, models in rows.items():
-        for name, points in models.items():
-            for row in content.evaluations:
-                if row["eval"] == "accuracy" and row["metric"] == "top1" and label(row) == name:
-                    points.setdefault(0.0, row["value"])
+    """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy. Means over seeds."""
+    clean: dict[str, list[float]] = defaultdict(list)
+    for row in _rows(content, "accuracy", "top1"):
+        clean[label(row)].append(row["value"])
+    found: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in _rows(content, "apgd", "robust_top1"):
+        found[row["norm"]][label(row)][float(row["eps"])].append(row["value"])
+    drawn = []
+    for i, (norm, models) in enumerate(found.items()):
         traces = []
-        for name, points in models.items():
-            traces.append(style.trace(name, sorted(points), [points[eps] for eps in sorted(points)]))
-        caption = "Accuracy under APGD-CE and APGD-T. Compare the paper's Tables 14 and 15."
-        title = f"Robust accuracy against the {norm} radius"
-        found.append(Figure(f"robust-{norm}", title, caption, traces, axis(f"{norm} radius"), axis("accuracy, %")))
-    return found
+        for name, values in models.items():
+            points = ({0.0: clean[name]} if name in clean else {}) | values
+            radii = sorted(points)
+            lists = [points[eps] for eps in radii]
+            bars = errors([statistics.stdev(v) if len(v) > 1 else None for v in lists])
+            traces.append(style.trace(name, radii, [statistics.fmean(v) for v in lists], error_y=bars))
+        caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
+        caption += "Compare the paper's Tables 14 and 15."
+        axes = axis(f"{norm} radius"), axis("accuracy, %")
+        drawn.append(Figure(f"robust-{i}", f"Robust accuracy against the {norm} radius", caption, traces, *axes))
+    return drawn
+
+
+def _rows(content: Content, evaluation: str, metric: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation's metric that have a value."""
+    rows = [row for row in content.evaluations if row["eval"] == evaluation and row["metric"] == metric]
+    return [row for row in rows if row["value"] is not None]

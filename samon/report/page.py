@@ -23,7 +23,6 @@ def render(content: Content, title: str, command: str) -> str:
     counts = [f"{len(content.runs)} runs", f"{len(content.scores)} rows of scores"]
     counts += [f"{len(content.evaluations)} evaluation rows"]
     about = f"{', '.join(counts)}. Made by samon {samon.__version__}: {command}"
-    data = {f.name: {"data": f.traces, "x": f.x, "y": f.y} for f in drawn}
     page = (HERE / "page.html").read_text()
     titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
     parts = {
@@ -32,7 +31,7 @@ def render(content: Content, title: str, command: str) -> str:
         "style": (HERE / "page.css").read_text(),
         "links": "".join(f'<a href="#{html.escape(name)}">{html.escape(title)}</a>' for name, title in titles),
         "body": "".join(body),
-        "data": script_json(data),
+        "data": script_json(data_of(drawn)),
         "script": (HERE / "page.js").read_text(),
         "plotly": plotly.offline.get_plotlyjs(),
     }
@@ -42,6 +41,11 @@ def render(content: Content, title: str, command: str) -> str:
         key, rest = piece.split("}}", 1)
         filled += [parts[key], rest]
     return "".join(filled)
+
+
+def data_of(drawn: list[Figure]) -> dict[str, Any]:
+    """What the page's script draws, by figure."""
+    return {figure.name: {"data": figure.traces, "x": figure.x, "y": figure.y} for figure in drawn}
 
 
 def script_json(value: Any) -> str:

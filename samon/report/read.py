@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,10 @@ def _seconds(row: dict[str, Any]) -> dict[str, list[float]]:
 def read_run(folder: Path, root: Path) -> Run:
     """A run's directory; its name is the path below the directory that was named."""
     name = folder.name if folder == root else str(folder.relative_to(root))
-    settings = {key: flag.default for key, flag in FLAGS.items()}  # what an earlier version did not know yet
-    settings |= yaml.safe_load((folder / "args.yaml").read_text()) or {}
+    settings = yaml.safe_load((folder / "args.yaml").read_text()) or {}
+    if "model" in settings:  # train.py's, and what an earlier version of it did not know yet
+        settings = {key: flag.default for key, flag in FLAGS.items()} | settings
+    settings.setdefault("opt", "unknown optimizer")
     epochs: list[dict[str, float | None]] = []
     if (folder / "summary.csv").exists():
         with (folder / "summary.csv").open(newline="") as text:
@@ -133,7 +136,7 @@ def read_run(folder: Path, root: Path) -> Run:
     swept = _json(folder / "result.json")
     made = _json(folder / "run.json")
     run.metrics = made.get("metrics") or swept.get("metrics") or {}
-    if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= settings["epochs"]:
+    if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= settings.get("epochs", math.inf):
         run.metrics = dict(epochs[-1])
     run.metrics.pop("output", None)
     times = {"cpu_seconds": swept.get("cpu_seconds", made.get("cpu_seconds")), "seconds": made.get("seconds")}

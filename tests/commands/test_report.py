@@ -13,11 +13,13 @@ from samon.commands import report
 from samon.report.content import FORMAT, Content, Run, Score, name_methods
 from samon.report.cost import step_flops
 from samon.report.figures import figures
+from samon.report.page import data_of, script_json
 from samon.report.read import gather
 from samon.report.tables import tables
 from tests.browser import chromium
 from tests.runs import ROOT, run
 
+ENDING = "</script><script>document.title='owned'</script><b>.pth.tar"
 EXPORTS = [path for path in (ROOT / "docs/results").rglob("*.json") if FORMAT in path.read_text()[:100]]
 HOSTILE = "<img src=x onerror=document.title='owned'><b>{{data}} & 'q'"
 
@@ -45,7 +47,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(base / "runs", "--opt", "samon", "--rho", "0.1", "--epochs", "2", "--log-interval", "1", name=HOSTILE)
     run(base / "runs", "--opt", "sgd", name="sgd")
     found = rows(str(base / "runs" / HOSTILE / "model_best.pth.tar"))
-    found += rows("</script><script>document.title='owned'</script>.pth.tar")
+    found += rows(ENDING)
     (base / "evaluations.json").write_text(json.dumps(found))
     (base / "sweep").mkdir()
     cells = [
@@ -98,21 +100,32 @@ def test_the_papers_figures_stand_beside(content: Content) -> None:
 def test_every_figure_of_the_issue(content: Content) -> None:
     drawn = {figure.name: figure for figure in figures(content)}
     wanted = {"cost-cpu_seconds-0", "cost-seconds-1", "cost-flops-1", "rho-0", "curve-eval_top1", "curve-train_loss"}
-    wanted |= {
-        "norms-gamma",
-        "norms-beta",
-        "sharpness",
-        "robust-l2",
-        "robust-linf",
-        "train-grad_norm",
-        "train-sharpness",
-    }
+    wanted |= {"norms-gamma", "norms-beta", "sharpness-0", "robust-0", "robust-1", "train-grad_norm", "train-sharpness"}
     assert wanted <= drawn.keys()
-    robust = drawn["robust-l2"].traces[0]
+    robust = drawn["robust-0"].traces[0]
     assert (robust["x"], robust["y"]) == ([0.0, 0.25, 0.5], [80.0, 60.0, 40.0])
     swept = {trace["name"]: trace for trace in drawn["rho-0"].traces}
     assert (swept["samon"]["x"], swept["samon"]["y"]) == ([0.1, 0.5], [pytest.approx(84.2), 70.5])
     assert swept["sgd"]["x"] == [0.1, 0.5]  # has no rho: a level line
+
+
+def test_seeds_of_a_method_are_one_curve() -> None:
+    found = Content(evaluations=[*rows("a", method="samon"), *rows("b", method="samon")])
+    for row in found.evaluations[-4:-1]:
+        row["value"] += 2
+    curve = next(figure for figure in figures(found) if figure.name == "robust-0").traces
+    assert [trace["y"] for trace in curve] == [[80.0, 61.0, 41.0]]
+    assert curve[0]["error_y"]["array"] == pytest.approx([0, 2**0.5, 2**0.5])
+    points = next(figure for figure in figures(found) if figure.name == "sharpness-0").traces
+    assert [trace["showlegend"] for trace in points] == [True, False]
+
+
+def test_runs_of_other_programs_are_not_taken_for_train_pys(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.yaml").write_text("opt: adamw\nlayers: 2\n")
+    (tmp_path / "run/summary.csv").write_text("epoch,train_loss\n0,1.5\n")
+    found = gather([tmp_path])
+    assert [(run.method, run.cost, run.metrics) for run in found.runs] == [("adamw", {}, {})]
 
 
 def test_methods_are_named_by_what_sets_them_apart() -> None:
@@ -199,6 +212,11 @@ def test_mistakes(content: str | None, said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x.html").exists()
 
 
+def test_data_cannot_end_their_script() -> None:
+    assert json.loads(script_json({"a": ENDING})) == {"a": ENDING}
+    assert "<" not in script_json(ENDING)
+
+
 def test_cells_that_look_like_formulas_or_tex() -> None:
     found = tables(Content(scores=[Score("=1+1 & 50 %_{x}", -0.5, [50.0], "samon", metric="eval_top1")]))[0]
     assert "'=1+1 & 50 %_{x},-0.5" in found.csv()
@@ -226,6 +244,12 @@ def test_committed_results_make_a_page(path: Path, tmp_path: Path) -> None:
                 figure.screenshot(path=Path(os.environ["SCREENSHOTS"]) / name)
 
 
+@pytest.mark.skipif(not EXPORTS, reason="no results are committed")
+def test_the_committed_page_is_current() -> None:
+    page = (ROOT / "docs/results/report.html").read_text()
+    assert script_json(data_of(figures(gather(sorted(EXPORTS))))) in page, "run: make results"
+
+
 def test_the_page_in_a_browser(everything: Path, tmp_path: Path) -> None:
     """No console message, marks in every figure, names as text, both themes, and nothing wider than a telephone."""
     path = tmp_path / "report.html"
@@ -247,6 +271,7 @@ def test_the_page_in_a_browser(everything: Path, tmp_path: Path) -> None:
         assert page.title() == HOSTILE
         assert page.query_selector("img, main b, table script") is None
         assert HOSTILE in page.inner_text("#settings")
+        assert ENDING in page.text_content("#sharpness-0 .legend")  # Plotly would read markup in names too
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         background = "getComputedStyle(document.body).backgroundColor"
         text = "document.querySelector('.plot .xtitle').style.fill"
