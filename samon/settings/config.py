@@ -71,7 +71,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(recipe(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--config {path} cannot be read: {reason}") from None
+        recipes = [str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")]
+        close = "" if path.endswith(".yaml") else nearest(path, recipes)
+        raise UserError(f"--config {path} cannot be read: {reason}{close}") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -119,6 +119,18 @@ def test_precedence(tmp_path: Path) -> None:
     assert parse("-c", str(file)).rho == 0.7
 
 
+def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse("-c", "imagenet/resnet50", "--print-config").model == "resnet50"
+    assert parse(
+        "-c", "cifar/ablations/fix_norm", "--opt", "sam", "--print-config"
+    ).fix_norm  # changes a recipe that it names by a path of its own
+    with pytest.raises(UserError, match="No such file or directory; did you mean 'imagenet/resnet50'"):
+        parse("-c", "imagnet/resnet50")
+    (tmp_path / "quickstart").write_text("model: resnet18\n")
+    assert parse("-c", "quickstart").model == "resnet18"  # a file of that name comes first
+
+
 def test_yaml_values_are_typed(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("lr: 1e-3\nmean: [0.5]\nm_sharpness: 8\nmodel_kwargs: {a: 1}\ninput_size: [1, 28, 28]\namp: true\n")
