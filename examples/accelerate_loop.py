@@ -1,4 +1,4 @@
-"""SAM-ON with Accelerate: python examples/accelerate_loop.py, or accelerate launch examples/accelerate_loop.py
+"""SAM-ON with Accelerate: python examples/accelerate_loop.py, torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
 `two_pass` runs both backward passes, so `accelerator.backward` is not called; everything else is Accelerate as usual.
 Over several processes each perturbs by its own batch, and the gradients are averaged once a step.

@@ -95,12 +95,17 @@ def _batch_sums(output: Tensor, target: Tensor, columns: Tensor | None, table: T
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(output))])
 
 
+def prepare(target: Target, entry: Entry) -> EvalImages:
+    """The set; every mistake in the settings is found here, before any work."""
+    return entry.images(target)
+
+
 def rows(target: Target, entry: Entry) -> list[Row]:
     """top1, top5 and loss under every reading of the set's labels."""
-    config, images = target.config, entry.labelled(target)
+    config, images = target.config, prepare(target, entry)
     chosen = choose(len(images), config.num_samples, config.seed, entry.first)
     found: list[Row] = []
-    for setting, values in _scored(target, images, chosen).items():
+    for setting, values in _scored(target, images, chosen, f"accuracy {entry.name}").items():
         n = int(values.pop("num_samples"))
         about: Row = {"num_samples": n} | ({"setting": setting} if setting else {})
         # The labels of ObjectNet's shards are known only now.
@@ -110,14 +115,14 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     return found
 
 
-def _scored(target: Target, images: EvalImages, chosen: list[int]) -> dict[str, dict[str, float]]:
+def _scored(target: Target, images: EvalImages, chosen: list[int], bar: str) -> dict[str, dict[str, float]]:
     """`score` of the chosen images; with --retry the batch is halved until it fits the memory."""
     config, size = target.config, target.config.batch_size
     dtype = next(target.model.parameters()).dtype
     net = compiled(config, target.model)
     options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
     while True:
-        loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size))
+        loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size, bar=bar))
         try:
             return score(net, loader, images.scorings, device=target.device, **options)
         except torch.OutOfMemoryError:

@@ -7,6 +7,7 @@ attacks". Images are [B, C, H, W] in [0, 1]; the model normalises its own input 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating, full_precision, predict
+from samon.evals.entry import (
+    Device,
+    Entry,
+    EvalImages,
+    Target,
+    batches,
+    choose,
+    evaluating,
+    full_precision,
+    one_label,
+    predict,
+    progress,
+    share,
+)
 from samon.evals.results import Row
 from samon.files import replacing
 
@@ -57,6 +72,15 @@ class Threat:
 Batch = tuple[Tensor, Tensor, Tensor]  # index, images in [0, 1], label
 # (attack, target rank, restart, indices of the images, image shape, norm) -> noise of shape [B, *image shape]
 Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
+Tick = Callable[[str], None]  # hears what is going on
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _prefixed(tick: Tick, prefix: str, text: str) -> None:
+    tick(f"{prefix} {text}")
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -113,12 +137,13 @@ def _evaluate(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> tuple
 
 @torch.no_grad()
 def apgd(
-    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat
+    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat, tick: Tick = _silent
 ) -> tuple[Tensor, Tensor]:
     """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one).
 
     ``loss_fn(logits, rows)`` is the per-image loss to maximise, of the images numbered ``rows``. Images are
-    independent, so one that is fooled is settled and leaves the batch; the others go on as published.
+    independent, so one that is fooled is settled and leaves the batch; the others go on as published. ``tick``
+    hears of every iteration.
     """
     norm, eps = threat.norm, threat.eps
     found, fooled = images.clone(), torch.zeros_like(label, dtype=torch.bool)
@@ -138,6 +163,7 @@ def apgd(
             best, best_x, best_grad = best[left], best_x[left], best_grad[left]
         if i == threat.n_iter or not len(rows):
             break
+        tick(f"iteration {i + 1}/{threat.n_iter}, {len(rows)} robust")
         momentum = 0.75 if i > 0 else 1.0
         direction = grad.sign() if norm == "linf" else unit(grad, norm)
         z = project(x + _per_image(step.size, x) * direction, centre, norm, eps)
@@ -159,7 +185,9 @@ def apgd(
 
 
 @torch.no_grad()
-def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise) -> Tensor:
+def attack(
+    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise, tick: Tick = _silent
+) -> Tensor:
     """Outcome of every image [B] (see `ROBUST`): each run attacks only the points that are still robust."""
     logits = model(images)
     classes = logits.shape[1]
@@ -180,7 +208,8 @@ def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threa
 
         draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
         start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
-        fooled, _ = apgd(model, x, y, loss_fn, start, threat)
+        run = f"{name} {target - 1}" if name == "apgd-t" else name
+        fooled, _ = apgd(model, x, y, loss_fn, start, threat, partial(_prefixed, tick, run))
         outcome[rows[fooled]] = ATTACKS.index(name)
     return outcome
 
@@ -202,13 +231,18 @@ def fingerprint(*parts: Tensor | str) -> str:
 
 
 def robust_outcomes(
-    model: nn.Module, batches: Iterable[Batch], threats: list[Threat], *, device: Device, state: Path | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    threats: list[Threat],
+    *,
+    device: Device,
+    state: Path | None = None,
+    bar: tqdm | None = None,
 ) -> dict[Threat, Tensor]:
     """{threat: outcomes of this process's images, int64 [n]}, images in the order ``batches`` gives them.
 
-    With ``state`` (a directory) every batch's outcome is
-    stored under the fingerprint of weights, images and threat as soon as it is known, and never attacked
-    twice.
+    With ``state`` (a directory) every batch's outcome is stored under the fingerprint of weights, images and threat
+    as soon as it is known, and never attacked twice. ``bar`` counts images times threats, and moves within a batch.
     """
     weights = fingerprint(str(model), *model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in threats}
@@ -218,15 +252,30 @@ def robust_outcomes(
                 path = state and state / f"{fingerprint(weights, repr(threat), index, images, label)}.npy"
                 if path and path.exists():
                     parts.append(torch.from_numpy(np.load(path)))
-                    continue
-                noise = seeded_noise(threat.seed)
-                parts.append(attack(model, images.to(device), label.to(device), index, threat, noise).cpu())
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with replacing(path) as file:
-                        np.save(file, parts[-1].numpy())
+                else:
+                    parts.append(_outcome(model, (index, images, label), threat, device, bar))
+                    if path:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with replacing(path) as file:
+                            np.save(file, parts[-1].numpy())
+                if bar is not None:
+                    bar.update(sum(len(p) for ps in outcomes.values() for p in ps) - bar.n)
     empty = torch.empty(0, dtype=torch.int64)
     return {threat: torch.cat([empty, *parts]) for threat, parts in outcomes.items()}
+
+
+def _outcome(model: nn.Module, batch: Batch, threat: Threat, device: Device, bar: tqdm | None) -> Tensor:
+    """`attack` of one batch, on the CPU; every iteration moves the bar by its share of the batch."""
+    index, images, label = batch
+    part = 0.999 * len(images) / (threat.n_iter * threat.restarts * (1 + threat.n_targets))  # rounding: never above
+
+    def tick(text: str) -> None:
+        if bar is not None:
+            bar.set_postfix_str(f"{threat.norm} {threat.eps:.3g} {text}", refresh=False)
+            bar.update(part)
+
+    noise = seeded_noise(threat.seed)
+    return attack(model, images.to(device), label.to(device), index, threat, noise, tick).cpu()
 
 
 def summarize(outcome: Tensor) -> dict[str, int]:
@@ -262,20 +311,28 @@ def threats(config: Any) -> list[Threat]:
     return found
 
 
+def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor], list[Threat]]:
+    """(images, model of images in [0, 1], what makes classes of labels, threats); mistakes are found before any work.
+
+    On a set with predictions among some classes the attacked model has their logits alone.
+    """
+    images = entry.images(target)
+    net, classes = one_label("apgd", entry, images, target.model)
+    model = Normalized(net, target.data_config["mean"], target.data_config["std"]).to(target.device)
+    return images, model, classes, threats(target.config)
+
+
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Robust accuracy under both attacks, after each of them, for every threat."""
-    config, images = target.config, entry.labelled(target)
-    columns, table = next(iter(images.scorings.values()))
-    if columns is not None or (table is not None and int(table.sum(1).max()) > 1):
-        raise UserError(f"apgd: {entry.name} restricts or multiplies its labels; attack a set with plain ones")
-    chosen = choose(len(images), config.num_samples, config.seed, entry.first)
-    data = batches(target, images, chosen, config.apgd_batch_size, raw=True, bar=f"apgd {entry.name}")
-    labels = None if table is None else table.float().argmax(1)
-    plain = ((index, x, y if labels is None else labels.to(y.device)[y]) for _, index, x, y in data)
-    model = Normalized(target.model, target.data_config["mean"], target.data_config["std"]).to(target.device)
+    config, (images, model, classes, balls) = target.config, prepare(target, entry)
+    chosen, size = choose(len(images), config.num_samples, config.seed, entry.first), config.apgd_batch_size
+    data = ((index, x, classes(y)) for _, index, x, y in batches(target, images, chosen, size, raw=True))
     state = Path(config.apgd_state) if config.apgd_state else None
+    mine = len(share(chosen, size, target.rank, target.world))
+    with progress(target, f"apgd {entry.name}", mine * len(balls)) as bar:
+        outcomes = robust_outcomes(model, data, balls, device=target.device, state=state, bar=bar)
     found: list[Row] = []
-    for threat, outcome in robust_outcomes(model, plain, threats(config), device=target.device, state=state).items():
+    for threat, outcome in outcomes.items():
         clean, *after, n = target.total(torch.tensor(list(summarize(outcome).values()))).tolist()
         eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
         about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}

@@ -1,5 +1,7 @@
 """What every evaluation needs: a model on its device, a data set with its labels, this process's batches of it."""
 
+import functools
+import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -19,8 +22,7 @@ from samon.data.faults import SampleError, from_worker
 from samon.data.shards import Record
 from samon.data.sources import Source, open_source
 from samon.errors import UserError
-from samon.evals import evaluation, needs_data, shifts
-from samon.evals.results import Row
+from samon.evals import shifts
 
 log = logging.getLogger("samon")
 Device = torch.device | str
@@ -89,23 +91,16 @@ class Entry:
     kind: str = ""  # a key of `shifts.SETS`, or '' for labels as they are
     first: int | None = None  # only so many images from the front: what a training run validates on
 
-    def open(self, target: Target, split: str) -> EvalImages:
-        """A split with its labels as they are."""
-        config, shift = target.config, shifts.SETS.get(self.kind)
-        mode = config.input_img_mode or ("L" if target.data_config["input_size"][0] == 1 else "RGB")
-        options = {"input_key": config.input_key, "target_key": config.target_key, "input_img_mode": mode}
-        options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
-        if shift is None:  # else what its classes are called decides the label
-            options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}
-        source = open_source(self.dataset, self.root, split, keep=shifts.kept(self.kind), **options)
-        return EvalImages(source, mode, shift.border if shift else 0)
+    def images(self, target: Target, split: str | None = None) -> EvalImages:
+        """A split (its own if none is named) with how its labels are to be read: every evaluation opens it so.
 
-    def labelled(self, target: Target) -> EvalImages:
-        """The split, with how its labels are to be read: by the set's convention, or as the settings say."""
+        The labels are read by the set's convention, or as the settings say, or as they are.
+        """
         classes = getattr(target.model, "num_classes", 1000)
         if self.kind and classes != 1000:
             raise UserError(f"{self.name}: needs a model of the 1000 ImageNet classes, this one has {classes}")
-        config, images = target.config, self.open(target, self.split)
+        config, own = target.config, split in (None, self.split)
+        images = self._open(target, self.split if split is None else split)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}
             table = shifts.label_table(named, images.source.class_names)
@@ -115,15 +110,100 @@ class Entry:
                 counted["classes"] = int(table.any(1).sum())
             if not (named == "objectnet" and self.dataset.startswith("wds")):  # labels lie inside the shards
                 counted["images"] = len(images)
-            images.scorings, images.mismatch = shifts.scorings(self.kind, table), shifts.mismatch(self.kind, **counted)
-            return images
-        if config.valid_labels:
+            images.scorings = shifts.scorings(self.kind, table)
+            images.mismatch = shifts.mismatch(self.kind, **counted) if own else ""
+        elif config.valid_labels:
             columns = [int(line) for line in Path(config.valid_labels).read_text().split()]
             images.scorings = {"valid labels": (columns, None)}
-        if config.real_labels:
+        elif config.real_labels:
             table = shifts.real_labels(None if config.real_labels == "real" else config.real_labels)
             images.scorings, images.row_of = {"ReaL": (None, table)}, shifts.validation_number
+        else:
+            self._compare(target, images)
         return images
+
+    def _open(self, target: Target, split: str) -> EvalImages:
+        config, shift = target.config, shifts.SETS.get(self.kind)
+        mode = config.input_img_mode or ("L" if target.data_config["input_size"][0] == 1 else "RGB")
+        options = {"input_key": config.input_key, "target_key": config.target_key, "input_img_mode": mode}
+        options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
+        if shift is None:  # else what its classes are called decides the label
+            options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}
+        source = open_source(self.dataset, self.root, split, keep=shifts.kept(self.kind), **options)
+        return EvalImages(source, mode, shift.border if shift else 0)
+
+    def _compare(self, target: Target, images: EvalImages) -> None:
+        """Fewer classes than the model's, or other channels, are no mistake for certain: what is assumed is said."""
+        source, classes = images.source, getattr(target.model, "num_classes", 0)
+        names, found = source.class_names or [], source.num_classes or 0
+        said = []
+        if 0 < found < classes and not target.config.class_map:
+            if classes == 1000 and names and set(names) <= set(shifts.synsets()):
+                images.scorings = {"": (None, shifts.label_table("synset", names))}
+                said.append(f"its {found} classes are called as ImageNet's and taken as these")
+            else:
+                assumed = f"its labels are taken as the model's first {found} classes; if they are others, --class-map"
+                said.append(f"it has {found} classes, the model {classes}: {assumed}")
+        mode = _mode(source) if target.config.input_img_mode is None else ""
+        if mode and (mode in ("1", "L")) != (images.img_mode == "L"):
+            made = "gray, their colour is lost" if images.img_mode == "L" else "RGB, three times the gray"
+            said.append(f"its images are {mode}, the model takes {images.img_mode}: they are made {made}")
+        for text in said if target.rank == 0 else ():
+            _warn(f"{self.name} {self.root}: {text}")
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once in a run, however often the set is opened."""
+    log.warning("%s", text)
+
+
+def _mode(source: Source) -> str:
+    """PIL's mode of the first image; '' if it cannot be read, which is told when its turn comes."""
+    (record,) = source.read([0])
+    if isinstance(record, SampleError):
+        return ""
+    if isinstance(record.image, Image.Image):
+        return record.image.mode
+    try:
+        with Image.open(io.BytesIO(record.image)) as image:
+            return image.mode
+    except (OSError, Image.DecompressionBombError):
+        return ""
+
+
+class Among(nn.Module):
+    """``model`` with the logits of the classes that predictions are restricted to."""
+
+    columns: Tensor
+
+    def __init__(self, model: nn.Module, columns: Tensor | list[int]):
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.register_buffer("columns", torch.as_tensor(columns, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return predict(self.model, x)[:, self.columns]
+
+
+def one_label(
+    what: str, entry: Entry, images: EvalImages, model: nn.Module
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(the model with the logits of the set's classes, what turns a label [B] into its class among them).
+
+    Raises:
+        UserError: an image may have several right classes.
+    """
+    columns, table = next(iter(images.scorings.values()))
+    if table is not None and int(table.sum(1).max()) > 1:
+        why = "its images have several right classes, and the loss that is maximised is defined for one"
+        raise UserError(f"{what} {entry.name}: {why}; evaluate a set with one label an image")
+    net = model if columns is None else Among(model, columns)
+    if table is None:
+        return net, lambda label: label
+    classes = (table if columns is None else table[:, columns]).float().argmax(1)
+    return net, lambda label: classes.to(label.device)[label]
 
 
 def choose(size: int, count: int | None, seed: int, first: int | None = None) -> list[int]:
@@ -154,7 +234,7 @@ def batches(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
-    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar.
+    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images.
     """
     mine = share(chosen, size, target.rank, target.world)
     if not mine:
@@ -168,10 +248,17 @@ def batches(
     part: Any = Part(images, mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     try:
-        for k, (x, y) in enumerate(tqdm(loader, bar, disable=not bar or target.rank != 0, unit="batch")):
-            yield target.rank + k * target.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+        with progress(target, bar, len(mine)) as shown:
+            for k, (x, y) in enumerate(loader):
+                yield target.rank + k * target.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+                shown.update(len(x))
     except UserError as error:
         raise from_worker(error) from None
+
+
+def progress(target: Target, name: str, images: int) -> tqdm:
+    """A bar with images/s and the time left, for the first process's share; none without a name."""
+    return tqdm(total=images, desc=name, disable=not name or target.rank != 0, unit="image", smoothing=0.05)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
@@ -205,13 +292,3 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def evaluate(target: Target, entry: Entry, about: Row) -> list[Row]:
-    """An entry's evaluations that need its data, as full rows; ``about`` names the model."""
-    rows = []
-    for name in filter(needs_data, entry.evals):
-        log.info("%s on %s", name, entry.name)
-        place = {"dataset": entry.name, "split": entry.split, "eval": name}
-        rows += [{**about, **place, **row} for row in evaluation(name).rows(target, entry)]
-    return rows

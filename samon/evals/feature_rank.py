@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating
+from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating
 from samon.evals.results import Row
 
 Part = tuple[Tensor, Tensor]  # rows of the feature matrix, images
@@ -38,13 +38,22 @@ def features(model: nn.Module, images: Tensor, layer: str = "", token: str = "au
     return out.flatten(1)
 
 
-def _hooked(model: nn.Module, images: Tensor, layer: str) -> Tensor:
+def named_layer(model: nn.Module, layer: str) -> nn.Module:
+    """The module of that name.
+
+    Raises:
+        UserError: there is none; the message names some that there are.
+    """
     modules = dict(model.named_modules())
     if layer not in modules:
         near = [name for name in modules if layer.split(".")[0] in name][:5] or list(modules)[1:6]
         raise UserError(f"feature_rank: the model has no layer {layer!r}; it has for example {', '.join(near)}")
+    return modules[layer]
+
+
+def _hooked(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     caught: list[Tensor] = []
-    handle = modules[layer].register_forward_hook(lambda _module, _args, out: caught.append(out))
+    handle = named_layer(model, layer).register_forward_hook(lambda _module, _args, out: caught.append(out))
     try:
         model(images)
     finally:
@@ -91,28 +100,34 @@ def feature_matrix(
     return phi
 
 
+def prepare(target: Target, entry: Entry) -> EvalImages:
+    """The images; every mistake in the settings is found here, before any work."""
+    config = target.config
+    if set(config.feature_centring.split(",")) - set(CENTRINGS):
+        raise UserError(f"--feature-centring {config.feature_centring}: use {', '.join(CENTRINGS)}")
+    for layer in set(config.feature_layer) - {"", "pre_logits"}:
+        named_layer(target.model, layer)
+    return entry.images(target, config.feature_split or None)
+
+
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Rank of every layer under every centring."""
-    config = target.config
-    centrings = config.feature_centring.split(",")
-    if set(centrings) - set(CENTRINGS):
-        raise UserError(f"--feature-centring {config.feature_centring}: use {', '.join(CENTRINGS)}")
+    config, images = target.config, prepare(target, entry)
     split = config.feature_split or entry.split
-    images = entry.open(target, split)
     first = entry.first if split == entry.split else None
     chosen = choose(len(images), config.feature_samples, config.seed, first)
     size = min(config.batch_size, -(-len(chosen) // target.world))
     found: list[Row] = []
     for layer in config.feature_layer:
-        data = batches(target, images, chosen, size)
+        about: Row = {"layer": layer or "forward_features", "split": split}
+        data = batches(target, images, chosen, size, bar=f"feature_rank {about['layer']} {entry.name}")
         parts = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in data)
         options = {"layer": layer, "token": config.feature_token}
         phi = feature_matrix(target.model, parts, len(chosen), device=target.device, **options)
         if target.world > 1:
             dist.all_reduce(phi)
-        about = {"layer": layer or "forward_features", "features": phi.shape[1], "split": split}
-        about |= {"metric": "feature_rank", "num_samples": len(chosen)}
-        for centring in centrings:
+        about |= {"features": phi.shape[1], "metric": "feature_rank", "num_samples": len(chosen)}
+        for centring in config.feature_centring.split(","):
             setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}
             found.append({**about, **setting, "value": rank_of(energies(phi, centring))})
     return found

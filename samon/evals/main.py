@@ -1,5 +1,7 @@
 """validate.py from command line to results: settings -> model and data sets -> evaluations -> table and file."""
 
+import filecmp
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -16,13 +18,12 @@ from timm.layers import apply_test_time_pool
 from samon.data.sources import check_name
 from samon.errors import UserError, user_errors
 from samon.evals import EVALS, evaluation, needs_data, norm_params
-from samon.evals.entry import Entry, Target, evaluate
-from samon.evals.results import Row, markdown, render, result_format
+from samon.evals.entry import Entry, Target
+from samon.evals.results import Results, Row, markdown, result_format, writable
 from samon.evals.shifts import SETS
-from samon.files import write_text
 from samon.session import model as models
 from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
-from samon.session.world import World, processes
+from samon.session.world import World, on_primary, processes
 from samon.settings.config import Config
 from samon.settings.flag import by_key, nearest, parse_command_line
 from samon.settings.rows import VALIDATE
@@ -34,6 +35,7 @@ _WEIGHTS = (SUFFIX, ".pth", ".safetensors")
 _MODEL = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "gp")
 _STORED = (*_MODEL, "model_kwargs", "input_img_mode", "fast_norm", "channels_last")
 _DATA = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
+_INDIFFERENT = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format"}  # to the figures
 _PRECISION = ("amp", "amp_dtype", "model_dtype")
 
 
@@ -77,12 +79,24 @@ def checkpoints(paths: list[str]) -> list[str]:
             if not inside:
                 raise UserError(f"--checkpoint {path}: no {', '.join(_WEIGHTS)} file in this directory")
             chosen = next((name for name in (f"model_best{SUFFIX}", f"last{SUFFIX}") if name in inside), None)
-            found += [inside[chosen]] if chosen else inside.values()
+            found += [inside[chosen]] if chosen else different(list(inside.values()))
         elif not Path(path).is_file():
             raise UserError(f"--checkpoint {path}: no such file")
         else:
             found.append(path)
     return found or [""]
+
+
+def different(paths: list[str]) -> list[str]:
+    """The files without those whose content is an earlier one's, under another name."""
+    kept: list[str] = []
+    for path in paths:
+        twin = next((other for other in kept if filecmp.cmp(path, other, shallow=False)), None)
+        if twin:
+            log.info("%s is the same file as %s: evaluated once", path, twin)
+        else:
+            kept.append(path)
+    return kept
 
 
 def settle(given: dict[str, Any], path: str) -> Job:
@@ -190,35 +204,79 @@ def _probe(config: Config, model: torch.nn.Module, size: tuple[int, ...], device
         ) from None
 
 
-def results(jobs: list[Job], world: World) -> Iterator[Row]:
-    """Every row of every model; the figure and histograms of normalization parameters on the way."""
-    seen: dict[str, norm_params.Values] = {}
+def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:
+    """(its key, data set, evaluation) of every piece of a job's work; what looks at the weights alone comes last."""
+    for number, entry in enumerate(job.entries):
+        yield from ((f"{number} {name}", entry, name) for name in filter(needs_data, entry.evals))
+    alone = dict.fromkeys(name for entry in job.entries for name in entry.evals if not needs_data(name))
+    yield from ((f"- {name}", Entry("", "", "", "", []), name) for name in alone)
+
+
+def check(jobs: list[Job], world: World) -> Target:
+    """Opens every checkpoint and data set once, so that no mistake costs finished work; the last job's model."""
     for job in jobs:
         target = build(job, world)
-        about: Row = {"model": job.config.model} | ({"checkpoint": job.path} if job.path else {})
-        for entry in job.entries:
-            yield from evaluate(target, entry, about)
-        if "norm_params" in job.config.evals:
-            place = {"dataset": "", "split": "", "eval": "norm_params"}
-            yield from ({**about, **place, **row} for row in evaluation("norm_params").rows(target, job.entries[0]))
-            seen["/".join(Path(job.path).parts[-2:]) or job.config.model] = norm_params.values(target.model)
+        for _, entry, name in pieces(job):
+            evaluation(name).prepare(target, entry)
+    return target
+
+
+def evaluate(jobs: list[Job], world: World, results: Results) -> None:
+    """Every piece of every job that is not there yet; the figure and histograms of normalization parameters."""
+    config = jobs[0].config
+    on_primary(world, lambda: check_paths(config, results))
+    target = check(jobs, world)
+    found = on_primary(world, results.load)
+    seen: dict[str, norm_params.Values] = {}
+    for number, job in enumerate(jobs):
+        target = target if len(jobs) == 1 else build(job, world)
+        for key, entry, name in pieces(job):
+            rows = found.get(f"{number} {key}")
+            log.info("%s on %s%s", name, entry.name or job.config.model, " is there already" if rows else "")
+            about: Row = {"model": job.config.model} | ({"checkpoint": job.path} if job.path else {})
+            about |= {"dataset": entry.name, "split": entry.split, "eval": name}
+            rows = rows or [{**about, **row} for row in evaluation(name).rows(target, entry)]
+            results.pieces[f"{number} {key}"] = rows
+            on_primary(world, results.write)
+            if name == "norm_params":
+                seen["/".join(Path(job.path).parts[-2:]) or job.config.model] = norm_params.values(target.model)
     if seen and world.primary:
-        if figure := jobs[0].config.norm_figure:
-            norm_params.plot(seen, Path(figure))
-        if directory := jobs[0].config.norm_tensorboard:
-            norm_params.write_tensorboard(seen, Path(directory))
+        if config.norm_figure:
+            norm_params.plot(seen, Path(config.norm_figure))
+        if config.norm_tensorboard:
+            norm_params.write_tensorboard(seen, Path(config.norm_tensorboard))
+
+
+def check_paths(config: Config, results: Results) -> None:
+    """Every file and directory that will be written to."""
+    results.check()
+    if config.norm_figure:
+        norm_params.figure_type()
+        writable("--norm-figure", Path(config.norm_figure))
+    for key in ("norm_tensorboard", "apgd_state"):
+        if directory := getattr(config, key):
+            writable(f"--{key.replace('_', '-')}", Path(directory) / "file")
+
+
+def fingerprint(jobs: list[Job]) -> str:
+    """What decides the figures of a command: its settings and the files it reads the weights from."""
+    told: list[Any] = []
+    for job in jobs:
+        values = {key: value for key, value in vars(job.config).items() if key not in _INDIFFERENT}
+        stat = os.stat(job.path) if job.path else None
+        told.append((job.path, stat and (stat.st_size, stat.st_mtime_ns), job.average, sorted(values.items())))
+        told.append([vars(entry) for entry in job.entries])
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
     """Run the command line; the table goes to standard output, the log to standard error."""
     jobs = parse(argv)
     config = jobs[0].config
+    results = Results(config.results_file, config.results_format, fingerprint(jobs))
     with processes(config) as world:
-        rows = list(results(jobs, world))
+        evaluate(jobs, world, results)
         if world.primary:
-            print(markdown(rows), end="", flush=True)
-            if config.results_file:
-                path = Path(config.results_file)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, render(rows, result_format(config.results_file, config.results_format)))
-    return rows
+            results.finish()
+            print(markdown(results.rows), end="", flush=True)
+    return results.rows

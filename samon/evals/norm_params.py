@@ -1,6 +1,7 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +51,29 @@ def described(found: Values) -> list[Row]:
     return out
 
 
+def prepare(target: Target, _entry: Entry) -> Values:
+    """The parameters; a model without any is refused before any work."""
+    return values(target.model)
+
+
 def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
     """Statistics of gamma and beta by layer type, over all layers and for each."""
     return described(values(target.model))
 
 
-def plot(models: dict[str, Values], path: Path) -> None:
-    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth."""
+def figure_type() -> Any:
+    """matplotlib's Figure, which draws without a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("norm_params: the figure needs matplotlib; run: pip install 'samon[plot]'") from None
+        raise UserError("the figure needs matplotlib; run: pip install 'matplotlib>=3.9'") from None
+    return Figure
+
+
+def plot(models: dict[str, Values], path: Path) -> None:
+    """PNG: for every layer type and role, |w| of all models side by side (log counts), and its mean by depth."""
     panels = sorted({key for found in models.values() for key in found})
-    figure = Figure(figsize=(4.5 * len(panels), 7), layout="constrained")
+    figure = figure_type()(figsize=(4.5 * len(panels), 7), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, (kind, role) in enumerate(panels):
         top, bottom = axes[0][column], axes[1][column]

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from samon.errors import UserError
+from samon.files import write_text
 
 Row = dict[str, Any]
 FORMATS = ("json", "csv", "md")
@@ -21,6 +23,64 @@ def result_format(path: str, wanted: str) -> str:
     if wanted:
         return wanted
     raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+
+
+class Results:
+    """The rows of a command by piece of work; the results file grows with every piece.
+
+    Until all are there ``X.json.partial`` keeps them under the command's fingerprint, so that the same command goes
+    on with what is missing; a finished command starts anew.
+    """
+
+    def __init__(self, path: str, wanted: str, command: str) -> None:
+        self.path, self.command, self.pieces = Path(path) if path else None, command, dict[str, list[Row]]()
+        self.form = result_format(path, wanted) if path else ""
+        self.partial = self.path and self.path.with_name(f"{self.path.name}.partial")
+
+    def load(self) -> dict[str, list[Row]]:
+        """What the same command, stopped earlier, has found."""
+        if self.partial and self.partial.exists():
+            content = json.loads(self.partial.read_text())
+            return content["pieces"] if content["command"] == self.command else {}
+        return {}
+
+    def check(self) -> None:
+        """Raises:
+        UserError: the file cannot be written.
+        """
+        if self.path:
+            writable("--results-file", self.path)
+
+    def write(self) -> None:
+        """The pieces so far, each file whole or as it was."""
+        if self.path and self.partial:
+            write_text(self.partial, json.dumps({"command": self.command, "pieces": self.pieces}))
+            write_text(self.path, render(self.rows, self.form))
+
+    def finish(self) -> None:
+        """All is there."""
+        if self.path and self.partial:
+            write_text(self.path, render(self.rows, self.form))
+            self.partial.unlink(missing_ok=True)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row so far."""
+        return [row for rows in self.pieces.values() for row in rows]
+
+
+def writable(flag: str, path: Path) -> None:
+    """The directory of a file to write, made where it is missing.
+
+    Raises:
+        UserError: it cannot be made or written to, or the file is a directory.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that can be written") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written; name a file in a directory that can be written")
 
 
 def render(rows: list[Row], form: str) -> str:

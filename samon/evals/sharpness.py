@@ -4,8 +4,9 @@ Worst case: mean over batches of m of max over ||T^-1 eps||_p <= rho of L(w + ep
 or 1. Average case: the mean over eps = rho T n instead, n standard normal (l2) or uniform in [-1, 1] (l_inf).
 
 Two modes for the maximum. ``autopgd`` is Auto-PGD in v = T^-1 eps. ``reference`` computes what the public
-code of Andriushchenko et al. 2023 computes, which differs from it in what follows (and is what the paper's
-tables hold):
+code of Andriushchenko et al. 2023 computes. The paper says that it follows their setup, but its own public code
+holds no sharpness file: that its tables come from this search is an inference. It differs from Auto-PGD in what
+follows:
 
 - every iterate is 0.75 projected point + 0.25 of the iterate before the last one, where Auto-PGD adds 0.25 of
   the last move. The first step, with the start in both places, therefore goes only 0.75 of the way: 1-step
@@ -33,7 +34,18 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import Device, Entry, Target, batches, choose, evaluating, full_precision, predict
+from samon.evals.entry import (
+    Device,
+    Entry,
+    EvalImages,
+    Target,
+    batches,
+    choose,
+    evaluating,
+    full_precision,
+    one_label,
+    predict,
+)
 from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
 
@@ -63,7 +75,7 @@ class Measure:
         except ValueError:
             radii = []
         if form is None or not radii or min(radii) <= 0:
-            raise UserError(f"sharpness measure {text!r}: write {_FORM} with positive radii")
+            raise UserError(f"sharpness measure {text!r}: use {', '.join(PRESETS)} or {_FORM} with positive radii")
         words = form[3].split("-")
         steps = next((int(word.removesuffix("step")) for word in words if word.endswith("step")), 20)
         return [cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps) for rho in radii]
@@ -78,7 +90,8 @@ PRESETS = {
         "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
         "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
     ],
-    "table18": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005,0.007"],
+    "table18-wrn28": ["worst-linf-adaptive-logitnorm@0.003,0.005,0.007"],
+    "table18-resnext": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005"],
     "table19": [
         "average-l2@0.005",
         "average-l2-adaptive@0.1",
@@ -264,22 +277,33 @@ def sharpness(
     return values
 
 
-def rows(target: Target, entry: Entry) -> list[Row]:
-    """Mean sharpness over batches of m training images, for every measure asked for."""
+def prepare(
+    target: Target, entry: Entry
+) -> tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor], list[Measure], list[int]]:
+    """(images, model, what makes classes of labels, measures, chosen images); mistakes are found before any work."""
     config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
     measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
-    images = entry.open(target, split)
+    images = entry.images(target, split)
+    net, classes = one_label("sharpness", entry, images, target.model)
     chosen = choose(len(images), config.sharpness_samples, config.seed)
-    count = len(chosen) // size
-    if not count:
+    if len(chosen) < size:
         raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
-    n, mode = count * size, config.sharpness_mode
+    n = len(chosen) // size * size
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
-    chosen = [chosen[i] for i in order]  # sets lie sorted by class; a batch should not hold one class
-    parts = ((number, x, y) for number, _, x, y in batches(target, images, chosen, size, bar=f"sharpness {entry.name}"))
-    values = sharpness(target.model, parts, count, measures, device=target.device, mode=mode, seed=config.seed)
+    return images, net, classes, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
+
+
+def rows(target: Target, entry: Entry) -> list[Row]:
+    """Mean sharpness over batches of m training images, for every measure asked for."""
+    config, size, mode = target.config, target.config.sharpness_m, target.config.sharpness_mode
+    images, net, classes, measures, chosen = prepare(target, entry)
+    data = batches(target, images, chosen, size, bar=f"sharpness {entry.name}")
+    parts = ((number, x, classes(y)) for number, _, x, y in data)
+    options = {"device": target.device, "mode": mode, "seed": config.seed}
+    values = sharpness(net, parts, len(chosen) // size, measures, **options)
     found: list[Row] = []
     for measure, part in values.items():
-        about = {"setting": f"{measure} {mode}", "rho": measure.rho, "m": size, "split": split}
-        found.append({"metric": "sharpness", "value": float(target.total(part).mean()), "num_samples": n, **about})
+        about = {"setting": f"{measure} {mode}", "rho": measure.rho, "m": size, "split": config.sharpness_split}
+        found.append({"metric": "sharpness", "value": float(target.total(part).mean()), **about})
+        found[-1]["num_samples"] = len(chosen)
     return found

@@ -51,6 +51,11 @@ def _timm_lines(name: str) -> list[str]:
     return data.decode().split()
 
 
+def synsets() -> list[str]:
+    """ImageNet's 1000 classes in the order of their indices."""
+    return _timm_lines("imagenet_synsets.txt")
+
+
 def subset_indices(letter: str) -> list[int]:
     """The 200 ImageNet indices of ImageNet-A or ImageNet-R, from timm's lists."""
     return [int(line) for line in _timm_lines(f"imagenet_{letter}_indices.txt")]
@@ -94,8 +99,7 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
     if named == "objectnet":
         known = objectnet_classes()
     else:
-        synsets = _timm_lines("imagenet_synsets.txt")
-        known = {str(i) if named == "integer" else synset: [i] for i, synset in enumerate(synsets)}
+        known = {str(i) if named == "integer" else synset: [i] for i, synset in enumerate(synsets())}
     strange = [name for name in names if name not in known]
     if (strange and named != "objectnet") or len(strange) == len(names):
         form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")

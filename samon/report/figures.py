@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from samon.report.content import Content, Run, label
-from samon.report.tables import average
 
 # Okabe and Ito's palette, without its yellow and black, which vanish on a white or a dark page.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
@@ -80,18 +79,21 @@ def errors(values: list[float | None]) -> dict[str, Any]:
 def cost(content: Content, style: Style, kind: str) -> Figure:
     """Figure 3: a point for each method at its best rho, bars of a standard deviation both ways."""
     names = {"cpu_seconds": "CPU time of a run, s", "seconds": "time of a run, s", "flops": "training PFLOPs of a run"}
+    unit = 1e15 if kind == "flops" else 1.0
+    found = [(score, [value / unit for value in score.costs[kind]]) for score in content.best() if kind in score.costs]
+    reach = [statistics.fmean(values) for _, values in found]
     traces = []
-    for score in content.best():
-        if values := [value / (1e15 if kind == "flops" else 1) for value in score.costs.get(kind, [])]:
-            spread = statistics.stdev(values) if len(values) > 1 and kind != "flops" else None
-            bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
-            text = {"text": [plain(score.method)], "textposition": "top right"}
-            traces.append(
-                style.trace(score.method, [average(values)], [score.mean], mode="markers+text", **text, **bars)
-            )
+    for (score, values), x in zip(found, reach, strict=True):
+        spread = statistics.stdev(values) if len(values) > 1 and kind != "flops" else None
+        side = "top left" if x > (min(reach) + max(reach)) / 2 else "top right"  # names stay inside the figure
+        looks = {"mode": "markers+text", "text": [plain(score.method)], "textposition": side}
+        bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
+        traces.append(style.trace(score.method, [x], [score.mean], **looks, **bars))
     held_out = any(score.held_out for score in content.scores)
     chosen = "rho chosen on held-out images" if held_out else "rho chosen on these images themselves"
-    caption = f"Each method at its best rho ({chosen}); bars: a standard deviation over seeds. Compare Figure 3."
+    caption = (
+        f"Each method at its best rho ({chosen}); bars: a standard deviation over seeds. Compare the paper's Figure 3."
+    )
     axes = axis(names[kind]), axis("accuracy, %")
     return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
 
@@ -135,9 +137,9 @@ def curves(content: Content, style: Style) -> list[Figure]:
 def inside(content: Content, style: Style) -> list[Figure]:
     """What the steps saw: TensorBoard's scalars."""
     kinds = {
-        "train/sharpness": ("Sharpness during training", "loss at w + eps minus loss at w"),
-        "train/grad_norm": ("Gradient norm during training", "norm of the gradient that is applied"),
-        "train/ascent_grad_norm": ("Ascent gradient norm", "norm of the perturbed parameters' gradient at w"),
+        "train/sharpness": ("Sharpness during training", "L(w + eps) - L(w)"),
+        "train/grad_norm": ("Gradient norm during training", "gradient norm"),
+        "train/ascent_grad_norm": ("Ascent gradient norm during training", "ascent gradient norm"),
     }
     found = []
     for tag, (title, name) in kinds.items():
@@ -146,7 +148,9 @@ def inside(content: Content, style: Style) -> list[Figure]:
             points = run.scalars.get(tag, [])
             lines.append((run, [x for x, _ in points], [y for _, y in points]))
         traces = per_run(lines, style, mode="lines")
-        caption = "Means between two log lines, a line for each run."
+        caption = (
+            "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
+        )
         found.append(Figure(tag.replace("/", "-"), title, caption, traces, axis("update"), axis(name)))
     return found
 
@@ -170,7 +174,7 @@ def distribution(content: Content, style: Style, kind: str) -> Figure:
             x, y = [value for value, _ in values], [100 * share for _, share in values]
             traces.append(style.trace(run.method, x, y, mode="lines", text=plain(run.name)))
             traces[-1]["line"] |= {"shape": "hvh"}
-    caption = f"All normalization layers' {kind} after training, of each method's first run. Compare Figures 5 and 9."
+    caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
     title = f"Distribution of {kind}"
     return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
 

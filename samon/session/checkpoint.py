@@ -155,6 +155,11 @@ def load(path: Path, flag: str) -> dict[str, Any]:
     except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         named = f"{flag} {path}".strip()
+        with open(path, "rb") as file:
+            start = file.read(60)
+        if start.isascii() and not start.startswith(b"PK"):
+            said = " ".join(start.decode().split())[:30]
+            raise UserError(f"{named} is text ({said!r} ...), no checkpoint; name a .pth.tar file") from None
         raise UserError(f"{named} is damaged or no checkpoint ({reason[:90]}); use another one") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path} holds no weights but a {type(content).__name__}; use another one")

@@ -134,7 +134,7 @@ EVALUATION: Groups = {
         V("feature-token", str, "auto", "tokens kept", choices=("auto", "cls", "all")),
         V("feature-centring", str, "row,column", "mean taken off each image, each feature, or none"),
         V("feature-samples", int, 10_000, "images, drawn by --seed", range="> 0"),
-        V("feature-split", str, "", "split; --split if not given"),
+        V("feature-split", str, "train", "split, as in the public code; --split if empty"),
         V("norm-figure", str, "", "PNG of gamma's and beta's distributions (needs matplotlib)"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),

@@ -279,7 +279,10 @@ def test_parts_of_two_processes_add_up():
 
 def test_presets_are_the_papers_rows():
     rows = {name: [str(m) for text in texts for m in Measure.parse(text)] for name, texts in PRESETS.items()}
-    assert {name: len(found) for name, found in rows.items()} == {"table6": 6, "table18": 4, "table19": 8}
+    counts = {name: len(found) for name, found in rows.items()}
+    assert counts == {"table6": 6, "table18-wrn28": 3, "table18-resnext": 3, "table19": 8}
+    assert [text.rpartition("@")[2] for text in rows["table18-resnext"]] == ["0.001", "0.003", "0.005"]
+    assert [text.rpartition("@")[2] for text in rows["table18-wrn28"]] == ["0.003", "0.005", "0.007"]
     assert "worst-linf-20step@1e-05" in rows["table19"]
     assert "worst-linf-adaptive-logitnorm-1step@0.03" in rows["table6"]
 

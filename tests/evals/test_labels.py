@@ -1,0 +1,114 @@
+"""Every evaluation of a set reads its labels alike, on sets whose labels are easily taken wrongly."""
+
+import argparse
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from samon.errors import UserError
+from samon.evals import attacks, shifts
+from samon.evals.entry import Among, Entry, Target, batches, one_label
+from samon.evals.main import main
+from samon.settings.flag import by_key
+from samon.settings.rows import VALIDATE
+from tests.evals.test_shifts import DATA_CONFIG, SYNSETS, Reader, write
+
+# Outside facts: positions in ImageNet's list of 1000 classes, and members of the published class lists.
+GOLDFISH, BANANA, BLACK_GROUSE = ("n01443537", 1), ("n07753592", 954), ("n01795545", 80)
+
+
+def target_of(model, **changes):
+    values = {key: flag.default for key, flag in by_key(VALIDATE).items()}
+    config = argparse.Namespace(**values | {"workers": 0, "no_prefetcher": True, "pin_mem": False} | changes)
+    return Target(config, model, DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
+
+
+class Slanted(Reader):
+    """Logits that can be followed back to the image and the weights, so that it can be attacked and perturbed."""
+
+    num_classes = 1000
+
+    def forward(self, x):
+        return super().forward(x) + self.unused + 0 * x.sum()
+
+
+def test_lists_of_classes_are_the_published_ones():
+    for synset, index in (GOLDFISH, BANANA, BLACK_GROUSE):
+        assert shifts.synsets()[index] == synset
+    a, r = shifts.subset_indices("a"), shifts.subset_indices("r")
+    assert len(a) == len(r) == 200
+    assert a[:5] == [6, 11, 13, 15, 17]  # Hendrycks et al. 2021: stingray, goldfinch, junco, robin, jay
+    assert r[:5] == [1, 2, 4, 6, 8]  # goldfish, great white shark, hammerhead, stingray, hen
+    assert BANANA[1] in a
+    assert BANANA[1] in r
+    objects = shifts.objectnet_classes()
+    assert objects["banana"] == [954]
+    assert objects["bench"] == [703]
+    assert shifts.SETS["objectnet"].border == 2
+    v2 = {name for name in shifts.SETS if name.startswith("imagenetv2")}
+    assert v2 == {f"imagenetv2-{form}" for form in ("matched-frequency", "threshold0.7", "top-images")}
+
+
+@pytest.mark.parametrize("what", ["sharpness", "apgd"])
+def test_losses_of_a_restricted_set_see_its_classes_and_labels(tmp_path, what):
+    inside = shifts.subset_indices("a")
+    root = write(tmp_path, {SYNSETS[i]: [i] for i in inside})
+    target, entry = target_of(Slanted()), Entry("a", "", str(root), "", [what], "imagenet-a")
+    images = entry.images(target)
+    net, classes = one_label(what, entry, images, target.model)
+    for _, index, x, label in batches(target, images, list(range(200)), 50):
+        logits = net(x)
+        assert logits.shape == (50, 200)
+        assert torch.equal(logits.argmax(1), classes(label))
+        assert torch.equal(classes(label), index)  # folders are in the order of the indices
+    assert isinstance(net, Among)
+
+
+def test_attacks_on_the_200_classes_end_with_figures(tmp_path):
+    inside = shifts.subset_indices("r")[:4]
+    root = write(tmp_path, {SYNSETS[i]: [i] for i in inside})
+    target = target_of(Slanted(), norm="linf", eps="0.001", apgd_iters=1, apgd_targets=1)
+    found = attacks.rows(target, Entry("r", "", str(root), "", ["apgd"], "imagenet-r"))
+    assert {row["metric"]: row["value"] for row in found}["robust_top1"] == 100
+
+
+@pytest.mark.parametrize("what", ["sharpness", "apgd"])
+def test_several_right_classes_are_refused_with_the_reason(tmp_path, what):
+    root = write(tmp_path, dict(shifts.objectnet_classes()))
+    target, entry = target_of(Slanted()), Entry("objects", "", str(root), "", [what], "objectnet")
+    with pytest.raises(UserError, match=f"{what} objects: its images have several right classes"):
+        one_label(what, entry, entry.images(target), target.model)
+
+
+def test_a_folder_of_some_synsets_is_mapped_and_other_names_are_warned_about(tmp_path, caplog):
+    root = write(tmp_path / "some", {SYNSETS[i]: [i] for i in (954, 1, 80)})
+    target, entry = target_of(Slanted()), Entry("some", "", str(root), "", ["accuracy"])
+    _, classes = one_label("x", entry, entry.images(target), target.model)
+    assert classes(torch.arange(3)).tolist() == [1, 80, 954]
+    assert "its 3 classes are called as ImageNet's and taken as these" in caplog.text
+    root = write(tmp_path / "others", {"cat": [0], "dog": [1]})
+    entry = Entry("others", "", str(root), "", ["accuracy"])
+    assert entry.images(target).scorings == {"": (None, None)}
+    assert "it has 2 classes, the model 1000: its labels are taken as the model's first 2" in caplog.text
+
+
+def test_gray_and_colour_are_compared(tmp_path, caplog):
+    root = write(tmp_path, {str(i): [i] for i in range(2)})
+    target = target_of(Slanted())
+    Entry("same", "", str(root), "", []).images(target)
+    assert "its images are" not in caplog.text
+    target.data_config = DATA_CONFIG | {"input_size": (1, 8, 8)}
+    Entry("gray", "", str(root), "", []).images(target)
+    assert "its images are RGB, the model takes L: they are made gray, their colour is lost" in caplog.text
+
+
+def test_synsets_without_a_set_are_scored_right_by_the_program(tmp_path):
+    """The four photographs, as in the suite: taken by position, every one would count as wrong."""
+    from tests import efficientnet_lite0
+
+    weights = {"arch": "tf_efficientnet_lite0", "state_dict": efficientnet_lite0.state_dict()}
+    torch.save(weights, tmp_path / "lite0.pth.tar")
+    flags = ["--data-dir", "tests/photographs", "--workers", "0", "--device", "cpu"]
+    rows = main(["--checkpoint", str(tmp_path / "lite0.pth.tar"), *flags])
+    assert {row["metric"]: row["value"] for row in rows}["top5"] == 100
