@@ -110,6 +110,11 @@ class Ascent:
         """Whether g is needed when the optimizer steps."""
         return self.kind in ("friendly", "every") or self.gsam_alpha > 0
 
+    @property
+    def keeps(self) -> bool:
+        """Whether tensors are handed from update to update."""
+        return self.kind != "batch"
+
     @torch.no_grad()
     def note(self, named: Named, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add a micro-batch's g, which counts for `weight` in the update's mean."""
