@@ -7,6 +7,7 @@ EVALS = {  # name on the command line -> module
     "accuracy": "accuracy",
     "apgd": "attacks",
     "sharpness": "sharpness",
+    "hessian": "hessian",
     "feature_rank": "feature_rank",
     "norm_params": "norm_params",
 }

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals import shifts
+from samon.evals.calibration import COLUMNS, confusion, expected_calibration_error, interval, write_classes
 from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
@@ -44,6 +46,7 @@ def score(
     amp_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     channels_last: bool = False,
     log_every: int = 0,
+    kept: list[Tensor] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Top-1, top-5 and loss for several readings of the same logits; the model's mode is put back after.
 
@@ -53,7 +56,7 @@ def score(
 
     ``loader`` yields (input, target) of this process's part; sums are kept on the device in float64 and all-reduced
     once after the loop, so ranks may hold different numbers of batches. ``log_every`` so many batches the part so
-    far is logged.
+    far is logged. ``kept`` gets the `details` [readings, B, 7] of every batch.
     """
     sums = torch.zeros(len(scorings), 4, dtype=torch.float64, device=device)  # right at 1, at 5, loss, samples
     readings = [[None if x is None else torch.as_tensor(x, device=device) for x in pair] for pair in scorings.values()]
@@ -64,7 +67,10 @@ def score(
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
                 output = predict(model, images)
-                sums += torch.stack([_batch_sums(output, target, *reading) for reading in readings])
+                found = torch.stack([details(output, target, *reading) for reading in readings])
+            sums += found[:, :, :4].sum(1)
+            if kept is not None:
+                kept.append(found)
             if log_every and (index + 1) % log_every == 0:
                 top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
                 _log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, loss, 100 * top1)
@@ -79,20 +85,22 @@ def score(
     return results
 
 
-def _batch_sums(output: Tensor, target: Tensor, columns: Tensor | None, table: Tensor | None) -> Tensor:
-    """[right at 1, right at 5, loss, samples] of one batch, float64."""
+def details(output: Tensor, target: Tensor, columns: Tensor | None, table: Tensor | None) -> Tensor:
+    """`calibration.COLUMNS` of every image of a batch, [B, 7] float64; what is not counted is 0 in the first four."""
     if columns is not None:
         output = output[:, columns]
+    output = output.float()
+    top = output.topk(min(5, output.shape[1]), dim=1).indices  # [B, k]
     if table is None:
-        allowed, loss = None, F.cross_entropy(output, target).double() * len(output)
+        label, counted = target, torch.ones_like(target, dtype=torch.bool)
+        hits, loss = top == target[:, None], F.cross_entropy(output, target, reduction="none")
     else:
         allowed = table[target] if columns is None else table[target][:, columns]
-        counted = allowed.any(1)
-        output, allowed = output[counted], allowed[counted]
-        loss = set_loss(output, allowed).double().sum()
-    top = output.topk(min(5, output.shape[1]), dim=1).indices  # [B, k]
-    hits = top == target[:, None] if allowed is None else allowed.gather(1, top)
-    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(output))])
+        label, counted = allowed.float().argmax(1), allowed.any(1)
+        hits, loss = allowed.gather(1, top), torch.where(counted, set_loss(output, allowed), 0)
+    confidence = (output.amax(1) - output.logsumexp(1)).exp()
+    found = (hits[:, 0], hits.any(1), loss, counted, confidence, top[:, 0], label)
+    return torch.stack([column.double() for column in found], 1)
 
 
 def prepare(target: Target, entry: Entry) -> EvalImages:
@@ -101,32 +109,71 @@ def prepare(target: Target, entry: Entry) -> EvalImages:
 
 
 def rows(target: Target, entry: Entry) -> list[Row]:
-    """top1, top5 and loss under every reading of the set's labels."""
+    """top1, top5, loss and calibration error under every reading of the set's labels."""
     config, images = target.config, prepare(target, entry)
     chosen = choose(len(images), config.num_samples, config.seed, entry.first)
-    found: list[Row] = []
-    for setting, values in _scored(target, images, chosen, f"accuracy {entry.name}").items():
+    scores, found = _scored(target, images, chosen, f"accuracy {entry.name}")
+    told: list[Row] = []
+    for (setting, values), part in zip(scores.items(), found, strict=True):
         n = int(values.pop("num_samples"))
         about: Row = {"num_samples": n} | ({"setting": setting} if setting else {})
         # The labels of ObjectNet's shards are known only now.
         mismatch = images.mismatch or (shifts.mismatch(entry.kind, images=n) if entry.kind == "objectnet" else "")
         about |= {"mismatch": mismatch} if mismatch else {}
-        found += [{"metric": key, "value": round(value, 6), **about} for key, value in values.items()]
-    return found
+        part = part[part[:, 3] > 0]
+        values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
+        for place, (key, value) in enumerate(values.items()):
+            told.append({"metric": key, "value": round(value, 6), **about})
+            if config.bootstrap and key != "ece":
+                bounds = interval(part[:, place] * (1 if key == "loss" else 100), config.bootstrap, config.seed)
+                told[-1] |= dict(zip(("low", "high"), bounds, strict=True))
+    if config.class_report and target.rank == 0:
+        _report(target, entry, images, found[0])
+    return told
 
 
-def _scored(target: Target, images: EvalImages, chosen: list[int], bar: str) -> dict[str, dict[str, float]]:
-    """`score` of the chosen images; with --retry the batch is halved until it fits the memory."""
+def _report(target: Target, entry: Entry, images: EvalImages, part: Tensor) -> None:
+    """Files of the first reading's classes; images with several right ones belong to none and are passed over."""
+    columns, table = next(iter(images.scorings.values()))
+    if table is not None and int(table.sum(1).max()) > 1:
+        _log.warning("--class-report: images of %s have several right classes, no report", entry.name)
+        return
+    classes = int(target.model.num_classes) if columns is None else len(columns)  # type: ignore[arg-type]
+    names = [str(index) for index in range(classes)]
+    if table is not None:
+        kept = range(classes) if columns is None else torch.as_tensor(columns).tolist()
+        names = [shifts.synsets()[index] for index in kept]
+    elif images.source.class_names:
+        names[: len(images.source.class_names)] = images.source.class_names
+    part = part[part[:, 3] > 0]
+    name = f"{target.name}-{entry.name}".replace("/", "_")
+    write_classes(Path(target.config.class_report), name, confusion(part[:, 6], part[:, 5], classes), names)
+
+
+def _scored(
+    target: Target, images: EvalImages, chosen: list[int], bar: str
+) -> tuple[dict[str, dict[str, float]], Tensor]:
+    """`score` of the chosen images and their `details` [readings, images, 7] on the CPU, of all processes.
+
+    With --retry the batch is halved until it fits the memory.
+    """
     config, size = target.config, target.config.batch_size
     dtype = next(target.model.parameters()).dtype
     net = compiled(config, target.model)
     options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
     while True:
+        kept: list[Tensor] = []
         loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size, bar=bar))
         try:
-            return score(net, loader, images.scorings, device=target.device, **options)
+            scores = score(net, loader, images.scorings, device=target.device, kept=kept, **options)
+            break
         except torch.OutOfMemoryError:
             if not config.retry or size == 1 or target.world > 1:
                 raise
             size //= 2
             _log.warning("out of memory: trying again with --batch-size %d", size)
+    found = torch.zeros(len(images.scorings), len(chosen), len(COLUMNS), dtype=torch.float64)
+    for k, part in enumerate(kept):
+        start = (target.rank + k * target.world) * size
+        found[:, start : start + part.shape[1]] = part.cpu()
+    return scores, target.total(found)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
+from samon.evals.calibration import interval
 from samon.evals.entry import (
     Device,
     Entry,
@@ -338,5 +339,10 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
         about |= {"clean_top1": 100 * clean / n}
         values = dict(zip((f"robust_top1_{name}" for name in ATTACKS), after, strict=True)) | {"robust_top1": after[-1]}
-        found += [{"metric": metric, "value": 100 * value / n, **about} for metric, value in values.items()]
+        for metric, value in values.items():
+            found.append({"metric": metric, "value": 100 * value / n, **about})
+            if config.bootstrap:
+                hits = torch.cat([torch.full((value,), 100.0), torch.zeros(n - value)])
+                bounds = interval(hits, config.bootstrap, config.seed)
+                found[-1] |= dict(zip(("low", "high"), bounds, strict=True))
     return found

@@ -3,7 +3,7 @@
 import functools
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Target:
     rank: int
     world: int
     autocast: Callable[[], AbstractContextManager[Any]]
+    name: str = ""  # of the model, in files
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes, on the CPU."""
@@ -89,6 +90,7 @@ class Entry:
     split: str
     evals: Sequence[str]
     kind: str = ""  # a key of `shifts.SETS`, or '' for labels as they are
+    about: Mapping[str, Any] = field(default_factory=dict)  # goes into every row
     first: int | None = None  # only so many images from the front: what a training run validates on
 
     def images(self, target: Target, split: str | None = None) -> EvalImages:

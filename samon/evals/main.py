@@ -17,7 +17,7 @@ from timm.layers import apply_test_time_pool
 
 from samon.data.sources import check_name
 from samon.errors import UserError, user_errors
-from samon.evals import EVALS, evaluation, needs_data, norm_params
+from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Results, Row, markdown, result_format, writable
 from samon.evals.shifts import SETS
@@ -151,7 +151,8 @@ def data_sets(config: Config, first: int | None) -> list[Entry]:
         raise UserError(f"--suite {config.suite} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise UserError(f"--suite {config.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
-    return [_suite_entry(item, f"--suite {config.suite}", config, names) for item in content]
+    entries = [_suite_entry(item, f"--suite {config.suite}", config, names) for item in content]
+    return [part for e in entries for part in (corruptions.parts(e) if e.kind == "imagenet-c" else [e])]
 
 
 def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[str]) -> Entry:
@@ -188,7 +189,8 @@ def build(job: Job, world: World) -> Target:
     model = models.place(config, model, world).eval()
     _probe(config, model, data_config["input_size"], world.device)
     autocast = models.autocast(config, world.device)
-    return Target(config, model, data_config, world.device, world.rank, world.size, autocast)
+    name = "/".join(Path(job.path).parts[-2:]) or config.model
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name)
 
 
 @torch.no_grad()
@@ -234,12 +236,14 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
             rows = found.get(f"{number} {key}")
             log.info("%s on %s%s", name, entry.name or job.config.model, " is there already" if rows else "")
             about: Row = {"model": job.config.model} | ({"checkpoint": job.path} if job.path else {})
-            about |= {"dataset": entry.name, "split": entry.split, "eval": name}
+            about |= {"dataset": entry.name, "split": entry.split, "eval": name, **entry.about}
             rows = rows or [{**about, **row} for row in evaluation(name).rows(target, entry)]
             results.pieces[f"{number} {key}"] = rows
             on_primary(world, results.write)
-            if name == "norm_params":
-                seen["/".join(Path(job.path).parts[-2:]) or job.config.model] = norm_params.values(target.model)
+            if name == "norm_params" and (config.norm_figure or config.norm_tensorboard):
+                seen[target.name] = norm_params.values(target.model)
+        mine = [row for key, _, _ in pieces(job) for row in results.pieces[f"{number} {key}"]]
+        results.pieces[f"{number} mce"] = corruptions.errors(mine)
     if seen and world.primary:
         if config.norm_figure:
             norm_params.plot(seen, Path(config.norm_figure))
@@ -250,10 +254,11 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
 def check_paths(config: Config, results: Results) -> None:
     """Every file and directory that will be written to."""
     results.check()
-    if config.norm_figure:
-        norm_params.figure_type()
-        writable("--norm-figure", Path(config.norm_figure))
-    for key in ("norm_tensorboard", "apgd_state"):
+    for key in ("norm_figure", "landscape_figure"):
+        if path := getattr(config, key):
+            norm_params.figure_type()
+            writable(f"--{key.replace('_', '-')}", Path(path))
+    for key in ("norm_tensorboard", "apgd_state", "class_report"):
         if directory := getattr(config, key):
             writable(f"--{key.replace('_', '-')}", Path(directory) / "file")
 
@@ -273,7 +278,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     """Run the command line; the table goes to standard output, the log to standard error."""
     jobs = parse(argv)
     config = jobs[0].config
-    results = Results(config.results_file, config.results_format, fingerprint(jobs))
+    results = Results(config.results_file, config.results_format, fingerprint(jobs), config.group)
+    if config.group and len(jobs) < 2:
+        raise UserError("--group: give several checkpoints of one model, --checkpoint A B C")
     with processes(config) as world:
         evaluate(jobs, world, results)
         if world.primary:

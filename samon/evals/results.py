@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from samon.errors import UserError
 from samon.files import write_text
 
 Row = dict[str, Any]
+_PERCENT = ("top-1", "top-5", "ece", "mce", "ce")
+_SINGLE = ("checkpoint", "value", "low", "high", "clean_top1")  # belong to one checkpoint
 FORMATS = ("json", "csv", "md")
 
 
@@ -32,7 +35,8 @@ class Results:
     on with what is missing; a finished command starts anew.
     """
 
-    def __init__(self, path: str, wanted: str, command: str) -> None:
+    def __init__(self, path: str, wanted: str, command: str, group: bool = False) -> None:
+        self.group = group
         self.path, self.command, self.pieces = Path(path) if path else None, command, dict[str, list[Row]]()
         self.form = result_format(path, wanted) if path else ""
         self.partial = self.path and self.path.with_name(f"{self.path.name}.partial")
@@ -65,8 +69,9 @@ class Results:
 
     @property
     def rows(self) -> list[Row]:
-        """Every row so far."""
-        return [row for rows in self.pieces.values() for row in rows]
+        """Every row so far, or with --group every mean over checkpoints."""
+        single = [row for rows in self.pieces.values() for row in rows]
+        return grouped(single) if self.group else single
 
 
 def writable(flag: str, path: Path) -> None:
@@ -98,6 +103,20 @@ def render(rows: list[Row], form: str) -> str:
     return text.getvalue()
 
 
+def grouped(rows: list[Row]) -> list[Row]:
+    """One row for the checkpoints of a model: the mean, ``std`` (with n - 1), and how many ``checkpoints``."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        shared = {key: value for key, value in row.items() if key not in _SINGLE}
+        groups.setdefault(json.dumps(shared), []).append(row)
+    found: list[Row] = []
+    for key, members in groups.items():
+        values = [row["value"] for row in members]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        found.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
+    return found
+
+
 def line_of(row: Row) -> tuple[str, ...]:
     """What one line of the table is about: data set, evaluation with its setting, images, notes."""
     what = f"{row['eval']} {row.get('setting', '')}".strip()
@@ -106,7 +125,7 @@ def line_of(row: Row) -> tuple[str, ...]:
 
 def markdown(rows: list[Row]) -> str:
     """A table in the manner of Table 4: data sets and attacks down, models across, each with its metrics."""
-    every = [row for row in rows if row["eval"] != "norm_params"]
+    every = [row for row in rows if row["eval"] != "norm_params" and "corruption" not in row]
     rows = every + [r for r in rows if r.get("layer") == "all" and r["metric"].endswith("_abs_mean")]
     columns = list(dict.fromkeys((name_of(row), short(row)) for row in rows))
     many = len({name for name, _ in columns}) > 1
@@ -126,14 +145,18 @@ def name_of(row: Row) -> str:
 
 def short(row: Row) -> str:
     """The table's column for a metric."""
-    if row["eval"] in ("sharpness", "feature_rank", "norm_params"):
+    if row["eval"] in ("sharpness", "hessian", "feature_rank", "norm_params"):
         return "value"
     metric = str(row["metric"])
-    names = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1"}
+    names = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1", "ce": "mce"}
     return names.get(metric, metric.removeprefix("robust_top1_"))
 
 
 def _shown(row: Row) -> str:
     if row["value"] is None:
         return ""
-    return f"{row['value']:.2f}" if short(row) in ("top-1", "top-5") else f"{row['value']:.4g}"
+    form = ".2f" if short(row) in _PERCENT else ".4g"
+    text = f"{row['value']:{form}}"
+    if row.get("std") is not None:
+        text += f" ± {row['std']:{form}}"
+    return text + (f" [{row['low']:{form}}, {row['high']:{form}}]" if "low" in row else "")

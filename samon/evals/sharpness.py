@@ -48,6 +48,7 @@ from samon.evals.entry import (
 )
 from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
+from samon.optim.scope import norm_parameters
 
 # (eps, want gradient) -> loss [], gradients
 Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
@@ -109,6 +110,19 @@ def normalized_logits(logits: Tensor) -> Tensor:
     """Logits [B, C] with their mean taken off, divided by their l2 norm (at least 1e-10): scale-free."""
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-10)
+
+
+def scoped(model: nn.Module, scope: str) -> list[Tensor]:
+    """The parameters along which is measured: ``all``, ``norm`` (gamma and beta) or ``non-norm``.
+
+    Raises:
+        UserError: the model has none of them.
+    """
+    norms = {id(p) for p in norm_parameters(model).values()}
+    found: list[Tensor] = [p for p in model.parameters() if scope == "all" or (id(p) in norms) == (scope == "norm")]
+    if not found:
+        raise UserError(f"scope {scope}: the model has no such parameters; measure along all")
+    return found
 
 
 @contextmanager
@@ -231,10 +245,19 @@ def average_case(loss_of: Loss, scales: list[Tensor], measure: Measure, seed: in
 
 
 def batch_sharpness(
-    model: nn.Module, images: Tensor, label: Tensor, measure: Measure, mode: str = "reference", seed: int = 0
+    model: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    measure: Measure,
+    mode: str = "reference",
+    seed: int = 0,
+    scope: str = "all",
 ) -> float:
-    """Sharpness on one batch of m images. The model is left bit for bit as it was, also after an exception."""
-    parameters: list[Tensor] = list(model.parameters())
+    """Sharpness on one batch of m images, along the parameters of ``scope``.
+
+    The model is left bit for bit as it was, also after an exception.
+    """
+    parameters = scoped(model, scope)
     with full_precision(), evaluating(model, gradients=True), restored(parameters) as weights:
 
         def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
@@ -263,6 +286,7 @@ def sharpness(
     device: Device,
     mode: str = "reference",
     seed: int = 0,
+    scope: str = "all",
 ) -> dict[Measure, Tensor]:
     """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
 
@@ -273,7 +297,8 @@ def sharpness(
     for number, images, label in batches:
         images, label = images.to(device), label.to(device)
         for measure in measures:
-            values[measure][number] = batch_sharpness(model, images, label, measure, mode, seed * 1_000_003 + number)
+            draws = seed * 1_000_003 + number
+            values[measure][number] = batch_sharpness(model, images, label, measure, mode, draws, scope)
     return values
 
 
@@ -284,6 +309,7 @@ def prepare(
     config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
     measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
     images = entry.images(target, split)
+    scoped(target.model, config.sharpness_scope)
     net, classes = one_label("sharpness", entry, images, target.model)
     chosen = choose(len(images), config.sharpness_samples, config.seed)
     if len(chosen) < size:
@@ -299,11 +325,13 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     images, net, classes, measures, chosen = prepare(target, entry)
     data = batches(target, images, chosen, size, bar=f"sharpness {entry.name}")
     parts = ((number, x, classes(y)) for number, _, x, y in data)
-    options = {"device": target.device, "mode": mode, "seed": config.seed}
+    scope = config.sharpness_scope
+    options = {"device": target.device, "mode": mode, "seed": config.seed, "scope": scope}
     values = sharpness(net, parts, len(chosen) // size, measures, **options)
     found: list[Row] = []
     for measure, part in values.items():
-        about = {"setting": f"{measure} {mode}", "rho": measure.rho, "m": size, "split": config.sharpness_split}
+        setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")
+        about = {"setting": setting, "scope": scope, "rho": measure.rho, "m": size, "split": config.sharpness_split}
         found.append({"metric": "sharpness", "value": float(target.total(part).mean()), **about})
         found[-1]["num_samples"] = len(chosen)
     return found

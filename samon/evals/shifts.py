@@ -35,6 +35,7 @@ class ShiftSet:
 SETS = {
     "imagenet": ShiftSet("synset", 1000, 50_000),
     "imagenet-real": ShiftSet("real", 1000, 50_000),
+    "imagenet-c": ShiftSet("synset", 1000, 50_000),  # each corruption at each severity
     "imagenetv2-matched-frequency": ShiftSet("integer", 1000, 10_000),
     "imagenetv2-threshold0.7": ShiftSet("integer", 1000, 10_000),
     "imagenetv2-top-images": ShiftSet("integer", 1000, 10_000),

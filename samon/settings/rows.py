@@ -111,6 +111,9 @@ EVALUATION: Groups = {
     "What to evaluate": (
         V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),
         V("suite", str, None, "YAML list of data sets to evaluate in one go (docs/evaluation.md)"),
+        V("group", bool, False, "mean and standard deviation over the checkpoints given together"),
+        V("bootstrap", int, 0, "draws for 95 % intervals over images, such as 1000; 0 for none", range=">= 0"),
+        V("class-report", str, "", "directory for accuracy by class and confusion matrices, as CSV"),
         V("no-ema", bool, False, "evaluate the weights themselves, also where their average decided the best"),
     ),
     "Adversarial robustness (--evals apgd)": (
@@ -125,9 +128,18 @@ EVALUATION: Groups = {
     "Sharpness (--evals sharpness)": (
         V("sharpness", str, ["table6"], "presets, or such as worst-linf-adaptive-logitnorm-1step@0.007", nargs="+"),
         V("sharpness-mode", str, "reference", "how it is maximised", choices=("reference", "autopgd")),
+        V("sharpness-scope", str, "all", "parameters that are perturbed", choices=("all", "norm", "non-norm")),
         V("sharpness-split", str, "train", "split, read without augmentation"),
         V("sharpness-samples", int, 2048, "images, drawn by --seed", range="> 0"),
         V("sharpness-m", int, 128, "images per batch", range="> 0"),
+    ),
+    "Curvature (--evals hessian)": (
+        V("hessian-split", str, "train", "split, read without augmentation"),
+        V("hessian-samples", int, 512, "images, drawn by --seed", range="> 0"),
+        V("hessian-iters", int, 100, "most power iterations", range="> 0"),
+        V("hessian-draws", int, 20, "vectors of signs that the trace is estimated from", range="> 0"),
+        V("landscape-figure", str, "", "PNG or PDF of the loss along two directions (needs matplotlib)"),
+        V("landscape-points", int, 15, "points along each direction", range=">= 1"),
     ),
     "Feature rank and normalization parameters": (
         V("feature-layer", str, [""], "layers by name; `pre_logits`, or none for the last before pooling", nargs="+"),

@@ -77,6 +77,8 @@ def measure(kind, root, model=None, dataset="", split="", first=None, **changes)
         "batch_size": 64,
         "workers": 0,
         "retry": False,
+        "bootstrap": 0,
+        "class_report": "",
         "channels_last": False,
         "log_freq": 100,
         "crop_border_pixels": None,
@@ -94,7 +96,7 @@ def measure(kind, root, model=None, dataset="", split="", first=None, **changes)
     config = argparse.Namespace(**settings | changes)
     target = Target(config, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
     found = {}
-    for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind, first)):
+    for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind, first=first)):
         found.setdefault(row.get("setting", ""), {})[row["metric"]] = row
     return found
 

@@ -90,7 +90,7 @@ def test_rows_are_the_contracts(tmp_path):
         assert {"model", "dataset", "split", "eval", "metric", "value", "num_samples"} <= set(row)
         assert (row["model"], row["dataset"], row["split"]) == ("resnet10t", "wds/fashion-mnist", "validation")
         assert row["num_samples"] == 64
-    assert [row["metric"] for row in rows if row["eval"] == "accuracy"] == ["top1", "top5", "loss"]
+    assert [row["metric"] for row in rows if row["eval"] == "accuracy"] == ["top1", "top5", "loss", "ece"]
     attacks = [(row["metric"], row["norm"], row["eps"]) for row in rows if row["eval"] == "apgd"]
     metrics = ("robust_top1_apgd-ce", "robust_top1_apgd-t", "robust_top1")
     assert attacks == [(m, *t) for t in (("l2", 0.25), ("linf", 0.5 / 255)) for m in metrics]
@@ -336,5 +336,5 @@ def test_arrays_and_folders_are_data_sets_too(tmp_path):
     same = [*MODEL, *SMALL, "--checkpoint", str(tmp_path / "net.pth")]
     arrays = main([*same, "--dataset", "npz/toy", "--data-dir", str(tmp_path), "--split", "test"])
     folder = main([*same, "--data-dir", str(tmp_path / "folder")])
-    assert [row["num_samples"] for row in arrays] == [40] * 3
+    assert [row["num_samples"] for row in arrays] == [40] * 4
     assert [row["value"] for row in arrays] == pytest.approx([row["value"] for row in folder], rel=1e-5)

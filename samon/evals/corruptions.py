@@ -1,0 +1,65 @@
+"""ImageNet-C: 15 corruptions in five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from samon.evals.entry import Entry
+from samon.evals.results import Row
+
+ALEXNET = {  # corruption, as its folder is called -> AlexNet's top-1 error in %, mean of the severities, as published
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
+SEVERITIES = range(1, 6)
+
+
+def parts(entry: Entry) -> list[Entry]:
+    """The 75 sets of the whole, which lie in CORRUPTION/SEVERITY under its directory."""
+    return [
+        replace(
+            entry,
+            name=f"{entry.name}/{corruption}/{severity}",
+            root=str(Path(entry.root) / corruption / str(severity)),
+            about={"corruption": corruption, "severity": severity, "whole": entry.name},
+        )
+        for corruption in ALEXNET
+        for severity in SEVERITIES
+    ]
+
+
+def errors(rows: Iterable[Row]) -> list[Row]:
+    """From the top-1 rows of the parts: ``ce`` of each corruption and their mean ``mce``, in % of AlexNet's errors.
+
+    CE = sum of the errors over the severities / sum of AlexNet's (equation 1 of the paper).
+    """
+    wholes: dict[str, list[Row]] = {}
+    for row in rows:
+        if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1"):
+            wholes.setdefault(row["whole"], []).append(row)
+    found: list[Row] = []
+    for whole, tops in wholes.items():
+        values: dict[str, list[float]] = {name: [] for name in ALEXNET}
+        for row in tops:
+            values[row["corruption"]].append(100 - row["value"])
+        ce = {name: 100 * sum(parts) / (len(parts) * ALEXNET[name]) for name, parts in values.items()}
+        about: Row = {key: tops[0][key] for key in ("model", "checkpoint", "split", "eval") if key in tops[0]}
+        about |= {"dataset": whole, "num_samples": sum(row["num_samples"] for row in tops)}
+        if odd := [row for row in tops if row.get("mismatch")]:
+            about["mismatch"] = f"{odd[0]['dataset']}: {odd[0]['mismatch']}"
+        found.append({**about, "metric": "mce", "value": sum(ce.values()) / len(ce)})
+        found += [{**about, "metric": "ce", "setting": name, "value": value} for name, value in ce.items()]
+    return found

@@ -1,0 +1,111 @@
+"""Curvature against the whole Hessian of a small network, and the plane of losses point by point."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from samon.errors import UserError
+from samon.evals import hessian
+from samon.evals.main import main
+from samon.evals.sharpness import Measure, batch_sharpness, scoped
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 5)).double().eval()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 5, (32,))
+    return net, x, y
+
+
+def whole_hessian(net, x, y, parameters):
+    """Every entry, by torch's own double differentiation of a flat vector."""
+    names = [name for name, p in net.named_parameters() if any(p is q for q in parameters)]
+    sizes = [p.numel() for p in parameters]
+
+    def loss(flat):
+        parts = {n: v.view_as(p) for n, v, p in zip(names, flat.split(sizes), parameters, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(net, parts, (x,)), y)
+
+    return torch.autograd.functional.hessian(loss, parameters_to_vector(parameters).detach())
+
+
+@pytest.mark.parametrize("scope", ["all", "norm"])
+def test_eigenvalue_and_trace_are_the_whole_hessians(small, scope):
+    net, x, y = small
+    parameters = scoped(net, scope)
+    exact = whole_hessian(net, x, y, parameters)
+    halves = [(x[:20], y[:20]), (x[20:], y[20:])]
+
+    def product(vector):
+        return hessian.product(net, lambda: halves, 32, vector, parameters, lambda values: values)
+
+    generator = torch.Generator().manual_seed(0)
+    start = hessian.signs(parameters, generator)
+    values = torch.linalg.eigvalsh(exact)
+    largest = values[values.abs().argmax()].item()
+    assert hessian.top_eigenvalue(product, start, 500, 1e-9) == pytest.approx(largest, rel=1e-4)
+    assert hessian.top_eigenvalue(product, start, 1) == pytest.approx(
+        float(parameters_to_vector(start) @ exact @ parameters_to_vector(start)) / len(exact), rel=1e-9
+    )
+    flat = parameters_to_vector(start)
+    assert torch.allclose(parameters_to_vector(product(start)), exact @ flat, atol=1e-12)
+    basis = [torch.eye(len(exact), dtype=torch.float64)[i] for i in range(len(exact))]
+    sizes = [p.numel() for p in parameters]
+    units = [[v.view_as(p) for v, p in zip(b.split(sizes), parameters, strict=True)] for b in basis]
+    assert hessian.trace(product, units) * len(exact) == pytest.approx(exact.trace().item(), rel=1e-9)
+    draws = [hessian.signs(parameters, generator) for _ in range(3)]
+    assert {v for d in draws for t in d for v in t.flatten().tolist()} == {-1.0, 1.0}
+
+
+def test_plane_holds_the_losses_of_moved_weights_and_puts_them_back(small):
+    net, x, y = small
+    parameters = list(net.parameters())
+    before = parameters_to_vector(parameters).clone()
+    generator = torch.Generator().manual_seed(1)
+    axes = hessian.directions(parameters, generator), hessian.directions(parameters, generator)
+    assert axes[0][0].norm(dim=1).tolist() == pytest.approx(parameters[0].norm(dim=1).tolist())
+    assert float(axes[0][2].norm()) == pytest.approx(parameters[2].detach().norm().item())
+    at = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
+    plane = hessian.loss_plane(net, lambda: [(x, y)], 32, parameters, axes, at, lambda values: values)
+    assert torch.equal(parameters_to_vector(parameters), before)
+    with torch.no_grad():
+        first, second = (parameters_to_vector(axis) for axis in axes)
+        vector_to_parameters(before - first + 0.5 * second, parameters)
+        assert plane[0, 2].item() == pytest.approx(F.cross_entropy(net(x), y).item(), rel=1e-12)
+
+
+def test_sharpness_along_the_normalization_parameters_moves_them_alone(small):
+    net, x, y = small
+    before = [p.detach().clone() for p in net.parameters()]
+    moved = set()
+
+    def watch(*_):
+        moved.update(i for i, (p, q) in enumerate(zip(net.parameters(), before, strict=True)) if not torch.equal(p, q))
+
+    net.register_forward_pre_hook(watch)
+    values = {}
+    for scope, indices in (("norm", {2, 3}), ("non-norm", {0, 1, 4, 5}), ("all", {0, 1, 2, 3, 4, 5})):
+        moved.clear()
+        values[scope] = batch_sharpness(net, x, y, Measure(0.05, adaptive=False), "autopgd", scope=scope)
+        assert moved == indices
+    assert 0 < values["norm"] < values["all"]
+    assert 0 < values["non-norm"] < values["all"]
+    with pytest.raises(UserError, match="scope norm: the model has no such parameters"):
+        scoped(nn.Linear(2, 2), "norm")
+
+
+def test_program_gives_both_scopes_and_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+    flags += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--evals", "hessian"]
+    flags += ["--hessian-samples", "16", "--hessian-iters", "2", "--hessian-draws", "1"]
+    figure = tmp_path / "figures" / "plane.pdf"
+    rows = main([*flags, "--landscape-figure", str(figure), "--landscape-points", "3"])
+    assert [(row["metric"], row["scope"]) for row in rows] == [
+        (metric, scope) for scope in ("all", "norm") for metric in ("hessian_top", "hessian_trace")
+    ]
+    assert {row["num_samples"] for row in rows} == {16}
+    assert len(list(figure.parent.iterdir())) == 2
