@@ -89,7 +89,7 @@ class SAM(Optimizer):
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
-        self._rounding_checked = False
+        self._rounding_checked = self._warned = self._plain = False
         self._drawn: dict[str, Parameter] | None = None  # inside a step
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
@@ -203,6 +203,7 @@ class SAM(Optimizer):
         Args:
             grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`.
         """
+        self.ascent.used = True
         if isinstance(grads, Mapping):
             grads = [grads.get(name) for name in self.perturbed_parameters()]
         with self.moved(self.perturbation(grads)[0]), torch.enable_grad():
@@ -258,12 +259,29 @@ class SAM(Optimizer):
             The loss at w, or None without a closure.
         """
         loss = None
-        if closure is not None:
+        if closure is None:
+            self._expect_perturbed()
+        else:
             with self.drawn():
                 loss = self._passes(torch.enable_grad()(closure))
         self.ascent.update(self.perturbed_parameters, self.state)
         result = self.base.step()
         return result if closure is None else loss
+
+    def plainly(self) -> None:
+        """The next step is a plain one on purpose: no warning that nothing was perturbed."""
+        self._plain = True
+
+    def _expect_perturbed(self) -> None:
+        """Without two passes before it, a step is silently the base optimizer's, bit for bit."""
+        if not (self.ascent.used or self._plain or self._warned):
+            self._warned = True
+            warnings.warn(
+                "this step's gradient was taken at w, so nothing is sharpness-aware about it; call "
+                "samon.two_pass(optimizer, forward) instead of loss.backward(), or optimizer.step(closure)",
+                stacklevel=4,
+            )
+        self._plain = False
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
         """Run the closure at w, at w + eps, or both; returns its first result."""

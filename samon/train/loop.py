@@ -197,6 +197,8 @@ def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
 
 def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
     """The base step's gradient."""
+    if run.sam is not None:
+        run.sam.plainly()
     loss = forward(run, images, target)()
     scaled = loss * scale
     scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
