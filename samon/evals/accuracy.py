@@ -121,7 +121,8 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         mismatch = images.mismatch or (shifts.mismatch(entry.kind, images=n) if entry.kind == "objectnet" else "")
         about |= {"mismatch": mismatch} if mismatch else {}
         part = part[part[:, 3] > 0]
-        values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
+        if n:  # a reading may count no image at all, as its other figures say
+            values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
         for place, (key, value) in enumerate(values.items()):
             told.append({"metric": key, "value": round(value, 6), **about})
             if config.bootstrap and key != "ece":
