@@ -3,6 +3,7 @@
 
     python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
     python tools/bench_step.py --model vit_tiny_patch16_224 --img-size 64 --batch-size 32
+    python tools/bench_step.py --model small_blocks --batch-size 8 --m 8 --no-memory --rounds 60     # overhead alone
     python tools/bench_step.py --model resnet50 --batch-size 128 --device cuda --amp --channels-last
 
 Every round runs each variant once, in turn; a ratio is taken within its round, so drift of the machine cancels. Times
@@ -38,6 +39,28 @@ from samon.optim.scope import norm_modules
 Step = Callable[[], Any]
 
 
+SMALL = "small_blocks"
+
+
+class SmallBlocks(nn.Module):
+    """200 LayerNorm blocks so small that a step is all Python and dispatch: what looking up 400 tensors costs."""
+
+    num_classes = 10
+
+    def __init__(self, blocks: int = 200, width: int = 16) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3 * 8 * 8, width), nn.Linear(width, self.num_classes)
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(blocks))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1))
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
 class Bench:
     """One model and one batch on the device, and the variants as functions that do a whole step."""
 
@@ -45,12 +68,18 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.updates_of: dict[Step, int] = {}  # updates that a step makes, where they are several
         torch.manual_seed(0)
+        if args.model == SMALL:
+            self.place(SmallBlocks(), 8)
+            return
         kwargs = {} if args.img_size is None else {"img_size": args.img_size}
         try:
             model: Any = timm.create_model(args.model, **kwargs)
         except TypeError:  # convolutional networks take any size
             model = timm.create_model(args.model)
-        size = args.img_size or model.pretrained_cfg["input_size"][-1]
+        self.place(model, args.img_size or model.pretrained_cfg["input_size"][-1])
+
+    def place(self, model: Any, size: int) -> None:
+        args = self.args
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout).train()
         self.x = torch.randn(args.batch_size, 3, size, size, device=self.device).to(memory_format=layout)

@@ -116,7 +116,7 @@ def recipe_text(path: Path) -> str:
 
 def fingerprint(job: Job, args: argparse.Namespace) -> str:
     """What decides a run's result: the recipe's text and train.py's arguments, not where it writes."""
-    content = [recipe_text(Path(args.config)), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
+    content = [recipe_text(recipe(args.config)), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
     return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
 
 
@@ -253,7 +253,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the commands and which are finished")
     args = parser.parse_args(argv[:cut])
     args.train = argv[cut + 1 :]
-    args.config = str(recipe(args.config))
     args.output = (args.output or Path("output/sweep") / Path(args.config).stem).resolve()
     for flag in ("--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"):
         if flag in [word.split("=")[0] for word in args.train]:

@@ -121,10 +121,11 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         mismatch = images.mismatch or (shifts.mismatch(entry.kind, images=n) if entry.kind == "objectnet" else "")
         about |= {"mismatch": mismatch} if mismatch else {}
         part = part[part[:, 3] > 0]
-        values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
+        if n:  # a reading may count no image at all, as its other figures say
+            values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
         for place, (key, value) in enumerate(values.items()):
             told.append({"metric": key, "value": round(value, 6), **about})
-            if config.bootstrap and key != "ece":
+            if config.bootstrap and n and key != "ece":
                 bounds = interval(part[:, place] * (1 if key == "loss" else 100), config.bootstrap, config.seed)
                 told[-1] |= dict(zip(("low", "high"), bounds, strict=True))
     if config.class_report and target.rank == 0:

@@ -7,7 +7,7 @@ of one of them serves all.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,11 @@ class Ascent:
         """Whether g is needed when the optimizer steps."""
         return self.kind in ("friendly", "every") or self.gsam_alpha > 0
 
+    @property
+    def keeps(self) -> bool:
+        """Whether tensors are handed from update to update."""
+        return self.kind != "batch"
+
     @torch.no_grad()
     def note(self, named: Named, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add a micro-batch's g, which counts for `weight` in the update's mean."""
@@ -120,12 +125,13 @@ class Ascent:
 
     # -- at the end of it --------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def update(self, named: Named, state: Mapping[Parameter, Any]) -> None:
+    def update(self, parameters: Callable[[], Named], state: Mapping[Parameter, Any]) -> None:
         """Before the base step: change `.grad` where the source says so, and keep what the next update needs."""
         used, clean, self.used, self.clean = self.used, self.clean, False, []
         if self.kind == "batch" and not self.gsam_alpha:
             self.updates += used
             return
+        named = parameters()
         final = [wide(torch.zeros_like(p) if p.grad is None else p.grad) for p in named.values()]
         if clean and dist.is_available() and dist.is_initialized():
             clean = all_reduce_mean(clean)

@@ -5,7 +5,7 @@ Every function treats a list of tensors as one vector. With `grouped=True` the g
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,11 @@ GEOMETRIES: dict[str, Geometry] = {
 def wide(tensor: Tensor) -> Tensor:
     """float32 or wider: norms of half-precision gradients overflow."""
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def widened(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`wide` of each."""
+    return [t.float() if t.dtype in HALF else t for t in tensors]
 
 
 def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False) -> Tensor:

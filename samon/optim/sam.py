@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from samon.errors import UserError
 from samon.optim.ascent import Ascent
-from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, wide
+from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.scope import Selection, select, select_bare
@@ -89,8 +89,8 @@ class SAM(Optimizer):
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
-        self._rounding_checked = False
-        self._drawn: set[str] | None = None
+        self._rounding_checked = self._warned = self._plain = False
+        self._drawn: dict[str, Parameter] | None = None  # inside a step
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -155,18 +155,20 @@ class SAM(Optimizer):
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters that are trainable now, by qualified name."""
-        drawn = self._drawn
-        chosen = self.selection.parameters.items()
-        return {name: p for name, p in chosen if p.requires_grad and (drawn is None or name in drawn)}
+        if self._drawn is not None:
+            return self._drawn
+        return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Inside, only this update's random part of the tensors is perturbed (`esam_beta`), at least one of them."""
+        """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
+        random part of it is perturbed, at least one tensor."""
+        named = self.perturbed_parameters()
         if self.esam_beta < 1:
-            names = list(self.perturbed_parameters())
-            chance = torch.rand(len(names), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
+            chance = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
             limit = max(self.esam_beta, min(chance, default=0) + 1e-12)
-            self._drawn = {name for name, number in zip(names, chance, strict=True) if number < limit}
+            named = {name: p for (name, p), number in zip(named.items(), chance, strict=True) if number < limit}
+        self._drawn = named
         try:
             yield
         finally:
@@ -183,14 +185,16 @@ class SAM(Optimizer):
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
-        weights = [wide(p.detach()) for p in self.perturbed_parameters().values()]
-        dense = [torch.zeros_like(w) if g is None else wide(g) for w, g in zip(weights, grads, strict=True)]
+        named = self.perturbed_parameters()
+        pairs = zip(named.values(), grads, strict=True)
+        weights = widened(named.values())
+        dense = widened([torch.zeros_like(p) if g is None else g for p, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
-        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, self.is_weight(), grouped)
+        is_weight = self.is_weight() if self.geometry == "eleml2orig" else []
+        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, is_weight, grouped)
         eps = eps if self.esam_beta == 1 else list(torch._foreach_div(eps, self.esam_beta))
         finite = norm.isfinite()
-        rows = [finite.view(-1, *[1] * (e.dim() - 1)) if grouped else finite for e in eps]
-        return [torch.where(row, e, 0) for row, e in zip(rows, eps, strict=True)], norm, finite
+        return _zero_unless(finite, eps), norm, finite
 
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
@@ -199,6 +203,7 @@ class SAM(Optimizer):
         Args:
             grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`.
         """
+        self.ascent.used = True
         if isinstance(grads, Mapping):
             grads = [grads.get(name) for name in self.perturbed_parameters()]
         with self.moved(self.perturbation(grads)[0]), torch.enable_grad():
@@ -207,20 +212,26 @@ class SAM(Optimizer):
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        weights = [p.detach() for p in self.perturbed_parameters().values()]
-        saved = [w.clone() for w in weights]
+        weights: list[Tensor] = list(self.perturbed_parameters().values())
+        half = any(w.dtype in HALF for w in weights)
+        with torch.no_grad():
+            saved = torch._foreach_clone(weights)
         try:
-            torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
-            triples = zip(weights, saved, eps, strict=True)
-            self.measure(eps, [new.float() - old.float() if new.dtype in HALF else e for new, old, e in triples])
+            with torch.no_grad():
+                torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
+                triples = zip(weights, saved, eps, strict=True)
+                took = [n.float() - o.float() if n.dtype in HALF else e for n, o, e in triples] if half else eps
+                self.measure(eps, took)
             yield
         finally:
-            torch._foreach_copy_(weights, saved)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, saved)
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
         """Into the step's `stats` the size of the perturbation: intended, and as the weights really took it."""
-        self.stats["eps_norm"] = global_norm(applied, grouped=grouped).mean()
+        whole = [applied.flat] if isinstance(applied, Parts) else applied
+        self.stats["eps_norm"] = global_norm(whole, grouped=grouped).mean()
         if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
             return
         missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)])
@@ -248,12 +259,29 @@ class SAM(Optimizer):
             The loss at w, or None without a closure.
         """
         loss = None
-        if closure is not None:
+        if closure is None:
+            self._expect_perturbed()
+        else:
             with self.drawn():
                 loss = self._passes(torch.enable_grad()(closure))
-        self.ascent.update(self.perturbed_parameters(), self.state)
+        self.ascent.update(self.perturbed_parameters, self.state)
         result = self.base.step()
         return result if closure is None else loss
+
+    def plainly(self) -> None:
+        """The next step is a plain one on purpose: no warning that nothing was perturbed."""
+        self._plain = True
+
+    def _expect_perturbed(self) -> None:
+        """Without two passes before it, a step is silently the base optimizer's, bit for bit."""
+        if not (self.ascent.used or self._plain or self._warned):
+            self._warned = True
+            warnings.warn(
+                "this step's gradient was taken at w, so nothing is sharpness-aware about it; call "
+                "samon.two_pass(optimizer, forward) instead of loss.backward(), or optimizer.step(closure)",
+                stacklevel=4,
+            )
+        self._plain = False
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
         """Run the closure at w, at w + eps, or both; returns its first result."""
@@ -270,11 +298,33 @@ class SAM(Optimizer):
             return closure()
         eps, norm, _ = self.perturbation(direction)
         self.stats = {"ascent_grad_norm": norm}
-        buffers = running_statistics(self.model) if climbs and self.model is not None else []
+        buffers = running_statistics(self.model.modules()) if climbs and self.model is not None else []
         with kept(buffers), self.moved(eps):
             second = closure()
         ascent.note(named, grads)  # behind the closure, which zeroes gradients
         return first if climbs else second
+
+
+class Parts(list[Tensor]):
+    """Tensors that are views of `flat`, of shape [N], or [G, N] where they are grouped."""
+
+    def __init__(self, flat: Tensor, like: list[Tensor]) -> None:
+        self.flat = flat
+        sizes = [t.numel() for t in like] if flat.dim() == 1 else [t[0].numel() for t in like]
+        super().__init__(part.view_as(t) for part, t in zip(flat.split(sizes, -1), like, strict=True))
+
+
+def _zero_unless(finite: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, zero where `finite` is false: all, or with [G] each group. One kernel for all of them: hundreds
+    of small ones would cost as much as the arithmetic."""
+    if len({(t.dtype, t.device) for t in tensors}) > 1:
+        rows = [finite.view(-1, *[1] * (t.dim() - 1)) if finite.dim() else finite for t in tensors]
+        return [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
+    if finite.dim():
+        flat = torch.cat([t.flatten(1) for t in tensors], 1).masked_fill_(~finite[:, None], 0)
+    else:
+        flat = torch.cat([t.reshape(-1) for t in tensors]).masked_fill_(~finite, 0)
+    return Parts(flat, tensors)
 
 
 def _radius(name: str, value: Any) -> float:

@@ -104,7 +104,7 @@ def load(found: dict[str, Any], path: Path) -> Content:
 
 # --- naming -----------------------------------------------------------------------------------------------------------
 
-_NOT_COMPARED = {"seed", "rho", "opt", "output", "experiment", "resume", "data_dir", "wandb_resume_id", "workers"}
+_NOT_COMPARED = {"seed", "rho", "opt", "data_dir", "wandb_resume_id", "workers"}
 
 
 def differing(runs: Iterable[Run]) -> list[str]:

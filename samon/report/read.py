@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ log = logging.getLogger("samon")
 KEPT = ("train/loss", "train/loss_perturbed", "train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 POINTS = 150  # of a curve
 BINS = 40
+PLACE = ("output", "experiment", "resume")
 
 
 def gather(paths: list[Path]) -> Content:
@@ -132,6 +134,8 @@ def read_run(folder: Path, root: Path) -> Run:
     if (folder / "summary.csv").exists():
         with (folder / "summary.csv").open(newline="") as text:
             epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(text)]
+    for key in PLACE:
+        settings.pop(key, None)
     run = Run(name, settings, epochs)
     swept = _json(folder / "result.json")
     made = _json(folder / "run.json")
@@ -145,10 +149,23 @@ def read_run(folder: Path, root: Path) -> Run:
         run.cost = {key: value for key, value in times.items() if value is not None}
     keys = ("recipe", "command", "versions", "machine", "processes")
     run.made = {key: made[key] for key in keys if key in made}
+    if "command" in run.made:
+        run.made["command"] = _placeless(run.made["command"])
     recipe = run.made.get("recipe") or _json(folder.parent / "table.json").get("config", "")
     run.made["recipe"] = Path(recipe).stem
     read_events(folder / "tb", run)
     return run
+
+
+def _placeless(command: str) -> str:
+    """A command without where it wrote, which changes no figure and is nobody's business."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word.removeprefix("--") in PLACE:
+            next(words, None)
+        elif not word.startswith(tuple(f"--{key}=" for key in PLACE)):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def evaluations(content: Content) -> Table:
 
 
 def settings(content: Content) -> Table:
-    keys = [key for key in differing(content.runs) if key not in ("experiment", "output", "resume")]
+    keys = differing(content.runs)
     rows = [[run.name, *(plain(run.settings.get(key)) for key in keys)] for run in content.runs] if keys else []
     return Table("settings", "Settings that differ", "The others are the same in all runs.", ["run", *keys], rows)
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from samon import rng
 from samon.errors import UserError
-from samon.optim.norm_stats import kept, running_statistics
+from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.sam import SAM
 
 REENTRANT = (
@@ -33,12 +33,16 @@ def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def unperturbed(sam: SAM) -> list[Parameter]:
-    """All parameters that are not perturbed."""
+def unperturbed(sam: SAM, modules: Iterable[nn.Module] | None = None) -> list[Parameter]:
+    """All parameters that are not perturbed; `modules` are the model's where they have been listed already."""
     perturbed = {id(p) for p in sam.perturbed_parameters().values()}
-    groups = [p for group in sam.param_groups for p in group["params"]]
-    everything = groups if sam.model is None else [*sam.model.parameters(), *groups]
-    return list({id(p): p for p in everything if id(p) not in perturbed}.values())
+    found = {id(p): p for group in sam.param_groups for p in group["params"]}
+    if modules is None:
+        modules = [] if sam.model is None else modules_of(sam.model)
+    for module in modules:
+        if module._parameters:
+            found |= {id(p): p for p in module._parameters.values() if p is not None}
+    return [p for key, p in found.items() if key not in perturbed]
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forw
         if not torch.is_grad_enabled():
             lost.extend(missing[id(p)] for p in module.parameters(recurse=False) if id(p) in missing)
 
-    buffers = [] if sam.model is None else running_statistics(sam.model)
+    buffers = [] if sam.model is None else running_statistics(sam.model.modules())
     everywhere = register_module_forward_pre_hook(look) if sam.model is None else watched(sam.model.modules(), look)
     with kept(buffers), rng.kept(loss.device), everywhere:
         forward()

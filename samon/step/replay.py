@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from samon import rng
-from samon.optim.norm_stats import kept, running_statistics
+from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.sam import SAM
 from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed, watched
 
@@ -210,6 +210,7 @@ class Plain:
         self.sam, self.model, self.bn_stats = sam, sam.model, bn_stats
         self.inputs: list[Tensor] = list(sam.perturbed_parameters().values())
         self.device = self.inputs[0].device
+        self.modules = [] if sam.model is None else list(modules_of(sam.model))
         self.tape: Tape | None = None
         # With both passes updating the statistics, the front's BatchNorms would have to run twice.
         usable = replay and sam.selection.narrowed and sam.model is not None and bn_stats != "both"
@@ -222,7 +223,10 @@ class Plain:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the first pass."""
-        late = self.tape.plan.late if self.tape is not None else [] if self.planning else unperturbed(self.sam)
+        if self.tape is not None:
+            late = self.tape.plan.late
+        else:
+            late = [] if self.planning else unperturbed(self.sam, self.modules)
         with frozen(late), self._statistics_kept(self.bn_stats == "second"):
             yield
 
@@ -262,12 +266,11 @@ class Plain:
     def _statistics_kept(self, wanted: bool) -> Iterator[None]:
         """A pass that leaves the running statistics alone. Front layers run once and stay updated, since both passes
         would see the same batch there; only if the kept outputs cannot be used they are put back too."""
-        if not wanted or self.model is None:
+        if not wanted:
             yield
             return
-        front = [] if self.tape is None else [m for f in self.tape.plan.front for m in f.modules()]
-        late = running_statistics(self.model, skip=front)
-        known = {id(b) for b in late}
-        early = [b for b in running_statistics(self.model) if id(b) not in known]
-        with kept(late), kept(early, unless=lambda: self.tape is not None and self.tape.whole):
+        front = {m for f in self.tape.plan.front for m in f.modules()} if self.tape is not None else set()
+        late, early = ([m for m in self.modules if (m in front) is inside] for inside in (False, True))
+        unless = lambda: self.tape is not None and self.tape.whole  # noqa: E731
+        with kept(running_statistics(late)), kept(running_statistics(early), unless=unless):
             yield

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import model_parameters
-from timm.utils import dispatch_clip_grad, distribute_bn
+from timm.utils import distribute_bn
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from samon import rng as generators
 from samon.data import DataError
@@ -23,6 +21,7 @@ from samon.session.checkpoint import Progress
 from samon.session.model import dtype_of
 from samon.settings.rows import steps_or_minutes
 from samon.step.two_pass import two_pass
+from samon.train.apply import apply_gradient
 from samon.train.build import Run
 from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
@@ -84,14 +83,16 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
     renew_mask(run, progress, to_device)
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
+    outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
     report.begin_epoch(progress, run.updates_per_epoch)
     for batches, count in updates(run, progress, clock, rng, report):
         perturb = perturbs(run, progress)
         values, samples = gradient(run, batches, count, perturb)
         values["grad_norm"], applied = apply_gradient(run)
-        count_bad(run, progress, keeper, applied)
-        if applied:
-            meter.add(samples, values)
+        outcomes.append(applied)
+        if isinstance(applied, bool):
+            count_bad(run, progress, keeper, outcomes)
+        meter.add(samples, values, applied)
         progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
         after_update(run, progress)
         run.hooks.updated(run, progress, perturb)
@@ -99,8 +100,9 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
         report.advance()
         last = progress.updates == run.updates_per_epoch
         if progress.updates % run.config.log_interval == 0 or last:
+            count_bad(run, progress, keeper, outcomes)
             report.update(run, progress, meter.read(keeper.control.reduce), *clock.read())
-        save_or_stop(run, progress, keeper, meter, last)
+        save_or_stop(run, progress, keeper, meter, outcomes, last)
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
@@ -195,6 +197,8 @@ def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
 
 def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
     """The base step's gradient."""
+    if run.sam is not None:
+        run.sam.plainly()
     loss = forward(run, images, target)()
     scaled = loss * scale
     scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
@@ -248,41 +252,19 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
     return {} if run.sam is None else dict(run.sam.stats)
 
 
-def apply_gradient(run: Run) -> tuple[Tensor, bool]:
-    """Clip and step. A non-finite gradient is skipped, on all processes alike since they share it.
-
-    Returns: (gradient norm before clipping, whether the step was taken). Reading whether it is finite is the one
-    place in an update where the host waits for the device.
-    """
-    config, scaler = run.config, run.scaler
-    if scaler is not None:
-        scaler.unscale_(run.optimizer)
-    parameters = (p for group in run.optimizer.param_groups for p in group["params"])
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if scaler is None and not bool(norm.isfinite()):
-        return norm, False
-    if config.clip_grad is not None:
-        clipped = model_parameters(run.model, exclude_head="agc" in config.clip_mode)
-        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-    if scaler is None:
-        run.optimizer.step()
-        return norm, True
-    before = scaler.get_scale()
-    scaler.step(run.optimizer)
-    scaler.update()
-    return norm, scaler.get_scale() >= before
-
-
-def count_bad(run: Run, progress: Progress, keeper: Keeper, applied: bool) -> None:
-    """Count skipped updates; too many in a row end the run."""
-    progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
-    progress.skipped += not applied
-    if progress.bad_in_a_row >= run.config.max_bad_steps:
-        where = f"epoch {progress.epoch}, update {progress.updates}"
-        raise RunError(
-            f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
-            f"{keeper.checkpoints.describe_last_good()}"
-        )
+def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool | Tensor]) -> None:
+    """Count the skipped updates among those since the last call, in one transfer; too many in a row end the run."""
+    flags = torch.stack([torch.as_tensor(outcome) for outcome in outcomes]).tolist() if outcomes else []
+    outcomes.clear()
+    for applied in flags:
+        progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
+        progress.skipped += not applied
+        if progress.bad_in_a_row >= run.config.max_bad_steps:
+            where = f"epoch {progress.epoch}, update {progress.updates}"
+            raise RunError(
+                f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
+                f"{keeper.checkpoints.describe_last_good()}"
+            )
 
 
 def after_update(run: Run, progress: Progress) -> None:
@@ -296,12 +278,15 @@ def after_update(run: Run, progress: Progress) -> None:
         torch.cuda.synchronize()
 
 
-def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
+def save_or_stop(
+    run: Run, progress: Progress, keeper: Keeper, meter: Meter, outcomes: list[bool | Tensor], last: bool
+) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
     signum, due = keeper.control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and not last):
+        count_bad(run, progress, keeper, outcomes)
         meter.read(keeper.control.reduce)
         keeper.recovery(progress)
     if signum:

@@ -31,6 +31,12 @@ def machine() -> dict[str, Any]:
     return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus}
 
 
+def program() -> list[str]:
+    """What was started, without the folder it lies in."""
+    name = Path(sys.argv[0]).name
+    return ["python", "-m", "samon.train"] if name == "__main__.py" else [name]
+
+
 def cpu_seconds() -> float:
     """Processor time of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -45,7 +51,7 @@ def write_record(directory: Path, config: Config, world: World, metrics: Mapping
         "seconds": seconds,
         "cpu_seconds": cpu_seconds(),
         "resumed": bool(config.resume),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "recipe": config.config,
         "processes": world.size,
         "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},

@@ -37,10 +37,15 @@ class Meter:
 
     def __init__(self, progress: Progress) -> None:
         self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
-        self._window: list[tuple[int, dict[str, Tensor]]] = []
+        self._window: list[tuple[int | Tensor, dict[str, Tensor]]] = []
 
-    def add(self, samples: int, values: dict[str, Tensor]) -> None:
-        self._window.append((samples, values))
+    def add(self, samples: int, values: dict[str, Tensor], applied: bool | Tensor = True) -> None:
+        """An update's values; those of one that was not applied do not count."""
+        if isinstance(applied, Tensor):
+            values = {name: torch.where(applied, value, 0) for name, value in values.items()}
+            self._window.append((samples * applied, values))
+        elif applied:
+            self._window.append((samples, values))
 
     def read(self, reduce: Any) -> dict[str, float]:
         """Means of the window over all processes; adds it to the epoch. Every process must call it.
@@ -52,7 +57,7 @@ class Meter:
         for name in names:
             rows = [(n, values[name]) for n, values in self._window if name in values]
             stacked = torch.stack([value.detach().float() for _, value in rows]).double().cpu()
-            weights = torch.tensor([n for n, _ in rows], dtype=torch.float64)
+            weights = torch.stack([torch.as_tensor(n) for n, _ in rows]).double().cpu()
             totals += [(stacked * weights).sum(), weights.sum()]
         self._window.clear()
         if not totals:
@@ -63,7 +68,7 @@ class Meter:
         for name, (total, weight) in zip(names, both.view(-1, 2).tolist(), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.sums[f"{name}/n"] = self.sums.get(f"{name}/n", 0.0) + weight
-            means[name] = total / weight
+            means[name] = total / weight if weight else float("nan")
         return means
 
     def epoch_mean(self, name: str) -> float | None:

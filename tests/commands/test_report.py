@@ -14,7 +14,7 @@ from samon.report.content import FORMAT, Content, Run, Score, name_methods
 from samon.report.cost import step_flops
 from samon.report.figures import figures
 from samon.report.page import data_of, script_json
-from samon.report.read import gather
+from samon.report.read import _placeless, gather
 from samon.report.tables import tables
 from tests.browser import chromium
 from tests.runs import ROOT, run
@@ -83,6 +83,7 @@ def test_a_run_is_read_whole(content: Content) -> None:
     assert samon.cost["cpu_seconds"] > 0
     assert sum(share for _, share in samon.norms["gamma"]) == pytest.approx(1)
     assert samon.made["machine"]["cores"]
+    assert "output" not in samon.settings
     assert samon.made["versions"].keys() == {"samon", "torch", "timm"}
     plain = next(run for run in content.runs if run.name == "sgd")
     assert samon.cost["flops"] / plain.cost["flops"] == pytest.approx(2 * samon.cost["step_flops"], rel=1e-3)
@@ -118,6 +119,11 @@ def test_seeds_of_a_method_are_one_curve() -> None:
     assert curve[0]["error_y"]["array"] == pytest.approx([0, 2**0.5, 2**0.5])
     points = next(figure for figure in figures(found) if figure.name == "sharpness-0").traces
     assert [trace["showlegend"] for trace in points] == [True, False]
+
+
+def test_commands_do_not_say_where_they_wrote() -> None:
+    command = "samon-train -c quickstart --output /a/b --experiment 'x y' --resume=/a/b --lr 0.1"
+    assert _placeless(command) == "samon-train -c quickstart --lr 0.1"
 
 
 def test_runs_of_other_programs_are_not_taken_for_train_pys(tmp_path: Path) -> None:

@@ -144,6 +144,15 @@ def test_dead_runs_are_retried_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert starts(args)[other.name] == 1
 
 
+def test_a_recipe_by_name_stays_a_name(tmp_path: Path) -> None:
+    """So the commands in the records say `-c quickstart`, whatever the place of the installation."""
+    named = args_of(tmp_path, recipe="quickstart")
+    job = sweep.jobs_of(named)[0]
+    assert job.arguments(named)[:2] == ["-c", "quickstart"]
+    by_path = args_of(tmp_path, recipe=str(ROOT / "hparams/quickstart.yaml"))
+    assert sweep.fingerprint(job, named) == sweep.fingerprint(job, by_path)
+
+
 def test_two_sweeps_never_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch)
     args, job = args_of(tmp_path), sweep.Job("samon", 0.5, 0)

@@ -83,6 +83,7 @@ def test_groups_and_state_are_shared_with_the_base() -> None:
     assert opt.param_groups is opt.base.param_groups
     assert opt.state is opt.base.state
     schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.1)
+    opt.plainly()
     opt.step()
     schedule.step()
     assert opt.base.param_groups[0]["lr"] == pytest.approx(0.005)
@@ -209,3 +210,50 @@ def test_two_pass_wants_a_sharpness_aware_optimizer() -> None:
     model = randomized(BatchNormNet())
     with pytest.raises(ValueError, match="two_pass needs one of samon's optimizers, got SGD"):
         samon.two_pass(torch.optim.SGD(model.parameters(), 0.1), lambda: model(batch()[0]).sum())
+
+
+def test_a_forgotten_two_pass_warns_once_and_names_the_fix() -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+
+    def backward() -> None:
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    backward()
+    with pytest.warns(UserWarning, match="call samon.two_pass"):
+        opt.step()
+    backward()
+    opt.step()  # once
+
+
+@pytest.mark.parametrize("way", ["two_pass", "closure", "perturbed", "plainly"])
+def test_a_step_that_is_meant_does_not_warn(way: str) -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        opt.zero_grad()
+        if way == "two_pass":
+            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
+        elif way == "perturbed":
+            closure()
+            grads = {name: p.grad.clone() for name, p in opt.perturbed_parameters().items()}
+            with opt.perturbed(grads):
+                closure()
+        elif way == "plainly":
+            closure()
+            opt.plainly()
+        opt.step(closure) if way == "closure" else opt.step()
+    if way == "plainly":
+        closure()
+        with pytest.warns(UserWarning, match="taken at w"):
+            opt.step()

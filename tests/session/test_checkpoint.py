@@ -50,6 +50,7 @@ def test_the_printed_command_reproduces_the_figure(
     words = shlex.split(printed.removeprefix("Next"))
     assert words[:3] == ["python", "validate.py", "--checkpoint"]
     found = figures(*words[2:])
+    assert 0 <= found.pop("ece") <= 100  # which training does not compute
     best = {key: metrics[f"eval_{key}"] for key in ("top1", "top5", "loss")}
     if metrics["best_epoch"] != metrics["epoch"]:
         row = rows(tmp_path / "run/summary.csv")[metrics["best_epoch"]]

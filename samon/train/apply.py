@@ -1,0 +1,104 @@
+"""Clipping and the optimizer's step; an update whose gradient is not finite changes nothing.
+
+On the CPU the host looks whether the gradient is finite and skips. On an accelerator that look would stop the queue of
+kernels at every update, so there the step is undone on the device: optimizers that take `found_inf` (torch's fused
+ones) skip by themselves, for the others parameters and state are copied before and selected back. The copies live while
+no activations do, so they seldom raise the peak. What an optimizer counts on the host (Adam's `step`, unless fused or
+capturable) counts a skipped step too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.models import model_parameters
+from timm.optim import Lookahead
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from samon.optim.sam import SAM, sam_of
+from samon.train.build import Run
+
+
+def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | Tensor]:
+    """Clip and step.
+
+    Args:
+        reads: whether the host may wait for the device; on the CPU if not given. It does where updates are counted.
+
+    Returns:
+        The gradient's norm before clipping, and whether the step was taken: a bool, or one on the device, [].
+    """
+    config, scaler, optimizer = run.config, run.scaler, run.optimizer
+    reads = run.world.device.type == "cpu" if reads is None else reads
+    reads = reads or counts_updates(optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
+    finite = norm.isfinite()
+    if reads and scaler is None and not bool(finite):
+        return norm, False
+    if config.clip_grad is not None:
+        clipped = model_parameters(run.model, exclude_head="agc" in config.clip_mode)
+        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
+    if not reads:
+        step_if(optimizer, finite)
+        if scaler is not None:
+            scaler.update()
+        return norm, finite
+    if scaler is None:
+        optimizer.step()
+        return norm, True
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return norm, scaler.get_scale() >= before
+
+
+def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what happens next depends on how many updates were applied, which only the host can count: Lookahead, and
+    the ascents that go by it."""
+    sam = sam_of(optimizer)
+    return isinstance(optimizer, Lookahead) or (
+        sam is not None and (sam.ascent.kind in ("friendly", "every", "adaptive") or sam.esam_beta < 1)
+    )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+@torch.no_grad()
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """The optimizer's step where `finite` (bool, [] on the device) holds; else everything is as it was, without a read
+    on the host. State that the step made is zero then, as optimizers start it."""
+    sam = sam_of(optimizer)
+    base: Any = optimizer if sam is None else sam.base
+    if getattr(base, "_step_supports_amp_scaling", False) and (sam is None or not sam.ascent.keeps):
+        base.grad_scale, base.found_inf = None, (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del base.grad_scale, base.found_inf
+        return
+    before = held(optimizer, sam)
+    copies = dict(zip(before, torch._foreach_clone(list(before.values())), strict=True))
+    optimizer.step()
+    for key, after in held(optimizer, sam).items():
+        old = copies[key] if key in copies else torch.zeros_like(after)
+        after.copy_(torch.where(finite, after, old))
+
+
+def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]:
+    """Every tensor that a step may change, by what it is: parameters, their state, and what the ascent keeps."""
+    found: dict[Any, Tensor] = {}
+    for i, p in enumerate(parameters(optimizer)):
+        found[i, ""] = p
+        state = optimizer.state.get(p, {})
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        found |= {(i, name): value for name, value in tensors.items() if value.device == p.device}
+    if sam is not None:
+        found |= {("kept", name): value for name, value in sam.ascent.kept.items()}
+        found |= {("moments", i): value for i, value in enumerate(sam.ascent.moments)}
+    return found

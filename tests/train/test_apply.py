@@ -1,0 +1,131 @@
+"""The optimizer's step: skipped on the device without a read on the host, bit for bit as the host would skip it."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import samon
+from samon.optim.registry import VARIANTS
+from samon.train.apply import apply_gradient
+from samon.train.report import Meter
+from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+
+
+def job(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
+    config = SimpleNamespace(clip_grad=clip, clip_mode="norm")
+    world = SimpleNamespace(device=torch.device("cpu"))
+    return SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, config=config, world=world)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "samon-momentum": {},
+    "samon-adamw": {},
+    "samon-lion": {},
+    "sam-layerl2": {"base_opt": "rmsprop"},
+    "lookahead_samon": {},
+    "adamw": {"fused": True},
+    "samon": {"base_opt": "adamw", "fused": True},
+    "samon-adamw previous": {"ascent": "previous"},
+    "samon momentum": {"ascent": "momentum"},
+    "samon friendly": {"ascent": "friendly"},
+    "sam-momentum every": {"ascent": "every:1"},
+    "samon adaptive": {"ascent": "adaptive"},
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -> None:
+    """Updates 0 and 3 have a NaN image: the masked training ends with the bits of one in which the host skips."""
+    ends = []
+    for reads in (True, False):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        how = {"lr": 0.01, "weight_decay": 0.01, **OPTIMIZERS[name]}
+        opt = create_optimizer_v2(model, name.split()[0], **how)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if scaled else None
+        run, applied = job(model, opt, scaler, clip=1.0), []
+        for t in range(6):
+            x, y = batch(8, seed=t)
+            if t in (0, 3):
+                x[0] = float("nan")
+            opt.zero_grad()
+
+            forward = partial(loss_of, model, x, y)
+            if samon.sam_of(opt) is not None:
+                samon.two_pass(opt, forward, scaler=scaler)
+            else:
+                loss = forward()
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            applied.append(bool(apply_gradient(run, reads=reads)[1]))
+        assert applied == [False, True, True, False, True, True]
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(a.isfinite().all() for a in ends[0])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def update(name: str, **how: Any) -> None:
+    """One whole update on fake tensors: any read on the host raises."""
+    groups, perturb, scope = how.pop("groups", 1), how.pop("perturb", None), how.pop("ascent", "batch")
+    ema, progress = ModelEmaV3(nn.Linear(1, 1), decay=0.9), SimpleNamespace(sums={})
+    with FakeTensorMode():
+        net = how.pop("net", LayerNormNet)
+        model = net()
+        x, y = torch.randn(8, 3, 8, 8), torch.randint(5, (8,))
+        extra: dict[str, Any] = {"perturb": perturb, "ascent": scope}
+        if "adamw" in name:  # else it reads its own step, which lies on the CPU whatever the device
+            extra |= {"fused": True}
+        opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **extra)
+        ema.module = net()  # as it would be copied: a fake tensor cannot be
+        run, meter = job(model, opt, clip=1.0), Meter(progress)
+        for step in range(2):
+            opt.zero_grad()
+            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
+            norm, applied = apply_gradient(run, reads=False)
+            meter.add(8, {**opt.stats, "grad_norm": norm}, applied)
+            ema.update(model, step=step)
+        with pytest.raises(DataDependentOutputException):  # what the host would do
+            apply_gradient(run, reads=True)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.mask is None])
+def test_no_name_reads_on_the_host(name: str) -> None:
+    update(name)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"groups": 4},
+        {"groups": 2, "net": BatchNormNet},
+        {"perturb": "norms.3"},
+        {"perturb": "blocks.2", "net": BatchNormNet},
+        {"ascent": "previous"},
+        {"ascent": "momentum"},
+    ],
+)
+def test_no_option_reads_on_the_host(how: dict[str, Any]) -> None:
+    update("samon-layerl2-adamw", **how)
+
+
+def test_updates_that_were_not_applied_are_not_in_the_mean() -> None:
+    means = []
+    for form in (bool, torch.tensor):
+        meter = Meter(SimpleNamespace(sums={}))
+        for value, applied in ((1.0, True), (float("nan"), False), (4.0, True)):
+            meter.add(10, {"loss": torch.tensor(value)}, form(applied))
+        means.append((meter.read(lambda both: None), meter.epoch_mean("loss")))
+    assert means[0] == means[1] == ({"loss": 2.5}, 2.5)
