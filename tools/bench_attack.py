@@ -4,8 +4,8 @@
     python tools/bench_attack.py [--images 50] [--train-images 2000] [--batch-size 50]
 
 A small network learns Fashion-MNIST (some seconds); both attack the same images in [0, 1], with 100 iterations, 9
-target classes and one restart, in turns, so that other load on the machine hits both alike. The starting points differ, so
-single images at the edge of the ball may as well. Needs `pip install pyautoattack==0.2.0`.
+target classes and one restart, in turns, so that other load on the machine hits both alike. The starting points differ,
+so single images at the edge of the ball may as well. Needs `pip install pyautoattack==0.2.0`.
 """
 
 import argparse
