@@ -69,3 +69,17 @@ def batch(size: int = 8, classes: int = 5, image: int = 8, seed: int = 1) -> tup
 
 
 NETS = {"batchnorm": BatchNormNet, "layernorm": LayerNormNet}
+
+
+def two_logits(count: int, size: int) -> tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]]:
+    """(net, images [count, 3, size, size] far from the faces of [0, 1], labels, robust radii by norm) by torch's seed.
+
+    Two logits +-w.x and others far below: robust to l2 (l_inf) exactly while margin / ||w|| (l1) > eps."""
+    w = torch.rand(1, 3 * size**2) - 0.5
+    net = nn.Sequential(nn.Flatten(), nn.Linear(w.numel(), 4))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.cat([w, -w, 0 * w, 0 * w]))
+        net[1].bias.copy_(torch.stack([-w.sum() / 2, w.sum() / 2, w.new_tensor(-50), w.new_tensor(-50)]))
+    x = (torch.rand(count, 3, size, size) - 0.5) * 0.4 + 0.5
+    margin = (net(x)[:, 0] - net(x)[:, 1]).detach().abs() / 2
+    return net, x, net(x).argmax(1), {"l2": margin / w.norm(), "linf": margin / w.abs().sum()}

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from samon.optim.scope import norm_modules
+from samon.report.cost import flops
 
 Step = Callable[[], Any]
 
@@ -229,12 +229,6 @@ def late_layers(model: nn.Module) -> str:
         raise samon.UserError("this model has neither layer4, stages, layers nor blocks; name late layers by --perturb")
     third = range(len(blocks) - len(blocks) // 3, len(blocks))
     return rf"^blocks\.({'|'.join(map(str, third))})\.|^norm"
-
-
-def flops(step: Step) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def gpu_memory(bench: Bench, step: Step) -> float:

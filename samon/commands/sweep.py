@@ -122,13 +122,19 @@ def fingerprint(job: Job, args: argparse.Namespace) -> str:
 
 def finished(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     """The run's metrics if it has ended; an error if they come from other settings."""
+    result = result_of(job, args)
+    return None if result is None else result["metrics"]
+
+
+def result_of(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `run_job` has kept of a run: its metrics and what it cost."""
     path = args.output / job.name / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text())
     if result["fingerprint"] != fingerprint(job, args):
         raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
-    return result["metrics"]
+    return result
 
 
 def command(job: Job, args: argparse.Namespace) -> list[str]:
@@ -221,12 +227,11 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
     """Finished runs by optimizer and rho, in the sweep's order."""
     cells: dict[tuple[str, float | None], Cell] = {}
     for job in jobs:
-        metrics = finished(job, args)
-        if metrics is not None:
+        result = result_of(job, args)
+        if result is not None:
             cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, []))
-            cell.values.append(float(metrics[args.metric]))
-            cost = json.loads((args.output / job.name / "result.json").read_text())
-            cell.cpu_seconds.append(None if cost.get("resumed", True) else cost["cpu_seconds"])
+            cell.values.append(float(result["metrics"][args.metric]))
+            cell.cpu_seconds.append(None if result.get("resumed", True) else result["cpu_seconds"])
     return list(cells.values())
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from samon.files import write_text
 from samon.optim.registry import VARIANTS
-from samon.settings.config import RECIPES
+from samon.report.paper import paper_figures
 
 ROWS = {
     "": "SAM",
@@ -57,11 +55,7 @@ def best_by_opt(cells: list[Cell]) -> dict[str, Cell]:
 
 def paper_results(recipe: str, model: str) -> dict[str, str]:
     """The paper's figures for this recipe and model by optimizer name, empty if it has none."""
-    block = yaml.safe_load((RECIPES / "paper_results.yaml").read_text()).get(recipe, {})
-    models = block.pop("models", [])
-    if model not in models:
-        return {}
-    return {opt: "±".join(map(str, row[models.index(model)])) for opt, row in block.items()}
+    return {opt: "±".join(map(str, figures)) for opt, figures in paper_figures(recipe, model).items()}
 
 
 def markdown(cells: list[Cell], paper: dict[str, str]) -> str:

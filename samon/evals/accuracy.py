@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals import shifts
-from samon.evals.calibration import COLUMNS, confusion, expected_calibration_error, interval, write_classes
+from samon.evals.calibration import COLUMNS, bounds, confusion, expected_calibration_error, write_classes
 from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
@@ -124,10 +124,8 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         if n:  # a reading may count no image at all, as its other figures say
             values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])
         for place, (key, value) in enumerate(values.items()):
-            told.append({"metric": key, "value": round(value, 6), **about})
-            if config.bootstrap and n and key != "ece":
-                bounds = interval(part[:, place] * (1 if key == "loss" else 100), config.bootstrap, config.seed)
-                told[-1] |= dict(zip(("low", "high"), bounds, strict=True))
+            drawn = {} if key == "ece" else bounds(part[:, place] * (1 if key == "loss" else 100), config)
+            told.append({"metric": key, "value": round(value, 6), **about, **drawn})
     if config.class_report and target.rank == 0:
         _report(target, entry, images, found[0])
     return told

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ def interval(values: Tensor, draws: int, seed: int) -> tuple[float, float]:
     means = [values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
     low, high = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def bounds(values: Tensor, config: Any) -> dict[str, float]:
+    """`interval` as the columns of a row, where --bootstrap asks for it and there are values."""
+    if not config.bootstrap or not len(values):
+        return {}
+    return dict(zip(("low", "high"), interval(values, config.bootstrap, config.seed), strict=True))
 
 
 def confusion(label: Tensor, predicted: Tensor, classes: int) -> Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from timm import utils
 from timm.data import resolve_data_config
@@ -188,23 +187,15 @@ def build(job: Job, world: World) -> Target:
     if config.reparam:
         model = utils.reparameterize_model(model)
     model = models.place(config, model, world).eval()
-    _probe(config, model, data_config["input_size"], world.device)
-    autocast = models.autocast(config, world.device)
-    name = "/".join(Path(job.path).parts[-2:]) or config.model
-    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name)
-
-
-@torch.no_grad()
-def _probe(config: Config, model: torch.nn.Module, size: tuple[int, ...], device: torch.device) -> None:
-    """One image through the model, so that a size it does not take is told before any data is read."""
-    try:
-        model(torch.zeros(1, *size, device=device, dtype=next(model.parameters()).dtype))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
+    size = data_config["input_size"]
+    if text := models.refusal(model, size):  # told before any data is read
         raise UserError(
             f"{config.model} does not take images of {list(size)} ({text}); give --img-size, and for transformers "
             "--model-kwargs img_size=N as well"
-        ) from None
+        )
+    autocast = models.autocast(config, world.device)
+    name = "/".join(Path(job.path).parts[-2:]) or config.model
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name)
 
 
 def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:

@@ -14,7 +14,7 @@ from samon.errors import UserError
 from samon.evals import autoattack
 from samon.evals.attacks import Batch, Normalized, Threat, attack, seeded_noise
 from samon.evals.batch_size import fastest, gradient_rate
-from samon.evals.calibration import interval
+from samon.evals.calibration import bounds
 from samon.evals.entry import (
     Device,
     Entry,
@@ -161,13 +161,9 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
         about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
         about |= {"clean_top1": 100 * clean / n}
-        values = dict(zip((f"robust_top1_{name}" for name in threat.attacks), after, strict=True)) | {
-            "robust_top1": after[-1]
-        }
+        values = dict(zip((f"robust_top1_{name}" for name in threat.attacks), after, strict=True))
+        values["robust_top1"] = after[-1]
         for metric, value in values.items():
-            found.append({"metric": metric, "value": 100 * value / n, **about})
-            if config.bootstrap:
-                hits = torch.cat([torch.full((value,), 100.0), torch.zeros(n - value)])
-                bounds = interval(hits, config.bootstrap, config.seed)
-                found[-1] |= dict(zip(("low", "high"), bounds, strict=True))
+            hits = torch.cat([torch.full((value,), 100.0), torch.zeros(n - value)])
+            found.append({"metric": metric, "value": 100 * value / n, **about, **bounds(hits, config)})
     return found

@@ -83,7 +83,7 @@ class Ascent:
         if self.kind == "every":
             return self.updates % self.k == 0
         if self.kind != "adaptive" or not self.moments:
-            return self.kind in ("batch", "friendly", "adaptive")
+            return not self.passless
         size, mean, variance = self.moments
         done = 0.5 if self.total is None else min(1.0, self.updates / self.total)
         c = done * ADAPTIVE_LAMBDA_1 + (1 - done) * ADAPTIVE_LAMBDA_2
@@ -93,13 +93,13 @@ class Ascent:
         """The direction of an update without ascent pass; None for one that is made at w."""
         if self.kind == "momentum":
             found = momenta(named.values(), state)
-            buffers = found if found is not None else self._of(named, self.kept)
+            buffers = found if found is not None else self._of(named)
             return None if buffers is None else list(torch._foreach_neg(buffers))
-        return self._of(named, self.kept) if self.kind == "previous" else None
+        return self._of(named) if self.kind == "previous" else None
 
     def direction(self, named: Named, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The direction from this batch's gradients at w, shaped as they are (groups included)."""
-        mean = self._of(named, self.kept) if self.kind == "friendly" else None
+        mean = self._of(named) if self.kind == "friendly" else None
         if mean is None:
             return list(grads)
         zeros = [m.new_zeros(()) if g is None else wide(g) for m, g in zip(mean, grads, strict=True)]
@@ -109,6 +109,16 @@ class Ascent:
     def notes(self) -> bool:
         """Whether g is needed when the optimizer steps."""
         return self.kind in ("friendly", "every") or self.gsam_alpha > 0
+
+    @property
+    def passless(self) -> bool:
+        """Whether no update makes an ascent pass."""
+        return self.kind in ("previous", "momentum")
+
+    @property
+    def counts(self) -> bool:
+        """Whether what comes next depends on how many updates were applied."""
+        return self.kind in ("friendly", "every", "adaptive")
 
     @property
     def keeps(self) -> bool:
@@ -140,12 +150,12 @@ class Ascent:
         elif self.kind == "momentum":
             self._sum(named, final, state)
         elif self.kind == "friendly" and clean:
-            mean = self._of(named, self.kept)
+            mean = self._of(named)
             new = clean if mean is None else _mix(FRIENDLY_LAMBDA, mean, 1 - FRIENDLY_LAMBDA, clean)
             self.kept = dict(zip(named, new, strict=True))
         elif self.kind == "every" and clean:
             self.kept = dict(zip(named, orthogonal(final, clean), strict=True))
-        elif self.kind == "every" and used and (part := self._of(named, self.kept)) is not None:
+        elif self.kind == "every" and used and (part := self._of(named)) is not None:
             size = LOOK_ALPHA * global_norm(final) * _inverse(global_norm(part))
             _add(named, [size * v for v in part])
         elif self.kind == "adaptive" and used:
@@ -159,7 +169,7 @@ class Ascent:
         if momenta(named.values(), state) is not None:
             self.kept = {}
             return
-        before = self._of(named, self.kept)
+        before = self._of(named)
         new = [h.clone() for h in final] if before is None else _mix(MOMENTUM, before, 1.0, final)
         self.kept = dict(zip(named, new, strict=True))
 
@@ -171,11 +181,11 @@ class Ascent:
         mean = ADAPTIVE_DELTA * mean + (1 - ADAPTIVE_DELTA) * size
         self.moments = [size, mean, ADAPTIVE_DELTA * variance + (1 - ADAPTIVE_DELTA) * (size - mean).square()]
 
-    def _of(self, named: Named, kept: Mapping[str, Tensor]) -> Tensors | None:
+    def _of(self, named: Named) -> Tensors | None:
         """What is kept of these parameters, zero for those that were not there; None before anything is."""
-        if not kept:
+        if not self.kept:
             return None
-        return [kept[n] if n in kept else torch.zeros_like(wide(p.detach())) for n, p in named.items()]
+        return [self.kept[n] if n in self.kept else torch.zeros_like(wide(p.detach())) for n, p in named.items()]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Mask:
         return due and self.kind == "fisher"
 
     def renew_fisher(self, diagonal: Sequence[Tensor]) -> None:
-        """Keep the entries with the largest diagonal of the Fisher, shaped like the parameters."""
-        self._renew(diagonal, "fisher")
+        """Keep the entries with the largest diagonal of the Fisher, shaped like the parameters, of all processes."""
+        self._renew(diagonal, "fisher", summed=True)
 
     def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients with the dropped entries zeroed; renews the mask first when it is due."""
@@ -72,13 +72,13 @@ class Mask:
         self.step += 1
         return [g * m for g, m in zip(grads, self.masks, strict=True)]
 
-    def _renew(self, grads: Sequence[Tensor], kind: str) -> None:
+    def _renew(self, grads: Sequence[Tensor], kind: str, summed: bool = False) -> None:
         flat = torch.cat([g.flatten() for g in grads])
         keep = max(1, round((1 - self.sparsity) * flat.numel()))
         if kind == "random":
             mask = _largest(self._random(flat), keep)
         else:
-            if dist.is_available() and dist.is_initialized():
+            if not summed and dist.is_available() and dist.is_initialized():
                 dist.all_reduce(flat)
             size = flat.abs()
             if kind == "fisher":

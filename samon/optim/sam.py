@@ -17,7 +17,7 @@ from samon.errors import UserError
 from samon.optim.ascent import Ascent
 from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, widened
 from samon.optim.masks import Mask
-from samon.optim.norm_stats import kept, running_statistics
+from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.scope import Selection, select, select_bare
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
@@ -298,7 +298,7 @@ class SAM(Optimizer):
             return closure()
         eps, norm, _ = self.perturbation(direction)
         self.stats = {"ascent_grad_norm": norm}
-        buffers = running_statistics(self.model.modules()) if climbs and self.model is not None else []
+        buffers = running_statistics(modules_of(self.model)) if climbs and self.model is not None else []
         with kept(buffers), self.moved(eps):
             second = closure()
         ascent.note(named, grads)  # behind the closure, which zeroes gradients

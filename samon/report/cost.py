@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -79,7 +81,7 @@ def counted(text: str) -> tuple[float, float]:
     if isinstance(config.m_sharpness, int):
         how["groups"] = config.batch_size // config.m_sharpness
     if config.ascent_fraction < 1 or config.ascent_size:
-        part = max(1, round(config.ascent_fraction * config.batch_size))
+        part = math.ceil(config.ascent_fraction * config.batch_size)  # as the loop takes it
         small = torch.empty(part, size[0], *[config.ascent_size or size[1]] * 2, device="meta")
         how["ascent_forward"] = lambda: forward(small, y[:part])
 
@@ -94,7 +96,8 @@ def counted(text: str) -> tuple[float, float]:
     return sum(flops(update) for _ in range(period)) / period, plain
 
 
-def flops(function: Any) -> int:
+def flops(function: Callable[[], Any]) -> int:
+    """Counted operations of one call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

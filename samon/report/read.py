@@ -63,7 +63,7 @@ def directory(path: Path) -> Content:
         if (found := file(results)) is not None and results.name not in ("run.json", "result.json"):
             content.add(found)
     tradeoff = [score.method for score in content.scores if not score.held_out]
-    folders = {args.parent for args in path.rglob("args.yaml")} if path.is_dir() else set()
+    folders = {args.parent for args in path.rglob("args.yaml")}
     for folder in sorted(folders):
         run = read_run(folder, path)
         method = next((name for name in tradeoff if name.replace(" ", "-") == folder.parent.name), "")

@@ -8,10 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from samon.report.content import Content, Score, differing, label
-from samon.settings.config import RECIPES
+from samon.report.paper import paper_figures
 
 
 @dataclass
@@ -83,10 +81,10 @@ def rho_of(score: Score) -> str:
 
 def paper(score: Score) -> tuple[float, float] | None:
     """The paper's [mean, deviation] for this recipe, model and optimizer."""
-    block = yaml.safe_load((RECIPES / "paper_results.yaml").read_text()).get(score.recipe, {})
-    if score.model not in block.get("models", []) or score.opt not in block or score.method != score.opt:
+    found = paper_figures(score.recipe, score.model).get(score.opt)
+    if found is None or score.method != score.opt:
         return None
-    mean, *std = block[score.opt][block["models"].index(score.model)]
+    mean, *std = found
     return mean, (std or [0.0])[0]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,19 @@ def place(config: Config, model: nn.Module, world: World) -> nn.Module:
     """Device, precision of the weights, memory format."""
     model.to(device=world.device, dtype=dtype_of(config.model_dtype))
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+@torch.no_grad()
+def refusal(model: nn.Module, size: Sequence[int]) -> str:
+    """Why the model does not take an image of this size [C, H, W], in one line; '' if it does."""
+    like, training = next(model.parameters()), model.training
+    try:
+        model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    finally:
+        model.train(training)
+    return ""
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

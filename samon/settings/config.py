@@ -182,9 +182,9 @@ def _check_norm(config: Config) -> None:
 
 
 def _check_ascent(config: Config) -> None:
-    Ascent(config.ascent, config.gsam_alpha)
+    source = Ascent(config.ascent, config.gsam_alpha)
     several = config.m_sharpness != "device"
-    if config.ascent in ("previous", "momentum"):
+    if source.passless:
         if several or config.ascent_fraction < 1 or config.ascent_size:
             raise UserError(
                 f"--ascent {config.ascent} makes no ascent pass and perturbs all processes alike; drop --m-sharpness, "

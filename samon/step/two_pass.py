@@ -95,16 +95,8 @@ def two_pass(
         clean, eps, finite = climb(sam, passes, ascents if climbs else [], no_sync=no_sync, scaler=scaler, **how)
         if noise is not None:
             rng.put_torch(noise, passes.device)
-        losses = []
         with nullcontext() if eps is None else passes.second(eps):
-            for i, descent in enumerate(forwards):
-                # Gradients are sent with the last one. The backward is inside: checkpointed parts run forwards in it.
-                with no_sync() if i + 1 < len(forwards) else nullcontext(), passes.each_second():
-                    loss = descent()
-                    scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
-                    (scaled if scaler is None else scaler.scale(scaled)).backward()
-                losses.append(loss.detach())
-    last = torch.stack(losses).mean()
+            last = descend(passes, forwards, finite, loss_scale, no_sync=no_sync, scaler=scaler)
     if clean is None:
         sam.stats["loss"] = last
         return last
@@ -125,7 +117,7 @@ def _check(
         grouped + "several forwards that share one": groups > 1 and len(forwards) > 1,
         grouped + "ascent_forward over a part of the batch": groups > 1 and ascent_forward is not None,
         f"ascent={sam.ascent.source!r} makes no ascent pass; drop groups, reduce='global' and ascent_forward": (
-            sam.ascent.kind in ("previous", "momentum") and (groups > 1 or reduce == "global" or bool(ascent_forward))
+            sam.ascent.passless and (groups > 1 or reduce == "global" or bool(ascent_forward))
         ),
         "ascent_forward takes a single forward beside it": len(forwards) > 1 and ascent_forward is not None,
         f"all parameters that {sam.scope} perturbs are frozen; unfreeze some": not sam.perturbed_parameters(),
@@ -204,3 +196,25 @@ def first_pass(
     if passes.groups > 1:  # the loss is the mean over equal groups, each group's own depends on its offsets alone
         torch._foreach_mul_(total, passes.groups)
     return torch.stack(losses).mean(), total
+
+
+def descend(
+    passes: Plain | Grouped,
+    forwards: Sequence[Forward],
+    finite: Tensor,
+    loss_scale: float,
+    *,
+    no_sync: Context,
+    scaler: Any,
+) -> Tensor:
+    """The second pass: accumulate into `.grad`, NaN where the ascent gradient was not finite; the mean loss, [] and
+    detached."""
+    losses = []
+    for i, forward in enumerate(forwards):
+        # Gradients are sent with the last one. The backward is inside: checkpointed parts run their forward in it.
+        with no_sync() if i + 1 < len(forwards) else nullcontext(), passes.each_second():
+            loss = forward()
+            scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()

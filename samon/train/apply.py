@@ -17,8 +17,11 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from samon.errors import RunError
 from samon.optim.sam import SAM, sam_of
+from samon.session.checkpoint import Progress
 from samon.train.build import Run
+from samon.train.state import Keeper
 
 
 def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | Tensor]:
@@ -60,9 +63,7 @@ def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
     """Whether what happens next depends on how many updates were applied, which only the host can count: Lookahead, and
     the ascents that go by it."""
     sam = sam_of(optimizer)
-    return isinstance(optimizer, Lookahead) or (
-        sam is not None and (sam.ascent.kind in ("friendly", "every", "adaptive") or sam.esam_beta < 1)
-    )
+    return isinstance(optimizer, Lookahead) or (sam is not None and (sam.ascent.counts or sam.esam_beta < 1))
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -102,3 +103,18 @@ def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]
         found |= {("kept", name): value for name, value in sam.ascent.kept.items()}
         found |= {("moments", i): value for i, value in enumerate(sam.ascent.moments)}
     return found
+
+
+def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool | Tensor]) -> None:
+    """Count the skipped updates among those since the last call, in one transfer; too many in a row end the run."""
+    flags = torch.stack([torch.as_tensor(outcome) for outcome in outcomes]).tolist() if outcomes else []
+    outcomes.clear()
+    for applied in flags:
+        progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
+        progress.skipped += not applied
+        if progress.bad_in_a_row >= run.config.max_bad_steps:
+            where = f"epoch {progress.epoch}, update {progress.updates}"
+            raise RunError(
+                f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
+                f"{keeper.checkpoints.describe_last_good()}"
+            )

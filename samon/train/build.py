@@ -152,17 +152,11 @@ def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int
         return
     if config.ascent_size >= min(input_size[1:]):
         raise UserError(f"--ascent-size {config.ascent_size} is to be smaller than the images, {input_size[1:]}")
-    size = config.ascent_size
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, input_size[0], size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    if text := models.refusal(model, [input_size[0], config.ascent_size, config.ascent_size]):
         raise UserError(
-            f"--ascent-size {size}: {config.model} does not take such images; drop the flag, or add --model-kwargs "
-            f"dynamic_img_size=True where it has that argument ({' '.join(str(error).split())})"
-        ) from None
-    model.train(training)
+            f"--ascent-size {config.ascent_size}: {config.model} does not take such images; drop the flag, or add "
+            f"--model-kwargs dynamic_img_size=True where it has that argument ({text})"
+        )
 
 
 def lay_out(config: Config, model: nn.Module, world: World) -> nn.Module:

@@ -21,7 +21,7 @@ from samon.session.checkpoint import Progress
 from samon.session.model import dtype_of
 from samon.settings.rows import steps_or_minutes
 from samon.step.two_pass import two_pass
-from samon.train.apply import apply_gradient
+from samon.train.apply import apply_gradient, count_bad
 from samon.train.build import Run
 from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
@@ -250,21 +250,6 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
         **how,
     )
     return {} if run.sam is None else dict(run.sam.stats)
-
-
-def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool | Tensor]) -> None:
-    """Count the skipped updates among those since the last call, in one transfer; too many in a row end the run."""
-    flags = torch.stack([torch.as_tensor(outcome) for outcome in outcomes]).tolist() if outcomes else []
-    outcomes.clear()
-    for applied in flags:
-        progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
-        progress.skipped += not applied
-        if progress.bad_in_a_row >= run.config.max_bad_steps:
-            where = f"epoch {progress.epoch}, update {progress.updates}"
-            raise RunError(
-                f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
-                f"{keeper.checkpoints.describe_last_good()}"
-            )
 
 
 def after_update(run: Run, progress: Progress) -> None:

@@ -4,9 +4,8 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from samon import rng
 from samon.session.checkpoint import Progress
@@ -40,10 +39,9 @@ def renew_mask(run: Run, progress: Progress, to_device: Callable[..., tuple[Tens
 def _losses(run: Run, to_device: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Callable[[], Tensor]]:
     for batch in run.train_loader:
         images, target = to_device(run, *batch)
-        for i in range(len(images)):
-            yield partial(_loss, run.model, run.loss, run.autocast, images[i : i + 1], target[i : i + 1])
+        yield from (partial(_loss, run, *one) for one in zip(images.split(1), target.split(1), strict=True))
 
 
-def _loss(model: nn.Module, loss: nn.Module, autocast: Callable[[], Any], image: Tensor, target: Tensor) -> Tensor:
-    with autocast():
-        return loss(model(image), target)
+def _loss(run: Run, image: Tensor, target: Tensor) -> Tensor:
+    with run.autocast():
+        return run.loss(run.model(image), target)

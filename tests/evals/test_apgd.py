@@ -14,6 +14,7 @@ from samon.evals.apgd import StepSize, checkpoints
 from samon.evals.attacks import ROBUST, Normalized, Threat, apgd, attack, project, seeded_noise
 from samon.evals.entry import EvalImages
 from samon.evals.robustness import robust_outcomes, summarize, threats
+from tests.nets import two_logits
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +145,9 @@ def test_a_model_with_three_classes_is_refused():
 
 
 def test_linear_model_has_the_robust_radius_of_closed_form():
-    """Two logits +-w.x and others far below: robust to l2 (l_inf) exactly while margin / ||w|| (l1) > eps."""
     torch.manual_seed(0)
-    w = torch.rand(1, 12) - 0.5
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    with torch.no_grad():
-        net[1].weight.copy_(torch.cat([w, -w, 0 * w, 0 * w]))
-        net[1].bias.copy_(torch.stack([-w.sum() / 2, w.sum() / 2, w.new_tensor(-50), w.new_tensor(-50)]))
-    x = (torch.rand(64, 3, 2, 2) - 0.5) * 0.4 + 0.5  # far from the faces of [0, 1]
-    y = net(x).argmax(1)
-    margin = (net(x)[:, 0] - net(x)[:, 1]).detach().abs() / 2
-    for norm, dual in (("l2", 2), ("linf", 1)):
-        radius = margin / w.norm(p=dual)
+    net, x, y, radii = two_logits(64, 2)
+    for norm, radius in radii.items():
         eps = float(radius.median())
         outcome = attack(net, x, y, torch.arange(64), Threat(norm, eps), seeded_noise(0))
         clear = (radius - eps).abs() > 1e-3 * eps

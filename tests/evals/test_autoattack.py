@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
 
 from samon.evals import autoattack, main
 from samon.evals.attacks import ATTACKS, ROBUST, Threat, attack, seeded_noise
 from samon.evals.batch_size import fastest
+from tests.nets import two_logits
 
 FLAGS = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
 FLAGS += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "6"]
@@ -14,16 +14,9 @@ FLAGS += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", 
 
 @pytest.fixture
 def linear():
-    """Two logits +-w.x and others far below: robust to l2 (l_inf) exactly while margin / ||w|| (l1) > eps."""
     torch.manual_seed(0)
-    w = torch.rand(1, 108) - 0.5
-    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
-    with torch.no_grad():
-        net[1].weight.copy_(torch.cat([w, -w, 0 * w, 0 * w]))
-        net[1].bias.copy_(torch.stack([-w.sum() / 2, w.sum() / 2, w.new_tensor(-50), w.new_tensor(-50)]))
-    x = (torch.rand(32, 3, 6, 6) - 0.5) * 0.4 + 0.5
-    margin = (net(x)[:, 0] - net(x)[:, 1]).detach().abs() / 2
-    return net.requires_grad_(False), x, net(x).argmax(1), {"l2": margin / w.norm(), "linf": margin / w.abs().sum()}
+    net, *others = two_logits(32, 6)
+    return net.requires_grad_(False), *others
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
