@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
+from samon.bars import bar
 from samon.commands.layouts import Item, Split, find_splits
 from samon.data import urls
 from samon.data.decode import decode_pil, open_image
@@ -142,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
     job = partial(write_shard, resize=args.resize, quality=args.quality)
     with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
         for name, parts in tasks.items():
-            sums = list(tqdm(pool.map(job, parts), name, len(parts), unit="shard", disable=None))
+            sums = list(bar(name, len(parts), "shard", pool.map(job, parts)))
             files, lengths = [path.name for path, _ in parts], [len(samples) for _, samples in parts]
             entry = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
             written[name] = entry | {"sha256": sums}
@@ -193,7 +193,7 @@ def verify(args: argparse.Namespace) -> None:
             sums = entry.get("sha256") or [None] * len(shards.urls)
             tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
             good = 0
-            for decoded, found in tqdm(pool.map(verify_shard, tasks), name, len(tasks), unit="shard", disable=None):
+            for decoded, found in bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)):
                 good += decoded
                 faults[name] += found
             print(f"{name}: {good} of {entry['num_samples']} images good, {len(faults[name])} faults")

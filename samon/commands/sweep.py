@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from samon import UserError, is_sam_name
+from samon.bars import bar, on_terminal
 from samon.commands.tables import Cell, write_tables
 from samon.errors import RunError
 from samon.errors import run as run_script
@@ -201,18 +202,21 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
             gpus.put(gpu)
     states: dict[str, str] = {}
     say = threading.Lock()
+    before = sum(finished(job, args) is not None for job in jobs)
+    shown = bar("sweep", len(jobs), "run", initial=before, show=on_terminal())  # elsewhere the lines below are enough
 
     def one(job: Job) -> None:
         state = run_job(job, args, gpus)
-        with say:
+        with say, shown.external_write_mode(file=sys.stderr):
             states[job.name] = state
+            shown.update(state != "skipped")
             metric = finished(job, args) if state in ("done", "skipped") else None
             value = f" {args.metric} {metric[args.metric]:.2f}" if metric else ""
             if state == "dead":
                 value = f" ({last_line(args.output / job.name / 'sweep.log')})"
             print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with shown, ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(one, job) for job in jobs]:
             future.result()
     return [name for name, state in states.items() if state in ("dead", "stopped")]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from samon import bars
 from samon.data.decode import decode_pil
 from samon.data.faults import SampleError, from_worker
 from samon.data.shards import Record
@@ -260,7 +261,7 @@ def batches(
 
 def progress(target: Target, name: str, images: int) -> tqdm:
     """A bar with images/s and the time left, for the first process's share; none without a name."""
-    return tqdm(total=images, desc=name, disable=not name or target.rank != 0, unit="image", smoothing=0.05)
+    return bars.bar(name, images, "image", show=bool(name) and target.rank == 0)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from timm import utils
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
+from samon.bars import Console
 from samon.errors import Stopped, UserError, user_errors
 from samon.settings.config import Config
 
@@ -120,7 +121,7 @@ def shut_down() -> None:
 @contextmanager
 def console(world: World) -> Iterator[None]:
     """Log lines on stderr: all of rank 0's, warnings of the others."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Console(sys.stderr)
     handler.setLevel(logging.INFO if world.primary else logging.WARNING)
     logging.getLogger("samon").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from samon import rng as generators
+from samon.bars import bar
 from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.evals.accuracy import accuracy
@@ -84,7 +85,7 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
     outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
-    report.begin_epoch(progress, run.updates_per_epoch)
+    report.begin_epoch(run, progress)
     for batches, count in updates(run, progress, clock, rng, report):
         perturb = perturbs(run, progress)
         values, samples = gradient(run, batches, count, perturb)
@@ -303,9 +304,11 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if run.ema is not None and not run.config.model_ema_force_cpu:
         model = run.ema.module
         share_running_statistics(run, model)
+    batches = control.until_signal(run.eval_loader)
+    name, length = f"validation {progress.epoch}", len(run.eval_loader)
     metrics = accuracy(
         model,
-        control.until_signal(run.eval_loader),
+        bar(name, length, "batch", batches, show=run.world.primary),
         device=run.world.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from samon.bars import bar, on_terminal
 from samon.files import write_text
 from samon.optim.scope import norm_parameters
 from samon.session.checkpoint import Progress
@@ -82,6 +82,7 @@ class Report:
         self.config, self.directory, self.primary, self._world = config, directory, world.primary, world
         self._tensorboard = self._wandb = None
         self._bar: Any = None
+        self._started, self._done = 0.0, 0  # of the first epoch, and updates since
         self._open = ExitStack()
         self._images_left = 1
         self._began = time.monotonic()
@@ -125,13 +126,23 @@ class Report:
         if run.sam is not None:
             log.info("%s", run.sam.selection.summary())
 
-    def begin_epoch(self, progress: Progress, updates: int) -> None:
-        if self.primary and sys.stderr.isatty():
-            self._bar = tqdm(total=updates, initial=progress.updates, desc=f"epoch {progress.epoch}", leave=False)
+    def begin_epoch(self, run: Run, progress: Progress) -> None:
+        self._started = self._started or time.monotonic()
+        if self.primary and self._bar is None and on_terminal():
+            total, before = run.epochs * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
+            self._bar = bar("", total, "update", initial=before + progress.updates)
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
 
     def advance(self) -> None:
+        self._done += 1
         if self._bar is not None:
             self._bar.update()
+
+    def time_left(self, run: Run, update: int) -> str:
+        """Of the whole run, validation included, at the mean pace of this process."""
+        pace = (time.monotonic() - self._started) / max(self._done, 1)
+        return tqdm.format_interval(pace * (run.epochs * run.updates_per_epoch - update))
 
     def update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""
@@ -157,14 +168,12 @@ class Report:
         loss = means.get("loss", float("nan"))
         perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
         skipped = f" skipped {progress.skipped}" if progress.skipped else ""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}{perturbed} lr {lr:.3g}{skipped}")
-            return
-        left = (run.updates_per_epoch - progress.updates) * run.config.batch_size * run.config.grad_accum_steps
-        eta = left * run.world.size / max(speed, 1e-9)
         where = f"Train {progress.epoch} [{progress.updates}/{run.updates_per_epoch}]"
-        pace = f"{speed:.0f} img/s data {100 * waited:.0f}% eta {eta:.0f}s"
-        log.info("%s loss %.4f%s lr %.4g %s%s", where, loss, perturbed, lr, pace, skipped)
+        pace = f"{speed:.0f} img/s data {100 * waited:.0f}%"
+        values = f"loss {loss:.4f}{perturbed} lr {lr:.4g} {pace}{skipped}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(values)
+        log.info("%s %s eta %s", where, values, self.time_left(run, step), extra={"shown": self._bar is not None})
 
     def images(self, batch: Tensor, update: int, last_of_interval: bool) -> None:
         """The input batch: the run's first to TensorBoard, and with --save-images one per log interval to a file."""
@@ -183,9 +192,6 @@ class Report:
     def end_epoch(
         self, run: Run, progress: Progress, train: Mapping[str, Any], evaluated: Mapping[str, float] | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
         if self._tensorboard is None:
             return
         row: dict[str, Any] = {"epoch": progress.epoch} | {f"train_{name}": value for name, value in train.items()}
@@ -208,6 +214,8 @@ class Report:
         """Where everything is and what to do next, then the final metrics as the last line on stdout."""
         if not self.primary:
             return
+        if self._bar is not None:
+            self._bar.close()
         where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
         print(f"\nResults      {where}: summary.csv, log.txt, checkpoints (best: {checkpoint.name})")
         print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")

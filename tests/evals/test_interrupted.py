@@ -1,5 +1,6 @@
 """Mistakes are found before any work, finished work is kept, and the same command goes on."""
 
+import io
 import json
 import shutil
 
@@ -105,10 +106,13 @@ def test_a_text_file_is_told_as_such():
         main([*FLAGS, "--checkpoint", "LICENSE", "--data-dir", "data/fashion-mnist"])
 
 
-def test_attacks_show_progress_within_a_batch(capsys):
+def test_attacks_show_progress_within_a_batch(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
     flags = ["--evals", "apgd", "--norm", "l2", "--eps", "0.01", "--apgd-iters", "3", "--apgd-targets", "1"]
     main([*FLAGS, *flags, "--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist"])
-    shown = capsys.readouterr().err
+    shown = terminal.getvalue()
     assert "apgd wds/fashion-mnist: " in shown
     assert "image/s" in shown
 

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import pty
+import re
 import sys
 import types
 from pathlib import Path
@@ -528,16 +531,35 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert end == "finish"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    """One bar for the whole run; log.txt has every line all the same."""
+    terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    run(tmp_path, "--opt", "samon", "--log-interval", "1")
+    run(tmp_path, "--opt", "samon", "--log-interval", "1", "--epochs", "2")
     shown = terminal.getvalue()
-    assert "epoch 0: 100%" in shown
-    assert "4/4" in shown
-    assert "at w+eps" in shown
+    for part in ("epoch 0: ", "epoch 1: ", "8/8", "at w+eps", "img/s data", "validation 1: "):
+        assert part in shown, part
     assert "Train 0 [" not in shown  # no plain lines beside it
+    assert "Epoch 1 train_loss" in shown  # but an epoch's row is told
+    text = (tmp_path / "run/log.txt").read_text()
+    assert len(re.findall(r"Train [01] \[[1-4]/4\] loss .* img/s data \d+% eta \d\d:\d\d\n", text)) == 8
+
+
+def test_a_terminal_without_rows_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = pty.openpty()  # 0 x 0 unless somebody sets its size
+    with open(follower, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert sys.stderr.isatty()
+        run(tmp_path, "--log-interval", "1", "--epochs", "1")
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert shown.count("Train 0 [") == 4
+    assert "%|" not in shown
 
 
 def test_wandb_missing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
