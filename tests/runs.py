@@ -26,7 +26,8 @@ WATCH = Hooks()  # what the fixtures `jobs` and `batches` look in by
 
 def run(tmp_path: Path, *args: str, name: str = "run", hooks: Hooks | None = None) -> tuple[dict[str, Any], Path]:
     """(final metrics, directory) of a run with BASE and `args`, which win."""
-    metrics = train.main([*BASE, "--output", str(tmp_path), "--experiment", name, *args], hooks or WATCH)
+    place = ["--output", str(tmp_path), "--experiment", name, "--overwrite"]  # a test may run twice
+    metrics = train.main([*BASE, *place, *args], hooks or WATCH)
     return metrics, tmp_path / name
 
 

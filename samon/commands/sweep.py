@@ -143,7 +143,7 @@ def command(job: Job, args: argparse.Namespace) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
     start = start if args.nproc > 1 else [sys.executable]
     directory = args.output / job.name
-    resume = ["--resume", str(directory)] if newest(directory)[0] else []
+    resume = ["--resume", str(directory)] if newest(directory)[0] else ["--overwrite"]
     return [*start, "-m", "samon.train", *job.arguments(args), *resume]
 
 

@@ -53,6 +53,7 @@ class Source:
 
     class_names: list[str] | None = None
     num_classes: int | None = None
+    place: str = ""  # what the samples are: two splits of the same place are the same images
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -60,6 +61,14 @@ class Source:
     def read(self, indices: Sequence[int]) -> list[Record | SampleError]:
         """The samples in the order asked for; the error in place of one that cannot be read."""
         raise NotImplementedError
+
+    def renumber(self, names: list[str]) -> None:
+        """Take the labels as places in `names`, which holds all of `class_names`.
+
+        Raises:
+            UserError: the labels of this kind of source are numbers already.
+        """
+        raise UserError(f"{self.place}: its classes are not those trained on; give --class-map, or write the set anew")
 
     def take_classes(self, inner: Any) -> None:
         """Classes as timm's readers and torchvision's data sets have them, if they do."""
@@ -75,6 +84,7 @@ class ShardSource(Source):
         self.shards, self.reader = shards, reader
         self.ends = list(accumulate(shards.lengths))
         self.class_names, self.num_classes = shards.class_names, shards.num_classes
+        self.place = ", ".join(shards.urls)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -103,6 +113,14 @@ class FileSource(Source):
     def read(self, indices: Sequence[int]) -> list[Record | SampleError]:
         """Each file's bytes."""
         return [self._read(index) for index in indices]
+
+    def renumber(self, names: list[str]) -> None:
+        """For class folders."""
+        if self.class_names is None or not hasattr(self.reader, "samples"):
+            return super().renumber(names)
+        label = [names.index(name) for name in self.class_names]
+        self.reader.samples = [(path, label[old]) for path, old in self.reader.samples]
+        self.class_names, self.num_classes = names, len(names)
 
     def _read(self, index: int) -> Record | SampleError:
         try:
@@ -153,6 +171,7 @@ def _open_folder(request: Request) -> Source:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
     reader: Any = create_reader("", folder, class_map=request.class_map or "", input_key=request.input_key)
     source = FileSource(reader)
+    source.place = os.path.realpath(folder)
     if request.keep is not None:
         names = source.class_names or []
         reader.samples = [(path, label) for path, label in reader.samples if names[label] in request.keep]
@@ -237,6 +256,7 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         raise
     except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
         raise UserError(f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}: {error}") from error
+    source.place = source.place or f"{name} {split}"
     found, given = source.num_classes, request.num_classes
     if given and found and found > given:
         raise UserError(f"{root}: split {split!r} has {found} classes, the model {given}; use --num-classes {found}")

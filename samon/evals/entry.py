@@ -41,6 +41,7 @@ class Target:
     world: int
     autocast: Callable[[], AbstractContextManager[Any]]
     name: str = ""  # of the model, in files
+    class_names: list[str] | None = None  # that it was trained on, in the order of its outputs
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes, on the CPU."""
@@ -139,8 +140,14 @@ class Entry:
         """Fewer classes than the model's, or other channels, are no mistake for certain: what is assumed is said."""
         source, classes = images.source, getattr(target.model, "num_classes", 0)
         names, found = source.class_names or [], source.num_classes or 0
-        said = []
-        if 0 < found < classes and not target.config.class_map:
+        said, trained = [], target.class_names or []
+        if names and trained and names != trained and not target.config.class_map:
+            if strange := [name for name in names if name not in trained]:
+                said.append(f"the model was trained on other classes, {strange[0]!r} is not among these")
+            else:
+                said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
+                source.renumber(trained)
+        elif 0 < found < classes and not target.config.class_map:
             if classes == 1000 and names and set(names) <= set(shifts.synsets()):
                 images.scorings = {"": (None, shifts.label_table("synset", names))}
                 said.append(f"its {found} classes are called as ImageNet's and taken as these")

@@ -46,6 +46,7 @@ class Job:
     config: Config
     average: bool  # evaluate the checkpoint's averaged weights
     entries: list[Entry]
+    class_names: list[str] | None = None  # that the checkpoint was trained on
 
 
 def parse(argv: list[str] | None) -> list[Job]:
@@ -115,7 +116,7 @@ def settle(given: dict[str, Any], path: str) -> Job:
             raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
         config = config.but(amp=False, model_dtype=None)
     average = not config.no_ema and (config.use_ema or averaged(content))
-    return Job(path, config, average, entries)
+    return Job(path, config, average, entries, content.get("class_names"))
 
 
 def from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
@@ -195,7 +196,8 @@ def build(job: Job, world: World) -> Target:
         )
     autocast = models.autocast(config, world.device)
     name = "/".join(Path(job.path).parts[-2:]) or config.model
-    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name)
+    place = (world.device, world.rank, world.size, autocast)
+    return Target(config, model, data_config, *place, name, job.class_names)
 
 
 def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:

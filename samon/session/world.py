@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import os
+import socket
 import sys
 import time
 import uuid
@@ -39,8 +40,9 @@ def run_id() -> str:
     return name if restartable() and name != "none" else ""
 
 
-def restart_count() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def word() -> str:
+    """By what a restart knows its run: torchrun's name for it, or else the process that starts it again."""
+    return (run_id() or f"{socket.gethostname()}-{os.getppid()}") if restartable() else ""
 
 
 def _living_processes(url: str, timeout: timedelta, **kwargs: object) -> Iterator[tuple[dist.Store, int, int]]:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,19 @@ class Config(argparse.Namespace):
         return Config(**vars(self) | changes)
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    """The resolved configuration of train.py's command line; every mistake in it is a UserError."""
+def parse(argv: list[str] | None = None, stored: Callable[[str], dict[str, Any]] = lambda resume: {}) -> Config:
+    """The resolved configuration of train.py's command line; every mistake in it is a UserError.
+
+    `stored`: the settings of the run that --resume names, which count where no --config is given.
+    """
     given = parse_command_line(TRAIN, argv, "train.py", DESCRIPTION)
-    config = resolve(given, read_yaml(given["config"]) if given.get("config") else {})
+    if given.get("config"):
+        file = read_yaml(given["config"])
+    else:
+        file = stored(given["resume"]) if given.get("resume") else {}
+        if given.get("opt", file.get("opt")) != file.get("opt"):  # these were settled for the other one
+            file = {key: value for key, value in file.items() if key not in ("rho", "eta")}
+    config = resolve(given, file)
     check(config, given)
     return config
 

@@ -77,6 +77,7 @@ SAM: tuple[Flag, ...] = (
 RUN: tuple[Flag, ...] = (
     T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
     T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
+    T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
     T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
 )
 

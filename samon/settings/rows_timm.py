@@ -33,7 +33,12 @@ TIMM: Groups = {
         B("pretrained", bool, False, "start from the model's pretrained weights"),
         T("pretrained-path", str, None, "load pretrained weights from this file, adapting the head"),
         T("initial-checkpoint", str, "", "load model weights from this checkpoint before training"),
-        T("resume", str, "", "continue from a checkpoint file, or from the newest state in a directory"),
+        T(
+            "resume",
+            str,
+            "",
+            "continue from a checkpoint file, or from the newest state in a directory, with its settings",
+        ),
         T("no-resume-opt", bool, False, "on resume load weights only, not optimizer and scaler"),
         B("num-classes", int, None, "number of classes; the model's own if not given", range=">= 0"),
         B("gp", str, None, "global pooling: fast, avg, max, avgmax, avgmaxc"),

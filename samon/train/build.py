@@ -26,7 +26,7 @@ from samon.session.ablations import weight_decay_groups
 from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings.config import Config
-from samon.train.loaders import Batches, build_data, mixing
+from samon.train.loaders import Batches, build_data, data_classes, mixing
 
 log = logging.getLogger("samon")
 
@@ -84,6 +84,7 @@ class Run:
     mixup: Mixup | None  # host-side, where the loader does not mix
     train_loader: Batches
     eval_loader: Batches | None
+    class_names: list[str] | None  # in the order of the labels
     hooks: Hooks = field(default_factory=Hooks)
 
     @property
@@ -101,7 +102,7 @@ class Run:
 
 def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     """Everything, in timm's order: model, layout, optimizer, EMA, data, loss, processes, schedule."""
-    model = models.for_training(config)
+    model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = resolve_data_config(vars(config), model=model)
     check_ascent_size(config, model, data_config["input_size"])
@@ -109,9 +110,9 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config, model, lr)
     sam = samon.sam_of(optimizer)
-    train_loader, eval_loader, mixup = build_data(config, classes, data_config, world)
-    metric = config.eval_metric if eval_loader is not None else "loss"
-    updates = math.ceil(len(train_loader) / config.grad_accum_steps)
+    read = build_data(config, classes, data_config, world)
+    metric = config.eval_metric if read.held is not None else "loss"
+    updates = math.ceil(len(read.train) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     settled = Settled(
         num_classes=classes,
@@ -135,9 +136,10 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         autocast=models.autocast(config, world.device),
         ema=build_ema(config, model),
         loss=build_loss(config).to(world.device),
-        mixup=mixup,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
+        mixup=read.mixup,
+        train_loader=read.train,
+        eval_loader=read.held,
+        class_names=read.class_names,
         hooks=hooks or Hooks(),
     )
     if sam is not None:

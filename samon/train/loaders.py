@@ -1,7 +1,8 @@
 """Configuration -> the loaders of a run: what is read, how it is mixed and augmented."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.data import FastCollateMixup, Mixup
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from samon import data
 from samon.data.sizes import SizeSchedule
+from samon.data.sources import Source, open_source
 from samon.errors import UserError, user_errors
 from samon.session.model import dtype_of
 from samon.session.world import World
 from samon.settings.config import Config
+from samon.settings.flag import nearest
+
+log = logging.getLogger("samon")
 
 
 class Batches(Protocol):
@@ -27,6 +32,15 @@ class Batches(Protocol):
     def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None: ...
 
 
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train: Batches
+    held: Batches | None  # to validate on
+    mixup: Mixup | None  # host-side, where the loader does not mix
+    class_names: list[str] | None  # in the order of the labels
+
+
 # Arguments of create_loader for training, and the settings that fill them; then those of create_dataset.
 _AUGMENTATION = {
     **{"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit", "auto_augment": "aa"},
@@ -35,13 +49,44 @@ _AUGMENTATION = {
     **{key: key for key in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
     "use_multi_epochs_loader": "use_multi_epochs_loader",
 }
-_DATASET = ("class_map", "input_key", "target_key", "sample_split", "shuffle_buffer", "shard_cache", "seed")
+_DATASET = ("sample_split", "shuffle_buffer", "seed")
 
 
-def build_data(
-    config: Config, classes: int, data_config: dict[str, Any], world: World
-) -> tuple[Batches, Batches | None, Mixup | None]:
-    """(training loader, validation loader or None, host-side Mixup or None)."""
+def data_classes(config: Config) -> int | None:
+    """--num-classes; where nothing is said and no pretrained head is kept, the number in the training data."""
+    kept = config.pretrained and not config.pretrained_path
+    if config.num_classes is not None or kept or config.initial_checkpoint:
+        return config.num_classes
+    with user_errors("data"):
+        return open_source(config.dataset, config.data_dir, config.train_split, **_opening(config)).num_classes
+
+
+def check_splits(config: Config, train: Source, held: Source, classes: int, say: Callable[[str], Any]) -> None:
+    """Validation must be of other images than training, and its labels must mean what training's mean.
+
+    Raises:
+        UserError: the same images, or a class that is not trained.
+    """
+    if train.place == held.place:
+        raise UserError(
+            f"--train-split {config.train_split} and --val-split {config.val_split} are the same images, {held.place}; "
+            "give --data-dir the directory above the splits, name two of them, or --val-split '' for no validation"
+        )
+    if train.num_classes and train.num_classes < classes:
+        found = train.num_classes
+        say(f"{train.place} has {found} classes, the model {classes}; --num-classes {found} fits")
+    names, others = train.class_names, held.class_names
+    if config.class_map or not names or not others or names == others:
+        return
+    if strange := [name for name in others if name not in names]:
+        like = nearest(strange[0], names)
+        raise UserError(f"{held.place}: class {strange[0]!r} is not among the {len(names)} of {train.place}{like}")
+    say(f"{held.place} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
+    held.renumber(names)
+
+
+def build_data(config: Config, classes: int, data_config: dict[str, Any], world: World) -> Data:
+    """Loaders over both splits, checked against each other."""
     keys = ("input_size", "mean", "std")
     shared = {key: data_config[key] for key in keys} | {
         "pin_memory": config.pin_mem,
@@ -57,11 +102,15 @@ def build_data(
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
             raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
+        names = train.source.class_names
         if not config.val_split:
-            return train_loader, None, mixup
+            return Data(train_loader, None, mixup, names)
+        held = _dataset(config, classes, data_config, config.val_split, None)
+        say = log.warning if world.primary else log.debug  # once
+        check_splits(config, train.source, held.source, classes, say)
         # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
         eval_loader: Batches = make(
-            _dataset(config, classes, data_config, config.val_split, None),
+            held,
             is_training=False,
             batch_size=config.validation_batch_size or config.batch_size,
             num_workers=config.workers,
@@ -69,7 +118,7 @@ def build_data(
             **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
             **shared,
         )
-    return train_loader, eval_loader, mixup
+    return Data(train_loader, eval_loader, mixup, names)
 
 
 def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
@@ -109,14 +158,21 @@ def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: s
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
         num_classes=classes,
-        download=config.dataset_download,
-        trust_remote_code=config.dataset_trust_remote_code,
-        shard_cache_size=int(config.shard_cache_size * 2**30),
         max_bad_fraction=config.max_bad_samples,
-        allow_shell_urls=config.allow_shell_urls,
         **{key: getattr(config, key) for key in _DATASET},
+        **_opening(config),
         **extra,
     )
+
+
+def _opening(config: Config) -> dict[str, Any]:
+    """What `open_source` wants to know beside name, root and split."""
+    keys = ("class_map", "input_key", "target_key", "allow_shell_urls", "shard_cache")
+    return {key: getattr(config, key) for key in keys} | {
+        "download": config.dataset_download,
+        "trust_remote_code": config.dataset_trust_remote_code,
+        "shard_cache_size": int(config.shard_cache_size * 2**30),
+    }
 
 
 def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:

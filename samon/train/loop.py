@@ -49,7 +49,7 @@ def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[
 
 
 def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
-    final: dict[str, Any] = {}
+    final = report.told() if progress.epoch >= run.epochs else {}
     while progress.epoch < run.epochs:
         train = train_epoch(run, progress, keeper, report, rng)
         rng = None

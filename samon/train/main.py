@@ -1,30 +1,49 @@
 """A training run, from its command line to its last line."""
 
+import logging
 from typing import Any
 
 from timm.utils import random_seed
 
 from samon.data.sources import check_name
+from samon.errors import UserError
 from samon.session.checkpoint import Checkpoints, Progress
 from samon.session.world import World, processes
 from samon.settings.config import Config, dump, parse
 from samon.settings.rows import steps_or_minutes
-from samon.train.build import Hooks, build
+from samon.train.build import Hooks, Run, build
 from samon.train.control import Control
 from samon.train.loop import fit
 from samon.train.report import Report
-from samon.train.state import Keeper, locate, restore, write_settings
+from samon.train.state import Keeper, Place, locate, restore, stored_settings, write_settings
+
+log = logging.getLogger("samon")
 
 
 def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the final metrics."""
-    config = parse(argv)
+    config = parse(argv, stored_settings)
     if config.print_config:
         print(dump(config), end="")
         return {}
     check_name(config.dataset, config.data_dir)
     with processes(config) as world:
         return train(config, world, hooks)
+
+
+def check_left(run: Run, progress: Progress, place: Place) -> None:
+    """A run that has ended may be started again, and ends as it did; any other without an epoch is a mistake.
+
+    Raises:
+        UserError: no epoch is left.
+    """
+    if progress.epoch < run.epochs:
+        return
+    from_here = place.source is not None and place.source.parent.resolve() == place.directory.resolve()
+    if not from_here or run.config.start_epoch is not None:
+        where = f"{place.source} goes on at" if place.source else "--start-epoch is"
+        raise UserError(f"{where} epoch {progress.epoch} of {run.epochs}: nothing is left to train; raise --epochs")
+    log.warning("%s has had its %d epochs: nothing is left to do", place.directory, run.epochs)
 
 
 def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
@@ -42,6 +61,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         if place.source:
             progress, rng = restore(run, place.source, checkpoints)
         report.describe(run)
+        check_left(run, progress, place)
         metrics = fit(run, progress, Keeper(run, checkpoints, control, place.started), report, rng)
         report.finish(metrics)
         return metrics

@@ -210,6 +210,13 @@ class Report:
             self._wandb.log(row)
         log.info(" ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None).capitalize())
 
+    def told(self) -> dict[str, Any]:
+        """The last epoch's metrics of a run that has ended, as it wrote them."""
+        path = self.directory / "summary.csv"
+        rows = list(csv.DictReader(path.read_text().splitlines())) if self.primary and path.exists() else []
+        row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
+        return row | ({"epoch": int(row["epoch"])} if row else {})
+
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Where everything is and what to do next, then the final metrics as the last line on stdout."""
         if not self.primary:
@@ -217,7 +224,8 @@ class Report:
         if self._bar is not None:
             self._bar.close()
         where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
-        print(f"\nResults      {where}: summary.csv, log.txt, checkpoints (best: {checkpoint.name})")
+        best = f" (best: {checkpoint.name})" if checkpoint.exists() else ""
+        print(f"\nResults      {where}: summary.csv, log.txt, checkpoints{best}")
         print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
         print(f"Next         python validate.py --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")

@@ -3,6 +3,8 @@
 import datetime
 import logging
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,23 @@ from samon import rng as generators
 from samon.errors import UserError
 from samon.files import write_text
 from samon.session import world as elastic
-from samon.session.checkpoint import Checkpoints, Progress, TrainState, newest, progress_of, read, settings_of
+from samon.session.checkpoint import SUFFIX, Checkpoints, Progress, TrainState, newest, progress_of, read, settings_of
 from samon.session.world import World, on_primary
-from samon.settings.config import Config, dump
+from samon.settings.config import FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
 
 log = logging.getLogger("samon")
 ARGS = "args.yaml"
+OF_A_START = ("resume", "no_resume_opt", "start_epoch", "overwrite")  # how a run is started is not how it is made
+# Of the settings, those that change no weight: where things are written and read, and how often.
+INDIFFERENT = {*OF_A_START, "config", "data", "output", "experiment", "data_dir", "shard_cache", "shard_cache_size"}
+INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist"}
+INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
+INDIFFERENT |= {"val_interval", "validation_batch_size", "no_replay", "dataset_download"}
+# Settings that lie in the optimizer's groups, which a checkpoint brings along.
+OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
+OF_GROUPS |= {"opt_eps": ("eps",), "opt_betas": ("betas",)}
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,15 @@ def locate(config: Config, world: World) -> Place:
 def _locate(config: Config) -> Place:
     directory = _directory(config)
     source: Path | None = None
-    started, run_id = _identity(directory)
-    if elastic.restart_count() > 0 or (run_id and run_id == elastic.run_id()):
+    started, word = _identity(directory)
+    restarted = bool(word) and word == elastic.word()
+    if restarted:
         source = _newest(directory, started) if started else None
         if source is None:
             log.warning("Restarted before a state was saved in %s: starting over", directory)
     if source is None:
         started = None
+    same_run = restarted
     if source is None and config.resume:
         source = Path(config.resume)
         if source.is_dir():
@@ -60,9 +73,39 @@ def _locate(config: Config) -> Place:
                 )
         same_run = source.parent.resolve() == directory.resolve()
         started = str(read(source).get("started", "")) if same_run else None
+    if not same_run:
+        _make_room(directory, config.overwrite)
     place = Place(directory, started or datetime.datetime.now().isoformat(), source)
     _write(place, config)
     return place
+
+
+def _make_room(directory: Path, overwrite: bool) -> None:
+    """Nothing of another run stays in the directory, whose checkpoints are not given up unless that is said."""
+    kept = sorted(directory.glob(f"*{SUFFIX}"))
+    if kept and not overwrite:
+        raise UserError(
+            f"{directory} holds a run ({kept[0].name}); --resume {directory} goes on with it, --overwrite starts "
+            "over, another --experiment keeps both"
+        )
+    if (directory / ARGS).exists():
+        for name in (ARGS, "summary.csv", "log.txt", "run.json"):
+            (directory / name).unlink(missing_ok=True)
+        for path in (*kept, *directory.glob("train-batch-*.jpg")):
+            path.unlink()
+        shutil.rmtree(directory / "tb", ignore_errors=True)
+
+
+def stored_settings(resume: str) -> dict[str, Any]:
+    """What the run that `--resume` names was made with, for a command line that says no more than that."""
+    path = Path(resume)
+    if (path / ARGS).is_file():
+        found = read_yaml(str(path / ARGS))
+    elif path.is_file():
+        found = {key: value for key, value in settings_of(read(path)).items() if key in FLAGS}
+    else:
+        return {}
+    return {key: value for key, value in found.items() if key not in (*OF_A_START, "output", "experiment")}
 
 
 def _newest(directory: Path, started: str | None) -> Path | None:
@@ -87,7 +130,7 @@ def _directory(config: Config) -> Path:
 
 
 def _identity(directory: Path) -> tuple[str | None, str]:
-    """(when the run in a directory was started, torchrun's name for it), from the first line of its args.yaml."""
+    """(when the run in a directory was started, what its restarts know it by), from the first line of its args.yaml."""
     try:
         found = re.match(r"# started (\S+) *(\S*)", (directory / ARGS).read_text())
     except OSError:
@@ -102,13 +145,18 @@ def write_settings(place: Place, run: Run) -> None:
 
 def effective(run: Run) -> Config:
     """The configuration with what building settled."""
-    return run.config.but(**run.settled.settings())
+    return lasting(run.config.but(**run.settled.settings()))
+
+
+def lasting(config: Config) -> Config:
+    """Without how this start of the run was asked for."""
+    return config.but(**{key: FLAGS[key].default for key in OF_A_START})
 
 
 def _write(place: Place, config: Config) -> None:
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
-        write_text(place.directory / ARGS, f"# started {place.started} {elastic.run_id()}\n{dump(config)}")
+        write_text(place.directory / ARGS, f"# started {place.started} {elastic.word()}\n{dump(lasting(config))}")
     except OSError as error:
         raise UserError(f"cannot write to {place.directory}: {error.strerror}; choose another --output") from None
 
@@ -153,6 +201,7 @@ class Keeper:
             ranks=ranks,
             best=self.checkpoints.best,
             started=self.started,
+            class_names=run.class_names,
         )
 
 
@@ -170,12 +219,19 @@ def _plateau(scheduler: Any) -> dict[str, Any] | None:
 def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
     """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
     content, config = read(source), run.config
+    changed = differences(run, content)
+    if changed and run.world.primary:
+        told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
+        log.warning("Other settings than in %s: %s", source, told)
+    fresh = [dict(group) for group in run.optimizer.param_groups]
     try:
         run.model.load_state_dict(clean_state_dict(content["state_dict"]))
         if run.ema is not None:
             run.ema.module.load_state_dict(clean_state_dict(content.get("state_dict_ema") or content["state_dict"]))
         if not config.no_resume_opt and "optimizer" in content:
             run.optimizer.load_state_dict(content["optimizer"])
+            for group, new in zip(run.optimizer.param_groups, fresh, strict=True):  # what is asked for now counts
+                group |= {name: new[name] for key in changed for name in OF_GROUPS.get(key, ()) if name in group}
         if run.scaler is not None and not config.no_resume_opt and "amp_scaler" in content:
             run.scaler.load_state_dict(content["amp_scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -197,6 +253,17 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     _restore_schedule(run, progress, content.get("scheduler"))
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return progress, rng
+
+
+def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{setting: (in the checkpoint, in this run)} where they differ and it matters to the result."""
+    was, now = settings_of(content), vars(effective(run))
+    keys = [key for key in now if key in was and key not in INDIFFERENT]
+    return {key: (was[key], now[key]) for key in keys if _plain(was[key]) != _plain(now[key])}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> dict[str, Any] | None:

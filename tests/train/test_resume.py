@@ -130,19 +130,5 @@ def test_timms_own_checkpoint_continues(tmp_path: Path) -> None:
     assert metrics["epoch"] == 1
 
 
-def test_a_new_run_in_an_old_directory_does_not_continue_it(tmp_path: Path) -> None:
-    _, directory = run(tmp_path, "--epochs", "3")
-    run(tmp_path, "--epochs", "1")
-    path, content, _ = newest(directory, content_identity(directory))
-    assert path is not None
-    assert content["progress"]["epoch"] == 0
-    assert (directory / "checkpoint-2.pth.tar").exists()  # the old run's
-    assert len((directory / "summary.csv").read_text().splitlines()) == 2
-
-
-def content_identity(directory: Path) -> str:
-    return (directory / "args.yaml").read_text().split()[2]
-
-
 def test_base_is_what_the_tests_think() -> None:
     assert BASE[BASE.index("-b") + 1] == "16"

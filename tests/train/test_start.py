@@ -1,0 +1,212 @@
+"""How runs begin: directories that hold one already, what a resumed run takes over, data that do not fit together."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from samon.errors import UserError
+from samon.evals.main import main as validate
+from samon.train import main as train
+from tests.runs import BASE, WATCH, assert_same, last, run, run_stopped, weights
+
+
+def start(tmp_path: Path, *args: str) -> dict[str, Any]:
+    """As `run`, without --overwrite."""
+    return train.main([*BASE, "--output", str(tmp_path), "--experiment", "run", *args])
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((directory / "args.yaml").read_text())
+    return content
+
+
+# --- the same directory again -----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:
+    start(tmp_path, "--epochs", "2")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"run holds a run \(checkpoint-0.*--resume .*--overwrite"):
+        start(tmp_path, "--epochs", "1")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    start(tmp_path, "--epochs", "1", "--overwrite")
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.pth.tar"))
+    assert names == ["checkpoint-0.pth.tar", "last.pth.tar", "model_best.pth.tar"]  # nothing of the old run
+    assert len((tmp_path / "run/summary.csv").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "run/tb").glob("events*"))) == 1
+    assert settings(tmp_path / "run")["overwrite"] is False  # or -c args.yaml would delete it
+
+
+def test_a_run_that_saved_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.yaml").write_text("# started long ago\nlr: 1\n")
+    (tmp_path / "run/log.txt").write_text("old\n")
+    start(tmp_path)
+    assert "old" not in (tmp_path / "run/log.txt").read_text()
+
+
+def test_another_runs_state_does_not_open_a_third_runs_directory(tmp_path: Path) -> None:
+    _, other = run(tmp_path, name="other")
+    start(tmp_path)
+    with pytest.raises(UserError, match="holds a run"):
+        start(tmp_path, "--resume", str(other), "--epochs", "2")
+
+
+# --- --resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_alone_takes_the_runs_settings(tmp_path: Path) -> None:
+    args = ("--opt", "samon-adamw", "--rho", "0.3", "--epochs", "2", "--smoothing", "0.2")
+    _, whole = run(tmp_path, *args, name="whole")
+    stopped = run_stopped(tmp_path, 1, 2, *args)
+    moved = tmp_path / "elsewhere"
+    shutil.move(stopped, moved)
+    train.main(["--resume", str(moved)])
+    assert_same(weights(moved), weights(whole))
+    place = {"output", "experiment"}
+    kept = {key: value for key, value in settings(moved).items() if key not in place}
+    assert kept == {key: value for key, value in settings(whole).items() if key not in place}
+
+
+def test_other_settings_are_told_and_used(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ("--opt", "samon", "--rho", "0.1", "--weight-decay", "0.01", "--epochs", "3", "--sched", "none")
+    stopped = run_stopped(tmp_path, 1, 2, *args)
+    capfd.readouterr()
+    seen: list[Any] = []
+    hooks = type(WATCH)(begun=lambda job, progress: seen.append(job.optimizer.param_groups[1]))
+    other = ["--rho", "0.4", "--weight-decay", "0.2", "--lr", "0.07"]
+    train.main(["--resume", str(stopped), *other], hooks)
+    told = next(line for line in capfd.readouterr().err.splitlines() if "Other settings" in line)
+    for part in ("rho 0.1 -> 0.4", "weight_decay 0.01 -> 0.2", "lr 0.05 -> 0.07"):
+        assert part in told
+    assert "epochs" not in told
+    assert (seen[-1]["lr"], seen[-1]["weight_decay"]) == (0.07, 0.2)
+    assert settings(stopped)["rho"] == 0.4
+
+
+def test_the_same_settings_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stopped = run_stopped(tmp_path, 0, 2, "--opt", "samon", "--epochs", "2")
+    train.main(["--resume", str(stopped)])
+    assert "Other settings" not in capfd.readouterr().err
+
+
+def test_another_optimizer_brings_its_own_rho(tmp_path: Path) -> None:
+    stopped = run_stopped(tmp_path, 0, 2, "--opt", "samon", "--epochs", "1")
+    assert settings(stopped)["rho"] == 0.5
+    train.main(["--resume", str(stopped), "--opt", "sam"])
+    assert settings(stopped)["rho"] == 0.05
+
+
+def test_settings_of_a_resumed_run_make_a_new_run(tmp_path: Path) -> None:
+    stopped = run_stopped(tmp_path, 0, 2, "--epochs", "1")
+    train.main(["--resume", str(stopped)])
+    again = train.main(["-c", str(stopped / "args.yaml"), "--output", str(tmp_path), "--experiment", "again"])
+    assert again["epoch"] == 0
+    assert (tmp_path / "again/last.pth.tar").exists()
+
+
+# --- nothing to do ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_ends_as_it_did(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    metrics, directory = run(tmp_path, "--epochs", "2", "--opt", "samon")
+    capfd.readouterr()
+    again = train.main(["--resume", str(directory)])
+    out, err = capfd.readouterr()
+    assert "nothing is left to do" in err
+    assert again == pytest.approx(metrics, rel=1e-6)
+    assert str(directory) in out
+
+
+@pytest.mark.parametrize("args", [["--start-epoch", "3"], ["--start-epoch", "1", "--epochs", "1"]])
+def test_a_start_behind_the_end_is_a_mistake(tmp_path: Path, args: list[str]) -> None:
+    with pytest.raises(UserError, match=r"--start-epoch is epoch \d of 1: nothing is left to train; raise --epochs"):
+        run(tmp_path, *args)
+
+
+def test_so_is_the_end_of_another_run(tmp_path: Path) -> None:
+    _, other = run(tmp_path, name="other")
+    with pytest.raises(UserError, match=r"last.pth.tar goes on at epoch 1 of 1|checkpoint-0.*nothing is left"):
+        run(tmp_path, "--resume", str(other))
+
+
+# --- splits that do not fit -------------------------------------------------------------------------------------------
+
+FOLDER = ["--model", "test_resnet", "--img-size", "32", "-b", "8", "-j", "0", "--epochs", "1", "--warmup-epochs", "0"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Image folders of the classes named for training and for validation, 8 and 4 images each, of one gray a class."""
+
+    def make(train_classes: str, held_classes: str) -> Path:
+        root = tmp_path / "images"
+        for split, names, count in (("train", train_classes, 8), ("val", held_classes, 4)):
+            for name in names.split():
+                (root / split / name).mkdir(parents=True)
+                for index in range(count):
+                    gray = 40 * (ord(name[0]) - ord("a")) + index
+                    Image.new("RGB", (36, 36), (gray, gray, gray)).save(root / split / name / f"{index}.png")
+        return root
+
+    return make
+
+
+def on_folders(root: Path, tmp_path: Path, *args: str) -> Path:
+    place = ["--output", str(tmp_path), "--experiment", "run", "--overwrite", "--val-split", "val"]
+    train.main([*FOLDER, "--data-dir", str(root), *place, *args])
+    return tmp_path / "run"
+
+
+def test_the_head_takes_the_number_of_classes(folders: Any, tmp_path: Path) -> None:
+    directory = on_folders(folders("ant bee cat", "ant bee cat"), tmp_path)
+    assert settings(directory)["num_classes"] == 3
+    assert last(directory)["state_dict"]["fc.weight"].shape[0] == 3
+    assert last(directory)["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_another_number_of_classes_is_told(folders: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    on_folders(folders("ant bee", "ant bee"), tmp_path, "--num-classes", "5")
+    assert "has 2 classes, the model 5; --num-classes 2 fits" in capfd.readouterr().err
+
+
+def test_the_same_images_twice_are_refused(folders: Any, tmp_path: Path) -> None:
+    root = folders("ant bee", "ant bee")
+    with pytest.raises(UserError, match=r"are the same images, .*images/train; give --data-dir the directory above"):
+        on_folders(root / "train", tmp_path)
+    with pytest.raises(UserError, match="are the same images"):
+        run(tmp_path, "--val-split", "train")
+
+
+def test_a_renamed_class_is_refused(folders: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"class 'beee' is not among the 3 of .*did you mean 'bee'"):
+        on_folders(folders("ant bee cat", "ant beee cat"), tmp_path)
+
+
+def test_a_missing_class_shifts_no_label(folders: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In training and in validate.py: the figures are those of the set whose missing class is there but empty."""
+    root = folders("ant bee cat", "ant cat")
+    directory = on_folders(root, tmp_path, "--lr", "0.1", "--epochs", "2")
+    assert "has 2 of the 3 classes: its labels are numbered as in training" in capfd.readouterr().err
+    loss = figure("loss", "--checkpoint", str(directory))
+    assert "numbered by the 3 classes" in capfd.readouterr().err
+    assert loss == figure("loss", "--checkpoint", str(directory), "--class-map", str(class_map(tmp_path)))
+    rows = [line.split(",") for line in (directory / "summary.csv").read_text().splitlines()]
+    best = max(rows[1:], key=lambda row: float(row[rows[0].index("eval_top1")]))
+    assert float(best[rows[0].index("eval_loss")]) == pytest.approx(loss, rel=1e-5)
+
+
+def figure(name: str, *args: str) -> float:
+    (value,) = (row["value"] for row in validate([*args, "--device", "cpu"]) if row["metric"] == name)
+    return float(value)
+
+
+def class_map(tmp_path: Path) -> Path:
+    path = tmp_path / "map.txt"
+    path.write_text("ant\nbee\ncat\n")
+    return path
