@@ -117,6 +117,9 @@ def _remember(kind: Any, references: list[weakref.ref], then: Callable[[Any], An
 def main(argv: list[str] | None = None) -> None:
     """Run the script as if it had been started itself."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if not arguments or not Path(arguments[0]).is_file():
         what = f"no script {arguments[0]}" if arguments else "no script named"
         raise UserError(f"{what}; usage: python -m samon.timm_script SCRIPT.py ARGS...")

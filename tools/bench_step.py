@@ -263,10 +263,15 @@ def resident_growth(bench: Bench, step: Step) -> float:
 
 
 def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
-    steps = {name: make() for name, make in bench.variants().items()}
-    for step in steps.values():  # warm-up: replay plans, compilation, allocator
-        for _ in range(2):
-            step()
+    steps, refused = {}, {}
+    for name, make in bench.variants().items():
+        try:
+            step = make()
+            for _ in range(2):  # warm-up: replay plans, compilation, allocator
+                step()
+            steps[name] = step
+        except ValueError as error:  # such as one value a channel in a BatchNorm layer: this row cannot be
+            refused[name] = " ".join(str(error).split())
     eager = not bench.args.compile
     each = {name: bench.updates_of.get(step, 1) for name, step in steps.items()}
     counted = {name: flops(step) / each[name] if eager else None for name, step in steps.items()}
@@ -293,12 +298,15 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
                 "peak_mib": peak,
             }
         )
-    return rows
+    return rows + [{"variant": name, "refused": why} for name, why in refused.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| step | FLOPs | time | min to max | ms | peak MiB |", "|---|---|---|---|---|---|"]
     for r in rows:
+        if "refused" in r:
+            lines.append(f"| {r['variant']} | - | - | {r['refused']} | - | - |")
+            continue
         flop = "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}"
         peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
         name = re.sub(r"\|", r"\\|", r["variant"])

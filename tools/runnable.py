@@ -5,8 +5,8 @@ python tools/runnable.py            # as they stand
 python tools/runnable.py --small    # scaled down: one epoch, a few samples
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +34,12 @@ def small(command: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="scaled down, over in seconds")
+    args = parser.parse_args()
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for command in commands(page.read_text()):
-            print(small(command) if "--small" in sys.argv[1:] else command)
+            print(small(command) if args.small else command)
 
 
 if __name__ == "__main__":

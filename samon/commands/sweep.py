@@ -94,6 +94,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """All runs of the sweep, seeds outermost, so that a table of all columns exists as early as possible."""
     opts = split_list(args.opts, str, "--opts")
     seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
+    if not seeds:
+        raise UserError("--seeds 0 leaves nothing to run; give a number of seeds, or a list such as 5,7,")
     for opt in opts:
         settings(args, opt)
     grids = {opt: grid_of(opt, args) for opt in opts}

@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 from timm import utils
-from timm.data import resolve_data_config
 from timm.layers import apply_test_time_pool
 
 from samon.data.sources import check_name
-from samon.errors import UserError, user_errors
+from samon.errors import UserError
 from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Results, Row, markdown, result_format, writable
@@ -181,8 +180,7 @@ def build(job: Job, world: World) -> Target:
         load_weights(model, job.path, job.average)
         which = "averaged weights" if job.average else "weights"
         log.info("%s: the %s of %s", config.model, which, job.path)
-    with user_errors():
-        data_config = resolve_data_config(vars(config), model=model, use_test_size=not config.use_train_size)
+    data_config = models.data_config(config, model, use_test_size=not config.use_train_size)
     if config.test_pool:
         model, _ = apply_test_time_pool(model, data_config)
     if config.reparam:
@@ -190,10 +188,7 @@ def build(job: Job, world: World) -> Target:
     model = models.place(config, model, world).eval()
     size = data_config["input_size"]
     if text := models.refusal(model, size):  # told before any data is read
-        raise UserError(
-            f"{config.model} does not take images of {list(size)} ({text}); give --img-size, and for transformers "
-            "--model-kwargs img_size=N as well"
-        )
+        raise UserError(f"{config.model} does not take images of {list(size)} ({text}); give another --img-size")
     autocast = models.autocast(config, world.device)
     name = "/".join(Path(job.path).parts[-2:]) or config.model
     place = (world.device, world.rank, world.size, autocast)

@@ -109,6 +109,12 @@ class SAM(Optimizer):
         """Whether each group of a batch can carry a perturbation of its own (`groups` of `samon.two_pass`)."""
         return self.scope == "samon" and self.model is not None and self.mask is None
 
+    def __repr__(self) -> str:
+        eta = f", eta={self.eta:g}" if self.eta else ""
+        ascent = "" if self.ascent.source == "batch" else f", ascent={self.ascent.source}"
+        about = f"{self.scope}, geometry={self.geometry or 'l2'}, rho={self.rho:g}{eta}{ascent}"
+        return f"SAM({about}, {len(self.selection.parameters)} tensors perturbed)\n{self.base!r}"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the group to the base; those of its parameters that fall into the scope are perturbed from now on."""
         self.base.add_param_group(param_group)

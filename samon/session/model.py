@@ -10,12 +10,15 @@ from typing import Any
 
 import timm
 import torch
+from PIL import ImageMode
+from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from samon.errors import UserError, user_errors
 from samon.session import ablations
+from samon.session.checkpoint import load
 from samon.session.world import World
 from samon.settings.config import Config
 from samon.settings.flag import nearest
@@ -37,22 +40,59 @@ def create(config: Config, **factory: Any) -> nn.Module:
     """The model by timm's factory, on the CPU; `factory` are further arguments of timm's."""
     check_name(config)
     set_fast_norm(config.fast_norm)
+    size = (config.input_size or [0, 0])[1:] if config.img_size is None else [config.img_size] * 2
+    if any(size) and fixed_input(config.model):
+        factory = {"img_size": tuple(size), **factory}
     with user_errors(f"--model {config.model}"):
         return timm.create_model(
             config.model,
             num_classes=config.num_classes,
             in_chans=config.in_chans or (config.input_size or [3])[0],
             global_pool=config.gp,
-            **factory,
-            **config.model_kwargs,
+            **factory | config.model_kwargs,
         )
+
+
+def fixed_input(name: str) -> bool:
+    """Whether the network is made for one image size, which its factory is to be told."""
+    cfg = None if name.startswith(_HUBS) else timm.get_pretrained_cfg(name)
+    return cfg is not None and cfg.fixed_input_size
+
+
+def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
+    """How images are prepared, as timm finds it: input_size, mean, std, interpolation, crop_pct, crop_mode.
+
+    Raises:
+        UserError: numbers that do not fit the channels, or channels that images do not have.
+    """
+    channels = config.input_size[0] if config.input_size else config.in_chans or 3
+    for key in ("mean", "std"):
+        if len(getattr(config, key) or [0]) not in (1, channels):
+            raise UserError(f"--{key} takes one value, or one for each of {channels} channels")
+    with user_errors():
+        found: dict[str, Any] = resolve_data_config(vars(config), model=model, **how)
+    channels = found["input_size"][0]
+    mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError:
+        raise UserError(f"--input-img-mode {mode}: Pillow knows no such mode; use L or RGB") from None
+    if bands != channels:
+        raise UserError(
+            f"--in-chans {channels}: images are read as {mode}, {bands} channel{'s' * (bands > 1)}; use 1 or 3, or "
+            "an --input-img-mode of so many"
+        )
+    return found
 
 
 def for_training(config: Config) -> nn.Module:
     """The model to train: initial weights, regularization, the head's initial scale and bias, frozen parameters."""
     for key in ("initial_checkpoint", "pretrained_path"):
-        if (path := getattr(config, key)) and not Path(path).exists():
-            raise UserError(f"--{key.replace('_', '-')}: no file {path}")
+        if path := getattr(config, key):
+            if not Path(path).exists():
+                raise UserError(f"--{key.replace('_', '-')}: no file {path}")
+            if not path.endswith((".safetensors", ".npz", ".npy")):
+                load(Path(path), f"--{key.replace('_', '-')}")  # says what is wrong with it, where timm would guess
     weights: dict[str, Any] = {"pretrained": config.pretrained, "checkpoint_path": config.initial_checkpoint}
     if config.pretrained_path:
         overlay = {"file": config.pretrained_path, "num_classes": -1}
@@ -102,6 +142,26 @@ def refusal(model: nn.Module, size: Sequence[int]) -> str:
     finally:
         model.train(training)
     return ""
+
+
+@torch.no_grad()
+def one_value_norm(model: nn.Module, size: Sequence[int]) -> str:
+    """The name of a BatchNorm layer that sees one value a channel of an image of this size [C, H, W], or ''."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            found.append(name)
+
+    kinds = nn.modules.batchnorm._BatchNorm
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    handles = [module.register_forward_pre_hook(partial(look, name)) for name, module in layers.items()]
+    try:
+        refusal(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -14,6 +14,8 @@ from timm.utils.distributed import world_info_from_env
 import samon
 from samon.errors import UserError
 from samon.optim.ascent import Ascent
+from samon.optim.geometry import GEOMETRIES
+from samon.optim.registry import BASES, variant_of
 from samon.settings.flag import Flag, by_key, nearest, parse_command_line
 from samon.settings.rows import SAM, TRAIN
 
@@ -65,6 +67,9 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     values |= per_opt.get(opt, {})
     values |= given
     values["data_dir"] = values["data_dir"] or values["data"]
+    if variant := variant_of(values["opt"]):  # its own numbers are told, not left open
+        own = {"rho": variant.rho, "eta": GEOMETRIES[variant.geometry].eta}
+        values |= {key: number for key, number in own.items() if values[key] is None}
     return Config(**values | {"data": None})
 
 
@@ -163,6 +168,15 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
         if extra:
             raise UserError(f"{extra[0]} does nothing with --opt {config.opt}; use one such as samon-layerl2")
         return
+    base = next((suffix[1:] for suffix in filter(None, BASES) if config.opt.endswith(suffix)), "")
+    if base and config.base_opt not in (None, base, BASES[f"-{base}"]):
+        other = f"--opt {config.opt.removesuffix(f'-{base}')} --base-opt {config.base_opt}"
+        raise UserError(f"--opt {config.opt} says {base}, --base-opt {config.base_opt}; use {other}")
+    if config.sam_end_epoch is not None and config.sam_end_epoch <= config.sam_start_epoch:
+        raise UserError(
+            f"--sam-end-epoch {config.sam_end_epoch} is not behind --sam-start-epoch {config.sam_start_epoch}: no "
+            "epoch has the two-pass step; drop one of them, or take the base optimizer"
+        )
     try:
         re.compile(config.perturb or "")
     except re.error as error:

@@ -5,6 +5,7 @@ from functools import partial
 from samon.settings.flag import BOTH, TRAIN_ONLY, VALIDATE_ONLY, Flag, Groups, kwargs
 
 NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
+CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
 NO_JIT = "TorchScript is retired by PyTorch, functorch's AOT too; use --torchcompile"
@@ -114,7 +115,7 @@ TIMM: Groups = {
     ),
     "Augmentation and regularization": (
         T("no-aug", bool, False, "no training augmentation"),
-        T("train-crop-mode", str, None, "training crop: rrc, rkrc, rkrr, or pad (CIFAR's: pad, then crop)"),
+        T("train-crop-mode", str, None, "training crop; pad is CIFAR's: pad, then crop", choices=CROPS),
         T("scale", float, [0.08, 1.0], "range of the random crop's area", nargs="+", range="> 0"),
         T("ratio", float, [3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs="+", range="> 0"),
         T("hflip", float, 0.5, "probability of a horizontal flip", range="in [0, 1]"),

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -104,8 +104,9 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     """Everything, in timm's order: model, layout, optimizer, EMA, data, loss, processes, schedule."""
     model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
-    data_config = resolve_data_config(vars(config), model=model)
+    data_config = models.data_config(config, model)
     check_ascent_size(config, model, data_config["input_size"])
+    check_batch_norm(config, model, data_config["input_size"])
     model = lay_out(config, model, world)
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config, model, lr)
@@ -114,6 +115,9 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     metric = config.eval_metric if read.held is not None else "loss"
     updates = math.ceil(len(read.train) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
+    if sam is not None and config.sam_start_epoch >= epochs:
+        start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
+        raise UserError(f"{start}: none has the two-pass step; start earlier, or take the base optimizer")
     settled = Settled(
         num_classes=classes,
         lr=lr,
@@ -158,6 +162,17 @@ def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int
         raise UserError(
             f"--ascent-size {config.ascent_size}: {config.model} does not take such images; drop the flag, or add "
             f"--model-kwargs dynamic_img_size=True where it has that argument ({text})"
+        )
+
+
+def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
+    """BatchNorm needs more than one value a channel, in the smallest part of a batch that a pass goes over."""
+    m = config.m_sharpness
+    images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
+    if images == 1 and (layer := models.one_value_norm(model, input_size)):
+        raise UserError(
+            f"{layer} normalizes over the batch and sees one value a channel of an image of {list(input_size)}: passes "
+            "over single images have no variance there; raise --m-sharpness or --batch-size, or take larger images"
         )
 
 

@@ -124,7 +124,8 @@ class Report:
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
         log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, run.config.opt, settled.lr)
         if run.sam is not None:
-            log.info("%s", run.sam.selection.summary())
+            eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
+            log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
 
     def begin_epoch(self, run: Run, progress: Progress) -> None:
         self._started = self._started or time.monotonic()

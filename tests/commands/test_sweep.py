@@ -129,6 +129,11 @@ def test_other_settings_are_not_mistaken_for_finished(tmp_path: Path, monkeypatc
         sweep.main([*command, "--", "--epochs", "3"])
 
 
+def test_no_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--seeds 0 leaves nothing to run"):
+        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "0", "--output", str(tmp_path)])
+
+
 def test_dead_runs_are_retried_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch, die=1)
     args = args_of(tmp_path)

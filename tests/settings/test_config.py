@@ -181,6 +181,7 @@ def test_global_batch_size_counts_processes(world: str, right: bool, monkeypatch
             parse(*argv)
 
 
+ONE_PIXEL = ["--opt", "samon", "--model", "resnet10t", "--img-size", "28", "--m-sharpness", "1"]
 BAD: dict[str, tuple[list[str], str]] = {
     "flag": (["--learning-rat", "1"], "unknown argument --learning-rat"),
     "flag, near one": (["--weight-deca", "1"], "did you mean '--weight-decay'"),
@@ -241,6 +242,18 @@ BAD: dict[str, tuple[list[str], str]] = {
     "fisher of sam": (["--opt", "sam", "--fisher-samples", "9"], "are for ssam-f and ssam-d, not sam"),
     "compile backend": (["--torchcompile", "nothing"], "nothing"),
     "device": (["--device", "tpux"], "--device"),
+    "two bases": (["--opt", "samon-adamw", "--base-opt", "lion"], "use --opt samon --base-opt lion"),
+    "end before start": (["--opt", "samon", "--sam-end-epoch", "1", "--sam-start-epoch", "1"], "is not behind"),
+    "start behind the end": (["--opt", "samon", "--sam-start-epoch", "1"], "--sam-start-epoch 1 of 1 epochs"),
+    "m of one pixel": (ONE_PIXEL, "layer4.0.bn1 normalizes over the batch and sees one value"),
+    "batch of one pixel": ([*ONE_PIXEL[:-2], "-b", "1"], "layer4.0.bn1 normalizes over the batch"),
+    "means": (["--mean", "0.5", "0.5"], "--mean takes one value, or one for each of 1 channels"),
+    "deviations": (["--in-chans", "3", "--std", "0.5", "0.5"], "--std takes one value, or one for each of 3 channels"),
+    "channels": (["--in-chans", "7"], "--in-chans 7: images are read as L, 1 channel; use 1 or 3"),
+    "mode": (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2: Pillow knows no such mode"),
+    "crop mode": (["--train-crop-mode", "foo"], "--train-crop-mode: 'foo' is not one of 'rrc', 'rkrc', 'rkrr', 'pad'"),
+    "text as weights": (["--initial-checkpoint", "LICENSE"], "--initial-checkpoint LICENSE is text"),
+    "text as pretrained": (["--pretrained-path", "LICENSE"], "--pretrained-path LICENSE is text"),
 }
 
 

@@ -1,5 +1,6 @@
 """How runs begin: directories that hold one already, what a resumed run takes over, data that do not fit together."""
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -196,9 +197,9 @@ def test_a_missing_class_shifts_no_label(folders: Any, tmp_path: Path, capfd: py
     loss = figure("loss", "--checkpoint", str(directory))
     assert "numbered by the 3 classes" in capfd.readouterr().err
     assert loss == figure("loss", "--checkpoint", str(directory), "--class-map", str(class_map(tmp_path)))
-    rows = [line.split(",") for line in (directory / "summary.csv").read_text().splitlines()]
-    best = max(rows[1:], key=lambda row: float(row[rows[0].index("eval_top1")]))
-    assert float(best[rows[0].index("eval_loss")]) == pytest.approx(loss, rel=1e-5)
+    rows = list(csv.DictReader((directory / "summary.csv").read_text().splitlines()))
+    best = max(rows, key=lambda row: float(row["eval_top1"]))
+    assert float(best["eval_loss"]) == pytest.approx(loss, rel=1e-5)
 
 
 def figure(name: str, *args: str) -> float:
@@ -210,3 +211,35 @@ def class_map(tmp_path: Path) -> Path:
     path = tmp_path / "map.txt"
     path.write_text("ant\nbee\ncat\n")
     return path
+
+
+# --- what is settled is told ------------------------------------------------------------------------------------------
+
+
+def test_a_defaulted_rho_is_seen_everywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train.main([*BASE, "--opt", "samon-eleml2orig", "--print-config"])
+    printed = yaml.safe_load(capfd.readouterr().out)
+    assert (printed["rho"], printed["eta"]) == (0.5, 0.01)
+    seen: list[Any] = []
+    _, directory = run(tmp_path, "--opt", "samon-eleml2orig", hooks=type(WATCH)(built=seen.append))
+    assert "rho 0.5, eta 0.01; samon perturbs" in capfd.readouterr().err
+    assert (settings(directory)["rho"], settings(directory)["eta"]) == (0.5, 0.01)
+    assert repr(seen[0].optimizer).startswith("SAM(samon, geometry=eleml2orig, rho=0.5, eta=0.01, ")
+    assert "SGD (" in repr(seen[0].optimizer)
+
+
+def test_networks_of_one_image_size_take_another(tmp_path: Path) -> None:
+    """As if --model-kwargs img_size had been given, in training and in validate.py; that flag wins."""
+    _, directory = run(tmp_path, "--model", "test_vit", "--img-size", "64")
+    assert last(directory)["state_dict"]["pos_embed"].shape[1] == 1 + (64 // 16) ** 2
+    loss = figure("loss", "--checkpoint", str(directory), "--workers", "0")
+    (row,) = csv.DictReader((directory / "summary.csv").read_text().splitlines())
+    assert loss == pytest.approx(float(row["eval_loss"]), rel=1e-5)
+    (one,) = (job.model for job in built(tmp_path, "--model-kwargs", "img_size=32", "dynamic_img_size=True"))
+    assert one.pos_embed.shape[1] == 1 + (32 // 16) ** 2
+
+
+def built(tmp_path: Path, *args: str) -> list[Any]:
+    seen: list[Any] = []
+    run(tmp_path, "--model", "test_vit", "--img-size", "64", *args, hooks=type(WATCH)(built=seen.append))
+    return seen

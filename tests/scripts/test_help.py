@@ -1,0 +1,44 @@
+"""Every script says what it is for; a row of a benchmark that cannot be leaves the others."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samon import timm_script
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_prints_its_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    assert stop.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ")
+    assert len(printed) > 200
+
+
+def test_timm_script_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    timm_script.main(["--help"])
+    assert "python -m samon.timm_script SCRIPT.py ARGS" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_leaves_the_others() -> None:
+    """m = 1 on a network whose last map is one pixel: BatchNorm has no variance there."""
+    args = "--model resnet10t --img-size 28 --batch-size 4 --m 2 1 --rounds 1 --no-memory"
+    done = subprocess.run(
+        [sys.executable, "tools/bench_step.py", *args.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line.split(" | ")[0].strip("| "): line for line in done.stdout.splitlines() if line.startswith("| SAM-ON")}
+    assert "1.0" in rows["SAM-ON, ascent previous"]
+    assert "more than 1 value per channel" in rows["SAM-ON, m = 1, groups"]
+    assert "more than 1 value" not in rows["SAM-ON, m = 2, groups"]
