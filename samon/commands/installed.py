@@ -33,3 +33,15 @@ def report() -> NoReturn:
     from samon.commands.report import main
 
     run(main)
+
+
+def predict() -> NoReturn:
+    from samon.commands.predict import main
+
+    run(main)
+
+
+def export() -> NoReturn:
+    from samon.commands.export import main
+
+    run(main)

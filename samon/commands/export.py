@@ -1,0 +1,153 @@
+"""A trained model for elsewhere: ONNX, or timm's folder with a model card, also on the Hugging Face hub.
+
+    samon-export output/train/RUN --onnx model.onnx        # checked against onnxruntime
+    samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
+    samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
+
+Weights and preprocessing are those that samon-validate scores; further flags of samon-validate may stand behind --.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import push_to_hf_hub
+from timm.models._hub import generate_readme, save_for_hf
+from torch import Tensor, nn
+
+import samon
+from samon.errors import RunError, UserError
+from samon.errors import run as run_script
+from samon.evals.entry import Target, predict
+from samon.evals.main import Job, build, parse
+from samon.files import replacing, write_text
+from samon.session.checkpoint import load, settings_of
+from samon.session.world import World, console
+
+TOLERANCE = 1e-3  # of the largest logit: float32 kernels of two programs add up in different orders
+
+
+class Logits(nn.Module):
+    """The model's first output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return predict(self.model, images)
+
+
+def to_onnx(target: Target, path: Path) -> float:
+    """Write an ONNX file that takes `images` [N, C, H, W], any N, to `logits`; returns the largest difference.
+
+    Raises:
+        UserError: the packages are missing, or torch cannot export the model.
+        RunError: onnxruntime computes something else; no file is written.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # what torch's exporter is made of
+    except ImportError as error:
+        raise UserError(f"--onnx needs {error.name}; run: pip install onnx onnxruntime onnxscript") from None
+    net, size = Logits(target.model).eval(), target.data_config["input_size"]
+    example = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    try:
+        program: Any = torch.onnx.export(net, (example,), dynamo=True, verbose=False, **how)
+    except Exception as error:  # the exporter has exceptions of its own, of many kinds
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"torch cannot export {target.config.model} to ONNX: {text}") from None
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    images = torch.cat([example, example.flip(0), example])[:5]  # another batch size than it was traced with
+    with torch.no_grad():
+        right = net(images)
+    (found,) = session.run(None, {"images": images.numpy()})
+    off = float((torch.from_numpy(found) - right).abs().max())
+    if not off <= TOLERANCE * float(right.abs().max()):
+        raise RunError(f"{path} is not written: onnxruntime's logits of {target.config.model} differ by {off:.2g}")
+    with replacing(path) as file:
+        file.write(content)
+    return off
+
+
+def card(job: Job, content: dict[str, Any]) -> dict[str, Any]:
+    """timm's model card: what it is, how it was trained, what it reached, how it is used."""
+    stored = settings_of(content)
+    details = {"Model Type": "Image classification", "Architecture": job.config.model}
+    for name, key in {"Dataset": "dataset", "Optimizer": "opt", "rho": "rho", "Learning rate": "lr"}.items():
+        if stored.get(key):
+            details[name] = stored[key]
+    if "epoch" in content:
+        details["Epochs"] = content["epoch"] + 1
+    if content.get("metric") is not None:
+        details[f"Validation {stored.get('eval_metric', 'metric')}"] = f"{content['metric']:.2f}"
+    opt = stored.get("opt", "")
+    how = f" with sharpness-aware minimization (`--opt {opt}`)" if samon.is_sam_name(opt) else ""
+    usage = '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:NAME/REPO", pretrained=True).eval()\n```'
+    what = f"A timm `{job.config.model}` trained by samon {samon.__version__}{how}."
+    return {"description": what, "details": details, "usage": usage}
+
+
+def timm_arguments(job: Job, target: Target) -> dict[str, Any]:
+    """What timm's hub functions write beside the weights: classes, factory arguments, preprocessing."""
+    model_config = {"num_classes": int(target.model.num_classes)}  # type: ignore[arg-type]
+    if target.class_names:
+        model_config["label_names"] = list(target.class_names)  # type: ignore[assignment]
+    arguments = dict(job.config.model_kwargs)
+    if job.config.gp:
+        model_config["global_pool"] = job.config.gp
+    return {"model_config": model_config, "model_args": arguments or None, "data_config": dict(target.data_config)}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="samon-export", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
+    add("--model", default="", help="timm model, where the checkpoint does not say it")
+    add("--onnx", type=Path, metavar="FILE", help="ONNX file to write")
+    add("--timm", type=Path, metavar="DIR", help="folder to write: weights, config.json, README.md")
+    add("--push", default="", metavar="NAME/REPO", help="repository on the hub to upload the same to")
+    add("--private", action="store_true", help="--push: make the repository private")
+    args = parser.parse_args(argv[:cut])
+    args.validate = argv[cut + 1 :]
+    if not (args.onnx or args.timm or args.push):
+        raise UserError("nothing to make: give --onnx FILE, --timm DIR or --push NAME/REPO")
+    if args.onnx and not args.onnx.parent.is_dir():
+        raise UserError(f"{args.onnx.parent} does not exist; make it, or name another file")
+    if args.timm and args.timm.exists() and any(args.timm.iterdir()):
+        raise UserError(f"--timm {args.timm} is not empty; name a new folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.validate]
+    (job,) = parse([*words, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
+    world = World(torch.device("cpu"), 0, 1)
+    with console(world):
+        target = build(job, world)
+    content = {} if job.path.endswith(".safetensors") else load(Path(job.path), "CHECKPOINT")
+    if args.onnx:
+        off = to_onnx(target, args.onnx)
+        print(f"{args.onnx}: onnxruntime's logits differ by at most {off:.1e}")
+    if args.timm or args.push:
+        about, how = card(job, content), timm_arguments(job, target)
+        if args.timm:
+            save_for_hf(target.model, str(args.timm), safe_serialization=True, **how)
+            write_text(args.timm / "README.md", generate_readme(about, args.timm.resolve().name))
+            print(f'{args.timm}: timm.create_model("local-dir:{args.timm}", pretrained=True)')
+        if args.push:
+            kept: dict[str, Any] = {"private": args.private, "model_card": about, "safe_serialization": True}
+            push_to_hf_hub(target.model, args.push, **kept, **how)
+            print(f'timm.create_model("hf-hub:{args.push}", pretrained=True)')
+
+
+if __name__ == "__main__":
+    run_script(main)
