@@ -125,5 +125,5 @@ def test_recipes_change_their_base_and_nothing_else(recipe: Path) -> None:
     config = parse(["-c", str(recipe), "--print-config"])
     base = parse(["-c", str(RECIPES.parent / f"cifar{10 if recipe.stem == 'train_only_norm' else 100}_resnet.yaml")])
     changed = {k for k, v in vars(config).items() if getattr(base, k) != v} - {"config", "print_config", "opt", "rho"}
-    assert changed - {"model"} == {"weight_decay_on" if recipe.stem == "weight_decay" else recipe.stem}
+    assert changed - {"model", "eta"} == {"weight_decay_on" if recipe.stem == "weight_decay" else recipe.stem}
     assert config.weight_decay == 5e-4
