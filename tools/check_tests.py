@@ -28,7 +28,7 @@ from samon.errors import run as run_script
 from samon.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "output", "*.egg-info", "__pycache__", ".*_cache", "results")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "output", "*.egg-info", "__pycache__", ".*_cache")
 NOTICED, SURVIVES = "noticed", "SURVIVES"
 
 
@@ -71,10 +71,13 @@ def changes(path: Path, only: str) -> list[Change]:
     return [change for change in found if change.file.startswith(only)]
 
 
-def pytest(place: Path, tests: tuple[str, ...]) -> int:
+def pytest(place: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """(its exit status, its last line)."""
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     env = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(words, cwd=place, env=env, capture_output=True, timeout=900).returncode
+    done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=1800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, "; ".join(lines) or done.stderr.strip()[-300:]
 
 
 def answer(change: Change, place: Path) -> str:
@@ -83,7 +86,7 @@ def answer(change: Change, place: Path) -> str:
     before = path.read_text()
     path.write_text(before.replace(change.old, change.new))
     try:
-        status = pytest(place, change.tests)
+        status, _ = pytest(place, change.tests)
     except subprocess.TimeoutExpired:
         status = 1  # a test that never ends is noticed too
     finally:
@@ -108,8 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         places = [Path(folder) / str(job) for job in range(args.jobs)]
         for place in places:
             shutil.copytree(ROOT, place, ignore=LEFT_OUT, symlinks=True)
-        if left and (status := pytest(places[0], tuple(sorted({name for change in left for name in change.tests})))):
-            raise RunError(f"the tests do not pass without any change (pytest ended with {status})")
+        if left:
+            status, why = pytest(places[0], tuple(sorted({name for change in left for name in change.tests})))
+            if status:
+                raise RunError(f"the tests do not pass without any change: {why}")
 
         def ask(change: Change) -> None:
             place = places.pop()

@@ -1,11 +1,14 @@
-"""Parallel German-English text: plain text pairs, or the message catalogues of Django and of apps for it."""
+"""Parallel German-English text: plain text pairs, or the message catalogues of Django and of other programs."""
 
 import importlib.util
 import io
 import random
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import polib
 import sentencepiece as spm
@@ -37,8 +40,10 @@ def load_corpus(settings: Settings) -> Corpus:
     Raises:
         UserError: nothing or two things are named, files are missing, or a split is empty.
     """
-    if (settings.text is None) == (not settings.test):
-        raise UserError("name either text: DIR (train.de, train.en, ...) or the catalogues' valid: and test: apps")
+    if (settings.text is None) == (not settings.test and not settings.held_out):
+        raise UserError(
+            "name either text: DIR (train.de, train.en, ...) or the catalogues' valid: and test: or held_out:"
+        )
     corpus = text_corpus(Path(settings.text)) if settings.text is not None else catalogue_corpus(settings)
     for name in ("train", "valid", "test"):
         if not getattr(corpus, name):
@@ -70,18 +75,16 @@ def _text_pairs(directory: Path, split: str) -> list[Pair]:
 
 
 def catalogue_corpus(settings: Settings) -> Corpus:
-    """Message catalogues split by app, repeated strings removed: see `Corpus`.
+    """Message catalogues split by file or app, repeated strings removed: see `Corpus`.
 
     `valid` and `test` leave out strings with paths and identifiers (`/about/contact/`, `is_staff`) too: a handful of
     them gives an untranslated source the long matches that BLEU is made of. They are worth training on.
     """
-    apps = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
-    for app in settings.valid + settings.test:
-        if app not in apps:
-            raise UserError(f"no German catalogue of app {app!r}; there are {', '.join(apps)}")
-    held_out = {*settings.valid, *settings.test}
-    train = [pair for app, pairs in apps.items() if app not in held_out for pair in pairs]
-    splits = [train, *([pair for app in named for pair in apps[app]] for named in (settings.valid, settings.test))]
+    files = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
+    place = _by_hash(settings.held_out) if settings.held_out else _by_app(files, settings)
+    splits: list[list[Pair]] = [[], [], []]
+    for path, pairs in files.items():
+        splits[place(path)] += pairs
     seen: set[str] = set()
     for i, split in enumerate(splits):
         splits[i] = [pair for pair in dict.fromkeys(split) if not seen.intersection(pair)]
@@ -97,17 +100,34 @@ def _django() -> Path:
     return Path(spec.origin).parent
 
 
+def _by_hash(n: int) -> Callable[[str], int]:
+    """0, 1 or 2 for a file of the training, validation or test split."""
+
+    def place(path: str) -> int:
+        return {0: 2, 1: 1}.get(int(sha256(path.encode()).hexdigest(), 16) % n, 0)
+
+    return place
+
+
+def _by_app(files: Mapping[str, Any], settings: Settings) -> Callable[[str], int]:
+    apps = {path: PurePosixPath(path).parents[3].as_posix() for path in files}
+    for app in settings.valid + settings.test:
+        if app not in apps.values():
+            raise UserError(f"no German catalogue of app {app!r}; there are {', '.join(dict.fromkeys(apps.values()))}")
+    return lambda path: 2 if apps[path] in settings.test else int(apps[path] in settings.valid)
+
+
 def _catalogues(root: Path) -> dict[str, list[Pair]]:
-    """German catalogues below a directory by app; Django's own are named `django/...`."""
+    """German catalogues below a directory by their paths in it; Django's own begin with `django/`."""
     if not root.is_dir():
         raise UserError(f"no directory {root}; install the packages of catalogues.txt there (docs/translation.md)")
     base = root.parent if (root / "conf" / "locale").is_dir() else root
-    apps: dict[str, list[Pair]] = {}
-    for path in sorted(root.glob("**/locale/de/LC_MESSAGES/*.po")):
-        apps.setdefault(path.parents[3].relative_to(base).as_posix(), []).extend(read_catalogue(path))
-    if not apps:
-        raise UserError(f"{root} holds no locale/de/LC_MESSAGES/*.po")
-    return apps
+    files = {
+        path.relative_to(base).as_posix(): read_catalogue(path) for path in sorted(root.glob("**/de/LC_MESSAGES/*.po"))
+    }
+    if not files:
+        raise UserError(f"{root} holds no de/LC_MESSAGES/*.po")
+    return files
 
 
 def read_catalogue(path: Path) -> list[Pair]:

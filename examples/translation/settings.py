@@ -18,6 +18,8 @@ class Settings:
         text: directory of plain text pairs, `train.de`/`train.en`, `valid.*`, `test.*`; or None.
         catalogues: directory of further packages with German message catalogues, besides the installed Django.
         valid, test: apps (folders around `locale/`) held out from training.
+        held_out: or the n of a rule that nobody chooses by: a catalogue file is test text if the SHA-256 of its path is
+            0 modulo n, validation text if it is 1.
         vocabulary: pieces of the joint BPE.
         share_all: encoder and decoder share one embedding; the decoder's is always tied to the output.
         max_tokens: sentences times longest sentence of a micro-batch, padding included.
@@ -33,6 +35,7 @@ class Settings:
     catalogues: str | None = None
     valid: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
+    held_out: int = 0
     vocabulary: int = 10000
     d_model: int = 512
     heads: int = 4
@@ -97,6 +100,8 @@ def checked(values: dict[str, Any]) -> Settings:
     for name in ("dropout", "smoothing"):
         _require(0 <= getattr(s, name) < 1, name, "must be in [0, 1)")
     _require(len(s.betas) == 2 and all(0 <= b < 1 for b in s.betas), "betas", "must be two numbers in [0, 1)")
+    _require(s.held_out == 0 or s.held_out > 2, "held_out", "must be at least 3, or 0 for valid: and test:")
+    _require(not s.held_out or not (s.valid or s.test), "held_out", "excludes valid: and test:")
     _require(s.lr > 0, "lr", "must be positive")
     _require(s.d_model % (2 * s.heads) == 0, "d_model", f"must be a multiple of 2 * heads = {2 * s.heads}")
     _require(s.m_sharpness in ("micro", "global"), "m_sharpness", "must be 'micro' or 'global'")

@@ -1,5 +1,7 @@
 """The translation example: token weighting against a naive float64 loop, data splits, beam search, restart, cost."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -9,15 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-from examples.translation import evaluate, flops, train
+from examples.translation import compare, evaluate, flops, train
 from examples.translation.data import (
     BOS,
     EOS,
     PAD,
     Batch,
+    _by_hash,
+    _catalogues,
+    _django,
     collate,
     load_corpus,
     read_catalogue,
@@ -209,6 +215,40 @@ def test_django_splits_share_no_string() -> None:
     assert not [text for pair in corpus.valid + corpus.test for text in pair if set(text) & set("<{%$&/_[")]
     splits = [{text for pair in split for text in pair} for split in (corpus.train, corpus.valid, corpus.test)]
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(splits, 2))
+
+
+def test_files_are_held_out_by_the_hash_of_their_path() -> None:
+    """Nobody chooses which: 0 modulo n is test text, 1 validation text."""
+    place = _by_hash(5)
+    path = "django/contrib/admin/locale/de/LC_MESSAGES/django.po"
+    number = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big")
+    assert place(path) == {0: 2, 1: 1}.get(number % 5, 0)
+    files = _catalogues(_django())
+    corpus = load_corpus(Settings(held_out=5))
+    for index, split in enumerate((corpus.train, corpus.valid, corpus.test)):
+        assert split
+        mine = {pair for path, pairs in files.items() if place(path) == index for pair in pairs}
+        assert set(split) <= mine
+    splits = [{text for pair in split for text in pair} for split in (corpus.train, corpus.valid, corpus.test)]
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(splits, 2))
+
+
+def test_compare_chooses_rho_by_validation_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = dataclasses.asdict(small_settings(tmp_path, valid_every=1))
+    recipe.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None and k not in ("opt", "seed")}))
+    command = ["-c", str(recipe), "--output", str(tmp_path / "out")]
+    compare.main([*command, "--only", "SAM", "--seeds", "1"])
+    compare.main(command)
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["method"] for row in rows] == ["Adam", "SAM", "SAM-ON"]
+    assert [len(row["test_bleu"]) for row in rows] == [2, 2, 2]
+    held = rows[1]["valid_bleu_by_rho"]
+    assert rows[1]["rho"] == float(max(held, key=held.__getitem__))
+    log = [json.loads(line) for line in (tmp_path / "out/SAM-rho0.01-seed0/log.jsonl").read_text().splitlines()]
+    assert held["0.01"] == log[0]["valid_bleu"]  # at half of the epochs
+    monkeypatch.setattr(compare.train, "main", lambda words: pytest.fail("finished runs are done again"))
+    compare.main(command)
 
 
 def write_text(directory: Path) -> Path:
