@@ -173,7 +173,7 @@ def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[s
 
 def build(job: Job, world: World) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
-    config = job.config
+    config = models.settle_precision(job.config, world)
     utils.random_seed(config.seed)  # without weights to load, every process makes the same ones
     model = models.create(config, pretrained=config.pretrained and not job.path)
     if job.path:

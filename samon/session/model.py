@@ -176,6 +176,26 @@ def compiled(config: Config, model: nn.Module) -> nn.Module:
         return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
 
 
+def settle_precision(config: Config, world: World) -> Config:
+    """--amp-dtype auto decided for this device: bfloat16 if it has instructions for it, else no mixed precision."""
+    if not config.amp or config.amp_dtype != "auto":
+        return config
+    native = native_bfloat16(world.device)
+    if world.primary:
+        log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
+    return config.but(amp=native, amp_dtype="bfloat16")
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
 def autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes the context of a forward pass under --amp; without it one that does nothing."""
     if not config.amp:

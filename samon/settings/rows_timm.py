@@ -5,6 +5,7 @@ from functools import partial
 from samon.settings.flag import BOTH, TRAIN_ONLY, VALIDATE_ONLY, Flag, Groups, kwargs
 
 NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
+AMP_DTYPES = ("float16", "bfloat16", "auto")
 CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
@@ -67,7 +68,13 @@ TIMM: Groups = {
     "Device": (
         B("device", str, None, "cpu, cuda, ...; a GPU if there is one, else cpu"),
         B("amp", bool, False, "mixed precision (validate.py: accuracy only)"),
-        B("amp-dtype", str, "float16", "precision of --amp", choices=("float16", "bfloat16")),
+        B(
+            "amp-dtype",
+            str,
+            "float16",
+            "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp",
+            choices=AMP_DTYPES,
+        ),
         B("model-dtype", str, None, "precision of the weights", choices=("float32", "float16", "bfloat16")),
         T("no-ddp-bb", bool, False, "do not broadcast buffers from rank 0 at each step"),
         T("synchronize-step", bool, False, "wait for the device at the end of each step"),

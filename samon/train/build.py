@@ -102,6 +102,7 @@ class Run:
 
 def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     """Everything, in timm's order: model, layout, optimizer, EMA, data, loss, processes, schedule."""
+    config = models.settle_precision(config, world)
     model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = models.data_config(config, model)

@@ -18,6 +18,7 @@ from samon.bars import bar
 from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.evals.accuracy import accuracy
+from samon.optim.geometry import wide
 from samon.session.checkpoint import Progress
 from samon.session.model import dtype_of
 from samon.settings.rows import steps_or_minutes
@@ -191,7 +192,7 @@ def sync_if(run: Run, last: bool) -> Any:
 def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         with run.autocast():
-            return run.loss(run.net(images), target)
+            return run.loss(wide(run.net(images)), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
 
     return loss
 

@@ -267,7 +267,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
         ([*MODEL, *FASHION, "--results-file", "x.txt"], "--results-file x.txt: name it .json"),
         ([*MODEL, "--suite", "LICENSE"], "--suite LICENSE"),
         (
-            ["--model", "test_vit", "--img-size", "32", "--model-kwargs", "img_size=64", *FASHION],
+            ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "img_size=224", *FASHION],
             "does not take images of [3, 32, 32]",
         ),
         ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9"),

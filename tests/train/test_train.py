@@ -21,10 +21,12 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from samon.evals.accuracy import accuracy
+from samon.session import model as model_of
 from samon.session.model import for_training
 from samon.settings import config
 from samon.train import build
 from samon.train import main as train
+from samon.train.build import Hooks
 from tests.runs import BASE, WATCH, assert_same, last, last_line, run, weights
 
 
@@ -529,6 +531,28 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings["config"]["model"] == "test_resnet"
     assert list(row)[:2] == ["epoch", "train_loss"]
     assert end == "finish"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_that_the_device_has(
+    native: bool, tmp_path: Path, jobs: list[build.Run], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """--amp-dtype auto: told in the log, and args.yaml says what ran; the loss is float32 either way."""
+    monkeypatch.setattr(model_of, "native_bfloat16", lambda device: native)
+    seen: list[torch.dtype] = []
+
+    def built(job: build.Run) -> None:
+        jobs.append(job)
+        job.model.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+        job.loss.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+
+    _, directory = run(tmp_path, "--amp", "--amp-dtype", "auto", "--opt", "samon", hooks=Hooks(built=built))
+    assert set(seen[::2]) == {torch.bfloat16 if native else torch.float32}
+    assert set(seen[1:4:2]) == {torch.float32}
+    assert f"--amp-dtype auto: {'bfloat16' if native else 'float32'} on this cpu" in capfd.readouterr().err
+    settings = yaml.safe_load((directory / "args.yaml").read_text())
+    assert (settings["amp"], settings["amp_dtype"]) == (native, "bfloat16")
+    assert jobs[0].scaler is None
 
 
 class Terminal(io.StringIO):
