@@ -88,6 +88,7 @@ class SAM(Optimizer):
     def _start(self) -> None:
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
+        self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
         self._rounding_checked = self._warned = self._plain = False
         self._drawn: dict[str, Parameter] | None = None  # inside a step

@@ -197,11 +197,6 @@ def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], tmp_pa
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
 
 
-def test_groups_refuse_a_compiled_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--m-sharpness 4 .* drop --torchcompile"):
-        run(tmp_path, "--opt", "samon", "--m-sharpness", "4", "--torchcompile", "eager")
-
-
 def test_m_sharpness_in_groups_equals_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scope samon runs all sub-batches at once, any other scope one after the other: the same step on one model."""
     args = ["--opt", "samon", "--m-sharpness", "4", "--model", "test_vit", "--model-dtype", "float32"]
@@ -499,9 +494,11 @@ def test_average_on_the_cpu_is_not_validated(tmp_path: Path) -> None:
     assert metrics["eval_loss"] == plain["eval_loss"]
 
 
-def test_compiled(tmp_path: Path) -> None:
-    _, eager = run(tmp_path, "--opt", "samon", "--model", "test_vit", "--val-split", "", name="eager")
-    _, compiled = run(tmp_path, "--opt", "samon", "--model", "test_vit", "--torchcompile", "eager", "--val-split", "")
+@pytest.mark.parametrize("m", ["device", "4"])
+def test_compiled(m: str, tmp_path: Path) -> None:
+    args = ["--opt", "samon", "--model", "test_vit", "--m-sharpness", m, "--val-split", ""]
+    _, eager = run(tmp_path, *args, name="eager")
+    _, compiled = run(tmp_path, *args, "--torchcompile", "eager")
     a, b = weights(eager), weights(compiled)
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
 
