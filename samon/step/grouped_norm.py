@@ -43,7 +43,7 @@ class GroupedNorm:
         self.after = {n: m for n, m in self.children.items() if n in ("drop", "act") and m is not None}
         fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
         own = module._parameters.items()
-        self.bare = {
+        self.bare: dict[str, Any] = {
             "_parameters": {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in own},
             "_modules": self.children | {name: nn.Identity() for name in self.after},
             "forward": self.forward,
