@@ -94,7 +94,10 @@ class Bench:
 
     def optimizer(self, name: str, **kwargs: Any) -> torch.optim.Optimizer:
         # A learning rate of zero: every step of every variant sees the same weights.
-        return create_optimizer_v2(self.model, name, lr=0.0, weight_decay=1e-4, **kwargs)
+        opt = create_optimizer_v2(self.model, name, lr=0.0, weight_decay=1e-4, **kwargs)
+        if self.args.compile and (sam := samon.sam_of(opt)) is not None:
+            sam.compile()
+        return opt
 
     def plain(self) -> Step:
         opt = self.optimizer("sgd")
@@ -121,8 +124,7 @@ class Bench:
 
     def two_pass(self, name: str, perturb: str | None = None, **kwargs: Any) -> Step:
         opt = self.optimizer(name, perturb=perturb)
-        # Groups and replay replace layers, so they run the model itself.
-        model = self.model if perturb or "groups" in kwargs else None
+        model = self.model if perturb else None  # replay replaces layers, so it runs the model itself
 
         def step() -> None:
             opt.zero_grad()

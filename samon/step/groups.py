@@ -18,6 +18,7 @@ from samon.errors import UserError
 from samon.optim.geometry import wide
 from samon.optim.sam import SAM
 from samon.optim.scope import affine_dim, norm_modules
+from samon.step.captured import owned
 from samon.step.grouped_norm import Call, GroupedNorm
 from samon.step.passes import frozen, refuse_checkpointing, unperturbed
 
@@ -90,7 +91,8 @@ class Grouped:
                 stack.enter_context(layer.installed([None if i is None else self.inputs[i] for i in own]))
             yield
         for layer in self.layers:
-            self.statistics[layer.module][self.pass_index] += layer.calls
+            calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
+            self.statistics[layer.module][self.pass_index] += calls
             layer.calls = ()
 
     each_second = each_first

@@ -141,6 +141,8 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         hooks=hooks or Hooks(),
     )
     if sam is not None:
+        if config.torchcompile:
+            sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * run.updates_per_epoch
     run.hooks.built(run)
     return run
