@@ -84,6 +84,7 @@ class Bench:
         self.model = model.to(self.device, memory_format=layout).train()
         self.x = torch.randn(args.batch_size, 3, size, size, device=self.device).to(memory_format=layout)
         self.y = torch.randint(model.num_classes, (args.batch_size,), device=self.device)
+        torch._dynamo.config.recompile_limit = 64  # every variant has graphs of its own, where a training has two
         self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if args.compile else self.model
 
     def loss(self, x: Tensor | None = None, y: Tensor | None = None, model: Any = None) -> Tensor:

@@ -1,5 +1,4 @@
-"""CUDA graphs without a GPU: a backend whose graphs write their outputs into the same memory at every run, and which
-spoils all of that memory when a new run is announced, as a replay does."""
+"""What outlives a pass is copied out of the memory of captured graphs."""
 
 import copy
 from collections.abc import Callable
@@ -7,43 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 
 import samon
+from tests.graph_memory import Pool
 from tests.nets import BatchNormNet, batch, randomized
-
-
-class Pool:
-    """The memory that all graphs share."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.runs = 0
-
-    def begin(self) -> None:
-        self.runs += 1
-        for tensor in self.tensors:
-            tensor.fill_(torch.nan)
-
-    def captured(self, graph, inputs) -> Callable:
-        own: dict[int, Tensor] = {}
-
-        def run(*args: Tensor) -> list[Tensor | None]:
-            given = {a.data_ptr() for a in args if isinstance(a, Tensor)}
-            results: list[Tensor | None] = []
-            for i, result in enumerate(graph(*args)):
-                if isinstance(result, Tensor) and result.is_floating_point() and result.data_ptr() not in given:
-                    if i not in own:
-                        own[i] = torch.empty_like(result)
-                        self.tensors.append(own[i])
-                    result = own[i].copy_(result).detach()
-                results.append(result)
-            return results
-
-        return make_boxed_func(run)
 
 
 @pytest.fixture
@@ -82,9 +50,8 @@ def both(pool: Pool, update: Callable, mode: str | None) -> tuple[torch.nn.Modul
     torch.manual_seed(0)
     model = randomized(BatchNormNet())
     twin = copy.deepcopy(model)
-    backend = aot_autograd(fw_compiler=pool.captured, bw_compiler=pool.captured)
     plain = lambda x, y: F.cross_entropy(twin(x), y)  # noqa: E731
-    fast = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend=backend)
+    fast = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend=pool.backend)
     opt, eager = (create_optimizer_v2(m, "samon-fisher", lr=0.1, rho=0.3) for m in (model, twin))
     opt.compile("aot_eager", mode)
     x, y = batch()

@@ -25,6 +25,7 @@ from samon.session.model import for_training
 from samon.settings import config
 from samon.train import build
 from samon.train import main as train
+from tests.graph_memory import Pool
 from tests.runs import BASE, WATCH, assert_same, last, last_line, run, weights
 
 
@@ -500,6 +501,23 @@ def test_compiled(m: str, tmp_path: Path) -> None:
     _, eager = run(tmp_path, *args, name="eager")
     _, compiled = run(tmp_path, *args, "--torchcompile", "eager")
     a, b = weights(eager), weights(compiled)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "samon"])
+def test_micro_batches_on_captured_graphs(opt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients must not be summed in memory that the next backward overwrites."""
+    args = ["--opt", opt, "--model", "test_vit", "--grad-accum-steps", "2", "--val-split", ""]
+    _, eager = run(tmp_path, *args, name="eager")
+    pool = Pool()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", pool.begin)
+    monkeypatch.setattr(
+        "samon.session.model.compiled", lambda config, model: torch.compile(model, backend=pool.backend)
+    )
+    how = ["--torchcompile", "eager", "--torchcompile-mode", "max-autotune"]
+    _, captured = run(tmp_path, *args, *how, name="captured")
+    assert pool.tensors
+    a, b = weights(eager), weights(captured)
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
 
 
