@@ -128,9 +128,17 @@ class SAM(Optimizer):
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> None:
         """Beside a model compiled like this: the arithmetic of the perturbation in compiled functions too. Where the
         mode captures CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of
-        their memory. A copy of this optimizer is not compiled; nor is the arithmetic with `esam_beta`, which takes
-        other tensors at every update."""
-        self.arithmetic, self.captured = Arithmetic(None if self.esam_beta < 1 else backend), mode in CAPTURING
+        their memory. A copy of this optimizer is not compiled.
+
+        Raises:
+            UserError: esam_beta below 1.
+        """
+        if self.esam_beta < 1:
+            raise UserError(
+                "esam_beta (--esam-beta) perturbs other tensors at every update, for which a compiled model would be "
+                "compiled anew each time; drop it or --torchcompile"
+            )
+        self.arithmetic, self.captured = Arithmetic(backend), mode in CAPTURING
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -21,7 +21,7 @@ from samon.evals.accuracy import accuracy
 from samon.session.checkpoint import Progress
 from samon.session.model import captured, dtype_of
 from samon.settings.rows import steps_or_minutes
-from samon.step.captured import begin, own_gradients, owned
+from samon.step.captured import begin, own_gradients
 from samon.step.two_pass import two_pass
 from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
@@ -208,7 +208,7 @@ def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
         scaled = loss * scale
         scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
         scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
-    return {"loss": owned(graphs, loss.detach())}
+    return {"loss": loss.detach()}  # made outside the graphs
 
 
 def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:

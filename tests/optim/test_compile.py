@@ -70,12 +70,8 @@ def test_a_non_finite_gradient_perturbs_nothing() -> None:
     assert not any(e.any() for e in eps)
 
 
-def test_a_random_part_is_not_compiled() -> None:
-    """esam_beta perturbs other tensors at every update: a graph for each would never end."""
-    model = randomized(BatchNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1, esam_beta=0.5)
-    opt.compile("aot_eager")
-    x, y = batch()
-    for _ in range(3):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
-    assert graphs() == 0
+def test_a_random_part_is_refused() -> None:
+    """Another ascent graph at each update: one step took 40 times a plain one's time."""
+    opt = create_optimizer_v2(randomized(BatchNormNet()), "samon", lr=0.1, esam_beta=0.5)
+    with pytest.raises(ValueError, match=r"--esam-beta.* would be compiled anew each time; drop it or --torchcompile"):
+        opt.compile()
