@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from samon.errors import UserError
 from samon.optim.ascent import Ascent
-from samon.optim.geometry import GEOMETRIES, HALF, ascend, global_norm, widened
+from samon.optim.geometry import GEOMETRIES, HALF, global_norm, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, modules_of, running_statistics
+from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import Selection, select, select_bare
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
@@ -88,7 +89,9 @@ class SAM(Optimizer):
     def _start(self) -> None:
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
+        self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
+        self.arithmetic, self.captured = Arithmetic(), False
         self._rounding_checked = self._warned = self._plain = False
         self._drawn: dict[str, Parameter] | None = None  # inside a step
 
@@ -127,6 +130,21 @@ class SAM(Optimizer):
         if new := {n: p for n, p in found.parameters.items() if id(p) in added - known}:
             old.parameters |= new
             self.plan = None
+
+    def compile(self, backend: Any = "inductor", mode: str | None = None) -> None:
+        """Beside a model compiled like this: the arithmetic of the perturbation in compiled functions too. Where the
+        mode captures CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of
+        their memory. A copy of this optimizer is not compiled.
+
+        Raises:
+            UserError: esam_beta below 1.
+        """
+        if self.esam_beta < 1:
+            raise UserError(
+                "esam_beta (--esam-beta) perturbs other tensors at every update, for which a compiled model would be "
+                "compiled anew each time; drop it or --torchcompile"
+            )
+        self.arithmetic, self.captured = Arithmetic(backend), mode in CAPTURING
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -193,14 +211,14 @@ class SAM(Optimizer):
         gradients have a leading dimension [G], and so has everything else."""
         named = self.perturbed_parameters()
         pairs = zip(named.values(), grads, strict=True)
-        weights = widened(named.values())
         dense = widened([torch.zeros_like(p) if g is None else g for p, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
         is_weight = self.is_weight() if self.geometry == "eleml2orig" else []
-        eps, norm = ascend(self.geometry, weights, dense, self.rho, self.eta, is_weight, grouped)
-        eps = eps if self.esam_beta == 1 else list(torch._foreach_div(eps, self.esam_beta))
-        finite = norm.isfinite()
-        return _zero_unless(finite, eps), norm, finite
+        weights, numbers = list(named.values()), (self.rho, self.eta)
+        eps, norm, finite = self.arithmetic.perturbation(
+            self.geometry, weights, dense, *numbers, is_weight, grouped, self.esam_beta
+        )
+        return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
@@ -220,18 +238,15 @@ class SAM(Optimizer):
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
         weights: list[Tensor] = list(self.perturbed_parameters().values())
         half = any(w.dtype in HALF for w in weights)
-        with torch.no_grad():
-            saved = torch._foreach_clone(weights)
+        saved = self.arithmetic.shift(weights, list(eps))
         try:
             with torch.no_grad():
-                torch._foreach_add_(weights, list(eps))  # float32 eps on half-precision weights: rounded once
                 triples = zip(weights, saved, eps, strict=True)
                 took = [n.float() - o.float() if n.dtype in HALF else e for n, o, e in triples] if half else eps
                 self.measure(eps, took)
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, saved)
+            self.arithmetic.restore(weights, saved)
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
@@ -309,28 +324,6 @@ class SAM(Optimizer):
             second = closure()
         ascent.note(named, grads)  # behind the closure, which zeroes gradients
         return first if climbs else second
-
-
-class Parts(list[Tensor]):
-    """Tensors that are views of `flat`, of shape [N], or [G, N] where they are grouped."""
-
-    def __init__(self, flat: Tensor, like: list[Tensor]) -> None:
-        self.flat = flat
-        sizes = [t.numel() for t in like] if flat.dim() == 1 else [t[0].numel() for t in like]
-        super().__init__(part.view_as(t) for part, t in zip(flat.split(sizes, -1), like, strict=True))
-
-
-def _zero_unless(finite: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, zero where `finite` is false: all, or with [G] each group. One kernel for all of them: hundreds
-    of small ones would cost as much as the arithmetic."""
-    if len({(t.dtype, t.device) for t in tensors}) > 1:
-        rows = [finite.view(-1, *[1] * (t.dim() - 1)) if finite.dim() else finite for t in tensors]
-        return [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
-    if finite.dim():
-        flat = torch.cat([t.flatten(1) for t in tensors], 1).masked_fill_(~finite[:, None], 0)
-    else:
-        flat = torch.cat([t.reshape(-1) for t in tensors]).masked_fill_(~finite, 0)
-    return Parts(flat, tensors)
 
 
 def _radius(name: str, value: Any) -> float:

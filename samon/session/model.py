@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from samon.errors import UserError, user_errors
+from samon.optim.perturb import CAPTURING
 from samon.session import ablations
 from samon.session.checkpoint import load
 from samon.session.world import World
@@ -172,6 +173,11 @@ def compiled(config: Config, model: nn.Module) -> nn.Module:
     """The model as it is called: compiled where asked."""
     if not config.torchcompile:
         return model
+    device = next(model.parameters()).device.type
+    if config.torchcompile_mode == "reduce-overhead" and device != "cuda":
+        raise UserError(
+            f"--torchcompile-mode reduce-overhead captures CUDA graphs, which --device {device} has not; drop the mode"
+        )
     with user_errors("--torchcompile"):
         return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
 
@@ -194,6 +200,11 @@ def native_bfloat16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def captured(config: Config) -> bool:
+    """Whether the compiled model's graphs are captured as CUDA graphs, on a GPU."""
+    return bool(config.torchcompile) and config.torchcompile_mode in CAPTURING
 
 
 def autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -63,7 +63,7 @@ TIMM: Groups = {
         T("head-init-bias", float, None, "initial value of the classifier's bias"),
         B("torchscript", bool, False, "script the model", refused=NO_JIT),
         B("torchcompile", str, None, "compile the model, with this backend", nargs="?", const="inductor"),
-        B("torchcompile-mode", str, None, "torch.compile mode, such as max-autotune"),
+        B("torchcompile-mode", str, None, "torch.compile mode; reduce-overhead captures CUDA graphs"),
     ),
     "Device": (
         B("device", str, None, "cpu, cuda, ...; a GPU if there is one, else cpu"),

@@ -6,21 +6,21 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
 from samon.optim.geometry import wide
 from samon.optim.sam import SAM
 from samon.optim.scope import affine_dim, norm_modules
-from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed
+from samon.step.captured import owned
+from samon.step.grouped_norm import Call, GroupedNorm
+from samon.step.passes import frozen, refuse_checkpointing, unperturbed
 
 
 class Grouped:
@@ -52,10 +52,10 @@ class Grouped:
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
         self.frozen = [*unperturbed(sam), *parameters]
         # [module -> per pass -> the (mean, variance) [G, C] of each call]
-        self.statistics: dict[Any, list[list[tuple[Tensor, Tensor]]]] = defaultdict(lambda: [[], []])
+        self.statistics: dict[Any, list[list[Call]]] = defaultdict(lambda: [[], []])
         self.pass_index = 0
-        self.modules = [m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)]
-        if any(isinstance(m, _BatchNorm) and m.training for m in self.modules):
+        self.layers = self._layers([m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)])
+        if any(layer.own_statistics for layer in self.layers):
             refuse_checkpointing(sam.model, f"groups={groups} computes BatchNorm statistics once")
 
     def _is_grouped(self, name: str, module: nn.Module) -> bool:
@@ -71,6 +71,13 @@ class Grouped:
             )
         return True
 
+    def _layers(self, modules: list[nn.Module]) -> list[GroupedNorm]:
+        """Those of the last step where they still serve: new ones would not be what a compiled graph was made of."""
+        known = {layer.module: layer for layer in self.sam.grouped if layer.groups == self.groups}
+        served = [known[m] if m in known and known[m].serves(m) else GroupedNorm(m, self.groups) for m in modules]
+        self.sam.grouped = served
+        return served
+
     def first(self) -> AbstractContextManager[None]:
         """Around the first pass."""
         return frozen(self.frozen)
@@ -79,12 +86,14 @@ class Grouped:
     def each_first(self) -> Iterator[None]:
         """Around each forward of the first pass, and around each of the second."""
         with ExitStack() as stack:
-            forwards: dict[nn.Module, Callable] = {}
-            for module in self.modules:
-                affine = tuple(module._parameters.get(name) for name in ("weight", "bias"))
-                forwards[module] = self._forward(module, affine, stack.enter_context(_bare(module)))
-            stack.enter_context(swapped_forwards(forwards))
+            for layer in self.layers:
+                own = [None if p is None else self.perturbed.get(id(p)) for p in layer.affine]
+                stack.enter_context(layer.installed([None if i is None else self.inputs[i] for i in own]))
             yield
+        for layer in self.layers:
+            calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
+            self.statistics[layer.module][self.pass_index] += calls
+            layer.calls = ()
 
     each_second = each_first
 
@@ -95,49 +104,6 @@ class Grouped:
         self.sam.measure(eps, eps, grouped=True)
         yield
         self._update_running_statistics()
-
-    def _per_group(self, parameter: Parameter | None) -> Tensor | None:
-        """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
-        if parameter is None:
-            return None
-        i = self.perturbed.get(id(parameter))
-        return wide(parameter).expand(self.groups, *parameter.shape) if i is None else parameter + self.inputs[i]
-
-    def _forward(self, module: nn.Module, affine: tuple, activation: Callable[[Tensor], Tensor]) -> Callable:
-        statistics = isinstance(module, _BatchNorm) and module.training
-        normalized = type(module).forward  # with unit gamma and zero beta: `_bare` has set them
-
-        def forward(x: Tensor) -> Tensor:
-            if x.shape[0] % self.groups:
-                raise UserError(
-                    f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(module).__name__}; "
-                    "choose a batch size that m divides"
-                )
-            gamma, beta = (self._per_group(parameter) for parameter in affine)
-            if statistics:
-                return activation(self._batch_norm(module, x, gamma, beta))
-            y = normalized(module, x)
-            shape = _broadcast_shape(module, y, gamma if gamma is not None else beta)
-            z = y.view(self.groups, -1, *y.shape[1:])
-            z = z if gamma is None else z * gamma.view(shape)
-            z = z if beta is None else z + beta.view(shape)
-            return activation(_joined(z, y.shape).to(y.dtype))
-
-        return forward
-
-    def _batch_norm(self, module: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
-        groups, channels = self.groups, x.shape[1]
-        folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
-        mean, variance = torch.zeros(
-            2, groups * channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-        )
-        gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
-        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
-        if getattr(module, "track_running_stats", False):
-            self.statistics[module][self.pass_index].append((mean.view(groups, -1), variance.view(groups, -1)))
-        y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)
-        return _joined(y if y.is_contiguous() else y.contiguous(), x.shape)
 
     @torch.no_grad()
     def _update_running_statistics(self) -> None:
@@ -159,33 +125,3 @@ class Grouped:
             for running, index in ((module.running_mean, 0), (module.running_var, 1)):
                 sequence = torch.stack([call[index] for call in calls], 1).flatten(0, 1)  # [G * calls, C]
                 running.mul_(keep).add_(weights.to(sequence.dtype) @ sequence)
-
-
-@contextmanager
-def _bare(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, the layer only normalises: gamma = 1, beta = 0, no activation. Yields the activation of timm's fused
-    norm+act classes, to be applied behind the groups' own gamma and beta."""
-    parameters, children = module._parameters, module._modules
-    fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
-    bare = {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in parameters.items()}
-    after = {n: child for n, child in children.items() if n in ("drop", "act") and child is not None}
-    module.__dict__.update(_parameters=bare, _modules=children | dict.fromkeys(after, nn.Identity()))
-    try:
-        yield nn.Sequential(*after.values())
-    finally:
-        module.__dict__.update(_parameters=parameters, _modules=children)
-
-
-def _joined(x: Tensor, shape: torch.Size) -> Tensor:
-    """x.view(shape) that autograd does not call a view: an in-place activation behind a view would cost it a copy of
-    the whole gradient."""
-    return torch.ops.aten._unsafe_view(x, shape)
-
-
-def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tuple[int, ...]:
-    """[G, 1, ...] so that the affine parameters [G, *shape] meet the output viewed as [G, m, ...]."""
-    if affine is None:
-        return ()
-    if affine_dim(module) == 1:
-        return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
-    return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])

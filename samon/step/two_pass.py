@@ -12,6 +12,7 @@ from samon.errors import UserError
 from samon.optim.ascent import Ascent, all_reduce_mean
 from samon.optim.norm_stats import BN_STATS
 from samon.optim.sam import SAM, sam_of
+from samon.step.captured import begin, own_gradients, owned
 from samon.step.groups import Grouped
 from samon.step.passes import explain_missing, gradients
 from samon.step.replay import Plain
@@ -181,11 +182,13 @@ def first_pass(
     with passes.first():
         for forward in forwards:
             with no_sync(), passes.each_first():
+                begin(sam.captured)
                 loss = forward()
                 found = gradients(loss, passes.inputs, scaler)
+            found = [g if g is None else owned(sam.captured, g) for g in found]
             if any(g is None for g in found):
                 missing.append((found, loss, forward))
-            losses.append(loss.detach())
+            losses.append(owned(sam.captured, loss.detach()))
             grads = [torch.zeros_like(x) if g is None else g for x, g in zip(passes.inputs, found, strict=True)]
             total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
     for incomplete in missing:
@@ -209,12 +212,15 @@ def descend(
 ) -> Tensor:
     """The second pass: accumulate into `.grad`, NaN where the ascent gradient was not finite; the mean loss, [] and
     detached."""
-    losses = []
+    losses, sam = [], passes.sam
+    parameters = [p for group in sam.param_groups for p in group["params"]]
     for i, forward in enumerate(forwards):
         # Gradients are sent with the last one. The backward is inside: checkpointed parts run their forward in it.
-        with no_sync() if i + 1 < len(forwards) else nullcontext(), passes.each_second():
+        sync = nullcontext() if i + 1 == len(forwards) else no_sync()
+        with sync, passes.each_second(), own_gradients(sam.captured, parameters):
+            begin(sam.captured)
             loss = forward()
             scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
-        losses.append(loss.detach())
+        losses.append(owned(sam.captured, loss.detach()))
     return torch.stack(losses).mean()

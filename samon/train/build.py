@@ -148,6 +148,8 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         hooks=hooks or Hooks(),
     )
     if sam is not None:
+        if config.torchcompile:
+            sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * run.updates_per_epoch
     run.hooks.built(run)
     return run
@@ -215,12 +217,6 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -
 
 def replays(config: Config, sam: samon.SAM) -> bool:
     """Whether replay stays on; says at the start which of the step's economies do not combine with the model's way."""
-    m = config.m_sharpness
-    if config.torchcompile and sam.can_group and m not in ("device", "global") and int(m) < config.batch_size:
-        raise UserError(
-            f"--m-sharpness {m} puts other normalization layers into the model at every step, which compiled graphs "
-            "cannot follow; drop --torchcompile or take --m-sharpness device"
-        )
     other = "--torchcompile" if config.torchcompile else "--grad-checkpointing" if config.grad_checkpointing else None
     if other and sam.selection.narrowed and not config.no_replay:
         log.info(f"replay is off: it keeps activations from module to module, which {other} does not allow")

@@ -20,10 +20,11 @@ from samon.errors import RunError, Stopped
 from samon.evals.accuracy import accuracy
 from samon.optim.geometry import wide
 from samon.session.checkpoint import Progress
-from samon.session.model import dtype_of
+from samon.session.model import captured, dtype_of
 from samon.settings.rows import steps_or_minutes
+from samon.step.captured import begin, own_gradients
 from samon.step.two_pass import two_pass
-from samon.train.apply import apply_gradient, count_bad
+from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
 from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
@@ -201,11 +202,14 @@ def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
     """The base step's gradient."""
     if run.sam is not None:
         run.sam.plainly()
-    loss = forward(run, images, target)()
-    scaled = loss * scale
-    scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
-    scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
-    return {"loss": loss.detach()}
+    graphs = captured(run.config)
+    begin(graphs)
+    with own_gradients(graphs, parameters(run.optimizer)):
+        loss = forward(run, images, target)()
+        scaled = loss * scale
+        scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
+        scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
+    return {"loss": loss.detach()}  # made outside the graphs
 
 
 def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:

@@ -241,6 +241,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "dropout in groups": (["--opt", "samon", "--norm-dropout", "0.1", "--m-sharpness", "4"], "--norm-dropout excludes"),
     "fisher of sam": (["--opt", "sam", "--fisher-samples", "9"], "are for ssam-f and ssam-d, not sam"),
     "compile backend": (["--torchcompile", "nothing"], "nothing"),
+    "graphs of a GPU": (
+        ["--torchcompile", "--torchcompile-mode", "reduce-overhead"],
+        "reduce-overhead captures CUDA graphs, which --device cpu has not; drop the mode",
+    ),
     "device": (["--device", "tpux"], "--device"),
     "two bases": (["--opt", "samon-adamw", "--base-opt", "lion"], "use --opt samon --base-opt lion"),
     "end before start": (["--opt", "samon", "--sam-end-epoch", "1", "--sam-start-epoch", "1"], "is not behind"),

@@ -171,6 +171,28 @@ def test_layers_are_left_as_they_were() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_layers_kept_between_steps_follow_the_model() -> None:
+    """Another dtype, mode and activation than in the step before."""
+    torch.manual_seed(0)
+    model = randomized(BatchNormNet())
+    model.bn = nn.Sequential(model.bn, BatchNormAct2d(model.bn.num_features, act_layer=nn.SiLU))
+    model = model.float()
+    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+    x, y = batch()
+    samon.two_pass(opt, lambda: F.cross_entropy(model(x.float()), y), groups=4)
+    model.double()
+    model.bn[0].eval()
+    model.bn[1].act = nn.Tanh()
+    twin = copy.deepcopy(model)
+    single = create_optimizer_v2(twin, "samon", lr=0.1, rho=RHO)
+    for o in (opt, single):
+        o.zero_grad()
+    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+    for a, b in zip(x.chunk(4), y.chunk(4), strict=True):
+        samon.two_pass(single, lambda a=a, b=b: F.cross_entropy(twin(a), b), loss_scale=1 / 4)
+    assert_same(model, twin)
+
+
 def test_what_cannot_be_grouped() -> None:
     x, y = batch()
     evo = nn.Sequential(nn.Conv2d(3, 8, 3), EvoNorm2dS0(8, group_size=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -27,6 +27,7 @@ from samon.settings import config
 from samon.train import build
 from samon.train import main as train
 from samon.train.build import Hooks
+from tests.graph_memory import Pool
 from tests.runs import BASE, WATCH, assert_same, last, last_line, run, weights
 
 
@@ -197,11 +198,6 @@ def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], tmp_pa
     _, two = run(tmp_path, *args, "--no-replay", name="two")
     a, b = weights(one), weights(two)
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
-
-
-def test_groups_refuse_a_compiled_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--m-sharpness 4 .* drop --torchcompile"):
-        run(tmp_path, "--opt", "samon", "--m-sharpness", "4", "--torchcompile", "eager")
 
 
 def test_m_sharpness_in_groups_equals_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,10 +497,29 @@ def test_average_on_the_cpu_is_not_validated(tmp_path: Path) -> None:
     assert metrics["eval_loss"] == plain["eval_loss"]
 
 
-def test_compiled(tmp_path: Path) -> None:
-    _, eager = run(tmp_path, "--opt", "samon", "--model", "test_vit", "--val-split", "", name="eager")
-    _, compiled = run(tmp_path, "--opt", "samon", "--model", "test_vit", "--torchcompile", "eager", "--val-split", "")
+@pytest.mark.parametrize("m", ["device", "4"])
+def test_compiled(m: str, tmp_path: Path) -> None:
+    args = ["--opt", "samon", "--model", "test_vit", "--m-sharpness", m, "--val-split", ""]
+    _, eager = run(tmp_path, *args, name="eager")
+    _, compiled = run(tmp_path, *args, "--torchcompile", "eager")
     a, b = weights(eager), weights(compiled)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "samon"])
+def test_micro_batches_on_captured_graphs(opt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients must not be summed in memory that the next backward overwrites."""
+    args = ["--opt", opt, "--model", "test_vit", "--grad-accum-steps", "2", "--val-split", ""]
+    _, eager = run(tmp_path, *args, name="eager")
+    pool = Pool()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", pool.begin)
+    monkeypatch.setattr(
+        "samon.session.model.compiled", lambda config, model: torch.compile(model, backend=pool.backend)
+    )
+    how = ["--torchcompile", "eager", "--torchcompile-mode", "max-autotune"]
+    _, captured = run(tmp_path, *args, *how, name="captured")
+    assert pool.tensors
+    a, b = weights(eager), weights(captured)
     assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
 
 

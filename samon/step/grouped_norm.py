@@ -1,0 +1,136 @@
+"""One normalization layer with a gamma and a beta of its own for each group of samples."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from samon.errors import UserError
+from samon.optim.geometry import wide
+from samon.optim.scope import affine_dim
+
+Call = tuple[Tensor, Tensor]  # mean and variance, [G, C]
+
+
+class GroupedNorm:
+    """A layer's forward with gamma + d_gamma[g], beta + d_beta[g] in group g.
+
+    It is a function of its input and of this object's attributes, and the object serves every step, so a graph compiled
+    of it holds from step to step: the offsets are inputs of the graph, the batch statistics outputs.
+
+    Args:
+        module: the layer, of a class with an `affine_dim`.
+        groups: G, equal groups of consecutive samples in the leading dimension.
+
+    Attributes:
+        calls: the batch statistics of each call since `installed` began, of a training BatchNorm that tracks them.
+    """
+
+    def __init__(self, module: nn.Module, groups: int):
+        self.module, self.groups = module, groups
+        self.affine = (module._parameters.get("weight"), module._parameters.get("bias"))
+        self.offsets: Sequence[Tensor | None] = (None, None)
+        self.calls: tuple[Call, ...] = ()
+        self.own_statistics = isinstance(module, _BatchNorm) and module.training
+        self.normalized = type(module).forward  # with unit gamma and zero beta: `installed` sets them
+        # timm's fused norm+act classes: their activation runs behind the groups' own gamma and beta.
+        self.children = dict(module._modules)
+        self.after = {n: m for n, m in self.children.items() if n in ("drop", "act") and m is not None}
+        fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
+        own = module._parameters.items()
+        self.bare: dict[str, Any] = {
+            "_parameters": {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in own},
+            "_modules": self.children | {name: nn.Identity() for name in self.after},
+            "forward": self.forward,
+        }
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether the layer still is what this object was made of: mode, children, parameters, dtype and device."""
+        own = [(n, p) for n, p in module._parameters.items() if p is not None]
+        bare = self.bare["_parameters"]
+        return (
+            self.own_statistics == (isinstance(module, _BatchNorm) and module.training)
+            and all(a is b for a, b in zip(self.affine, map(module._parameters.get, ("weight", "bias")), strict=True))
+            and all((bare[n].dtype, bare[n].device) == (p.dtype, p.device) for n, p in own)
+            and self.children == module._modules
+        )
+
+    @contextmanager
+    def installed(self, offsets: Sequence[Tensor | None]) -> Iterator[None]:
+        """Inside, the layer runs this forward, hooks and all, with these offsets for weight and bias."""
+        self.offsets, self.calls = offsets, ()
+        state = self.module.__dict__
+        before = {name: state[name] for name in self.bare if name in state}
+        state.update(self.bare)
+        try:
+            yield
+        finally:
+            if "forward" not in before:
+                del state["forward"]
+            state.update(before)
+            self.offsets = (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> the same shape and dtype.
+
+        Raises:
+            UserError: the groups do not divide the batch.
+        """
+        if x.shape[0] % self.groups:
+            raise UserError(
+                f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(self.module).__name__}; "
+                "choose a batch size that m divides"
+            )
+        gamma, beta = (self._per_group(p, d) for p, d in zip(self.affine, self.offsets, strict=True))
+        y = self._batch_norm(x, gamma, beta) if self.own_statistics else self._layer(x, gamma, beta)
+        for child in self.after.values():
+            y = child(y)
+        return y
+
+    def _per_group(self, parameter: Parameter | None, offset: Tensor | None) -> Tensor | None:
+        """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
+        if parameter is None:
+            return None
+        return wide(parameter).expand(self.groups, *parameter.shape) if offset is None else parameter + offset
+
+    def _layer(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        y = self.normalized(self.module, x)
+        shape = _broadcast_shape(self.module, y, gamma if gamma is not None else beta)
+        z = y.view(self.groups, -1, *y.shape[1:])
+        z = z if gamma is None else z * gamma.view(shape)
+        z = z if beta is None else z + beta.view(shape)
+        return _joined(z, y.shape).to(y.dtype)
+
+    def _batch_norm(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
+        module: Any = self.module
+        groups, channels = self.groups, x.shape[1]
+        folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = (torch.zeros(groups * channels, dtype=dtype, device=x.device) for _ in range(2))
+        gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
+        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
+        if getattr(module, "track_running_stats", False):
+            self.calls = (*self.calls, (mean.view(groups, -1), variance.view(groups, -1)))
+        y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)
+        return _joined(y if y.is_contiguous() else y.contiguous(), x.shape)
+
+
+def _joined(x: Tensor, shape: torch.Size) -> Tensor:
+    """x.view(shape) that autograd does not call a view: an in-place activation behind a view would cost it a copy of
+    the whole gradient."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
+def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tuple[int, ...]:
+    """[G, 1, ...] so that the affine parameters [G, *shape] meet the output viewed as [G, m, ...]."""
+    if affine is None:
+        return ()
+    if affine_dim(module) == 1:
+        return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
+    return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])
