@@ -40,7 +40,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,plot,export,translation,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,decode,plot,export,translation,docs]'
 	touch $@
 
 clean:

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Images per second of timm's `wds/` reader and loader and of ours, on the same shards in one run.
+"""Images per second of timm's `wds/` reader, webdataset's own loader, torchvision's folder and ours, in one run.
 
-    python tools/bench_data.py [--images 512] [--workers 1 2]
+    python tools/bench_data.py [--images 512] [--workers 1 2] [--size 224 160]
 
 Makes JPEGs of 500 x 375 and about 110 kB (noise with a photograph's 1/f spectrum), packs them with make_shards.py and
-times: the whole loader with each number of workers (0: per second of CPU time), in turns, so that other load on the
-machine hits both alike; then, in this process, each stage by itself.
+times batches of augmented uint8 images, as they go to the device, with each number of workers (0: per second of CPU
+time), in turns, so that other load on the machine hits all alike; then, in this process, each stage by itself, and how
+far each decoder's pixels are from Pillow's.
 """
 
 import argparse
 import contextlib
 import io
 import logging
+import random
 import tempfile
 import time
 import warnings
@@ -23,18 +25,27 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
+import webdataset
 from PIL import Image
 from timm.data.loader import fast_collate
 from timm.data.readers.reader_wds import log_and_continue
 from timm.data.transforms_factory import create_transform
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode as Mode
+from torchvision.transforms import v2
 from webdataset import DataPipeline, SimpleShardList, tarfile_to_samples
 
+from samon import rng
 from samon.commands import make_shards
 from samon.data import create_dataset, create_loader
 from samon.data.decode import choose_decoder, decode_pil, decode_tensor
 from samon.data.shards import ShardReader, load_split
 
-SIZE, BATCH = (3, 224, 224), 32
+BATCH = 32
+OURS = ("pil", "torch", "crop", "scaled")  # by --decoder
+KINDS = ("timm", "webdataset", "torchvision", *OURS)
+TARGETS = {(224, "crop"): 1.8, (160, "scaled"): 2.2}  # times timm
 # Random resized crop and flip, as in the recipes; bilinear or bicubic by chance, as in timm's train.py.
 AUGMENT = {"color_jitter": None, "interpolation": "random"}
 BYTES = 110_000
@@ -42,12 +53,12 @@ BYTES = 110_000
 
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG (4:2:0) of noise with a 1/f spectrum, at the quality that makes it `BYTES` long."""
-    rng = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
 
     def field(falling: float) -> np.ndarray:
-        spectrum = rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)
+        spectrum = draw.normal(size=frequency.shape) + 1j * draw.normal(size=frequency.shape)
         values = np.fft.irfft2(spectrum / frequency**falling, (height, width))
         return (values - values.mean()) / values.std()
 
@@ -75,11 +86,27 @@ def make_set(directory: Path, images: int) -> list[bytes]:
     return some
 
 
-def make_loader(kind: str, root: Path, workers: int) -> Any:
-    """timm's loader or one of ours (by decoder) over the shards, on the CPU."""
-    common: dict[str, Any] = {"root": str(root), "split": "train", "is_training": True, "batch_size": BATCH}
+def their_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
+    """What webdataset's and torchvision's documentation would have one write; uint8 here too."""
+    choices = [v2.RandomResizedCrop(size, interpolation=how) for how in (Mode.BILINEAR, Mode.BICUBIC)]
+    augment = v2.Compose([v2.RandomChoice(choices), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    if kind == "torchvision":
+        folder = ImageFolder(str(directory / "source/train"), augment)
+        return DataLoader(folder, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    urls = sorted(map(str, (directory / "shards").glob("*train*.tar")))
+    shards = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(2048, rng=random.Random(0))
+    samples = shards.decode("pil").to_tuple("jpg", "cls").map_tuple(augment, int)
+    return webdataset.WebLoader(samples.batched(BATCH, partial=False), batch_size=None, num_workers=workers)
+
+
+def make_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
+    """Batches (uint8 [B, 3, size, size], target) on the CPU, before normalization."""
+    if kind in ("webdataset", "torchvision"):
+        return their_loader(kind, directory, size, workers)
+    root = str(directory / "shards")
+    common: dict[str, Any] = {"root": root, "split": "train", "is_training": True, "batch_size": BATCH}
     loading: dict[str, Any] = {
-        "input_size": SIZE,
+        "input_size": (3, size, size),
         "batch_size": BATCH,
         "is_training": True,
         "num_workers": workers,
@@ -87,14 +114,15 @@ def make_loader(kind: str, root: Path, workers: int) -> Any:
         **AUGMENT,
     }
     if kind == "timm":
-        return timm.data.create_loader(timm.data.create_dataset("wds/bench", **common), **loading)
-    return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading)
+        return timm.data.create_loader(timm.data.create_dataset("wds/bench", **common), **loading).loader
+    return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading).batches.loader
 
 
 def epoch_rate(loader: Any, clock: Callable[[], float]) -> float:
     """Images per second over an epoch, from the second batch on: workers have started."""
     count, start = 0, 0.0
     for images, _ in loader:
+        assert images.dtype == torch.uint8
         if start:
             count += len(images)
         else:
@@ -114,7 +142,7 @@ def milliseconds(action: Callable[[Any], Any], items: Iterable[Any], repeats: in
     return best
 
 
-def stages(root: Path, some: list[bytes]) -> None:
+def stages(root: Path, some: list[bytes], size: int) -> None:
     """Print milliseconds per image of each stage, timm's and ours."""
     shards = load_split(str(root), "train")
     reader = ShardReader(None, None)
@@ -129,7 +157,7 @@ def stages(root: Path, some: list[bytes]) -> None:
             for _sample in reader.read(url, length, range(length)):
                 pass
 
-    transform = create_transform(SIZE, is_training=True, use_prefetcher=True, **AUGMENT)  # type: ignore[arg-type]
+    transform = augmentation(size)
     _, tensor_transform = choose_decoder("torch", transform, "RGB")
     pils, tensors = [decode_pil(data) for data in some], [decode_tensor(data) for data in some]
     ready = [(transform(image), 0) for image in pils[:BATCH]]
@@ -148,11 +176,51 @@ def stages(root: Path, some: list[bytes]) -> None:
     print(f"bound if all but decoding and reading were free: {theirs / (rows[0][2] + rows[1][2]):.2f}")
 
 
+def augmentation(size: int) -> Any:
+    """timm's training transform, to uint8."""
+    return create_transform((3, size, size), is_training=True, use_prefetcher=True, **AUGMENT)  # type: ignore[arg-type]
+
+
+def pixels(some: list[bytes], size: int) -> None:
+    """Print how far each decoder's training images are from those of timm's Pillow path, in levels of 255."""
+    transform = augmentation(size)
+    made: dict[str, list[torch.Tensor]] = {}
+    for kind in OURS:
+        decode, step = choose_decoder(kind, transform, "RGB")
+        made[kind] = []
+        for seed, data in enumerate(some):
+            rng.seed(seed)
+            made[kind].append(torch.as_tensor(step(decode(data))).float())
+    for kind in OURS[1:]:
+        apart = [(ours - theirs).abs() for ours, theirs in zip(made[kind], made["pil"], strict=True)]
+        mean, largest = (torch.stack([how(one) for one in apart]) for how in (torch.mean, torch.max))
+        print(f"{kind} against pil at {size} px: mean {mean.mean():.3f}, largest {int(largest.max())} of 255")
+
+
+def race(directory: Path, size: int, workers: int, rounds: int) -> None:
+    """Print images per second of every loader, taking turns, and the ratio to timm's."""
+    # Without workers one core does everything, and its CPU time does not see other load on the machine.
+    clock = time.perf_counter if workers else time.process_time
+    loaders = {kind: make_loader(kind, directory, size, workers) for kind in KINDS}
+    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in KINDS:
+            rates[kind].append(epoch_rate(loaders[kind], clock))
+    print(f"{size} px, {workers} workers:")
+    for kind in KINDS:
+        ratios = [ours / theirs for ours, theirs in zip(rates[kind], rates["timm"], strict=True)]
+        target = f"   target {TARGETS[size, kind]}" if (size, kind) in TARGETS else ""
+        name = f"samon --decoder {kind}" if kind in OURS else kind
+        span = f"({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  {name:24}{median(rates[kind]):6.0f} images/s {median(ratios):6.2f} x timm {span}{target}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Make the set, time loaders and stages, print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--size", type=int, nargs="+", default=[224, 160], help="training image sizes")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     logging.disable(logging.WARNING)
@@ -160,28 +228,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         some = make_set(Path(directory), args.images)
-        root = Path(directory) / "shards"
         print(
             f"{args.images} JPEGs of 500 x 375, {sum(map(len, some)) / len(some) / 1e3:.0f} kB on average; "
             f"torch {torch.__version__}, timm {timm.__version__}"
         )
-        print(f"{'workers':8}{'timm':>8}{'ours pil':>10}{'ours torch':>12}   images/s, ratio torch : timm (per round)")
-        for workers in args.workers:
-            kinds = ("timm", "pil", "torch")
-            # Without workers one core does everything, and its CPU time does not see other load on the machine.
-            clock = time.perf_counter if workers else time.process_time
-            loaders = {kind: make_loader(kind, root, workers) for kind in kinds}
-            rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-            for _ in range(args.rounds):
-                for kind in kinds:
-                    rates[kind].append(epoch_rate(loaders[kind], clock))
-            ratios = [ours / theirs for ours, theirs in zip(rates["torch"], rates["timm"], strict=True)]
-            print(
-                f"{workers:<8}{median(rates['timm']):8.0f}{median(rates['pil']):10.0f}{median(rates['torch']):12.0f}"
-                f"   {median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
-                flush=True,
-            )
-        stages(root, some)
+        for size in args.size:
+            for workers in args.workers:
+                race(Path(directory), size, workers, args.rounds)
+        stages(Path(directory) / "shards", some, args.size[0])
+        for size in args.size:
+            pixels(some, size)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The tensor path decodes JPEGs with simplejpeg (libjpeg-turbo, as in Pillow: the same pixels) and runs timm's own
 random choices on the tensor, so a seed gives the same crop box, flip and interpolation on both paths. Only the
 resampling differs: bilinear by one level of 255 at most; bicubic by more in about one value of a thousand, where its
-overshoot is cut off.
+overshoot is cut off. Where the transform begins with a random crop, `samon.data.regions` decodes that part alone.
 """
 
 import io
@@ -11,6 +11,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,13 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 from torchvision.transforms.v2 import functional as F
 
+from samon.data import regions
 from samon.data.faults import ImageError, ImageTooLargeError
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+DECODERS = ("auto", "torch", "crop", "scaled", "pil")
 MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet has 61 million
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
@@ -73,29 +76,39 @@ def _load(image: Image.Image, mode: str) -> Image.Image:
 
 def decode_tensor(data: bytes | Image.Image) -> Tensor:
     """Decode to uint8 RGB [3, H, W]: JPEGs by simplejpeg, what it does not take (or CMYK) by Pillow."""
-    if isinstance(data, bytes) and data.startswith(b"\xff\xd8"):
-        try:
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-            if colors in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS:
-                return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-        except ValueError:
-            pass  # it is stricter than Pillow, which decides whether the file is damaged
+    if isinstance(data, bytes) and regions.parse(data, MAX_PIXELS):
+        with suppress(ValueError):  # it is stricter than Pillow, which decides whether the file is damaged
+            return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     return pil_to_tensor(decode_pil(data, "RGB"))
 
 
+def decode_later(data: bytes | Image.Image) -> regions.Jpeg | Tensor:
+    """A JPEG as it is, for `TensorCrop` to decode what it needs; anything else as `decode_tensor` gives it."""
+    parsed = regions.parse(data, MAX_PIXELS) if isinstance(data, bytes) else None
+    return parsed or decode_tensor(data)
+
+
 class TensorCrop:
-    """timm's random resized crop on a uint8 tensor: its choices, torch's resampling."""
+    """timm's random resized crop on uint8 [C, H, W] or a JPEG: its choices, torch's resampling."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self.crop = crop
+        self.scaled = False  # take the crop of a smaller image where that is enough
         modes = crop.interpolation
         self.modes = tuple(modes) if isinstance(modes, (tuple, list)) else (modes,)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [C, H, W] to uint8 [C, *size]; draws in timm's order."""
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+    def __call__(self, image: Tensor | regions.Jpeg) -> Tensor:
+        """uint8 [C, *size]; draws in timm's order."""
+        whole = image.like if isinstance(image, regions.Jpeg) else image
+        top, left, height, width = box = self.crop.get_params(whole, self.crop.scale, self.crop.ratio)
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
-        return F.resize_image(image[:, top : top + height, left : left + width], list(self.crop.size), mode)
+        part = None
+        if isinstance(image, regions.Jpeg):
+            part = image.scaled(box, self.crop.size) if self.scaled else None
+            part = image.region(*box) if part is None and regions.available() else part
+            image = decode_tensor(image.data) if part is None else whole
+        part = image[:, top : top + height, left : left + width] if part is None else part
+        return F.resize_image(part, list(self.crop.size), mode)
 
 
 class TensorResize:
@@ -164,25 +177,35 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
 
 
 def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[Any], Any], Any]:
-    """The decode function and the transform to run on its result, for ``--decoder auto|torch|pil``.
+    """The decode function and the transform to run on its result, for ``--decoder``.
 
     ``transform`` is what timm's `create_transform` made. `auto` takes the tensor path when every step of it has an
-    equal for tensors.
+    equal for tensors. `crop` is that path with only the crop decoded, and `auto` takes it where it is installed;
+    `scaled` also decodes at a half, a quarter or an eighth where that is enough, which changes pixels.
 
     Raises:
-        UserError: ``torch`` was asked for and a step has no equal; it is named.
+        UserError: another than ``auto`` and ``pil`` was asked for and cannot be; what is missing is named.
     """
-    if decoder not in ("auto", "torch", "pil"):
-        raise UserError(f"--decoder {decoder}: choose auto, torch or pil")
+    if decoder not in DECODERS:
+        raise UserError(f"--decoder {decoder}: choose {', '.join(DECODERS)}")
+    if decoder == "crop" and not regions.available():
+        raise UserError("--decoder crop needs nvImageCodec: pip install 'samon-timm[decode]', or use --decoder auto")
 
     steps = getattr(transform, "transforms", [transform])
     converted = [(step, _tensor_step(step)) for step in steps]
     without = [type(step).__name__ for step, equal in converted if equal is None]
     reason = f"no tensor form of {', '.join(without)}" if without else f"image mode {mode!r}" * (mode != "RGB")
-    if decoder == "torch" and reason:
-        raise UserError(f"--decoder torch: {reason}; use --decoder auto or pil")
+    if decoder not in ("auto", "pil") and reason:
+        raise UserError(f"--decoder {decoder}: {reason}; use --decoder auto or pil")
     if decoder == "pil" or reason:
         _logger.info("images are decoded by Pillow: %s", reason or "as asked")
         return partial(decode_pil, mode=mode), transform
-    _logger.info("images are decoded and augmented as tensors")
-    return decode_tensor, transforms.Compose([equal for _, equal in converted])
+    chosen = [equal for _, equal in converted]
+    first = chosen[0]
+    if decoder == "torch" or not isinstance(first, TensorCrop) or not (decoder == "scaled" or regions.available()):
+        _logger.info("images are decoded and augmented as tensors")
+        return decode_tensor, transforms.Compose(chosen)
+    first.scaled = decoder == "scaled"
+    how = "at the smallest scale that a crop needs" if first.scaled else "only where the crop lies"
+    _logger.info("images are decoded and augmented as tensors, JPEGs %s", how)
+    return decode_later, transforms.Compose(chosen)

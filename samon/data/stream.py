@@ -152,12 +152,12 @@ class SampleStream(IterableDataset):
         if isinstance(record, SampleError):
             raise record
         image, target = record.image, self._target(record)
-        if self.decode is not None:
-            try:
-                image = self.decode(image)
-            except ImageError as error:
-                raise type(error)(f"{record.where}: {error}") from error
-        return (image if self.transform is None else self.transform(image)), target
+        try:  # a transform may decode as well, what it needs
+            for step in (self.decode, self.transform):
+                image = image if step is None else step(image)
+        except ImageError as error:
+            raise type(error)(f"{record.where}: {error}") from error
+        return image, target
 
     def _target(self, record: Record) -> Any:
         label = record.label

@@ -11,6 +11,8 @@ from samon.optim.ascent import SOURCES, Ascent
 from samon.settings.flag import Flag, Groups, markdown, of_program
 from samon.settings.rows_timm import TIMM, T, V
 
+DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
+
 
 def m_sharpness(value: Any) -> str | int:
     """`device`, `global` or a positive number of samples."""
@@ -99,7 +101,7 @@ SHARDS: tuple[Flag, ...] = (
     T("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
     T("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
     T("max-bad-samples", float, 0.001, "share of unreadable samples to pass over before stopping", range="in [0, 1]"),
-    T("decoder", str, "auto", "image decoder", choices=("auto", "torch", "pil")),
+    T("decoder", str, "auto", "image decoder (crop, scaled: what a training crop needs)", choices=DECODERS),
     T("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
 )
 

@@ -237,6 +237,7 @@ def test_committed_results_make_a_page(path: Path, tmp_path: Path) -> None:
     with chromium() as browser:
         for scheme in ("light", "dark"):
             page = browser.new_context(viewport={"width": 800, "height": 600}, color_scheme=scheme).new_page()
+            page.set_default_timeout(120_000)  # a page of megabytes on a machine that has other work
             said: list[str] = []
             page.on("console", lambda message, said=said: said.append(message.text))
             page.goto(page_file.as_uri())
@@ -263,6 +264,7 @@ def test_the_page_in_a_browser(everything: Path, tmp_path: Path) -> None:
     report.main([*sources, "-o", str(path), "--title", HOSTILE])
     with chromium() as browser:
         page = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark").new_page()
+        page.set_default_timeout(120_000)
         said: list[str] = []
         asked: list[str] = []
         page.on("console", lambda message: said.append(message.text))

@@ -13,8 +13,19 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
-from samon.data.decode import TensorJitter, choose_decoder, decode_pil, decode_tensor
+from samon.data import regions
+from samon.data.decode import (
+    DECODERS,
+    MAX_PIXELS,
+    TensorJitter,
+    choose_decoder,
+    decode_later,
+    decode_pil,
+    decode_tensor,
+)
+from samon.data.faults import ImageError
 from samon.errors import UserError
+from samon.settings.rows import TRAIN as TRAIN_FLAGS
 from tests import efficientnet_lite0
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("photographs/*/*.jpg"))
@@ -206,9 +217,128 @@ def test_what_tensors_cannot_do_goes_to_pillow(options, why, caplog):
         choose_decoder("torch", transform, "RGB")
 
 
+JPEG_KINDS = [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_blocks": 5}]
+
+
+def enlarged(photo, factor, **options):
+    image = Image.open(photo)
+    return encoded(image.resize((image.width * factor, image.height * factor)), format="JPEG", **options)
+
+
+partial = pytest.mark.skipif(not regions.available(), reason="nvImageCodec is not installed")
+
+
+@partial
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+def test_a_region_has_the_pixels_of_the_whole(options):
+    draw = random.Random(0)
+    for photo in PHOTOS[:3]:
+        data = enlarged(photo, 2, quality=90, **options)
+        whole = decode_tensor(data)
+        jpeg = regions.parse(data, MAX_PIXELS)
+        assert jpeg.like.shape == whole.shape
+        for _ in range(40):
+            top, left = draw.randrange(whole.shape[1] - 1), draw.randrange(whole.shape[2] - 1)
+            height, width = draw.randint(1, whole.shape[1] - top), draw.randint(1, whole.shape[2] - left)
+            part = jpeg.region(top, left, height, width)
+            assert torch.equal(part, whole[:, top : top + height, left : left + width])
+
+
+@partial
+def test_regions_leave_orientation_alone_and_make_grey_three_channels():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (encoded(Image.open(PHOTOS[0]), format="JPEG", exif=exif), _modes_jpeg("L")):
+        assert torch.equal(regions.parse(data, MAX_PIXELS).region(3, 5, 20, 16), decode_tensor(data)[:, 3:23, 5:21])
+
+
+def _modes_jpeg(mode):
+    return encoded(Image.open(PHOTOS[0]).convert(mode), format="JPEG")
+
+
+@partial
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_decoding_the_crop_alone_changes_nothing(interpolation, caplog):
+    caplog.set_level("INFO")
+    transform = create_transform((3, 96, 96), **TRAIN | {"interpolation": interpolation})
+    whole, only = choose_decoder("torch", transform, "RGB"), choose_decoder("auto", transform, "RGB")
+    assert caplog.messages[-1].endswith("JPEGs only where the crop lies")
+    for data in [photo.read_bytes() for photo in PHOTOS] + [_modes_jpeg("L"), _modes_jpeg("CMYK")]:
+        for seed in range(20):
+            results = []
+            for decode, step in (whole, only):
+                rng.seed(seed)
+                results.append((step(decode(data)), random.random(), torch.rand(())))
+            assert torch.equal(results[0][0], results[1][0])
+            assert results[0][1:] == results[1][1:]  # the generators stand where they would
+
+
+@partial
+def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
+    data = PHOTOS[0].read_bytes()
+    jpeg = regions.parse(data[: len(data) // 2], MAX_PIXELS)
+    height, width = jpeg.like.shape[1:]
+    assert torch.equal(jpeg.region(0, 0, height // 8, width), decode_tensor(data)[:, : height // 8])
+    assert jpeg.region(0, 0, height, width) is None
+    step = choose_decoder("auto", create_transform((3, 32, 32), scale=(1, 1), ratio=(1, 1), **TRAIN), "RGB")[1]
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        step(jpeg)
+    assert capfd.readouterr().err == ""  # neither about the file nor about libraries that the machine lacks
+
+
+def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_to_spare(monkeypatch):
+    decoded = []
+    decode_jpeg = regions.simplejpeg.decode_jpeg
+
+    def watched(data, **how):
+        decoded.append(how)
+        return decode_jpeg(data, **how)
+
+    monkeypatch.setattr(regions.simplejpeg, "decode_jpeg", watched)
+    transform = create_transform((3, 32, 32), **TRAIN | {"interpolation": "bilinear"})
+    exact, scaled = choose_decoder("torch", transform, "RGB"), choose_decoder("scaled", transform, "RGB")
+    means = []
+    for photo in PHOTOS:
+        data = enlarged(photo, 4, quality=90)
+        height, width = decode_tensor(data).shape[1:]
+        for seed in range(10):
+            pixels = []
+            for decode, step in (exact, scaled):
+                rng.seed(seed)
+                decoded.clear()
+                pixels.append(step(decode(data)).float())
+            rng.seed(seed)
+            like = regions.parse(data, MAX_PIXELS).like
+            *_, crop_height, crop_width = step.transforms[0].crop.get_params(like, (0.08, 1), (3 / 4, 4 / 3))
+            factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(crop_height, crop_width) >= 32 * f)
+            if factor > 1:
+                assert decoded == [{"min_height": -(-height // factor), "min_width": -(-width // factor)}]
+            means.append((pixels[0] - pixels[1]).abs().mean().item())
+    # Half a pixel of the smaller image is what rounding the crop's box can move it by.
+    assert 0 < np.mean(means) < 3
+    assert max(means) < 8
+
+
+def test_a_file_without_pixels_to_spare_is_not_scaled():
+    data = PHOTOS[0].read_bytes()
+    assert regions.parse(data, MAX_PIXELS).scaled((0, 0, 63, 64), (32, 32)) is None
+    assert regions.parse(data, MAX_PIXELS).scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
+
+
+def test_the_decoders_are_those_of_the_flag(monkeypatch):
+    flags = [flag for rows in TRAIN_FLAGS.values() for flag in rows]
+    assert next(flag for flag in flags if flag.name == "decoder").choices == DECODERS
+    monkeypatch.setattr(regions, "available", lambda: False)
+    transform = create_transform((3, 32, 32), **TRAIN)
+    with pytest.raises(UserError, match=r"pip install 'samon-timm\[decode\]'"):
+        choose_decoder("crop", transform, "RGB")
+    assert choose_decoder("auto", transform, "RGB")[0] is decode_tensor
+    assert choose_decoder("scaled", transform, "RGB")[0] is decode_later
+
+
 def test_unknown_decoders_and_modes():
     transform = create_transform((1, 32, 32), use_prefetcher=True)
-    with pytest.raises(UserError, match="choose auto, torch or pil"):
+    with pytest.raises(UserError, match="choose auto, torch, crop, scaled, pil"):
         choose_decoder("fast", transform, "RGB")
     with pytest.raises(UserError, match="image mode 'L'"):
         choose_decoder("torch", transform, "L")
