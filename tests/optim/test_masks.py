@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,18 @@ def test_epochs_renew_a_dynamic_mask_by_a_cosine() -> None:
             changed.append(0 if before is None else int((before & ~flat(mask.masks)).sum()))
             assert flat(mask.masks).sum() == 100
     assert changed == [0, 0, 0, 0, 25, 0, 0, 0]  # at epoch 0 the random mask has been renewed at once
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_the_rate_of_exchange_falls_as_a_cosine(epoch: int) -> None:
+    """Of 100 kept entries 50 change at first, (1 + cos(pi e / 4)) / 2 of that at epoch e of four."""
+    mask = Mask("dynamic", 0.8)
+    mask(gradients(0))
+    before = flat(mask.masks)
+    mask.begin_epoch(epoch, 4, 1)
+    mask(gradients(1))
+    rate = 0.5 * (1 + math.cos(math.pi * epoch / 4)) / 2
+    assert int((before & ~flat(mask.masks)).sum()) == round(100 * rate) == [43, 25, 7][epoch - 1]
 
 
 def test_a_dynamic_mask_keeps_its_sparsity_where_few_entries_lie_outside() -> None:

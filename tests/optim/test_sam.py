@@ -160,6 +160,23 @@ def test_perturbed_context_restores_bit_exactly() -> None:
         assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad: float, dtype: torch.dtype) -> None:
+    """Running statistics of the second pass would keep what a NaN weight makes."""
+    torch.manual_seed(0)
+    model = randomized(LayerNormNet()).to(dtype)
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    before = {n: p.detach().clone() for n, p in opt.perturbed_parameters().items()}
+    grads = [torch.ones_like(p) for p in before.values()]
+    grads[1].view(-1)[0] = bad
+    with opt.perturbed(grads):
+        assert all(torch.equal(p, before[n]) for n, p in opt.perturbed_parameters().items())
+    eps, _, finite = opt.perturbation([g[None].expand(3, *g.shape) for g in grads], grouped=True)
+    assert not finite.any()
+    assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
 def test_missing_gradient_in_the_second_pass() -> None:
     """A branch that runs only in the first pass must not leave its weights perturbed."""
     torch.manual_seed(0)

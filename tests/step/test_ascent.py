@@ -18,7 +18,7 @@ import samon
 from samon import UserError
 from samon.optim.ascent import Ascent, momenta, orthogonal
 from tests import reference
-from tests.nets import NETS, LayerNormNet, batch, randomized
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from tests.processes import run_ranks
 
 RHO, UPDATES = 0.3, 7
@@ -75,6 +75,19 @@ def test_training_equals_a_naive_loop(net: str, source: str, name: str, parts: i
         assert_close(model, start, 1e-6)
     if source == "adaptive":
         assert {"sam", "plain"} == set(did)
+
+
+@pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
+def test_the_only_pass_updates_running_statistics(bn_stats: str) -> None:
+    """`previous` has a single pass: whichever of two would have counted, it is the one."""
+    model = make(BatchNormNet)
+    opt = optimizer(model, ascent="previous")
+    for forwards in losses(model):  # the second update is at w + eps
+        before = {name: b.clone() for name, b in model.named_buffers() if "running" in name}
+        opt.zero_grad()
+        samon.two_pass(opt, forwards[0], bn_stats=bn_stats)
+        opt.step()
+        assert not any(torch.equal(b, before[name]) for name, b in model.named_buffers() if name in before)
 
 
 @pytest.mark.parametrize("source", ["batch", "friendly"])

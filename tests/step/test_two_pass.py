@@ -90,6 +90,18 @@ def test_several_forwards_share_one_perturbation(net) -> None:
     assert_gradients(model, expected)
 
 
+@pytest.mark.parametrize("name", ["samon", "samon-fisher"])
+def test_thirds_of_a_batch_climb_as_the_whole(name: str) -> None:
+    """The mean gradient, not the sum: its direction alone would not tell, its norm and the Fisher geometry do."""
+    x, y = batch(9)
+    (model, opt), (twin, whole) = setup(LayerNormNet, name), setup(LayerNormNet, name)
+    samon.two_pass(opt, [loss_of(model, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)])
+    samon.two_pass(whole, loss_of(twin, x, y))
+    norms = [float(o.stats["ascent_grad_norm"]) for o in (opt, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+    assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()})
+
+
 def test_ascent_from_a_part_of_the_batch() -> None:
     model, opt = setup(LayerNormNet, "samon")
     x, y = batch()
