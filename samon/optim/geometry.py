@@ -13,6 +13,7 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 Tensors = Sequence[Tensor]
+Norms = Callable[[Tensor], Tensor] | None  # 2-norms [T] of parts of tensors to those of the tensors; None: no parts
 Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
 
 
@@ -24,6 +25,7 @@ class Geometry:
         rho: radius to start from by scope: middle values of the paper's Tables 7 and 8, not tuned ones.
         scale: T from (weights, gradients, eta, which tensors are weights), one tensor per weight that broadcasts
             against its gradient; None stands for T = 1.
+        of_norms: T consists of the tensors' 2-norms, and not of numbers for single entries.
     """
 
     p: float
@@ -31,6 +33,7 @@ class Geometry:
     description: str
     rho: dict[str, float]
     scale: Scale | None = None
+    of_norms: bool = False
 
 
 def _rho(sam: float, samon: float) -> dict[str, float]:
@@ -60,7 +63,7 @@ GEOMETRIES: dict[str, Geometry] = {
         2, 0.01, "elementwise l2, T = |w| + eta for weights, 1 for the rest", _rho(0.5, 0.5), _weight_sizes
     ),
     "elemlinf": Geometry(math.inf, 0.0, "elementwise l_inf, T = |w|", _rho(0.001, 0.005), _entry_sizes),
-    "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2", _rho(0.005, 0.05), _tensor_norms),
+    "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2", _rho(0.005, 0.05), _tensor_norms, True),
     "fisher": Geometry(2, 1.0, "Fisher l2, T = (1 + eta g^2)^-1/2", _rho(0.05, 0.5), _fisher),
 }
 
@@ -75,12 +78,14 @@ def widened(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.float() if t.dtype in HALF else t for t in tensors]
 
 
-def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False) -> Tensor:
-    """The norm of this order of all tensors as one vector: shape [], or [G] when they are grouped."""
+def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, whole: Norms = None) -> Tensor:
+    """The norm of this order of all tensors as one vector: shape [], or [G] when they are grouped. `whole`: for parts
+    of tensors and order 2."""
     if grouped:
         parts = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
         return torch.linalg.vector_norm(torch.stack(parts), order, dim=0)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), order)), order)
+    norms = torch.stack(torch._foreach_norm(list(tensors), order))
+    return torch.linalg.vector_norm(norms if whole is None else whole(norms), order)
 
 
 def ascend(
@@ -91,6 +96,7 @@ def ascend(
     eta: float = 0.0,
     is_weight: Sequence[bool] = (),
     grouped: bool = False,
+    whole: Norms = None,
 ) -> tuple[list[Tensor], Tensor]:
     """One ascent step (Eq. 5): `(eps, ||T g||_2)`, eps shaped like the gradients, in their dtype.
 
@@ -98,15 +104,18 @@ def ascend(
 
     Args:
         is_weight: for `eleml2orig`, which tensors are weights (|w| + eta); the others get 1 (section 3.2).
+        whole: for weights and gradients of which this process has a part: makes their norms whole (`WholeNorms`).
     """
     row = GEOMETRIES[geometry]
     scales = None if row.scale is None else row.scale(weights, grads, eta, is_weight)
+    if scales is not None and row.of_norms and whole is not None:
+        scales = list(whole(torch.stack(scales)).unbind())
 
     def scaled(tensors: Tensors) -> list[Tensor]:
         return list(tensors) if scales is None else [a * x for a, x in zip(scales, tensors, strict=True)]
 
     steep = scaled(grads)
-    norm = global_norm(steep, grouped=grouped)
+    norm = global_norm(steep, grouped=grouped, whole=whole)
     if row.p == math.inf:
         return [rho * x for x in scaled([g.sign() for g in grads])], norm
     # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every direction.

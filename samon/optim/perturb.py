@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samon.optim.geometry import Tensors, ascend, widened
+from samon.optim.geometry import Norms, Tensors, ascend, widened
 
 CAPTURING = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs on a GPU
 
@@ -20,12 +20,13 @@ def perturbation(
     is_weight: Sequence[bool],
     grouped: bool,
     share: float,
+    whole: Norms = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`(eps / share, ||T g||_2, whether that is finite)`, eps zero where it is not: all, or with `grouped` each group.
 
     Where dtype and device are the same, eps is one flat tensor, [N] or [G, N]: hundreds of small kernels would cost as
     much as the arithmetic."""
-    eps, norm = ascend(geometry, widened(weights), grads, rho, eta, is_weight, grouped)
+    eps, norm = ascend(geometry, widened(weights), grads, rho, eta, is_weight, grouped, whole)
     eps = eps if share == 1 else list(torch._foreach_div(eps, share))
     finite = norm.isfinite()
     if len({(t.dtype, t.device) for t in eps}) > 1:

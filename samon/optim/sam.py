@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import Selection, select, select_bare
+from samon.optim.sharded import WholeNorms, local, whole_norms
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
@@ -94,6 +96,7 @@ class SAM(Optimizer):
         self.arithmetic, self.captured = Arithmetic(), False
         self._rounding_checked = self._warned = self._plain = False
         self._drawn: dict[str, Parameter] | None = None  # inside a step
+        self._distributed: bool | None = None
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -106,6 +109,13 @@ class SAM(Optimizer):
     @property
     def model(self) -> torch.nn.Module | None:
         return self.selection.model
+
+    @property
+    def distributed(self) -> bool:
+        """Whether processes share parameters out among them (FSDP), perturbed ones or others."""
+        if self._distributed is None:
+            self._distributed = any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"])
+        return self._distributed
 
     @property
     def can_group(self) -> bool:
@@ -183,6 +193,14 @@ class SAM(Optimizer):
             return self._drawn
         return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
 
+    def perturbed_weights(self) -> list[Tensor]:
+        """What this process holds of the perturbed parameters: all of them, or its parts where they are sharded."""
+        named = self.perturbed_parameters().values()
+        return [local(p) for p in named] if self.distributed else list(named)
+
+    def whole_norms(self) -> WholeNorms | None:
+        return whole_norms(list(self.perturbed_parameters().values())) if self.distributed else None
+
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
@@ -209,15 +227,13 @@ class SAM(Optimizer):
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
-        named = self.perturbed_parameters()
-        pairs = zip(named.values(), grads, strict=True)
-        dense = widened([torch.zeros_like(p) if g is None else g for p, g in pairs])
+        weights = self.perturbed_weights()
+        pairs = zip(weights, grads, strict=True)
+        dense = widened([torch.zeros_like(w) if g is None else local(g) for w, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
         is_weight = self.is_weight() if self.geometry == "eleml2orig" else []
-        weights, numbers = list(named.values()), (self.rho, self.eta)
-        eps, norm, finite = self.arithmetic.perturbation(
-            self.geometry, weights, dense, *numbers, is_weight, grouped, self.esam_beta
-        )
+        settings = (self.rho, self.eta, is_weight, grouped, self.esam_beta, self.whole_norms())
+        eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     @contextmanager
@@ -236,7 +252,7 @@ class SAM(Optimizer):
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        weights: list[Tensor] = list(self.perturbed_parameters().values())
+        weights = self.perturbed_weights()
         half = any(w.dtype in HALF for w in weights)
         saved = self.arithmetic.shift(weights, list(eps))
         try:
@@ -251,12 +267,13 @@ class SAM(Optimizer):
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
         """Into the step's `stats` the size of the perturbation: intended, and as the weights really took it."""
-        whole = [applied.flat] if isinstance(applied, Parts) else applied
-        self.stats["eps_norm"] = global_norm(whole, grouped=grouped).mean()
+        norms = self.whole_norms()
+        vectors = [applied.flat] if isinstance(applied, Parts) and norms is None else applied
+        self.stats["eps_norm"] = global_norm(vectors, grouped=grouped, whole=norms).mean()
         if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
             return
-        missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)])
-        lost = missed / global_norm(eps).clamp(min=torch.finfo(missed.dtype).tiny)
+        missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)], whole=norms)
+        lost = missed / global_norm(eps, whole=norms).clamp(min=torch.finfo(missed.dtype).tiny)
         self.stats["eps_lost"] = lost
         if self._rounding_checked or lost.is_meta or isinstance(lost, FakeTensor):
             return

@@ -50,7 +50,7 @@ class Grouped:
         self.device = parameters[0].device
         self.perturbed = {id(p): i for i, p in enumerate(parameters)}
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
-        self.frozen = [*unperturbed(sam), *parameters]
+        self.frozen = [*([] if sam.distributed else unperturbed(sam)), *parameters]
         # [module -> per pass -> the (mean, variance) [G, C] of each call]
         self.statistics: dict[Any, list[list[Call]]] = defaultdict(lambda: [[], []])
         self.pass_index = 0

@@ -226,7 +226,7 @@ class Plain:
         if self.tape is not None:
             late = self.tape.plan.late
         else:
-            late = [] if self.planning else unperturbed(self.sam, self.modules)
+            late = [] if self.planning or self.sam.distributed else unperturbed(self.sam, self.modules)
         with frozen(late), self._statistics_kept(self.bn_stats == "second"):
             yield
 

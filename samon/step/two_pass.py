@@ -12,6 +12,8 @@ from samon.errors import UserError
 from samon.optim.ascent import Ascent, all_reduce_mean
 from samon.optim.norm_stats import BN_STATS
 from samon.optim.sam import SAM, sam_of
+from samon.optim.sharded import is_cut
+from samon.step import sharded
 from samon.step.captured import begin, own_gradients, owned
 from samon.step.groups import Grouped
 from samon.step.passes import explain_missing, gradients
@@ -52,7 +54,8 @@ def two_pass(
             perturbation (scope `samon`).
         reduce: whose ascent gradient makes the perturbation: this process's (`device`) or the mean over all
             processes (`global`).
-        no_sync: DistributedDataParallel's; the ascent pass runs inside, so a step sends the gradients once.
+        no_sync: DistributedDataParallel's; the ascent pass runs inside, so a step sends the gradients once. A model
+            sharded by FSDP2 needs none.
         scaler: GradScaler; both losses are scaled, the ascent gradient is unscaled before it is used.
         bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`.
         same_noise: the second pass draws the same dropout and stochastic-depth masks as the first.
@@ -78,9 +81,12 @@ def two_pass(
         )
     if ascent is not None and ascent != sam.ascent.source:
         sam.ascent = Ascent(ascent, sam.ascent.gsam_alpha)
-    no_sync = no_sync or nullcontext
+    if no_sync is None:
+        no_sync = sharded.no_sync(sam.model) if sam.distributed and sam.model is not None else nullcontext
     forwards = [forward] if callable(forward) else list(forward)
     _check(sam, forwards, groups, reduce, bn_stats, ascent_forward)
+    if sam.distributed:
+        sharded.check(sam, reduce=reduce, groups=groups, replay=replay, scaler=scaler)
     with sam.drawn():
         passes: Plain | Grouped
         climbs = sam.ascent.climbs()
@@ -147,8 +153,14 @@ def climb(
     source, named = sam.ascent, sam.perturbed_parameters()
     clean: Tensor | None = None
     if forwards:
-        clean, grads = first_pass(sam, passes, forwards, no_sync=no_sync, scaler=scaler)
-        if reduce == "global" and torch.distributed.is_initialized():
+        cut = sam.distributed and any(is_cut(p) for p in named.values())
+        if cut:
+            with passes.first(), passes.each_first():
+                clean, grads = sharded.climbing_gradients(sam, forwards, no_sync)
+        else:
+            with sharded.ascending(sam.model) if sam.distributed else nullcontext():
+                clean, grads = first_pass(sam, passes, forwards, no_sync=no_sync, scaler=scaler)
+        if reduce == "global" and torch.distributed.is_initialized() and not cut:
             grads = all_reduce_mean(grads, process_group)
         source.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
         direction: Sequence[Tensor | None] | None = source.direction(named, grads)
