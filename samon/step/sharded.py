@@ -90,7 +90,7 @@ def check(sam: SAM, *, reduce: str, groups: int, replay: bool, scaler: Any) -> N
 
 def climbing_gradients(
     sam: SAM, forwards: Sequence[Callable[[], Tensor]], sync: Callable[[], AbstractContextManager]
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor]]:
     """The first pass over sharded perturbed parameters: (the mean loss at w, [] and detached; the gradients of the mean
     over processes, sharded as the parameters are). `.grad` is as it was afterwards."""
     parameters = [p for group in sam.param_groups for p in group["params"]]
@@ -104,8 +104,9 @@ def climbing_gradients(
                 loss = forward()
                 (loss / len(forwards)).backward()
             losses.append(loss.detach())
-        average_gradients(p for p in sam.perturbed_parameters().values())
-        grads = [p.grad for p in sam.perturbed_parameters().values()]
+        average_gradients(sam.perturbed_parameters().values())
+        perturbed = sam.perturbed_parameters().values()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in perturbed]
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
