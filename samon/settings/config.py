@@ -145,6 +145,7 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
     _check_norm(config)
     if config.sync_bn and config.split_bn:
         raise UserError("--sync-bn and --split-bn exclude each other; drop one of them")
+    _check_fsdp(config, given)
     if config.wandb_resume_id and not config.resume:
         raise UserError("--wandb-resume-id needs --resume")
     if config.data_resident and config.epoch_repeats:
@@ -202,6 +203,34 @@ def _check_norm(config: Config) -> None:
         raise UserError("--weight-decay-on excludes --layer-decay, which makes groups of its own; drop one of them")
     if config.norm_dropout and (isinstance(config.m_sharpness, int) or config.torchcompile):
         raise UserError("--norm-dropout excludes --torchcompile and a number in --m-sharpness; drop one of them")
+
+
+def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
+    if not config.fsdp:
+        if extra := [key for key in ("fsdp_reshard", "fsdp_replicate") if key in given]:
+            raise UserError(f"--{extra[0].replace('_', '-')} is for --fsdp; add it, or drop this one")
+        return
+    without = {
+        "--torchcompile": bool(config.torchcompile),
+        "--sync-bn": config.sync_bn,
+        "--split-bn": config.split_bn,
+        "--channels-last": config.channels_last,
+        "--clip-mode agc": config.clip_grad is not None and config.clip_mode == "agc",
+        "--model-ema-force-cpu": config.model_ema_force_cpu,
+        f"--opt {config.opt}": config.opt.startswith(("lookahead", "ssam-", "sam-random")),
+        "--amp-dtype float16 (use bfloat16)": config.amp and config.amp_dtype == "float16",
+    }
+    for name, asked in without.items():
+        if asked:
+            raise UserError(f"--fsdp does not combine with {name}; drop one of them")
+    if samon.is_sam_name(config.opt) and not config.opt.startswith("samon"):
+        if config.m_sharpness != "global":
+            raise UserError(
+                f"--fsdp --opt {config.opt} perturbs weights that the processes share out, by one perturbation for "
+                "all: add --m-sharpness global; samon's lie whole on each process and need not"
+            )
+        if config.ascent != "batch" or config.gsam_alpha:
+            raise UserError(f"--fsdp --opt {config.opt} takes --ascent batch alone, and no --gsam-alpha; samon any")
 
 
 def _check_ascent(config: Config) -> None:

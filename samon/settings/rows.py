@@ -83,6 +83,12 @@ RUN: tuple[Flag, ...] = (
     T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
 )
 
+SHARDING: tuple[Flag, ...] = (
+    T("fsdp", bool, False, "share the model out among the processes (FSDP2), block by block"),
+    T("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
+    T("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
+)
+
 NORMALIZATION: tuple[Flag, ...] = (
     T("fix-norm", bool, False, "normalization layers without affine parameters: gamma = 1, beta = 0, not trained"),
     T("train-only-norm", bool, False, "train the normalization parameters alone"),
@@ -160,6 +166,7 @@ GROUPS: Groups = {
     "Configuration": CONTROL,
     "Sharpness-aware minimization": SAM,
     "Run": RUN,
+    "Sharded models": SHARDING,
     "Normalization layers (the paper's B.7 to B.9)": NORMALIZATION,
     "Fine-tuning": FINE_TUNING,
     "Shards": SHARDS,

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from samon.errors import RunError
+from samon.optim.geometry import global_norm
 from samon.optim.sam import SAM, sam_of
+from samon.optim.sharded import local, whole_norms
 from samon.session.checkpoint import Progress
 from samon.train.build import Run
 from samon.train.state import Keeper
@@ -38,11 +40,14 @@ def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | 
     reads = reads or counts_updates(optimizer)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
+    grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
+    norm = global_norm([*map(local, grads)], whole=whole_norms(grads)) if config.fsdp else get_total_norm(grads)
     finite = norm.isfinite()
     if reads and scaler is None and not bool(finite):
         return norm, False
-    if config.clip_grad is not None:
+    if config.clip_grad is not None and config.fsdp:
+        clip_parts([*map(local, grads)], norm, config.clip_grad, config.clip_mode)
+    elif config.clip_grad is not None:
         clipped = model_parameters(run.model, exclude_head="agc" in config.clip_mode)
         dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
     if not reads:
@@ -57,6 +62,15 @@ def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | 
     scaler.step(optimizer)
     scaler.update()
     return norm, scaler.get_scale() >= before
+
+
+def clip_parts(grads: list[Tensor], norm: Tensor, value: float, mode: str) -> None:
+    """`dispatch_clip_grad`, modes norm and value, on what this process has of gradients whose norm is known."""
+    if mode == "norm":
+        torch._foreach_mul_(grads, (value / (norm + 1e-6)).clamp(max=1))
+    else:
+        torch._foreach_clamp_max_(grads, value)
+        torch._foreach_clamp_min_(grads, -value)
 
 
 def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
@@ -95,9 +109,9 @@ def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]
     """Every tensor that a step may change, by what it is: parameters, their state, and what the ascent keeps."""
     found: dict[Any, Tensor] = {}
     for i, p in enumerate(parameters(optimizer)):
-        found[i, ""] = p
+        found[i, ""] = local(p)
         state = optimizer.state.get(p, {})
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors = {name: local(value) for name, value in state.items() if isinstance(value, Tensor)}
         found |= {(i, name): value for name, value in tensors.items() if value.device == p.device}
     if sam is not None:
         found |= {("kept", name): value for name, value in sam.ascent.kept.items()}

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 import samon
 from samon.errors import UserError, user_errors
 from samon.session import model as models
+from samon.session import sharding
 from samon.session.ablations import weight_decay_groups
 from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings.config import Config
+from samon.step.sharded import no_sync
 from samon.train.loaders import Batches, build_data, data_classes, mixing
 
 log = logging.getLogger("samon")
@@ -92,6 +94,11 @@ class Run:
         return samon.sam_of(self.optimizer)
 
     @property
+    def no_sync(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """Around all micro-batches of an update but the last: gradients are not sent yet."""
+        return no_sync(self.model) if self.config.fsdp else getattr(self.net, "no_sync", None)
+
+    @property
     def epochs(self) -> int:
         return self.settled.epochs
 
@@ -101,14 +108,20 @@ class Run:
 
 
 def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
-    """Everything, in timm's order: model, layout, optimizer, EMA, data, loss, processes, schedule."""
+    """Everything, in timm's order but for the EMA, which copies a model that is not sharded yet: model, layout, EMA,
+    optimizer, data, loss, processes, schedule."""
     config = models.settle_precision(config, world)
     model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = models.data_config(config, model)
     check_ascent_size(config, model, data_config["input_size"])
     check_batch_norm(config, model, data_config["input_size"])
+    mesh = sharding.make_mesh(config, world) if config.fsdp else None
     model = lay_out(config, model, world)
+    ema = build_ema(config, model)
+    if mesh is not None:
+        for one in (model, *([ema.module] if ema is not None else [])):
+            sharding.shard(config, one, world, mesh)
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config, model, lr)
     sam = samon.sam_of(optimizer)
@@ -139,7 +152,7 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
         autocast=models.autocast(config, world.device),
-        ema=build_ema(config, model),
+        ema=ema,
         loss=build_loss(config).to(world.device),
         mixup=read.mixup,
         train_loader=read.train,
@@ -183,7 +196,8 @@ def lay_out(config: Config, model: nn.Module, world: World) -> nn.Module:
     """Split or synchronized BatchNorm, device, precision, memory format."""
     if config.split_bn:
         model = convert_splitbn_model(model, max(config.aug_splits, 2))
-    model = models.place(config, model, world)
+    # FSDP takes a model from the CPU, block by block: it need not fit on one device.
+    model = models.place(config, model, replace(world, device=torch.device("cpu")) if config.fsdp else world)
     if config.sync_bn and world.size > 1:
         if world.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
@@ -217,7 +231,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -
 
 def replays(config: Config, sam: samon.SAM) -> bool:
     """Whether replay stays on; says at the start which of the step's economies do not combine with the model's way."""
-    other = "--torchcompile" if config.torchcompile else "--grad-checkpointing" if config.grad_checkpointing else None
+    others = {"--torchcompile": config.torchcompile, "--grad-checkpointing": config.grad_checkpointing}
+    other = next((flag for flag, given in (others | {"--fsdp": config.fsdp}).items() if given), None)
     if other and sam.selection.narrowed and not config.no_replay:
         log.info(f"replay is off: it keeps activations from module to module, which {other} does not allow")
         return False
@@ -228,7 +243,8 @@ def build_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
     if not config.model_ema:
         return None
     device = torch.device("cpu") if config.model_ema_force_cpu else None
-    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
+    how: dict[str, Any] = {"use_warmup": config.model_ema_warmup, "device": device}
+    return ModelEmaV3(model, decay=config.model_ema_decay, foreach=not config.fsdp, **how)  # no foreach of both kinds
 
 
 def build_loss(config: Config) -> nn.Module:
@@ -255,9 +271,9 @@ def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) ->
 
 
 def wrap(config: Config, model: nn.Module, world: World) -> nn.Module:
-    """Compile, then DistributedDataParallel."""
+    """Compile, then DistributedDataParallel; a sharded model is called as it is."""
     net = models.compiled(config, model)
-    if world.size > 1:
+    if world.size > 1 and not config.fsdp:
         ids = [world.device] if world.device.type != "cpu" else None
         ddp = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # PyTorch 2.15 warns of the old name

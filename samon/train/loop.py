@@ -20,9 +20,11 @@ from samon.errors import RunError, Stopped
 from samon.evals.accuracy import accuracy
 from samon.optim.geometry import wide
 from samon.session.checkpoint import Progress
-from samon.session.model import captured, dtype_of
+from samon.session.model import captured, data_config, dtype_of
+from samon.session.sharding import evened
 from samon.settings.rows import steps_or_minutes
 from samon.step.captured import begin, own_gradients
+from samon.step.sharded import average_gradients
 from samon.step.two_pass import two_pass
 from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
@@ -180,14 +182,15 @@ def gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> t
             samples += len(images)
             with sync_if(run, index + 1 == count):
                 rows.append((sharp if perturb else plain)(run, images, target, 1 / count))
+    if run.config.fsdp:
+        average_gradients(parameters(run.optimizer))
     names = rows[0].keys()
     return {name: torch.stack([row[name] for row in rows]).mean() for name in names}, samples
 
 
 def sync_if(run: Run, last: bool) -> Any:
-    """DDP sends gradients with the last micro-batch only."""
-    no_sync = getattr(run.net, "no_sync", None)
-    return nullcontext() if last or no_sync is None else no_sync()
+    """Gradients are sent with the last micro-batch only."""
+    return nullcontext() if last or run.no_sync is None else run.no_sync()
 
 
 def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
@@ -248,7 +251,7 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
     two_pass(
         run.optimizer,
         forwards,
-        no_sync=getattr(run.net, "no_sync", None),
+        no_sync=run.no_sync,
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
         same_noise=config.same_noise,
@@ -310,6 +313,10 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         model = run.ema.module
         share_running_statistics(run, model)
     batches = control.until_signal(run.eval_loader)
+    if run.config.fsdp:
+        size = data_config(run.config, run.model)["input_size"]
+        image = torch.zeros(1, *size, device=run.world.device, dtype=dtype_of(run.config.model_dtype))
+        batches = evened(batches, len(run.eval_loader), model, image, run.world, run.autocast)
     name, length = f"validation {progress.epoch}", len(run.eval_loader)
     metrics = accuracy(
         model,

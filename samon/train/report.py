@@ -118,7 +118,7 @@ class Report:
     def describe(self, run: Run) -> None:
         """What is about to run: data, model, what is perturbed."""
         size, settled = sum(p.numel() for p in run.model.parameters()) / 1e6, run.settled
-        place = f"{run.world.size} x {run.world.device.type}"
+        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * run.config.fsdp
         log.info("Results go to %s", self.directory)
         log.info("%s: %.2f M parameters, %d classes, on %s", run.config.model, size, settled.num_classes, place)
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"

@@ -17,6 +17,7 @@ from torch import nn
 from samon import rng as generators
 from samon.errors import UserError
 from samon.files import write_text
+from samon.session import sharding
 from samon.session import world as elastic
 from samon.session.checkpoint import SUFFIX, Checkpoints, Progress, TrainState, newest, progress_of, read, settings_of
 from samon.session.world import World, on_primary
@@ -32,6 +33,7 @@ INDIFFERENT = {*OF_A_START, "config", "data", "output", "experiment", "data_dir"
 INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist"}
 INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
 INDIFFERENT |= {"val_interval", "validation_batch_size", "no_replay", "dataset_download"}
+INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate"}
 # Settings that lie in the optimizer's groups, which a checkpoint brings along.
 OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
 OF_GROUPS |= {"opt_eps": ("eps",), "opt_betas": ("betas",)}
@@ -184,17 +186,21 @@ class Keeper:
             "buffers": _buffers(run.model) if several else {},
             "ema_buffers": _buffers(run.ema.module) if several and run.ema is not None else {},
         }
+        weights, averages = run.model.state_dict(), None if run.ema is None else run.ema.module.state_dict()
+        optimizer = run.optimizer.state_dict()
+        if run.config.fsdp:
+            weights, averages, optimizer = sharding.taken([weights, averages, optimizer], run.world)
         ranks = self.control.gather(mine)
         if ranks is None:
             return None
         return TrainState(
-            state_dict=run.model.state_dict(),
-            optimizer=run.optimizer.state_dict(),
+            state_dict=weights,
+            optimizer=optimizer,
             epoch=progress.epoch,
             arch=run.config.model,
             args={key: value for key, value in vars(effective(run)).items() if key != "config"},
             metric=metric,
-            state_dict_ema=None if run.ema is None else run.ema.module.state_dict(),
+            state_dict_ema=averages,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
             scheduler=_plateau(run.scheduler),
             progress=asdict(progress),
@@ -225,11 +231,12 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
         log.warning("Other settings than in %s: %s", source, told)
     fresh = [dict(group) for group in run.optimizer.param_groups]
     try:
-        run.model.load_state_dict(clean_state_dict(content["state_dict"]))
+        _load(run, run.model, content["state_dict"])
         if run.ema is not None:
-            run.ema.module.load_state_dict(clean_state_dict(content.get("state_dict_ema") or content["state_dict"]))
+            _load(run, run.ema.module, content.get("state_dict_ema") or content["state_dict"])
         if not config.no_resume_opt and "optimizer" in content:
-            run.optimizer.load_state_dict(content["optimizer"])
+            state = content["optimizer"]
+            run.optimizer.load_state_dict(sharding.given_to(state, run.optimizer) if config.fsdp else state)
             for group, new in zip(run.optimizer.param_groups, fresh, strict=True):  # what is asked for now counts
                 group |= {name: new[name] for key in changed for name in OF_GROUPS.get(key, ()) if name in group}
         if run.scaler is not None and not config.no_resume_opt and "amp_scaler" in content:
@@ -253,6 +260,11 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     _restore_schedule(run, progress, content.get("scheduler"))
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return progress, rng
+
+
+def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:
+    state = clean_state_dict(state)
+    model.load_state_dict(sharding.given(state, model) if run.config.fsdp else state)
 
 
 def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
