@@ -34,7 +34,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     rules = [rule for value in groups.values() for rule in ([value] if isinstance(value, str) else value)]
     patterns = [rule if isinstance(rule, str) else rule[0] for rule in rules]
     numbered = [pattern.lstrip("^") for pattern in patterns if r"\d" in pattern]
-    found = {name: m for name, m in model.named_modules() if any(re.fullmatch(p, name) for p in numbered)}
+    named = {name: m for name, m in model.named_modules() if any(re.fullmatch(p, name) for p in numbered)}
+    found = {name: m for name, m in named.items() if next(m.parameters(), None) is not None}
     if not found:
         raise UserError(
             f"--fsdp: {type(model).__name__} has no group_matcher that numbers its blocks, so there is nothing to "

@@ -1,0 +1,117 @@
+"""train.py --fsdp on two gloo processes: the same run as without, states that continue either way, what it refuses.
+
+float32: FSDP and DDP add gradients in another order. 1e-4 relative over the whole run; one update differs by 1e-7.
+"""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import samon  # noqa: F401 - registers the CIFAR networks
+from samon import UserError
+from samon.session.sharding import blocks
+from samon.train import main as train
+from tests.runs import BASE, assert_same, weights
+from tools import check_interruptions as matrix
+
+COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5"]
+SHARDED = ["--fsdp", "--opt", "samon-layerl2-momentum"]
+
+
+def launch(directory: Path, *args: str, moment: tuple[str, int, int] | None = None, expect: int = 0) -> Path:
+    matrix.prepare(2)
+    argv = [*matrix.ARGS, *COMMON, "--output", str(directory.parent), "--experiment", directory.name, *args]
+    log = directory.with_suffix(".log")
+    codes = matrix.launch(argv, 2, log, moment, "kill-all") if moment else matrix.launch(argv, 2, log)
+    assert (codes == [expect] * 2) if moment is None else any(codes), log.read_text()[-2000:]
+    return directory
+
+
+def apart(one: Path, two: Path) -> float:
+    a, b = (torch.cat([t.flatten() for t in weights(d).values() if t.is_floating_point()]) for d in (one, two))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("sharded") / "whole", *SHARDED)
+
+
+@pytest.fixture(scope="module")
+def parallel(sharded: Path) -> Path:
+    return launch(sharded.parent / "ddp", "--opt", "samon-layerl2-momentum")
+
+
+def test_the_run_is_that_of_ddp(sharded: Path, parallel: Path) -> None:
+    """Clipping, accumulation, EMA, mixup, validation of uneven parts (40 images in batches of 8 on two processes)."""
+    assert apart(sharded, parallel) < 1e-4
+    last = [(d / "summary.csv").read_text().splitlines()[-1].split(",") for d in (sharded, parallel)]
+    assert [float(x) for x in last[0][1:]] == pytest.approx([float(x) for x in last[1][1:]], rel=1e-4, abs=1e-6)
+    assert "2 x cpu, sharded" in (sharded / "log.txt").read_text()
+
+
+def test_a_killed_run_ends_bit_identical(sharded: Path) -> None:
+    directory = launch(sharded.parent / "killed", *SHARDED, moment=("update", 0, 5))
+    launch(directory, *SHARDED, "--resume", str(directory))
+    assert_same(weights(sharded), weights(directory))
+
+
+def test_a_state_continues_without_sharding_and_with_it(sharded: Path, parallel: Path) -> None:
+    for begun, name in ((SHARDED, "to-ddp"), (SHARDED[1:], "to-fsdp")):
+        directory = launch(sharded.parent / name, *begun, moment=("update", 1, 2))
+        launch(directory, *(SHARDED[1:] if begun is SHARDED else SHARDED), "--resume", str(directory))
+        assert apart(directory, parallel) < 1e-4
+        assert "Other settings" not in (directory / "log.txt").read_text()
+
+
+def test_sharded_weights_are_perturbed_alike_on_all_processes(sharded: Path) -> None:
+    """Scope sam, AdamW: its states are sharded too."""
+    args = ["--opt", "sam-adamw", "--lr", "1e-3", "--rho", "0.05", "--m-sharpness", "global"]
+    one, two = launch(sharded.parent / "sam", *args, "--fsdp"), launch(sharded.parent / "sam-ddp", *args)
+    assert apart(one, two) < 1e-3  # AdamW divides by the root of squares near zero
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--fsdp"], "--fsdp shares a model out among processes, and this is one"),
+        (["--fsdp", "--torchcompile"], "--fsdp does not combine with --torchcompile"),
+        (["--fsdp", "--sync-bn"], "--fsdp does not combine with --sync-bn"),
+        (["--fsdp", "--amp"], "--amp-dtype float16 .use bfloat16"),
+        (["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"], "--clip-mode agc"),
+        (["--fsdp", "--opt", "ssam-f"], "--opt ssam-f"),
+        (["--fsdp", "--opt", "sam"], "add --m-sharpness global"),
+        (["--fsdp-reshard", "never"], "--fsdp-reshard is for --fsdp"),
+    ],
+)
+def test_refusals(args: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        train.main([*BASE, "--output", str(tmp_path), *args])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("vit_small_patch32_224", 12),
+        ("resnet50", 16),
+        ("swin_tiny_patch4_window7_224", 15),
+        ("convnext_atto", 15),
+        ("efficientnet_b0", 16),
+        ("resnet56_cifar", 27),
+    ],
+)
+def test_blocks_are_timms(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = blocks(model)
+    assert len(found) == count
+    held = [id(p) for block in found.values() for p in block.parameters()]
+    assert len(held) == len(set(held)), "blocks within blocks"
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear has no group_matcher"):
+        blocks(nn.Linear(2, 2))
