@@ -1,7 +1,7 @@
 """Top-1, top-5 and loss over a loader, the same figures for any number of processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.evals import shifts
 from samon.evals.calibration import COLUMNS, bounds, confusion, expected_calibration_error, write_classes
-from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict
+from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict, share
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
 from samon.session.model import compiled
+from samon.session.sharding import evened
 
 _log = logging.getLogger("samon")
 
@@ -162,7 +163,11 @@ def _scored(
     options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
     while True:
         kept: list[Tensor] = []
-        loader = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size, bar=bar))
+        loader: Iterator[Any] = ((x.to(dtype), y) for _, _, x, y in batches(target, images, chosen, size, bar=bar))
+        if config.fsdp:
+            mine = -(-len(share(chosen, size, target.rank, target.world)) // size)
+            image = torch.zeros(1, *target.data_config["input_size"], device=target.device, dtype=dtype)
+            loader = evened(loader, mine, target.model, image, target.autocast)
         try:
             scores = score(net, loader, images.scorings, device=target.device, kept=kept, **options)
             break

@@ -5,10 +5,11 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm import utils
 from timm.layers import apply_test_time_pool
@@ -20,9 +21,10 @@ from samon.evals.entry import Entry, Target
 from samon.evals.results import Results, Row, markdown, result_format, writable
 from samon.evals.shifts import SETS
 from samon.session import model as models
+from samon.session import sharding
 from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.session.world import World, on_primary, processes
-from samon.settings.config import Config, recipe
+from samon.settings.config import Config, check_sharding, recipe
 from samon.settings.flag import by_key, nearest, parse_command_line
 from samon.settings.rows import VALIDATE
 
@@ -114,6 +116,9 @@ def settle(given: dict[str, Any], path: str) -> Job:
         if {"amp", "model_dtype"} & set(given):
             raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
         config = config.but(amp=False, model_dtype=None)
+    if config.fsdp and "channels_last" not in given:
+        config = config.but(channels_last=False)
+    check_sharding(config, given, {f"--evals {name}": True for name in sorted(wanted - {"accuracy"})})
     average = not config.no_ema and (config.use_ema or averaged(content))
     return Job(path, config, average, entries, content.get("class_names"))
 
@@ -185,10 +190,13 @@ def build(job: Job, world: World) -> Target:
         model, _ = apply_test_time_pool(model, data_config)
     if config.reparam:
         model = utils.reparameterize_model(model)
-    model = models.place(config, model, world).eval()
+    mesh = sharding.make_mesh(config, world) if config.fsdp else None
+    model = models.place(config, model, world if mesh is None else replace(world, device=torch.device("cpu"))).eval()
     size = data_config["input_size"]
     if text := models.refusal(model, size):  # told before any data is read
         raise UserError(f"{config.model} does not take images of {list(size)} ({text}); give another --img-size")
+    if mesh is not None:
+        sharding.shard(config, model, world, mesh)
     autocast = models.autocast(config, world.device)
     name = "/".join(Path(job.path).parts[-2:]) or config.model
     place = (world.device, world.rank, world.size, autocast)

@@ -122,12 +122,10 @@ def _part(value: Any, like: Tensor) -> Any:
 
 
 @torch.no_grad()
-def evened(
-    batches: Iterator[Any], length: int, model: nn.Module, image: Tensor, world: World, autocast: Any
-) -> Iterator[Any]:
+def evened(batches: Iterator[Any], length: int, model: nn.Module, image: Tensor, autocast: Any) -> Iterator[Any]:
     """This process's `length` batches, and then as many forwards of one image [1, C, H, W] as the longest process has
     more: each gathers parameters together with all others."""
-    longest = torch.tensor([length], device=world.device)
+    longest = torch.tensor([length], device=image.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     done = 0
     for batch in batches:

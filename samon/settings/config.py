@@ -205,25 +205,33 @@ def _check_norm(config: Config) -> None:
         raise UserError("--norm-dropout excludes --torchcompile and a number in --m-sharpness; drop one of them")
 
 
-def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
+def check_sharding(config: Config, given: Mapping[str, Any], without: Mapping[str, bool]) -> None:
+    """What train.py and validate.py refuse beside --fsdp; `without`: more of it, each with whether it is asked for."""
     if not config.fsdp:
         if extra := [key for key in ("fsdp_reshard", "fsdp_replicate") if key in given]:
             raise UserError(f"--{extra[0].replace('_', '-')} is for --fsdp; add it, or drop this one")
         return
     without = {
         "--torchcompile": bool(config.torchcompile),
-        "--sync-bn": config.sync_bn,
-        "--split-bn": config.split_bn,
         "--channels-last": config.channels_last,
-        "--clip-mode agc": config.clip_grad is not None and config.clip_mode == "agc",
-        "--model-ema-force-cpu": config.model_ema_force_cpu,
-        f"--opt {config.opt}": config.opt.startswith(("lookahead", "ssam-", "sam-random")),
         "--amp-dtype float16 (use bfloat16)": config.amp and config.amp_dtype == "float16",
+        **without,
     }
     for name, asked in without.items():
         if asked:
             raise UserError(f"--fsdp does not combine with {name}; drop one of them")
-    if samon.is_sam_name(config.opt) and not config.opt.startswith("samon"):
+
+
+def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
+    without = {
+        "--sync-bn": config.sync_bn,
+        "--split-bn": config.split_bn,
+        "--clip-mode agc": config.clip_grad is not None and config.clip_mode == "agc",
+        "--model-ema-force-cpu": config.model_ema_force_cpu,
+        f"--opt {config.opt}": config.opt.startswith(("lookahead", "ssam-", "sam-random")),
+    }
+    check_sharding(config, given, without)
+    if config.fsdp and samon.is_sam_name(config.opt) and not config.opt.startswith("samon"):
         if config.m_sharpness != "global":
             raise UserError(
                 f"--fsdp --opt {config.opt} perturbs weights that the processes share out, by one perturbation for "

@@ -9,7 +9,7 @@ from typing import Any
 from samon.evals import EVALS
 from samon.optim.ascent import SOURCES, Ascent
 from samon.settings.flag import Flag, Groups, markdown, of_program
-from samon.settings.rows_timm import TIMM, T, V
+from samon.settings.rows_timm import TIMM, B, T, V
 
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
 
@@ -84,9 +84,9 @@ RUN: tuple[Flag, ...] = (
 )
 
 SHARDING: tuple[Flag, ...] = (
-    T("fsdp", bool, False, "share the model out among the processes (FSDP2), block by block"),
-    T("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
-    T("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
+    B("fsdp", bool, False, "share the model out among the processes (FSDP2), block by block (validate.py: accuracy)"),
+    B("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
+    B("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
 )
 
 NORMALIZATION: tuple[Flag, ...] = (

@@ -316,7 +316,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if run.config.fsdp:
         size = data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype_of(run.config.model_dtype))
-        batches = evened(batches, len(run.eval_loader), model, image, run.world, run.autocast)
+        batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
     name, length = f"validation {progress.epoch}", len(run.eval_loader)
     metrics = accuracy(
         model,

@@ -3,6 +3,9 @@
 float32: FSDP and DDP add gradients in another order. 1e-4 relative over the whole run; one update differs by 1e-7.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,10 @@ from torch import nn
 
 import samon  # noqa: F401 - registers the CIFAR networks
 from samon import UserError
+from samon.evals import main as evals
 from samon.session.sharding import blocks
 from samon.train import main as train
-from tests.runs import BASE, assert_same, weights
+from tests.runs import BASE, ROOT, assert_same, weights
 from tools import check_interruptions as matrix
 
 COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5"]
@@ -72,6 +76,21 @@ def test_sharded_weights_are_perturbed_alike_on_all_processes(sharded: Path) -> 
     args = ["--opt", "sam-adamw", "--lr", "1e-3", "--rho", "0.05", "--m-sharpness", "global"]
     one, two = launch(sharded.parent / "sam", *args, "--fsdp"), launch(sharded.parent / "sam-ddp", *args)
     assert apart(one, two) < 1e-3  # AdamW divides by the root of squares near zero
+
+
+def test_validation_sharded_gives_the_same_figure(sharded: Path) -> None:
+    """40 images on two processes in batches of 16: one has a batch more than the other."""
+    checkpoint = ["--checkpoint", str(sharded), "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+    (alone,) = (row for row in evals.main(checkpoint) if row["metric"] == "loss")
+    results = sharded.parent / "results.json"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "validate.py"]
+    done = subprocess.run(
+        [*words, *checkpoint, "--fsdp", "--results-file", str(results)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = (row for row in json.loads(results.read_text()) if row["metric"] == "loss")
+    assert row["value"] == pytest.approx(alone["value"], rel=1e-5)
+    assert row["num_samples"] == alone["num_samples"] == 40
 
 
 @pytest.mark.parametrize(
