@@ -45,3 +45,9 @@ def export() -> NoReturn:
     from samon.commands.export import main
 
     run(main)
+
+
+def plan() -> NoReturn:
+    from samon.plan.main import main
+
+    run(main)

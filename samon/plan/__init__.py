@@ -1,0 +1,1 @@
+"""What a step will cost before any GPU is there."""
