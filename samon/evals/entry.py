@@ -4,7 +4,7 @@ import functools
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,14 +279,18 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool | None = None) -> Iterator[None]:
-    """Eval mode inside, all parameters with or without ``gradients`` if that is given; afterwards as before."""
+    """Eval mode inside; afterwards as before.
+
+    If ``gradients`` is given, all parameters are with or without them, in `full_precision`.
+    """
     was_training = model.training
     changed = [] if gradients is None else [p for p in model.parameters() if p.requires_grad != gradients]
     model.eval()
     try:
         for parameter in changed:
             parameter.requires_grad_(bool(gradients))
-        yield
+        with nullcontext() if gradients is None else full_precision():
+            yield
     finally:
         model.train(was_training)
         for parameter in changed:

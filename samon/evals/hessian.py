@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, full_precision, one_label, predict
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.norm_params import figure_type
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
@@ -149,7 +149,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         return target.total(values).to(values.device)
 
     found: list[Row] = []
-    with full_precision(), evaluating(net, gradients=True):
+    with evaluating(net, gradients=True):
         for scope in SCOPES:
             parameters, generator = scoped(net, scope), torch.Generator().manual_seed(config.seed)
 

@@ -34,18 +34,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import (
-    Device,
-    Entry,
-    EvalImages,
-    Target,
-    batches,
-    choose,
-    evaluating,
-    full_precision,
-    one_label,
-    predict,
-)
+from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
 from samon.optim.scope import norm_parameters
@@ -258,7 +247,7 @@ def batch_sharpness(
     The model is left bit for bit as it was, also after an exception.
     """
     parameters = scoped(model, scope)
-    with full_precision(), evaluating(model, gradients=True), restored(parameters) as weights:
+    with evaluating(model, gradients=True), restored(parameters) as weights:
 
         def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
             with torch.no_grad():
