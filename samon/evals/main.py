@@ -215,7 +215,7 @@ def check(jobs: list[Job], world: World) -> Target:
 def evaluate(jobs: list[Job], world: World, results: Results) -> None:
     """Every piece of every job that is not there yet; the figure and histograms of normalization parameters."""
     config = jobs[0].config
-    on_primary(world, lambda: check_paths(config, results))
+    on_primary(world, lambda: check_paths(config))
     target = check(jobs, world)
     found = on_primary(world, results.load)
     seen: dict[str, norm_params.Values] = {}
@@ -240,16 +240,14 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
             norm_params.write_tensorboard(seen, Path(config.norm_tensorboard))
 
 
-def check_paths(config: Config, results: Results) -> None:
+def check_paths(config: Config) -> None:
     """Every file and directory that will be written to."""
-    results.check()
-    for key in ("norm_figure", "landscape_figure"):
+    figures, directories = ("norm_figure", "landscape_figure"), ("norm_tensorboard", "apgd_state", "class_report")
+    for key in ("results_file", *figures, *directories):
         if path := getattr(config, key):
-            norm_params.figure_type()
-            writable(f"--{key.replace('_', '-')}", Path(path))
-    for key in ("norm_tensorboard", "apgd_state", "class_report"):
-        if directory := getattr(config, key):
-            writable(f"--{key.replace('_', '-')}", Path(directory) / "file")
+            if key in figures:
+                norm_params.figure_type()
+            writable(f"--{key.replace('_', '-')}", Path(path, "file") if key in directories else Path(path))
 
 
 def fingerprint(jobs: list[Job]) -> str:

@@ -1,7 +1,5 @@
 """Results as rows, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, and as a table."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samon.errors import UserError
-from samon.files import write_text
+from samon.files import csv_text, write_text
 
 Row = dict[str, Any]
 _PERCENT = ("top-1", "top-5", "ece", "mce", "ce")
@@ -47,13 +45,6 @@ class Results:
             content = json.loads(self.partial.read_text())
             return content["pieces"] if content["command"] == self.command else {}
         return {}
-
-    def check(self) -> None:
-        """Raises:
-        UserError: the file cannot be written.
-        """
-        if self.path:
-            writable("--results-file", self.path)
 
     def write(self) -> None:
         """The pieces so far, each file whole or as it was."""
@@ -96,11 +87,7 @@ def render(rows: list[Row], form: str) -> str:
     if form == "md":
         return markdown(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([keys, *([row.get(key) for key in keys] for row in rows)])
 
 
 def grouped(rows: list[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 import html
 import json
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import plotly.offline
@@ -23,7 +24,7 @@ def render(content: Content, title: str, command: str) -> str:
     counts = [f"{len(content.runs)} runs", f"{len(content.scores)} rows of scores"]
     counts += [f"{len(content.evaluations)} evaluation rows"]
     about = f"{', '.join(counts)}. Made by samon {samon.__version__}: {command}"
-    page = (HERE / "page.html").read_text()
+    page = Template((HERE / "page.html").read_text())
     titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
     parts = {
         "title": html.escape(title),
@@ -35,12 +36,7 @@ def render(content: Content, title: str, command: str) -> str:
         "script": (HERE / "page.js").read_text(),
         "plotly": plotly.offline.get_plotlyjs(),
     }
-    before, *pieces = page.split("{{")
-    filled = [before]
-    for piece in pieces:  # one pass, so that a name such as {{data}} in the content is never filled
-        key, rest = piece.split("}}", 1)
-        filled += [parts[key], rest]
-    return "".join(filled)
+    return page.substitute(parts)  # one pass: a name such as $data in the content is never filled
 
 
 def data_of(drawn: list[Figure]) -> dict[str, Any]:

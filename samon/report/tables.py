@@ -1,13 +1,12 @@
 """The tables of a page, as HTML, LaTeX (booktabs) and CSV."""
 
-import csv
 import html
-import io
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from samon.files import csv_text
 from samon.report.content import Content, Score, differing, label
 from samon.report.paper import paper_figures
 
@@ -23,10 +22,7 @@ class Table:
     rows: list[list[str]]
 
     def csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([self.head, *[[_harmless(cell) for cell in row] for row in self.rows]])
-        return text.getvalue()
+        return csv_text([self.head, *(map(_harmless, row) for row in self.rows)])
 
     def latex(self) -> str:
         lines = [" & ".join(map(tex, row)) + r" \\" for row in [self.head, *self.rows]]
