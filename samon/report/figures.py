@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,8 +128,8 @@ def curves(content: Content, style: Style) -> list[Figure]:
         lines = []
         for run in content.runs:
             points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
-            lines.append((run, [x for x, _ in points], [y for _, y in points]))
-        traces = per_run(lines, style)
+            lines.append((run.method, run.name, points))
+        traces = lines_of(lines, style)
         caption = "A line for each run; runs of a method share colour and symbol. Click the legend to hide one."
         found.append(Figure(f"curve-{key}", title.capitalize(), caption, traces, axis("epoch"), axis(title)))
     return found
@@ -141,39 +142,37 @@ def inside(content: Content, style: Style) -> list[Figure]:
         "train/grad_norm": ("Gradient norm during training", "gradient norm"),
         "train/ascent_grad_norm": ("Ascent gradient norm during training", "ascent gradient norm"),
     }
+    caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
     found = []
     for tag, (title, name) in kinds.items():
-        lines = []
-        for run in content.runs:
-            points = run.scalars.get(tag, [])
-            lines.append((run, [x for x, _ in points], [y for _, y in points]))
-        traces = per_run(lines, style, mode="lines")
-        caption = (
-            "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
-        )
+        lines = [(run.method, run.name, run.scalars.get(tag, [])) for run in content.runs]
+        traces = lines_of(lines, style, mode="lines")
         found.append(Figure(tag.replace("/", "-"), title, caption, traces, axis("update"), axis(name)))
     return found
 
 
-def per_run(lines: list[tuple[Run, list[Any], list[Any]]], style: Style, **more: Any) -> list[Trace]:
-    """One trace for each line, one legend entry for each method."""
+def lines_of(lines: Iterable[tuple[str, str, Sequence[Any]]], style: Style, **more: Any) -> list[Trace]:
+    """One trace for each (method, name, points [x, y]), one legend entry for each method."""
     traces: list[Trace] = []
-    for run, x, y in lines:
-        if x:
-            first = all(trace["name"] != plain(run.method) for trace in traces)
-            traces.append(style.trace(run.method, x, y, text=plain(run.name), showlegend=first, **more))
+    for method, name, points in lines:
+        if points:
+            first = all(trace["name"] != plain(method) for trace in traces)
+            x, y = ([point[i] for point in points] for i in (0, 1))
+            traces.append(style.trace(method, x, y, text=plain(name), showlegend=first, **more))
     return traces
 
 
 def distribution(content: Content, style: Style, kind: str) -> Figure:
     """Figures 5 and 9: of the first run of each method."""
-    traces: list[Trace] = []
+    first: dict[str, Run] = {}
     for run in content.runs:
-        if run.norms.get(kind) and all(trace["name"] != plain(run.method) for trace in traces):
-            values = run.norms[kind]
-            x, y = [value for value, _ in values], [100 * share for _, share in values]
-            traces.append(style.trace(run.method, x, y, mode="lines", text=plain(run.name)))
-            traces[-1]["line"] |= {"shape": "hvh"}
+        if run.norms.get(kind):
+            first.setdefault(run.method, run)
+    traces = []
+    for method, run in first.items():
+        x, y = [value for value, _ in run.norms[kind]], [100 * share for _, share in run.norms[kind]]
+        traces.append(style.trace(method, x, y, mode="lines", text=plain(run.name)))
+        traces[-1]["line"] |= {"shape": "hvh"}
     caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
     title = f"Distribution of {kind}"
     return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
@@ -182,20 +181,17 @@ def distribution(content: Content, style: Style, kind: str) -> Figure:
 def sharpness(content: Content, style: Style) -> list[Figure]:
     """Table 6: a figure for each measure, a point for each evaluated model."""
     top1 = {row["checkpoint"]: row["value"] for row in _rows(content, "accuracy", "top1") if "checkpoint" in row}
-    measures: dict[str, list[Trace]] = defaultdict(list)
+    measures = defaultdict(list)
     for row in content.evaluations:
         if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
-            traces = measures[str(row.get("setting", row["metric"]))]
-            first = all(trace["name"] != plain(label(row)) for trace in traces)
-            named = {"text": plain(row["checkpoint"]), "showlegend": first, "mode": "markers"}
-            traces.append(style.trace(label(row), [row["value"]], [top1[row["checkpoint"]]], **named))
+            point = (row["value"], top1[row["checkpoint"]])
+            measures[str(row.get("setting", row["metric"]))].append((label(row), row["checkpoint"], [point]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
-    return [
-        Figure(
-            f"sharpness-{i}", f"Accuracy against sharpness: {name}", caption, traces, axis(name), axis("accuracy, %")
-        )
-        for i, (name, traces) in enumerate(measures.items())
-    ]
+    drawn = []
+    for i, (name, points) in enumerate(measures.items()):
+        traces, title = lines_of(points, style, mode="markers"), f"Accuracy against sharpness: {name}"
+        drawn.append(Figure(f"sharpness-{i}", title, caption, traces, axis(name), axis("accuracy, %")))
+    return drawn
 
 
 def robustness(content: Content, style: Style) -> list[Figure]:
