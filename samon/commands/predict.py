@@ -84,7 +84,7 @@ def predictions(target: Target, paths: Sequence[Path], topk: int) -> list[list[s
     with evaluating(target.model):
         for _, indices, x, _ in batches(target, images, list(range(len(paths))), config.batch_size, bar="predicting"):
             with target.autocast():
-                logits = predict(target.model, x.to(target.device))
+                logits = predict(target.model, x)
             best = logits.float().softmax(1).topk(min(topk, len(labels)), dim=1)
             found = zip(indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
             for index, shares, classes in found:

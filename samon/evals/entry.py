@@ -61,6 +61,7 @@ class EvalImages(Dataset):
     row_of: Callable[[str], int] | None = None  # from where an image lies, in place of its label
     scorings: dict[str, shifts.Scoring] = field(default_factory=lambda: {"": (None, None)})
     mismatch: str = ""  # what differs from the set as published
+    class_of: list[int] | None = None  # of each row of labels, where `one_label` has made classes of them
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,7 +80,8 @@ class EvalImages(Dataset):
         if self.border:
             width, height = image.size
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return image, record.label if self.row_of is None else self.row_of(record.where)
+        label = record.label if self.row_of is None else self.row_of(record.where)
+        return image, label if self.class_of is None else self.class_of[label]
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,8 @@ class Among(nn.Module):
         return predict(self.model, x)[:, self.columns]
 
 
-def one_label(
-    what: str, entry: Entry, images: EvalImages, model: nn.Module
-) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(the model with the logits of the set's classes, what turns a label [B] into its class among them).
+def one_label(what: str, entry: Entry, images: EvalImages, model: nn.Module) -> nn.Module:
+    """The model with the logits of the set's classes; a label of the images becomes its class among them.
 
     Raises:
         UserError: an image may have several right classes.
@@ -209,11 +209,9 @@ def one_label(
     if table is not None and int(table.sum(1).max()) > 1:
         why = "its images have several right classes, and the loss that is maximised is defined for one"
         raise UserError(f"{what} {entry.name}: {why}; evaluate a set with one label an image")
-    net = model if columns is None else Among(model, columns)
-    if table is None:
-        return net, lambda label: label
-    classes = (table if columns is None else table[:, columns]).float().argmax(1)
-    return net, lambda label: classes.to(label.device)[label]
+    if table is not None:
+        images.class_of = (table if columns is None else table[:, columns]).float().argmax(1).tolist()
+    return model if columns is None else Among(model, columns)
 
 
 def choose(size: int, count: int | None, seed: int, first: int | None = None) -> list[int]:
@@ -244,6 +242,7 @@ def batches(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
+    Images and labels lie on the device.
     ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images.
     """
     mine = share(chosen, size, target.rank, target.world)
@@ -260,7 +259,8 @@ def batches(
     try:
         with progress(target, bar, len(mine)) as shown:
             for k, (x, y) in enumerate(loader):
-                yield target.rank + k * target.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+                index = torch.tensor(mine[k * size : (k + 1) * size])
+                yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)
                 shown.update(len(x))
     except UserError as error:
         raise from_worker(error) from None

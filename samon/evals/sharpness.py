@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,12 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
 from samon.optim.scope import norm_parameters
 
+Part = tuple[int, Tensor, Tensor]  # number of the batch, images, label
 # (eps, want gradient) -> loss [], gradients
 Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
 _FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
@@ -267,56 +269,44 @@ def batch_sharpness(
 
 
 def sharpness(
-    model: nn.Module,
-    batches: Iterable[tuple[int, Tensor, Tensor]],
-    count: int,
-    measures: list[Measure],
-    *,
-    device: Device,
-    mode: str = "reference",
-    seed: int = 0,
-    scope: str = "all",
+    model: nn.Module, batches: Iterable[Part], count: int, measures: list[Measure], seed: int = 0, **options: Any
 ) -> dict[Measure, Tensor]:
     """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
 
     ``batches`` yields (number of the batch, images, label); numbers that this process does not get stay 0, so
-    that a sum over the processes is the whole and its mean does not depend on how many there are.
+    that a sum over the processes is the whole and its mean does not depend on how many there are. ``options`` are
+    those of `batch_sharpness`.
     """
     values = {measure: torch.zeros(count, dtype=torch.float64) for measure in measures}
     for number, images, label in batches:
-        images, label = images.to(device), label.to(device)
         for measure in measures:
             draws = seed * 1_000_003 + number
-            values[measure][number] = batch_sharpness(model, images, label, measure, mode, draws, scope)
+            values[measure][number] = batch_sharpness(model, images, label, measure, seed=draws, **options)
     return values
 
 
-def prepare(
-    target: Target, entry: Entry
-) -> tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor], list[Measure], list[int]]:
-    """(images, model, what makes classes of labels, measures, chosen images); mistakes are found before any work."""
+def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, list[Measure], list[int]]:
+    """(images, model, measures, chosen images); mistakes are found before any work."""
     config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
     measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
     images = entry.images(target, split)
     scoped(target.model, config.sharpness_scope)
-    net, classes = one_label("sharpness", entry, images, target.model)
+    net = one_label("sharpness", entry, images, target.model)
     chosen = choose(len(images), config.sharpness_samples, config.seed)
     if len(chosen) < size:
         raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
     n = len(chosen) // size * size
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
-    return images, net, classes, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
+    return images, net, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
 
 
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Mean sharpness over batches of m training images, for every measure asked for."""
-    config, size, mode = target.config, target.config.sharpness_m, target.config.sharpness_mode
-    images, net, classes, measures, chosen = prepare(target, entry)
+    config, size, (images, net, measures, chosen) = target.config, target.config.sharpness_m, prepare(target, entry)
+    mode, scope = config.sharpness_mode, config.sharpness_scope
     data = batches(target, images, chosen, size, bar=f"sharpness {entry.name}")
-    parts = ((number, x, classes(y)) for number, _, x, y in data)
-    scope = config.sharpness_scope
-    options = {"device": target.device, "mode": mode, "seed": config.seed, "scope": scope}
-    values = sharpness(net, parts, len(chosen) // size, measures, **options)
+    parts = ((number, x, y) for number, _, x, y in data)
+    values = sharpness(net, parts, len(chosen) // size, measures, config.seed, mode=mode, scope=scope)
     found: list[Row] = []
     for measure, part in values.items():
         setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")
