@@ -54,9 +54,9 @@ class Results:
 
     def finish(self) -> None:
         """All is there."""
-        if self.path and self.partial:
-            write_text(self.path, render(self.rows, self.form))
-            self.partial.unlink(missing_ok=True)
+        self.write()
+        if self.partial:
+            self.partial.unlink()
 
     @property
     def rows(self) -> list[Row]:

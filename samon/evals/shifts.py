@@ -7,9 +7,9 @@ right.
 
 import itertools
 import json
-import pkgutil
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from samon.errors import UserError
 
+TIMM = files("timm.data") / "_info"
 # How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
 Scoring = tuple[Tensor | list[int] | None, Tensor | None]
 
@@ -47,9 +48,7 @@ SETS = {
 
 
 def _timm_lines(name: str) -> list[str]:
-    data = pkgutil.get_data("timm.data", f"_info/{name}")
-    assert data is not None
-    return data.decode().split()
+    return (TIMM / name).read_text().split()
 
 
 def synsets() -> list[str]:
@@ -69,9 +68,8 @@ def objectnet_classes() -> dict[str, list[int]]:
 
 def real_labels(path: str | None = None) -> Tensor:
     """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given."""
-    data = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    assert data is not None
-    labels = json.loads(data)
+    file = Path(path) if path else TIMM / "imagenet_real_labels.json"
+    labels = json.loads(file.read_text())
     table = torch.zeros(len(labels), 1000, dtype=torch.bool)
     rows = [row for row, wanted in enumerate(labels) for _ in wanted]
     table[rows, [label for wanted in labels for label in wanted]] = True

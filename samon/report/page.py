@@ -21,9 +21,10 @@ def render(content: Content, title: str, command: str) -> str:
     drawn, tabled = figures(content), tables(content)
     body = [f"<section><h2>Figures</h2>{''.join(map(_figure, drawn))}</section>"] if drawn else []
     body += [_table(table) for table in tabled]
-    counts = [f"{len(content.runs)} runs", f"{len(content.scores)} rows of scores"]
-    counts += [f"{len(content.evaluations)} evaluation rows"]
-    about = f"{', '.join(counts)}. Made by samon {samon.__version__}: {command}"
+    counts = (
+        f"{len(content.runs)} runs, {len(content.scores)} rows of scores, {len(content.evaluations)} evaluation rows"
+    )
+    about = f"{counts}. Made by samon {samon.__version__}: {command}"
     page = Template((HERE / "page.html").read_text())
     titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
     parts = {
