@@ -1,7 +1,6 @@
 """What every evaluation needs: a model on its device, a data set with its labels, this process's batches of it."""
 
 import functools
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from samon import bars
-from samon.data.decode import decode_pil
+from samon.data.decode import decode_pil, open_image
 from samon.data.faults import SampleError, from_worker
 from samon.data.shards import Record
 from samon.data.sources import Source, open_source
@@ -26,7 +25,6 @@ from samon.errors import UserError
 from samon.evals import shifts
 
 log = logging.getLogger("samon")
-Device = torch.device | str
 
 
 @dataclass
@@ -44,11 +42,11 @@ class Target:
     class_names: list[str] | None = None  # that it was trained on, in the order of its outputs
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over the processes, on the CPU."""
-        values = values.to(self.device)
+        """Sum over the processes, where the values lie."""
+        found = values.to(self.device)
         if self.world > 1:
-            dist.all_reduce(values)
-        return values.cpu()
+            dist.all_reduce(found)
+        return found.to(values.device)
 
 
 @dataclass(eq=False)
@@ -175,12 +173,9 @@ def _mode(source: Source) -> str:
     (record,) = source.read([0])
     if isinstance(record, SampleError):
         return ""
-    if isinstance(record.image, Image.Image):
-        return record.image.mode
     try:
-        with Image.open(io.BytesIO(record.image)) as image:
-            return image.mode
-    except (OSError, Image.DecompressionBombError):
+        return (record.image if isinstance(record.image, Image.Image) else open_image(record.image)).mode
+    except SampleError:
         return ""
 
 

@@ -8,7 +8,6 @@ examples off (``column``). Both are offered, because the two ranks differ.
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
@@ -122,9 +121,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         about: Row = {"layer": layer or "forward_features", "split": split}
         data = batches(target, images, chosen, size, bar=f"feature_rank {about['layer']} {entry.name}")
         parts = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in data)
-        phi = feature_matrix(target.model, parts, len(chosen), layer, config.feature_token)
-        if target.world > 1:
-            dist.all_reduce(phi)
+        phi = target.total(feature_matrix(target.model, parts, len(chosen), layer, config.feature_token))
         about |= {"features": phi.shape[1], "metric": "feature_rank", "num_samples": len(chosen)}
         for centring in config.feature_centring.split(","):
             setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}

@@ -133,17 +133,13 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         raise UserError("hessian: fewer images than processes; raise --hessian-samples")
     size = min(config.batch_size, -(-len(chosen) // target.world))
     mine = [(x, y) for _, _, x, y in batches(target, images, chosen, size)]
-
-    def total(values: Tensor) -> Tensor:
-        return target.total(values).to(values.device)
-
     found: list[Row] = []
     with evaluating(net, gradients=True):
         for scope in SCOPES:
             parameters, generator = scoped(net, scope), torch.Generator().manual_seed(config.seed)
 
             def hessian(vector: Vector, parameters: Vector = parameters) -> Vector:
-                return product(net, lambda: mine, len(chosen), vector, parameters, total)
+                return product(net, lambda: mine, len(chosen), vector, parameters, target.total)
 
             values = {"hessian_top": top_eigenvalue(hessian, signs(parameters, generator), config.hessian_iters)}
             draws = (signs(parameters, generator) for _ in range(config.hessian_draws))
@@ -151,16 +147,16 @@ def rows(target: Target, entry: Entry) -> list[Row]:
             about = {"scope": scope, "split": config.hessian_split, "num_samples": len(chosen)}
             found += [{"metric": k, "value": v, "setting": f"{k} {scope}", **about} for k, v in values.items()]
             if config.landscape_figure:
-                _landscape(target, net, mine, len(chosen), entry.name, scope, total)
+                _landscape(target, net, mine, len(chosen), entry.name, scope)
     return found
 
 
-def _landscape(target: Target, net: nn.Module, mine: Any, count: int, name: str, scope: str, total: Total) -> None:
+def _landscape(target: Target, net: nn.Module, mine: Any, count: int, name: str, scope: str) -> None:
     config, parameters = target.config, scoped(net, scope)
     generator = torch.Generator().manual_seed(config.seed + 1)
     axes = directions(parameters, generator), directions(parameters, generator)
     at = torch.linspace(-1, 1, config.landscape_points, dtype=torch.float64)
-    plane = loss_plane(net, lambda: mine, count, parameters, axes, at, total)
+    plane = loss_plane(net, lambda: mine, count, parameters, axes, at, target.total)
     if target.rank == 0:
         wanted = Path(config.landscape_figure)
         place = "-".join([wanted.stem, *f"{target.name}/{name}".split("/"), scope])

@@ -21,17 +21,15 @@ def render(content: Content, title: str, command: str) -> str:
     drawn, tabled = figures(content), tables(content)
     body = [f"<section><h2>Figures</h2>{''.join(map(_figure, drawn))}</section>"] if drawn else []
     body += [_table(table) for table in tabled]
-    counts = (
-        f"{len(content.runs)} runs, {len(content.scores)} rows of scores, {len(content.evaluations)} evaluation rows"
-    )
-    about = f"{counts}. Made by samon {samon.__version__}: {command}"
+    counts = f"{len(content.runs)} runs, {len(content.scores)} rows of scores"
+    about = f"{counts}, {len(content.evaluations)} evaluation rows. Made by samon {samon.__version__}: {command}"
     page = Template((HERE / "page.html").read_text())
-    titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
+    links: list[Figure | Table] = [*drawn, *tabled]
     parts = {
         "title": html.escape(title),
         "about": html.escape(about),
         "style": (HERE / "page.css").read_text(),
-        "links": "".join(f'<a href="#{html.escape(name)}">{html.escape(title)}</a>' for name, title in titles),
+        "links": "".join(f'<a href="#{html.escape(part.name)}">{html.escape(part.title)}</a>' for part in links),
         "body": "".join(body),
         "data": script_json(data_of(drawn)),
         "script": (HERE / "page.js").read_text(),
