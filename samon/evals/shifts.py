@@ -94,7 +94,6 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
         return real_labels()
     if names is None:
         raise UserError("shards of a shift set need class_names in _info.json; write them with tools/make_shards.py")
-    known: dict[str, list[int]]
     if named == "objectnet":
         known = objectnet_classes()
     else:

@@ -105,13 +105,9 @@ def rho(content: Content, style: Style) -> Figure:
     rows = defaultdict(list)
     for score in content.scores:
         if score.rho is not None and score.held_out == held_out:
-            rows[score.method].append(score)
-    traces = []
-    for method, scores in rows.items():
-        scores.sort(key=lambda score: score.rho or 0.0)
-        bars = errors([score.std for score in scores])
-        traces.append(style.trace(method, [s.rho for s in scores], [s.mean for s in scores], error_y=bars))
-    reach = sorted({score.rho for scores in rows.values() for score in scores if score.rho})
+            rows[score.method].append((score.rho, score.values))
+    traces = [means(method, points, style) for method, points in rows.items()]
+    reach = sorted({rho for points in rows.values() for rho, _ in points if rho})
     for score in content.scores:
         if score.rho is None and score.held_out == held_out and len(reach) > 1:
             level = [score.mean, score.mean]
@@ -119,6 +115,13 @@ def rho(content: Content, style: Style) -> Figure:
     where = "held-out images" if held_out else "the evaluated images"
     caption = f"Accuracy on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
     return Figure("rho", "Accuracy against rho", caption, traces, axis("rho", type="log"), axis("accuracy, %"))
+
+
+def means(method: str, points: list[tuple[float, list[float]]], style: Style) -> Trace:
+    """The mean at each place, in order, with its standard deviation as a bar."""
+    points = sorted(points, key=lambda point: point[0])
+    bars = errors([statistics.stdev(values) if len(values) > 1 else None for _, values in points])
+    return style.trace(method, [x for x, _ in points], [statistics.fmean(v) for _, v in points], error_y=bars)
 
 
 def curves(content: Content, style: Style) -> list[Figure]:
@@ -207,10 +210,7 @@ def robustness(content: Content, style: Style) -> list[Figure]:
         traces = []
         for name, values in models.items():
             points = ({0.0: clean[name]} if name in clean else {}) | values
-            radii = sorted(points)
-            lists = [points[eps] for eps in radii]
-            bars = errors([statistics.stdev(v) if len(v) > 1 else None for v in lists])
-            traces.append(style.trace(name, radii, [statistics.fmean(v) for v in lists], error_y=bars))
+            traces.append(means(name, list(points.items()), style))
         caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
         caption += "Compare the paper's Tables 14 and 15."
         axes = axis(f"{norm} radius"), axis("accuracy, %")
