@@ -46,15 +46,11 @@ def errors(rows: Iterable[Row]) -> list[Row]:
 
     CE = sum of the errors over the severities / sum of AlexNet's (equation 1 of the paper).
     """
-    wholes: dict[str, list[Row]] = {}
-    for row in rows:
-        if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1"):
-            wholes.setdefault(row["whole"], []).append(row)
+    every = [row for row in rows if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
     found: list[Row] = []
-    for whole, tops in wholes.items():
-        values: dict[str, list[float]] = {name: [] for name in ALEXNET}
-        for row in tops:
-            values[row["corruption"]].append(100 - row["value"])
+    for whole in dict.fromkeys(row["whole"] for row in every):
+        tops = [row for row in every if row["whole"] == whole]
+        values = {name: [100 - row["value"] for row in tops if row["corruption"] == name] for name in ALEXNET}
         ce = {name: 100 * sum(parts) / (len(parts) * ALEXNET[name]) for name, parts in values.items()}
         about: Row = {key: tops[0][key] for key in ("model", "checkpoint", "split", "eval") if key in tops[0]}
         about |= {"dataset": whole, "num_samples": sum(row["num_samples"] for row in tops)}

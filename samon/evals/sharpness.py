@@ -143,28 +143,6 @@ def _ascent(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size
     return _mix(1.0, delta, size, direction)
 
 
-def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
-    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
-    p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
-    start, grads = loss_of(delta, True)
-    best, best_grads, before = start, grads, start
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checkpoints(steps))
-    for i in range(steps):
-        z = project(_ascent(delta, grads, scales, float(step.size), p), scales, rho, p)
-        momentum = 0.75 if i else 1.0
-        moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
-        previous, delta = delta, project(moved, scales, rho, p)
-        loss, grads = loss_of(delta, i + 1 < steps)
-        improved, before = loss > before, loss
-        if loss > best:
-            best, best_delta, best_grads = loss, delta, grads
-        halved = step.update(i, improved, best.view(1))
-        if halved is not None and halved and i + 1 < steps:
-            delta, grads = best_delta, best_grads
-    return float(best.double() - start.double())
-
-
 def reference_checkpoints(n_iter: int) -> dict[int, int]:
     """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0."""
     fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
@@ -195,29 +173,45 @@ def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> 
     return shrunk(high)
 
 
+def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
+    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
+    return _worst(loss_of, scales, measure, False)
+
+
 def worst_reference(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
     """The same maximum as the public sharpness code searches it: see the top of this file."""
+    return _worst(loss_of, scales, measure, True)
+
+
+def _worst(loss_of: Loss, scales: list[Tensor], measure: Measure, reference: bool) -> float:
     p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = [torch.zeros_like(a) for a in scales]
+    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
     start, grads = loss_of(delta, True)
-    best, best_grads = start, grads
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), reference_checkpoints(steps), strict=True)
+    best, best_grads, before = start, grads, start
+    checks = reference_checkpoints(steps) if reference else checkpoints(steps)
+    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checks, strict=reference)
     for i in range(steps):
         size = float(step.size)
-        if p == math.inf:
-            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
-        else:
+        if reference and p == 2:
             along = torch._foreach_div([a * g for a, g in zip(scales, grads, strict=True)], global_norm(grads) + 1e-12)
             moved = _mix(1.0, delta, size, list(along))
             z = project_euclidean(moved, scales, rho) if measure.adaptive else project(moved, scales, rho, p)
-        previous, delta = delta, _mix(0.75, z, 0.25, previous)
+        else:
+            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
+        if reference:
+            moved = _mix(0.75, z, 0.25, previous)
+        else:
+            momentum = 0.75 if i else 1.0
+            moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
+            moved = project(moved, scales, rho, p)
+        previous, delta = delta, moved
         loss, grads = loss_of(delta, i + 1 < steps)
-        improved = loss > best
-        if improved:
-            best, best_grads = loss, grads
+        improved, before = loss > (best if reference else before), loss
+        if loss > best:
+            best, best_delta, best_grads = loss, delta, grads
         halved = step.update(i, improved, best.view(1))
         if halved is not None and halved:
-            grads = best_grads
+            delta, grads = delta if reference else best_delta, best_grads
     return float(best.double() - start.double())
 
 

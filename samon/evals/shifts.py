@@ -69,10 +69,14 @@ def objectnet_classes() -> dict[str, list[int]]:
 def real_labels(path: str | None = None) -> Tensor:
     """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given."""
     file = Path(path) if path else TIMM / "imagenet_real_labels.json"
-    labels = json.loads(file.read_text())
-    table = torch.zeros(len(labels), 1000, dtype=torch.bool)
-    rows = [row for row, wanted in enumerate(labels) for _ in wanted]
-    table[rows, [label for wanted in labels for label in wanted]] = True
+    return _table(json.loads(file.read_text()))
+
+
+def _table(right: list[list[int]]) -> Tensor:
+    """[rows, 1000] bool of lists of classes."""
+    table = torch.zeros(len(right), 1000, dtype=torch.bool)
+    rows = [row for row, classes in enumerate(right) for _ in classes]
+    table[rows, list(itertools.chain(*right))] = True
     return table
 
 
@@ -102,10 +106,7 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
     if (strange and named != "objectnet") or len(strange) == len(names):
         form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")
         raise UserError(f"class folder {strange[0]!r} is no {form}; check the data set and its directory")
-    table = torch.zeros(len(names), 1000, dtype=torch.bool)
-    for row, name in enumerate(names):
-        table[row, known.get(name, [])] = True
-    return table
+    return _table([known.get(name, []) for name in names])
 
 
 def kept(kind: str) -> set[str] | None:

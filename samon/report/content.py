@@ -137,15 +137,12 @@ def _usual(key: str, values: list[Any]) -> Any:
 def scores_of(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
     """Finished runs by method and rho. rho is the one of the settings, for optimizers that have one."""
     found: dict[tuple[Any, ...], Score] = {}
-    for run in runs:
-        value = run.metrics.get(metric)
-        if value is None:
-            continue
+    for run in (run for run in runs if run.metrics.get(metric) is not None):
         recipe, model, opt = str(run.made.get("recipe", "")), str(run.settings.get("model", "")), run.settings["opt"]
         rho = run.settings.get("rho")
         key = (recipe, model, run.method, rho)
         score = found.setdefault(key, Score(run.method, rho, [], opt, model, recipe, metric))
-        score.values.append(float(value))
+        score.values.append(float(run.metrics[metric]))
         for cost in COSTS:
             if cost in run.cost:
                 score.costs.setdefault(cost, []).append(run.cost[cost])
