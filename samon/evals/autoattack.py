@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from samon.errors import UserError
+from samon.errors import needed
 
 NAMES = ("fab-t", "square")
 APGD = ("apgd-ce", "apgd-t")
@@ -34,10 +34,7 @@ def check() -> None:
     """Raises:
     UserError: the package is not installed.
     """
-    try:
-        import pyautoattack  # noqa: F401
-    except ImportError:
-        raise UserError("--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0") from None
+    needed("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
 
 
 def fooled(name: str, model: nn.Module, images: Tensor, label: Tensor, threat: Threat) -> Tensor:

@@ -91,10 +91,9 @@ def cost(content: Content, style: Style, kind: str) -> Figure:
         bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
         traces.append(style.trace(score.method, [x], [score.mean], **looks, **bars))
     held_out = any(score.held_out for score in content.scores)
-    chosen = "rho chosen on held-out images" if held_out else "rho chosen on these images themselves"
-    caption = (
-        f"Each method at its best rho ({chosen}); bars: a standard deviation over seeds. Compare the paper's Figure 3."
-    )
+    where = "held-out images" if held_out else "these images themselves"
+    caption = f"Each method at its best rho (rho chosen on {where}); bars: a standard deviation over seeds. "
+    caption += "Compare the paper's Figure 3."
     axes = axis(names[kind]), axis("accuracy, %")
     return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
 
