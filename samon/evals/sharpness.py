@@ -22,11 +22,13 @@ the ball has no extent in that direction and the weight stays at zero.
 """
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,24 +79,8 @@ class Measure:
         return "-".join([self.kind, self.norm, *flags, f"{self.steps}step"]) + f"@{self.rho:g}"
 
 
-PRESETS = {
-    "table6": [
-        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
-        "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
-    ],
-    "table18-wrn28": ["worst-linf-adaptive-logitnorm@0.003,0.005,0.007"],
-    "table18-resnext": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005"],
-    "table19": [
-        "average-l2@0.005",
-        "average-l2-adaptive@0.1",
-        "average-linf@0.01",
-        "average-linf-adaptive@0.2",
-        "worst-l2@0.05",
-        "worst-l2-adaptive@0.25",
-        "worst-linf@1e-5",
-        "worst-linf-adaptive@0.004",
-    ],
-}
+# {name on the command line: measures in the short form}, after the tables of the paper that they make.
+PRESETS: dict[str, list[str]] = json.loads(Path(__file__).with_name("sharpness_presets.json").read_text())
 
 
 def normalized_logits(logits: Tensor) -> Tensor:
