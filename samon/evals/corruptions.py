@@ -1,5 +1,6 @@
 """ImageNet-C: 15 corruptions in five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,16 +16,12 @@ SEVERITIES = range(1, 6)
 
 def parts(entry: Entry) -> list[Entry]:
     """The 75 sets of the whole, which lie in CORRUPTION/SEVERITY under its directory."""
-    return [
-        replace(
-            entry,
-            name=f"{entry.name}/{corruption}/{severity}",
-            root=str(Path(entry.root) / corruption / str(severity)),
-            about={"corruption": corruption, "severity": severity, "whole": entry.name},
-        )
-        for corruption in ALEXNET
-        for severity in SEVERITIES
-    ]
+    found = []
+    for corruption, severity in itertools.product(ALEXNET, SEVERITIES):
+        name, root = f"{entry.name}/{corruption}/{severity}", Path(entry.root, corruption, str(severity))
+        about = {"corruption": corruption, "severity": severity, "whole": entry.name}
+        found.append(replace(entry, name=name, root=str(root), about=about))
+    return found
 
 
 def errors(rows: Iterable[Row]) -> list[Row]:

@@ -102,8 +102,7 @@ def settle(given: dict[str, Any], path: str) -> Job:
     """Settings for one checkpoint: defaults < what its run was made with < command line."""
     content = load(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
     stored, first = from_run(given, content)
-    flags = by_key(VALIDATE)
-    values = {key: flag.default for key, flag in flags.items()} | stored | given
+    values = {key: flag.default for key, flag in by_key(VALIDATE).items()} | stored | given
     if values["model"] is None:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
@@ -191,8 +190,7 @@ def build(job: Job, world: World) -> Target:
         raise UserError(f"{config.model} does not take images of {list(size)} ({text}); give another --img-size")
     autocast = models.autocast(config, world.device)
     name = "/".join(Path(job.path).parts[-2:]) or config.model
-    place = (world.device, world.rank, world.size, autocast)
-    return Target(config, model, data_config, *place, name, job.class_names)
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name, job.class_names)
 
 
 def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:

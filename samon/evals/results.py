@@ -19,11 +19,10 @@ FORMATS = ("json", "csv", "md")
 def result_format(path: str, wanted: str) -> str:
     """Of a results file: by its name, or as asked where the name does not tell."""
     suffix = Path(path).suffix.removeprefix(".")
-    if suffix in FORMATS:
-        return suffix
-    if wanted:
-        return wanted
-    raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+    form = suffix if suffix in FORMATS else wanted
+    if not form:
+        raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+    return form
 
 
 class Results:
