@@ -91,13 +91,12 @@ def render(rows: list[Row], form: str) -> str:
 
 def grouped(rows: list[Row]) -> list[Row]:
     """One row for the checkpoints of a model: the mean, ``std`` (with n - 1), and how many ``checkpoints``."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[float]] = {}
     for row in rows:
         shared = {key: value for key, value in row.items() if key not in _SINGLE}
-        groups.setdefault(json.dumps(shared), []).append(row)
+        groups.setdefault(json.dumps(shared), []).append(row["value"])
     found: list[Row] = []
-    for key, members in groups.items():
-        values = [row["value"] for row in members]
+    for key, values in groups.items():
         std = statistics.stdev(values) if len(values) > 1 else None
         found.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
     return found

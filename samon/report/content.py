@@ -118,10 +118,8 @@ def name_methods(runs: list[Run]) -> None:
     """`samon ascent=previous`: the optimizer, and what else sets runs of this optimizer apart but seed and rho.
 
     What is a flag's default, or else the same in most of them, goes without saying."""
-    by_opt: dict[str, list[Run]] = {}
-    for run in runs:
-        by_opt.setdefault(str(run.settings["opt"]), []).append(run)
-    for opt, same in by_opt.items():
+    for opt in dict.fromkeys(str(run.settings["opt"]) for run in runs):
+        same = [run for run in runs if str(run.settings["opt"]) == opt]
         keys = [key for key in differing(same) if key not in _NOT_COMPARED]
         usual = {key: _usual(key, [run.settings.get(key) for run in same]) for key in keys}
         for run in same:
