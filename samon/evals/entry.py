@@ -14,7 +14,6 @@ from PIL import Image
 from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from samon import bars
 from samon.data.decode import decode_pil, open_image
@@ -25,6 +24,7 @@ from samon.errors import UserError
 from samon.evals import shifts
 
 log = logging.getLogger("samon")
+_warn = functools.cache(log.warning)  # once in a run, however often the set is opened
 
 
 @dataclass
@@ -162,12 +162,6 @@ class Entry:
             _warn(f"{self.name} {self.root}: {text}")
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Once in a run, however often the set is opened."""
-    log.warning("%s", text)
-
-
 def _mode(source: Source) -> str:
     """PIL's mode of the first image; '' if it cannot be read, which is told when its turn comes."""
     (record,) = source.read([0])
@@ -238,7 +232,8 @@ def batches(
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
     Images and labels lie on the device.
-    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images.
+    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images, the
+    first process's share of them.
     """
     mine = share(chosen, size, target.rank, target.world)
     if not mine:
@@ -252,18 +247,13 @@ def batches(
     part: Any = Part(images, mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     try:
-        with progress(target, bar, len(mine)) as shown:
+        with bars.bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:
             for k, (x, y) in enumerate(loader):
                 index = torch.tensor(mine[k * size : (k + 1) * size])
                 yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)
                 shown.update(len(x))
     except UserError as error:
         raise from_worker(error) from None
-
-
-def progress(target: Target, name: str, images: int) -> tqdm:
-    """A bar with images/s and the time left, for the first process's share; none without a name."""
-    return bars.bar(name, images, "image", show=bool(name) and target.rank == 0)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

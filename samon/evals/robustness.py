@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from samon import bars
 from samon.errors import UserError
 from samon.evals import autoattack
 from samon.evals.attacks import Batch, Normalized, Threat, attack, seeded_noise
 from samon.evals.batch_size import fastest, gradient_rate
 from samon.evals.calibration import bounds
-from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, progress, share
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, share
 from samon.evals.results import Row
 from samon.files import replacing
 
@@ -135,7 +136,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     data = ((index, x, y) for _, index, x, y in batches(target, images, chosen, size, raw=True))
     state = Path(config.apgd_state) if config.apgd_state else None
     mine = len(share(chosen, size, target.rank, target.world))
-    with progress(target, f"apgd {entry.name}", mine * len(balls)) as bar:
+    with bars.bar(f"apgd {entry.name}", mine * len(balls), "image", show=target.rank == 0) as bar:
         outcomes = robust_outcomes(model, data, balls, state, bar)
     found: list[Row] = []
     for threat, outcome in outcomes.items():

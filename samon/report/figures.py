@@ -52,8 +52,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 def figures(content: Content) -> list[Figure]:
     """Those that have something to show."""
     style = Style(content.methods())
-    found = compared(content, style)
-    found += [*curves(content, style), *inside(content, style)]
+    found = [*compared(content, style), *curves(content, style), *inside(content, style)]
     found += [distribution(content, style, kind) for kind in ("gamma", "beta")]
     found += [*sharpness(content, style), *robustness(content, style)]
     return [figure for figure in found if figure.traces]

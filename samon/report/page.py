@@ -23,7 +23,6 @@ def render(content: Content, title: str, command: str) -> str:
     body += [_table(table) for table in tabled]
     counts = f"{len(content.runs)} runs, {len(content.scores)} rows of scores"
     about = f"{counts}, {len(content.evaluations)} evaluation rows. Made by samon {samon.__version__}: {command}"
-    page = Template((HERE / "page.html").read_text())
     links: list[Figure | Table] = [*drawn, *tabled]
     parts = {
         "title": html.escape(title),
@@ -35,7 +34,8 @@ def render(content: Content, title: str, command: str) -> str:
         "script": (HERE / "page.js").read_text(),
         "plotly": plotly.offline.get_plotlyjs(),
     }
-    return page.substitute(parts)  # one pass: a name such as $data in the content is never filled
+    page = (HERE / "page.html").read_text()
+    return Template(page).substitute(parts)  # one pass: a name such as $data in the content is never filled
 
 
 def data_of(drawn: list[Figure]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from samon.report.content import Content, Run, Score, load, name_methods, scores
 from samon.report.cost import add_flops
 from samon.settings.config import FLAGS
 
-log = logging.getLogger("samon")
 KEPT = ("train/loss", "train/loss_perturbed", "train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 POINTS = 150  # of a curve
 BINS = 40
