@@ -1,5 +1,6 @@
 """All ways to end: 0 done; 1 a fault, in one line; 2 a user's mistake; 128 + n stopped by signal n, state saved."""
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,18 @@ def user_errors(what: str = "") -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text}" if what else text) from error
+
+
+def needed(module: str, otherwise: str) -> Any:
+    """A module of a package that not everybody has installed.
+
+    Raises:
+        UserError: ``otherwise``, if it is not there.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(otherwise) from None
 
 
 def run(main: Callable[[], Any]) -> NoReturn:

@@ -9,8 +9,6 @@ samon-validate prepares them; further flags of samon-validate may stand behind -
 """
 
 import argparse
-import csv
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from samon.errors import UserError
 from samon.errors import run as run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
-from samon.files import write_text
+from samon.files import csv_text, write_text
 from samon.session.world import processes
 
 log = logging.getLogger("samon")
@@ -86,7 +84,7 @@ def predictions(target: Target, paths: Sequence[Path], topk: int) -> list[list[s
     with evaluating(target.model):
         for _, indices, x, _ in batches(target, images, list(range(len(paths))), config.batch_size, bar="predicting"):
             with target.autocast():
-                logits = predict(target.model, x.to(target.device))
+                logits = predict(target.model, x)
             best = logits.float().softmax(1).topk(min(topk, len(labels)), dim=1)
             found = zip(indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
             for index, shares, classes in found:
@@ -130,13 +128,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("predictions are made by one process; start it without torchrun")
         rows = predictions(build(job, world), paths, args.topk)
     head = ["file", *(f"{what}_{k}" for k in range(1, len(rows[0]) // 2 + 1) for what in ("label", "probability"))]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    text = csv_text([head, *rows])
     if args.output:
-        write_text(args.output, text.getvalue())
+        write_text(args.output, text)
         print(args.output)
     else:
-        print(text.getvalue(), end="")
+        print(text, end="")
 
 
 if __name__ == "__main__":

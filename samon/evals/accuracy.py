@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.evals import shifts
 from samon.evals.calibration import COLUMNS, bounds, confusion, expected_calibration_error, write_classes
-from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating, predict, share
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, predict, share
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
 from samon.session.model import compiled
@@ -43,7 +43,7 @@ def score(
     loader: Iterable[tuple[Tensor, Tensor]],
     scorings: Mapping[str, Scoring],
     *,
-    device: Device,
+    device: torch.device | str,
     amp_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     channels_last: bool = False,
     log_every: int = 0,

@@ -5,8 +5,7 @@ attacks". Images are [B, C, H, W] in [0, 1]; the model normalises its own input 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.evals import autoattack
 from samon.evals.apgd import StepSize, checkpoints
+from samon.evals.autoattack import APGD, ATTACKS, Threat
 from samon.evals.entry import predict
 
-APGD = ("apgd-ce", "apgd-t")
-ATTACKS = (*APGD, *autoattack.NAMES)  # in the order of AutoAttack's standard version
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, which images) -> loss per image
 ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
 
@@ -40,24 +38,6 @@ class Normalized(nn.Module):
         return predict(self.model, (x - self.mean) / self.std)
 
 
-@dataclass(frozen=True)
-class Threat:
-    """A norm ball and how hard it is searched. ``eps`` is in units of the [0, 1] image."""
-
-    norm: str  # 'l2' or 'linf'
-    eps: float
-    n_iter: int = 100
-    n_targets: int = 9
-    restarts: int = 1
-    seed: int = 0
-    standard: bool = False  # FAB-T and Square as well
-
-    @property
-    def attacks(self) -> tuple[str, ...]:
-        """The names of its attacks, in their order."""
-        return ATTACKS if self.standard else APGD
-
-
 Batch = tuple[Tensor, Tensor, Tensor]  # index, images in [0, 1], label
 # (attack, target rank, restart, indices of the images, image shape, norm) -> noise of shape [B, *image shape]
 Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
@@ -66,10 +46,6 @@ Tick = Callable[[str], None]  # hears what is going on
 
 def silent(_: str) -> None:
     pass
-
-
-def _prefixed(tick: Tick, prefix: str, text: str) -> None:
-    tick(f"{prefix} {text}")
 
 
 def seeded_noise(seed: int) -> Noise:
@@ -182,9 +158,10 @@ def attack(
     classes = logits.shape[1]
     if classes < 4:
         raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; take another")
+    threat = replace(threat, n_targets=min(threat.n_targets, classes - 1))
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
-    for name, target, restart in _runs(threat, classes):
+    for name, target, restart in _runs(threat):
         rows = (outcome == ROBUST).nonzero().flatten()
         if not len(rows):
             break
@@ -195,22 +172,22 @@ def attack(
                 return F.cross_entropy(z, y[r], reduction="none")
             return dlr_targeted(z, y[r], wanted[r])
 
+        def told(text: str, run: str = f"{name} {target - 1}" if name == "apgd-t" else name) -> None:
+            tick(f"{run} {text}")
+
         draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
         start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
-        run = f"{name} {target - 1}" if name == "apgd-t" else name
-        fooled, _ = apgd(model, x, y, loss_fn, start, threat, partial(_prefixed, tick, run))
+        fooled, _ = apgd(model, x, y, loss_fn, start, threat, told)
         outcome[rows[fooled]] = ATTACKS.index(name)
     for name in threat.attacks[len(APGD) :]:
         rows = (outcome == ROBUST).nonzero().flatten()
         if len(rows):
             tick(f"{name}, {len(rows)} robust")
-            budget = (threat.norm, threat.eps, threat.n_iter, min(threat.n_targets, classes - 1), threat.seed)
-            outcome[rows[autoattack.fooled(name, model, images[rows], label[rows], *budget)]] = ATTACKS.index(name)
+            outcome[rows[autoattack.fooled(name, model, images[rows], label[rows], threat)]] = ATTACKS.index(name)
     return outcome
 
 
-def _runs(threat: Threat, classes: int) -> Iterator[tuple[str, int, int]]:
+def _runs(threat: Threat) -> Iterator[tuple[str, int, int]]:
     """(attack, rank of the target class counted from the likeliest, restart) in the order of the attacks."""
-    last = min(threat.n_targets, classes - 1) + 1
-    for name, targets in zip(APGD, (range(1), range(2, last + 1)), strict=True):
+    for name, targets in zip(APGD, (range(1), range(2, threat.n_targets + 2)), strict=True):
         yield from ((name, target, restart) for target in targets for restart in range(threat.restarts))

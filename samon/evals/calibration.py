@@ -1,14 +1,12 @@
 """What one pass over the images tells beside the means: calibration, intervals, classes taken for each other."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samon.files import write_text
+from samon.files import csv_text, write_text
 
 COLUMNS = ("top1", "top5", "loss", "counted", "confidence", "predicted", "label")  # of `details` [N, 7], float64
 
@@ -48,16 +46,9 @@ def confusion(label: Tensor, predicted: Tensor, classes: int) -> Tensor:
 def write_classes(directory: Path, name: str, matrix: Tensor, names: list[str]) -> None:
     """``NAME-per_class.csv``: class, name, images, top1 in %; ``NAME-confusion.csv``: a row for each true class."""
     counts, right = matrix.sum(1).tolist(), matrix.diagonal().tolist()
-    lines: list[list[object]] = [["class", "name", "images", "top1"]]
-    for index, (count, hits) in enumerate(zip(counts, right, strict=True)):
-        lines.append([index, names[index], count, 100 * hits / count if count else ""])
-    _write(directory / f"{name}-per_class.csv", lines)
+    top1 = [100 * hits / count if count else "" for count, hits in zip(counts, right, strict=True)]
+    lines = zip(range(len(matrix)), names, counts, top1, strict=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / f"{name}-per_class.csv", csv_text([("class", "name", "images", "top1"), *lines]))
     table = [[said, *row] for said, row in zip(names, matrix.tolist(), strict=True)]
-    _write(directory / f"{name}-confusion.csv", [["", *names], *table])
-
-
-def _write(path: Path, lines: list[list[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    write_text(directory / f"{name}-confusion.csv", csv_text([["", *names], *table]))

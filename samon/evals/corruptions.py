@@ -1,5 +1,7 @@
 """ImageNet-C: 15 corruptions in five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
 
+import itertools
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -7,38 +9,19 @@ from pathlib import Path
 from samon.evals.entry import Entry
 from samon.evals.results import Row
 
-ALEXNET = {  # corruption, as its folder is called -> AlexNet's top-1 error in %, mean of the severities, as published
-    "gaussian_noise": 88.6428,
-    "shot_noise": 89.4468,
-    "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880,
-    "glass_blur": 82.6268,
-    "motion_blur": 78.5948,
-    "zoom_blur": 79.8360,
-    "snow": 86.6816,
-    "frost": 82.6572,
-    "fog": 81.9324,
-    "brightness": 56.4592,
-    "contrast": 85.3204,
-    "elastic_transform": 64.6056,
-    "pixelate": 71.7840,
-    "jpeg_compression": 60.6500,
-}
+# Corruption, as its folder is called -> AlexNet's top-1 error in %, mean of the severities, as published.
+ALEXNET: dict[str, float] = json.loads(Path(__file__).with_name("alexnet_errors.json").read_text())
 SEVERITIES = range(1, 6)
 
 
 def parts(entry: Entry) -> list[Entry]:
     """The 75 sets of the whole, which lie in CORRUPTION/SEVERITY under its directory."""
-    return [
-        replace(
-            entry,
-            name=f"{entry.name}/{corruption}/{severity}",
-            root=str(Path(entry.root) / corruption / str(severity)),
-            about={"corruption": corruption, "severity": severity, "whole": entry.name},
-        )
-        for corruption in ALEXNET
-        for severity in SEVERITIES
-    ]
+    found = []
+    for corruption, severity in itertools.product(ALEXNET, SEVERITIES):
+        name, root = f"{entry.name}/{corruption}/{severity}", Path(entry.root, corruption, str(severity))
+        about = {"corruption": corruption, "severity": severity, "whole": entry.name}
+        found.append(replace(entry, name=name, root=str(root), about=about))
+    return found
 
 
 def errors(rows: Iterable[Row]) -> list[Row]:
@@ -46,15 +29,11 @@ def errors(rows: Iterable[Row]) -> list[Row]:
 
     CE = sum of the errors over the severities / sum of AlexNet's (equation 1 of the paper).
     """
-    wholes: dict[str, list[Row]] = {}
-    for row in rows:
-        if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1"):
-            wholes.setdefault(row["whole"], []).append(row)
+    every = [row for row in rows if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
     found: list[Row] = []
-    for whole, tops in wholes.items():
-        values: dict[str, list[float]] = {name: [] for name in ALEXNET}
-        for row in tops:
-            values[row["corruption"]].append(100 - row["value"])
+    for whole in dict.fromkeys(row["whole"] for row in every):
+        tops = [row for row in every if row["whole"] == whole]
+        values = {name: [100 - row["value"] for row in tops if row["corruption"] == name] for name in ALEXNET}
         ce = {name: 100 * sum(parts) / (len(parts) * ALEXNET[name]) for name, parts in values.items()}
         about: Row = {key: tops[0][key] for key in ("model", "checkpoint", "split", "eval") if key in tops[0]}
         about |= {"dataset": whole, "num_samples": sum(row["num_samples"] for row in tops)}

@@ -1,10 +1,9 @@
 """What every evaluation needs: a model on its device, a data set with its labels, this process's batches of it."""
 
 import functools
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from PIL import Image
 from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from samon import bars
-from samon.data.decode import decode_pil
+from samon.data.decode import decode_pil, open_image
 from samon.data.faults import SampleError, from_worker
 from samon.data.shards import Record
 from samon.data.sources import Source, open_source
@@ -26,7 +24,7 @@ from samon.errors import UserError
 from samon.evals import shifts
 
 log = logging.getLogger("samon")
-Device = torch.device | str
+_warn = functools.cache(log.warning)  # once in a run, however often the set is opened
 
 
 @dataclass
@@ -44,11 +42,11 @@ class Target:
     class_names: list[str] | None = None  # that it was trained on, in the order of its outputs
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over the processes, on the CPU."""
-        values = values.to(self.device)
+        """Sum over the processes, where the values lie."""
+        found = values.to(self.device)
         if self.world > 1:
-            dist.all_reduce(values)
-        return values.cpu()
+            dist.all_reduce(found)
+        return found.to(values.device)
 
 
 @dataclass(eq=False)
@@ -61,6 +59,7 @@ class EvalImages(Dataset):
     row_of: Callable[[str], int] | None = None  # from where an image lies, in place of its label
     scorings: dict[str, shifts.Scoring] = field(default_factory=lambda: {"": (None, None)})
     mismatch: str = ""  # what differs from the set as published
+    class_of: list[int] | None = None  # of each row of labels, where `one_label` has made classes of them
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,7 +78,8 @@ class EvalImages(Dataset):
         if self.border:
             width, height = image.size
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return image, record.label if self.row_of is None else self.row_of(record.where)
+        label = record.label if self.row_of is None else self.row_of(record.where)
+        return image, label if self.class_of is None else self.class_of[label]
 
 
 @dataclass(frozen=True)
@@ -162,23 +162,14 @@ class Entry:
             _warn(f"{self.name} {self.root}: {text}")
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Once in a run, however often the set is opened."""
-    log.warning("%s", text)
-
-
 def _mode(source: Source) -> str:
     """PIL's mode of the first image; '' if it cannot be read, which is told when its turn comes."""
     (record,) = source.read([0])
     if isinstance(record, SampleError):
         return ""
-    if isinstance(record.image, Image.Image):
-        return record.image.mode
     try:
-        with Image.open(io.BytesIO(record.image)) as image:
-            return image.mode
-    except (OSError, Image.DecompressionBombError):
+        return (record.image if isinstance(record.image, Image.Image) else open_image(record.image)).mode
+    except SampleError:
         return ""
 
 
@@ -197,10 +188,8 @@ class Among(nn.Module):
         return predict(self.model, x)[:, self.columns]
 
 
-def one_label(
-    what: str, entry: Entry, images: EvalImages, model: nn.Module
-) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(the model with the logits of the set's classes, what turns a label [B] into its class among them).
+def one_label(what: str, entry: Entry, images: EvalImages, model: nn.Module) -> nn.Module:
+    """The model with the logits of the set's classes; a label of the images becomes its class among them.
 
     Raises:
         UserError: an image may have several right classes.
@@ -209,11 +198,9 @@ def one_label(
     if table is not None and int(table.sum(1).max()) > 1:
         why = "its images have several right classes, and the loss that is maximised is defined for one"
         raise UserError(f"{what} {entry.name}: {why}; evaluate a set with one label an image")
-    net = model if columns is None else Among(model, columns)
-    if table is None:
-        return net, lambda label: label
-    classes = (table if columns is None else table[:, columns]).float().argmax(1)
-    return net, lambda label: classes.to(label.device)[label]
+    if table is not None:
+        images.class_of = (table if columns is None else table[:, columns]).float().argmax(1).tolist()
+    return model if columns is None else Among(model, columns)
 
 
 def choose(size: int, count: int | None, seed: int, first: int | None = None) -> list[int]:
@@ -244,7 +231,9 @@ def batches(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
-    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images.
+    Images and labels lie on the device.
+    ``raw`` leaves the images in [0, 1] instead of normalising them; ``bar`` names a progress bar of images, the
+    first process's share of them.
     """
     mine = share(chosen, size, target.rank, target.world)
     if not mine:
@@ -258,17 +247,13 @@ def batches(
     part: Any = Part(images, mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     try:
-        with progress(target, bar, len(mine)) as shown:
+        with bars.bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:
             for k, (x, y) in enumerate(loader):
-                yield target.rank + k * target.world, torch.tensor(mine[k * size : (k + 1) * size]), x, y
+                index = torch.tensor(mine[k * size : (k + 1) * size])
+                yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)
                 shown.update(len(x))
     except UserError as error:
         raise from_worker(error) from None
-
-
-def progress(target: Target, name: str, images: int) -> tqdm:
-    """A bar with images/s and the time left, for the first process's share; none without a name."""
-    return bars.bar(name, images, "image", show=bool(name) and target.rank == 0)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
@@ -279,14 +264,18 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool | None = None) -> Iterator[None]:
-    """Eval mode inside, all parameters with or without ``gradients`` if that is given; afterwards as before."""
+    """Eval mode inside; afterwards as before.
+
+    If ``gradients`` is given, all parameters are with or without them, in `full_precision`.
+    """
     was_training = model.training
     changed = [] if gradients is None else [p for p in model.parameters() if p.requires_grad != gradients]
     model.eval()
     try:
         for parameter in changed:
             parameter.requires_grad_(bool(gradients))
-        yield
+        with nullcontext() if gradients is None else full_precision():
+            yield
     finally:
         model.train(was_training)
         for parameter in changed:

@@ -8,11 +8,10 @@ examples off (``column``). Both are offered, because the two ranks differ.
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.entry import Device, Entry, EvalImages, Target, batches, choose, evaluating
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating
 from samon.evals.results import Row
 
 Part = tuple[Tensor, Tensor]  # rows of the feature matrix, images
@@ -85,13 +84,13 @@ def rank_of(squares: Tensor, share: float = 0.99) -> int:
 
 @torch.no_grad()
 def feature_matrix(
-    model: nn.Module, batches: Iterable[Part], count: int, *, device: Device, layer: str = "", token: str = "auto"
+    model: nn.Module, batches: Iterable[Part], count: int, layer: str = "", token: str = "auto"
 ) -> Tensor:
     """[count, D] features in eval mode; rows that ``batches`` does not name stay zero."""
     phi: Tensor | None = None
     with evaluating(model):
         for rows, images in batches:
-            out = features(model, images.to(device), layer, token).float()
+            out = features(model, images, layer, token).float()
             if phi is None:
                 phi = out.new_zeros(count, out.shape[1])
             phi[rows.to(out.device)] = out
@@ -122,10 +121,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         about: Row = {"layer": layer or "forward_features", "split": split}
         data = batches(target, images, chosen, size, bar=f"feature_rank {about['layer']} {entry.name}")
         parts = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in data)
-        options = {"layer": layer, "token": config.feature_token}
-        phi = feature_matrix(target.model, parts, len(chosen), device=target.device, **options)
-        if target.world > 1:
-            dist.all_reduce(phi)
+        phi = target.total(feature_matrix(target.model, parts, len(chosen), layer, config.feature_token))
         about |= {"features": phi.shape[1], "metric": "feature_rank", "num_samples": len(chosen)}
         for centring in config.feature_centring.split(","):
             setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}

@@ -5,6 +5,7 @@ Hutchinson's estimator with signs, as in Yao et al. 2020, "PyHessian". Each alon
 normalization parameters alone: the block of the Hessian that perturbing them alone sees.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, full_precision, one_label, predict
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.norm_params import figure_type
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
@@ -89,25 +90,16 @@ def directions(parameters: Sequence[Tensor], generator: torch.Generator) -> Vect
 
 @torch.no_grad()
 def loss_plane(
-    model: nn.Module,
-    batches: Batches,
-    count: int,
-    parameters: Vector,
-    axes: tuple[Vector, Vector],
-    at: Tensor,
-    total: Total,
+    model: nn.Module, batches: Batches, count: int, parameters: Vector, axes: Sequence[Vector], at: Tensor, total: Total
 ) -> Tensor:
     """[n, n] mean loss at w + at[i] axes[0] + at[j] axes[1]; the weights are as they were afterwards."""
     found = torch.zeros(len(at), len(at), dtype=torch.float64)
     with restored(parameters) as weights:
-        for i, a in enumerate(at.tolist()):
-            for j, b in enumerate(at.tolist()):
-                moved = torch._foreach_add(torch._foreach_add(weights, axes[0], alpha=a), axes[1], alpha=b)
-                torch._foreach_copy_(parameters, moved)
-                for images, label in batches():
-                    found[i, j] += (
-                        F.cross_entropy(predict(model, images), label, reduction="sum").double().cpu() / count
-                    )
+        for (i, a), (j, b) in itertools.product(enumerate(at.tolist()), repeat=2):
+            moved = torch._foreach_add(torch._foreach_add(weights, axes[0], alpha=a), axes[1], alpha=b)
+            torch._foreach_copy_(parameters, moved)
+            for images, label in batches():
+                found[i, j] += F.cross_entropy(predict(model, images), label, reduction="sum").double().cpu() / count
     return total(found)
 
 
@@ -123,38 +115,31 @@ def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-Prepared = tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor]]
-
-
-def prepare(target: Target, entry: Entry) -> Prepared:
-    """(images, model, what makes classes of labels); mistakes are found before any work."""
+def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module]:
+    """(images, model); mistakes are found before any work."""
     images = entry.images(target, target.config.hessian_split)
     for scope in SCOPES:
         scoped(target.model, scope)
     if target.config.landscape_figure:
         figure_type()
-    return images, *one_label("hessian", entry, images, target.model)
+    return images, one_label("hessian", entry, images, target.model)
 
 
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Largest eigenvalue and trace along all and along the normalization parameters."""
-    config, (images, net, classes) = target.config, prepare(target, entry)
+    config, (images, net) = target.config, prepare(target, entry)
     chosen = choose(len(images), config.hessian_samples, config.seed)
     if len(chosen) < target.world:
         raise UserError("hessian: fewer images than processes; raise --hessian-samples")
     size = min(config.batch_size, -(-len(chosen) // target.world))
-    mine = [(x.to(target.device), classes(y).to(target.device)) for _, _, x, y in batches(target, images, chosen, size)]
-
-    def total(values: Tensor) -> Tensor:
-        return target.total(values).to(values.device)
-
+    mine = [(x, y) for _, _, x, y in batches(target, images, chosen, size)]
     found: list[Row] = []
-    with full_precision(), evaluating(net, gradients=True):
+    with evaluating(net, gradients=True):
         for scope in SCOPES:
             parameters, generator = scoped(net, scope), torch.Generator().manual_seed(config.seed)
 
             def hessian(vector: Vector, parameters: Vector = parameters) -> Vector:
-                return product(net, lambda: mine, len(chosen), vector, parameters, total)
+                return product(net, lambda: mine, len(chosen), vector, parameters, target.total)
 
             values = {"hessian_top": top_eigenvalue(hessian, signs(parameters, generator), config.hessian_iters)}
             draws = (signs(parameters, generator) for _ in range(config.hessian_draws))
@@ -162,16 +147,16 @@ def rows(target: Target, entry: Entry) -> list[Row]:
             about = {"scope": scope, "split": config.hessian_split, "num_samples": len(chosen)}
             found += [{"metric": k, "value": v, "setting": f"{k} {scope}", **about} for k, v in values.items()]
             if config.landscape_figure:
-                _landscape(target, net, mine, len(chosen), entry.name, scope, total)
+                _landscape(target, net, mine, len(chosen), entry.name, scope)
     return found
 
 
-def _landscape(target: Target, net: nn.Module, mine: Any, count: int, name: str, scope: str, total: Total) -> None:
+def _landscape(target: Target, net: nn.Module, mine: Any, count: int, name: str, scope: str) -> None:
     config, parameters = target.config, scoped(net, scope)
     generator = torch.Generator().manual_seed(config.seed + 1)
     axes = directions(parameters, generator), directions(parameters, generator)
     at = torch.linspace(-1, 1, config.landscape_points, dtype=torch.float64)
-    plane = loss_plane(net, lambda: mine, count, parameters, axes, at, total)
+    plane = loss_plane(net, lambda: mine, count, parameters, axes, at, target.total)
     if target.rank == 0:
         wanted = Path(config.landscape_figure)
         place = "-".join([wanted.stem, *f"{target.name}/{name}".split("/"), scope])

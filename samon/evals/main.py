@@ -104,8 +104,7 @@ def settle(given: dict[str, Any], path: str) -> Job:
     """Settings for one checkpoint: defaults < what its run was made with < command line."""
     content = load(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
     stored, first = from_run(given, content)
-    flags = by_key(VALIDATE)
-    values = {key: flag.default for key, flag in flags.items()} | stored | given
+    values = {key: flag.default for key, flag in by_key(VALIDATE).items()} | stored | given
     if values["model"] is None:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
@@ -199,8 +198,7 @@ def build(job: Job, world: World) -> Target:
         sharding.shard(config, model, world, mesh)
     autocast = models.autocast(config, world.device)
     name = "/".join(Path(job.path).parts[-2:]) or config.model
-    place = (world.device, world.rank, world.size, autocast)
-    return Target(config, model, data_config, *place, name, job.class_names)
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name, job.class_names)
 
 
 def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:
@@ -223,7 +221,7 @@ def check(jobs: list[Job], world: World) -> Target:
 def evaluate(jobs: list[Job], world: World, results: Results) -> None:
     """Every piece of every job that is not there yet; the figure and histograms of normalization parameters."""
     config = jobs[0].config
-    on_primary(world, lambda: check_paths(config, results))
+    on_primary(world, lambda: check_paths(config))
     target = check(jobs, world)
     found = on_primary(world, results.load)
     seen: dict[str, norm_params.Values] = {}
@@ -248,16 +246,14 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
             norm_params.write_tensorboard(seen, Path(config.norm_tensorboard))
 
 
-def check_paths(config: Config, results: Results) -> None:
+def check_paths(config: Config) -> None:
     """Every file and directory that will be written to."""
-    results.check()
-    for key in ("norm_figure", "landscape_figure"):
+    figures, directories = ("norm_figure", "landscape_figure"), ("norm_tensorboard", "apgd_state", "class_report")
+    for key in ("results_file", *figures, *directories):
         if path := getattr(config, key):
-            norm_params.figure_type()
-            writable(f"--{key.replace('_', '-')}", Path(path))
-    for key in ("norm_tensorboard", "apgd_state", "class_report"):
-        if directory := getattr(config, key):
-            writable(f"--{key.replace('_', '-')}", Path(directory) / "file")
+            if key in figures:
+                norm_params.figure_type()
+            writable(f"--{key.replace('_', '-')}", Path(path, "file") if key in directories else Path(path))
 
 
 def fingerprint(jobs: list[Job]) -> str:

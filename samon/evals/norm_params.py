@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samon.errors import UserError
+from samon.errors import UserError, needed
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
 from samon.optim.scope import norm_modules
@@ -63,11 +63,7 @@ def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
 
 def figure_type() -> Any:
     """matplotlib's Figure, which draws without a display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the figure needs matplotlib; run: pip install 'matplotlib>=3.9'") from None
-    return Figure
+    return needed("matplotlib.figure", "the figure needs matplotlib; run: pip install 'matplotlib>=3.9'").Figure
 
 
 def bins(found: Values, role: str, edges: Tensor) -> Tensor:

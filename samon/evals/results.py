@@ -1,7 +1,5 @@
 """Results as rows, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, and as a table."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samon.errors import UserError
-from samon.files import write_text
+from samon.files import csv_text, write_text
 
 Row = dict[str, Any]
 _PERCENT = ("top-1", "top-5", "ece", "mce", "ce")
@@ -21,11 +19,10 @@ FORMATS = ("json", "csv", "md")
 def result_format(path: str, wanted: str) -> str:
     """Of a results file: by its name, or as asked where the name does not tell."""
     suffix = Path(path).suffix.removeprefix(".")
-    if suffix in FORMATS:
-        return suffix
-    if wanted:
-        return wanted
-    raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+    form = suffix if suffix in FORMATS else wanted
+    if not form:
+        raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+    return form
 
 
 class Results:
@@ -48,13 +45,6 @@ class Results:
             return content["pieces"] if content["command"] == self.command else {}
         return {}
 
-    def check(self) -> None:
-        """Raises:
-        UserError: the file cannot be written.
-        """
-        if self.path:
-            writable("--results-file", self.path)
-
     def write(self) -> None:
         """The pieces so far, each file whole or as it was."""
         if self.path and self.partial:
@@ -63,9 +53,9 @@ class Results:
 
     def finish(self) -> None:
         """All is there."""
-        if self.path and self.partial:
-            write_text(self.path, render(self.rows, self.form))
-            self.partial.unlink(missing_ok=True)
+        self.write()
+        if self.partial:
+            self.partial.unlink()
 
     @property
     def rows(self) -> list[Row]:
@@ -96,22 +86,17 @@ def render(rows: list[Row], form: str) -> str:
     if form == "md":
         return markdown(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([keys, *([row.get(key) for key in keys] for row in rows)])
 
 
 def grouped(rows: list[Row]) -> list[Row]:
     """One row for the checkpoints of a model: the mean, ``std`` (with n - 1), and how many ``checkpoints``."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[float]] = {}
     for row in rows:
         shared = {key: value for key, value in row.items() if key not in _SINGLE}
-        groups.setdefault(json.dumps(shared), []).append(row)
+        groups.setdefault(json.dumps(shared), []).append(row["value"])
     found: list[Row] = []
-    for key, members in groups.items():
-        values = [row["value"] for row in members]
+    for key, values in groups.items():
         std = statistics.stdev(values) if len(values) > 1 else None
         found.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
     return found

@@ -1,7 +1,7 @@
 """Robust accuracy of a data set under the attacks of AutoAttack (Tables 4, 14 and 15)."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from samon import bars
 from samon.errors import UserError
 from samon.evals import autoattack
 from samon.evals.attacks import Batch, Normalized, Threat, attack, seeded_noise
 from samon.evals.batch_size import fastest, gradient_rate
 from samon.evals.calibration import bounds
-from samon.evals.entry import (
-    Device,
-    Entry,
-    EvalImages,
-    Target,
-    batches,
-    choose,
-    evaluating,
-    full_precision,
-    one_label,
-    progress,
-    share,
-)
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, share
 from samon.evals.results import Row
 from samon.files import replacing
 
@@ -42,13 +31,7 @@ def fingerprint(*parts: Tensor | str) -> str:
 
 
 def robust_outcomes(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    threats: list[Threat],
-    *,
-    device: Device,
-    state: Path | None = None,
-    bar: tqdm | None = None,
+    model: nn.Module, batches: Iterable[Batch], balls: list[Threat], state: Path | None = None, bar: tqdm | None = None
 ) -> dict[Threat, Tensor]:
     """{threat: outcomes of this process's images, int64 [n]}, images in the order ``batches`` gives them.
 
@@ -56,15 +39,15 @@ def robust_outcomes(
     as soon as it is known, and never attacked twice. ``bar`` counts images times threats, and moves within a batch.
     """
     weights = fingerprint(str(model), *model.state_dict().values()) if state else ""
-    outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in threats}
-    with evaluating(model, gradients=False), full_precision():  # only the image needs a gradient: 12 % faster
+    outcomes: dict[Threat, list[Tensor]] = {threat: [] for threat in balls}
+    with evaluating(model, gradients=False):  # only the image needs a gradient: 12 % faster
         for index, images, label in batches:
             for threat, parts in outcomes.items():
                 path = state and state / f"{fingerprint(weights, repr(threat), index, images, label)}.npy"
                 if path and path.exists():
                     parts.append(torch.from_numpy(np.load(path)))
                 else:
-                    parts.append(_outcome(model, (index, images, label), threat, device, bar))
+                    parts.append(_outcome(model, (index, images, label), threat, bar))
                     if path:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         with replacing(path) as file:
@@ -75,7 +58,7 @@ def robust_outcomes(
     return {threat: torch.cat([empty, *parts]) for threat, parts in outcomes.items()}
 
 
-def _outcome(model: nn.Module, batch: Batch, threat: Threat, device: Device, bar: tqdm | None) -> Tensor:
+def _outcome(model: nn.Module, batch: Batch, threat: Threat, bar: tqdm | None) -> Tensor:
     """`attack` of one batch, on the CPU; every iteration moves the bar by its share of the batch."""
     index, images, label = batch
     part = 0.999 * len(images) / (threat.n_iter * threat.restarts * (1 + threat.n_targets))  # rounding: never above
@@ -86,7 +69,7 @@ def _outcome(model: nn.Module, batch: Batch, threat: Threat, device: Device, bar
             bar.update(part)
 
     noise = seeded_noise(threat.seed)
-    return attack(model, images.to(device), label.to(device), index, threat, noise, tick).cpu()
+    return attack(model, images, label, index, threat, noise, tick).cpu()
 
 
 def summarize(outcome: Tensor, attacks: tuple[str, ...]) -> dict[str, int]:
@@ -122,17 +105,17 @@ def threats(config: Any) -> list[Threat]:
     return found
 
 
-def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor], list[Threat]]:
-    """(images, model of images in [0, 1], what makes classes of labels, threats); mistakes are found before any work.
+def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, list[Threat]]:
+    """(images, model of images in [0, 1], threats); mistakes are found before any work.
 
     On a set with predictions among some classes the attacked model has their logits alone.
     """
     if target.config.attack == "standard":
         autoattack.check()
     images = entry.images(target)
-    net, classes = one_label("apgd", entry, images, target.model)
+    net = one_label("apgd", entry, images, target.model)
     model = Normalized(net, target.data_config["mean"], target.data_config["std"]).to(target.device)
-    return images, model, classes, threats(target.config)
+    return images, model, threats(target.config)
 
 
 def _size_that_fills(target: Target, model: nn.Module, images: int) -> int:
@@ -140,21 +123,21 @@ def _size_that_fills(target: Target, model: nn.Module, images: int) -> int:
     found = torch.zeros(1, dtype=torch.int64)
     if target.rank == 0:
         image = torch.rand(target.data_config["input_size"], device=target.device)
-        with evaluating(model, gradients=False), full_precision():
+        with evaluating(model, gradients=False):
             found += fastest(gradient_rate(model, image), min(1024, images))
     return int(target.total(found))
 
 
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Robust accuracy under both attacks, after each of them, for every threat."""
-    config, (images, model, classes, balls) = target.config, prepare(target, entry)
+    config, (images, model, balls) = target.config, prepare(target, entry)
     chosen = choose(len(images), config.num_samples, config.seed, entry.first)
     size = config.apgd_batch_size or _size_that_fills(target, model, len(chosen))
-    data = ((index, x, classes(y)) for _, index, x, y in batches(target, images, chosen, size, raw=True))
+    data = ((index, x, y) for _, index, x, y in batches(target, images, chosen, size, raw=True))
     state = Path(config.apgd_state) if config.apgd_state else None
     mine = len(share(chosen, size, target.rank, target.world))
-    with progress(target, f"apgd {entry.name}", mine * len(balls)) as bar:
-        outcomes = robust_outcomes(model, data, balls, device=target.device, state=state, bar=bar)
+    with bars.bar(f"apgd {entry.name}", mine * len(balls), "image", show=target.rank == 0) as bar:
+        outcomes = robust_outcomes(model, data, balls, state, bar)
     found: list[Row] = []
     for threat, outcome in outcomes.items():
         clean, *after, n = target.total(torch.tensor(list(summarize(outcome, threat.attacks).values()))).tolist()

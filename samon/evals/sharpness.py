@@ -22,11 +22,14 @@ the ball has no extent in that direction and the weight stays at zero.
 """
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +37,12 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import (
-    Device,
-    Entry,
-    EvalImages,
-    Target,
-    batches,
-    choose,
-    evaluating,
-    full_precision,
-    one_label,
-    predict,
-)
+from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.results import Row
 from samon.optim.geometry import global_norm, project
 from samon.optim.scope import norm_parameters
 
+Part = tuple[int, Tensor, Tensor]  # number of the batch, images, label
 # (eps, want gradient) -> loss [], gradients
 Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
 _FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
@@ -86,24 +79,8 @@ class Measure:
         return "-".join([self.kind, self.norm, *flags, f"{self.steps}step"]) + f"@{self.rho:g}"
 
 
-PRESETS = {
-    "table6": [
-        "worst-linf-adaptive-logitnorm@0.003,0.005,0.007",
-        "worst-linf-adaptive-logitnorm-1step@0.007,0.01,0.03",
-    ],
-    "table18-wrn28": ["worst-linf-adaptive-logitnorm@0.003,0.005,0.007"],
-    "table18-resnext": ["worst-linf-adaptive-logitnorm@0.001,0.003,0.005"],
-    "table19": [
-        "average-l2@0.005",
-        "average-l2-adaptive@0.1",
-        "average-linf@0.01",
-        "average-linf-adaptive@0.2",
-        "worst-l2@0.05",
-        "worst-l2-adaptive@0.25",
-        "worst-linf@1e-5",
-        "worst-linf-adaptive@0.004",
-    ],
-}
+# {name on the command line: measures in the short form}, after the tables of the paper that they make.
+PRESETS: dict[str, list[str]] = json.loads(Path(__file__).with_name("sharpness_presets.json").read_text())
 
 
 def normalized_logits(logits: Tensor) -> Tensor:
@@ -152,28 +129,6 @@ def _ascent(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size
     return _mix(1.0, delta, size, direction)
 
 
-def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
-    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
-    p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
-    start, grads = loss_of(delta, True)
-    best, best_grads, before = start, grads, start
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checkpoints(steps))
-    for i in range(steps):
-        z = project(_ascent(delta, grads, scales, float(step.size), p), scales, rho, p)
-        momentum = 0.75 if i else 1.0
-        moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
-        previous, delta = delta, project(moved, scales, rho, p)
-        loss, grads = loss_of(delta, i + 1 < steps)
-        improved, before = loss > before, loss
-        if loss > best:
-            best, best_delta, best_grads = loss, delta, grads
-        halved = step.update(i, improved, best.view(1))
-        if halved is not None and halved and i + 1 < steps:
-            delta, grads = best_delta, best_grads
-    return float(best.double() - start.double())
-
-
 def reference_checkpoints(n_iter: int) -> dict[int, int]:
     """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0."""
     fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
@@ -204,29 +159,45 @@ def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> 
     return shrunk(high)
 
 
+def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
+    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
+    return _worst(loss_of, scales, measure, False)
+
+
 def worst_reference(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
     """The same maximum as the public sharpness code searches it: see the top of this file."""
+    return _worst(loss_of, scales, measure, True)
+
+
+def _worst(loss_of: Loss, scales: list[Tensor], measure: Measure, reference: bool) -> float:
     p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = [torch.zeros_like(a) for a in scales]
+    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
     start, grads = loss_of(delta, True)
-    best, best_grads = start, grads
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), reference_checkpoints(steps), strict=True)
+    best, best_grads, before = start, grads, start
+    checks = reference_checkpoints(steps) if reference else checkpoints(steps)
+    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checks, strict=reference)
     for i in range(steps):
         size = float(step.size)
-        if p == math.inf:
-            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
-        else:
+        if reference and p == 2:
             along = torch._foreach_div([a * g for a, g in zip(scales, grads, strict=True)], global_norm(grads) + 1e-12)
             moved = _mix(1.0, delta, size, list(along))
             z = project_euclidean(moved, scales, rho) if measure.adaptive else project(moved, scales, rho, p)
-        previous, delta = delta, _mix(0.75, z, 0.25, previous)
+        else:
+            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
+        if reference:
+            moved = _mix(0.75, z, 0.25, previous)
+        else:
+            momentum = 0.75 if i else 1.0
+            moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
+            moved = project(moved, scales, rho, p)
+        previous, delta = delta, moved
         loss, grads = loss_of(delta, i + 1 < steps)
-        improved = loss > best
-        if improved:
-            best, best_grads = loss, grads
+        improved, before = loss > (best if reference else before), loss
+        if loss > best:
+            best, best_delta, best_grads = loss, delta, grads
         halved = step.update(i, improved, best.view(1))
         if halved is not None and halved:
-            grads = best_grads
+            delta, grads = delta if reference else best_delta, best_grads
     return float(best.double() - start.double())
 
 
@@ -258,7 +229,7 @@ def batch_sharpness(
     The model is left bit for bit as it was, also after an exception.
     """
     parameters = scoped(model, scope)
-    with full_precision(), evaluating(model, gradients=True), restored(parameters) as weights:
+    with evaluating(model, gradients=True), restored(parameters) as weights:
 
         def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
             with torch.no_grad():
@@ -278,56 +249,44 @@ def batch_sharpness(
 
 
 def sharpness(
-    model: nn.Module,
-    batches: Iterable[tuple[int, Tensor, Tensor]],
-    count: int,
-    measures: list[Measure],
-    *,
-    device: Device,
-    mode: str = "reference",
-    seed: int = 0,
-    scope: str = "all",
+    model: nn.Module, batches: Iterable[Part], count: int, measures: list[Measure], seed: int = 0, **options: Any
 ) -> dict[Measure, Tensor]:
     """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
 
     ``batches`` yields (number of the batch, images, label); numbers that this process does not get stay 0, so
-    that a sum over the processes is the whole and its mean does not depend on how many there are.
+    that a sum over the processes is the whole and its mean does not depend on how many there are. ``options`` are
+    those of `batch_sharpness`.
     """
     values = {measure: torch.zeros(count, dtype=torch.float64) for measure in measures}
     for number, images, label in batches:
-        images, label = images.to(device), label.to(device)
         for measure in measures:
             draws = seed * 1_000_003 + number
-            values[measure][number] = batch_sharpness(model, images, label, measure, mode, draws, scope)
+            values[measure][number] = batch_sharpness(model, images, label, measure, seed=draws, **options)
     return values
 
 
-def prepare(
-    target: Target, entry: Entry
-) -> tuple[EvalImages, nn.Module, Callable[[Tensor], Tensor], list[Measure], list[int]]:
-    """(images, model, what makes classes of labels, measures, chosen images); mistakes are found before any work."""
+def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, list[Measure], list[int]]:
+    """(images, model, measures, chosen images); mistakes are found before any work."""
     config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
     measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
     images = entry.images(target, split)
     scoped(target.model, config.sharpness_scope)
-    net, classes = one_label("sharpness", entry, images, target.model)
+    net = one_label("sharpness", entry, images, target.model)
     chosen = choose(len(images), config.sharpness_samples, config.seed)
     if len(chosen) < size:
         raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
     n = len(chosen) // size * size
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
-    return images, net, classes, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
+    return images, net, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
 
 
 def rows(target: Target, entry: Entry) -> list[Row]:
     """Mean sharpness over batches of m training images, for every measure asked for."""
-    config, size, mode = target.config, target.config.sharpness_m, target.config.sharpness_mode
-    images, net, classes, measures, chosen = prepare(target, entry)
+    config, size, (images, net, measures, chosen) = target.config, target.config.sharpness_m, prepare(target, entry)
+    mode, scope = config.sharpness_mode, config.sharpness_scope
     data = batches(target, images, chosen, size, bar=f"sharpness {entry.name}")
-    parts = ((number, x, classes(y)) for number, _, x, y in data)
-    scope = config.sharpness_scope
-    options = {"device": target.device, "mode": mode, "seed": config.seed, "scope": scope}
-    values = sharpness(net, parts, len(chosen) // size, measures, **options)
+    parts = ((number, x, y) for number, _, x, y in data)
+    values = sharpness(net, parts, len(chosen) // size, measures, config.seed, mode=mode, scope=scope)
     found: list[Row] = []
     for measure, part in values.items():
         setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")

@@ -7,9 +7,9 @@ right.
 
 import itertools
 import json
-import pkgutil
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from samon.errors import UserError
 
+TIMM = files("timm.data") / "_info"
 # How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
 Scoring = tuple[Tensor | list[int] | None, Tensor | None]
 
@@ -47,9 +48,7 @@ SETS = {
 
 
 def _timm_lines(name: str) -> list[str]:
-    data = pkgutil.get_data("timm.data", f"_info/{name}")
-    assert data is not None
-    return data.decode().split()
+    return (TIMM / name).read_text().split()
 
 
 def synsets() -> list[str]:
@@ -69,12 +68,15 @@ def objectnet_classes() -> dict[str, list[int]]:
 
 def real_labels(path: str | None = None) -> Tensor:
     """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given."""
-    data = Path(path).read_bytes() if path else pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    assert data is not None
-    labels = json.loads(data)
-    table = torch.zeros(len(labels), 1000, dtype=torch.bool)
-    rows = [row for row, wanted in enumerate(labels) for _ in wanted]
-    table[rows, [label for wanted in labels for label in wanted]] = True
+    file = Path(path) if path else TIMM / "imagenet_real_labels.json"
+    return _table(json.loads(file.read_text()))
+
+
+def _table(right: list[list[int]]) -> Tensor:
+    """[rows, 1000] bool of lists of classes."""
+    table = torch.zeros(len(right), 1000, dtype=torch.bool)
+    rows = [row for row, classes in enumerate(right) for _ in classes]
+    table[rows, list(itertools.chain(*right))] = True
     return table
 
 
@@ -96,7 +98,6 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
         return real_labels()
     if names is None:
         raise UserError("shards of a shift set need class_names in _info.json; write them with tools/make_shards.py")
-    known: dict[str, list[int]]
     if named == "objectnet":
         known = objectnet_classes()
     else:
@@ -105,10 +106,7 @@ def label_table(named: str, names: list[str] | None) -> Tensor:
     if (strange and named != "objectnet") or len(strange) == len(names):
         form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")
         raise UserError(f"class folder {strange[0]!r} is no {form}; check the data set and its directory")
-    table = torch.zeros(len(names), 1000, dtype=torch.bool)
-    for row, name in enumerate(names):
-        table[row, known.get(name, [])] = True
-    return table
+    return _table([known.get(name, []) for name in names])
 
 
 def kept(kind: str) -> set[str] | None:

@@ -118,10 +118,8 @@ def name_methods(runs: list[Run]) -> None:
     """`samon ascent=previous`: the optimizer, and what else sets runs of this optimizer apart but seed and rho.
 
     What is a flag's default, or else the same in most of them, goes without saying."""
-    by_opt: dict[str, list[Run]] = {}
-    for run in runs:
-        by_opt.setdefault(str(run.settings["opt"]), []).append(run)
-    for opt, same in by_opt.items():
+    for opt in dict.fromkeys(str(run.settings["opt"]) for run in runs):
+        same = [run for run in runs if str(run.settings["opt"]) == opt]
         keys = [key for key in differing(same) if key not in _NOT_COMPARED]
         usual = {key: _usual(key, [run.settings.get(key) for run in same]) for key in keys}
         for run in same:
@@ -137,15 +135,12 @@ def _usual(key: str, values: list[Any]) -> Any:
 def scores_of(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
     """Finished runs by method and rho. rho is the one of the settings, for optimizers that have one."""
     found: dict[tuple[Any, ...], Score] = {}
-    for run in runs:
-        value = run.metrics.get(metric)
-        if value is None:
-            continue
+    for run in (run for run in runs if run.metrics.get(metric) is not None):
         recipe, model, opt = str(run.made.get("recipe", "")), str(run.settings.get("model", "")), run.settings["opt"]
         rho = run.settings.get("rho")
         key = (recipe, model, run.method, rho)
         score = found.setdefault(key, Score(run.method, rho, [], opt, model, recipe, metric))
-        score.values.append(float(value))
+        score.values.append(float(run.metrics[metric]))
         for cost in COSTS:
             if cost in run.cost:
                 score.costs.setdefault(cost, []).append(run.cost[cost])

@@ -47,9 +47,8 @@ def step_flops(run: Run) -> tuple[float, float] | None:
     """(FLOPs of a process's update as the run makes it, of a plain one); None, logged with the reason, if unknown."""
     if "model" not in run.settings:  # of another program, such as the translation example
         return None
-    settings = {key: run.settings[key] for key in KEYS if run.settings.get(key) is not None}
-    if samon.is_sam_name(run.settings["opt"]):
-        settings |= {key: run.settings[key] for key in SAM_KEYS if run.settings.get(key) is not None}
+    keys = (*KEYS, *SAM_KEYS) if samon.is_sam_name(run.settings["opt"]) else KEYS
+    settings = {key: run.settings[key] for key in keys if run.settings.get(key) is not None}
     if str(settings.get("ascent")) == "adaptive":
         log.info("%s: --ascent adaptive decides while it runs; its FLOPs are not known beforehand", run.name)
         return None

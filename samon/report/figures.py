@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +52,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 def figures(content: Content) -> list[Figure]:
     """Those that have something to show."""
     style = Style(content.methods())
-    found = compared(content, style)
-    found += [*curves(content, style), *inside(content, style)]
+    found = [*compared(content, style), *curves(content, style), *inside(content, style)]
     found += [distribution(content, style, kind) for kind in ("gamma", "beta")]
     found += [*sharpness(content, style), *robustness(content, style)]
     return [figure for figure in found if figure.traces]
@@ -90,10 +90,9 @@ def cost(content: Content, style: Style, kind: str) -> Figure:
         bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
         traces.append(style.trace(score.method, [x], [score.mean], **looks, **bars))
     held_out = any(score.held_out for score in content.scores)
-    chosen = "rho chosen on held-out images" if held_out else "rho chosen on these images themselves"
-    caption = (
-        f"Each method at its best rho ({chosen}); bars: a standard deviation over seeds. Compare the paper's Figure 3."
-    )
+    where = "held-out images" if held_out else "these images themselves"
+    caption = f"Each method at its best rho (rho chosen on {where}); bars: a standard deviation over seeds. "
+    caption += "Compare the paper's Figure 3."
     axes = axis(names[kind]), axis("accuracy, %")
     return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
 
@@ -104,13 +103,9 @@ def rho(content: Content, style: Style) -> Figure:
     rows = defaultdict(list)
     for score in content.scores:
         if score.rho is not None and score.held_out == held_out:
-            rows[score.method].append(score)
-    traces = []
-    for method, scores in rows.items():
-        scores.sort(key=lambda score: score.rho or 0.0)
-        bars = errors([score.std for score in scores])
-        traces.append(style.trace(method, [s.rho for s in scores], [s.mean for s in scores], error_y=bars))
-    reach = sorted({score.rho for scores in rows.values() for score in scores if score.rho})
+            rows[score.method].append((score.rho, score.values))
+    traces = [means(method, points, style) for method, points in rows.items()]
+    reach = sorted({rho for points in rows.values() for rho, _ in points if rho})
     for score in content.scores:
         if score.rho is None and score.held_out == held_out and len(reach) > 1:
             level = [score.mean, score.mean]
@@ -120,6 +115,13 @@ def rho(content: Content, style: Style) -> Figure:
     return Figure("rho", "Accuracy against rho", caption, traces, axis("rho", type="log"), axis("accuracy, %"))
 
 
+def means(method: str, points: list[tuple[float, list[float]]], style: Style) -> Trace:
+    """The mean at each place, in order, with its standard deviation as a bar."""
+    points = sorted(points, key=lambda point: point[0])
+    bars = errors([statistics.stdev(values) if len(values) > 1 else None for _, values in points])
+    return style.trace(method, [x for x, _ in points], [statistics.fmean(v) for _, v in points], error_y=bars)
+
+
 def curves(content: Content, style: Style) -> list[Figure]:
     """A line for each run."""
     found = []
@@ -127,8 +129,8 @@ def curves(content: Content, style: Style) -> list[Figure]:
         lines = []
         for run in content.runs:
             points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
-            lines.append((run, [x for x, _ in points], [y for _, y in points]))
-        traces = per_run(lines, style)
+            lines.append((run.method, run.name, points))
+        traces = lines_of(lines, style)
         caption = "A line for each run; runs of a method share colour and symbol. Click the legend to hide one."
         found.append(Figure(f"curve-{key}", title.capitalize(), caption, traces, axis("epoch"), axis(title)))
     return found
@@ -141,39 +143,37 @@ def inside(content: Content, style: Style) -> list[Figure]:
         "train/grad_norm": ("Gradient norm during training", "gradient norm"),
         "train/ascent_grad_norm": ("Ascent gradient norm during training", "ascent gradient norm"),
     }
+    caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
     found = []
     for tag, (title, name) in kinds.items():
-        lines = []
-        for run in content.runs:
-            points = run.scalars.get(tag, [])
-            lines.append((run, [x for x, _ in points], [y for _, y in points]))
-        traces = per_run(lines, style, mode="lines")
-        caption = (
-            "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
-        )
+        lines = [(run.method, run.name, run.scalars.get(tag, [])) for run in content.runs]
+        traces = lines_of(lines, style, mode="lines")
         found.append(Figure(tag.replace("/", "-"), title, caption, traces, axis("update"), axis(name)))
     return found
 
 
-def per_run(lines: list[tuple[Run, list[Any], list[Any]]], style: Style, **more: Any) -> list[Trace]:
-    """One trace for each line, one legend entry for each method."""
+def lines_of(lines: Iterable[tuple[str, str, Sequence[Any]]], style: Style, **more: Any) -> list[Trace]:
+    """One trace for each (method, name, points [x, y]), one legend entry for each method."""
     traces: list[Trace] = []
-    for run, x, y in lines:
-        if x:
-            first = all(trace["name"] != plain(run.method) for trace in traces)
-            traces.append(style.trace(run.method, x, y, text=plain(run.name), showlegend=first, **more))
+    for method, name, points in lines:
+        if points:
+            first = all(trace["name"] != plain(method) for trace in traces)
+            x, y = ([point[i] for point in points] for i in (0, 1))
+            traces.append(style.trace(method, x, y, text=plain(name), showlegend=first, **more))
     return traces
 
 
 def distribution(content: Content, style: Style, kind: str) -> Figure:
     """Figures 5 and 9: of the first run of each method."""
-    traces: list[Trace] = []
+    first: dict[str, Run] = {}
     for run in content.runs:
-        if run.norms.get(kind) and all(trace["name"] != plain(run.method) for trace in traces):
-            values = run.norms[kind]
-            x, y = [value for value, _ in values], [100 * share for _, share in values]
-            traces.append(style.trace(run.method, x, y, mode="lines", text=plain(run.name)))
-            traces[-1]["line"] |= {"shape": "hvh"}
+        if run.norms.get(kind):
+            first.setdefault(run.method, run)
+    traces = []
+    for method, run in first.items():
+        x, y = [value for value, _ in run.norms[kind]], [100 * share for _, share in run.norms[kind]]
+        traces.append(style.trace(method, x, y, mode="lines", text=plain(run.name)))
+        traces[-1]["line"] |= {"shape": "hvh"}
     caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
     title = f"Distribution of {kind}"
     return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
@@ -182,20 +182,17 @@ def distribution(content: Content, style: Style, kind: str) -> Figure:
 def sharpness(content: Content, style: Style) -> list[Figure]:
     """Table 6: a figure for each measure, a point for each evaluated model."""
     top1 = {row["checkpoint"]: row["value"] for row in _rows(content, "accuracy", "top1") if "checkpoint" in row}
-    measures: dict[str, list[Trace]] = defaultdict(list)
+    measures = defaultdict(list)
     for row in content.evaluations:
         if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
-            traces = measures[str(row.get("setting", row["metric"]))]
-            first = all(trace["name"] != plain(label(row)) for trace in traces)
-            named = {"text": plain(row["checkpoint"]), "showlegend": first, "mode": "markers"}
-            traces.append(style.trace(label(row), [row["value"]], [top1[row["checkpoint"]]], **named))
+            point = (row["value"], top1[row["checkpoint"]])
+            measures[str(row.get("setting", row["metric"]))].append((label(row), row["checkpoint"], [point]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
-    return [
-        Figure(
-            f"sharpness-{i}", f"Accuracy against sharpness: {name}", caption, traces, axis(name), axis("accuracy, %")
-        )
-        for i, (name, traces) in enumerate(measures.items())
-    ]
+    drawn = []
+    for i, (name, points) in enumerate(measures.items()):
+        traces, title = lines_of(points, style, mode="markers"), f"Accuracy against sharpness: {name}"
+        drawn.append(Figure(f"sharpness-{i}", title, caption, traces, axis(name), axis("accuracy, %")))
+    return drawn
 
 
 def robustness(content: Content, style: Style) -> list[Figure]:
@@ -211,10 +208,7 @@ def robustness(content: Content, style: Style) -> list[Figure]:
         traces = []
         for name, values in models.items():
             points = ({0.0: clean[name]} if name in clean else {}) | values
-            radii = sorted(points)
-            lists = [points[eps] for eps in radii]
-            bars = errors([statistics.stdev(v) if len(v) > 1 else None for v in lists])
-            traces.append(style.trace(name, radii, [statistics.fmean(v) for v in lists], error_y=bars))
+            traces.append(means(name, list(points.items()), style))
         caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
         caption += "Compare the paper's Tables 14 and 15."
         axes = axis(f"{norm} radius"), axis("accuracy, %")

@@ -3,6 +3,7 @@
 import html
 import json
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import plotly.offline
@@ -20,27 +21,21 @@ def render(content: Content, title: str, command: str) -> str:
     drawn, tabled = figures(content), tables(content)
     body = [f"<section><h2>Figures</h2>{''.join(map(_figure, drawn))}</section>"] if drawn else []
     body += [_table(table) for table in tabled]
-    counts = [f"{len(content.runs)} runs", f"{len(content.scores)} rows of scores"]
-    counts += [f"{len(content.evaluations)} evaluation rows"]
-    about = f"{', '.join(counts)}. Made by samon {samon.__version__}: {command}"
-    page = (HERE / "page.html").read_text()
-    titles = [(f.name, f.title) for f in drawn] + [(t.name, t.title) for t in tabled]
+    counts = f"{len(content.runs)} runs, {len(content.scores)} rows of scores"
+    about = f"{counts}, {len(content.evaluations)} evaluation rows. Made by samon {samon.__version__}: {command}"
+    links: list[Figure | Table] = [*drawn, *tabled]
     parts = {
         "title": html.escape(title),
         "about": html.escape(about),
         "style": (HERE / "page.css").read_text(),
-        "links": "".join(f'<a href="#{html.escape(name)}">{html.escape(title)}</a>' for name, title in titles),
+        "links": "".join(f'<a href="#{html.escape(part.name)}">{html.escape(part.title)}</a>' for part in links),
         "body": "".join(body),
         "data": script_json(data_of(drawn)),
         "script": (HERE / "page.js").read_text(),
         "plotly": plotly.offline.get_plotlyjs(),
     }
-    before, *pieces = page.split("{{")
-    filled = [before]
-    for piece in pieces:  # one pass, so that a name such as {{data}} in the content is never filled
-        key, rest = piece.split("}}", 1)
-        filled += [parts[key], rest]
-    return "".join(filled)
+    page = (HERE / "page.html").read_text()
+    return Template(page).substitute(parts)  # one pass: a name such as $data in the content is never filled
 
 
 def data_of(drawn: list[Figure]) -> dict[str, Any]:

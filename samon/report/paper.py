@@ -1,7 +1,6 @@
 """The paper's accuracies, hparams/paper_results.yaml."""
 
 from functools import cache
-from typing import Any
 
 import yaml
 
@@ -9,13 +8,9 @@ from samon.settings.config import RECIPES
 
 
 @cache
-def _blocks() -> dict[str, Any]:
-    return yaml.safe_load((RECIPES / "paper_results.yaml").read_text())
-
-
 def paper_figures(recipe: str, model: str) -> dict[str, list[float]]:
     """{optimizer name: [mean] or [mean, standard deviation], in %} of a recipe and model; empty where it has none."""
-    block = _blocks().get(recipe, {})
+    block = yaml.safe_load((RECIPES / "paper_results.yaml").read_text()).get(recipe, {})
     if model not in block.get("models", []):
         return {}
     place = block["models"].index(model)

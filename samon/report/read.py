@@ -17,7 +17,6 @@ from samon.report.content import Content, Run, Score, load, name_methods, scores
 from samon.report.cost import add_flops
 from samon.settings.config import FLAGS
 
-log = logging.getLogger("samon")
 KEPT = ("train/loss", "train/loss_perturbed", "train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 POINTS = 150  # of a curve
 BINS = 40
@@ -63,8 +62,7 @@ def directory(path: Path) -> Content:
         if (found := file(results)) is not None and results.name not in ("run.json", "result.json"):
             content.add(found)
     tradeoff = [score.method for score in content.scores if not score.held_out]
-    folders = {args.parent for args in path.rglob("args.yaml")}
-    for folder in sorted(folders):
+    for folder in sorted(args.parent for args in path.rglob("args.yaml")):
         run = read_run(folder, path)
         method = next((name for name in tradeoff if name.replace(" ", "-") == folder.parent.name), "")
         if tradeoff and (path / "results.json").exists():
@@ -97,11 +95,9 @@ def file(path: Path) -> Content | None:
 
 def _table(found: dict[str, Any]) -> list[Score]:
     """table.json of a sweep."""
-    recipe, model, metric = Path(found["config"]).stem, found["model"], found["metric"]
+    about = found["model"], Path(found["config"]).stem, found["metric"]
     rows = [row for row in found["rows"] if row["values"]]
-    return [
-        Score(row["opt"], row["rho"], row["values"], row["opt"], model, recipe, metric, _seconds(row)) for row in rows
-    ]
+    return [Score(row["opt"], row["rho"], row["values"], row["opt"], *about, _seconds(row)) for row in rows]
 
 
 def _tradeoff(row: dict[str, Any]) -> list[Score]:
@@ -129,16 +125,12 @@ def read_run(folder: Path, root: Path) -> Run:
     settings = yaml.safe_load((folder / "args.yaml").read_text()) or {}
     if "model" in settings:  # train.py's, and what an earlier version of it did not know yet
         settings = {key: flag.default for key, flag in FLAGS.items()} | settings
+    settings = {key: value for key, value in settings.items() if key not in PLACE}
     settings.setdefault("opt", "unknown optimizer")
-    epochs: list[dict[str, float | None]] = []
-    if (folder / "summary.csv").exists():
-        with (folder / "summary.csv").open(newline="") as text:
-            epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(text)]
-    for key in PLACE:
-        settings.pop(key, None)
-    run = Run(name, settings, epochs)
-    swept = _json(folder / "result.json")
-    made = _json(folder / "run.json")
+    summary = folder / "summary.csv"
+    lines = summary.read_text().splitlines() if summary.exists() else []
+    epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
+    run, swept, made = Run(name, settings, epochs), _json(folder / "result.json"), _json(folder / "run.json")
     run.metrics = made.get("metrics") or swept.get("metrics") or {}
     if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= settings.get("epochs", math.inf):
         run.metrics = dict(epochs[-1])

@@ -1,13 +1,12 @@
 """The tables of a page, as HTML, LaTeX (booktabs) and CSV."""
 
-import csv
 import html
-import io
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from samon.files import csv_text
 from samon.report.content import Content, Score, differing, label
 from samon.report.paper import paper_figures
 
@@ -23,10 +22,7 @@ class Table:
     rows: list[list[str]]
 
     def csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([self.head, *[[_harmless(cell) for cell in row] for row in self.rows]])
-        return text.getvalue()
+        return csv_text([self.head, *(map(_harmless, row) for row in self.rows)])
 
     def latex(self) -> str:
         lines = [" & ".join(map(tex, row)) + r" \\" for row in [self.head, *self.rows]]
@@ -51,14 +47,8 @@ def _harmless(cell: str) -> str:
     return cell
 
 
-_TEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+_NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
+_TEX = {c: rf"\{c}" for c in "&%$#_{}"} | {c: rf"\text{name}{{}}" for c, name in _NAMED.items()} | {"±": r"$\pm$"}
 
 
 def tex(text: str) -> str:
@@ -75,17 +65,12 @@ def shown(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def rho_of(score: Score) -> str:
-    return "" if score.rho is None else f"{score.rho:g}"
-
-
 def paper(score: Score) -> tuple[float, float] | None:
     """The paper's [mean, deviation] for this recipe, model and optimizer."""
     found = paper_figures(score.recipe, score.model).get(score.opt)
     if found is None or score.method != score.opt:
         return None
-    mean, *std = found
-    return mean, (std or [0.0])[0]
+    return found[0], found[1] if len(found) > 1 else 0.0
 
 
 def against(score: Score, theirs: tuple[float, float] | None) -> str:
@@ -104,14 +89,13 @@ def accuracies(content: Content) -> Table:
     for score in content.scores:
         theirs = paper(score)
         where = "chooses rho" if score.held_out else "best" if score in best else ""
+        rho = "" if score.rho is None else f"{score.rho:g}"
         figures = [shown(score.mean, score.std), str(len(score.values))]
         beside = [shown(*theirs) if theirs else "", against(score, theirs)]
-        rows.append([score.recipe, score.model, score.method, rho_of(score), *figures, where, *beside])
+        rows.append([score.recipe, score.model, score.method, rho, *figures, where, *beside])
     head = ["recipe", "model", "method", "rho", "accuracy, %", "runs", "", "paper, %", "difference"]
-    caption = (
-        "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "
-        "figure; ▲ above it, ▼ below it. The paper's figure is that of the recipe's full length."
-    )
+    caption = "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "
+    caption += "figure; ▲ above it, ▼ below it. The paper's figure is that of the recipe's full length."
     return Table("accuracy", "Accuracy", caption, *_filled(head, rows))
 
 

@@ -21,7 +21,7 @@ from tests.runs import ROOT, run
 
 ENDING = "</script><script>document.title='owned'</script><b>.pth.tar"
 EXPORTS = [path for path in (ROOT / "docs/results").rglob("*.json") if FORMAT in path.read_text()[:100]]
-HOSTILE = "<img src=x onerror=document.title='owned'><b>{{data}} & 'q'"
+HOSTILE = "<img src=x onerror=document.title='owned'><b>$data & 'q'"
 
 
 def rows(checkpoint: str, **how: Any) -> list[dict[str, Any]]:

@@ -98,8 +98,8 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
     def batches(size):
         return [(index[i : i + size], x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
 
-    whole = robust_outcomes(net, batches(24), [threat], device="cpu", state=tmp_path)[threat]
-    halves = robust_outcomes(net, batches(12), [threat], device="cpu", state=tmp_path)[threat]
+    whole = robust_outcomes(net, batches(24), [threat], state=tmp_path)[threat]
+    halves = robust_outcomes(net, batches(12), [threat], state=tmp_path)[threat]
     assert torch.equal(whole, halves)
     assert len(list(tmp_path.glob("*.npy"))) == 3
 
@@ -107,12 +107,12 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
         raise AssertionError("attacked again")
 
     handle = net.register_forward_pre_hook(fail)
-    again = robust_outcomes(net, batches(12), [threat], device="cpu", state=tmp_path)[threat]
+    again = robust_outcomes(net, batches(12), [threat], state=tmp_path)[threat]
     handle.remove()
     assert torch.equal(again, whole)
     net[6].bias.data[0] += 1  # other weights: nothing stored fits
     try:
-        robust_outcomes(net, batches(12), [threat], device="cpu", state=tmp_path)
+        robust_outcomes(net, batches(12), [threat], state=tmp_path)
     finally:
         net[6].bias.data[0] -= 1
     assert len(list(tmp_path.glob("*.npy"))) == 5

@@ -27,8 +27,8 @@ def test_fab_finds_the_closed_form_of_a_linear_model_and_square_never_more(linea
     clear = (radii[norm] - eps).abs() > 0.02 * eps
     state = torch.get_rng_state()
     with torch.no_grad():
-        fab = autoattack.fooled("fab-t", net, x, y, norm, eps, 20, 3, 0)
-        square = autoattack.fooled("square", net, x, y, norm, eps, 20, 3, 0)
+        threat = Threat(norm, eps, n_iter=20, n_targets=3)
+        fab, square = (autoattack.fooled(name, net, x, y, threat) for name in ("fab-t", "square"))
     assert torch.equal(fab[clear], (radii[norm] < eps)[clear])
     assert square.any()
     assert not (square & (radii[norm] > 1.02 * eps)).any()
@@ -39,8 +39,8 @@ def test_each_attack_sees_what_the_ones_before_left(linear, monkeypatch):
     net, x, y, radii = linear
     seen = []
 
-    def fooled(name, model, images, label, *budget):
-        seen.append((name, len(images), budget))
+    def fooled(name, model, images, label, threat):
+        seen.append((name, len(images), threat))
         return torch.arange(len(images)) < 2
 
     monkeypatch.setattr(autoattack, "fooled", fooled)
@@ -49,7 +49,8 @@ def test_each_attack_sees_what_the_ones_before_left(linear, monkeypatch):
     plain = attack(net, x, y, torch.arange(32), Threat("l2", eps, n_iter=20), seeded_noise(0))
     outcome = attack(net, x, y, torch.arange(32), threat, seeded_noise(0))
     left = int((plain == ROBUST).sum())
-    assert seen == [("fab-t", left, ("l2", eps, 20, 3, 0)), ("square", left - 2, ("l2", eps, 20, 3, 0))]
+    budget = Threat("l2", eps, n_iter=20, n_targets=3, standard=True)
+    assert seen == [("fab-t", left, budget), ("square", left - 2, budget)]
     assert (outcome == ATTACKS.index("fab-t")).sum() == (outcome == ATTACKS.index("square")).sum() == 2
     assert (outcome == ROBUST).sum() == left - 4
 

@@ -66,8 +66,8 @@ def test_feature_matrix_fills_its_rows_in_eval_mode():
     x = torch.randn(5, 3)
     batches = [(torch.tensor([3, 4]), x[3:]), (torch.tensor([0, 1]), x[:2])]
     net = Net().train()
-    phi = feature_matrix(net, batches, 5, device="cpu")
+    phi = feature_matrix(net, batches, 5)
     assert torch.equal(phi, 2 * torch.cat([x[:2], torch.zeros(1, 3), x[3:]]))
     assert net.training
     with pytest.raises(UserError, match="no batch"):
-        feature_matrix(net, [], 5, device="cpu")
+        feature_matrix(net, [], 5)

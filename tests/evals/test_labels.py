@@ -56,12 +56,12 @@ def test_losses_of_a_restricted_set_see_its_classes_and_labels(tmp_path, what):
     root = write(tmp_path, {SYNSETS[i]: [i] for i in inside})
     target, entry = target_of(Slanted()), Entry("a", "", str(root), "", [what], "imagenet-a")
     images = entry.images(target)
-    net, classes = one_label(what, entry, images, target.model)
+    net = one_label(what, entry, images, target.model)
     for _, index, x, label in batches(target, images, list(range(200)), 50):
         logits = net(x)
         assert logits.shape == (50, 200)
-        assert torch.equal(logits.argmax(1), classes(label))
-        assert torch.equal(classes(label), index)  # folders are in the order of the indices
+        assert torch.equal(logits.argmax(1), label)
+        assert torch.equal(label, index)  # folders are in the order of the indices
     assert isinstance(net, Among)
 
 
@@ -84,8 +84,9 @@ def test_several_right_classes_are_refused_with_the_reason(tmp_path, what):
 def test_a_folder_of_some_synsets_is_mapped_and_other_names_are_warned_about(tmp_path, caplog):
     root = write(tmp_path / "some", {SYNSETS[i]: [i] for i in (954, 1, 80)})
     target, entry = target_of(Slanted()), Entry("some", "", str(root), "", ["accuracy"])
-    _, classes = one_label("x", entry, entry.images(target), target.model)
-    assert classes(torch.arange(3)).tolist() == [1, 80, 954]
+    images = entry.images(target)
+    one_label("x", entry, images, target.model)
+    assert images.class_of == [1, 80, 954]
     assert "its 3 classes are called as ImageNet's and taken as these" in caplog.text
     root = write(tmp_path / "others", {"cat": [0], "dog": [1]})
     entry = Entry("others", "", str(root), "", ["accuracy"])

@@ -271,8 +271,8 @@ def test_parts_of_two_processes_add_up():
     net, x, y = small_net()
     batches = [(k, x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8]) for k in range(4)]
     measures = Measure.parse("worst-linf-adaptive@0.1") + Measure.parse("average-l2@0.1")
-    whole = sharpness(net, batches, 4, measures, device="cpu")
-    even, odd = (sharpness(net, batches[r::2], 4, measures, device="cpu") for r in (0, 1))
+    whole = sharpness(net, batches, 4, measures)
+    even, odd = (sharpness(net, batches[r::2], 4, measures) for r in (0, 1))
     for measure in measures:
         assert torch.equal(whole[measure], even[measure] + odd[measure])
 
