@@ -85,11 +85,16 @@ def find_images(source: Path) -> list[Item]:
     return sorted(found, key=lambda item: natural_key(item.path))
 
 
-def by_folder(items: list[Item]) -> Split:
-    """Labels in timm's order of the class folders' names."""
-    names = sorted({os.path.basename(os.path.dirname(item.path)) for item in items}, key=natural_key)
+def numbered(items: list[Item], classes: list[str], names: list[str]) -> Split:
+    """Images whose labels are the places of their classes in `names`."""
     index = {name: label for label, name in enumerate(names)}
-    return Split([(item, index[os.path.basename(os.path.dirname(item.path))]) for item in items], names)
+    return Split([(item, index[name]) for item, name in zip(items, classes, strict=True)], names)
+
+
+def by_folder(items: list[Item], names: list[str] | None = None) -> Split:
+    """Labels in timm's order of the class folders' names, or in that of `names`."""
+    folders = [os.path.basename(os.path.dirname(item.path)) for item in items]
+    return numbered(items, folders, names or sorted(set(folders), key=natural_key))
 
 
 def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
@@ -104,14 +109,9 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
     if deep == 1:
         flat = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
         raise UserError(f"--source {args.source}: images of a split lie in no class folder; {flat}")
-    groups = {name: by_folder([item for item in found if item.path.split("/")[0] == name]) for name in sorted(first)}
-    names = sorted({name for group in groups.values() for name in group.class_names}, key=natural_key)
-    index = {name: label for label, name in enumerate(names)}
-    # One numbering for all splits, so that a class which a split lacks does not shift the others.
-    return {
-        split: Split([(item, index[group.class_names[label]]) for item, label in group.items], names)
-        for split, group in groups.items()
-    }
+    names = by_folder(found).class_names  # for all splits, so that a class which one lacks does not shift the others
+    parts = {name: [item for item in found if item.path.split("/")[0] == name] for name in sorted(first)}
+    return {name: by_folder(items, names) for name, items in parts.items()}
 
 
 def shift_split(args: argparse.Namespace) -> dict[str, Split]:
@@ -164,13 +164,10 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
             splits["validation"] = by_folder(validation)
         else:
             synsets = validation_synsets(args.val_labels)
-            names = sorted(set(synsets))
-            index = {name: label for label, name in enumerate(names)}
             number = [int(item.path[-13:-5]) for item in validation]
             if max(number) > len(synsets):
                 raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, image {max(number)} needs one")
-            labels = [index[synsets[n - 1]] for n in number]
-            splits["validation"] = Split(list(zip(validation, labels, strict=True)), names)
+            splits["validation"] = numbered(validation, [synsets[n - 1] for n in number], sorted(set(synsets)))
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     both = [split.class_names for split in splits.values()]

@@ -3,7 +3,6 @@
 On the device every random decision of an epoch is drawn at once on the CPU from (seed, epoch) and kept by sample
 index, so a sample's augmentation depends neither on its batch nor on the device, the processes or a restart."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +127,3 @@ class Augment:
         for (name, magnitude), rows in groups.items():
             where = torch.tensor(rows, device=images.device)
             images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
-
-
-def normalization(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[1, C, 1, 1] mean and standard deviation in units of uint8 pixels."""
-    mean_, std_ = (torch.tensor([v * 255 for v in values], device=device).view(1, -1, 1, 1) for values in (mean, std))
-    return mean_, std_

@@ -11,7 +11,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -59,16 +59,11 @@ def open_image(data: bytes) -> Image.Image:
 
 def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to ``mode``; some data sets give Pillow images already."""
-    return _load(data if isinstance(data, Image.Image) else open_image(data), mode)
-
-
-def _load(image: Image.Image, mode: str) -> Image.Image:
+    image = data if isinstance(data, Image.Image) else open_image(data)
     try:
-        if image.mode != "P":
-            return image.convert(mode) if mode else image.copy()
-        with warnings.catch_warnings():
-            # Transparency is dropped by the conversion, which is what timm does as well.
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+        with warnings.catch_warnings() if image.mode == "P" else nullcontext():
+            if image.mode == "P":  # transparency is dropped by the conversion, which is what timm does as well
+                warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             return image.convert(mode) if mode else image.copy()
     except Exception as error:
         raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
@@ -109,19 +104,6 @@ class TensorCrop:
             image = decode_tensor(image.data) if part is None else whole
         part = image[:, top : top + height, left : left + width] if part is None else part
         return F.resize_image(part, list(self.crop.size), mode)
-
-
-class TensorResize:
-    """torchvision's Resize on a uint8 tensor without its detour over float."""
-
-    def __init__(self, resize: transforms.Resize) -> None:
-        size = resize.size
-        self.size = [size] if isinstance(size, int) else list(size)
-        self.mode = resize.interpolation
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [C, H, W] to uint8, the shorter edge (or both) as asked."""
-        return F.resize_image(image, self.size, self.mode)
 
 
 def _blend(start: Tensor | int, image: Tensor, factor: float) -> Tensor:
@@ -168,7 +150,10 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
         crop = TensorCrop(step)
         return crop if all(mode in _TENSOR_INTERPOLATIONS for mode in crop.modes) else None
     if isinstance(step, transforms.Resize):
-        return TensorResize(step) if step.interpolation in _TENSOR_INTERPOLATIONS else None
+        if step.interpolation not in _TENSOR_INTERPOLATIONS:
+            return None
+        size = [step.size] if isinstance(step.size, int) else list(step.size)
+        return partial(F.resize_image, size=size, interpolation=step.interpolation)  # uint8 without a detour over float
     if isinstance(step, transforms.ColorJitter):
         return TensorJitter(step) if step.hue is None else None
     if isinstance(step, MaybeToTensor):
