@@ -112,12 +112,8 @@ class Augment:
         space = self.auto._augmentation_space(10, self.size)
         fill = [float(GREY)] * images.shape[1]
         groups: dict[tuple[str, float], list[int]] = {}
-        picks = zip(
-            draws.policy[index].tolist(),
-            draws.chance[index, step].tolist(),
-            draws.negative[index, step].tolist(),
-            strict=True,
-        )
+        drawn = (draws.policy[index], draws.chance[index, step], draws.negative[index, step])
+        picks = zip(*(values.tolist() for values in drawn), strict=True)
         for row, (policy, chance, negative) in enumerate(picks):
             name, probability, level = self.auto.policies[policy][step]
             if chance <= probability:

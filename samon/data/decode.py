@@ -118,26 +118,18 @@ def _grey(image: Tensor) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]
 
 
-class TensorJitter:
-    """torchvision's ColorJitter (no hue) on uint8 RGB tensors, with Pillow's arithmetic."""
-
-    def __init__(self, jitter: transforms.ColorJitter) -> None:
-        self.jitter = jitter
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] to the same; draws in torchvision's order."""
-        jitter = self.jitter
-        order, brightness, contrast, saturation, _ = jitter.get_params(
-            jitter.brightness, jitter.contrast, jitter.saturation, None
-        )
-        for kind in order.tolist():
-            if kind == 0 and brightness is not None:
-                image = _blend(0, image, brightness)
-            elif kind == 1 and contrast is not None:
-                image = _blend(int(_grey(image).float().mean() + 0.5), image, contrast)
-            elif kind == 2 and saturation is not None:
-                image = _blend(_grey(image), image, saturation)
-        return image
+def jitter_tensor(image: Tensor, jitter: transforms.ColorJitter) -> Tensor:
+    """torchvision's ColorJitter (no hue) on uint8 [3, H, W], with Pillow's arithmetic; draws in torchvision's order."""
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation
+    order, brightness, contrast, saturation, _ = jitter.get_params(*ranges, None)
+    for kind in order.tolist():
+        if kind == 0 and brightness is not None:
+            image = _blend(0, image, brightness)
+        elif kind == 1 and contrast is not None:
+            image = _blend(int(_grey(image).float().mean() + 0.5), image, contrast)
+        elif kind == 2 and saturation is not None:
+            image = _blend(_grey(image), image, saturation)
+    return image
 
 
 def _to_float(image: Tensor) -> Tensor:
@@ -155,7 +147,7 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
         size = [step.size] if isinstance(step.size, int) else list(step.size)
         return partial(F.resize_image, size=size, interpolation=step.interpolation)  # uint8 without a detour over float
     if isinstance(step, transforms.ColorJitter):
-        return TensorJitter(step) if step.hue is None else None
+        return partial(jitter_tensor, jitter=step) if step.hue is None else None
     if isinstance(step, MaybeToTensor):
         return _to_float
     return step if isinstance(step, _SAME_ON_TENSORS) else None

@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
@@ -51,10 +53,9 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
     for url in tried:
         if urls.is_local(url) and not os.path.isfile(url):
             continue
+        content = urls.read_url(url, MAX_BYTES)
         try:
-            info = json.loads(urls.read_url(url, MAX_BYTES))
-        except DataError:
-            raise
+            info = json.loads(content)
         except ValueError as error:
             raise UserError(f"{url}: not JSON: {error}") from error
         if not isinstance(info, dict):
@@ -141,29 +142,29 @@ def members_by_key(
     """
     seekable = getattr(file, "seekable", lambda: False)()
     with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:
-        position, key = -1, None
-        fields: dict[str, bytes | SampleError] = {}
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-            name, suffix = base_plus_ext(member.name)
-            suffix = (suffix or "").lower()
-            if not member.isreg() or suffix not in suffixes or re.match("__[^/]*__(/|$)", member.name):
-                continue
-            if name != key:
-                if key is not None:
-                    yield key, fields
-                position, key, fields = position + 1, name, {}
-            if position not in wanted:
-                continue
-            if suffix in fields:
-                fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
-            elif member.size > MAX_BYTES:
-                fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
-            else:
-                data = tar.extractfile(member)
-                fields[suffix] = b"" if data is None else data.read()
-        if key is not None:
+        for position, (key, members) in enumerate(groupby(_members(tar, suffixes), itemgetter(0))):
+            fields: dict[str, bytes | SampleError] = {}
+            for _, suffix, member in members:
+                if position not in wanted:
+                    continue
+                if suffix in fields:
+                    fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
+                elif member.size > MAX_BYTES:
+                    fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
+                else:
+                    data = tar.extractfile(member)
+                    fields[suffix] = b"" if data is None else data.read()
             yield key, fields
+
+
+def _members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, suffix and header of each file that ends in one of ``suffixes``."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        key, suffix = base_plus_ext(member.name)
+        suffix = (suffix or "").lower()
+        if member.isreg() and suffix in suffixes and not re.match("__[^/]*__(/|$)", member.name):
+            yield key, suffix, member
 
 
 class ShardReader:
