@@ -66,11 +66,9 @@ def tar_items(file: str, prefix: str, offset: int = 0) -> Iterator[Item]:
 
 def find_images(source: Path) -> list[Item]:
     """All images under a directory or in a tar, in natural order of their paths; tars are looked into."""
-    found: list[Item] = []
     if not source.exists():
         raise UserError(f"--source {source}: no such file or directory")
-    if source.is_file():
-        found = list(tar_items(str(source), ""))
+    found = list(tar_items(str(source), "")) if source.is_file() else []
     for folder, _, names in os.walk(source, followlinks=True):
         for name in names:
             path = os.path.join(folder, name)

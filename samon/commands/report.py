@@ -25,9 +25,8 @@ from samon.session.world import handled
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="samon-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="samon-report", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="RUNS", help="directories of runs or sweeps, JSON files")
     add("-o", "--output", type=Path, help="HTML page to write; report.html if nothing else is asked for")

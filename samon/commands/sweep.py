@@ -163,9 +163,9 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
         gpu = gpus.get() if gpus else None
         try:
             for _ in range(1 + args.retries):
-                status, metrics, cost = attempt(job, args, gpu, lock.fileno())
-                if metrics is not None:
-                    content = {"fingerprint": fingerprint(job, args), "metrics": metrics, **cost}
+                status, result = attempt(job, args, gpu, lock.fileno())
+                if result is not None:
+                    content = {"fingerprint": fingerprint(job, args), **result}
                     write_text(directory / "result.json", json.dumps(content, indent=1))
                     return "done"
                 if status > 128:
@@ -176,10 +176,8 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
     return "dead"
 
 
-def attempt(
-    job: Job, args: argparse.Namespace, gpu: str | None, lock: int
-) -> tuple[int, dict[str, Any] | None, dict[str, Any]]:
-    """One start of train.py: its exit status, its last line's metrics or None if it died, and what it cost.
+def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+    """One start of train.py: its exit status, its last line's metrics and what it cost, or None if it died.
 
     The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -192,8 +190,10 @@ def attempt(
         lines = process.stdout.read().strip().splitlines()
         _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
         process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or not lines:
+        return process.returncode, None
     cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
-    return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None, cost
+    return 0, {"metrics": json.loads(lines[-1]), **cost}
 
 
 def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:

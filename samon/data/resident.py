@@ -12,7 +12,6 @@ import numpy as np
 import timm.data
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -82,7 +81,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
 
     Args:
         size: channels, height and width that all images end up with.
-        transform: PIL image -> uint8 array [C, H, W]; None resizes to `size` and no more.
+        transform: PIL image -> uint8 [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
     pairs = getattr(stream.source, "pairs", None)
@@ -91,16 +90,12 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]
         return torch.from_numpy(arrays[: stream.size]).permute(0, 3, 1, 2).contiguous(), labels[: stream.size]
 
-    def resize(image: Image.Image) -> np.ndarray:
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return np.array(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-    stream.transform = transform or resize
+    resizing: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    stream.transform = transform or timm.data.create_transform(size, use_prefetcher=True, **resizing)
     stream.set_loader_cfg(0)
     images, targets = torch.empty((stream.size, *size), dtype=torch.uint8), torch.empty(stream.size, dtype=torch.int64)
     for i, (image, label) in enumerate(stream):
-        images[i], targets[i] = torch.as_tensor(image), int(label)
+        images[i], targets[i] = image, int(label)
     return images, targets
 
 

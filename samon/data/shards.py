@@ -92,15 +92,14 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     where, info = _load_info(root, allow_shell)
     splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
-    known: dict[str, int] = {}
     synonyms = next((group for group in _SYNONYMS if split in group), ())
     split = next((name for name in (split, *synonyms) if name in splits), split)
     if split in splits:
         names, lengths = _split_entry(where, split, splits[split])
     elif ".tar" in split or ".." in split:
         names = [name for part in split.split("|")[0].split("::") for name in braceexpand(part)]
-        for other, entry in splits.items():
-            known.update(zip(*_split_entry(where, other, entry), strict=True))
+        entries = [_split_entry(where, other, entry) for other, entry in splits.items()]
+        known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
         lengths = [known.get(name, -1) for name in names]
     elif splits:
         near = [f"; did you mean {name!r}?" for name in get_close_matches(split, list(splits), 1)]
