@@ -155,11 +155,11 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
     splits = {"train": by_folder(training)} if training else {}
     if validation:
         sorted_in = re.search(r"n\d{8}/[^/]*$", validation[0].path)
-        if not sorted_in and args.val_labels is None:
-            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
-            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         if sorted_in:
             splits["validation"] = by_folder(validation)
+        elif args.val_labels is None:
+            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
+            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         else:
             synsets = validation_synsets(args.val_labels)
             number = [int(item.path[-13:-5]) for item in validation]

@@ -19,7 +19,6 @@ import queue
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,13 +202,12 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
         for gpu in islice(cycle(args.gpus.split(",")), args.jobs):
             gpus.put(gpu)
     states: dict[str, str] = {}
-    say = threading.Lock()
     before = sum(finished(job, args) is not None for job in jobs)
     shown = bar("sweep", len(jobs), "run", initial=before, show=on_terminal())  # elsewhere the lines below are enough
 
     def one(job: Job) -> None:
         state = run_job(job, args, gpus)
-        with say, shown.external_write_mode(file=sys.stderr):
+        with shown.external_write_mode(file=sys.stderr):  # one thread at a time
             states[job.name] = state
             shown.update(state != "skipped")
             metric = finished(job, args) if state in ("done", "skipped") else None

@@ -67,7 +67,7 @@ def create_dataset(
     if rank is None or world_size is None:
         grouped = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    source = open_source(name, root, split, input_img_mode=input_img_mode, num_classes=num_classes, **opening)
+    source = open_source(name, root, split, num_classes=num_classes, **opening)
     held = len(source)
     if num_samples and not is_training and num_samples > held:
         raise UserError(f"{num_samples} evaluation samples asked for, the split holds {held}")

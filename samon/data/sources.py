@@ -37,7 +37,6 @@ class Request:
     target_key: str | None = None
     download: bool = False
     trust_remote_code: bool = False
-    input_img_mode: str = "RGB"  # for whoever decodes; the bytes stay as they are
     num_classes: int | None = None
     allow_shell_urls: bool = False
     shard_cache: str | None = None
