@@ -258,11 +258,7 @@ def create_loader(
     erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
     transform |= {"is_training": is_training, "use_prefetcher": use_prefetcher, **erasing}
     _set_transform(dataset, decoder, input_size, size_schedule, num_aug_splits, transform)
-    dataset.batch_size = batch_size
-    if num_aug_repeats:
-        if not isinstance(dataset, IndexedStream):
-            raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
-        dataset.repeats = num_aug_repeats
+    dataset.batch_size, dataset.repeats = batch_size, num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
     workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers and num_workers > 0}

@@ -46,7 +46,7 @@ class SampleStream(IterableDataset):
 
     Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
     ``size`` is the samples per epoch over all ranks; more than the source holds means further passes over it.
-    ``transform``, ``decode``, ``collate`` and ``num_workers`` are set by `samon.data.create_loader`.
+    ``transform``, ``decode``, ``collate``, ``num_workers`` and ``repeats`` are set by `samon.data.create_loader`.
     """
 
     source: Source
@@ -63,6 +63,7 @@ class SampleStream(IterableDataset):
     transform: Callable[[Any], Any] | None = None
     collate: Any = None
     num_workers: int = 1
+    repeats: int = 0
 
     def __post_init__(self) -> None:
         self.faults = FaultCount(self.max_bad_fraction)
@@ -177,8 +178,10 @@ class ShardStream(SampleStream):
     sample_split: bool = False
 
     def check(self) -> None:
-        """Also refuse fewer shards than training readers, unless samples may be split."""
+        """Also refuse repeated augmentation, and fewer shards than training readers, unless samples may be split."""
         super().check()
+        if self.repeats:
+            raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
         readers, lengths = self.world_size * self.num_workers, self.source.shards.lengths
         shards = sum(length > 0 for length in lengths)
         if self.is_training and shards < readers and not self.sample_split:
@@ -217,14 +220,11 @@ class ShardStream(SampleStream):
                 yield at + index - low, record
 
 
-@dataclass(eq=False)
 class IndexedStream(SampleStream):
     """Samples of a source that can be read in any order.
 
-    ``repeats`` > 1 is timm's repeated augmentation: that many differently augmented copies, on different ranks.
+    ``repeats`` is timm's repeated augmentation: so many differently augmented copies, on different ranks.
     """
-
-    repeats: int = 1
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """This rank's batches ``stream``, ``stream + num_streams``, ... of the epoch's order."""
@@ -241,9 +241,9 @@ class IndexedStream(SampleStream):
     def _order(self, epoch: int) -> np.ndarray:
         """Indices in the epoch's order over all ranks, ``size`` of them; place p belongs to rank p % world."""
         order: list[int] = []
-        held = len(self.source)
-        for turn in range(-(-self.size // (held * self.repeats))):
+        held, copies = len(self.source), self.repeats or 1
+        for turn in range(-(-self.size // (held * copies))):
             indices = list(range(held))
             random.Random(f"samples {self.seed} {epoch} {turn}").shuffle(indices)
-            order += [index for index in indices for _ in range(self.repeats)]
+            order += [index for index in indices for _ in range(copies)]
         return np.asarray(order[: self.size])
