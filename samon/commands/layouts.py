@@ -14,11 +14,9 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
-from samon.data.arrays import read_npz
+from samon.data.arrays import EVAL_SPLITS, TRAIN_SPLITS, read_npz
 from samon.errors import UserError
 from samon.evals.shifts import SETS, label_table
-
-SPLITS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
 
 
 class Item(NamedTuple):
@@ -102,7 +100,7 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
     deep = min(item.path.count("/") for item in found)
     if deep == 0:
         raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
-    if not (deep >= 2 or first <= SPLITS) or args.split:
+    if not (deep >= 2 or first <= TRAIN_SPLITS | EVAL_SPLITS) or args.split:
         return {args.split or "train": by_folder(found)}
     if deep == 1:
         flat = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"

@@ -11,7 +11,6 @@ samon-validate prepares them; further flags of samon-validate may stand behind -
 import argparse
 import csv
 import io
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +22,11 @@ from timm.data.readers.img_extensions import get_img_extensions
 from samon.data.faults import SampleError
 from samon.data.shards import Record
 from samon.data.sources import Source
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
 from samon.files import write_text
 from samon.session.world import processes
-
-log = logging.getLogger("samon")
 
 
 class Files(Source):
@@ -140,4 +136,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

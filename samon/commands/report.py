@@ -14,8 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run
 from samon.files import write_text
 from samon.report.content import export
 from samon.report.page import render
@@ -61,4 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

@@ -39,10 +39,8 @@ def create_transform(
         return timm.data.create_transform(input_size, is_training=is_training, **kwargs)
     if kwargs.get("separate"):
         raise UserError("--train-crop-mode pad and --aa cifar10 do not go with --aug-splits")
-    if pad:
-        kwargs |= {"train_crop_mode": None}
-    if policy:
-        kwargs |= {"auto_augment": None, "color_jitter": None}
+    kwargs |= {"train_crop_mode": None} if pad else {}
+    kwargs |= {"auto_augment": None, "color_jitter": None} if policy else {}
     steps = timm.data.create_transform(input_size, is_training=True, **kwargs).transforms
     size = steps[0].size
     if pad:
@@ -98,13 +96,10 @@ class Augment:
         return images
 
     def _crop(self, images: Tensor, corner: Tensor) -> Tensor:
-        padded = F.pad(images, (self.pad,) * 4)
         height, width = self.size
-        rows = corner[:, 0, None] + torch.arange(height, device=images.device)
-        cols = corner[:, 1, None] + torch.arange(width, device=images.device)
-        batch = torch.arange(len(images), device=images.device)[:, None, None]
-        cropped = padded[batch, :, rows[:, :, None], cols[:, None, :]]  # [B, H, W, C]
-        return cropped.permute(0, 3, 1, 2).contiguous()
+        windows = F.pad(images, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, by corner
+        batch = torch.arange(len(images), device=images.device)
+        return windows[batch, :, corner[:, 0], corner[:, 1]].contiguous()  # [B, C, H, W]
 
     def _auto(self, images: Tensor, step: int, index: Tensor, draws: Draws) -> None:
         """Apply each sample's operation number `step` in place, one call per operation, strength and direction."""
