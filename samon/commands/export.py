@@ -18,8 +18,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
-from samon.errors import RunError, UserError
-from samon.errors import run as run_script
+from samon.errors import RunError, UserError, run
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
 from samon.files import replacing, write_text
@@ -94,13 +93,13 @@ def card(job: Job, content: dict[str, Any]) -> dict[str, Any]:
 
 def timm_arguments(job: Job, target: Target) -> dict[str, Any]:
     """What timm's hub functions write beside the weights: classes, factory arguments, preprocessing."""
-    model_config = {"num_classes": int(target.model.num_classes)}  # type: ignore[arg-type]
+    model_config: dict[str, Any] = {"num_classes": int(target.model.num_classes)}  # type: ignore[arg-type]
     if target.class_names:
-        model_config["label_names"] = list(target.class_names)  # type: ignore[assignment]
-    arguments = dict(job.config.model_kwargs)
+        model_config["label_names"] = list(target.class_names)
     if job.config.gp:
         model_config["global_pool"] = job.config.gp
-    return {"model_config": model_config, "model_args": arguments or None, "data_config": dict(target.data_config)}
+    arguments = dict(job.config.model_kwargs) or None
+    return {"model_config": model_config, "model_args": arguments, "data_config": dict(target.data_config)}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -150,4 +149,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

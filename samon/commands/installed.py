@@ -1,53 +1,21 @@
-"""What pip installs: one function for each command."""
+"""What pip installs: one function for each command; it imports no other's program."""
 
+from functools import partial
+from importlib import import_module
 from typing import NoReturn
 
 from samon.errors import run
 
 
-def train() -> NoReturn:
-    from samon.train.main import main
-
-    run(main)
+def _start(program: str) -> NoReturn:
+    run(import_module(program).main)
 
 
-def validate() -> NoReturn:
-    from samon.evals.main import main
-
-    run(main)
-
-
-def shards() -> NoReturn:
-    from samon.commands.make_shards import main
-
-    run(main)
-
-
-def sweep() -> NoReturn:
-    from samon.commands.sweep import main
-
-    run(main)
-
-
-def report() -> NoReturn:
-    from samon.commands.report import main
-
-    run(main)
-
-
-def predict() -> NoReturn:
-    from samon.commands.predict import main
-
-    run(main)
-
-
-def export() -> NoReturn:
-    from samon.commands.export import main
-
-    run(main)
-
-
-def plan() -> NoReturn:
-    from samon.plan.main import main
-
-    run(main)
+train = partial(_start, "samon.train.main")
+validate = partial(_start, "samon.evals.main")
+shards = partial(_start, "samon.commands.make_shards")
+sweep = partial(_start, "samon.commands.sweep")
+report = partial(_start, "samon.commands.report")
+predict = partial(_start, "samon.commands.predict")
+export = partial(_start, "samon.commands.export")
+plan = partial(_start, "samon.plan.main")

@@ -14,11 +14,9 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
-from samon.data.arrays import read_npz
+from samon.data.arrays import EVAL_SPLITS, TRAIN_SPLITS, read_npz
 from samon.errors import UserError
 from samon.evals.shifts import SETS, label_table
-
-SPLITS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
 
 
 class Item(NamedTuple):
@@ -66,11 +64,9 @@ def tar_items(file: str, prefix: str, offset: int = 0) -> Iterator[Item]:
 
 def find_images(source: Path) -> list[Item]:
     """All images under a directory or in a tar, in natural order of their paths; tars are looked into."""
-    found: list[Item] = []
     if not source.exists():
         raise UserError(f"--source {source}: no such file or directory")
-    if source.is_file():
-        found = list(tar_items(str(source), ""))
+    found = list(tar_items(str(source), "")) if source.is_file() else []
     for folder, _, names in os.walk(source, followlinks=True):
         for name in names:
             path = os.path.join(folder, name)
@@ -85,11 +81,16 @@ def find_images(source: Path) -> list[Item]:
     return sorted(found, key=lambda item: natural_key(item.path))
 
 
-def by_folder(items: list[Item]) -> Split:
-    """Labels in timm's order of the class folders' names."""
-    names = sorted({os.path.basename(os.path.dirname(item.path)) for item in items}, key=natural_key)
+def numbered(items: list[Item], classes: list[str], names: list[str]) -> Split:
+    """Images whose labels are the places of their classes in `names`."""
     index = {name: label for label, name in enumerate(names)}
-    return Split([(item, index[os.path.basename(os.path.dirname(item.path))]) for item in items], names)
+    return Split([(item, index[name]) for item, name in zip(items, classes, strict=True)], names)
+
+
+def by_folder(items: list[Item], names: list[str] | None = None) -> Split:
+    """Labels in timm's order of the class folders' names, or in that of `names`."""
+    folders = [os.path.basename(os.path.dirname(item.path)) for item in items]
+    return numbered(items, folders, names or sorted(set(folders), key=natural_key))
 
 
 def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
@@ -99,19 +100,14 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
     deep = min(item.path.count("/") for item in found)
     if deep == 0:
         raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
-    if not (deep >= 2 or first <= SPLITS) or args.split:
+    if not (deep >= 2 or first <= TRAIN_SPLITS | EVAL_SPLITS) or args.split:
         return {args.split or "train": by_folder(found)}
     if deep == 1:
         flat = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
         raise UserError(f"--source {args.source}: images of a split lie in no class folder; {flat}")
-    groups = {name: by_folder([item for item in found if item.path.split("/")[0] == name]) for name in sorted(first)}
-    names = sorted({name for group in groups.values() for name in group.class_names}, key=natural_key)
-    index = {name: label for label, name in enumerate(names)}
-    # One numbering for all splits, so that a class which a split lacks does not shift the others.
-    return {
-        split: Split([(item, index[group.class_names[label]]) for item, label in group.items], names)
-        for split, group in groups.items()
-    }
+    names = by_folder(found).class_names  # for all splits, so that a class which one lacks does not shift the others
+    parts = {name: [item for item in found if item.path.split("/")[0] == name] for name in sorted(first)}
+    return {name: by_folder(items, names) for name, items in parts.items()}
 
 
 def shift_split(args: argparse.Namespace) -> dict[str, Split]:
@@ -157,20 +153,17 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
     splits = {"train": by_folder(training)} if training else {}
     if validation:
         sorted_in = re.search(r"n\d{8}/[^/]*$", validation[0].path)
-        if not sorted_in and args.val_labels is None:
-            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
-            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         if sorted_in:
             splits["validation"] = by_folder(validation)
+        elif args.val_labels is None:
+            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
+            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         else:
             synsets = validation_synsets(args.val_labels)
-            names = sorted(set(synsets))
-            index = {name: label for label, name in enumerate(names)}
             number = [int(item.path[-13:-5]) for item in validation]
             if max(number) > len(synsets):
                 raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, image {max(number)} needs one")
-            labels = [index[synsets[n - 1]] for n in number]
-            splits["validation"] = Split(list(zip(validation, labels, strict=True)), names)
+            splits["validation"] = numbered(validation, [synsets[n - 1] for n in number], sorted(set(synsets)))
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     both = [split.class_names for split in splits.values()]

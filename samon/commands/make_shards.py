@@ -16,10 +16,9 @@ import os
 import random
 import sys
 import tarfile
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +84,19 @@ def write_shard(task: Task, resize: int, quality: int) -> str:
 
 def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[Task]:
     """The split's samples in an order drawn from --seed, cut into shards of about equal length."""
-    order = list(split.items)
+    order, size = list(split.items), len(split.items)
     random.Random(f"{args.seed} {name}").shuffle(order)
     if args.samples_per_shard:
-        count = -(-len(order) // args.samples_per_shard)
+        bounds = [*range(0, size, args.samples_per_shard), size]
     else:
         total = sum(item.size or item.array.nbytes for item, _ in order)
-        count = min(len(order), max(MIN_SHARDS, -(-total // args.shard_bytes)))
+        count = min(size, max(MIN_SHARDS, -(-total // args.shard_bytes)))
+        bounds = [i * size // count for i in range(count + 1)]
     taken: set[str] = set()
     keyed = [(member_key(item.path, name, taken), item, label) for item, label in order]
-    size = args.samples_per_shard or 0
-    bounds = [i * size if size else i * len(keyed) // count for i in range(count)] + [len(keyed)]
-    return [
-        (args.output / f"{name}-{i:0{max(4, len(str(count)))}d}.tar", keyed[bounds[i] : bounds[i + 1]])
-        for i in range(count)
-    ]
+    digits = max(4, len(str(len(bounds) - 1)))
+    parts = enumerate(pairwise(bounds))
+    return [(args.output / f"{name}-{i:0{digits}d}.tar", keyed[low:high]) for i, (low, high) in parts]
 
 
 def digest_of(tasks: dict[str, list[Task]], args: argparse.Namespace) -> str:
@@ -186,22 +183,21 @@ def verify(args: argparse.Namespace) -> None:
     if not path.is_file():
         raise UserError(f"{path}: not found; the conversion is not finished")
     entries = json.loads(path.read_text())["splits"]
-    faults: dict[str, list[str]] = defaultdict(list)
+    faults: list[str] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for name, entry in entries.items():
             shards = load_split(str(args.output), name)
             sums = entry.get("sha256") or [None] * len(shards.urls)
             tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
-            good = 0
-            for decoded, found in bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)):
-                good += decoded
-                faults[name] += found
-            print(f"{name}: {good} of {entry['num_samples']} images good, {len(faults[name])} faults")
-    every = list(chain.from_iterable(faults.values()))
-    for line in every[:20]:
+            results = list(bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)))
+            found = [fault for _, some in results for fault in some]
+            good = sum(decoded for decoded, _ in results)
+            print(f"{name}: {good} of {entry['num_samples']} images good, {len(found)} faults")
+            faults += found
+    for line in faults[:20]:
         print(line, file=sys.stderr)
-    if every:
-        raise UserError(f"{args.output}: {len(every)} faults, the first: {every[0]}")
+    if faults:
+        raise UserError(f"{args.output}: {len(faults)} faults, the first: {faults[0]}")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

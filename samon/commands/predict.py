@@ -9,7 +9,6 @@ samon-validate prepares them; further flags of samon-validate may stand behind -
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,11 @@ from timm.data.readers.img_extensions import get_img_extensions
 from samon.data.faults import SampleError
 from samon.data.shards import Record
 from samon.data.sources import Source
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
 from samon.files import csv_text, write_text
 from samon.session.world import processes
-
-log = logging.getLogger("samon")
 
 
 class Files(Source):
@@ -137,4 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

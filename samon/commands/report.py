@@ -14,8 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run
 from samon.files import write_text
 from samon.report.content import export
 from samon.report.page import render
@@ -25,9 +24,8 @@ from samon.session.world import handled
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="samon-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="samon-report", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="RUNS", help="directories of runs or sweeps, JSON files")
     add("-o", "--output", type=Path, help="HTML page to write; report.html if nothing else is asked for")
@@ -62,4 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

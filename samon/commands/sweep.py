@@ -19,7 +19,6 @@ import queue
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +31,7 @@ import yaml
 from samon import UserError, is_sam_name
 from samon.bars import bar, on_terminal
 from samon.commands.tables import Cell, write_tables
-from samon.errors import RunError
-from samon.errors import run as run_script
+from samon.errors import RunError, run
 from samon.files import write_text
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
@@ -163,9 +161,9 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
         gpu = gpus.get() if gpus else None
         try:
             for _ in range(1 + args.retries):
-                status, metrics, cost = attempt(job, args, gpu, lock.fileno())
-                if metrics is not None:
-                    content = {"fingerprint": fingerprint(job, args), "metrics": metrics, **cost}
+                status, result = attempt(job, args, gpu, lock.fileno())
+                if result is not None:
+                    content = {"fingerprint": fingerprint(job, args), **result}
                     write_text(directory / "result.json", json.dumps(content, indent=1))
                     return "done"
                 if status > 128:
@@ -176,10 +174,8 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
     return "dead"
 
 
-def attempt(
-    job: Job, args: argparse.Namespace, gpu: str | None, lock: int
-) -> tuple[int, dict[str, Any] | None, dict[str, Any]]:
-    """One start of train.py: its exit status, its last line's metrics or None if it died, and what it cost.
+def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+    """One start of train.py: its exit status, its last line's metrics and what it cost, or None if it died.
 
     The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -192,8 +188,10 @@ def attempt(
         lines = process.stdout.read().strip().splitlines()
         _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
         process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or not lines:
+        return process.returncode, None
     cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
-    return process.returncode, json.loads(lines[-1]) if lines and not process.returncode else None, cost
+    return 0, {"metrics": json.loads(lines[-1]), **cost}
 
 
 def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
@@ -203,13 +201,12 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
         for gpu in islice(cycle(args.gpus.split(",")), args.jobs):
             gpus.put(gpu)
     states: dict[str, str] = {}
-    say = threading.Lock()
     before = sum(finished(job, args) is not None for job in jobs)
     shown = bar("sweep", len(jobs), "run", initial=before, show=on_terminal())  # elsewhere the lines below are enough
 
     def one(job: Job) -> None:
         state = run_job(job, args, gpus)
-        with say, shown.external_write_mode(file=sys.stderr):
+        with shown.external_write_mode(file=sys.stderr):  # one thread at a time
             states[job.name] = state
             shown.update(state != "skipped")
             metric = finished(job, args) if state in ("done", "skipped") else None
@@ -292,4 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

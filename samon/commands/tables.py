@@ -3,7 +3,7 @@
 import csv
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,7 @@ def write_tables(output: Path, cells: list[Cell], about: dict[str, Any]) -> str:
 
     about: `config`, `model`, `metric` and `train`, kept in table.json."""
     rows: list[dict[str, Any]] = [
-        {"opt": c.opt, "rho": c.rho, "runs": len(c.values), "mean": c.mean, "std": c.std, "values": c.values}
-        | {"cpu_seconds": c.cpu_seconds}
-        for c in cells
+        {"opt": c.opt, "rho": c.rho, "runs": len(c.values), "mean": c.mean, "std": c.std} | asdict(c) for c in cells
     ]
     with (output / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["opt", "rho", "runs", "mean", "std"], extrasaction="ignore")

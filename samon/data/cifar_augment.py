@@ -3,7 +3,6 @@
 On the device every random decision of an epoch is drawn at once on the CPU from (seed, epoch) and kept by sample
 index, so a sample's augmentation depends neither on its batch nor on the device, the processes or a restart."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +39,8 @@ def create_transform(
         return timm.data.create_transform(input_size, is_training=is_training, **kwargs)
     if kwargs.get("separate"):
         raise UserError("--train-crop-mode pad and --aa cifar10 do not go with --aug-splits")
-    if pad:
-        kwargs |= {"train_crop_mode": None}
-    if policy:
-        kwargs |= {"auto_augment": None, "color_jitter": None}
+    kwargs |= {"train_crop_mode": None} if pad else {}
+    kwargs |= {"auto_augment": None, "color_jitter": None} if policy else {}
     steps = timm.data.create_transform(input_size, is_training=True, **kwargs).transforms
     size = steps[0].size
     if pad:
@@ -99,13 +96,10 @@ class Augment:
         return images
 
     def _crop(self, images: Tensor, corner: Tensor) -> Tensor:
-        padded = F.pad(images, (self.pad,) * 4)
         height, width = self.size
-        rows = corner[:, 0, None] + torch.arange(height, device=images.device)
-        cols = corner[:, 1, None] + torch.arange(width, device=images.device)
-        batch = torch.arange(len(images), device=images.device)[:, None, None]
-        cropped = padded[batch, :, rows[:, :, None], cols[:, None, :]]  # [B, H, W, C]
-        return cropped.permute(0, 3, 1, 2).contiguous()
+        windows = F.pad(images, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, by corner
+        batch = torch.arange(len(images), device=images.device)
+        return windows[batch, :, corner[:, 0], corner[:, 1]].contiguous()  # [B, C, H, W]
 
     def _auto(self, images: Tensor, step: int, index: Tensor, draws: Draws) -> None:
         """Apply each sample's operation number `step` in place, one call per operation, strength and direction."""
@@ -113,12 +107,8 @@ class Augment:
         space = self.auto._augmentation_space(10, self.size)
         fill = [float(GREY)] * images.shape[1]
         groups: dict[tuple[str, float], list[int]] = {}
-        picks = zip(
-            draws.policy[index].tolist(),
-            draws.chance[index, step].tolist(),
-            draws.negative[index, step].tolist(),
-            strict=True,
-        )
+        drawn = (draws.policy[index], draws.chance[index, step], draws.negative[index, step])
+        picks = zip(*(values.tolist() for values in drawn), strict=True)
         for row, (policy, chance, negative) in enumerate(picks):
             name, probability, level = self.auto.policies[policy][step]
             if chance <= probability:
@@ -128,9 +118,3 @@ class Augment:
         for (name, magnitude), rows in groups.items():
             where = torch.tensor(rows, device=images.device)
             images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
-
-
-def normalization(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[1, C, 1, 1] mean and standard deviation in units of uint8 pixels."""
-    mean_, std_ = (torch.tensor([v * 255 for v in values], device=device).view(1, -1, 1, 1) for values in (mean, std))
-    return mean_, std_

@@ -11,7 +11,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -59,16 +59,11 @@ def open_image(data: bytes) -> Image.Image:
 
 def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to ``mode``; some data sets give Pillow images already."""
-    return _load(data if isinstance(data, Image.Image) else open_image(data), mode)
-
-
-def _load(image: Image.Image, mode: str) -> Image.Image:
+    image = data if isinstance(data, Image.Image) else open_image(data)
     try:
-        if image.mode != "P":
-            return image.convert(mode) if mode else image.copy()
-        with warnings.catch_warnings():
-            # Transparency is dropped by the conversion, which is what timm does as well.
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+        with warnings.catch_warnings() if image.mode == "P" else nullcontext():
+            if image.mode == "P":  # transparency is dropped by the conversion, which is what timm does as well
+                warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             return image.convert(mode) if mode else image.copy()
     except Exception as error:
         raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
@@ -111,19 +106,6 @@ class TensorCrop:
         return F.resize_image(part, list(self.crop.size), mode)
 
 
-class TensorResize:
-    """torchvision's Resize on a uint8 tensor without its detour over float."""
-
-    def __init__(self, resize: transforms.Resize) -> None:
-        size = resize.size
-        self.size = [size] if isinstance(size, int) else list(size)
-        self.mode = resize.interpolation
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [C, H, W] to uint8, the shorter edge (or both) as asked."""
-        return F.resize_image(image, self.size, self.mode)
-
-
 def _blend(start: Tensor | int, image: Tensor, factor: float) -> Tensor:
     """Pillow's `Image.blend`: from ``start`` towards and past ``image``, cut off to whole levels."""
     base = start.float() if isinstance(start, Tensor) else start
@@ -136,26 +118,18 @@ def _grey(image: Tensor) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]
 
 
-class TensorJitter:
-    """torchvision's ColorJitter (no hue) on uint8 RGB tensors, with Pillow's arithmetic."""
-
-    def __init__(self, jitter: transforms.ColorJitter) -> None:
-        self.jitter = jitter
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] to the same; draws in torchvision's order."""
-        jitter = self.jitter
-        order, brightness, contrast, saturation, _ = jitter.get_params(
-            jitter.brightness, jitter.contrast, jitter.saturation, None
-        )
-        for kind in order.tolist():
-            if kind == 0 and brightness is not None:
-                image = _blend(0, image, brightness)
-            elif kind == 1 and contrast is not None:
-                image = _blend(int(_grey(image).float().mean() + 0.5), image, contrast)
-            elif kind == 2 and saturation is not None:
-                image = _blend(_grey(image), image, saturation)
-        return image
+def jitter_tensor(image: Tensor, jitter: transforms.ColorJitter) -> Tensor:
+    """torchvision's ColorJitter (no hue) on uint8 [3, H, W], with Pillow's arithmetic; draws in torchvision's order."""
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation
+    order, brightness, contrast, saturation, _ = jitter.get_params(*ranges, None)
+    for kind in order.tolist():
+        if kind == 0 and brightness is not None:
+            image = _blend(0, image, brightness)
+        elif kind == 1 and contrast is not None:
+            image = _blend(int(_grey(image).float().mean() + 0.5), image, contrast)
+        elif kind == 2 and saturation is not None:
+            image = _blend(_grey(image), image, saturation)
+    return image
 
 
 def _to_float(image: Tensor) -> Tensor:
@@ -168,9 +142,12 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
         crop = TensorCrop(step)
         return crop if all(mode in _TENSOR_INTERPOLATIONS for mode in crop.modes) else None
     if isinstance(step, transforms.Resize):
-        return TensorResize(step) if step.interpolation in _TENSOR_INTERPOLATIONS else None
+        if step.interpolation not in _TENSOR_INTERPOLATIONS:
+            return None
+        size = [step.size] if isinstance(step.size, int) else list(step.size)
+        return partial(F.resize_image, size=size, interpolation=step.interpolation)  # uint8 without a detour over float
     if isinstance(step, transforms.ColorJitter):
-        return TensorJitter(step) if step.hue is None else None
+        return partial(jitter_tensor, jitter=step) if step.hue is None else None
     if isinstance(step, MaybeToTensor):
         return _to_float
     return step if isinstance(step, _SAME_ON_TENSORS) else None

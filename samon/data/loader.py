@@ -36,23 +36,16 @@ def create_dataset(
     is_training: bool = False,
     batch_size: int = 1,
     seed: int = 42,
-    class_map: str | dict[Any, int] = "",
     input_img_mode: str = "RGB",
-    input_key: str | None = None,
-    target_key: str | None = None,
     num_samples: int | None = None,
     num_classes: int | None = None,
     repeats: float = 0,
-    download: bool = False,
-    trust_remote_code: bool = False,
     sample_split: bool = False,
     shuffle_buffer: int = 2048,
-    shard_cache: str | None = None,
-    shard_cache_size: int = 200 << 30,
-    allow_shell_urls: bool = False,
     max_bad_fraction: float = 0.001,
     rank: int | None = None,
     world_size: int | None = None,
+    **opening: Any,
 ) -> SampleStream:
     """The samples of a split, as this rank reads them; timm's arguments and names, and:
 
@@ -62,10 +55,11 @@ def create_dataset(
         repeats: an epoch is so many passes over the split; below 1 it is one.
         sample_split: allow fewer shards than processes x workers.
         shuffle_buffer: encoded samples each worker holds for shuffling shards.
-        shard_cache: directory for copies of remote shards, ``shard_cache_size`` bytes at most.
-        allow_shell_urls: allow `pipe:` URLs.
         max_bad_fraction: of an epoch's training samples may be bad; evaluation stops at the first.
         rank, world_size: default to torch.distributed's.
+        **opening: timm's class_map, input_key, target_key, download and trust_remote_code; for remote shards
+            shard_cache, a directory for copies, shard_cache_size, their bytes at most (200 GiB), and allow_shell_urls,
+            which allows `pipe:` URLs.
 
     Raises:
         UserError: no such data, or numbers that cannot work.
@@ -73,30 +67,17 @@ def create_dataset(
     if rank is None or world_size is None:
         grouped = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    opening: dict[str, Any] = {"class_map": class_map, "input_key": input_key, "target_key": target_key}
-    opening |= {"download": download, "trust_remote_code": trust_remote_code, "input_img_mode": input_img_mode}
-    opening |= {"num_classes": num_classes, "allow_shell_urls": allow_shell_urls}
-    opening |= {"shard_cache": shard_cache, "shard_cache_size": shard_cache_size}
-    source = open_source(name, root, split, **opening)
-    size = _epoch_size(len(source), num_samples, repeats, is_training)
-    common: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "rank": rank}
-    common |= {"world_size": world_size, "max_bad_fraction": max_bad_fraction}
-    common |= {"num_classes": num_classes or source.num_classes}
-    stream: SampleStream
-    if isinstance(source, ShardSource):
-        common |= {"buffer": shuffle_buffer, "sample_split": sample_split}
-        stream = ShardStream(source, size, **common)
-    else:
-        stream = IndexedStream(source, size, **common)
-    stream.image_mode = input_img_mode
-    stream.decode = partial(decode_pil, mode=input_img_mode)
-    return stream
-
-
-def _epoch_size(held: int, num_samples: int | None, repeats: float, is_training: bool) -> int:
+    source = open_source(name, root, split, num_classes=num_classes, **opening)
+    held = len(source)
     if num_samples and not is_training and num_samples > held:
         raise UserError(f"{num_samples} evaluation samples asked for, the split holds {held}")
-    return num_samples or (int(held * max(1, repeats)) if is_training else held)
+    size = num_samples or (int(held * max(1, repeats)) if is_training else held)
+    common: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "rank": rank}
+    common |= {"world_size": world_size, "max_bad_fraction": max_bad_fraction, "image_mode": input_img_mode}
+    common |= {"num_classes": num_classes or source.num_classes, "decode": partial(decode_pil, mode=input_img_mode)}
+    if isinstance(source, ShardSource):
+        return ShardStream(source, size, **common, buffer=shuffle_buffer, sample_split=sample_split)
+    return IndexedStream(source, size, **common)
 
 
 class SeededErasing:
@@ -146,21 +127,16 @@ def _end_when_trainer_says(trainer: int) -> None:
             os._exit(0)
 
 
-class _Batches:
+class _Batches(DataLoader):
     """The data loader; without workers it runs in this process, whose generators it must not disturb."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.iterator: Any = None
+    iterator: Any = None
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.iterator = iterator = iter(self.loader)
+    def __iter__(self) -> Any:
+        self.iterator = iterator = super().__iter__()
         try:
             while True:
-                with nullcontext() if self.loader.num_workers else rng.kept():
+                with nullcontext() if self.num_workers else rng.kept():
                     batch = next(iterator, None)
                 if batch is None:
                     return
@@ -175,8 +151,8 @@ class _Batches:
         If it is left to the garbage collector, which may run in the very thread that has to tell the workers to
         end, that thread waits for them until their time is up.
         """
-        iterator, self.iterator, self.loader._iterator = self.iterator, None, None
-        if iterator is not None and self.loader.num_workers:
+        iterator, self.iterator, self._iterator = self.iterator, None, None
+        if iterator is not None and self.num_workers:
             iterator._shutdown_workers()
 
 
@@ -185,6 +161,8 @@ class Loader:
 
     def __init__(self, stream: SampleStream, batches: Any, device: torch.device) -> None:
         self.dataset, self.batches, self.device = stream, batches, device
+        erasing = getattr(batches, "random_erasing", None)
+        self.erasing = batches.random_erasing = SeededErasing(erasing, stream, device) if erasing else None
 
     def __len__(self) -> int:
         """Batches that this process gives in a whole epoch."""
@@ -224,9 +202,8 @@ class Loader:
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        erasing = getattr(self.batches, "random_erasing", None)
-        if erasing is not None:
-            erasing.batch = int(self.dataset.state[1])
+        if self.erasing is not None:
+            self.erasing.batch = int(self.dataset.state[1])
         given = 0
         try:
             for images, target in self.batches:
@@ -279,33 +256,32 @@ def create_loader(
     device = torch.device(device)
     erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count, "mean": mean, "std": std}
     erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
-
-    def decoder_and_transform(size: Any) -> tuple[Any, Any]:
-        how = {"is_training": is_training, "use_prefetcher": use_prefetcher, "separate": num_aug_splits > 0}
-        made = create_transform(size, **how, **erasing, **transform)
-        chosen = SplitTransform(made, num_aug_splits) if num_aug_splits else made
-        return choose_decoder(decoder, chosen, dataset.image_mode)
-
-    dataset.decode, dataset.transform = decoder_and_transform(input_size)
-    if size_schedule is not None:
-        sized = [decoder_and_transform((len(mean), size, size))[1] for size in size_schedule.sizes]
-        dataset.transform = SizedTransform(sized, size_schedule)
-    dataset.batch_size = batch_size
-    if num_aug_repeats:
-        if not isinstance(dataset, IndexedStream):
-            raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
-        dataset.repeats = num_aug_repeats
+    transform |= {"is_training": is_training, "use_prefetcher": use_prefetcher, **erasing}
+    _set_transform(dataset, decoder, input_size, size_schedule, num_aug_splits, transform)
+    dataset.batch_size, dataset.repeats = batch_size, num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
     workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers and num_workers > 0}
     workers |= {"pin_memory": pin_memory and device.type == "cuda", "drop_last": is_training}
     workers |= {"collate_fn": dataset.collate, "worker_init_fn": leave_signals_to_trainer}
     # The generator: its base seed would be drawn from the global one.
-    loader: Any = _Batches(DataLoader(dataset, batch_size, generator=torch.Generator(), **workers))
+    batches: Any = _Batches(dataset, batch_size, generator=torch.Generator(), **workers)
     if use_prefetcher:
         channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else len(mean)
-        erasing["re_prob"] = re_prob if is_training else 0.0
-        loader = PrefetchLoader(loader, channels=channels, device=device, fp16=fp16, img_dtype=img_dtype, **erasing)
-        if loader.random_erasing is not None:
-            loader.random_erasing = SeededErasing(loader.random_erasing, dataset, device)
-    return Loader(dataset, loader, device)
+        erasing |= {"channels": channels, "re_prob": re_prob if is_training else 0.0}
+        batches = PrefetchLoader(batches, device=device, fp16=fp16, img_dtype=img_dtype, **erasing)
+    return Loader(dataset, batches, device)
+
+
+def _set_transform(
+    dataset: SampleStream, decoder: str, size: Any, schedule: SizeSchedule | None, splits: int, how: dict[str, Any]
+) -> None:
+    """How images are decoded and augmented, at one size or at each of a schedule's; ``how``: timm's arguments."""
+
+    def made(size: Any) -> tuple[Any, Any]:
+        transform = create_transform(size, separate=splits > 0, **how)
+        return choose_decoder(decoder, SplitTransform(transform, splits) if splits else transform, dataset.image_mode)
+
+    dataset.decode, dataset.transform = made(size)
+    if schedule is not None:
+        dataset.transform = SizedTransform([made((side, side))[1] for side in schedule.sizes], schedule)

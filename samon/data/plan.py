@@ -63,16 +63,16 @@ def worker_batches(batches: int, worker: int, num_workers: int) -> int:
     return batches // num_workers + (worker < batches % num_workers)
 
 
-def training_stretch(size: int, batch: int, rank: int, world: int, worker: int, num_workers: int) -> Stretch:
-    """The stretch of a training reader: whole batches, as many on every rank; fewer than world x batch are left."""
-    steps = size // (world * batch)
-    before = sum(worker_batches(steps, w, num_workers) for w in range(worker))
-    mine = worker_batches(steps, worker, num_workers)
-    return Stretch((rank * steps + before) * batch, mine * batch, mine)
+def stretch(
+    size: int, batch: int, rank: int, world: int, worker: int, num_workers: int, *, is_training: bool
+) -> Stretch:
+    """The stretch of a reader.
 
-
-def evaluation_stretch(size: int, batch: int, rank: int, world: int, worker: int, num_workers: int) -> Stretch:
-    """The stretch of an evaluation reader: every sample once, only a rank's last batch is smaller."""
+    Training has whole batches, as many on every rank; fewer than world x batch samples are left. Evaluation has every
+    sample once; only a rank's last batch is smaller.
+    """
+    if is_training:
+        size -= size % (world * batch)
     low, high = size * rank // world, size * (rank + 1) // world
     batches = -(-(high - low) // batch)
     before = sum(worker_batches(batches, w, num_workers) for w in range(worker))

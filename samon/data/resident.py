@@ -5,51 +5,48 @@ loaders: len, set_epoch(epoch, samples_consumed), (input, target) on the device,
 whole set and takes its part of each global batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import timm.data
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from samon.data.cifar_augment import Augment, Draws, normalization
+from samon.data.cifar_augment import Augment
 from samon.data.stream import SampleStream
 from samon.errors import UserError
 
 
+@dataclass(eq=False)
 class ResidentLoader:
     """Batches of a data set held as uint8 [N, C, H, W] and labels [N] on the device."""
 
-    mixup_enabled = False
-    bad_samples = 0
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+    _: KW_ONLY
+    is_training: bool
+    mean: Sequence[float]
+    std: Sequence[float]
+    augment: Augment | None = None
+    seed: int = 42
+    rank: int = 0
+    world_size: int = 1
+    img_dtype: torch.dtype = torch.float32
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        is_training: bool,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augment: Augment | None = None,
-        seed: int = 42,
-        rank: int = 0,
-        world_size: int = 1,
-        img_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        if is_training and len(images) < batch_size * world_size:
-            what = f"one batch of {batch_size} on each of {world_size} processes"
-            raise UserError(f"{len(images)} training samples do not fill {what}; lower --batch-size")
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.is_training, self.augment, self.seed = is_training, augment, seed
-        self.rank, self.world_size, self.img_dtype = rank, world_size, img_dtype
-        self.mean, self.std = normalization(mean, std, images.device)
-        self.num_samples = len(images)
-        self.epoch = self.samples_consumed = 0
+    mixup_enabled = False
+    bad_samples = epoch = samples_consumed = 0
+
+    def __post_init__(self) -> None:
+        self.num_samples = len(self.images)
+        if self.is_training and self.num_samples < self.batch_size * self.world_size:
+            what = f"one batch of {self.batch_size} on each of {self.world_size} processes"
+            raise UserError(f"{self.num_samples} training samples do not fill {what}; lower --batch-size")
+        pixels = [[value * 255 for value in values] for values in (self.mean, self.std)]
+        self.shift, self.scale = torch.tensor(pixels, device=self.images.device).view(2, 1, -1, 1, 1)
 
     def __len__(self) -> int:
         """Batches of this process in a full epoch; a last incomplete global batch is left out in training."""
@@ -62,31 +59,21 @@ class ResidentLoader:
         self.epoch, self.samples_consumed = epoch, samples_consumed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._train() if self.is_training else self._evaluate()
-
-    def _train(self) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = (self.augment or Augment((8, 8))).draw(self.num_samples, self.seed, self.epoch)
-        start, self.samples_consumed = self.samples_consumed, 0
-        step = self.batch_size * self.world_size
-        for at in range(start, self.num_samples - step + 1, step):
-            first = at + self.rank * self.batch_size
-            yield self._batch(draws, draws.order[first : first + self.batch_size])
-
-    def _batch(self, draws: Draws, index: Tensor) -> tuple[Tensor, Tensor]:
-        where = index.to(self.images.device, non_blocking=True)
-        images = self.images[where]
-        if self.augment is not None:
-            images = self.augment(images, index, draws)
-        return self._normalize(images), self.labels[where]
-
-    def _evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.images[self.rank :: self.world_size], self.labels[self.rank :: self.world_size]
-        for start in range(0, len(images), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield self._normalize(images[batch]), labels[batch]
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        return images.to(self.img_dtype).sub_(self.mean).div_(self.std)
+        size, world, draws = self.batch_size, self.world_size, None
+        if self.is_training:
+            draws = (self.augment or Augment((8, 8))).draw(self.num_samples, self.seed, self.epoch)
+            order, self.samples_consumed = draws.order[self.samples_consumed :], 0
+            starts = range(self.rank * size, len(order) // (size * world) * size * world, size * world)
+        else:
+            order = torch.arange(self.num_samples)[self.rank :: world]
+            starts = range(0, len(order), size)
+        for start in starts:
+            index = order[start : start + size]
+            where = index.to(self.images.device, non_blocking=True)
+            images = self.images[where]
+            if draws is not None and self.augment is not None:
+                images = self.augment(images, index, draws)
+            yield images.to(self.img_dtype).sub_(self.shift).div_(self.scale), self.labels[where]
 
 
 def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callable[[Any], Any] | None) -> Any:
@@ -94,7 +81,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
 
     Args:
         size: channels, height and width that all images end up with.
-        transform: PIL image -> uint8 array [C, H, W]; None resizes to `size` and no more.
+        transform: PIL image -> uint8 [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
     pairs = getattr(stream.source, "pairs", None)
@@ -103,16 +90,12 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]
         return torch.from_numpy(arrays[: stream.size]).permute(0, 3, 1, 2).contiguous(), labels[: stream.size]
 
-    def resize(image: Image.Image) -> np.ndarray:
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return np.array(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-    stream.transform = transform or resize
+    resizing: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    stream.transform = transform or timm.data.create_transform(size, use_prefetcher=True, **resizing)
     stream.set_loader_cfg(0)
     images, targets = torch.empty((stream.size, *size), dtype=torch.uint8), torch.empty(stream.size, dtype=torch.int64)
     for i, (image, label) in enumerate(stream):
-        images[i], targets[i] = torch.as_tensor(image), int(label)
+        images[i], targets[i] = image, int(label)
     return images, targets
 
 

@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
@@ -51,10 +53,9 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
     for url in tried:
         if urls.is_local(url) and not os.path.isfile(url):
             continue
+        content = urls.read_url(url, MAX_BYTES)
         try:
-            info = json.loads(urls.read_url(url, MAX_BYTES))
-        except DataError:
-            raise
+            info = json.loads(content)
         except ValueError as error:
             raise UserError(f"{url}: not JSON: {error}") from error
         if not isinstance(info, dict):
@@ -91,15 +92,14 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     where, info = _load_info(root, allow_shell)
     splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
-    known: dict[str, int] = {}
     synonyms = next((group for group in _SYNONYMS if split in group), ())
     split = next((name for name in (split, *synonyms) if name in splits), split)
     if split in splits:
         names, lengths = _split_entry(where, split, splits[split])
     elif ".tar" in split or ".." in split:
         names = [name for part in split.split("|")[0].split("::") for name in braceexpand(part)]
-        for other, entry in splits.items():
-            known.update(zip(*_split_entry(where, other, entry), strict=True))
+        entries = [_split_entry(where, other, entry) for other, entry in splits.items()]
+        known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
         lengths = [known.get(name, -1) for name in names]
     elif splits:
         near = [f"; did you mean {name!r}?" for name in get_close_matches(split, list(splits), 1)]
@@ -141,29 +141,29 @@ def members_by_key(
     """
     seekable = getattr(file, "seekable", lambda: False)()
     with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:
-        position, key = -1, None
-        fields: dict[str, bytes | SampleError] = {}
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-            name, suffix = base_plus_ext(member.name)
-            suffix = (suffix or "").lower()
-            if not member.isreg() or suffix not in suffixes or re.match("__[^/]*__(/|$)", member.name):
-                continue
-            if name != key:
-                if key is not None:
-                    yield key, fields
-                position, key, fields = position + 1, name, {}
-            if position not in wanted:
-                continue
-            if suffix in fields:
-                fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
-            elif member.size > MAX_BYTES:
-                fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
-            else:
-                data = tar.extractfile(member)
-                fields[suffix] = b"" if data is None else data.read()
-        if key is not None:
+        for position, (key, members) in enumerate(groupby(_members(tar, suffixes), itemgetter(0))):
+            fields: dict[str, bytes | SampleError] = {}
+            for _, suffix, member in members:
+                if position not in wanted:
+                    continue
+                if suffix in fields:
+                    fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
+                elif member.size > MAX_BYTES:
+                    fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
+                else:
+                    data = tar.extractfile(member)
+                    fields[suffix] = b"" if data is None else data.read()
             yield key, fields
+
+
+def _members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, suffix and header of each file that ends in one of ``suffixes``."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        key, suffix = base_plus_ext(member.name)
+        suffix = (suffix or "").lower()
+        if member.isreg() and suffix in suffixes and not re.match("__[^/]*__(/|$)", member.name):
+            yield key, suffix, member
 
 
 class ShardReader:

@@ -16,7 +16,7 @@ from samon.data.arrays import ArrayDataset, read_npz
 from samon.data.faults import ImageError, SampleError
 from samon.data.shards import Record, ShardReader, ShardSet, load_split
 from samon.data.urls import ShardCache
-from samon.errors import UserError
+from samon.errors import UserError, user_errors
 
 _SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 
@@ -37,7 +37,6 @@ class Request:
     target_key: str | None = None
     download: bool = False
     trust_remote_code: bool = False
-    input_img_mode: str = "RGB"  # for whoever decodes; the bytes stay as they are
     num_classes: int | None = None
     allow_shell_urls: bool = False
     shard_cache: str | None = None
@@ -250,12 +249,8 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
     """
     check_name(name, root)
     request = Request(name, root, split, **options)
-    try:
+    with user_errors(f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}"):
         source = SOURCES[_kind(name)].open(request)
-    except UserError:
-        raise
-    except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}: {error}") from error
     source.place = source.place or f"{name} {split}"
     found, given = source.num_classes, request.num_classes
     if given and found and found > given:

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, islice
 from typing import Any
@@ -32,48 +33,40 @@ def with_spares(items: Iterable[Any], reach: int = _SPARES) -> Iterator[tuple[An
     source = iter(items)
     past: deque[Any] = deque(maxlen=reach)
     ahead = deque(islice(source, reach))
-    for item in source:
-        ahead.append(item)
-        current = ahead.popleft()
-        yield current, [*reversed(past), *ahead]
-        past.append(current)
     while ahead:
+        ahead.extend(islice(source, 1))
         current = ahead.popleft()
         yield current, [*reversed(past), *ahead]
         past.append(current)
 
 
+@dataclass(eq=False)
 class SampleStream(IterableDataset):
     """What shards and indexed data sets share: the epoch's arithmetic, decoding, labels, faults and resuming.
 
     Training (``is_training``) gives every rank the same number of whole batches; evaluation gives every sample once.
     ``size`` is the samples per epoch over all ranks; more than the source holds means further passes over it.
-    ``transform``, ``decode`` and ``collate`` are set by `samon.data.create_loader`.
+    ``transform``, ``decode``, ``collate``, ``num_workers`` and ``repeats`` are set by `samon.data.create_loader`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        size: int,
-        *,
-        is_training: bool,
-        batch_size: int,
-        seed: int = 42,
-        rank: int = 0,
-        world_size: int = 1,
-        num_classes: int | None = None,
-        max_bad_fraction: float = 0.001,
-    ) -> None:
-        super().__init__()
-        self.source, self.size = source, size
-        self.is_training, self.batch_size, self.seed = is_training, batch_size, seed
-        self.rank, self.world_size, self.num_workers = rank, world_size, 1
-        self.num_classes = num_classes
-        self.transform: Callable[[Any], Any] | None = None
-        self.decode: Callable[[Any], Any] | None = None
-        self.collate: Any = None
-        self.image_mode = "RGB"
-        self.faults = FaultCount(max_bad_fraction)
+    source: Source
+    size: int
+    is_training: bool
+    batch_size: int
+    seed: int = 42
+    rank: int = 0
+    world_size: int = 1
+    num_classes: int | None = None
+    max_bad_fraction: float = 0.001
+    image_mode: str = "RGB"
+    decode: Callable[[Any], Any] | None = None
+    transform: Callable[[Any], Any] | None = None
+    collate: Any = None
+    num_workers: int = 1
+    repeats: int = 0
+
+    def __post_init__(self) -> None:
+        self.faults = FaultCount(self.max_bad_fraction)
         # Shared with persistent workers, which are told of a new epoch in no other way: epoch, first batch, mixup.
         self.state = torch.tensor([0, 0, 1]).share_memory_()
 
@@ -103,13 +96,12 @@ class SampleStream(IterableDataset):
 
     def stretch(self, worker: int, num_workers: int) -> plan.Stretch:
         """What that worker of this rank reads."""
-        cut = plan.training_stretch if self.is_training else plan.evaluation_stretch
-        return cut(self.size, self.batch_size, self.rank, self.world_size, worker, num_workers)
+        place = self.rank, self.world_size, worker, num_workers
+        return plan.stretch(self.size, self.batch_size, *place, is_training=self.is_training)
 
     def __len__(self) -> int:
         """Samples that this process gives in a whole epoch."""
-        whole = self.stretch(0, 1)
-        return whole.size
+        return self.stretch(0, 1).size
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """(place in the epoch, record or its error) of one of this rank's streams, ``skip`` samples left out."""
@@ -171,25 +163,27 @@ class SampleStream(IterableDataset):
         return label
 
 
+@dataclass(eq=False)
 class ShardStream(SampleStream):
     """Samples of WebDataset shards, each shard read from its beginning to its end.
 
     Args:
         buffer: samples held, still encoded, for shuffling (at 110 kB each, 2,048 take 225 MB per worker).
         sample_split: allow fewer shards than readers, which then share them sample by sample.
-        source, size, **common: see `SampleStream`.
+        source, size, ...: see `SampleStream`.
     """
 
-    def __init__(
-        self, source: ShardSource, size: int, *, buffer: int = 2048, sample_split: bool = False, **common: Any
-    ) -> None:
-        super().__init__(source, size, **common)
-        self.shards, self.reader, self.buffer, self.sample_split = source.shards, source.reader, buffer, sample_split
+    source: ShardSource
+    buffer: int = 2048
+    sample_split: bool = False
 
     def check(self) -> None:
-        """Also refuse fewer shards than training readers, unless samples may be split."""
+        """Also refuse repeated augmentation, and fewer shards than training readers, unless samples may be split."""
         super().check()
-        readers, shards = self.world_size * self.num_workers, sum(n > 0 for n in self.shards.lengths)
+        if self.repeats:
+            raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
+        readers, lengths = self.world_size * self.num_workers, self.source.shards.lengths
+        shards = sum(length > 0 for length in lengths)
         if self.is_training and shards < readers and not self.sample_split:
             fewer = shards // self.world_size
             have = f"{self.world_size} processes x {self.num_workers} workers = {readers} readers"
@@ -201,7 +195,8 @@ class ShardStream(SampleStream):
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
         seed = self.seed if self.is_training else None
         start, count, _ = self.stretch(stream, num_streams)
-        pieces = plan.cut(plan.epoch_pieces(self.shards.lengths, self.size, seed=seed, epoch=epoch), start, count)
+        lengths = self.source.shards.lengths
+        pieces = plan.cut(plan.epoch_pieces(lengths, self.size, seed=seed, epoch=epoch), start, count)
         if self.is_training:
             order = plan.shuffle_order(count, self.buffer, random.Random(f"samples {self.seed} {epoch} {start}"))
         else:
@@ -217,48 +212,38 @@ class ShardStream(SampleStream):
 
     def _arriving(self, pieces: Sequence[plan.Piece], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:
         """(position in the stretch, record) of the needed samples, in the order in which they lie in the shards."""
+        shards, reader = self.source.shards, self.source.reader
         starts = accumulate((piece.stop - piece.start for piece in pieces), initial=0)
         for (shard, low, high), at in zip(pieces, starts, strict=False):
             wanted = [index for index in range(low, high) if at + index - low in needed]
-            for index, record in self.reader.read(self.shards.urls[shard], self.shards.lengths[shard], wanted):
+            for index, record in reader.read(shards.urls[shard], shards.lengths[shard], wanted):
                 yield at + index - low, record
 
 
 class IndexedStream(SampleStream):
     """Samples of a source that can be read in any order.
 
-    ``repeats`` > 1 is timm's repeated augmentation: that many differently augmented copies, on different ranks.
+    ``repeats`` is timm's repeated augmentation: so many differently augmented copies, on different ranks.
     """
-
-    def __init__(self, source: Source, size: int, *, repeats: int = 1, **common: Any) -> None:
-        super().__init__(source, size, **common)
-        self.repeats = repeats
-
-    def _load(self, index: int) -> Record | SampleError:
-        return self.source.read([index])[0]
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """This rank's batches ``stream``, ``stream + num_streams``, ... of the epoch's order."""
         start, count, batches = self.stretch(stream, num_streams)
-        if not self.is_training:
-            yield from ((place, self._load(place)) for place in range(start + skip, start + count))
-            return
-        order = self._order(epoch)
-        batch = self.batch_size
-        places = (
-            ((stream + b * num_streams) * batch + i) * self.world_size + self.rank
-            for b in range(batches)
-            for i in range(batch)
-        )
+        places: Iterable[int] = range(start, start + count)
+        order: Any = range(start + count)
+        if self.is_training:
+            batch, order = self.batch_size, self._order(epoch)
+            firsts = ((stream + b * num_streams) * batch for b in range(batches))
+            places = ((first + i) * self.world_size + self.rank for first in firsts for i in range(batch))
         for place in islice(places, skip, None):
-            yield place, self._load(int(order[place]))
+            yield place, self.source.read([int(order[place])])[0]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Indices in the epoch's order over all ranks, ``size`` of them; place p belongs to rank p % world."""
         order: list[int] = []
-        held = len(self.source)
-        for turn in range(-(-self.size // (held * self.repeats))):
+        held, copies = len(self.source), self.repeats or 1
+        for turn in range(-(-self.size // (held * copies))):
             indices = list(range(held))
             random.Random(f"samples {self.seed} {epoch} {turn}").shuffle(indices)
-            order += [index for index in indices for _ in range(self.repeats)]
+            order += [index for index in indices for _ in range(copies)]
         return np.asarray(order[: self.size])

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,11 +119,9 @@ class ShardCache:
     def open(self, url: str) -> BinaryIO:
         """Open the copy, fetching it first if need be."""
         path = self.path(url)
-        try:
+        with suppress(FileNotFoundError):
             os.utime(path)  # last use, which the removal goes by
             return open(path, "rb")
-        except FileNotFoundError:
-            pass
         with replacing(path) as target:
             # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
             with open_url(url) as source:
@@ -140,13 +139,11 @@ class ShardCache:
             raise UserError(f"a shard of {size} bytes does not fit {limit}")
         entries = []
         for path in self.directory.iterdir():
-            try:
+            with suppress(FileNotFoundError):  # another process was quicker
                 status = path.stat()
-            except FileNotFoundError:  # another process was quicker
-                continue
-            # A part is being written by someone, unless it was left behind long ago.
-            if path.suffix != ".part" or time.time() - status.st_mtime > 3600:
-                entries.append((status.st_mtime_ns, status.st_size, path))
+                # A part is being written by someone, unless it was left behind long ago.
+                if path.suffix != ".part" or time.time() - status.st_mtime > 3600:
+                    entries.append((status.st_mtime_ns, status.st_size, path))
         used = sum(entry[1] for entry in entries)
         for _, entry_size, path in sorted(entries):
             if used + size <= self.max_bytes:

@@ -129,7 +129,7 @@ class Entry:
     def _open(self, target: Target, split: str) -> EvalImages:
         config, shift = target.config, shifts.SETS.get(self.kind)
         mode = config.input_img_mode or ("L" if target.data_config["input_size"][0] == 1 else "RGB")
-        options = {"input_key": config.input_key, "target_key": config.target_key, "input_img_mode": mode}
+        options = {"input_key": config.input_key, "target_key": config.target_key}
         options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
         if shift is None:  # else what its classes are called decides the label
             options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}

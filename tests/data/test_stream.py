@@ -31,10 +31,10 @@ def root(tmp_path_factory):
 def test_stretches_cover_each_sample_once(world, workers, batch):
     cells = [(rank, worker) for rank in range(world) for worker in range(workers)]
     for size in (0, 1, 29, 100):
-        evaluation = [plan.evaluation_stretch(size, batch, r, world, w, workers) for r, w in cells]
+        evaluation = [plan.stretch(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
         covered = [i for s in evaluation for i in range(s.start, s.start + s.size)]
         assert sorted(covered) == list(range(size))
-        training = [plan.training_stretch(size, batch, r, world, w, workers) for r, w in cells]
+        training = [plan.stretch(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
         covered = [i for s in training for i in range(s.start, s.start + s.size)]
         assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
         steps = {
