@@ -52,6 +52,12 @@ def on_rank(npz: Path, rank: int, world: int, is_training: bool, batch_size: int
     return loader
 
 
+def test_corners_reach_every_place_of_the_padded_image() -> None:
+    augment = Augment((32, 32))
+    corners = augment.draw(1000, seed=1, epoch=0).corner
+    assert corners.unique().tolist() == list(range(2 * augment.pad + 1)) == list(range(9))
+
+
 def test_crop_and_flip_equal_torchvisions_for_the_same_draws() -> None:
     augment = Augment((32, 32))
     images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)

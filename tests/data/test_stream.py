@@ -54,6 +54,37 @@ def test_shuffle_order_is_a_permutation_held_in_the_buffer():
     assert moved.mean() > 20
 
 
+def test_shards_come_in_another_order_each_epoch():
+    orders = [[p.shard for p in plan.epoch_pieces([4] * 8, 32, seed=1, epoch=epoch)] for epoch in (0, 1, 2, 0)]
+    assert sorted(orders[0]) == list(range(8))
+    assert orders[0] == orders[3]
+    assert len({*map(tuple, orders)}) == 3
+
+
+def test_every_sample_of_every_epoch_has_draws_of_its_own(root):
+    stream = create_dataset(
+        "wds/x", root=str(root), split="train", is_training=True, batch_size=1, rank=0, world_size=1
+    )
+    stream.decode, stream.transform = None, lambda _: random.random()
+    drawn = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        drawn.append([number for number, _ in stream])
+    assert drawn[0] == drawn[2]
+    assert len({*drawn[0], *drawn[1]}) == 2 * TOTAL
+
+
+def test_files_come_in_another_order_each_epoch(tmp_path):
+    for k in range(12):
+        path = tmp_path / "train" / f"class{k % 2}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(k))
+    stream = create_dataset("", root=str(tmp_path), split="train", is_training=True, rank=0, world_size=1)
+    orders = [tuple(stream._order(epoch).tolist()) for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(12))
+
+
 def test_spares_are_the_nearest_neighbours():
     windows = dict(with_spares(range(6), reach=2))
     assert windows == {0: [1, 2], 1: [0, 2, 3], 2: [1, 0, 3, 4], 3: [2, 1, 4, 5], 4: [3, 2, 5], 5: [4, 3]}
