@@ -1,6 +1,7 @@
-"""A trained model for elsewhere: ONNX, or timm's folder with a model card, also on the Hugging Face hub.
+"""A trained model for elsewhere: ONNX, timm's single file, or its folder with a model card, also on the hub.
 
     samon-export output/train/RUN --onnx model.onnx        # checked against onnxruntime
+    samon-export output/train/RUN/checkpoint-3.parts --file weights.pth.tar   # of --checkpoint-format parts
     samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
     samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
 
@@ -22,7 +23,8 @@ from samon.errors import RunError, UserError, run
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
 from samon.files import replacing, write_text
-from samon.session.checkpoint import load, settings_of
+from samon.session.checkpoint import PARTS, load, read, settings_of
+from samon.session.parts import to_file
 from samon.session.world import World, console
 
 TOLERANCE = 1e-3  # of the largest logit: float32 kernels of two programs add up in different orders
@@ -111,13 +113,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     add("--model", default="", help="timm model, where the checkpoint does not say it")
     add("--onnx", type=Path, metavar="FILE", help="ONNX file to write")
+    add("--file", type=Path, metavar="FILE", help="a state in parts as timm's single file, to continue or to evaluate")
     add("--timm", type=Path, metavar="DIR", help="folder to write: weights, config.json, README.md")
     add("--push", default="", metavar="NAME/REPO", help="repository on the hub to upload the same to")
     add("--private", action="store_true", help="--push: make the repository private")
     args = parser.parse_args(argv[:cut])
     args.validate = argv[cut + 1 :]
-    if not (args.onnx or args.timm or args.push):
-        raise UserError("nothing to make: give --onnx FILE, --timm DIR or --push NAME/REPO")
+    if not (args.onnx or args.timm or args.push or args.file):
+        raise UserError("nothing to make: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
+    if (args.file is not None) != (Path(args.checkpoint).suffix == PARTS):
+        raise UserError("--file is for a state in parts (NAME.parts), and a state in parts for --file: make it first")
     if args.onnx and not args.onnx.parent.is_dir():
         raise UserError(f"{args.onnx.parent} does not exist; make it, or name another file")
     if args.timm and args.timm.exists() and any(args.timm.iterdir()):
@@ -127,6 +132,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    if args.file:
+        read(Path(args.checkpoint), "CHECKPOINT")  # says what is wrong with it
+        to_file(Path(args.checkpoint), args.file)
+        print(f"{args.file}: samon-validate --checkpoint {args.file}")
+        return
     words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.validate]
     (job,) = parse([*words, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
     world = World(torch.device("cpu"), 0, 1)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from samon.errors import RunError, UserError
 from samon.files import replacing, same_content
 
 SUFFIX = ".pth.tar"
+PARTS, REST = ".parts", "state.pt"  # a state as a directory (samon.session.parts), and its file of all but tensors
 FORMAT = 1  # of the keys beyond timm's
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)  # found while looking into a state
 
@@ -74,13 +76,14 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
         self.directory, self.keep, self.lower_is_better = directory, keep, lower_is_better
+        self.suffix = SUFFIX
         self.best: dict[str, Any] = {"metric": None, "epoch": None, "kept": []}
         self.last_good: Path | None = None
 
     def save_epoch(self, state: TrainState) -> None:
         """`checkpoint-N`, also as `last` and, if it is, `model_best`; then drop the worst beyond the history."""
         epoch, metric = state.epoch, state.metric
-        name = f"checkpoint-{epoch}{SUFFIX}"
+        name = f"checkpoint-{epoch}{self.suffix}"
         kept = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
         kept.sort(key=lambda pair: self._rank(pair[1]))
         improved = metric is not None and self._rank(metric) < self._rank(self.best["metric"])
@@ -89,29 +92,38 @@ class Checkpoints:
         self.best = state.best = {**best, "kept": kept}
         path = self.directory / name
         self._write(state, path)
+        self._publish(path, improved)
+        recoveries = self.directory.glob(f"recovery-*{self.suffix}")
+        self._discard([*(self.directory / old for old, _ in dropped), *recoveries])
+
+    def save_recovery(self, state: TrainState) -> Path:
+        """A mid-epoch state; the one before it is kept until the next."""
+        state.best = self.best
+        progress = state.progress
+        path = self.directory / f"recovery-{progress['epoch']}-{progress['updates']}{self.suffix}"
+        self._write(state, path)
+        self._discard(sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2])
+        self.last_good = path
+        return path
+
+    def _publish(self, path: Path, improved: bool) -> None:
         try:
             same_content(path, self.directory / f"last{SUFFIX}")
             if improved:
                 same_content(path, self.directory / f"model_best{SUFFIX}")
         except OSError as error:
             raise self._fault(path, error) from error
-        for old, _ in dropped:
-            (self.directory / old).unlink(missing_ok=True)
         self.last_good = self.directory / f"last{SUFFIX}"
-        for old_state in self.directory.glob(f"recovery-*{SUFFIX}"):
-            old_state.unlink(missing_ok=True)
 
-    def save_recovery(self, state: TrainState) -> Path:
-        """A mid-epoch state; the one before it is kept until the next."""
-        state.best = self.best
-        progress = state.progress
-        path = self.directory / f"recovery-{progress['epoch']}-{progress['updates']}{SUFFIX}"
-        self._write(state, path)
-        states = sorted(self.directory.glob(f"recovery-*{SUFFIX}"), key=_numbers)
-        for old in states[:-2]:
-            old.unlink(missing_ok=True)
-        self.last_good = path
-        return path
+    def _discard(self, paths: list[Path]) -> None:
+        for path in paths:
+            remove(path)
+
+    def settle(self) -> None:
+        """Wait for what is being written; here nothing is."""
+
+    def finish(self) -> None:
+        """The end of a run."""
 
     def _rank(self, metric: float | None) -> float:
         if metric is None or metric != metric:
@@ -135,11 +147,24 @@ class Checkpoints:
         return f"the last good checkpoint is {self.last_good}; free the cause and use --resume {self.directory}"
 
 
+def remove(path: Path) -> None:
+    """A state, file or directory; one that is cut off in the middle is not complete."""
+    if path.is_dir():
+        (path / ".metadata").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path, flag: str = "--resume") -> dict[str, Any]:
     """A checkpoint's content, tensors mapped from the file; UserError naming the file if it is damaged or foreign."""
+    if path.suffix == PARTS:
+        if not (path / ".metadata").is_file():
+            raise UserError(f"{path} is not complete: it was being written when its run ended; use another one")
+        path = path / REST
     content = load(path, flag)
     if "state_dict" not in content:
         raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
@@ -203,7 +228,7 @@ def newest(directory: Path, started: str | None = None) -> tuple[Path | None, di
     """
     found: tuple[tuple[int, bool, int], Path, dict[str, Any]] | None = None
     passed: list[str] = []
-    for path in sorted([*directory.glob(f"*{SUFFIX}")]):
+    for path in sorted([*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*{PARTS}")]):
         try:
             content = read(path, "")
             if content.get("samon") != FORMAT:

@@ -162,10 +162,14 @@ def parser(groups: Groups, prog: str, description: str) -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    names = {flag.name for rows in groups.values() for flag in rows}
     for title, rows in groups.items():
         group = result.add_argument_group(title)
         for flag in rows:
             _add(group, flag)
+            off = f"no-{flag.name}"
+            if flag.type is bool and not flag.name.startswith("no-") and off not in names:  # takes back a file's
+                group.add_argument(f"--{off}", action="store_false", dest=flag.key, help=argparse.SUPPRESS)
     return result
 
 

@@ -79,6 +79,13 @@ SAM: tuple[Flag, ...] = (
 RUN: tuple[Flag, ...] = (
     T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
     T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
+    T(
+        "checkpoint-format",
+        str,
+        "file",
+        "file: timm's single file; parts: each process writes its part while training goes on",
+        choices=("file", "parts"),
+    ),
     T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
     T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
 )

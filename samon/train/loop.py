@@ -284,6 +284,7 @@ def save_or_stop(
         meter.read(keeper.control.reduce)
         keeper.recovery(progress)
     if signum:
+        keeper.checkpoints.settle()
         raise Stopped(signum, str(keeper.checkpoints.directory))
 
 
@@ -327,6 +328,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     )
     if signum := control.agree():
         keeper.recovery(progress)
+        keeper.checkpoints.settle()
         raise Stopped(signum, str(keeper.checkpoints.directory))
     return metrics
 

@@ -8,6 +8,7 @@ from timm.utils import random_seed
 from samon.data.sources import check_name
 from samon.errors import UserError
 from samon.session.checkpoint import Checkpoints, Progress
+from samon.session.parts import Parts
 from samon.session.world import World, processes
 from samon.settings.config import Config, dump, parse
 from samon.settings.rows import steps_or_minutes
@@ -57,12 +58,15 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         write_settings(place, run)
         lower_is_better = run.settled.metric == "loss"
         checkpoints = Checkpoints(place.directory, config.checkpoint_hist, lower_is_better)
+        if config.checkpoint_format == "parts":
+            checkpoints = Parts(place.directory, config.checkpoint_hist, lower_is_better, world.primary)
         progress, rng = Progress(epoch=config.start_epoch or 0), None
         if place.source:
             progress, rng = restore(run, place.source, checkpoints)
         report.describe(run)
         check_left(run, progress, place)
         metrics = fit(run, progress, Keeper(run, checkpoints, control, place.started), report, rng)
+        checkpoints.finish()
         report.finish(metrics)
         return metrics
     finally:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,20 @@ from torch import nn
 from samon import rng as generators
 from samon.errors import UserError
 from samon.files import write_text
-from samon.session import sharding
+from samon.session import parts, sharding
 from samon.session import world as elastic
-from samon.session.checkpoint import SUFFIX, Checkpoints, Progress, TrainState, newest, progress_of, read, settings_of
+from samon.session.checkpoint import (
+    PARTS,
+    SUFFIX,
+    Checkpoints,
+    Progress,
+    TrainState,
+    newest,
+    progress_of,
+    read,
+    remove,
+    settings_of,
+)
 from samon.session.world import World, on_primary
 from samon.settings.config import FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
@@ -33,7 +45,7 @@ INDIFFERENT = {*OF_A_START, "config", "data", "output", "experiment", "data_dir"
 INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist"}
 INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
 INDIFFERENT |= {"val_interval", "validation_batch_size", "no_replay", "dataset_download"}
-INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate"}
+INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate", "checkpoint_format"}
 # Settings that lie in the optimizer's groups, which a checkpoint brings along.
 OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
 OF_GROUPS |= {"opt_eps": ("eps",), "opt_betas": ("betas",)}
@@ -67,7 +79,7 @@ def _locate(config: Config) -> Place:
     same_run = restarted
     if source is None and config.resume:
         source = Path(config.resume)
-        if source.is_dir():
+        if source.is_dir() and source.suffix != PARTS:
             source = _newest(source, _identity(source)[0])
             if source is None:
                 raise UserError(
@@ -84,7 +96,7 @@ def _locate(config: Config) -> Place:
 
 def _make_room(directory: Path, overwrite: bool) -> None:
     """Nothing of another run stays in the directory, whose checkpoints are not given up unless that is said."""
-    kept = sorted(directory.glob(f"*{SUFFIX}"))
+    kept = sorted([*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*{PARTS}")])
     if kept and not overwrite:
         raise UserError(
             f"{directory} holds a run ({kept[0].name}); --resume {directory} goes on with it, --overwrite starts "
@@ -94,7 +106,7 @@ def _make_room(directory: Path, overwrite: bool) -> None:
         for name in (ARGS, "summary.csv", "log.txt", "run.json"):
             (directory / name).unlink(missing_ok=True)
         for path in (*kept, *directory.glob("train-batch-*.jpg")):
-            path.unlink()
+            remove(path)
         shutil.rmtree(directory / "tb", ignore_errors=True)
 
 
@@ -103,7 +115,7 @@ def stored_settings(resume: str) -> dict[str, Any]:
     path = Path(resume)
     if (path / ARGS).is_file():
         found = read_yaml(str(path / ARGS))
-    elif path.is_file():
+    elif path.is_file() or path.suffix == PARTS:
         found = {key: value for key, value in settings_of(read(path)).items() if key in FLAGS}
     else:
         return {}
@@ -121,7 +133,7 @@ def _directory(config: Config) -> Path:
     root = Path(config.output or "output/train")
     if config.experiment:
         return root / config.experiment
-    if config.resume and Path(config.resume).is_dir():
+    if config.resume and Path(config.resume).is_dir() and Path(config.resume).suffix != PARTS:
         return Path(config.resume)
     model = safe_model_name(config.model)
     if elastic.restartable():  # the same name after a restart
@@ -188,10 +200,11 @@ class Keeper:
         }
         weights, averages = run.model.state_dict(), None if run.ema is None else run.ema.module.state_dict()
         optimizer = run.optimizer.state_dict()
-        if run.config.fsdp:
+        in_parts = run.config.checkpoint_format == "parts"
+        if run.config.fsdp and not in_parts:
             weights, averages, optimizer = sharding.taken([weights, averages, optimizer], run.world)
         ranks = self.control.gather(mine)
-        if ranks is None:
+        if ranks is None and not in_parts:
             return None
         return TrainState(
             state_dict=weights,
@@ -204,7 +217,7 @@ class Keeper:
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
             scheduler=_plateau(run.scheduler),
             progress=asdict(progress),
-            ranks=ranks,
+            ranks=ranks or [],
             best=self.checkpoints.best,
             started=self.started,
             class_names=run.class_names,
@@ -224,7 +237,7 @@ def _plateau(scheduler: Any) -> dict[str, Any] | None:
 
 def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
     """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
-    content, config = read(source), run.config
+    content, config = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else read(source), run.config
     changed = differences(run, content)
     if changed and run.world.primary:
         told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
@@ -260,6 +273,17 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     _restore_schedule(run, progress, content.get("scheduler"))
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return progress, rng
+
+
+def _like(run: Run, name: str) -> torch.Tensor | None:
+    """What this run has for a tensor's name in a state in parts."""
+    kind, _, rest = name.partition("/")
+    if kind == "optimizer":
+        held = [p for group in run.optimizer.param_groups for p in group["params"]]
+        index = int(rest.partition("/")[0])
+        return held[index] if index < len(held) else None
+    model = run.model if kind == "state_dict" else None if run.ema is None else run.ema.module
+    return None if model is None else model.state_dict().get(rest)
 
 
 def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:

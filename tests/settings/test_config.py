@@ -66,6 +66,14 @@ def test_aliases_of_timm() -> None:
     assert parse(*argv).train_batches_per_epoch == 7
 
 
+def test_a_switch_of_a_file_can_be_taken_back(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("amp: true\nmodel_ema: true\nno_aug: true\n")
+    found = config.parse(["-c", str(tmp_path / "recipe.yaml"), "--no-amp"])
+    assert (found.amp, found.model_ema, found.no_aug) == (False, True, True)
+    with pytest.raises(UserError, match="unknown argument --no-no-aug"):
+        config.parse(["--no-no-aug"])
+
+
 def test_the_configuration_is_frozen() -> None:
     settings = parse("--lr", "0.5")
     with pytest.raises(AttributeError, match="frozen"):

@@ -4,6 +4,7 @@ float32: FSDP and DDP add gradients in another order. 1e-4 relative over the who
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import nn
 
 import samon  # noqa: F401 - registers the CIFAR networks
 from samon import UserError
+from samon.commands import export
 from samon.evals import main as evals
+from samon.session.checkpoint import read
+from samon.session.parts import loaded
 from samon.session.sharding import blocks
 from samon.train import main as train
-from tests.runs import BASE, ROOT, assert_same, weights
+from tests.runs import BASE, ROOT, assert_same, last, weights
 from tools import check_interruptions as matrix
 
 COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5"]
@@ -35,6 +39,7 @@ def launch(directory: Path, *args: str, moment: tuple[str, int, int] | None = No
 
 
 def apart(one: Path, two: Path) -> float:
+    assert weights(one).keys() == weights(two).keys()
     a, b = (torch.cat([t.flatten() for t in weights(d).values() if t.is_floating_point()]) for d in (one, two))
     return ((a - b).norm() / b.norm()).item()
 
@@ -52,8 +57,8 @@ def parallel(sharded: Path) -> Path:
 def test_the_run_is_that_of_ddp(sharded: Path, parallel: Path) -> None:
     """Clipping, accumulation, EMA, mixup, validation of uneven parts (40 images in batches of 8 on two processes)."""
     assert apart(sharded, parallel) < 1e-4
-    last = [(d / "summary.csv").read_text().splitlines()[-1].split(",") for d in (sharded, parallel)]
-    assert [float(x) for x in last[0][1:]] == pytest.approx([float(x) for x in last[1][1:]], rel=1e-4, abs=1e-6)
+    ends = [(d / "summary.csv").read_text().splitlines()[-1].split(",") for d in (sharded, parallel)]
+    assert [float(x) for x in ends[0][1:]] == pytest.approx([float(x) for x in ends[1][1:]], rel=1e-4, abs=1e-6)
     assert "2 x cpu, sharded" in (sharded / "log.txt").read_text()
 
 
@@ -66,9 +71,66 @@ def test_a_killed_run_ends_bit_identical(sharded: Path) -> None:
 def test_a_state_continues_without_sharding_and_with_it(sharded: Path, parallel: Path) -> None:
     for begun, name in ((SHARDED, "to-ddp"), (SHARDED[1:], "to-fsdp")):
         directory = launch(sharded.parent / name, *begun, moment=("update", 1, 2))
-        launch(directory, *(SHARDED[1:] if begun is SHARDED else SHARDED), "--resume", str(directory))
+        launch(directory, "--no-fsdp" if begun is SHARDED else "--fsdp", *SHARDED[1:], "--resume", str(directory))
+        assert (directory / "log.txt").read_text().count("2 x cpu, sharded") == 1
         assert apart(directory, parallel) < 1e-4
         assert "Other settings" not in (directory / "log.txt").read_text()
+
+
+PARTS = ["--checkpoint-format", "parts"]
+
+
+@pytest.fixture(scope="module")
+def in_parts(sharded: Path) -> Path:
+    return launch(sharded.parent / "parts", *SHARDED, *PARTS)
+
+
+def test_states_in_parts_end_as_the_same_files(sharded: Path, in_parts: Path, tmp_path: Path) -> None:
+    assert_same(weights(sharded), weights(in_parts))  # last.pth.tar, made at the end
+    for name in ("last", "model_best"):
+        one, two = (torch.load(d / f"{name}.pth.tar", weights_only=True) for d in (sharded, in_parts))
+        assert matrix._equal(one["optimizer"], two["optimizer"])
+        assert one["metric"] == two["metric"]
+    states = sorted(path.name for path in in_parts.glob("*.parts"))
+    assert states == ["checkpoint-0.parts", "checkpoint-1.parts"]  # those within the epoch have gone
+    export.main([str(in_parts / states[-1]), "--file", str(tmp_path / "one.pth.tar")])
+    made = torch.load(tmp_path / "one.pth.tar", weights_only=True)
+    assert matrix._equal(made["state_dict"], last(in_parts)["state_dict"])
+
+
+@pytest.mark.parametrize("moment", [("update", 0, 5), ("update", 1, 3)])
+def test_a_killed_run_in_parts_ends_bit_identical(moment: tuple[str, int, int], in_parts: Path) -> None:
+    """SIGKILL of both while a state may be on its way to the disk."""
+    directory = launch(in_parts.parent / f"killed-parts-{moment[1]}", *SHARDED, *PARTS, moment=moment)
+    launch(directory, *SHARDED, *PARTS, "--resume", str(directory))
+    assert_same(weights(in_parts), weights(directory))
+
+
+def test_states_in_parts_continue_elsewhere(in_parts: Path, parallel: Path) -> None:
+    """From FSDP to DDP and back, and in one process; what was not complete is passed over."""
+    directory = launch(in_parts.parent / "parts-to-ddp", *SHARDED, *PARTS, moment=("update", 1, 2))
+    launch(directory, "--no-fsdp", *SHARDED[1:], *PARTS, "--resume", str(directory))
+    assert (directory / "log.txt").read_text().count("2 x cpu, sharded") == 1
+    assert apart(directory, parallel) < 1e-4
+    back = launch(in_parts.parent / "parts-to-fsdp", *SHARDED[1:], *PARTS, moment=("update", 1, 2))
+    launch(back, *SHARDED, "--resume", str(back))
+    assert apart(back, parallel) < 1e-4
+    alone = ["--no-fsdp", "--output", str(in_parts.parent), "--experiment", "alone", "--resume"]
+    alone.append(str(in_parts / "checkpoint-0.parts"))
+    metrics = train.main([*matrix.ARGS, *COMMON, *SHARDED[1:], *alone])
+    assert metrics["epoch"] == 1
+
+
+def test_metadata_of_strangers_is_not_executed(in_parts: Path, tmp_path: Path) -> None:
+    state = tmp_path / "checkpoint-0.parts"
+    shutil.copytree(in_parts / "checkpoint-0.parts", state)
+    (state / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    with pytest.raises(UserError, match="has no place in a checkpoint"):
+        loaded(state)
+    assert not (tmp_path / "owned").exists()
+    (state / ".metadata").unlink()
+    with pytest.raises(UserError, match="is not complete"):
+        read(state)
 
 
 def test_sharded_weights_are_perturbed_alike_on_all_processes(sharded: Path) -> None:
