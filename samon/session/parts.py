@@ -25,6 +25,7 @@ from samon.errors import UserError
 from samon.files import replacing
 from samon.session.checkpoint import PARTS, REST, SUFFIX, Checkpoints, TrainState, load, remove
 
+ALONE = "torch.distributed is disabled"  # how PyTorch begins to warn of a single process
 TREES = ("state_dict", "state_dict_ema")
 
 
@@ -52,9 +53,9 @@ class _Plain(pickle.Unpickler):
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One process is what is meant, whatever PyTorch warns of."""
+    """One process is what is meant."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", ALONE)
         yield
 
 
@@ -116,6 +117,7 @@ class Parts(Checkpoints):
     def __init__(self, directory: Path, keep: int, lower_is_better: bool, primary: bool) -> None:
         super().__init__(directory, keep, lower_is_better)
         self.suffix, self.primary = PARTS, primary
+        warnings.filterwarnings("ignore", ALONE)  # for good: a thread of PyTorch's warns
         # Of its own, since threads write while the others are in use.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[Any, Path] | None = None
@@ -134,8 +136,7 @@ class Parts(Checkpoints):
         # What lies on the CPU is written from where it lies, and training goes on there.
         held = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in tensors.items()}
         how: dict[str, Any] = {"process_group": self.group, "no_dist": self.group is None}
-        with _alone():
-            self._pending = dcp.async_save(held, storage_writer=dcp.FileSystemWriter(path), **how), path
+        self._pending = dcp.async_save(held, storage_writer=dcp.FileSystemWriter(path), **how), path
 
     def _publish(self, path: Path, improved: bool) -> None:
         self.last_good = path
