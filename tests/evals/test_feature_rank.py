@@ -25,6 +25,13 @@ def test_rank_counts_singular_values_that_hold_99_percent(shape):
     assert rank_of(torch.zeros(4)) == 0
 
 
+def test_a_share_of_99_percent_is_what_is_asked_for_by_default():
+    squares = torch.tensor([95.0, 3.5, 1.0, 0.5], dtype=torch.float64)
+    assert rank_of(squares) == 3  # 98.5 % are too few
+    assert rank_of(squares, 0.95) == 2
+    assert rank_of(squares, 0.9) == 1
+
+
 def test_centring_takes_off_the_mean_of_examples_or_of_features():
     phi = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
     for centring, centred in (("row", phi - phi.mean(1, keepdim=True)), ("column", phi - phi.mean(0))):

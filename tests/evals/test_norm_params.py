@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from samon.errors import UserError
@@ -48,9 +49,21 @@ def test_a_model_without_normalization_is_refused():
 
 def test_figure_and_histograms_of_two_models(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    with torch.no_grad():
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.bias.copy_(torch.linspace(-0.3, 0.1, len(module.bias)))
     models = {"a/resnet": norm_params.values(resnet()), "vit": norm_params.values(vit)}
     norm_params.write_tensorboard(models, tmp_path / "tb")
     assert len(list((tmp_path / "tb").glob("*/events*"))) == 2
+    events = EventAccumulator(str(tmp_path / "tb/vit")).Reload()
+    layers = models["vit"]["LayerNorm", "beta"]
+    written = events.Histograms("norm_params/LayerNorm_beta")
+    assert [entry.step for entry in written] == list(range(len(layers)))
+    for entry, (_, w) in zip(written, layers, strict=True):
+        values = entry.histogram_value
+        assert (values.min, values.max, values.num) == pytest.approx((float(w.min()), float(w.max()), w.numel()))
+        assert values.sum == pytest.approx(float(w.double().sum()), rel=1e-5)  # signed
     pytest.importorskip("matplotlib")
     norm_params.plot(models, tmp_path / "norm.png")
     assert (tmp_path / "norm.png").read_bytes().startswith(b"\x89PNG")
@@ -74,6 +87,7 @@ def test_figure_5_has_signed_values_on_linear_axes_in_a_panel_for_each_model():
         (stairs,) = axis.patches
         counts, edges, _ = stairs.get_data()
         assert counts.sum() == 40
+        assert len(counts) == 60
         middle = edges[:-1] + (edges[1] - edges[0]) / 2
         assert (counts * middle).sum() / 40 == pytest.approx(centre, abs=0.006)  # a bin is 0.012 wide
     assert panels[2].get_xlim() == panels[3].get_xlim()

@@ -256,6 +256,13 @@ def test_average_case_of_a_quadratic_is_its_expectation(convex, norm, moment):
     assert average_case(loss_of, [weights.abs()], measure, seed=0) == pytest.approx(exact, rel=0.05)
 
 
+def test_logit_normalisation_by_hand():
+    """Their mean taken off, then divided by what is left: (3, 4, 8) -> (-2, -1, 3) / sqrt(14)."""
+    found = normalized_logits(torch.tensor([[3.0, 4.0, 8.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
+    assert torch.allclose(found[0], torch.tensor([-2.0, -1.0, 3.0], dtype=torch.float64) / 14**0.5, rtol=0, atol=1e-15)
+    assert found[1].tolist() == [0, 0, 0]
+
+
 def test_logit_normalisation_makes_sharpness_free_of_scale():
     net, x, y = small_net()
     measure = Measure.parse("worst-linf-adaptive-logitnorm@0.1")[0]
