@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samon.data import ShardError
+from samon.data import ShardError, create_dataset, create_loader
 from samon.data.arrays import read_npz
+from samon.data.decode import decode_pil
 from samon.data.sources import SOURCES, check_name, open_source
 from samon.errors import UserError
 from tests.sets import jpeg, write_set
@@ -111,3 +112,23 @@ def test_a_part_of_an_array_split_holds_out_the_rest(tmp_path):
         read_npz("npz/tiny", str(tmp_path), "train[4:]")
     with pytest.raises(UserError, match=r"unknown split 'train\[3\]'"):
         read_npz("npz/tiny", str(tmp_path), "train[3]")
+
+
+def test_hub_data_sets_are_read_by_timms_reader(tmp_path, monkeypatch):
+    """The real library on a local set: its names of classes, every sample, and the class map."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets.disable_progress_bars()
+    for index in range(6):
+        path = tmp_path / "set/train" / ("ant", "bee")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(path)
+    source = open_source(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), "train")
+    assert (len(source), source.num_classes, source.class_names) == (6, 2, ["ant", "bee"])
+    found = sorted((decode_pil(r.image).getpixel((0, 0))[0], r.label) for r in source.read(range(6)))
+    assert found == [(40 * index, index % 2) for index in range(6)]
+    stream = create_dataset(
+        f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), "train", is_training=True, batch_size=2
+    )
+    loader = create_loader(stream, (3, 8, 8), 2, True, num_workers=0, device="cpu", no_aug=True)
+    assert sorted(label for _, target in loader for label in target.tolist()) == [0, 0, 0, 1, 1, 1]

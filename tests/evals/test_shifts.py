@@ -93,7 +93,7 @@ def measure(kind, root, model=None, dataset="", split="", first=None, **changes)
         "dataset_trust_remote_code": False,
         "input_img_mode": None,
     }
-    config = argparse.Namespace(**settings | changes)
+    config = argparse.Namespace(**settings | {"fsdp": False} | changes)
     target = Target(config, model or Reader(), DATA_CONFIG, torch.device("cpu"), 0, 1, nullcontext)
     found = {}
     for row in accuracy.rows(target, Entry(kind, dataset, str(root), split, ["accuracy"], kind, first=first)):
