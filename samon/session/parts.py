@@ -27,6 +27,9 @@ from samon.session.checkpoint import PARTS, REST, SUFFIX, Checkpoints, TrainStat
 
 ALONE = "torch.distributed is disabled"  # how PyTorch begins to warn of a single process
 TREES = ("state_dict", "state_dict_ema")
+_RECORDS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_PLAIN = (("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("torch.serialization", "_get_layout"))
+_TYPES = (torch.dtype, torch.layout, torch.memory_format)
 
 
 class Reader(dcp.FileSystemReader):
@@ -41,13 +44,17 @@ class Reader(dcp.FileSystemReader):
 
 
 class _Plain(pickle.Unpickler):
-    """Names of `torch.distributed.checkpoint`'s own records, torch's types and plain containers."""
+    """The records that `torch.distributed.checkpoint` writes, torch's types, plain containers; nothing that does."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = module.startswith("torch.distributed.checkpoint.") or module in ("torch", "torch.serialization")
-        builtins = module == "builtins" and name in ("set", "frozenset", "dict", "list", "tuple", "int", "str")
-        if allowed or builtins or (module, name) in (("collections", "OrderedDict"), ("pathlib", "PosixPath")):
+        found = super().find_class(module, name) if module in _RECORDS else None
+        plain = module == "builtins" and name in ("set", "frozenset", "dict", "list", "tuple")
+        if plain or (module, name) in _PLAIN:
             return super().find_class(module, name)
+        if module == "torch" and (found is torch.Size or isinstance(found, _TYPES)):
+            return found
+        if module != "torch" and isinstance(found, type):
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 

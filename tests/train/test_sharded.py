@@ -124,9 +124,12 @@ def test_states_in_parts_continue_elsewhere(in_parts: Path, parallel: Path) -> N
 def test_metadata_of_strangers_is_not_executed(in_parts: Path, tmp_path: Path) -> None:
     state = tmp_path / "checkpoint-0.parts"
     shutil.copytree(in_parts / "checkpoint-0.parts", state)
-    (state / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
-    with pytest.raises(UserError, match="has no place in a checkpoint"):
-        loaded(state)
+    for name in ("os system", "torch load", "torch.distributed.checkpoint.filesystem io"):
+        module, _, what = name.partition(" ")
+        words = f"c{module}\n{what}\n(S'touch {tmp_path / 'owned'}'\ntR."
+        (state / ".metadata").write_bytes(words.encode())
+        with pytest.raises(UserError, match=f"{module}.{what} has no place in a checkpoint"):
+            loaded(state)
     assert not (tmp_path / "owned").exists()
     (state / ".metadata").unlink()
     with pytest.raises(UserError, match="is not complete"):
