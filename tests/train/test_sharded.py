@@ -158,6 +158,18 @@ def test_validation_sharded_gives_the_same_figure(sharded: Path) -> None:
     assert row["num_samples"] == alone["num_samples"] == 40
 
 
+def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
+    """Gathering once more or less changes nothing; weights gathered in bfloat16 are those that autocast would make."""
+    never = launch(sharded.parent / "never", *SHARDED, "--fsdp-reshard", "never")
+    assert_same(weights(sharded), weights(never))
+    bfloat16 = ["--amp", "--amp-dtype", "bfloat16"]
+    one = launch(sharded.parent / "bf16", *SHARDED, *bfloat16)
+    two = launch(sharded.parent / "bf16-ddp", *SHARDED[1:], *bfloat16)
+    assert 0 < apart(one, two) < 0.01
+    assert apart(one, sharded) > 0
+    assert all(t.dtype == torch.float32 for t in last(one)["state_dict"].values() if t.is_floating_point())
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
