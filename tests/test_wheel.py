@@ -72,6 +72,7 @@ for entry in entry_points(group="console_scripts"):
     assert found.pop("samon-train") == "samon.train.main"
     assert found.pop("samon-validate") == "samon.evals.main"
     assert found.pop("samon-shards") == "samon.commands.make_shards"
+    assert found.pop("samon-plan") == "samon.plan.main"
     assert found == {name: f"samon.commands.{name.removeprefix('samon-')}" for name in found}
     assert {"samon-sweep", "samon-report", "samon-predict", "samon-export"} <= found.keys()
     assert all((installed / name).exists() for name in found)

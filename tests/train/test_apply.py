@@ -20,7 +20,7 @@ from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 
 def job(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
-    config = SimpleNamespace(clip_grad=clip, clip_mode="norm")
+    config = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False)
     world = SimpleNamespace(device=torch.device("cpu"))
     return SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, config=config, world=world)
 
