@@ -53,15 +53,15 @@ def _decoder(_process: int) -> tuple[Any, Any, Any]:
 
 
 class Jpeg:
-    """A JPEG that is not decoded yet.
-
-    Attributes:
-        like: what it will be, [3, H, W] without any memory, for those who only want to know its size.
-    """
+    """A JPEG that is not decoded yet."""
 
     def __init__(self, data: bytes, height: int, width: int) -> None:
-        self.data = data
-        self.like = torch.empty((3, height, width), dtype=torch.uint8, device="meta")
+        self.data, self.height, self.width = data, height, width
+
+    @property
+    def like(self) -> Tensor:
+        """What it will be, [3, H, W] without any memory, for those who only want to know its size."""
+        return torch.empty((3, self.height, self.width), dtype=torch.uint8, device="meta")
 
     def region(self, top: int, left: int, height: int, width: int) -> Tensor | None:
         """uint8 RGB [3, height, width], equal to that part of the whole image; None where it cannot be decoded."""
@@ -78,7 +78,7 @@ class Jpeg:
         factor = next((f for f in (8, 4, 2) if box[2] >= f * size[0] and box[3] >= f * size[1]), 1)
         if factor == 1:
             return None
-        smaller = [-(-side // factor) for side in self.like.shape[1:]]
+        smaller = [-(-side // factor) for side in (self.height, self.width)]
         try:
             whole = simplejpeg.decode_jpeg(self.data, min_height=smaller[0], min_width=smaller[1])
         except ValueError:

@@ -20,7 +20,7 @@ import yaml
 
 from samon.errors import UserError
 from samon.files import write_text
-from samon.optim.registry import VARIANTS, variant_of
+from samon.optim.registry import variant_of
 from samon.plan.step import Cost, Planned, pretended
 from samon.plan.watch import KINDS
 from samon.session.model import check_name
@@ -63,7 +63,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def methods(opt: str) -> dict[str, str]:
     """The optimizers that are compared: the base alone, SAM and the one asked for."""
-    variant = VARIANTS[opt]
+    variant = variant_of(opt)
+    assert variant is not None  # `arguments` has looked
     base = "" if variant.base == "sgd" else f"-{variant.base}"
     return {"plain": variant.base, "SAM": f"sam{base}", opt: opt}
 
@@ -75,7 +76,8 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     values |= {"fsdp": args.fsdp, "fsdp_reshard": args.fsdp_reshard, "fsdp_replicate": args.fsdp_replicate}
     values |= {"amp": args.amp, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
     values["model_kwargs"] = kwargs(args.model_kwargs)
-    shared_out = args.fsdp and opt.startswith("sam") and not opt.startswith("samon")
+    variant = variant_of(opt)
+    shared_out = args.fsdp and variant is not None and variant.scope != "samon"
     values["m_sharpness"] = "global" if shared_out else args.m_sharpness
     config = Config(**values)
     check_name(config)

@@ -119,22 +119,20 @@ def measured(model: nn.Module, optimizer: Any, config: Config, x: Tensor, y: Ten
         update(model, optimizer, config, forward, **sync)
     memory = dict(watch.peak)
     counts = [dict(counter) for counter in (watch.messages, watch.buffers, watch.wire)]
-    if not config.fsdp:
-        counts = [_with(each, more) for each, more in zip(counts, _ddp(model, parameters), strict=True)]
+    if not config.fsdp and dist.get_world_size() > 1:
+        counts[1:] = [_with(each, more) for each, more in zip(counts[1:], _ddp(model, parameters), strict=True)]
         memory[GRADIENTS] = memory.get(GRADIENTS, 0) + sum(p.nbytes for p in parameters)  # DDP's buckets
     return Cost(int(flops.get_total_flops()), memory, *counts)
 
 
 def _ddp(model: nn.Module, parameters: list[Tensor]) -> list[dict[str, int]]:
     """What DistributedDataParallel sends in an update, which the fake process group does not run: every gradient once;
-    the buffers are broadcast before the forward that sends."""
+    the buffers are broadcast before the forward that sends: (bytes, bytes in a ring). How many messages: up to it."""
     ranks = dist.get_world_size()
-    if ranks == 1:
-        return [{}, {}, {}]
     gradients, buffers = sum(p.nbytes for p in parameters if p.requires_grad), sum(b.nbytes for b in model.buffers())
     sent = {"all-reduce": gradients} | ({"broadcast": buffers} if buffers else {})
     wire = {"all-reduce": 2 * gradients * (ranks - 1) // ranks} | ({"broadcast": buffers} if buffers else {})
-    return [dict.fromkeys(sent, 0), sent, wire]
+    return [sent, wire]
 
 
 def _with(one: dict[str, int], more: dict[str, int]) -> dict[str, int]:

@@ -228,10 +228,11 @@ def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
         "--split-bn": config.split_bn,
         "--clip-mode agc": config.clip_grad is not None and config.clip_mode == "agc",
         "--model-ema-force-cpu": config.model_ema_force_cpu,
-        f"--opt {config.opt}": config.opt.startswith(("lookahead", "ssam-", "sam-random")),
+        f"--opt {config.opt}": config.opt.lower().startswith(("lookahead", "ssam-", "sam-random")),
     }
     check_sharding(config, given, without)
-    if config.fsdp and samon.is_sam_name(config.opt) and not config.opt.startswith("samon"):
+    variant = variant_of(config.opt)
+    if config.fsdp and variant is not None and variant.scope != "samon":
         if config.m_sharpness != "global":
             raise UserError(
                 f"--fsdp --opt {config.opt} perturbs weights that the processes share out, by one perturbation for "

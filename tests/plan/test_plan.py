@@ -120,6 +120,25 @@ def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads((tmp_path / "plan.json").read_text())["rows"][2]["flops"] == on["flops"]
 
 
+def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--model",
+        "vit_tiny_patch16_224",
+        "--model-kwargs",
+        "depth=1",
+        "--batch-size",
+        "2",
+        "--opt",
+        "SAMON-AdamW",
+    ]
+    plain, _, on = planning.main(words)
+    assert (plain["opt"], plain["wire"], plain["messages"]) == ("adamw", {}, {})
+    assert on["flops"] > plain["flops"]
+    (two, *_) = planning.main([*words, "--gpus", "2"])
+    assert two["peak"] == plain["peak"] + two["buffers"]["all-reduce"]  # DDP's buckets
+    assert "all-reduce" in capsys.readouterr().out
+
+
 def test_more_processes_send_as_much_each() -> None:
     """What a GPU sends tends to a limit: twice the gradients under DDP, whatever the number of GPUs."""
     sent = {}
