@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a timm model: `python train.py --help`, `torchrun --nproc-per-node 8 train.py -c hparams/quickstart.yaml`."""
 
-from samon.errors import run
+from samon.errors import run_script
 from samon.train.main import main
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

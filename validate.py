@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evaluate timm models and checkpoints: accuracy, shifts, attacks, sharpness, feature rank, normalization."""
 
-from samon.errors import run
+from samon.errors import run_script
 from samon.evals.main import main
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -49,7 +49,7 @@ def needed(module: str, otherwise: str) -> Any:
         raise UserError(otherwise) from None
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
+def run_script(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and exit; user errors and faults print one `error:` line instead of a traceback."""
     try:
         main()

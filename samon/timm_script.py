@@ -17,7 +17,7 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor
 
-from samon.errors import UserError, run
+from samon.errors import UserError, run_script
 from samon.optim.sam import SAM
 from samon.step.replay import Plain
 from samon.step.two_pass import climb
@@ -130,4 +130,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

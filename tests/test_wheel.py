@@ -62,7 +62,7 @@ def test_commands_are_there(installed: Path, tmp_path: Path) -> None:
     code = """
 from importlib.metadata import entry_points
 from samon.commands import installed
-installed.run = lambda main: print(main.__module__)
+installed.run_script = lambda main: print(main.__module__)
 for entry in entry_points(group="console_scripts"):
     if entry.module == "samon.commands.installed":
         print(entry.name, end=" ")

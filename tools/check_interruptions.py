@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from samon.errors import run
+from samon.errors import run_script
 from samon.session import checkpoint
 from samon.session.checkpoint import Progress
 from samon.train.build import Hooks
@@ -121,7 +121,7 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
     multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
     hooks = None if moment is None else _armed(moment, lambda: _signal_group(number))
-    run(lambda: main_of_training(argv, hooks))
+    run_script(lambda: main_of_training(argv, hooks))
 
 
 def _signal_group(number: int) -> None:

@@ -23,8 +23,7 @@ from pathlib import Path
 import yaml
 
 from samon.bars import bar
-from samon.errors import RunError, UserError
-from samon.errors import run as run_script
+from samon.errors import RunError, UserError, run_script
 from samon.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]

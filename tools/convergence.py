@@ -24,8 +24,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run_script
 from samon.files import write_text
 
 L, M, F_STAR = 2.0, 27 / 64, 0.0

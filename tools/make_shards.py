@@ -2,7 +2,7 @@
 """Pack images into WebDataset shards: `python tools/make_shards.py --help`."""
 
 from samon.commands.make_shards import main
-from samon.errors import run
+from samon.errors import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

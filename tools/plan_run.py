@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What a step will cost before any GPU is there: `python tools/plan_run.py --help`."""
 
-from samon.errors import run
+from samon.errors import run_script
 from samon.plan.main import main
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -2,7 +2,7 @@
 """One page of figures and tables from runs and sweeps: `python tools/report.py --help`."""
 
 from samon.commands.report import main
-from samon.errors import run
+from samon.errors import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

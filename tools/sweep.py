@@ -2,7 +2,7 @@
 """Train a recipe over optimizers x rho x seeds: `python tools/sweep.py --help`."""
 
 from samon.commands.sweep import main
-from samon.errors import run
+from samon.errors import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

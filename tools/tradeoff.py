@@ -17,8 +17,7 @@ from typing import Any
 
 from samon.commands import sweep
 from samon.commands.tables import Cell
-from samon.errors import UserError
-from samon.errors import run as run_script
+from samon.errors import UserError, run_script
 from samon.files import write_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "hparams/tradeoff.yaml"

@@ -12,7 +12,7 @@ import torch
 
 from examples.translation.data import EOS, Pair, load_corpus, padded
 from examples.translation.model import Translator, beam_search
-from samon.errors import run
+from samon.errors import run_script
 
 SENTENCES = 64  # decoded at a time
 
@@ -82,4 +82,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

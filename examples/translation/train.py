@@ -28,7 +28,7 @@ from examples.translation.model import Translator, token_loss
 from examples.translation.settings import Settings, checked, load_settings
 from examples.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError, rng
-from samon.errors import RunError, run
+from samon.errors import RunError, run_script
 from samon.files import replacing
 
 
@@ -241,4 +241,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -19,7 +19,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
-from samon.errors import RunError, UserError, run
+from samon.errors import RunError, UserError, run_script
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
 from samon.files import replacing, write_text
@@ -159,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

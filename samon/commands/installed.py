@@ -4,11 +4,11 @@ from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
-from samon.errors import run
+from samon.errors import run_script
 
 
 def _start(program: str) -> NoReturn:
-    run(import_module(program).main)
+    run_script(import_module(program).main)
 
 
 train = partial(_start, "samon.train.main")

@@ -30,7 +30,7 @@ from samon.data import urls
 from samon.data.decode import decode_pil, open_image
 from samon.data.faults import SampleError
 from samon.data.shards import ShardReader, load_split
-from samon.errors import UserError, run
+from samon.errors import UserError, run_script
 from samon.files import replacing, write_text
 
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
@@ -232,4 +232,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -20,7 +20,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from samon.data.faults import SampleError
 from samon.data.shards import Record
 from samon.data.sources import Source
-from samon.errors import UserError, run
+from samon.errors import UserError, run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
 from samon.files import csv_text, write_text
@@ -133,4 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

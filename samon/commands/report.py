@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import UserError, run
+from samon.errors import UserError, run_script
 from samon.files import write_text
 from samon.report.content import export
 from samon.report.page import render
@@ -60,4 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

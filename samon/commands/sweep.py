@@ -31,7 +31,7 @@ import yaml
 from samon import UserError, is_sam_name
 from samon.bars import bar, on_terminal
 from samon.commands.tables import Cell, write_tables
-from samon.errors import RunError, run
+from samon.errors import RunError, run_script
 from samon.files import write_text
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
@@ -289,4 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

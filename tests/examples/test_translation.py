@@ -34,7 +34,7 @@ from examples.translation.model import Translator, beam_search, token_loss
 from examples.translation.settings import Settings, checked, load_settings
 from examples.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError
-from samon.errors import run
+from samon.errors import run_script
 
 TINY = {"d_model": 16, "heads": 2, "layers": 1, "ffn": 16, "share_all": True}
 RHO = 0.3
@@ -337,7 +337,7 @@ def test_mistakes_end_with_status_2_and_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(partial(train.main, arguments))
+        run_script(partial(train.main, arguments))
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ")

@@ -73,11 +73,11 @@ def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tupl
 def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     """The first one is waiting for the update to end, which here takes a minute."""
     code = (
-        "import sys, time\nfrom samon.errors import run\nfrom samon.train.build import Hooks\n"
+        "import sys, time\nfrom samon.errors import run_script\nfrom samon.train.build import Hooks\n"
         "from samon.train.main import main\n"
         "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
         "    while time.time() < end: time.sleep(0.05)\n"
-        "run(lambda: main(sys.argv[1:], Hooks(updated=slow)))\n"
+        "run_script(lambda: main(sys.argv[1:], Hooks(updated=slow)))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)],
@@ -110,13 +110,13 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, signal, sys\nfrom samon.errors import run\nfrom samon.train.build import Hooks\n"
+        "import os, signal, sys\nfrom samon.errors import run_script\nfrom samon.train.build import Hooks\n"
         "from samon.train.main import main\n"
         "def updated(run, p, perturbed):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "    if first and os.environ['RANK'] == '1' and (p.epoch, p.updates) == (1, 3):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run(lambda: main(sys.argv[1:], Hooks(updated=updated)))\n"
+        "run_script(lambda: main(sys.argv[1:], Hooks(updated=updated)))\n"
     )
     argv = [
         *BASE,
