@@ -5,7 +5,10 @@
 
 DIR/cifar10.npz holds the arrays (hparams/tradeoff.yaml). First the last 5,000 training images choose rho (one
 seed), then all 50,000 train and the 10,000 test images are scored once a run. Each method is a sweep of its own under
---output: start it again to go on. `--table` prints what is finished.
+--output: start it again to go on. `--table` prints what is finished. Another recipe says so where it needs other splits:
+
+    python tools/tradeoff.py -c hparams/tradeoff_noise.yaml --choose-train 'train[:2000]' --rhos 0.2,0.5,1 --only SGD,SAM-ON \\
+      --data-dir DIR --output output/noise
 """
 
 import argparse
@@ -21,7 +24,6 @@ from samon.errors import UserError, run_script
 from samon.files import write_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "hparams/tradeoff.yaml"
-HELD_OUT = ["--train-split", "train[:45000]", "--val-split", "train[45000:]"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Method:
 ON = "0.02,0.1,0.5"
 METHODS = {
     "SGD": Method("sgd"),
-    "SAM": Method("sam", "0.02,0.05,0.1"),
+    "SAM": Method("sam", "0.02,0.05"),
     "SAM-ON": Method("samon", ON),
-    "SAM no-norm": Method("samnn", "0.02,0.05,0.1"),
+    "SAM no-norm": Method("samnn", "0.02,0.05"),
     "SAM-ON previous": Method("samon", ON, ("--ascent", "previous")),
     "SAM-ON momentum": Method("samon", ON, ("--ascent", "momentum")),
     "SAM-ON every 5th": Method("samon", "", ("--ascent", "every:5"), rho_of="SAM-ON"),
@@ -50,7 +52,7 @@ METHODS = {
 def swept(name: str, stage: str, rhos: str, seeds: int, args: argparse.Namespace, run: bool) -> list[Cell]:
     """The runs of a method in a stage, finished first if asked to."""
     method = METHODS[name]
-    split = HELD_OUT if stage == "choose" else []
+    split = ["--train-split", args.choose_train, "--val-split", args.choose_val] if stage == "choose" else []
     words = ["-c", str(args.config), "--opts", method.opt, "--seeds", str(seeds), "--jobs", str(args.jobs)]
     words += ["--rho", rhos or "recipe", "--output", str(args.output / stage / name.replace(" ", "-"))]
     words += ["--", "--data-dir", str(args.data_dir), *split, *method.train, *args.train]
@@ -61,11 +63,16 @@ def swept(name: str, stage: str, rhos: str, seeds: int, args: argparse.Namespace
     return sweep.collect(sweep.jobs_of(parsed), parsed)
 
 
+def rhos_of(name: str, args: argparse.Namespace) -> str:
+    """The values of rho to choose from."""
+    return (args.rhos or METHODS[name].rhos) if METHODS[name].rhos else ""
+
+
 def rho_of(name: str, args: argparse.Namespace, run: bool) -> str | None:
     """The rho that the held-out images choose; '' where there is nothing to choose, None before all are tried."""
     if METHODS[name].rho_of:
         return rho_of(METHODS[name].rho_of, args, run)
-    rhos = METHODS[name].rhos
+    rhos = rhos_of(name, args)
     if "," not in rhos:
         return rhos
     cells = swept(name, "choose", rhos, 1, args, run)
@@ -78,8 +85,8 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is finished: a row for each method with its choice of rho, test accuracies and processor times."""
     found = []
     for name in METHODS:
-        method, rho = METHODS[name], rho_of(name, args, run=False)
-        chosen = swept(name, "choose", method.rhos, 1, args, False) if "," in method.rhos else []
+        method, rho, rhos = METHODS[name], rho_of(name, args, run=False), rhos_of(name, args)
+        chosen = swept(name, "choose", rhos, 1, args, False) if "," in rhos else []
         tested = [] if rho is None else swept(name, "test", rho, args.seeds, args, False)
         if chosen or tested:
             row: dict[str, Any] = {"method": name, "opt": method.opt, "train": list(method.train), "rho": rho}
@@ -98,6 +105,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", default=",".join(METHODS), help="methods, with commas")
+    parser.add_argument("--rhos", help="values of rho to choose from, in place of the methods' own")
+    parser.add_argument("--choose-train", default="train[:45000]", help="images to train on where rho is chosen")
+    parser.add_argument("--choose-val", default="train[45000:]", help="images that choose rho")
     parser.add_argument("--choose-only", action="store_true", help="stop before the test set is touched")
     parser.add_argument("--table", action="store_true", help="run nothing; write results.json of what is finished")
     parser.add_argument("train", nargs="*", help="behind --: further arguments of every train.py")
