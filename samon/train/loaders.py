@@ -1,12 +1,11 @@
 """Configuration -> the loaders of a run: what is read, how it is mixed and augmented."""
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup
-from torch import Tensor
 
 from samon import data
 from samon.data.sizes import SizeSchedule
@@ -20,23 +19,14 @@ from samon.settings.flag import nearest
 log = logging.getLogger("samon")
 
 
-class Batches(Protocol):
-    """What the loop needs of a loader."""
-
-    mixup_enabled: bool
-    bad_samples: int
-    num_samples: int
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None: ...
+Batches = data.Loader | data.ResidentLoader
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """What a run reads, by the names that `build.Run` has for it."""
 
-    train: Batches
-    held: Batches | None  # to validate on
+    train_loader: Batches
+    eval_loader: Batches | None  # to validate on
     mixup: Mixup | None  # host-side, where the loader does not mix
     class_names: list[str] | None  # in the order of the labels
 
@@ -47,7 +37,6 @@ _AUGMENTATION = {
     **{"num_aug_splits": "aug_splits", "num_workers": "workers"},
     **{key: key for key in ("no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter")},
     **{key: key for key in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
-    "use_multi_epochs_loader": "use_multi_epochs_loader",
 }
 _DATASET = ("sample_split", "shuffle_buffer", "seed")
 

@@ -62,7 +62,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         evaluated = None
         if (progress.epoch + 1) % run.config.val_interval == 0 or last:
             evaluated = validate(run, progress, keeper)
-            decisive = (train if evaluated is None else evaluated)[run.settled.metric]
+            decisive = (train if evaluated is None else evaluated)[run.metric]
             report.end_epoch(run, progress, train, evaluated)
             step_schedule(run, progress, decisive)
             keeper.epoch(progress, decisive)
@@ -72,7 +72,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
     best = keeper.checkpoints.best
-    bad = torch.tensor([int(getattr(run.train_loader, "bad_samples", 0))])
+    bad = torch.tensor([run.train_loader.bad_samples])
     keeper.control.reduce(bad)
     return final | {
         "best_metric": best["metric"],
@@ -255,7 +255,7 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
         same_noise=config.same_noise,
-        replay=not run.settled.no_replay,
+        replay=not run.config.no_replay,
         **how,
     )
     return {} if run.sam is None else dict(run.sam.stats)
@@ -292,8 +292,8 @@ def save_or_stop(
 
 
 def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
-    if run.world.size > 1 and run.settled.dist_bn:
-        distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
+    if run.world.size > 1 and run.config.dist_bn:
+        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
 
 
 def step_schedule(run: Run, progress: Progress, metric: float | None) -> None:

@@ -56,7 +56,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     try:
         run = build(config, world, hooks)
         write_settings(place, run)
-        lower_is_better = run.settled.metric == "loss"
+        lower_is_better = run.metric == "loss"
         checkpoints = Checkpoints(place.directory, config.checkpoint_hist, lower_is_better)
         if config.checkpoint_format == "parts":
             checkpoints = Parts(place.directory, config.checkpoint_hist, lower_is_better, world.primary)

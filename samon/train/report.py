@@ -117,12 +117,12 @@ class Report:
 
     def describe(self, run: Run) -> None:
         """What is about to run: data, model, what is perturbed."""
-        size, settled = sum(p.numel() for p in run.model.parameters()) / 1e6, run.settled
-        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * run.config.fsdp
+        size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
+        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
-        log.info("%s: %.2f M parameters, %d classes, on %s", run.config.model, size, settled.num_classes, place)
+        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, config.num_classes, place)
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
-        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, run.config.opt, settled.lr)
+        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, config.lr)
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
@@ -156,13 +156,12 @@ class Report:
             scalars["train/sharpness"] = means["loss_perturbed"] - means["loss"]
         if run.sam is not None:
             scalars["train/rho"] = run.sam.rho
-        bad_samples = int(getattr(run.train_loader, "bad_samples", 0))
         scalars |= {
             "train/lr": lr,
             "train/images_per_second": speed,
             "train/data_wait": waited,
             "train/skipped_steps": progress.skipped,
-            "train/skipped_samples": bad_samples,
+            "train/skipped_samples": run.train_loader.bad_samples,
         }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)

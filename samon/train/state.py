@@ -154,12 +154,7 @@ def _identity(directory: Path) -> tuple[str | None, str]:
 
 def write_settings(place: Place, run: Run) -> None:
     """args.yaml once more, with what building settled: it says what runs."""
-    on_primary(run.world, lambda: _write(place, effective(run)))
-
-
-def effective(run: Run) -> Config:
-    """The configuration with what building settled."""
-    return lasting(run.config.but(**run.settled.settings()))
+    on_primary(run.world, lambda: _write(place, run.config))
 
 
 def lasting(config: Config) -> Config:
@@ -211,7 +206,7 @@ class Keeper:
             optimizer=optimizer,
             epoch=progress.epoch,
             arch=run.config.model,
-            args={key: value for key, value in vars(effective(run)).items() if key != "config"},
+            args={key: value for key, value in vars(lasting(run.config)).items() if key != "config"},
             metric=metric,
             state_dict_ema=averages,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
@@ -293,7 +288,7 @@ def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:
 
 def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (in the checkpoint, in this run)} where they differ and it matters to the result."""
-    was, now = settings_of(content), vars(effective(run))
+    was, now = settings_of(content), vars(lasting(run.config))
     keys = [key for key in now if key in was and key not in INDIFFERENT]
     return {key: (was[key], now[key]) for key in keys if _plain(was[key]) != _plain(now[key])}
 
