@@ -4,7 +4,7 @@ import datetime
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,10 @@ from torch import nn
 from samon import rng as generators
 from samon.errors import UserError
 from samon.files import write_text
-from samon.session import parts, sharding
+from samon.session import checkpoint, parts, sharding
 from samon.session import world as elastic
-from samon.session.checkpoint import (
-    PARTS,
-    SUFFIX,
-    Checkpoints,
-    Progress,
-    TrainState,
-    newest,
-    progress_of,
-    read,
-    remove,
-    settings_of,
-)
-from samon.session.world import World, on_primary
+from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
+from samon.session.world import on_primary
 from samon.settings.config import FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
@@ -60,23 +49,16 @@ class Place:
     source: Path | None  # the state to continue from
 
 
-def locate(config: Config, world: World) -> Place:
-    """Find or make the run's directory, and the state to continue from."""
-    return on_primary(world, lambda: _locate(config))
-
-
-def _locate(config: Config) -> Place:
+def locate(config: Config) -> Place:
+    """Find or make the run's directory, and the state to continue from; for rank 0, which tells the others."""
     directory = _directory(config)
-    source: Path | None = None
     started, word = _identity(directory)
-    restarted = bool(word) and word == elastic.word()
-    if restarted:
-        source = _newest(directory, started) if started else None
-        if source is None:
-            log.warning("Restarted before a state was saved in %s: starting over", directory)
+    same_run = restarted = bool(word) and word == elastic.word()
+    source = _newest(directory, started) if restarted else None
     if source is None:
         started = None
-    same_run = restarted
+        if restarted:
+            log.warning("Restarted before a state was saved in %s: starting over", directory)
     if source is None and config.resume:
         source = Path(config.resume)
         if source.is_dir() and source.suffix != PARTS:
@@ -86,7 +68,7 @@ def _locate(config: Config) -> Place:
                     f"no complete training state in {config.resume}; name a checkpoint file or drop --resume"
                 )
         same_run = source.parent.resolve() == directory.resolve()
-        started = str(read(source).get("started", "")) if same_run else None
+        started = str(checkpoint.read(source).get("started", "")) if same_run else None
     if not same_run:
         _make_room(directory, config.overwrite)
     place = Place(directory, started or datetime.datetime.now().isoformat(), source)
@@ -106,7 +88,7 @@ def _make_room(directory: Path, overwrite: bool) -> None:
         for name in (ARGS, "summary.csv", "log.txt", "run.json"):
             (directory / name).unlink(missing_ok=True)
         for path in (*kept, *directory.glob("train-batch-*.jpg")):
-            remove(path)
+            checkpoint.remove(path)
         shutil.rmtree(directory / "tb", ignore_errors=True)
 
 
@@ -116,14 +98,14 @@ def stored_settings(resume: str) -> dict[str, Any]:
     if (path / ARGS).is_file():
         found = read_yaml(str(path / ARGS))
     elif path.is_file() or path.suffix == PARTS:
-        found = {key: value for key, value in settings_of(read(path)).items() if key in FLAGS}
+        found = {key: value for key, value in settings_of(checkpoint.read(path)).items() if key in FLAGS}
     else:
         return {}
     return {key: value for key, value in found.items() if key not in (*OF_A_START, "output", "experiment")}
 
 
 def _newest(directory: Path, started: str | None) -> Path | None:
-    path, _, passed = newest(directory, started)
+    path, _, passed = checkpoint.newest(directory, started)
     for reason in passed:
         log.warning("Passed over: %s", reason)
     return path
@@ -177,16 +159,12 @@ class Keeper:
         self.run, self.checkpoints, self.control, self.started = run, checkpoints, control, started
 
     def epoch(self, progress: Progress, metric: float | None) -> None:
-        state = self._capture(replace(progress, epoch_done=True), metric)
-        if state is not None:
-            self.checkpoints.save_epoch(state)
+        self._save(replace(progress, epoch_done=True), metric, self.checkpoints.save_epoch)
 
     def recovery(self, progress: Progress) -> None:
-        state = self._capture(progress, None)
-        if state is not None:
-            self.checkpoints.save_recovery(state)
+        self._save(progress, None, self.checkpoints.save_recovery)
 
-    def _capture(self, progress: Progress, metric: float | None) -> TrainState | None:
+    def _save(self, progress: Progress, metric: float | None, save: Callable[[TrainState], Any]) -> None:
         run, several = self.run, self.run.world.size > 1
         mine = {
             "rng": generators.take(run.world.device),
@@ -200,8 +178,8 @@ class Keeper:
             weights, averages, optimizer = sharding.taken([weights, averages, optimizer], run.world)
         ranks = self.control.gather(mine)
         if ranks is None and not in_parts:
-            return None
-        return TrainState(
+            return
+        state = TrainState(
             state_dict=weights,
             optimizer=optimizer,
             epoch=progress.epoch,
@@ -217,6 +195,7 @@ class Keeper:
             started=self.started,
             class_names=run.class_names,
         )
+        save(state)
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -232,7 +211,8 @@ def _plateau(scheduler: Any) -> dict[str, Any] | None:
 
 def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
     """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
-    content, config = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else read(source), run.config
+    content = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else checkpoint.read(source)
+    config = run.config
     changed = differences(run, content)
     if changed and run.world.primary:
         told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
@@ -259,7 +239,7 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     if source.parent.resolve() == checkpoints.directory.resolve():
         checkpoints.best = content.get("best", checkpoints.best)
         checkpoints.last_good = source
-    progress, ranks = progress_of(content), content.get("ranks", [])
+    progress, ranks = checkpoint.progress_of(content), content.get("ranks", [])
     if config.start_epoch is not None:
         progress = Progress(epoch=config.start_epoch)
     elif progress.epoch_done:
@@ -307,11 +287,8 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> 
         return mine["rng"]
     if ranks:
         log.warning(
-            "The state was saved by %d processes and continues on %d: the epoch goes on after its %d samples, "
-            "but the order of samples and the random numbers differ",
-            len(ranks),
-            world.size,
-            progress.samples,
+            f"The state was saved by {len(ranks)} processes and continues on {world.size}: the epoch goes on after its "
+            f"{progress.samples} samples, but the order of samples and the random numbers differ"
         )
         per_update = world.size * run.config.batch_size * run.config.grad_accum_steps
         progress.updates = progress.samples // per_update
