@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -24,11 +25,11 @@ from samon.session.model import captured, data_config, dtype_of
 from samon.session.sharding import evened
 from samon.settings.rows import steps_or_minutes
 from samon.step.captured import begin, own_gradients
+from samon.step.fisher import fisher_diagonal
 from samon.step.sharded import average_gradients
 from samon.step.two_pass import two_pass
 from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
-from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
 from samon.train.state import Keeper
 
@@ -59,15 +60,16 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         rng = None
         share_running_statistics(run, run.model)
         last = progress.epoch + 1 == run.epochs
-        evaluated = None
-        if (progress.epoch + 1) % run.config.val_interval == 0 or last:
+        due = (progress.epoch + 1) % run.config.val_interval == 0 or last
+        evaluated = decisive = None
+        if due:
             evaluated = validate(run, progress, keeper)
             decisive = (train if evaluated is None else evaluated)[run.metric]
             report.end_epoch(run, progress, train, evaluated)
-            step_schedule(run, progress, decisive)
+        if run.scheduler is not None:
+            run.scheduler.step(progress.epoch + 1, decisive)
+        if due:
             keeper.epoch(progress, decisive)
-        else:
-            step_schedule(run, progress, None)
         final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
@@ -85,7 +87,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
 def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
     run.hooks.begun(run, progress)
-    renew_mask(run, progress, to_device)
+    renew_mask(run, progress)
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
     outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
@@ -113,6 +115,39 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
 
 
+def renew_mask(run: Run, progress: Progress) -> None:
+    """At the begin of each --mask-epochs-th epoch; a `mask_every` in --opt-kwargs counts steps instead.
+
+    The Fisher diagonal is taken over --fisher-samples images in the order and augmentation of the epoch that begins,
+    one by one, in eval mode: BatchNorm has no statistics of a single image. Generators are left as they were.
+    """
+    sam, config = run.sam, run.config
+    if sam is None or sam.mask is None or "mask_every" in config.opt_kwargs:
+        return
+    if not sam.mask.begin_epoch(progress.epoch, run.epochs, config.mask_epochs):
+        return
+    share = -(-config.fisher_samples // run.world.size)
+    with generators.kept(run.world.device):
+        run.model.eval()
+        run.train_loader.set_epoch(progress.epoch, 0)
+        diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
+        run.model.train()
+    sam.mask.renew_fisher(diagonal)
+    log.info("SSAM-F: the mask is renewed from %d images", share * run.world.size)
+
+
+def image_losses(run: Run) -> Iterator[Callable[[], Tensor]]:
+    """The loss of every image by itself, of the model as it is without wrappers."""
+
+    def loss(image: Tensor, target: Tensor) -> Tensor:
+        with run.autocast():
+            return run.loss(run.model(image), target)
+
+    for batch in run.train_loader:
+        images, target = to_device(run, *batch)
+        yield from (partial(loss, *one) for one in zip(images.split(1), target.split(1), strict=True))
+
+
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +158,11 @@ def updates(
     loader, accumulate = run.train_loader, run.config.grad_accum_steps
     loader.set_epoch(progress.epoch, progress.samples)
     off = run.config.mixup_off_epoch
-    set_mixing(run, not off or progress.epoch < off)
+    on = not off or progress.epoch < off
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = on
+    elif not on:
+        loader.mixup_enabled = False
     left = len(loader) - progress.samples // (run.config.batch_size * run.world.size)
     source = clock.timed(loader) if left else iter(())
     if left:
@@ -136,13 +175,6 @@ def updates(
         count = min(accumulate, left)
         yield (to_device(run, *batch) for batch in islice(source, count)), count
         left -= count
-
-
-def set_mixing(run: Run, on: bool) -> None:
-    if run.mixup is not None:
-        run.mixup.mixup_enabled = on
-    elif not on:
-        run.train_loader.mixup_enabled = False
 
 
 def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
@@ -221,12 +253,12 @@ def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
     if m == "device" or m == size:
         first = ascent_forward(run, images, target)
         return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=first)
-    groups = size // int(m)
+    groups, synced = size // int(m), getattr(run.net, "require_backward_grad_sync", False)
     if run.sam is not None and run.sam.can_group:  # every group's own copy of the perturbed parameters fits in one pass
         return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
     rows = []
     for index, (x, y) in enumerate(zip(images.split(int(m)), target.split(int(m)), strict=True)):
-        with sync_if(run, index + 1 == groups) if synced(run) else nullcontext():
+        with sync_if(run, index + 1 == groups or not synced):
             rows.append(perturbed(run, forward(run, x, y), loss_scale=scale / groups))
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
@@ -240,10 +272,6 @@ def ascent_forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Ten
     if size is not None:
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return forward(run, images, target[:part])
-
-
-def synced(run: Run) -> bool:
-    return getattr(run.net, "require_backward_grad_sync", False)
 
 
 def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
@@ -294,11 +322,6 @@ def save_or_stop(
 def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
     if run.world.size > 1 and run.config.dist_bn:
         distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
-
-
-def step_schedule(run: Run, progress: Progress, metric: float | None) -> None:
-    if run.scheduler is not None:
-        run.scheduler.step(progress.epoch + 1, metric)
 
 
 def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] | None:
