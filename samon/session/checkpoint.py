@@ -60,8 +60,7 @@ class TrainState:
 
     def as_dict(self) -> dict[str, Any]:
         """Without absent parts: timm looks for keys, not for None."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -74,9 +73,10 @@ def _numbers(path: Path) -> list[int]:
 class Checkpoints:
     """The files of one run in its directory: kept history, last, best, and the two newest mid-epoch states."""
 
+    suffix = SUFFIX
+
     def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
         self.directory, self.keep, self.lower_is_better = directory, keep, lower_is_better
-        self.suffix = SUFFIX
         self.best: dict[str, Any] = {"metric": None, "epoch": None, "kept": []}
         self.last_good: Path | None = None
 
@@ -237,12 +237,10 @@ def newest(directory: Path, started: str | None = None) -> tuple[Path | None, di
                 continue
             progress = progress_of(content)
             order = (progress.epoch, progress.epoch_done, progress.updates)
+            if found is None or order > found[0]:
+                found = (order, path, content)
         except UserError as error:
             passed.append(str(error))
-            continue
         except _DAMAGED as error:
             passed.append(f"{path} is damaged ({error})")
-            continue
-        if found is None or order > found[0]:
-            found = (order, path, content)
-    return (None, {}, passed) if found is None else (found[1], found[2], passed)
+    return (None, {}, passed) if found is None else (*found[1:], passed)

@@ -56,10 +56,8 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     try:
         run = build(config, world, hooks)
         write_settings(place, run)
-        lower_is_better = run.metric == "loss"
-        checkpoints = Checkpoints(place.directory, config.checkpoint_hist, lower_is_better)
-        if config.checkpoint_format == "parts":
-            checkpoints = Parts(place.directory, config.checkpoint_hist, lower_is_better, world.primary)
+        kind = Parts if config.checkpoint_format == "parts" else Checkpoints
+        checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
         progress, rng = Progress(epoch=config.start_epoch or 0), None
         if place.source:
             progress, rng = restore(run, place.source, checkpoints)
