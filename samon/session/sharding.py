@@ -115,9 +115,8 @@ def given_to(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict
 
 
 def _part(value: Any, like: Tensor) -> Any:
-    if not isinstance(like, DTensor) or isinstance(value, DTensor) or not isinstance(value, Tensor):
-        return value
-    if value.shape != like.shape:
+    whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not whole or not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     # Every process has the whole value: nothing is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
