@@ -58,6 +58,7 @@ class Run:
     model: nn.Module  # the bare model: state_dict, EMA, selection
     net: nn.Module  # what is called: compiled, and wrapped for DDP
     optimizer: torch.optim.Optimizer
+    sam: samon.SAM | None
     scheduler: Scheduler | None
     scaler: torch.amp.GradScaler | None
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -67,22 +68,15 @@ class Run:
     train_loader: Batches
     eval_loader: Batches | None
     class_names: list[str] | None  # in the order of the labels
+    updates_per_epoch: int
     epochs: int  # with cycles, warm-up prefix and cool-down
     metric: str  # what decides the best: a key of the validation (or training) metrics
     hooks: Hooks
 
     @property
-    def sam(self) -> samon.SAM | None:
-        return samon.sam_of(self.optimizer)
-
-    @property
     def no_sync(self) -> Callable[[], AbstractContextManager[Any]] | None:
         """Around all micro-batches of an update but the last: gradients are not sent yet."""
         return no_sync(self.model) if self.config.fsdp else getattr(self.net, "no_sync", None)
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return math.ceil(len(self.train_loader) / self.config.grad_accum_steps)
 
 
 def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
@@ -123,12 +117,14 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
         model=model,
         net=wrap(config, model, world),
         optimizer=optimizer,
+        sam=sam,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
         autocast=models.autocast(config, world.device),
         ema=ema,
         loss=build_loss(config).to(world.device),
         **read._asdict(),
+        updates_per_epoch=updates,
         epochs=epochs,
         metric=metric,
         hooks=hooks or Hooks(),
@@ -136,7 +132,7 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     if sam is not None:
         if config.torchcompile:
             sam.compile(config.torchcompile, config.torchcompile_mode)
-        sam.ascent.total = epochs * run.updates_per_epoch
+        sam.ascent.total = epochs * updates
     run.hooks.built(run)
     return run
 

@@ -90,16 +90,14 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
     renew_mask(run, progress)
     run.net.train()
     meter, clock = Meter(progress), Clock(run.world.size)
-    outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
     report.begin_epoch(run, progress)
     for batches, count in updates(run, progress, clock, rng, report):
         perturb = perturbs(run, progress)
         values, samples = gradient(run, batches, count, perturb)
         values["grad_norm"], applied = apply_gradient(run)
-        outcomes.append(applied)
-        if isinstance(applied, bool):
-            count_bad(run, progress, keeper, outcomes)
         meter.add(samples, values, applied)
+        if isinstance(applied, bool):
+            count_bad(run, progress, keeper, meter.outcomes)
         progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
         after_update(run, progress)
         run.hooks.updated(run, progress, perturb)
@@ -107,9 +105,9 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
         report.advance()
         last = progress.updates == run.updates_per_epoch
         if progress.updates % run.config.log_interval == 0 or last:
-            count_bad(run, progress, keeper, outcomes)
+            count_bad(run, progress, keeper, meter.outcomes)
             report.update(run, progress, meter.read(keeper.control.reduce), *clock.read())
-        save_or_stop(run, progress, keeper, meter, outcomes, last)
+        save_or_stop(run, progress, keeper, meter, last)
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
@@ -300,15 +298,13 @@ def after_update(run: Run, progress: Progress) -> None:
         torch.cuda.synchronize()
 
 
-def save_or_stop(
-    run: Run, progress: Progress, keeper: Keeper, meter: Meter, outcomes: list[bool | Tensor], last: bool
-) -> None:
+def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
     signum, due = keeper.control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and not last):
-        count_bad(run, progress, keeper, outcomes)
+        count_bad(run, progress, keeper, meter.outcomes)
         meter.read(keeper.control.reduce)
         keeper.recovery(progress)
     if signum:
@@ -363,14 +359,11 @@ class Clock:
         self.world_size, self.samples, self._waited, self._since = world_size, 0, 0.0, time.monotonic()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        source = iter(batches)
-        while True:
-            before = time.monotonic()
-            batch = next(source, None)
+        before = time.monotonic()
+        for batch in batches:
             self._waited += time.monotonic() - before
-            if batch is None:
-                return
             yield batch
+            before = time.monotonic()
 
     def read(self) -> tuple[float, float]:
         now = time.monotonic()

@@ -37,10 +37,12 @@ class Meter:
 
     def __init__(self, progress: Progress) -> None:
         self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
+        self.outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
         self._window: list[tuple[int | Tensor, dict[str, Tensor]]] = []
 
     def add(self, samples: int, values: dict[str, Tensor], applied: bool | Tensor = True) -> None:
         """An update's values; those of one that was not applied do not count."""
+        self.outcomes.append(applied)
         if isinstance(applied, Tensor):
             values = {name: torch.where(applied, value, 0) for name, value in values.items()}
             self._window.append((samples * applied, values))
@@ -147,7 +149,7 @@ class Report:
 
     def update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""
-        if not self.primary or self._tensorboard is None:
+        if self._tensorboard is None:
             return
         step = progress.epoch * run.updates_per_epoch + progress.updates
         lr = mean_lr(run.optimizer)
