@@ -21,7 +21,6 @@ from samon.files import write_text
 from samon.session import checkpoint, parts, sharding
 from samon.session import world as elastic
 from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
-from samon.session.world import on_primary
 from samon.settings.config import FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
@@ -72,7 +71,7 @@ def locate(config: Config) -> Place:
     if not same_run:
         _make_room(directory, config.overwrite)
     place = Place(directory, started or datetime.datetime.now().isoformat(), source)
-    _write(place, config)
+    write_settings(place, config)
     return place
 
 
@@ -134,17 +133,13 @@ def _identity(directory: Path) -> tuple[str | None, str]:
     return (found.group(1), found.group(2)) if found else (None, "")
 
 
-def write_settings(place: Place, run: Run) -> None:
-    """args.yaml once more, with what building settled: it says what runs."""
-    on_primary(run.world, lambda: _write(place, run.config))
-
-
 def lasting(config: Config) -> Config:
     """Without how this start of the run was asked for."""
     return config.but(**{key: FLAGS[key].default for key in OF_A_START})
 
 
-def _write(place: Place, config: Config) -> None:
+def write_settings(place: Place, config: Config) -> None:
+    """args.yaml, before building, and once more with what building settled: it says what runs."""
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         write_text(place.directory / ARGS, f"# started {place.started} {elastic.word()}\n{dump(lasting(config))}")
@@ -290,8 +285,7 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> 
             f"The state was saved by {len(ranks)} processes and continues on {world.size}: the epoch goes on after its "
             f"{progress.samples} samples, but the order of samples and the random numbers differ"
         )
-        per_update = world.size * run.config.batch_size * run.config.grad_accum_steps
-        progress.updates = progress.samples // per_update
+        progress.updates = progress.samples // (world.size * run.config.batch_size * run.config.grad_accum_steps)
     utils.random_seed(run.config.seed + progress.epoch, world.rank)
     return None
 
