@@ -84,19 +84,18 @@ class Checkpoints:
         """`checkpoint-N`, also as `last` and, if it is, `model_best`; then drop the worst beyond the history."""
         epoch, metric = state.epoch, state.metric
         name = f"checkpoint-{epoch}{self.suffix}"
-        kept = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
-        kept.sort(key=lambda pair: self._rank(pair[1]))
+        pairs = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
+        pairs.sort(key=lambda pair: self._rank(pair[1]))
         improved = metric is not None and self._rank(metric) < self._rank(self.best["metric"])
-        dropped, kept = kept[self.keep :], kept[: self.keep]
-        best = {"metric": metric, "epoch": epoch} if improved else {k: self.best[k] for k in ("metric", "epoch")}
-        self.best = state.best = {**best, "kept": kept}
+        best = {"metric": metric, "epoch": epoch} if improved else {}
+        self.best = state.best = {**self.best, **best, "kept": pairs[: self.keep]}
         path = self.directory / name
         self._write(state, path)
         self._publish(path, improved)
         recoveries = self.directory.glob(f"recovery-*{self.suffix}")
-        self._discard([*(self.directory / old for old, _ in dropped), *recoveries])
+        self._discard([*(self.directory / old for old, _ in pairs[self.keep :]), *recoveries])
 
-    def save_recovery(self, state: TrainState) -> Path:
+    def save_recovery(self, state: TrainState) -> None:
         """A mid-epoch state; the one before it is kept until the next."""
         state.best = self.best
         progress = state.progress
@@ -104,7 +103,6 @@ class Checkpoints:
         self._write(state, path)
         self._discard(sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2])
         self.last_good = path
-        return path
 
     def _publish(self, path: Path, improved: bool) -> None:
         try:

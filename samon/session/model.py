@@ -56,8 +56,7 @@ def create(config: Config, **factory: Any) -> nn.Module:
 
 def fixed_input(name: str) -> bool:
     """Whether the network is made for one image size, which its factory is to be told."""
-    cfg = None if name.startswith(_HUBS) else timm.get_pretrained_cfg(name)
-    return cfg is not None and cfg.fixed_input_size
+    return not name.startswith(_HUBS) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 
 
 def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
@@ -226,19 +225,15 @@ def weights_checked(path: str) -> Iterator[None]:
     def loads(module: nn.Module, result: Any) -> None:
         loaded.append((module, set(result.missing_keys)))
 
-    watched: dict[nn.Module, Any] = {}
-
     def watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if parent not in watched:
-            watched[parent] = parent.register_load_state_dict_post_hook(loads)
+        handles.append(parent.register_load_state_dict_post_hook(loads))
 
-    handle = register_module_module_registration_hook(watch)
+    handles = [register_module_module_registration_hook(watch)]
     try:
         yield
     finally:
-        handle.remove()
-        for hook in watched.values():
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     if loaded:
         _judge(path, *loaded[-1])
 

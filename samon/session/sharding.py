@@ -61,7 +61,7 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> nn.Module:
+def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> None:
     """Share the model out, in place: the weights of rank 0, a block at a time on the device."""
     _agree(model, world)
     whole = set(norm_parameters(model).values())
@@ -77,7 +77,6 @@ def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> n
     fully_shard(model, **how)
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(world.device)
-    return model
 
 
 @torch.no_grad()

@@ -174,21 +174,17 @@ def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> 
         "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
     }
     if config.train_img_sizes:
-        kwargs["size_schedule"] = _size_schedule(config, batches)
+        kwargs["size_schedule"] = SizeSchedule(
+            sizes=tuple(config.train_img_sizes),
+            weights=tuple(config.train_size_probs) if config.train_size_probs else None,
+            batches=batches,
+            seed=config.seed,
+            progressive=config.train_size_schedule == "progressive",
+            epochs=config.epochs,
+            spread=config.train_size_schedule_spread,
+            random_mix=config.train_size_random_mix,
+        )
     return kwargs
-
-
-def _size_schedule(config: Config, batches: int) -> SizeSchedule:
-    return SizeSchedule(
-        sizes=tuple(config.train_img_sizes),
-        weights=tuple(config.train_size_probs) if config.train_size_probs else None,
-        batches=batches,
-        seed=config.seed,
-        progressive=config.train_size_schedule == "progressive",
-        epochs=config.epochs,
-        spread=config.train_size_schedule_spread,
-        random_mix=config.train_size_random_mix,
-    )
 
 
 def mixing(config: Config) -> bool:
