@@ -76,8 +76,8 @@ def check_splits(config: Config, train: Source, held: Source, classes: int, say:
 
 def build_data(config: Config, classes: int, data_config: dict[str, Any], world: World) -> Data:
     """Loaders over both splits, checked against each other."""
-    keys = ("input_size", "mean", "std")
-    shared = {key: data_config[key] for key in keys} | {
+    shared = {
+        **{key: data_config[key] for key in ("input_size", "mean", "std")},
         "pin_memory": config.pin_mem,
         "img_dtype": dtype_of(config.model_dtype) or torch.float32,
         "device": world.device,
@@ -91,23 +91,22 @@ def build_data(config: Config, classes: int, data_config: dict[str, Any], world:
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
             raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
-        names = train.source.class_names
-        if not config.val_split:
-            return Data(train_loader, None, mixup, names)
-        held = _dataset(config, classes, data_config, config.val_split, None)
-        say = log.warning if world.primary else log.debug  # once
-        check_splits(config, train.source, held.source, classes, say)
-        # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
-        eval_loader: Batches = make(
-            held,
-            is_training=False,
-            batch_size=config.validation_batch_size or config.batch_size,
-            num_workers=config.workers,
-            decoder="pil" if config.decoder == "auto" else config.decoder,
-            **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-            **shared,
-        )
-    return Data(train_loader, eval_loader, mixup, names)
+        eval_loader: Batches | None = None
+        if config.val_split:
+            held = _dataset(config, classes, data_config, config.val_split, None)
+            say = log.warning if world.primary else log.debug  # once
+            check_splits(config, train.source, held.source, classes, say)
+            # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
+            eval_loader = make(
+                held,
+                is_training=False,
+                batch_size=config.validation_batch_size or config.batch_size,
+                num_workers=config.workers,
+                decoder="pil" if config.decoder == "auto" else config.decoder,
+                **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+                **shared,
+            )
+    return Data(train_loader, eval_loader, mixup, train.source.class_names)
 
 
 def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
@@ -129,15 +128,13 @@ def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
 
 def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: str, training: World | None) -> Any:
     """A split: to train on by the processes of `training`, or None to validate on."""
+    size, samples = config.batch_size, config.train_num_samples
     if training is None:
-        size, samples = config.validation_batch_size or config.batch_size, config.val_num_samples
-        extra: dict[str, Any] = {}
-    else:
-        size, samples, extra = config.batch_size, config.train_num_samples, {"repeats": config.epoch_repeats}
-        if config.train_batches_per_epoch:
-            samples = config.train_batches_per_epoch * size * training.size
-    if config.data_resident:  # every process reads the whole set once, from front to back
-        extra = {"rank": 0, "world_size": 1}
+        size, samples = config.validation_batch_size or size, config.val_num_samples
+    elif config.train_batches_per_epoch:
+        samples = config.train_batches_per_epoch * size * training.size
+    # With --data-resident every process reads the whole set once, from front to back.
+    ranks: dict[str, Any] = {"rank": 0, "world_size": 1} if config.data_resident else {}
     return data.create_dataset(
         config.dataset,
         root=config.data_dir,
@@ -146,11 +143,12 @@ def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: s
         batch_size=size,
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
+        repeats=config.epoch_repeats,  # counts in training alone
         num_classes=classes,
         max_bad_fraction=config.max_bad_samples,
         **{key: getattr(config, key) for key in _DATASET},
         **_opening(config),
-        **extra,
+        **ranks,
     )
 
 
