@@ -35,6 +35,7 @@ from samon.train.state import Keeper
 
 log = logging.getLogger("samon")
 Batch = tuple[Tensor, Tensor]
+Update = tuple[Iterator[Batch], int]
 
 
 def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
     run.hooks.begun(run, progress)
     renew_mask(run, progress)
     run.net.train()
-    meter, clock = Meter(progress), Clock(run.world.size)
+    meter, clock = Meter(progress), Clock(progress)
     report.begin_epoch(run, progress)
     for batches, count in updates(run, progress, clock, rng, report):
         perturb = perturbs(run, progress)
@@ -101,7 +102,6 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
         progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
         after_update(run, progress)
         run.hooks.updated(run, progress, perturb)
-        clock.samples += samples
         report.advance()
         last = progress.updates == run.updates_per_epoch
         if progress.updates % run.config.log_interval == 0 or last:
@@ -149,9 +149,7 @@ def image_losses(run: Run) -> Iterator[Callable[[], Tensor]]:
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
-def updates(
-    run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report
-) -> Iterator[tuple[Iterator[Batch], int]]:
+def updates(run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report) -> Iterator[Update]:
     """(the micro-batches of an update, their number), from where `progress` stands to the end of the epoch."""
     loader, accumulate = run.train_loader, run.config.grad_accum_steps
     loader.set_epoch(progress.epoch, progress.samples)
@@ -337,10 +335,9 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         size = data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype_of(run.config.model_dtype))
         batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
-    name, length = f"validation {progress.epoch}", len(run.eval_loader)
     metrics = accuracy(
         model,
-        bar(name, length, "batch", batches, show=run.world.primary),
+        bar(f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.primary),
         device=run.world.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
@@ -355,8 +352,8 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
 class Clock:
     """Images per second and the share of time spent waiting for data, since the last reading."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size, self.samples, self._waited, self._since = world_size, 0, 0.0, time.monotonic()
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self._samples, self._waited, self._since = progress, progress.samples, 0.0, time.monotonic()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         before = time.monotonic()
@@ -366,8 +363,8 @@ class Clock:
             before = time.monotonic()
 
     def read(self) -> tuple[float, float]:
-        now = time.monotonic()
+        now, samples = time.monotonic(), self.progress.samples
         passed = max(now - self._since, 1e-9)
-        result = self.samples * self.world_size / passed, self._waited / passed
-        self.samples, self._waited, self._since = 0, 0.0, now
+        result = (samples - self._samples) / passed, self._waited / passed
+        self._samples, self._waited, self._since = samples, 0.0, now
         return result
