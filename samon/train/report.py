@@ -111,8 +111,6 @@ class Report:
         return run
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
         self._open.close()
 
     # --- while training -------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ class Report:
         self._started = self._started or time.monotonic()
         if self.primary and self._bar is None and on_terminal():
             total, before = run.epochs * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
-            self._bar = bar("", total, "update", initial=before + progress.updates)
+            self._bar = self._open.enter_context(bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
             self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
 
@@ -214,8 +212,7 @@ class Report:
 
     def told(self) -> dict[str, Any]:
         """The last epoch's metrics of a run that has ended, as it wrote them."""
-        path = self.directory / "summary.csv"
-        rows = list(csv.DictReader(path.read_text().splitlines())) if self.primary and path.exists() else []
+        rows = summary_rows(self.directory / "summary.csv") if self.primary else []
         row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
         return row | ({"epoch": int(row["epoch"])} if row else {})
 
@@ -241,12 +238,13 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(sum(rates) / len(rates))
 
 
+def summary_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
 def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     """Add an epoch's row; rows of this epoch and later, of an earlier attempt, go."""
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    kept = [old for old in summary_rows(path) if int(old["epoch"]) < row["epoch"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(row), extrasaction="ignore", lineterminator="\r\n")
     writer.writeheader()
