@@ -156,8 +156,7 @@ class Parts(Checkpoints):
     def finish(self) -> None:
         """The end of a run: the last state and the best one also as timm's single files."""
         self.settle()
-        kept = [self.directory / name for name, _ in self.best["kept"]]
-        if not self.primary or not kept:
+        if not self.primary or not self.best["kept"]:
             return
         best = self.directory / f"checkpoint-{self.best['epoch']}{PARTS}"
         for name, path in (("last", self.last_good), ("model_best", best)):

@@ -93,13 +93,11 @@ def _make_room(directory: Path, overwrite: bool) -> None:
 
 def stored_settings(resume: str) -> dict[str, Any]:
     """What the run that `--resume` names was made with, for a command line that says no more than that."""
-    path = Path(resume)
+    path, found = Path(resume), {}
     if (path / ARGS).is_file():
         found = read_yaml(str(path / ARGS))
     elif path.is_file() or path.suffix == PARTS:
         found = {key: value for key, value in settings_of(checkpoint.read(path)).items() if key in FLAGS}
-    else:
-        return {}
     return {key: value for key, value in found.items() if key not in (*OF_A_START, "output", "experiment")}
 
 
