@@ -75,7 +75,7 @@ def counted(text: str) -> tuple[float, float]:
     plain = flops(lambda: forward().backward())
     if not samon.is_sam_name(config.opt):
         return plain, plain
-    optimizer = build_optimizer(config, model, 0.1)
+    optimizer = build_optimizer(config.but(lr=0.1), model)
     how: dict[str, Any] = {"replay": not config.no_replay}
     if isinstance(config.m_sharpness, int):
         how["groups"] = config.batch_size // config.m_sharpness

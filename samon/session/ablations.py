@@ -34,11 +34,10 @@ def weight_decay_groups(model: nn.Module, decay: float, on: str) -> list[dict[st
     decays = {"all": lambda p: True, "non-norm": lambda p: id(p) not in norms, "none": lambda p: False}[on]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
-    for wanted in (False, True):
-        chosen = [(name, p) for name, p in named if decays(p) is wanted]
+    for wanted, rate in ((False, 0.0), (True, decay)):
+        chosen = {name: p for name, p in named if decays(p) is wanted}
         if chosen:
-            names, parameters = map(list, zip(*chosen, strict=True))
-            groups.append({"params": parameters, "param_names": names, "weight_decay": decay if wanted else 0.0})
+            groups.append({"params": [*chosen.values()], "param_names": [*chosen], "weight_decay": rate})
     return groups
 
 

@@ -60,8 +60,7 @@ class TrainState:
 
     def as_dict(self) -> dict[str, Any]:
         """Without absent parts: timm looks for keys, not for None."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -74,9 +73,10 @@ def _numbers(path: Path) -> list[int]:
 class Checkpoints:
     """The files of one run in its directory: kept history, last, best, and the two newest mid-epoch states."""
 
+    suffix = SUFFIX
+
     def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
         self.directory, self.keep, self.lower_is_better = directory, keep, lower_is_better
-        self.suffix = SUFFIX
         self.best: dict[str, Any] = {"metric": None, "epoch": None, "kept": []}
         self.last_good: Path | None = None
 
@@ -84,19 +84,18 @@ class Checkpoints:
         """`checkpoint-N`, also as `last` and, if it is, `model_best`; then drop the worst beyond the history."""
         epoch, metric = state.epoch, state.metric
         name = f"checkpoint-{epoch}{self.suffix}"
-        kept = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
-        kept.sort(key=lambda pair: self._rank(pair[1]))
+        pairs = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
+        pairs.sort(key=lambda pair: self._rank(pair[1]))
         improved = metric is not None and self._rank(metric) < self._rank(self.best["metric"])
-        dropped, kept = kept[self.keep :], kept[: self.keep]
-        best = {"metric": metric, "epoch": epoch} if improved else {k: self.best[k] for k in ("metric", "epoch")}
-        self.best = state.best = {**best, "kept": kept}
+        best = {"metric": metric, "epoch": epoch} if improved else {}
+        self.best = state.best = {**self.best, **best, "kept": pairs[: self.keep]}
         path = self.directory / name
         self._write(state, path)
         self._publish(path, improved)
         recoveries = self.directory.glob(f"recovery-*{self.suffix}")
-        self._discard([*(self.directory / old for old, _ in dropped), *recoveries])
+        self._discard([*(self.directory / old for old, _ in pairs[self.keep :]), *recoveries])
 
-    def save_recovery(self, state: TrainState) -> Path:
+    def save_recovery(self, state: TrainState) -> None:
         """A mid-epoch state; the one before it is kept until the next."""
         state.best = self.best
         progress = state.progress
@@ -104,7 +103,6 @@ class Checkpoints:
         self._write(state, path)
         self._discard(sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2])
         self.last_good = path
-        return path
 
     def _publish(self, path: Path, improved: bool) -> None:
         try:
@@ -237,12 +235,10 @@ def newest(directory: Path, started: str | None = None) -> tuple[Path | None, di
                 continue
             progress = progress_of(content)
             order = (progress.epoch, progress.epoch_done, progress.updates)
+            if found is None or order > found[0]:
+                found = (order, path, content)
         except UserError as error:
             passed.append(str(error))
-            continue
         except _DAMAGED as error:
             passed.append(f"{path} is damaged ({error})")
-            continue
-        if found is None or order > found[0]:
-            found = (order, path, content)
-    return (None, {}, passed) if found is None else (found[1], found[2], passed)
+    return (None, {}, passed) if found is None else (*found[1:], passed)

@@ -14,7 +14,7 @@ from PIL import ImageMode
 from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 
 from samon.errors import UserError, user_errors
 from samon.optim.perturb import CAPTURING
@@ -56,8 +56,7 @@ def create(config: Config, **factory: Any) -> nn.Module:
 
 def fixed_input(name: str) -> bool:
     """Whether the network is made for one image size, which its factory is to be told."""
-    cfg = None if name.startswith(_HUBS) else timm.get_pretrained_cfg(name)
-    return cfg is not None and cfg.fixed_input_size
+    return not name.startswith(_HUBS) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 
 
 def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
@@ -148,20 +147,18 @@ def refusal(model: nn.Module, size: Sequence[int]) -> str:
 @torch.no_grad()
 def one_value_norm(model: nn.Module, size: Sequence[int]) -> str:
     """The name of a BatchNorm layer that sees one value a channel of an image of this size [C, H, W], or ''."""
+    names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if inputs[0].numel() == inputs[0].shape[1]:
-            found.append(name)
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs[0].numel() == inputs[0].shape[1]:
+            found.append(names[module])
 
-    kinds = nn.modules.batchnorm._BatchNorm
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    handles = [module.register_forward_pre_hook(partial(look, name)) for name, module in layers.items()]
+    handle = register_module_forward_pre_hook(look)
     try:
         refusal(model, size)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return found[0] if found else ""
 
 
@@ -223,28 +220,22 @@ def weights_checked(path: str) -> Iterator[None]:
 
     timm drops the classifier and then loads whatever fits, so that a file of another network, or with other names,
     leaves the model at its random start without a word."""
-    loaded: dict[nn.Module, set[str]] = {}  # the last one loaded is the model itself
+    loaded: list[tuple[nn.Module, set[str]]] = []  # the last one loaded is the model itself
 
     def loads(module: nn.Module, result: Any) -> None:
-        loaded.pop(module, None)
-        loaded[module] = set(result.missing_keys)
-
-    watched: dict[nn.Module, Any] = {}
+        loaded.append((module, set(result.missing_keys)))
 
     def watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if parent not in watched:
-            watched[parent] = parent.register_load_state_dict_post_hook(loads)
+        handles.append(parent.register_load_state_dict_post_hook(loads))
 
-    handle = register_module_module_registration_hook(watch)
+    handles = [register_module_module_registration_hook(watch)]
     try:
         yield
     finally:
-        handle.remove()
-        for hook in watched.values():
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     if loaded:
-        model, missing = list(loaded.items())[-1]
-        _judge(path, model, missing)
+        _judge(path, *loaded[-1])
 
 
 def _judge(path: str, model: nn.Module, missing: set[str]) -> None:

@@ -7,8 +7,7 @@ without it is not complete.
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from samon.session.checkpoint import PARTS, REST, SUFFIX, Checkpoints, TrainStat
 ALONE = "torch.distributed is disabled"  # how PyTorch begins to warn of a single process
 TREES = ("state_dict", "state_dict_ema")
 _RECORDS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_PLAIN = (("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("torch.serialization", "_get_layout"))
+_PLAIN = {("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("torch.serialization", "_get_layout")}
+_PLAIN |= {("torch", "Size"), *(("builtins", name) for name in ("set", "frozenset", "dict", "list", "tuple"))}
 _TYPES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -47,23 +47,12 @@ class _Plain(pickle.Unpickler):
     """The records that `torch.distributed.checkpoint` writes, torch's types, plain containers; nothing that does."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module in _RECORDS else None
-        plain = module == "builtins" and name in ("set", "frozenset", "dict", "list", "tuple")
-        if plain or (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        if module == "torch" and (found is torch.Size or isinstance(found, _TYPES)):
-            return found
-        if module != "torch" and isinstance(found, type):
-            return found
+        plain = (module, name) in _PLAIN
+        if plain or module in _RECORDS:
+            found = super().find_class(module, name)
+            if plain or isinstance(found, _TYPES if module == "torch" else type):
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One process is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ALONE)
-        yield
 
 
 def flat(state: TrainState) -> tuple[dict[str, Tensor], TrainState]:
@@ -95,17 +84,16 @@ def loaded(path: Path, like: Callable[[str], Tensor | None] | None = None) -> di
         raise UserError(f"--resume {path} is damaged or no checkpoint ({error}); use another one") from None
     names = content.pop("names")  # in the model's order
     target = {name: _room(found.get(name), None if like is None else like(name)) for name in names}
-    with _alone():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ALONE)  # one process is what is meant
         dcp.load(dict(target), storage_reader=reader, no_dist=like is None or not dist.is_initialized())
-    for tree in TREES:
-        if content.get(tree) is not None:
-            content[tree] = {n.partition("/")[2]: t for n, t in target.items() if n.partition("/")[0] == tree}
-    states = content["optimizer"]["state"]
     for name, tensor in target.items():
         kind, _, rest = name.partition("/")
-        if kind == "optimizer":
+        if kind in TREES:
+            content[kind][rest] = tensor
+        else:
             index, _, key = rest.partition("/")
-            states.setdefault(int(index), {})[key] = tensor
+            content["optimizer"]["state"].setdefault(int(index), {})[key] = tensor
     return content
 
 
@@ -121,12 +109,14 @@ def _room(about: Any, like: Tensor | None) -> Tensor:
 class Parts(Checkpoints):
     """The states of a run, written in the background."""
 
-    def __init__(self, directory: Path, keep: int, lower_is_better: bool, primary: bool) -> None:
+    suffix = PARTS
+
+    def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
         super().__init__(directory, keep, lower_is_better)
-        self.suffix, self.primary = PARTS, primary
         warnings.filterwarnings("ignore", ALONE)  # for good: a thread of PyTorch's warns
         # Of its own, since threads write while the others are in use.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.primary = self.group is None or dist.get_rank() == 0
         self._pending: tuple[Any, Path] | None = None
         self._outdated: list[Path] = []
 
@@ -153,12 +143,12 @@ class Parts(Checkpoints):
 
     def settle(self) -> None:
         """Wait for what is being written; what it replaces goes."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._pending is not None:
+            (writing, path), self._pending = self._pending, None
             try:
-                pending[0].result()
+                writing.result()
             except Exception as error:  # of a writing thread
-                raise self._fault(pending[1], error) from error
+                raise self._fault(path, error) from error
         outdated, self._outdated = self._outdated, []
         for path in outdated if self.primary else []:
             remove(path)
@@ -166,8 +156,7 @@ class Parts(Checkpoints):
     def finish(self) -> None:
         """The end of a run: the last state and the best one also as timm's single files."""
         self.settle()
-        kept = [self.directory / name for name, _ in self.best["kept"]]
-        if not self.primary or not kept:
+        if not self.primary or not self.best["kept"]:
             return
         best = self.directory / f"checkpoint-{self.best['epoch']}{PARTS}"
         for name, path in (("last", self.last_good), ("model_best", best)):

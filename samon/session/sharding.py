@@ -61,7 +61,7 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> nn.Module:
+def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> None:
     """Share the model out, in place: the weights of rank 0, a block at a time on the device."""
     _agree(model, world)
     whole = set(norm_parameters(model).values())
@@ -77,7 +77,6 @@ def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> n
     fully_shard(model, **how)
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(world.device)
-    return model
 
 
 @torch.no_grad()
@@ -115,9 +114,8 @@ def given_to(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict
 
 
 def _part(value: Any, like: Tensor) -> Any:
-    if not isinstance(like, DTensor) or isinstance(value, DTensor) or not isinstance(value, Tensor):
-        return value
-    if value.shape != like.shape:
+    whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not whole or not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     # Every process has the whole value: nothing is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -110,9 +110,9 @@ def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]
     found: dict[Any, Tensor] = {}
     for i, p in enumerate(parameters(optimizer)):
         found[i, ""] = local(p)
-        state = optimizer.state.get(p, {})
-        tensors = {name: local(value) for name, value in state.items() if isinstance(value, Tensor)}
-        found |= {(i, name): value for name, value in tensors.items() if value.device == p.device}
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.device == p.device:
+                found[i, name] = local(value)
     if sam is not None:
         found |= {("kept", name): value for name, value in sam.ascent.kept.items()}
         found |= {("moments", i): value for i, value in enumerate(sam.ascent.moments)}

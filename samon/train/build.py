@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,25 +33,6 @@ from samon.train.loaders import Batches, build_data, data_classes, mixing
 log = logging.getLogger("samon")
 
 
-@dataclass(frozen=True)
-class Settled:
-    """What building decided where the configuration leaves it open; args.yaml and checkpoints say it too."""
-
-    num_classes: int
-    lr: float
-    dist_bn: str
-    no_replay: bool
-    rho: float | None  # of the sharpness-aware optimizer, its own default included
-    eta: float | None
-    epochs: int  # with cycles, warm-up prefix and cool-down
-    metric: str  # what decides the best: a key of the validation (or training) metrics
-
-    def settings(self) -> dict[str, Any]:
-        """As settings of train.py, for a configuration that makes the same run again."""
-        keys = ("num_classes", "lr", "dist_bn", "no_replay", "rho", "eta")
-        return {key: getattr(self, key) for key in keys}
-
-
 def nothing(*_: Any) -> None:
     pass
 
@@ -72,12 +53,12 @@ class Hooks:
 class Run:
     """What the loop works with."""
 
-    config: Config
-    settled: Settled
+    config: Config  # with what building decided where it was left open; args.yaml and checkpoints say it too
     world: World
     model: nn.Module  # the bare model: state_dict, EMA, selection
     net: nn.Module  # what is called: compiled, and wrapped for DDP
     optimizer: torch.optim.Optimizer
+    sam: samon.SAM | None
     scheduler: Scheduler | None
     scaler: torch.amp.GradScaler | None
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -87,24 +68,15 @@ class Run:
     train_loader: Batches
     eval_loader: Batches | None
     class_names: list[str] | None  # in the order of the labels
-    hooks: Hooks = field(default_factory=Hooks)
-
-    @property
-    def sam(self) -> samon.SAM | None:
-        return samon.sam_of(self.optimizer)
+    updates_per_epoch: int
+    epochs: int  # with cycles, warm-up prefix and cool-down
+    metric: str  # what decides the best: a key of the validation (or training) metrics
+    hooks: Hooks
 
     @property
     def no_sync(self) -> Callable[[], AbstractContextManager[Any]] | None:
         """Around all micro-batches of an update but the last: gradients are not sent yet."""
         return no_sync(self.model) if self.config.fsdp else getattr(self.net, "no_sync", None)
-
-    @property
-    def epochs(self) -> int:
-        return self.settled.epochs
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return math.ceil(len(self.train_loader) / self.config.grad_accum_steps)
 
 
 def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
@@ -122,48 +94,45 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     if mesh is not None:
         for one in (model, *([ema.module] if ema is not None else [])):
             sharding.shard(config, one, world, mesh)
-    lr = learning_rate(config, world.size)
-    optimizer = build_optimizer(config, model, lr)
+    config = config.but(lr=learning_rate(config, world.size))
+    optimizer = build_optimizer(config, model)
     sam = samon.sam_of(optimizer)
     read = build_data(config, classes, data_config, world)
-    metric = config.eval_metric if read.held is not None else "loss"
-    updates = math.ceil(len(read.train) / config.grad_accum_steps)
+    metric = config.eval_metric if read.eval_loader is not None else "loss"
+    updates = math.ceil(len(read.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     if sam is not None and config.sam_start_epoch >= epochs:
         start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
         raise UserError(f"{start}: none has the two-pass step; start earlier, or take the base optimizer")
-    settled = Settled(
+    config = config.but(
         num_classes=classes,
-        lr=lr,
         dist_bn="" if config.sync_bn and world.size > 1 else config.dist_bn,
         no_replay=sam is not None and not replays(config, sam),
-        rho=config.rho if sam is None else sam.rho,
+        rho=config.rho if sam is None else sam.rho,  # the optimizer's own default included
         eta=config.eta if sam is None else sam.eta,
-        epochs=epochs,
-        metric=metric,
     )
     run = Run(
         config=config,
-        settled=settled,
         world=world,
         model=model,
         net=wrap(config, model, world),
         optimizer=optimizer,
+        sam=sam,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
         autocast=models.autocast(config, world.device),
         ema=ema,
         loss=build_loss(config).to(world.device),
-        mixup=read.mixup,
-        train_loader=read.train,
-        eval_loader=read.held,
-        class_names=read.class_names,
+        **read._asdict(),
+        updates_per_epoch=updates,
+        epochs=epochs,
+        metric=metric,
         hooks=hooks or Hooks(),
     )
     if sam is not None:
         if config.torchcompile:
             sam.compile(config.torchcompile, config.torchcompile_mode)
-        sam.ascent.total = epochs * run.updates_per_epoch
+        sam.ascent.total = epochs * updates
     run.hooks.built(run)
     return run
 
@@ -215,7 +184,7 @@ def learning_rate(config: Config, world_size: int) -> float:
     return float(config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
 
 
-def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's factory, with this package's arguments where the name is one of ours."""
     extra = dict(config.opt_kwargs)
     if samon.is_sam_name(config.opt):
@@ -224,9 +193,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None = None) -
         extra |= {key: value for key, value in ours.items() if value is not None}
     if config.weight_decay_on:
         extra["param_group_fn"] = partial(weight_decay_groups, decay=config.weight_decay, on=config.weight_decay_on)
-    settings = optimizer_kwargs(cfg=config if lr is None else config.but(lr=lr))
     with user_errors(f"--opt {config.opt}"):
-        return create_optimizer_v2(model, **settings | extra)
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=config) | extra)
 
 
 def replays(config: Config, sam: samon.SAM) -> bool:

@@ -59,9 +59,9 @@ class Control:
             self._saved = time.monotonic()
         return signum, bool(save)
 
-    def agree(self, value: int | None = None) -> int:
-        """The largest of all processes' `value` (default: caught signal); every process must call it."""
-        flag = torch.tensor([self.signum if value is None else value])
+    def agree(self) -> int:
+        """The largest of all processes' caught signals; every process must call it."""
+        flag = torch.tensor([self.signum])
         if self.group is not None:
             dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
         return int(flag)

@@ -1,12 +1,11 @@
 """Configuration -> the loaders of a run: what is read, how it is mixed and augmented."""
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup
-from torch import Tensor
 
 from samon import data
 from samon.data.sizes import SizeSchedule
@@ -20,23 +19,14 @@ from samon.settings.flag import nearest
 log = logging.getLogger("samon")
 
 
-class Batches(Protocol):
-    """What the loop needs of a loader."""
-
-    mixup_enabled: bool
-    bad_samples: int
-    num_samples: int
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None: ...
+Batches = data.Loader | data.ResidentLoader
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """What a run reads, by the names that `build.Run` has for it."""
 
-    train: Batches
-    held: Batches | None  # to validate on
+    train_loader: Batches
+    eval_loader: Batches | None  # to validate on
     mixup: Mixup | None  # host-side, where the loader does not mix
     class_names: list[str] | None  # in the order of the labels
 
@@ -47,7 +37,6 @@ _AUGMENTATION = {
     **{"num_aug_splits": "aug_splits", "num_workers": "workers"},
     **{key: key for key in ("no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter")},
     **{key: key for key in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
-    "use_multi_epochs_loader": "use_multi_epochs_loader",
 }
 _DATASET = ("sample_split", "shuffle_buffer", "seed")
 
@@ -87,8 +76,8 @@ def check_splits(config: Config, train: Source, held: Source, classes: int, say:
 
 def build_data(config: Config, classes: int, data_config: dict[str, Any], world: World) -> Data:
     """Loaders over both splits, checked against each other."""
-    keys = ("input_size", "mean", "std")
-    shared = {key: data_config[key] for key in keys} | {
+    shared = {
+        **{key: data_config[key] for key in ("input_size", "mean", "std")},
         "pin_memory": config.pin_mem,
         "img_dtype": dtype_of(config.model_dtype) or torch.float32,
         "device": world.device,
@@ -102,23 +91,22 @@ def build_data(config: Config, classes: int, data_config: dict[str, Any], world:
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
             raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
-        names = train.source.class_names
-        if not config.val_split:
-            return Data(train_loader, None, mixup, names)
-        held = _dataset(config, classes, data_config, config.val_split, None)
-        say = log.warning if world.primary else log.debug  # once
-        check_splits(config, train.source, held.source, classes, say)
-        # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
-        eval_loader: Batches = make(
-            held,
-            is_training=False,
-            batch_size=config.validation_batch_size or config.batch_size,
-            num_workers=config.workers,
-            decoder="pil" if config.decoder == "auto" else config.decoder,
-            **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-            **shared,
-        )
-    return Data(train_loader, eval_loader, mixup, names)
+        eval_loader: Batches | None = None
+        if config.val_split:
+            held = _dataset(config, classes, data_config, config.val_split, None)
+            say = log.warning if world.primary else log.debug  # once
+            check_splits(config, train.source, held.source, classes, say)
+            # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
+            eval_loader = make(
+                held,
+                is_training=False,
+                batch_size=config.validation_batch_size or config.batch_size,
+                num_workers=config.workers,
+                decoder="pil" if config.decoder == "auto" else config.decoder,
+                **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+                **shared,
+            )
+    return Data(train_loader, eval_loader, mixup, train.source.class_names)
 
 
 def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
@@ -140,15 +128,13 @@ def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
 
 def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: str, training: World | None) -> Any:
     """A split: to train on by the processes of `training`, or None to validate on."""
+    size, samples = config.batch_size, config.train_num_samples
     if training is None:
-        size, samples = config.validation_batch_size or config.batch_size, config.val_num_samples
-        extra: dict[str, Any] = {}
-    else:
-        size, samples, extra = config.batch_size, config.train_num_samples, {"repeats": config.epoch_repeats}
-        if config.train_batches_per_epoch:
-            samples = config.train_batches_per_epoch * size * training.size
-    if config.data_resident:  # every process reads the whole set once, from front to back
-        extra = {"rank": 0, "world_size": 1}
+        size, samples = config.validation_batch_size or size, config.val_num_samples
+    elif config.train_batches_per_epoch:
+        samples = config.train_batches_per_epoch * size * training.size
+    # With --data-resident every process reads the whole set once, from front to back.
+    ranks: dict[str, Any] = {"rank": 0, "world_size": 1} if config.data_resident else {}
     return data.create_dataset(
         config.dataset,
         root=config.data_dir,
@@ -157,11 +143,12 @@ def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: s
         batch_size=size,
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
+        repeats=config.epoch_repeats,  # counts in training alone
         num_classes=classes,
         max_bad_fraction=config.max_bad_samples,
         **{key: getattr(config, key) for key in _DATASET},
         **_opening(config),
-        **extra,
+        **ranks,
     )
 
 
@@ -185,21 +172,17 @@ def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> 
         "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
     }
     if config.train_img_sizes:
-        kwargs["size_schedule"] = _size_schedule(config, batches)
+        kwargs["size_schedule"] = SizeSchedule(
+            sizes=tuple(config.train_img_sizes),
+            weights=tuple(config.train_size_probs) if config.train_size_probs else None,
+            batches=batches,
+            seed=config.seed,
+            progressive=config.train_size_schedule == "progressive",
+            epochs=config.epochs,
+            spread=config.train_size_schedule_spread,
+            random_mix=config.train_size_random_mix,
+        )
     return kwargs
-
-
-def _size_schedule(config: Config, batches: int) -> SizeSchedule:
-    return SizeSchedule(
-        sizes=tuple(config.train_img_sizes),
-        weights=tuple(config.train_size_probs) if config.train_size_probs else None,
-        batches=batches,
-        seed=config.seed,
-        progressive=config.train_size_schedule == "progressive",
-        epochs=config.epochs,
-        spread=config.train_size_schedule_spread,
-        random_mix=config.train_size_random_mix,
-    )
 
 
 def mixing(config: Config) -> bool:

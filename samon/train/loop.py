@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -24,16 +25,17 @@ from samon.session.model import captured, data_config, dtype_of
 from samon.session.sharding import evened
 from samon.settings.rows import steps_or_minutes
 from samon.step.captured import begin, own_gradients
+from samon.step.fisher import fisher_diagonal
 from samon.step.sharded import average_gradients
 from samon.step.two_pass import two_pass
 from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
-from samon.train.masks import renew_mask
 from samon.train.report import Meter, Report
 from samon.train.state import Keeper
 
 log = logging.getLogger("samon")
 Batch = tuple[Tensor, Tensor]
+Update = tuple[Iterator[Batch], int]
 
 
 def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
@@ -59,20 +61,21 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         rng = None
         share_running_statistics(run, run.model)
         last = progress.epoch + 1 == run.epochs
-        evaluated = None
-        if (progress.epoch + 1) % run.config.val_interval == 0 or last:
+        due = (progress.epoch + 1) % run.config.val_interval == 0 or last
+        evaluated = decisive = None
+        if due:
             evaluated = validate(run, progress, keeper)
-            decisive = (train if evaluated is None else evaluated)[run.settled.metric]
+            decisive = (train if evaluated is None else evaluated)[run.metric]
             report.end_epoch(run, progress, train, evaluated)
-            step_schedule(run, progress, decisive)
+        if run.scheduler is not None:
+            run.scheduler.step(progress.epoch + 1, decisive)
+        if due:
             keeper.epoch(progress, decisive)
-        else:
-            step_schedule(run, progress, None)
         final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
     best = keeper.checkpoints.best
-    bad = torch.tensor([int(getattr(run.train_loader, "bad_samples", 0))])
+    bad = torch.tensor([run.train_loader.bad_samples])
     keeper.control.reduce(bad)
     return final | {
         "best_metric": best["metric"],
@@ -85,45 +88,77 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
 def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
     run.hooks.begun(run, progress)
-    renew_mask(run, progress, to_device)
+    renew_mask(run, progress)
     run.net.train()
-    meter, clock = Meter(progress), Clock(run.world.size)
-    outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
+    meter, clock = Meter(progress), Clock(progress)
     report.begin_epoch(run, progress)
     for batches, count in updates(run, progress, clock, rng, report):
         perturb = perturbs(run, progress)
         values, samples = gradient(run, batches, count, perturb)
         values["grad_norm"], applied = apply_gradient(run)
-        outcomes.append(applied)
-        if isinstance(applied, bool):
-            count_bad(run, progress, keeper, outcomes)
         meter.add(samples, values, applied)
+        if isinstance(applied, bool):
+            count_bad(run, progress, keeper, meter.outcomes)
         progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
         after_update(run, progress)
         run.hooks.updated(run, progress, perturb)
-        clock.samples += samples
         report.advance()
         last = progress.updates == run.updates_per_epoch
         if progress.updates % run.config.log_interval == 0 or last:
-            count_bad(run, progress, keeper, outcomes)
+            count_bad(run, progress, keeper, meter.outcomes)
             report.update(run, progress, meter.read(keeper.control.reduce), *clock.read())
-        save_or_stop(run, progress, keeper, meter, outcomes, last)
+        save_or_stop(run, progress, keeper, meter, last)
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
 
 
+def renew_mask(run: Run, progress: Progress) -> None:
+    """At the begin of each --mask-epochs-th epoch; a `mask_every` in --opt-kwargs counts steps instead.
+
+    The Fisher diagonal is taken over --fisher-samples images in the order and augmentation of the epoch that begins,
+    one by one, in eval mode: BatchNorm has no statistics of a single image. Generators are left as they were.
+    """
+    sam, config = run.sam, run.config
+    if sam is None or sam.mask is None or "mask_every" in config.opt_kwargs:
+        return
+    if not sam.mask.begin_epoch(progress.epoch, run.epochs, config.mask_epochs):
+        return
+    share = -(-config.fisher_samples // run.world.size)
+    with generators.kept(run.world.device):
+        run.model.eval()
+        run.train_loader.set_epoch(progress.epoch, 0)
+        diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
+        run.model.train()
+    sam.mask.renew_fisher(diagonal)
+    log.info("SSAM-F: the mask is renewed from %d images", share * run.world.size)
+
+
+def image_losses(run: Run) -> Iterator[Callable[[], Tensor]]:
+    """The loss of every image by itself, of the model as it is without wrappers."""
+
+    def loss(image: Tensor, target: Tensor) -> Tensor:
+        with run.autocast():
+            return run.loss(run.model(image), target)
+
+    for batch in run.train_loader:
+        images, target = to_device(run, *batch)
+        yield from (partial(loss, *one) for one in zip(images.split(1), target.split(1), strict=True))
+
+
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
-def updates(
-    run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report
-) -> Iterator[tuple[Iterator[Batch], int]]:
+def updates(run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report) -> Iterator[Update]:
     """(the micro-batches of an update, their number), from where `progress` stands to the end of the epoch."""
     loader, accumulate = run.train_loader, run.config.grad_accum_steps
     loader.set_epoch(progress.epoch, progress.samples)
     off = run.config.mixup_off_epoch
-    set_mixing(run, not off or progress.epoch < off)
+    on = not off or progress.epoch < off
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = on
+    elif not on:
+        loader.mixup_enabled = False
     left = len(loader) - progress.samples // (run.config.batch_size * run.world.size)
     source = clock.timed(loader) if left else iter(())
     if left:
@@ -136,13 +171,6 @@ def updates(
         count = min(accumulate, left)
         yield (to_device(run, *batch) for batch in islice(source, count)), count
         left -= count
-
-
-def set_mixing(run: Run, on: bool) -> None:
-    if run.mixup is not None:
-        run.mixup.mixup_enabled = on
-    elif not on:
-        run.train_loader.mixup_enabled = False
 
 
 def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
@@ -221,12 +249,12 @@ def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
     if m == "device" or m == size:
         first = ascent_forward(run, images, target)
         return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=first)
-    groups = size // int(m)
+    groups, synced = size // int(m), getattr(run.net, "require_backward_grad_sync", False)
     if run.sam is not None and run.sam.can_group:  # every group's own copy of the perturbed parameters fits in one pass
         return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
     rows = []
     for index, (x, y) in enumerate(zip(images.split(int(m)), target.split(int(m)), strict=True)):
-        with sync_if(run, index + 1 == groups) if synced(run) else nullcontext():
+        with sync_if(run, index + 1 == groups or not synced):
             rows.append(perturbed(run, forward(run, x, y), loss_scale=scale / groups))
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
@@ -242,10 +270,6 @@ def ascent_forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Ten
     return forward(run, images, target[:part])
 
 
-def synced(run: Run) -> bool:
-    return getattr(run.net, "require_backward_grad_sync", False)
-
-
 def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
     config = run.config
     two_pass(
@@ -255,7 +279,7 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
         same_noise=config.same_noise,
-        replay=not run.settled.no_replay,
+        replay=not run.config.no_replay,
         **how,
     )
     return {} if run.sam is None else dict(run.sam.stats)
@@ -272,15 +296,13 @@ def after_update(run: Run, progress: Progress) -> None:
         torch.cuda.synchronize()
 
 
-def save_or_stop(
-    run: Run, progress: Progress, keeper: Keeper, meter: Meter, outcomes: list[bool | Tensor], last: bool
-) -> None:
+def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
     signum, due = keeper.control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and not last):
-        count_bad(run, progress, keeper, outcomes)
+        count_bad(run, progress, keeper, meter.outcomes)
         meter.read(keeper.control.reduce)
         keeper.recovery(progress)
     if signum:
@@ -292,13 +314,8 @@ def save_or_stop(
 
 
 def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
-    if run.world.size > 1 and run.settled.dist_bn:
-        distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
-
-
-def step_schedule(run: Run, progress: Progress, metric: float | None) -> None:
-    if run.scheduler is not None:
-        run.scheduler.step(progress.epoch + 1, metric)
+    if run.world.size > 1 and run.config.dist_bn:
+        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
 
 
 def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] | None:
@@ -318,10 +335,9 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         size = data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype_of(run.config.model_dtype))
         batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
-    name, length = f"validation {progress.epoch}", len(run.eval_loader)
     metrics = accuracy(
         model,
-        bar(name, length, "batch", batches, show=run.world.primary),
+        bar(f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.primary),
         device=run.world.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
@@ -336,22 +352,19 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
 class Clock:
     """Images per second and the share of time spent waiting for data, since the last reading."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size, self.samples, self._waited, self._since = world_size, 0, 0.0, time.monotonic()
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self._samples, self._waited, self._since = progress, progress.samples, 0.0, time.monotonic()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        source = iter(batches)
-        while True:
-            before = time.monotonic()
-            batch = next(source, None)
+        before = time.monotonic()
+        for batch in batches:
             self._waited += time.monotonic() - before
-            if batch is None:
-                return
             yield batch
+            before = time.monotonic()
 
     def read(self) -> tuple[float, float]:
-        now = time.monotonic()
+        now, samples = time.monotonic(), self.progress.samples
         passed = max(now - self._since, 1e-9)
-        result = self.samples * self.world_size / passed, self._waited / passed
-        self.samples, self._waited, self._since = 0, 0.0, now
+        result = (samples - self._samples) / passed, self._waited / passed
+        self._samples, self._waited, self._since = samples, 0.0, now
         return result

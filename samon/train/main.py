@@ -9,7 +9,7 @@ from samon.data.sources import check_name
 from samon.errors import UserError
 from samon.session.checkpoint import Checkpoints, Progress
 from samon.session.parts import Parts
-from samon.session.world import World, processes
+from samon.session.world import World, on_primary, processes
 from samon.settings.config import Config, dump, parse
 from samon.settings.rows import steps_or_minutes
 from samon.train.build import Hooks, Run, build
@@ -50,16 +50,14 @@ def check_left(run: Run, progress: Progress, place: Place) -> None:
 def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
     """A run of these processes, from the start or from where it stopped."""
     random_seed(config.seed, world.rank)
-    place = locate(config, world)
+    place = on_primary(world, lambda: locate(config))
     report = Report(config, place.directory, world)
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
     try:
         run = build(config, world, hooks)
-        write_settings(place, run)
-        lower_is_better = run.settled.metric == "loss"
-        checkpoints = Checkpoints(place.directory, config.checkpoint_hist, lower_is_better)
-        if config.checkpoint_format == "parts":
-            checkpoints = Parts(place.directory, config.checkpoint_hist, lower_is_better, world.primary)
+        on_primary(world, lambda: write_settings(place, run.config))
+        kind = Parts if config.checkpoint_format == "parts" else Checkpoints
+        checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
         progress, rng = Progress(epoch=config.start_epoch or 0), None
         if place.source:
             progress, rng = restore(run, place.source, checkpoints)

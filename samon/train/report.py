@@ -37,10 +37,12 @@ class Meter:
 
     def __init__(self, progress: Progress) -> None:
         self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
+        self.outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
         self._window: list[tuple[int | Tensor, dict[str, Tensor]]] = []
 
     def add(self, samples: int, values: dict[str, Tensor], applied: bool | Tensor = True) -> None:
         """An update's values; those of one that was not applied do not count."""
+        self.outcomes.append(applied)
         if isinstance(applied, Tensor):
             values = {name: torch.where(applied, value, 0) for name, value in values.items()}
             self._window.append((samples * applied, values))
@@ -109,20 +111,18 @@ class Report:
         return run
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
         self._open.close()
 
     # --- while training -------------------------------------------------------------------------------------------
 
     def describe(self, run: Run) -> None:
         """What is about to run: data, model, what is perturbed."""
-        size, settled = sum(p.numel() for p in run.model.parameters()) / 1e6, run.settled
-        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * run.config.fsdp
+        size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
+        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
-        log.info("%s: %.2f M parameters, %d classes, on %s", run.config.model, size, settled.num_classes, place)
+        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, config.num_classes, place)
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
-        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, run.config.opt, settled.lr)
+        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, config.lr)
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
@@ -131,7 +131,7 @@ class Report:
         self._started = self._started or time.monotonic()
         if self.primary and self._bar is None and on_terminal():
             total, before = run.epochs * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
-            self._bar = bar("", total, "update", initial=before + progress.updates)
+            self._bar = self._open.enter_context(bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
             self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
 
@@ -147,7 +147,7 @@ class Report:
 
     def update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""
-        if not self.primary or self._tensorboard is None:
+        if self._tensorboard is None:
             return
         step = progress.epoch * run.updates_per_epoch + progress.updates
         lr = mean_lr(run.optimizer)
@@ -156,13 +156,12 @@ class Report:
             scalars["train/sharpness"] = means["loss_perturbed"] - means["loss"]
         if run.sam is not None:
             scalars["train/rho"] = run.sam.rho
-        bad_samples = int(getattr(run.train_loader, "bad_samples", 0))
         scalars |= {
             "train/lr": lr,
             "train/images_per_second": speed,
             "train/data_wait": waited,
             "train/skipped_steps": progress.skipped,
-            "train/skipped_samples": bad_samples,
+            "train/skipped_samples": run.train_loader.bad_samples,
         }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -213,8 +212,7 @@ class Report:
 
     def told(self) -> dict[str, Any]:
         """The last epoch's metrics of a run that has ended, as it wrote them."""
-        path = self.directory / "summary.csv"
-        rows = list(csv.DictReader(path.read_text().splitlines())) if self.primary and path.exists() else []
+        rows = summary_rows(self.directory / "summary.csv") if self.primary else []
         row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
         return row | ({"epoch": int(row["epoch"])} if row else {})
 
@@ -240,12 +238,13 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(sum(rates) / len(rates))
 
 
+def summary_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
 def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     """Add an epoch's row; rows of this epoch and later, of an earlier attempt, go."""
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    kept = [old for old in summary_rows(path) if int(old["epoch"]) < row["epoch"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(row), extrasaction="ignore", lineterminator="\r\n")
     writer.writeheader()

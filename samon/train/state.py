@@ -4,7 +4,7 @@ import datetime
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,9 @@ from torch import nn
 from samon import rng as generators
 from samon.errors import UserError
 from samon.files import write_text
-from samon.session import parts, sharding
+from samon.session import checkpoint, parts, sharding
 from samon.session import world as elastic
-from samon.session.checkpoint import (
-    PARTS,
-    SUFFIX,
-    Checkpoints,
-    Progress,
-    TrainState,
-    newest,
-    progress_of,
-    read,
-    remove,
-    settings_of,
-)
-from samon.session.world import World, on_primary
+from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
 from samon.settings.config import FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
@@ -60,23 +48,16 @@ class Place:
     source: Path | None  # the state to continue from
 
 
-def locate(config: Config, world: World) -> Place:
-    """Find or make the run's directory, and the state to continue from."""
-    return on_primary(world, lambda: _locate(config))
-
-
-def _locate(config: Config) -> Place:
+def locate(config: Config) -> Place:
+    """Find or make the run's directory, and the state to continue from; for rank 0, which tells the others."""
     directory = _directory(config)
-    source: Path | None = None
     started, word = _identity(directory)
-    restarted = bool(word) and word == elastic.word()
-    if restarted:
-        source = _newest(directory, started) if started else None
-        if source is None:
-            log.warning("Restarted before a state was saved in %s: starting over", directory)
+    same_run = restarted = bool(word) and word == elastic.word()
+    source = _newest(directory, started) if restarted else None
     if source is None:
         started = None
-    same_run = restarted
+        if restarted:
+            log.warning("Restarted before a state was saved in %s: starting over", directory)
     if source is None and config.resume:
         source = Path(config.resume)
         if source.is_dir() and source.suffix != PARTS:
@@ -86,11 +67,11 @@ def _locate(config: Config) -> Place:
                     f"no complete training state in {config.resume}; name a checkpoint file or drop --resume"
                 )
         same_run = source.parent.resolve() == directory.resolve()
-        started = str(read(source).get("started", "")) if same_run else None
+        started = str(checkpoint.read(source).get("started", "")) if same_run else None
     if not same_run:
         _make_room(directory, config.overwrite)
     place = Place(directory, started or datetime.datetime.now().isoformat(), source)
-    _write(place, config)
+    write_settings(place, config)
     return place
 
 
@@ -106,24 +87,22 @@ def _make_room(directory: Path, overwrite: bool) -> None:
         for name in (ARGS, "summary.csv", "log.txt", "run.json"):
             (directory / name).unlink(missing_ok=True)
         for path in (*kept, *directory.glob("train-batch-*.jpg")):
-            remove(path)
+            checkpoint.remove(path)
         shutil.rmtree(directory / "tb", ignore_errors=True)
 
 
 def stored_settings(resume: str) -> dict[str, Any]:
     """What the run that `--resume` names was made with, for a command line that says no more than that."""
-    path = Path(resume)
+    path, found = Path(resume), {}
     if (path / ARGS).is_file():
         found = read_yaml(str(path / ARGS))
     elif path.is_file() or path.suffix == PARTS:
-        found = {key: value for key, value in settings_of(read(path)).items() if key in FLAGS}
-    else:
-        return {}
+        found = {key: value for key, value in settings_of(checkpoint.read(path)).items() if key in FLAGS}
     return {key: value for key, value in found.items() if key not in (*OF_A_START, "output", "experiment")}
 
 
 def _newest(directory: Path, started: str | None) -> Path | None:
-    path, _, passed = newest(directory, started)
+    path, _, passed = checkpoint.newest(directory, started)
     for reason in passed:
         log.warning("Passed over: %s", reason)
     return path
@@ -152,22 +131,13 @@ def _identity(directory: Path) -> tuple[str | None, str]:
     return (found.group(1), found.group(2)) if found else (None, "")
 
 
-def write_settings(place: Place, run: Run) -> None:
-    """args.yaml once more, with what building settled: it says what runs."""
-    on_primary(run.world, lambda: _write(place, effective(run)))
-
-
-def effective(run: Run) -> Config:
-    """The configuration with what building settled."""
-    return lasting(run.config.but(**run.settled.settings()))
-
-
 def lasting(config: Config) -> Config:
     """Without how this start of the run was asked for."""
     return config.but(**{key: FLAGS[key].default for key in OF_A_START})
 
 
-def _write(place: Place, config: Config) -> None:
+def write_settings(place: Place, config: Config) -> None:
+    """args.yaml, before building, and once more with what building settled: it says what runs."""
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
         write_text(place.directory / ARGS, f"# started {place.started} {elastic.word()}\n{dump(lasting(config))}")
@@ -182,16 +152,12 @@ class Keeper:
         self.run, self.checkpoints, self.control, self.started = run, checkpoints, control, started
 
     def epoch(self, progress: Progress, metric: float | None) -> None:
-        state = self._capture(replace(progress, epoch_done=True), metric)
-        if state is not None:
-            self.checkpoints.save_epoch(state)
+        self._save(replace(progress, epoch_done=True), metric, self.checkpoints.save_epoch)
 
     def recovery(self, progress: Progress) -> None:
-        state = self._capture(progress, None)
-        if state is not None:
-            self.checkpoints.save_recovery(state)
+        self._save(progress, None, self.checkpoints.save_recovery)
 
-    def _capture(self, progress: Progress, metric: float | None) -> TrainState | None:
+    def _save(self, progress: Progress, metric: float | None, save: Callable[[TrainState], Any]) -> None:
         run, several = self.run, self.run.world.size > 1
         mine = {
             "rng": generators.take(run.world.device),
@@ -205,13 +171,13 @@ class Keeper:
             weights, averages, optimizer = sharding.taken([weights, averages, optimizer], run.world)
         ranks = self.control.gather(mine)
         if ranks is None and not in_parts:
-            return None
-        return TrainState(
+            return
+        state = TrainState(
             state_dict=weights,
             optimizer=optimizer,
             epoch=progress.epoch,
             arch=run.config.model,
-            args={key: value for key, value in vars(effective(run)).items() if key != "config"},
+            args={key: value for key, value in vars(lasting(run.config)).items() if key != "config"},
             metric=metric,
             state_dict_ema=averages,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
@@ -222,6 +188,7 @@ class Keeper:
             started=self.started,
             class_names=run.class_names,
         )
+        save(state)
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -237,7 +204,8 @@ def _plateau(scheduler: Any) -> dict[str, Any] | None:
 
 def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Any] | None]:
     """Put a state back; returns (where to go on, this process's random state to set before the next update)."""
-    content, config = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else read(source), run.config
+    content = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else checkpoint.read(source)
+    config = run.config
     changed = differences(run, content)
     if changed and run.world.primary:
         told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
@@ -264,7 +232,7 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     if source.parent.resolve() == checkpoints.directory.resolve():
         checkpoints.best = content.get("best", checkpoints.best)
         checkpoints.last_good = source
-    progress, ranks = progress_of(content), content.get("ranks", [])
+    progress, ranks = checkpoint.progress_of(content), content.get("ranks", [])
     if config.start_epoch is not None:
         progress = Progress(epoch=config.start_epoch)
     elif progress.epoch_done:
@@ -293,7 +261,7 @@ def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:
 
 def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (in the checkpoint, in this run)} where they differ and it matters to the result."""
-    was, now = settings_of(content), vars(effective(run))
+    was, now = settings_of(content), vars(lasting(run.config))
     keys = [key for key in now if key in was and key not in INDIFFERENT]
     return {key: (was[key], now[key]) for key in keys if _plain(was[key]) != _plain(now[key])}
 
@@ -312,14 +280,10 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> 
         return mine["rng"]
     if ranks:
         log.warning(
-            "The state was saved by %d processes and continues on %d: the epoch goes on after its %d samples, "
-            "but the order of samples and the random numbers differ",
-            len(ranks),
-            world.size,
-            progress.samples,
+            f"The state was saved by {len(ranks)} processes and continues on {world.size}: the epoch goes on after its "
+            f"{progress.samples} samples, but the order of samples and the random numbers differ"
         )
-        per_update = world.size * run.config.batch_size * run.config.grad_accum_steps
-        progress.updates = progress.samples // per_update
+        progress.updates = progress.samples // (world.size * run.config.batch_size * run.config.grad_accum_steps)
     utils.random_seed(run.config.seed + progress.epoch, world.rank)
     return None
 
