@@ -5,10 +5,9 @@
 
 DIR/cifar10.npz holds the arrays (hparams/tradeoff.yaml). First the last 5,000 training images choose rho (one
 seed), then all 50,000 train and the 10,000 test images are scored once a run. Each method is a sweep of its own under
---output: start it again to go on. `--table` prints what is finished. Another recipe says so where it needs other splits:
+--output: start it again to go on. `--table` prints what is finished.
 
-    python tools/tradeoff.py -c hparams/tradeoff_noise.yaml --choose-train 'train[:2000]' --rhos 0.2,0.5,1 --only SGD,SAM-ON \\
-      --data-dir DIR --output output/noise
+hparams/tradeoff_noise.yaml is a second experiment, and says how it is run.
 """
 
 import argparse

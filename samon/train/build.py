@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,18 @@ from samon.train.loaders import Batches, build_data, data_classes, mixing
 log = logging.getLogger("samon")
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What building decided where the configuration leaves it open."""
+
+    num_classes: int
+    lr: float
+    dist_bn: str
+    no_replay: bool
+    rho: float | None  # of the sharpness-aware optimizer, its own default included
+    eta: float | None
+
+
 def nothing(*_: Any) -> None:
     pass
 
@@ -53,7 +65,8 @@ class Hooks:
 class Run:
     """What the loop works with."""
 
-    config: Config  # with what building decided where it was left open; args.yaml and checkpoints say it too
+    config: Config  # as it was asked for
+    settled: Settled
     world: World
     model: nn.Module  # the bare model: state_dict, EMA, selection
     net: nn.Module  # what is called: compiled, and wrapped for DDP
@@ -72,6 +85,11 @@ class Run:
     epochs: int  # with cycles, warm-up prefix and cool-down
     metric: str  # what decides the best: a key of the validation (or training) metrics
     hooks: Hooks
+
+    @property
+    def effective(self) -> Config:
+        """The configuration with what building settled, as args.yaml and checkpoints have it: it makes the same run."""
+        return self.config.but(**asdict(self.settled))
 
     @property
     def no_sync(self) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -94,8 +112,8 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     if mesh is not None:
         for one in (model, *([ema.module] if ema is not None else [])):
             sharding.shard(config, one, world, mesh)
-    config = config.but(lr=learning_rate(config, world.size))
-    optimizer = build_optimizer(config, model)
+    lr = learning_rate(config, world.size)
+    optimizer = build_optimizer(config.but(lr=lr), model)
     sam = samon.sam_of(optimizer)
     read = build_data(config, classes, data_config, world)
     metric = config.eval_metric if read.eval_loader is not None else "loss"
@@ -104,15 +122,17 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     if sam is not None and config.sam_start_epoch >= epochs:
         start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
         raise UserError(f"{start}: none has the two-pass step; start earlier, or take the base optimizer")
-    config = config.but(
+    settled = Settled(
         num_classes=classes,
+        lr=lr,
         dist_bn="" if config.sync_bn and world.size > 1 else config.dist_bn,
         no_replay=sam is not None and not replays(config, sam),
-        rho=config.rho if sam is None else sam.rho,  # the optimizer's own default included
+        rho=config.rho if sam is None else sam.rho,
         eta=config.eta if sam is None else sam.eta,
     )
     run = Run(
         config=config,
+        settled=settled,
         world=world,
         model=model,
         net=wrap(config, model, world),

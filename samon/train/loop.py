@@ -279,7 +279,7 @@ def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
         same_noise=config.same_noise,
-        replay=not run.config.no_replay,
+        replay=not run.settled.no_replay,
         **how,
     )
     return {} if run.sam is None else dict(run.sam.stats)
@@ -314,8 +314,8 @@ def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, las
 
 
 def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
-    if run.world.size > 1 and run.config.dist_bn:
-        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
+    if run.world.size > 1 and run.settled.dist_bn:
+        distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
 
 
 def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] | None:

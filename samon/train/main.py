@@ -55,7 +55,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
     try:
         run = build(config, world, hooks)
-        on_primary(world, lambda: write_settings(place, run.config))
+        on_primary(world, lambda: write_settings(place, run.effective))
         kind = Parts if config.checkpoint_format == "parts" else Checkpoints
         checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
         progress, rng = Progress(epoch=config.start_epoch or 0), None

@@ -120,9 +120,9 @@ class Report:
         size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
         place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
-        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, config.num_classes, place)
+        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.settled.num_classes, place)
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
-        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, config.lr)
+        log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, run.settled.lr)
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())

@@ -177,7 +177,7 @@ class Keeper:
             optimizer=optimizer,
             epoch=progress.epoch,
             arch=run.config.model,
-            args={key: value for key, value in vars(lasting(run.config)).items() if key != "config"},
+            args={key: value for key, value in vars(lasting(run.effective)).items() if key != "config"},
             metric=metric,
             state_dict_ema=averages,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
@@ -261,7 +261,7 @@ def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:
 
 def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (in the checkpoint, in this run)} where they differ and it matters to the result."""
-    was, now = settings_of(content), vars(lasting(run.config))
+    was, now = settings_of(content), vars(lasting(run.effective))
     keys = [key for key in now if key in was and key not in INDIFFERENT]
     return {key: (was[key], now[key]) for key in keys if _plain(was[key]) != _plain(now[key])}
 

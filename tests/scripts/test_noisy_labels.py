@@ -32,5 +32,5 @@ def test_only_training_labels_change(tmp_path: Path) -> None:
 
 
 def test_no_part_above_all(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--fraction: 1.5 is not between 0 and 1"):
+    with pytest.raises(UserError, match=r"--fraction: 1\.5 is not between 0 and 1"):
         TOOL["main"](["a.npz", "b.npz", "--fraction", "1.5"])
