@@ -51,7 +51,7 @@ class Perturbed:
         self.inside = True
         try:
             forwards = [lambda: plain()["loss"]] if climbs else []
-            clean, eps, finite = climb(sam, passes, forwards, no_sync=self.no_sync, scaler=scaler)
+            clean, eps, finite = climb(passes, forwards, self.no_sync, scaler)
             if eps is not None:
                 self.undo.enter_context(passes.second(eps))
             result = plain()

@@ -236,6 +236,20 @@ class SAM(Optimizer):
         eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
+    def displacement(
+        self, grads: Sequence[Tensor | None] | None, grouped: bool = False
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """`(eps, whether the gradients are finite)` along what the ascent makes of gradients at w or, without any, has
+        kept; `(None, None)` for a step at w."""
+        ascent, named = self.ascent, self.perturbed_parameters()
+        direction = ascent.stored(named, self.state) if grads is None else ascent.direction(named, grads)
+        if direction is None:
+            self.stats = {}
+            return None, None
+        eps, norm, finite = self.perturbation(direction, grouped)
+        self.stats = {"ascent_grad_norm": norm.mean() if grouped else norm}
+        return eps, finite.all() if grouped else finite
+
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
         """w + eps inside, w bit-exactly outside, also after an exception.
@@ -324,22 +338,17 @@ class SAM(Optimizer):
     def _passes(self, closure: Callable[[], Any]) -> Any:
         """Run the closure at w, at w + eps, or both; returns its first result."""
         ascent, named, first = self.ascent, self.perturbed_parameters(), None
-        grads: list[Tensor | None] = []
+        grads: list[Tensor | None] | None = None
         if climbs := ascent.climbs():
             first = closure()
             grads = [g if g is None or not ascent.notes else g.clone() for g in (p.grad for p in named.values())]
-            direction: Sequence[Tensor | None] | None = ascent.direction(named, grads)
-        else:
-            direction = ascent.stored(named, self.state)
-        if direction is None:
-            self.stats = {}
+        eps, _ = self.displacement(grads)
+        if eps is None:
             return closure()
-        eps, norm, _ = self.perturbation(direction)
-        self.stats = {"ascent_grad_norm": norm}
         buffers = running_statistics(modules_of(self.model)) if climbs and self.model is not None else []
         with kept(buffers), self.moved(eps):
             second = closure()
-        ascent.note(named, grads)  # behind the closure, which zeroes gradients
+        ascent.note(named, grads or [])  # behind the closure, which zeroes gradients
         return first if climbs else second
 
 

@@ -7,7 +7,7 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
 from samon.optim.geometry import wide
+from samon.optim.norm_stats import modules_of
 from samon.optim.sam import SAM
 from samon.optim.scope import affine_dim, norm_modules
 from samon.step.captured import owned
 from samon.step.grouped_norm import Call, GroupedNorm
-from samon.step.passes import frozen, refuse_checkpointing, unperturbed
+from samon.step.passes import changed, frozen, refuse_checkpointing, unperturbed
 
 
 class Grouped:
@@ -48,9 +49,9 @@ class Grouped:
         self.sam, self.groups, self.bn_stats = sam, groups, bn_stats
         parameters = list(sam.perturbed_parameters().values())
         self.device = parameters[0].device
-        self.perturbed = {id(p): i for i, p in enumerate(parameters)}
+        self.perturbed = {id(p): p for p in parameters}
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
-        self.frozen = [*([] if sam.distributed else unperturbed(sam)), *parameters]
+        self.frozen = [*([] if sam.distributed else unperturbed(sam, modules_of(sam.model))), *parameters]
         # [module -> per pass -> the (mean, variance) [G, C] of each call]
         self.statistics: dict[Any, list[list[Call]]] = defaultdict(lambda: [[], []])
         self.pass_index = 0
@@ -85,15 +86,18 @@ class Grouped:
     @contextmanager
     def each_first(self) -> Iterator[None]:
         """Around each forward of the first pass, and around each of the second."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                own = [None if p is None else self.perturbed.get(id(p)) for p in layer.affine]
-                stack.enter_context(layer.installed([None if i is None else self.inputs[i] for i in own]))
-            yield
+        offsets = dict(zip(self.perturbed, self.inputs, strict=True))
         for layer in self.layers:
-            calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
-            self.statistics[layer.module][self.pass_index] += calls
-            layer.calls = ()
+            layer.offsets = [offsets.get(id(p)) for p in layer.affine]
+        try:
+            with changed({layer.module: layer.bare for layer in self.layers}):
+                yield
+            for layer in self.layers:
+                calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
+                self.statistics[layer.module][self.pass_index] += calls
+        finally:
+            for layer in self.layers:
+                layer.offsets, layer.calls = (None, None), ()
 
     each_second = each_first
 

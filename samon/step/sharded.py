@@ -10,8 +10,8 @@ Where perturbed parameters are sharded, one perturbation is common to all proces
 averaged one, from a full backward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from samon.errors import UserError
+from samon.errors import UserError, refuse
 from samon.optim.ascent import all_reduce_mean
 from samon.optim.norm_stats import modules_of
 from samon.optim.sam import SAM
 from samon.optim.sharded import is_cut
+from samon.step.passes import changed
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -32,17 +33,8 @@ def _groups(model: nn.Module) -> list[Any]:
     return [group for state in states for group in state._fsdp_param_groups]
 
 
-@contextmanager
-def _set(model: nn.Module | None, **values: bool) -> Iterator[None]:
-    groups = [] if model is None else _groups(model)
-    before = [{name: getattr(group, name) for name in values} for group in groups]
-    for group in groups:
-        vars(group).update(values)
-    try:
-        yield
-    finally:
-        for group, old in zip(groups, before, strict=True):
-            vars(group).update(old)
+def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None]:
+    return changed(dict.fromkeys([] if model is None else _groups(model), values))
 
 
 def ascending(model: nn.Module | None) -> AbstractContextManager[None]:
@@ -83,9 +75,7 @@ def check(sam: SAM, *, reduce: str, groups: int, replay: bool, scaler: Any) -> N
         "sparse perturbations need them whole": sam.mask is not None,
         "float16 with a GradScaler is not supported; use bfloat16": scaler is not None,
     }
-    for message, made in mistakes.items():
-        if made:
-            raise UserError(sharded + message)
+    refuse({sharded + message: made for message, made in mistakes.items()})
 
 
 def climbing_gradients(
