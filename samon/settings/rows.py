@@ -11,6 +11,8 @@ from samon.optim.ascent import SOURCES, Ascent
 from samon.settings.flag import Flag, Groups, markdown, of_program
 from samon.settings.rows_timm import TIMM, B, T, V
 
+PERTURBATIONS = "device: each process its own perturbation; global: one for all; a number m: sub-batches of m"
+FORMATS = "file: timm's single file; parts: each process writes its part while training goes on"
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
 
 
@@ -36,12 +38,8 @@ def interval(value: Any) -> str:
 
 def steps_or_minutes(text: str) -> tuple[int, float]:
     """`'500'` -> (500 updates, 0), `'10m'` -> (0, 10 minutes), `''` and `'0'` -> (0, 0)."""
-    number = text.removesuffix("m")
     try:
-        if text.endswith("m"):
-            steps, minutes = 0, float(number)
-        else:
-            steps, minutes = int(number or 0), 0.0
+        steps, minutes = (0, float(text.removesuffix("m"))) if text.endswith("m") else (int(text or 0), 0.0)
         if steps < 0 or minutes < 0:
             raise ValueError
     except ValueError:
@@ -57,12 +55,7 @@ SAM: tuple[Flag, ...] = (
     T("sparsity", float, None, "share left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
     T("mask-epochs", int, 5, "ssam-f, ssam-d: renew the mask at each k-th epoch", range=">= 1"),
     T("fisher-samples", int, 1024, "ssam-f: training images that the mask is made from", range=">= 1"),
-    T(
-        "m-sharpness",
-        m_sharpness,
-        "device",
-        "device: each process its own perturbation; global: one for all; a number m: sub-batches of m",
-    ),
+    T("m-sharpness", m_sharpness, "device", PERTURBATIONS),
     T("ascent", ascent, "batch", f"where the direction of the perturbation comes from: {', '.join(SOURCES)}"),
     T("ascent-fraction", float, 1.0, "share of the batch that makes the ascent gradient", range="in (0, 1]"),
     T("ascent-size", int, None, "image size of the ascent pass", range=">= 1"),
@@ -79,13 +72,7 @@ SAM: tuple[Flag, ...] = (
 RUN: tuple[Flag, ...] = (
     T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
     T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
-    T(
-        "checkpoint-format",
-        str,
-        "file",
-        "file: timm's single file; parts: each process writes its part while training goes on",
-        choices=("file", "parts"),
-    ),
+    T("checkpoint-format", str, "file", FORMATS, choices=("file", "parts")),
     T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
     T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
 )
@@ -123,7 +110,14 @@ CONTROL: tuple[Flag, ...] = (
     T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
 )
 
-EVALUATION: Groups = {
+GROUPS: Groups = {
+    "Configuration": CONTROL,
+    "Sharpness-aware minimization": SAM,
+    "Run": RUN,
+    "Sharded models": SHARDING,
+    "Normalization layers (the paper's B.7 to B.9)": NORMALIZATION,
+    "Fine-tuning": FINE_TUNING,
+    "Shards": SHARDS,
     "What to evaluate": (
         V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),
         V("suite", str, None, "YAML list of data sets under --data-dir to evaluate in one go; `suites` comes along"),
@@ -167,17 +161,6 @@ EVALUATION: Groups = {
         V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions (needs matplotlib)"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),
-}
-
-GROUPS: Groups = {
-    "Configuration": CONTROL,
-    "Sharpness-aware minimization": SAM,
-    "Run": RUN,
-    "Sharded models": SHARDING,
-    "Normalization layers (the paper's B.7 to B.9)": NORMALIZATION,
-    "Fine-tuning": FINE_TUNING,
-    "Shards": SHARDS,
-    **EVALUATION,
     **TIMM,
 }
 TRAIN = of_program(GROUPS, "train")
