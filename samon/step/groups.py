@@ -52,10 +52,14 @@ class Grouped:
         self.perturbed = {id(p): p for p in parameters}
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
         self.frozen = [*([] if sam.distributed else unperturbed(sam, modules_of(sam.model))), *parameters]
-        # [module -> per pass -> the (mean, variance) [G, C] of each call]
-        self.statistics: dict[Any, list[list[Call]]] = defaultdict(lambda: [[], []])
-        self.pass_index = 0
-        self.layers = self._layers([m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)])
+        # [module -> the (mean, variance) [G, C] of each call in the passes that count]
+        self.statistics: dict[Any, list[Call]] = defaultdict(list)
+        self.under_way = "first"
+        modules = [m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)]
+        # Those of the last step where they still serve: new ones would not be what a compiled graph was made of.
+        known = {layer.module: layer for layer in sam.grouped if layer.groups == groups}
+        self.layers = [known[m] if m in known and known[m].serves(m) else GroupedNorm(m, groups) for m in modules]
+        sam.grouped = self.layers
         if any(layer.own_statistics for layer in self.layers):
             refuse_checkpointing(sam.model, f"groups={groups} computes BatchNorm statistics once")
 
@@ -72,13 +76,6 @@ class Grouped:
             )
         return True
 
-    def _layers(self, modules: list[nn.Module]) -> list[GroupedNorm]:
-        """Those of the last step where they still serve: new ones would not be what a compiled graph was made of."""
-        known = {layer.module: layer for layer in self.sam.grouped if layer.groups == self.groups}
-        served = [known[m] if m in known and known[m].serves(m) else GroupedNorm(m, self.groups) for m in modules]
-        self.sam.grouped = served
-        return served
-
     def first(self) -> AbstractContextManager[None]:
         """Around the first pass."""
         return frozen(self.frozen)
@@ -92,9 +89,9 @@ class Grouped:
         try:
             with changed({layer.module: layer.bare for layer in self.layers}):
                 yield
-            for layer in self.layers:
+            for layer in self.layers if self.bn_stats in (self.under_way, "both") else []:
                 calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
-                self.statistics[layer.module][self.pass_index] += calls
+                self.statistics[layer.module] += calls
         finally:
             for layer in self.layers:
                 layer.offsets, layer.calls = (None, None), ()
@@ -104,7 +101,7 @@ class Grouped:
     @contextmanager
     def second(self, eps: list[Tensor]) -> Iterator[None]:
         """Around the second pass, with the perturbations [G, *shape] as offsets."""
-        self.inputs, self.pass_index = eps, 1
+        self.inputs, self.under_way = eps, "second"
         self.sam.measure(eps, eps, grouped=True)
         yield
         self._update_running_statistics()
@@ -112,9 +109,7 @@ class Grouped:
     @torch.no_grad()
     def _update_running_statistics(self) -> None:
         """Bring the running statistics to where a loop over the groups, two passes each, would have left them."""
-        passes = {"first": [0], "second": [1], "both": [0, 1]}[self.bn_stats]
-        for module, by_pass in self.statistics.items():
-            calls = [call for i in passes for call in by_pass[i]]
+        for module, calls in self.statistics.items():
             if not calls or module.running_mean is None:
                 continue
             count = self.groups * len(calls)

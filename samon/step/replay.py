@@ -87,11 +87,9 @@ def make_plan(sam: SAM, trace: Trace) -> Plan:
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
     """When the module's parameters can first have been used: its own first call, or that of the nearest module
     around it that was called (attention reads its output projection's weight without calling it)."""
-    while True:
-        calls = trace.calls.get(model.get_submodule(name))
-        if calls or not name:
-            return calls[0][0] if calls else 0
-        name = name.rpartition(".")[0]
+    if calls := trace.calls.get(model.get_submodule(name)):
+        return calls[0][0]
+    return _first_start(model, name.rpartition(".")[0], trace) if name else 0
 
 
 def _reaches(nodes: list[Any], perturbed: set[int]) -> bool:
@@ -218,7 +216,7 @@ class Plain:
             late = self.tape.plan.late
         else:
             late = [] if self.traced is not None or self.sam.distributed else unperturbed(self.sam, self.modules)
-        with frozen(late), self._statistics_kept(self.bn_stats == "second"):
+        with frozen(late), self._statistics_kept() if self.bn_stats == "second" else nullcontext():
             yield
 
     @contextmanager
@@ -239,7 +237,7 @@ class Plain:
         # An autocast context around the whole step would go on using its half-precision copies of the old weights.
         torch.clear_autocast_cache()
         try:
-            with self._statistics_kept(self.bn_stats == "first"), self.sam.moved(eps):
+            with self._statistics_kept() if self.bn_stats == "first" else nullcontext(), self.sam.moved(eps):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -253,12 +251,9 @@ class Plain:
         return self.tape.replaying() if self.tape is not None and self.tape.whole else nullcontext()
 
     @contextmanager
-    def _statistics_kept(self, wanted: bool) -> Iterator[None]:
+    def _statistics_kept(self) -> Iterator[None]:
         """A pass that leaves the running statistics alone. Front layers run once and stay updated, since both passes
         would see the same batch there; only if the kept outputs cannot be used they are put back too."""
-        if not wanted:
-            yield
-            return
         front = {m for f in self.tape.plan.front for m in f.modules()} if self.tape is not None else set()
         late, early = ([m for m in self.modules if (m in front) is inside] for inside in (False, True))
         unless = lambda: self.tape is not None and self.tape.whole  # noqa: E731

@@ -149,15 +149,14 @@ def climb(
     clean: Tensor | None = None
     grads: list[Tensor] | None = None
     if forwards:
-        cut = sam.distributed and any(is_cut(p) for p in named.values())
-        if cut:
+        if sam.distributed and any(is_cut(p) for p in named.values()):
             with passes.first(), passes.each_first():
                 clean, grads = sharded.climbing_gradients(sam, forwards, no_sync)
         else:
             with sharded.ascending(sam.model) if sam.distributed else nullcontext():
                 clean, grads = first_pass(passes, forwards, no_sync, scaler)
-        if reduce == "global" and torch.distributed.is_initialized() and not cut:
-            grads = all_reduce_mean(grads, process_group)
+            if reduce == "global" and torch.distributed.is_initialized():
+                grads = all_reduce_mean(grads, process_group)
         sam.ascent.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
     eps, finite = sam.displacement(grads, grouped=passes.groups > 1)
     return clean, eps, torch.ones((), dtype=torch.bool, device=passes.device) if finite is None else finite
@@ -182,11 +181,11 @@ def first_pass(
                 begin(sam.captured)
                 loss = forward()
                 found = gradients(loss, passes.inputs, scaler)
-            found = [g if g is None else owned(sam.captured, g) for g in found]
             if any(g is None for g in found):
                 missing.append((found, loss, forward))
             losses.append(owned(sam.captured, loss.detach()))
-            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(passes.inputs, found, strict=True)]
+            pairs = zip(passes.inputs, found, strict=True)
+            grads = [torch.zeros_like(x) if g is None else owned(sam.captured, g) for x, g in pairs]
             total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
     for incomplete in missing:
         with no_sync():
