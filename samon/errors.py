@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -35,6 +35,15 @@ def user_errors(what: str = "") -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text}" if what else text) from error
+
+
+def refuse(mistakes: Mapping[str, Any]) -> None:
+    """Raises:
+    UserError: the first of these messages whose mistake is made.
+    """
+    for message, made in mistakes.items():
+        if made:
+            raise UserError(message)
 
 
 def needed(module: str, otherwise: str) -> Any:

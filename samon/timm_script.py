@@ -32,16 +32,13 @@ class Perturbed:
 
     def __init__(self, task: TrainingTask, sam: SAM) -> None:
         self.sam, self.undo, self.inside = sam, ExitStack(), False
+        self.restore = self.undo.close  # back to w, bit by bit
         module: Any = task.get_trainable_module()
         self.no_sync = getattr(module, "no_sync", nullcontext)
         # A loss that is never differentiated would leave w + eps: nobody gets to see it.
         module.register_forward_pre_hook(lambda *_: None if self.inside else self.restore())
         module.register_state_dict_pre_hook(lambda *_: self.restore())
         sam.register_step_pre_hook(lambda *_: self.restore())
-
-    def restore(self) -> None:
-        """Back to w, bit by bit."""
-        self.undo.close()
 
     def losses(self, plain: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The task's result at w + eps, from its `plain` call."""
@@ -51,7 +48,7 @@ class Perturbed:
         self.inside = True
         try:
             forwards = [lambda: plain()["loss"]] if climbs else []
-            clean, eps, finite = climb(sam, passes, forwards, no_sync=self.no_sync, scaler=scaler)
+            clean, eps, finite = climb(passes, forwards, self.no_sync, scaler)
             if eps is not None:
                 self.undo.enter_context(passes.second(eps))
             result = plain()

@@ -55,6 +55,12 @@ class Ascent:
 
     Where nothing is kept yet, `previous` and `momentum` make a plain step.
 
+    Attributes:
+        notes: whether g is needed when the optimizer steps.
+        passless: whether no update makes an ascent pass.
+        counts: whether what comes next depends on how many updates were applied.
+        keeps: whether tensors are handed from update to update.
+
     Raises:
         UserError: an unknown source, or gsam_alpha where there is not an ascent pass at every update.
     """
@@ -65,6 +71,10 @@ class Ascent:
             raise UserError(f"ascent must be one of {', '.join(SOURCES)} (k a number), got {source!r}")
         self.source, self.kind, self.k = str(source), found[1] or "every", int(found[2] or 1)
         self.gsam_alpha = gsam_alpha
+        self.notes = self.kind in ("friendly", "every") or gsam_alpha > 0
+        self.passless = self.kind in ("previous", "momentum")
+        self.counts = self.kind in ("friendly", "every", "adaptive")
+        self.keeps = self.kind != "batch"
         if gsam_alpha and self.kind not in ("batch", "friendly"):
             raise UserError(
                 f"gsam_alpha needs the gradient at w of every update, which ascent={source!r} does not take"
@@ -92,8 +102,7 @@ class Ascent:
     def stored(self, named: Named, state: Mapping[Parameter, Any]) -> Tensors | None:
         """The direction of an update without ascent pass; None for one that is made at w."""
         if self.kind == "momentum":
-            found = momenta(named.values(), state)
-            buffers = found if found is not None else self._of(named)
+            buffers = momenta(named.values(), state) or self._of(named)
             return None if buffers is None else list(torch._foreach_neg(buffers))
         return self._of(named) if self.kind == "previous" else None
 
@@ -104,26 +113,6 @@ class Ascent:
             return list(grads)
         zeros = [m.new_zeros(()) if g is None else wide(g) for m, g in zip(mean, grads, strict=True)]
         return [g - FRIENDLY_SIGMA * m for g, m in zip(zeros, mean, strict=True)]
-
-    @property
-    def notes(self) -> bool:
-        """Whether g is needed when the optimizer steps."""
-        return self.kind in ("friendly", "every") or self.gsam_alpha > 0
-
-    @property
-    def passless(self) -> bool:
-        """Whether no update makes an ascent pass."""
-        return self.kind in ("previous", "momentum")
-
-    @property
-    def counts(self) -> bool:
-        """Whether what comes next depends on how many updates were applied."""
-        return self.kind in ("friendly", "every", "adaptive")
-
-    @property
-    def keeps(self) -> bool:
-        """Whether tensors are handed from update to update."""
-        return self.kind != "batch"
 
     @torch.no_grad()
     def note(self, named: Named, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
@@ -145,33 +134,27 @@ class Ascent:
         final = [wide(torch.zeros_like(p) if p.grad is None else p.grad) for p in named.values()]
         if clean and dist.is_available() and dist.is_initialized():
             clean = all_reduce_mean(clean)
+        before, new = self._of(named), None
         if self.kind == "previous":
-            self.kept = dict(zip(named, (h.clone() for h in final), strict=True))
+            new = [h.clone() for h in final]
+        elif self.kind == "momentum" and momenta(named.values(), state) is not None:
+            self.kept = {}
         elif self.kind == "momentum":
-            self._sum(named, final, state)
+            new = [h.clone() for h in final] if before is None else _mix(MOMENTUM, before, 1.0, final)
         elif self.kind == "friendly" and clean:
-            mean = self._of(named)
-            new = clean if mean is None else _mix(FRIENDLY_LAMBDA, mean, 1 - FRIENDLY_LAMBDA, clean)
-            self.kept = dict(zip(named, new, strict=True))
+            new = clean if before is None else _mix(FRIENDLY_LAMBDA, before, 1 - FRIENDLY_LAMBDA, clean)
         elif self.kind == "every" and clean:
-            self.kept = dict(zip(named, orthogonal(final, clean), strict=True))
-        elif self.kind == "every" and used and (part := self._of(named)) is not None:
-            size = LOOK_ALPHA * global_norm(final) * _inverse(global_norm(part))
-            _add(named, [size * v for v in part])
+            new = orthogonal(final, clean)
+        elif self.kind == "every" and used and before is not None:
+            size = LOOK_ALPHA * global_norm(final) * _inverse(global_norm(before))
+            _add(named, [size * v for v in before])
         elif self.kind == "adaptive" and used:
             self._observe(global_norm(final).square())
+        if new is not None:
+            self.kept = dict(zip(named, new, strict=True))
         if self.gsam_alpha and clean:
             _add(named, [-self.gsam_alpha * v for v in orthogonal(clean, final)])
         self.updates += used
-
-    def _sum(self, named: Named, final: Tensors, state: Mapping[Parameter, Any]) -> None:
-        """v where the base optimizer keeps none."""
-        if momenta(named.values(), state) is not None:
-            self.kept = {}
-            return
-        before = self._of(named)
-        new = [h.clone() for h in final] if before is None else _mix(MOMENTUM, before, 1.0, final)
-        self.kept = dict(zip(named, new, strict=True))
 
     def _observe(self, size: Tensor) -> None:
         if not self.moments:

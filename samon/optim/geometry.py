@@ -104,7 +104,7 @@ def ascend(
 
     Args:
         is_weight: for `eleml2orig`, which tensors are weights (|w| + eta); the others get 1 (section 3.2).
-        whole: for weights and gradients of which this process has a part: makes their norms whole (`WholeNorms`).
+        whole: for weights and gradients of which this process has a part: makes norms whole (`sharded.whole_norms`).
     """
     row = GEOMETRIES[geometry]
     scales = None if row.scale is None else row.scale(weights, grads, eta, is_weight)

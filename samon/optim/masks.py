@@ -75,19 +75,16 @@ class Mask:
     def _renew(self, grads: Sequence[Tensor], kind: str, summed: bool = False) -> None:
         flat = torch.cat([g.flatten() for g in grads])
         keep = max(1, round((1 - self.sparsity) * flat.numel()))
-        if kind == "random":
-            mask = _largest(self._random(flat), keep)
+        if kind != "random" and not summed and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+        size = self._random(flat) if kind == "random" else flat.abs()
+        if kind == "dynamic":
+            old = torch.cat([m.flatten() for m in self.masks])
+            exchanged = min(round(self.rate * keep), flat.numel() - keep)  # there must be others to take
+            stay = _largest(size.masked_fill(~old, -1), keep - exchanged)
+            mask = stay | _largest(self._random(flat).masked_fill(old, -1), exchanged)
         else:
-            if not summed and dist.is_available() and dist.is_initialized():
-                dist.all_reduce(flat)
-            size = flat.abs()
-            if kind == "fisher":
-                mask = _largest(size, keep)
-            else:
-                old = torch.cat([m.flatten() for m in self.masks])
-                exchanged = min(round(self.rate * keep), flat.numel() - keep)  # there must be others to take
-                stay = _largest(size.masked_fill(~old, -1), keep - exchanged)
-                mask = stay | _largest(self._random(flat).masked_fill(old, -1), exchanged)
+            mask = _largest(size, keep)
         self.masks = [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
 
     def _random(self, like: Tensor) -> Tensor:

@@ -101,8 +101,7 @@ def build_sam(
         selection = select_bare(base.param_groups, variant.scope, perturb)
         if variant.geometry == "eleml2orig" and not all("param_names" in g for g in base.param_groups):
             raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
-    sparsity = 0.5 if sparsity is None else sparsity
-    mask = None if variant.mask is None else Mask(variant.mask, sparsity, mask_every)
+    mask = None if variant.mask is None else Mask(variant.mask, 0.5 if sparsity is None else sparsity, mask_every)
     rho = variant.rho if rho is None else rho
     source = Ascent(ascent, gsam_alpha)
     how: dict[str, Any] = {"geometry": variant.geometry, "eta": eta, "mask": mask, "esam_beta": esam_beta}

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch.optim import Optimizer
 
 from samon.errors import UserError
 from samon.optim.ascent import Ascent
-from samon.optim.geometry import GEOMETRIES, HALF, global_norm, widened
+from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import Selection, select, select_bare
-from samon.optim.sharded import WholeNorms, local, whole_norms
+from samon.optim.sharded import local, whole_norms
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
 Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
@@ -96,7 +97,6 @@ class SAM(Optimizer):
         self.arithmetic, self.captured = Arithmetic(), False
         self._rounding_checked = self._warned = self._plain = False
         self._drawn: dict[str, Parameter] | None = None  # inside a step
-        self._distributed: bool | None = None
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -110,12 +110,10 @@ class SAM(Optimizer):
     def model(self) -> torch.nn.Module | None:
         return self.selection.model
 
-    @property
+    @cached_property
     def distributed(self) -> bool:
         """Whether processes share parameters out among them (FSDP), perturbed ones or others."""
-        if self._distributed is None:
-            self._distributed = any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"])
-        return self._distributed
+        return any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"])
 
     @property
     def can_group(self) -> bool:
@@ -132,10 +130,8 @@ class SAM(Optimizer):
         """Add the group to the base; those of its parameters that fall into the scope are perturbed from now on."""
         self.base.add_param_group(param_group)
         old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
-        if old.model is not None:
-            found = select(old.model, old.scope, old.perturb)
-        else:
-            found = select_bare(self.base.param_groups, old.scope, old.perturb)
+        again = partial(select_bare, self.base.param_groups) if old.model is None else partial(select, old.model)
+        found = again(old.scope, old.perturb)
         known = {id(p) for p in old.parameters.values()}
         if new := {n: p for n, p in found.parameters.items() if id(p) in added - known}:
             old.parameters |= new
@@ -195,10 +191,9 @@ class SAM(Optimizer):
 
     def perturbed_weights(self) -> list[Tensor]:
         """What this process holds of the perturbed parameters: all of them, or its parts where they are sharded."""
-        named = self.perturbed_parameters().values()
-        return [local(p) for p in named] if self.distributed else list(named)
+        return [local(p) for p in self.perturbed_parameters().values()]
 
-    def whole_norms(self) -> WholeNorms | None:
+    def whole_norms(self) -> Norms:
         return whole_norms(list(self.perturbed_parameters().values())) if self.distributed else None
 
     @contextmanager
@@ -235,6 +230,20 @@ class SAM(Optimizer):
         settings = (self.rho, self.eta, is_weight, grouped, self.esam_beta, self.whole_norms())
         eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
+
+    def displacement(
+        self, grads: Sequence[Tensor | None] | None, grouped: bool = False
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """`(eps, whether the gradients are finite)` along what the ascent makes of gradients at w or, without any, has
+        kept; `(None, None)` for a step at w."""
+        ascent, named = self.ascent, self.perturbed_parameters()
+        direction = ascent.stored(named, self.state) if grads is None else ascent.direction(named, grads)
+        if direction is None:
+            self.stats = {}
+            return None, None
+        eps, norm, finite = self.perturbation(direction, grouped)
+        self.stats = {"ascent_grad_norm": norm.mean() if grouped else norm}
+        return eps, finite.all() if grouped else finite
 
     @contextmanager
     def perturbed(self, grads: Grads) -> Iterator[None]:
@@ -324,22 +333,17 @@ class SAM(Optimizer):
     def _passes(self, closure: Callable[[], Any]) -> Any:
         """Run the closure at w, at w + eps, or both; returns its first result."""
         ascent, named, first = self.ascent, self.perturbed_parameters(), None
-        grads: list[Tensor | None] = []
+        grads: list[Tensor | None] | None = None
         if climbs := ascent.climbs():
             first = closure()
             grads = [g if g is None or not ascent.notes else g.clone() for g in (p.grad for p in named.values())]
-            direction: Sequence[Tensor | None] | None = ascent.direction(named, grads)
-        else:
-            direction = ascent.stored(named, self.state)
-        if direction is None:
-            self.stats = {}
+        eps, _ = self.displacement(grads)
+        if eps is None:
             return closure()
-        eps, norm, _ = self.perturbation(direction)
-        self.stats = {"ascent_grad_norm": norm}
         buffers = running_statistics(modules_of(self.model)) if climbs and self.model is not None else []
         with kept(buffers), self.moved(eps):
             second = closure()
-        ascent.note(named, grads)  # behind the closure, which zeroes gradients
+        ascent.note(named, grads or [])  # behind the closure, which zeroes gradients
         return first if climbs else second
 
 

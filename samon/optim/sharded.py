@@ -4,11 +4,14 @@ All arithmetic of a perturbation is elementwise, so it runs on the parts; only n
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from samon.optim.geometry import Norms
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -31,29 +34,21 @@ def is_cut(tensor: Tensor) -> bool:
     return bool(shard_groups(tensor))
 
 
-class WholeNorms:
-    """Norms of whole tensors from those of their parts, in one message of one number a tensor.
+def whole_norms(tensors: Iterable[Tensor]) -> Norms:
+    """Makes the norms of whole tensors from those of their parts, in one message of one number a tensor; None where no
+    tensor is cut up: the norms of the parts are those of the tensors.
 
     Args:
         tensors: [T], some of them cut up, all of these among the same processes.
     """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        groups = [shard_groups(t) for t in tensors]
-        self.cut = [bool(found) for found in groups]
-        self.groups = next((found for found in groups if found), [])
-
-    def __call__(self, norms: Tensor) -> Tensor:
-        """2-norms [T] of the parts to those of the tensors."""
-        if not self.groups:
-            return norms
-        squares = norms.square()
-        for group in self.groups:
-            dist.all_reduce(squares, group=group)
-        return torch.where(torch.tensor(self.cut, device=norms.device), squares.sqrt(), norms)
+    groups = [shard_groups(t) for t in tensors]
+    among = next(filter(None, groups), None)
+    return None if among is None else partial(_whole, [bool(found) for found in groups], among)
 
 
-def whole_norms(tensors: Sequence[Tensor]) -> WholeNorms | None:
-    """None where no tensor is cut up: the norms of the parts are those of the tensors."""
-    norms = WholeNorms(tensors)
-    return norms if norms.groups else None
+def _whole(cut: Sequence[bool], groups: Sequence[dist.ProcessGroup], norms: Tensor) -> Tensor:
+    """2-norms [T] of the parts to those of the tensors."""
+    squares = norms.square()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    return torch.where(torch.tensor(cut, device=norms.device), squares.sqrt(), norms)

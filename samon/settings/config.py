@@ -12,7 +12,7 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 import samon
-from samon.errors import UserError
+from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.registry import BASES, variant_of
@@ -217,9 +217,7 @@ def check_sharding(config: Config, given: Mapping[str, Any], without: Mapping[st
         "--amp-dtype float16 (use bfloat16)": config.amp and config.amp_dtype == "float16",
         **without,
     }
-    for name, asked in without.items():
-        if asked:
-            raise UserError(f"--fsdp does not combine with {name}; drop one of them")
+    refuse({f"--fsdp does not combine with {name}; drop one of them": asked for name, asked in without.items()})
 
 
 def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
@@ -257,28 +255,26 @@ def _check_ascent(config: Config) -> None:
 
 def _check_batches(config: Config) -> None:
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
-    if config.aug_splits == 1:
-        raise UserError("--aug-splits 1 splits nothing; use 0, or 2 and more")
-    if config.jsd_loss and config.aug_splits < 2:
-        raise UserError("--jsd-loss compares augmentation splits; add --aug-splits 3")
-    if config.split_bn and config.aug_splits < 2 and not config.resplit:
-        raise UserError("--split-bn needs --aug-splits or --resplit")
-    if mixing and config.aug_splits:
-        raise UserError("--mixup and --cutmix exclude --aug-splits; drop one of them")
-    if mixing and config.batch_size % 2:
-        raise UserError("mixup and cutmix pair samples; use an even --batch-size")
-    if config.train_img_sizes:
-        if config.train_size_probs and len(config.train_size_probs) != len(config.train_img_sizes):
-            raise UserError("--train-size-probs needs one value for each of --train-img-sizes")
-        if config.aug_splits or config.data_resident:
-            raise UserError("--train-img-sizes excludes --aug-splits and --data-resident")
-    elif config.train_size_probs or config.train_batches_per_epoch:
-        raise UserError("--train-size-probs and --train-batches-per-epoch need --train-img-sizes")
+    splits, sizes, probs = config.aug_splits, config.train_img_sizes, config.train_size_probs
     channels = (config.input_size or [None])[0]
-    if config.in_chans and channels and config.in_chans != channels:
-        raise UserError(
-            f"--in-chans {config.in_chans} contradicts --input-size with {channels} channels; drop one of them"
-        )
+    mistakes = {
+        "--aug-splits 1 splits nothing; use 0, or 2 and more": splits == 1,
+        "--jsd-loss compares augmentation splits; add --aug-splits 3": config.jsd_loss and splits < 2,
+        "--split-bn needs --aug-splits or --resplit": config.split_bn and splits < 2 and not config.resplit,
+        "--mixup and --cutmix exclude --aug-splits; drop one of them": mixing and splits,
+        "mixup and cutmix pair samples; use an even --batch-size": mixing and config.batch_size % 2,
+        "--train-size-probs needs one value for each of --train-img-sizes": (
+            sizes and probs and len(probs) != len(sizes)
+        ),
+        "--train-img-sizes excludes --aug-splits and --data-resident": sizes and (splits or config.data_resident),
+        "--train-size-probs and --train-batches-per-epoch need --train-img-sizes": (
+            not sizes and (probs or config.train_batches_per_epoch)
+        ),
+        f"--in-chans {config.in_chans} contradicts --input-size with {channels} channels; drop one of them": (
+            config.in_chans and channels and config.in_chans != channels
+        ),
+    }
+    refuse(mistakes)
 
 
 def _check_global_batch(config: Config) -> None:

@@ -108,7 +108,8 @@ class Flag:
             typed = self.type(value)
         except ValueError as error:
             plain = self.type in (int, float, str)
-            raise ValueError(f"{value!r} is not {a(self.type.__name__)}" if plain else str(error)) from None
+            noun = "an int" if self.type is int else f"a {self.type.__name__}"
+            raise ValueError(f"{value!r} is not {noun}" if plain else str(error)) from None
         if self.choices and typed not in self.choices:
             names = ", ".join(map(repr, self.choices))
             raise ValueError(f"{typed!r} is not one of {names}{nearest(typed, self.choices)}")
@@ -120,10 +121,6 @@ class Flag:
 
 
 Groups = Mapping[str, tuple[Flag, ...]]
-
-
-def a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def nearest(word: Any, known: Iterable[Any]) -> str:

@@ -11,6 +11,13 @@ from samon.optim.ascent import SOURCES, Ascent
 from samon.settings.flag import Flag, Groups, markdown, of_program
 from samon.settings.rows_timm import TIMM, B, T, V
 
+# Texts that do not fit into their row.
+PERTURBATIONS = "device: each process its own perturbation; global: one for all; a number m: sub-batches of m"
+FORMATS = "file: timm's single file; parts: each process writes its part while training goes on"
+SETTINGS = "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50"
+FSDP = "share the model out among the processes (FSDP2), block by block (validate.py: accuracy)"
+UNREADABLE = "share of unreadable samples to pass over before stopping"
+
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
 
 
@@ -36,12 +43,8 @@ def interval(value: Any) -> str:
 
 def steps_or_minutes(text: str) -> tuple[int, float]:
     """`'500'` -> (500 updates, 0), `'10m'` -> (0, 10 minutes), `''` and `'0'` -> (0, 0)."""
-    number = text.removesuffix("m")
     try:
-        if text.endswith("m"):
-            steps, minutes = 0, float(number)
-        else:
-            steps, minutes = int(number or 0), 0.0
+        steps, minutes = (0, float(text.removesuffix("m"))) if text.endswith("m") else (int(text or 0), 0.0)
         if steps < 0 or minutes < 0:
             raise ValueError
     except ValueError:
@@ -57,12 +60,7 @@ SAM: tuple[Flag, ...] = (
     T("sparsity", float, None, "share left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
     T("mask-epochs", int, 5, "ssam-f, ssam-d: renew the mask at each k-th epoch", range=">= 1"),
     T("fisher-samples", int, 1024, "ssam-f: training images that the mask is made from", range=">= 1"),
-    T(
-        "m-sharpness",
-        m_sharpness,
-        "device",
-        "device: each process its own perturbation; global: one for all; a number m: sub-batches of m",
-    ),
+    T("m-sharpness", m_sharpness, "device", PERTURBATIONS),
     T("ascent", ascent, "batch", f"where the direction of the perturbation comes from: {', '.join(SOURCES)}"),
     T("ascent-fraction", float, 1.0, "share of the batch that makes the ascent gradient", range="in (0, 1]"),
     T("ascent-size", int, None, "image size of the ascent pass", range=">= 1"),
@@ -76,54 +74,41 @@ SAM: tuple[Flag, ...] = (
     T("no-replay", bool, False, "do not reuse activations in front of the first perturbed layer"),
 )
 
-RUN: tuple[Flag, ...] = (
-    T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
-    T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
-    T(
-        "checkpoint-format",
-        str,
-        "file",
-        "file: timm's single file; parts: each process writes its part while training goes on",
-        choices=("file", "parts"),
+GROUPS: Groups = {
+    "Configuration": (
+        T("config", str, "", SETTINGS, short="c"),
+        T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
     ),
-    T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
-    T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
-)
-
-SHARDING: tuple[Flag, ...] = (
-    B("fsdp", bool, False, "share the model out among the processes (FSDP2), block by block (validate.py: accuracy)"),
-    B("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
-    B("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
-)
-
-NORMALIZATION: tuple[Flag, ...] = (
-    T("fix-norm", bool, False, "normalization layers without affine parameters: gamma = 1, beta = 0, not trained"),
-    T("train-only-norm", bool, False, "train the normalization parameters alone"),
-    T("weight-decay-on", str, None, "what decays, instead of timm's rule", choices=("all", "non-norm", "none")),
-    T("norm-dropout", float, 0.0, "dropout on the normalization parameters", range="in [0, 1)"),
-)
-
-FINE_TUNING: tuple[Flag, ...] = (
-    T("freeze", str, None, "do not train parameters whose qualified name matches this regex"),
-)
-
-SHARDS: tuple[Flag, ...] = (
-    T("shard-cache", str, None, "directory that keeps copies of remote shards"),
-    T("shard-cache-size", float, 200.0, "size limit of --shard-cache in GiB", range="> 0"),
-    T("sample-split", bool, False, "allow fewer shards than processes x workers"),
-    T("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
-    T("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
-    T("max-bad-samples", float, 0.001, "share of unreadable samples to pass over before stopping", range="in [0, 1]"),
-    T("decoder", str, "auto", "image decoder (crop, scaled: what a training crop needs)", choices=DECODERS),
-    T("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
-)
-
-CONTROL: tuple[Flag, ...] = (
-    T("config", str, "", "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50", short="c"),
-    T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
-)
-
-EVALUATION: Groups = {
+    "Sharpness-aware minimization": SAM,
+    "Run": (
+        T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
+        T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
+        T("checkpoint-format", str, "file", FORMATS, choices=("file", "parts")),
+        T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
+        T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
+    ),
+    "Sharded models": (
+        B("fsdp", bool, False, FSDP),
+        B("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
+        B("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
+    ),
+    "Normalization layers (the paper's B.7 to B.9)": (
+        T("fix-norm", bool, False, "normalization layers without affine parameters: gamma = 1, beta = 0, not trained"),
+        T("train-only-norm", bool, False, "train the normalization parameters alone"),
+        T("weight-decay-on", str, None, "what decays, instead of timm's rule", choices=("all", "non-norm", "none")),
+        T("norm-dropout", float, 0.0, "dropout on the normalization parameters", range="in [0, 1)"),
+    ),
+    "Fine-tuning": (T("freeze", str, None, "do not train parameters whose qualified name matches this regex"),),
+    "Shards": (
+        T("shard-cache", str, None, "directory that keeps copies of remote shards"),
+        T("shard-cache-size", float, 200.0, "size limit of --shard-cache in GiB", range="> 0"),
+        T("sample-split", bool, False, "allow fewer shards than processes x workers"),
+        T("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
+        T("allow-shell-urls", bool, False, "let shard lists contain pipe: commands"),
+        T("max-bad-samples", float, 0.001, UNREADABLE, range="in [0, 1]"),
+        T("decoder", str, "auto", "image decoder (crop, scaled: what a training crop needs)", choices=DECODERS),
+        T("data-resident", bool, False, "keep the whole data set on the device and augment it there"),
+    ),
     "What to evaluate": (
         V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),
         V("suite", str, None, "YAML list of data sets under --data-dir to evaluate in one go; `suites` comes along"),
@@ -167,17 +152,6 @@ EVALUATION: Groups = {
         V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions (needs matplotlib)"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),
-}
-
-GROUPS: Groups = {
-    "Configuration": CONTROL,
-    "Sharpness-aware minimization": SAM,
-    "Run": RUN,
-    "Sharded models": SHARDING,
-    "Normalization layers (the paper's B.7 to B.9)": NORMALIZATION,
-    "Fine-tuning": FINE_TUNING,
-    "Shards": SHARDS,
-    **EVALUATION,
     **TIMM,
 }
 TRAIN = of_program(GROUPS, "train")

@@ -5,6 +5,8 @@ from functools import partial
 from samon.settings.flag import BOTH, TRAIN_ONLY, VALIDATE_ONLY, Flag, Groups, kwargs
 
 NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
+RESUMED = "continue from a checkpoint file, or from the newest state in a directory, with its settings"
+PRECISION = "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp"
 AMP_DTYPES = ("float16", "bfloat16", "auto")
 CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
@@ -35,12 +37,7 @@ TIMM: Groups = {
         B("pretrained", bool, False, "start from the model's pretrained weights"),
         T("pretrained-path", str, None, "load pretrained weights from this file, adapting the head"),
         T("initial-checkpoint", str, "", "load model weights from this checkpoint before training"),
-        T(
-            "resume",
-            str,
-            "",
-            "continue from a checkpoint file, or from the newest state in a directory, with its settings",
-        ),
+        T("resume", str, "", RESUMED),
         T("no-resume-opt", bool, False, "on resume load weights only, not optimizer and scaler"),
         B("num-classes", int, None, "number of classes; the model's own if not given", range=">= 0"),
         B("gp", str, None, "global pooling: fast, avg, max, avgmax, avgmaxc"),
@@ -68,13 +65,7 @@ TIMM: Groups = {
     "Device": (
         B("device", str, None, "cpu, cuda, ...; a GPU if there is one, else cpu"),
         B("amp", bool, False, "mixed precision (validate.py: accuracy only)"),
-        B(
-            "amp-dtype",
-            str,
-            "float16",
-            "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp",
-            choices=AMP_DTYPES,
-        ),
+        B("amp-dtype", str, "float16", PRECISION, choices=AMP_DTYPES),
         B("model-dtype", str, None, "precision of the weights", choices=("float32", "float16", "bfloat16")),
         T("no-ddp-bb", bool, False, "do not broadcast buffers from rank 0 at each step"),
         T("synchronize-step", bool, False, "wait for the device at the end of each step"),

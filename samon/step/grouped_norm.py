@@ -1,7 +1,6 @@
 """One normalization layer with a gamma and a beta of its own for each group of samples."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,9 @@ class GroupedNorm:
         groups: G, equal groups of consecutive samples in the leading dimension.
 
     Attributes:
-        calls: the batch statistics of each call since `installed` began, of a training BatchNorm that tracks them.
+        bare: what the layer's own attributes must be (`changed`) for it to run this forward, hooks and all.
+        offsets: for weight and bias, None for an unperturbed one.
+        calls: the batch statistics of each call, of a training BatchNorm that tracks them.
     """
 
     def __init__(self, module: nn.Module, groups: int):
@@ -37,7 +38,7 @@ class GroupedNorm:
         self.offsets: Sequence[Tensor | None] = (None, None)
         self.calls: tuple[Call, ...] = ()
         self.own_statistics = isinstance(module, _BatchNorm) and module.training
-        self.normalized = type(module).forward  # with unit gamma and zero beta: `installed` sets them
+        self.normalized = type(module).forward  # with unit gamma and zero beta: those of `bare`
         # timm's fused norm+act classes: their activation runs behind the groups' own gamma and beta.
         self.children = dict(module._modules)
         self.after = {n: m for n, m in self.children.items() if n in ("drop", "act") and m is not None}
@@ -59,21 +60,6 @@ class GroupedNorm:
             and all((bare[n].dtype, bare[n].device) == (p.dtype, p.device) for n, p in own)
             and self.children == module._modules
         )
-
-    @contextmanager
-    def installed(self, offsets: Sequence[Tensor | None]) -> Iterator[None]:
-        """Inside, the layer runs this forward, hooks and all, with these offsets for weight and bias."""
-        self.offsets, self.calls = offsets, ()
-        state = self.module.__dict__
-        before = {name: state[name] for name in self.bare if name in state}
-        state.update(self.bare)
-        try:
-            yield
-        finally:
-            if "forward" not in before:
-                del state["forward"]
-            state.update(before)
-            self.offsets = (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> the same shape and dtype.
@@ -100,11 +86,17 @@ class GroupedNorm:
 
     def _layer(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         y = self.normalized(self.module, x)
-        shape = _broadcast_shape(self.module, y, gamma if gamma is not None else beta)
         z = y.view(self.groups, -1, *y.shape[1:])
-        z = z if gamma is None else z * gamma.view(shape)
-        z = z if beta is None else z + beta.view(shape)
+        z = z if gamma is None else z * self._facing(z, gamma)
+        z = z if beta is None else z + self._facing(z, beta)
         return _joined(z, y.shape).to(y.dtype)
+
+    def _facing(self, z: Tensor, affine: Tensor) -> Tensor:
+        """Affine parameters [G, *shape] as they meet the output viewed as [G, m, ...]."""
+        ones = [1] * (z.dim() - affine.dim())
+        if affine_dim(self.module) == 1:
+            return affine.view(self.groups, 1, -1, *ones[1:])
+        return affine.view(self.groups, *ones, *affine.shape[1:])
 
     def _batch_norm(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
@@ -125,12 +117,3 @@ def _joined(x: Tensor, shape: torch.Size) -> Tensor:
     """x.view(shape) that autograd does not call a view: an in-place activation behind a view would cost it a copy of
     the whole gradient."""
     return torch.ops.aten._unsafe_view(x, shape)
-
-
-def _broadcast_shape(module: nn.Module, y: Tensor, affine: Tensor | None) -> tuple[int, ...]:
-    """[G, 1, ...] so that the affine parameters [G, *shape] meet the output viewed as [G, m, ...]."""
-    if affine is None:
-        return ()
-    if affine_dim(module) == 1:
-        return (affine.shape[0], 1, affine.shape[1], *[1] * (y.dim() - 2))
-    return (affine.shape[0], *[1] * (y.dim() - affine.dim() + 1), *affine.shape[1:])

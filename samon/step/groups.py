@@ -7,7 +7,7 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
 from samon.optim.geometry import wide
+from samon.optim.norm_stats import modules_of
 from samon.optim.sam import SAM
 from samon.optim.scope import affine_dim, norm_modules
 from samon.step.captured import owned
 from samon.step.grouped_norm import Call, GroupedNorm
-from samon.step.passes import frozen, refuse_checkpointing, unperturbed
+from samon.step.passes import changed, frozen, refuse_checkpointing, unperturbed
 
 
 class Grouped:
@@ -48,13 +49,17 @@ class Grouped:
         self.sam, self.groups, self.bn_stats = sam, groups, bn_stats
         parameters = list(sam.perturbed_parameters().values())
         self.device = parameters[0].device
-        self.perturbed = {id(p): i for i, p in enumerate(parameters)}
+        self.perturbed = {id(p): p for p in parameters}
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
-        self.frozen = [*([] if sam.distributed else unperturbed(sam)), *parameters]
-        # [module -> per pass -> the (mean, variance) [G, C] of each call]
-        self.statistics: dict[Any, list[list[Call]]] = defaultdict(lambda: [[], []])
-        self.pass_index = 0
-        self.layers = self._layers([m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)])
+        self.frozen = [*([] if sam.distributed else unperturbed(sam, modules_of(sam.model))), *parameters]
+        # [module -> the (mean, variance) [G, C] of each call in the passes that count]
+        self.statistics: dict[Any, list[Call]] = defaultdict(list)
+        self.under_way = "first"
+        modules = [m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)]
+        # Those of the last step where they still serve: new ones would not be what a compiled graph was made of.
+        known = {layer.module: layer for layer in sam.grouped if layer.groups == groups}
+        self.layers = [known[m] if m in known and known[m].serves(m) else GroupedNorm(m, groups) for m in modules]
+        sam.grouped = self.layers
         if any(layer.own_statistics for layer in self.layers):
             refuse_checkpointing(sam.model, f"groups={groups} computes BatchNorm statistics once")
 
@@ -71,13 +76,6 @@ class Grouped:
             )
         return True
 
-    def _layers(self, modules: list[nn.Module]) -> list[GroupedNorm]:
-        """Those of the last step where they still serve: new ones would not be what a compiled graph was made of."""
-        known = {layer.module: layer for layer in self.sam.grouped if layer.groups == self.groups}
-        served = [known[m] if m in known and known[m].serves(m) else GroupedNorm(m, self.groups) for m in modules]
-        self.sam.grouped = served
-        return served
-
     def first(self) -> AbstractContextManager[None]:
         """Around the first pass."""
         return frozen(self.frozen)
@@ -85,22 +83,25 @@ class Grouped:
     @contextmanager
     def each_first(self) -> Iterator[None]:
         """Around each forward of the first pass, and around each of the second."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                own = [None if p is None else self.perturbed.get(id(p)) for p in layer.affine]
-                stack.enter_context(layer.installed([None if i is None else self.inputs[i] for i in own]))
-            yield
+        offsets = dict(zip(self.perturbed, self.inputs, strict=True))
         for layer in self.layers:
-            calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
-            self.statistics[layer.module][self.pass_index] += calls
-            layer.calls = ()
+            layer.offsets = [offsets.get(id(p)) for p in layer.affine]
+        try:
+            with changed({layer.module: layer.bare for layer in self.layers}):
+                yield
+            for layer in self.layers if self.bn_stats in (self.under_way, "both") else []:
+                calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
+                self.statistics[layer.module] += calls
+        finally:
+            for layer in self.layers:
+                layer.offsets, layer.calls = (None, None), ()
 
     each_second = each_first
 
     @contextmanager
     def second(self, eps: list[Tensor]) -> Iterator[None]:
         """Around the second pass, with the perturbations [G, *shape] as offsets."""
-        self.inputs, self.pass_index = eps, 1
+        self.inputs, self.under_way = eps, "second"
         self.sam.measure(eps, eps, grouped=True)
         yield
         self._update_running_statistics()
@@ -108,9 +109,7 @@ class Grouped:
     @torch.no_grad()
     def _update_running_statistics(self) -> None:
         """Bring the running statistics to where a loop over the groups, two passes each, would have left them."""
-        passes = {"first": [0], "second": [1], "both": [0, 1]}[self.bn_stats]
-        for module, by_pass in self.statistics.items():
-            calls = [call for i in passes for call in by_pass[i]]
+        for module, calls in self.statistics.items():
             if not calls or module.running_mean is None:
                 continue
             count = self.groups * len(calls)

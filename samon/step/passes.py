@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from samon import rng
 from samon.errors import UserError
-from samon.optim.norm_stats import kept, modules_of, running_statistics
+from samon.optim.norm_stats import kept, running_statistics
 from samon.optim.sam import SAM
 
 REENTRANT = (
@@ -33,16 +33,29 @@ def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def unperturbed(sam: SAM, modules: Iterable[nn.Module] | None = None) -> list[Parameter]:
-    """All parameters that are not perturbed; `modules` are the model's where they have been listed already."""
+def unperturbed(sam: SAM, modules: Iterable[nn.Module]) -> list[Parameter]:
+    """All parameters that are not perturbed; `modules` are all of the model's."""
     perturbed = {id(p) for p in sam.perturbed_parameters().values()}
     found = {id(p): p for group in sam.param_groups for p in group["params"]}
-    if modules is None:
-        modules = [] if sam.model is None else modules_of(sam.model)
     for module in modules:
         if module._parameters:
             found |= {id(p): p for p in module._parameters.values() if p is not None}
     return [p for key, p in found.items() if key not in perturbed]
+
+
+@contextmanager
+def changed(attributes: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """The objects have these attributes inside, and afterwards the ones of their own that these hid, if any."""
+    before = {item: {n: vars(item)[n] for n in values if n in vars(item)} for item, values in attributes.items()}
+    for item, values in attributes.items():
+        vars(item).update(values)
+    try:
+        yield
+    finally:
+        for item, own in before.items():
+            for name in attributes[item].keys() - own.keys():
+                del vars(item)[name]
+            vars(item).update(own)
 
 
 @contextmanager
@@ -51,17 +64,8 @@ def swapped_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
 
     A compiled model runs eagerly inside: its graphs were made of the modules' own forwards.
     """
-    before = {m: m.__dict__["forward"] for m in forwards if "forward" in m.__dict__}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in forwards:
-            del module.__dict__["forward"]
-            if module in before:
-                module.__dict__["forward"] = before[module]
+    with changed({m: {"forward": f} for m, f in forwards.items()}), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -63,32 +63,23 @@ def make_plan(sam: SAM, trace: Trace) -> Plan:
     model = sam.model
     assert model is not None
     perturbed = {id(p) for p in sam.perturbed_parameters().values()}
-    cut, owners = trace.clock, []
-    for name, module in model.named_modules():
-        if any(id(p) in perturbed for p in module.parameters(recurse=False)):
-            owners.append(module)
-            cut = min(cut, _first_start(model, name, trace))
+    starts = {module: _first_start(model, name, trace) for name, module in model.named_modules()}
+    owners = [m for m in starts if any(id(p) in perturbed for p in m.parameters(recurse=False))]
+    cut = min([trace.clock, *(starts[m] for m in owners)])
 
     def in_front(module: nn.Module) -> bool:
         calls = trace.calls.get(module, [])
         return calls != [] and all(0 <= end < cut for _, end in calls)
 
-    front, pending = [], list(model.children())
-    while pending:
-        module = pending.pop(0)
-        if in_front(module):
-            front.append(module)
-        else:
-            pending = list(module.children()) + pending
+    def outermost(around: nn.Module) -> Iterator[nn.Module]:
+        for module in around.children():
+            yield from [module] if in_front(module) else outermost(module)
+
+    front = list(outermost(model))
     # A parameter can also reach an output by functional code that calls no owner: the graph has the last word.
     if any(_reaches(trace.nodes[m], perturbed) for m in front):
         front = []
-    early = {
-        id(p)
-        for name, module in model.named_modules()
-        for p in module.parameters(recurse=False)
-        if _first_start(model, name, trace) < cut
-    }
+    early = {id(p) for module, start in starts.items() if start < cut for p in module.parameters(recurse=False)}
     late = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
     return Plan(front if any(True for m in front for _ in m.parameters()) else [], late, owners)
 
@@ -96,11 +87,9 @@ def make_plan(sam: SAM, trace: Trace) -> Plan:
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
     """When the module's parameters can first have been used: its own first call, or that of the nearest module
     around it that was called (attention reads its output projection's weight without calling it)."""
-    while True:
-        calls = trace.calls.get(model.get_submodule(name))
-        if calls or not name:
-            return calls[0][0] if calls else 0
-        name = name.rpartition(".")[0]
+    if calls := trace.calls.get(model.get_submodule(name)):
+        return calls[0][0]
+    return _first_start(model, name.rpartition(".")[0], trace) if name else 0
 
 
 def _reaches(nodes: list[Any], perturbed: set[int]) -> bool:
@@ -207,14 +196,14 @@ class Plain:
     groups = 1
 
     def __init__(self, sam: SAM, bn_stats: str = "first", *, replay: bool = False, same_noise: bool = False):
-        self.sam, self.model, self.bn_stats = sam, sam.model, bn_stats
+        self.sam, self.bn_stats = sam, bn_stats
         self.inputs: list[Tensor] = list(sam.perturbed_parameters().values())
         self.device = self.inputs[0].device
         self.modules = [] if sam.model is None else list(modules_of(sam.model))
         self.tape: Tape | None = None
         # With both passes updating the statistics, the front's BatchNorms would have to run twice.
-        usable = replay and sam.selection.narrowed and sam.model is not None and bn_stats != "both"
-        self.planning = usable and sam.plan is None
+        usable = replay and sam.selection.narrowed and bn_stats != "both"
+        self.traced = sam.model if usable and sam.plan is None else None  # the model where a plan is to be made
         if usable and sam.model is not None:
             refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
             if sam.plan is not None and sam.plan.front:
@@ -226,17 +215,16 @@ class Plain:
         if self.tape is not None:
             late = self.tape.plan.late
         else:
-            late = [] if self.planning or self.sam.distributed else unperturbed(self.sam, self.modules)
-        with frozen(late), self._statistics_kept(self.bn_stats == "second"):
+            late = [] if self.traced is not None or self.sam.distributed else unperturbed(self.sam, self.modules)
+        with frozen(late), self._statistics_kept() if self.bn_stats == "second" else nullcontext():
             yield
 
     @contextmanager
     def each_first(self) -> Iterator[None]:
         """Around each forward of the first pass."""
-        if self.planning:
-            assert self.model is not None
+        if self.traced is not None:
             trace = Trace()
-            with watched(self.model.modules(), trace.start, trace.end):
+            with watched(self.traced.modules(), trace.start, trace.end):
                 yield
             self.sam.plan = make_plan(self.sam, trace)
         else:
@@ -249,7 +237,7 @@ class Plain:
         # An autocast context around the whole step would go on using its half-precision copies of the old weights.
         torch.clear_autocast_cache()
         try:
-            with self._statistics_kept(self.bn_stats == "first"), self.sam.moved(eps):
+            with self._statistics_kept() if self.bn_stats == "first" else nullcontext(), self.sam.moved(eps):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -263,12 +251,9 @@ class Plain:
         return self.tape.replaying() if self.tape is not None and self.tape.whole else nullcontext()
 
     @contextmanager
-    def _statistics_kept(self, wanted: bool) -> Iterator[None]:
+    def _statistics_kept(self) -> Iterator[None]:
         """A pass that leaves the running statistics alone. Front layers run once and stay updated, since both passes
         would see the same batch there; only if the kept outputs cannot be used they are put back too."""
-        if not wanted:
-            yield
-            return
         front = {m for f in self.tape.plan.front for m in f.modules()} if self.tape is not None else set()
         late, early = ([m for m in self.modules if (m in front) is inside] for inside in (False, True))
         unless = lambda: self.tape is not None and self.tape.whole  # noqa: E731

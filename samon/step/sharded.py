@@ -10,8 +10,8 @@ Where perturbed parameters are sharded, one perturbation is common to all proces
 averaged one, from a full backward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,30 +19,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from samon.errors import UserError
+from samon.errors import refuse
 from samon.optim.ascent import all_reduce_mean
 from samon.optim.norm_stats import modules_of
 from samon.optim.sam import SAM
 from samon.optim.sharded import is_cut
+from samon.step.passes import changed
 
 
-def _groups(model: nn.Module) -> list[Any]:
-    """FSDP's parameter groups. Its setters are public; what they were set to is not."""
-    states = [module._get_fsdp_state() for module in modules_of(model) if isinstance(module, FSDPModule)]
-    return [group for state in states for group in state._fsdp_param_groups]
-
-
-@contextmanager
-def _set(model: nn.Module | None, **values: bool) -> Iterator[None]:
-    groups = [] if model is None else _groups(model)
-    before = [{name: getattr(group, name) for name in values} for group in groups]
-    for group in groups:
-        vars(group).update(values)
-    try:
-        yield
-    finally:
-        for group, old in zip(groups, before, strict=True):
-            vars(group).update(old)
+def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None]:
+    """Around what FSDP's parameter groups do like this. Its setters are public; what they were set to is not."""
+    modules = [] if model is None else modules_of(model)
+    states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
+    return changed({group: values for state in states for group in state._fsdp_param_groups})
 
 
 def ascending(model: nn.Module | None) -> AbstractContextManager[None]:
@@ -58,34 +47,28 @@ def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
 def average_gradients(parameters: Iterable[Tensor], group: Any = None) -> None:
     """`.grad` of the parameters that lie whole on every process of a sharded model becomes the mean over them, in one
     message. Call it once an update, before clipping; FSDP averages the sharded ones itself."""
-    grads = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    if not grads:
-        return
-    torch._foreach_copy_(grads, all_reduce_mean(grads, group))
+    if grads := [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]:
+        torch._foreach_copy_(grads, all_reduce_mean(grads, group))
 
 
 def check(sam: SAM, *, reduce: str, groups: int, replay: bool, scaler: Any) -> None:
     """Raises:
     UserError: what a sharded model cannot honour, by name.
     """
-    if replay and sam.selection.narrowed and sam.model is not None:
-        raise UserError(
-            "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
-            "replay=False (--no-replay)"
-        )
-    if not any(is_cut(p) for p in sam.perturbed_parameters().values()):
-        return
+    cut = any(is_cut(p) for p in sam.perturbed_parameters().values())
     sharded = "perturbed parameters are sharded (FSDP): "
     mistakes = {
-        "all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or leave them "
-        "whole by fully_shard(ignored_params=...)": reduce != "global" or groups > 1,
-        f"ascent={sam.ascent.source!r} and gsam_alpha need them whole": sam.ascent.keeps or sam.ascent.gsam_alpha > 0,
-        "sparse perturbations need them whole": sam.mask is not None,
-        "float16 with a GradScaler is not supported; use bfloat16": scaler is not None,
+        "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
+        "replay=False (--no-replay)": replay and sam.selection.narrowed and sam.model is not None,
+        f"{sharded}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or leave "
+        "them whole by fully_shard(ignored_params=...)": cut and (reduce != "global" or groups > 1),
+        f"{sharded}ascent={sam.ascent.source!r} and gsam_alpha need them whole": (
+            cut and (sam.ascent.keeps or sam.ascent.gsam_alpha > 0)
+        ),
+        f"{sharded}sparse perturbations need them whole": cut and sam.mask is not None,
+        f"{sharded}float16 with a GradScaler is not supported; use bfloat16": cut and scaler is not None,
     }
-    for message, made in mistakes.items():
-        if made:
-            raise UserError(sharded + message)
+    refuse(mistakes)
 
 
 def climbing_gradients(
@@ -104,8 +87,8 @@ def climbing_gradients(
                 loss = forward()
                 (loss / len(forwards)).backward()
             losses.append(loss.detach())
-        average_gradients(sam.perturbed_parameters().values())
         perturbed = sam.perturbed_parameters().values()
+        average_gradients(perturbed)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in perturbed]
     finally:
         for p, grad in zip(parameters, before, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samon import rng
-from samon.errors import UserError
+from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent, all_reduce_mean
 from samon.optim.norm_stats import BN_STATS
 from samon.optim.sam import SAM, sam_of
@@ -21,6 +21,7 @@ from samon.step.replay import Plain
 
 Forward = Callable[[], Tensor]
 Context = Callable[[], AbstractContextManager]
+Passes = Plain | Grouped
 
 
 def two_pass(
@@ -88,7 +89,7 @@ def two_pass(
     if sam.distributed:
         sharded.check(sam, reduce=reduce, groups=groups, replay=replay, scaler=scaler)
     with sam.drawn():
-        passes: Plain | Grouped
+        passes: Passes
         climbs = sam.ascent.climbs()
         if groups > 1 and climbs:
             passes = Grouped(sam, groups, bn_stats)
@@ -99,16 +100,13 @@ def two_pass(
         noise = rng.take_torch(passes.device) if same_noise else None
         ascents = forwards if ascent_forward is None else [ascent_forward]
         how = {"reduce": reduce, "process_group": process_group, "loss_scale": loss_scale}
-        clean, eps, finite = climb(sam, passes, ascents if climbs else [], no_sync=no_sync, scaler=scaler, **how)
+        clean, eps, finite = climb(passes, ascents if climbs else [], no_sync, scaler, **how)
         if noise is not None:
             rng.put_torch(noise, passes.device)
         with nullcontext() if eps is None else passes.second(eps):
-            last = descend(passes, forwards, finite, loss_scale, no_sync=no_sync, scaler=scaler)
-    if clean is None:
-        sam.stats["loss"] = last
-        return last
-    sam.stats |= {"loss": clean, "loss_perturbed": last}
-    return clean
+            last = descend(passes, forwards, no_sync, scaler, loss_scale, finite)
+    sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
+    return sam.stats["loss"]
 
 
 def _check(
@@ -132,55 +130,40 @@ def _check(
             bn_stats != "first" and sam.model is None
         ),
     }
-    for message, made in mistakes.items():
-        if made:
-            raise UserError(message)
+    refuse(mistakes)
 
 
 def climb(
-    sam: SAM,
-    passes: Plain | Grouped,
+    passes: Passes,
     forwards: Sequence[Forward],
+    no_sync: Context,
+    scaler: Any,
     *,
-    no_sync: Context = nullcontext,
-    scaler: Any = None,
     reduce: str = "device",
     process_group: Any = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor]:
     """The perturbation, by an ascent pass over `forwards` where there are some, else from what the optimizer has kept:
     `(the loss at w or None, eps or None for a step at w, whether the ascent gradient is finite)`."""
-    source, named = sam.ascent, sam.perturbed_parameters()
+    sam, named = passes.sam, passes.sam.perturbed_parameters()
     clean: Tensor | None = None
+    grads: list[Tensor] | None = None
     if forwards:
-        cut = sam.distributed and any(is_cut(p) for p in named.values())
-        if cut:
+        if sam.distributed and any(is_cut(p) for p in named.values()):
             with passes.first(), passes.each_first():
                 clean, grads = sharded.climbing_gradients(sam, forwards, no_sync)
         else:
             with sharded.ascending(sam.model) if sam.distributed else nullcontext():
-                clean, grads = first_pass(sam, passes, forwards, no_sync=no_sync, scaler=scaler)
-        if reduce == "global" and torch.distributed.is_initialized() and not cut:
-            grads = all_reduce_mean(grads, process_group)
-        source.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
-        direction: Sequence[Tensor | None] | None = source.direction(named, grads)
-    else:
-        direction = source.stored(named, sam.state)
-    if direction is None:
-        sam.stats = {}
-        return clean, None, torch.ones((), dtype=torch.bool, device=passes.device)
-    eps, norm, finite = sam.perturbation(direction, grouped=passes.groups > 1)
-    sam.stats = {"ascent_grad_norm": norm.mean()}
-    return clean, eps, finite.all()
+                clean, grads = first_pass(passes, forwards, no_sync, scaler)
+            if reduce == "global" and torch.distributed.is_initialized():
+                grads = all_reduce_mean(grads, process_group)
+        sam.ascent.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
+    eps, finite = sam.displacement(grads, grouped=passes.groups > 1)
+    return clean, eps, torch.ones((), dtype=torch.bool, device=passes.device) if finite is None else finite
 
 
 def first_pass(
-    sam: SAM,
-    passes: Plain | Grouped,
-    forwards: Sequence[Forward],
-    *,
-    no_sync: Context = nullcontext,
-    scaler: Any = None,
+    passes: Passes, forwards: Sequence[Forward], no_sync: Context, scaler: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """The first pass: the mean loss at w, [] and detached, and its unscaled gradients with respect to `passes.inputs`,
     zeros where it does not depend on one.
@@ -188,6 +171,7 @@ def first_pass(
     Raises:
         UserError: a gradient got lost in reentrant checkpointing.
     """
+    sam = passes.sam
     losses: list[Tensor] = []
     total: list[Tensor] = []
     missing: list[tuple[list[Tensor | None], Tensor, Forward]] = []
@@ -197,11 +181,11 @@ def first_pass(
                 begin(sam.captured)
                 loss = forward()
                 found = gradients(loss, passes.inputs, scaler)
-            found = [g if g is None else owned(sam.captured, g) for g in found]
             if any(g is None for g in found):
                 missing.append((found, loss, forward))
             losses.append(owned(sam.captured, loss.detach()))
-            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(passes.inputs, found, strict=True)]
+            pairs = zip(passes.inputs, found, strict=True)
+            grads = [torch.zeros_like(x) if g is None else owned(sam.captured, g) for x, g in pairs]
             total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
     for incomplete in missing:
         with no_sync():
@@ -214,13 +198,7 @@ def first_pass(
 
 
 def descend(
-    passes: Plain | Grouped,
-    forwards: Sequence[Forward],
-    finite: Tensor,
-    loss_scale: float,
-    *,
-    no_sync: Context,
-    scaler: Any,
+    passes: Passes, forwards: Sequence[Forward], no_sync: Context, scaler: Any, loss_scale: float, finite: Tensor
 ) -> Tensor:
     """The second pass: accumulate into `.grad`, NaN where the ascent gradient was not finite; the mean loss, [] and
     detached."""
