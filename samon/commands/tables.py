@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from samon.files import write_text
+from samon.optim.geometry import GEOMETRIES
 from samon.optim.registry import VARIANTS
+from samon.optim.scope import SCOPES
 from samon.report.paper import paper_figures
-
-ROWS = {
-    "": "SAM",
-    "eleml2": "el. l2",
-    "eleml2orig": "el. l2, orig.",
-    "elemlinf": "el. linf",
-    "fisher": "Fisher",
-    "layerl2": "layer. l2",
-}
-COLUMNS = {"sam": "all", "samon": "ON", "samnn": "no-norm"}
 
 
 @dataclass
@@ -69,9 +61,9 @@ def markdown(cells: list[Cell], paper: dict[str, str]) -> str:
             rows[opt] = {"": cell}
         else:
             base = "" if variant.base == "sgd" else f" ({variant.base})"
-            rows.setdefault(ROWS[variant.geometry] + base, {})[variant.scope] = cell
-    scopes = [scope for scope in COLUMNS if any(scope in row for row in rows.values())] or ["sam"]
-    header = ["variant", *(COLUMNS[s] for s in scopes), *(f"paper, {COLUMNS[s]}" for s in scopes if paper)]
+            rows.setdefault(GEOMETRIES[variant.geometry].label + base, {})[variant.scope] = cell
+    scopes = [scope for scope in SCOPES if any(scope in row for row in rows.values())] or ["sam"]
+    header = ["variant", *(SCOPES[s].label for s in scopes), *(f"paper, {SCOPES[s].label}" for s in scopes if paper)]
     lines = [header, ["---"] * len(header)]
     for name, row in rows.items():
         alone = row.get("")  # has no scopes: stands in the first column

@@ -22,22 +22,22 @@ class Geometry:
     """A row of Table 9: eps maximises the linearised loss over ||T^-1 eps||_p <= rho.
 
     Attributes:
-        rho: radius to start from by scope: middle values of the paper's Tables 7 and 8, not tuned ones.
+        label: its name in the paper's Table 1.
+        rho: radius to start from, and for SAM-ON: middle values of the paper's Tables 7 and 8, not tuned ones.
         scale: T from (weights, gradients, eta, which tensors are weights), one tensor per weight that broadcasts
             against its gradient; None stands for T = 1.
         of_norms: T consists of the tensors' 2-norms, and not of numbers for single entries.
+        by_kind: T differs between weights and the rest, so it takes the parameters' names.
     """
 
     p: float
     eta: float
+    label: str
     description: str
-    rho: dict[str, float]
+    rho: tuple[float, float]
     scale: Scale | None = None
     of_norms: bool = False
-
-
-def _rho(sam: float, samon: float) -> dict[str, float]:
-    return {"sam": sam, "samon": samon, "samnn": sam}
+    by_kind: bool = False
 
 
 def _entry_sizes(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
@@ -56,15 +56,15 @@ def _fisher(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bo
     return [(1 + eta * g.square()).rsqrt() for g in grads]
 
 
+_ORIGINAL = "elementwise l2, T = |w| + eta for weights, 1 for the rest"
+_LAYERWISE = "layerwise l2, T = ||tensor||_2"
 GEOMETRIES: dict[str, Geometry] = {
-    "": Geometry(2, 0.0, "l2 ball, T = 1", _rho(0.05, 0.5)),
-    "eleml2": Geometry(2, 0.0, "elementwise l2, T = |w|", _rho(1.0, 1.0), _entry_sizes),
-    "eleml2orig": Geometry(
-        2, 0.01, "elementwise l2, T = |w| + eta for weights, 1 for the rest", _rho(0.5, 0.5), _weight_sizes
-    ),
-    "elemlinf": Geometry(math.inf, 0.0, "elementwise l_inf, T = |w|", _rho(0.001, 0.005), _entry_sizes),
-    "layerl2": Geometry(2, 0.0, "layerwise l2, T = ||tensor||_2", _rho(0.005, 0.05), _tensor_norms, True),
-    "fisher": Geometry(2, 1.0, "Fisher l2, T = (1 + eta g^2)^-1/2", _rho(0.05, 0.5), _fisher),
+    "": Geometry(2, 0.0, "SAM", "l2 ball, T = 1", (0.05, 0.5)),
+    "eleml2": Geometry(2, 0.0, "el. l2", "elementwise l2, T = |w|", (1.0, 1.0), _entry_sizes),
+    "eleml2orig": Geometry(2, 0.01, "el. l2, orig.", _ORIGINAL, (0.5, 0.5), _weight_sizes, by_kind=True),
+    "elemlinf": Geometry(math.inf, 0.0, "el. linf", "elementwise l_inf, T = |w|", (0.001, 0.005), _entry_sizes),
+    "layerl2": Geometry(2, 0.0, "layer. l2", _LAYERWISE, (0.005, 0.05), _tensor_norms, of_norms=True),
+    "fisher": Geometry(2, 1.0, "Fisher", "Fisher l2, T = (1 + eta g^2)^-1/2", (0.05, 0.5), _fisher),
 }
 
 
@@ -103,7 +103,7 @@ def ascend(
     p = 2: eps = rho T^2 g / ||T g||_2, zero where ||T g|| is zero; p = inf: eps = rho T sign(g).
 
     Args:
-        is_weight: for `eleml2orig`, which tensors are weights (|w| + eta); the others get 1 (section 3.2).
+        is_weight: for a geometry `by_kind`, which tensors are weights: |w| + eta; the others get 1 (section 3.2).
         whole: for weights and gradients of which this process has a part: makes norms whole (`sharded.whole_norms`).
     """
     row = GEOMETRIES[geometry]

@@ -33,12 +33,16 @@ class Variant:
     mask: str | None = None
 
     @property
+    def norms_only(self) -> bool:
+        return SCOPES[self.scope].norms_only
+
+    @property
     def rho(self) -> float:
-        return GEOMETRIES[self.geometry].rho[self.scope]
+        return GEOMETRIES[self.geometry].rho[self.norms_only]
 
     @property
     def description(self) -> str:
-        target = SCOPES[self.scope] if self.mask is None else f"{SCOPES[self.scope]} through {KINDS[self.mask]}"
+        target = SCOPES[self.scope].description + ("" if self.mask is None else f" through {KINDS[self.mask]}")
         return f"Sharpness-aware {self.base}: perturbs {target}, {GEOMETRIES[self.geometry].description}"
 
 
@@ -99,7 +103,7 @@ def build_sam(
         base = create_optimizer_v2(params, base_opt, **base_kwargs)
     if selection is None:
         selection = select_bare(base.param_groups, variant.scope, perturb)
-        if variant.geometry == "eleml2orig" and not all("param_names" in g for g in base.param_groups):
+        if GEOMETRIES[variant.geometry].by_kind and not all("param_names" in g for g in base.param_groups):
             raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
     mask = None if variant.mask is None else Mask(variant.mask, 0.5 if sparsity is None else sparsity, mask_every)
     rho = variant.rho if rho is None else rho

@@ -21,7 +21,7 @@ from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
-from samon.optim.scope import Selection, select, select_bare
+from samon.optim.scope import SCOPES, Selection, select, select_bare
 from samon.optim.sharded import local, whole_norms
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
@@ -118,7 +118,7 @@ class SAM(Optimizer):
     @property
     def can_group(self) -> bool:
         """Whether each group of a batch can carry a perturbation of its own (`groups` of `samon.two_pass`)."""
-        return self.scope == "samon" and self.model is not None and self.mask is None
+        return SCOPES[self.scope].norms_only and self.model is not None and self.mask is None
 
     def __repr__(self) -> str:
         eta = f", eta={self.eta:g}" if self.eta else ""
@@ -226,7 +226,7 @@ class SAM(Optimizer):
         pairs = zip(weights, grads, strict=True)
         dense = widened([torch.zeros_like(w) if g is None else local(g) for w, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
-        is_weight = self.is_weight() if self.geometry == "eleml2orig" else []
+        is_weight = self.is_weight() if GEOMETRIES[self.geometry].by_kind else []
         settings = (self.rho, self.eta, is_weight, grouped, self.esam_beta, self.whole_norms())
         eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from timm import layers
@@ -12,10 +13,35 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from samon.errors import UserError
 
+Named = dict[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which parameters are perturbed.
+
+    Attributes:
+        label: its column in the paper's Table 1.
+        choose: those of a model by qualified name, from (all of them, those of normalization layers).
+        norms_only: no others than normalization parameters: few enough for a copy for each group of samples, and whole
+            on every process where the rest is sharded.
+    """
+
+    label: str
+    description: str
+    choose: Callable[[Named, Named], Named]
+    norms_only: bool = False
+
+
+def _others(everything: Named, norms: Named) -> Named:
+    norm_ids = {id(p) for p in norms.values()}
+    return {name: p for name, p in everything.items() if id(p) not in norm_ids}
+
+
 SCOPES = {
-    "sam": "all parameters",
-    "samon": "only normalization parameters (SAM-ON)",
-    "samnn": "all but normalization parameters (no-norm)",
+    "sam": Scope("all", "all parameters", lambda everything, norms: everything),
+    "samon": Scope("ON", "only normalization parameters (SAM-ON)", lambda everything, norms: norms, norms_only=True),
+    "samnn": Scope("no-norm", "all but normalization parameters (no-norm)", _others),
 }
 
 # timm's normalization layers that differ from the torch class they derive from, or derive from none.
@@ -116,18 +142,15 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
         UserError: nothing is selected, or `perturb` is not a regular expression.
     """
     model = unwrap(model)
-    norms = norm_parameters(model)
-    norm_ids = {id(p) for p in norms.values()}
     everything = {clean_name(name): p for name, p in model.named_parameters()}
-    others = {name: p for name, p in everything.items() if id(p) not in norm_ids}
-    candidates = {"sam": everything, "samon": norms, "samnn": others}[scope]
+    candidates = SCOPES[scope].choose(everything, norm_parameters(model))
     trainable = {name: p for name, p in candidates.items() if p.requires_grad}
     if not trainable:
         found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
         raise UserError(
-            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope]}; normalization "
-            f"layers found: {', '.join(found)}); take a scope that has some (sam perturbs all parameters), "
-            "unfreeze them, or choose another model"
+            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope].description}; "
+            f"normalization layers found: {', '.join(found)}); take a scope that has some (sam perturbs all "
+            "parameters), unfreeze them, or choose another model"
         )
     return _narrowed(trainable, scope, perturb, model)
 

@@ -77,7 +77,7 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     values |= {"amp": args.amp, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
     values["model_kwargs"] = kwargs(args.model_kwargs)
     variant = variant_of(opt)
-    shared_out = args.fsdp and variant is not None and variant.scope != "samon"
+    shared_out = args.fsdp and variant is not None and not variant.norms_only
     values["m_sharpness"] = "global" if shared_out else args.m_sharpness
     config = Config(**values)
     check_name(config)

@@ -230,7 +230,7 @@ def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
     }
     check_sharding(config, given, without)
     variant = variant_of(config.opt)
-    if config.fsdp and variant is not None and variant.scope != "samon":
+    if config.fsdp and variant is not None and not variant.norms_only:
         if config.m_sharpness != "global":
             raise UserError(
                 f"--fsdp --opt {config.opt} perturbs weights that the processes share out, by one perturbation for "

@@ -4,6 +4,10 @@ Tolerance 1e-12: float64, sums of some hundred terms.
 """
 
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from tests import reference
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
 IS_WEIGHT = [n.endswith("weight") for n in NAMES]
 RHO = 0.7
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -105,14 +110,15 @@ def test_projection(p: float, vectors) -> None:
         assert torch.equal(far, torch.where(a > 0, d, 0))
 
 
-def test_one_row_is_a_new_geometry(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its scale, its exponent and its radius are all that has to be said."""
+def test_a_new_row_is_ascended(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, grads = vectors
-    rho = dict.fromkeys(("sam", "samon", "samnn"), 0.1)
-    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "l_inf ball, T = 1", rho))
+    rho = (0.2, 0.1)
+    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "linf", "l_inf ball, T = 1", rho))
     eps, _ = ascend("linf", weights, grads, RHO)
     assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
-    twice = Geometry(2, 0.5, "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w])
+    twice = Geometry(
+        2, 0.5, "twice", "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w]
+    )
     monkeypatch.setitem(GEOMETRIES, "twice", twice)
     doubled, norm = ascend("twice", weights, grads, RHO, twice.eta)
     single, one = ascend("", weights, grads, RHO)
@@ -120,3 +126,42 @@ def test_one_row_is_a_new_geometry(vectors, monkeypatch: pytest.MonkeyPatch) -> 
     for a, b in zip(doubled, single, strict=True):
         torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
     assert Variant("samon-twice", "samon", "twice", "sgd").rho == 0.1
+    assert Variant("sam-twice", "sam", "twice", "sgd").rho == 0.2
+
+
+def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:
+    """Names, flags, steps and tables of sweeps: nothing else has to be said. A row each is written into a copy."""
+    biases = 'lambda every, norms: {n: p for n, p in every.items() if n.endswith("bias")}'
+    rows = {
+        "geometry": ("GEOMETRIES: dict[str, Geometry] = {", '"linf": Geometry(math.inf, 0, "l inf", "", (0.25, 0.5)),'),
+        "scope": ("SCOPES = {", f'"sambias": Scope("biases", "biases", {biases}),'),
+    }
+    shutil.copytree(ROOT / "samon", tmp_path / "samon")
+    for file, (table, row) in rows.items():
+        path = tmp_path / f"samon/optim/{file}.py"
+        text = path.read_text()
+        assert text.count(table) == 1
+        path.write_text(text.replace(table, table + row))
+    code = """
+import timm, torch, samon
+from samon.commands.tables import Cell, markdown
+from samon.settings.config import parse
+parse(["--data-dir", "data", "--opt", "sambias-linf-adamw"])
+model = timm.create_model("test_vit", num_classes=3).double()
+opt = timm.optim.create_optimizer_v2(model, "sambias-linf-adamw", lr=0.0)
+biases = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("bias")}
+assert opt.perturbed_parameters().keys() == biases.keys() and opt.rho == 0.25 and not opt.can_group
+x, y = torch.randn(4, 3, 160, 160, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+seen = {}
+def forward():
+    seen.update({n: p.detach() - biases[n] for n, p in model.named_parameters() if n in biases})
+    return torch.nn.functional.cross_entropy(model(x), y)
+samon.two_pass(opt, forward)
+moved = torch.cat([d.flatten() for d in seen.values()]).abs()
+assert ((moved - 0.25).abs() < 1e-12).float().mean() > 0.9, moved
+print(markdown([Cell("sambias-linf-adamw", 0.25, [1.0]), Cell("sam", 0.1, [2.0])], {}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| variant | biases | all |" in done.stdout
+    assert "| l inf (adamw) | 1.00 (rho 0.25) |  |" in done.stdout
