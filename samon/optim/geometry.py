@@ -7,9 +7,13 @@ Every function treats a list of tensors as one vector. With `grouped=True` the g
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from samon.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
 Tensors = Sequence[Tensor]
@@ -66,6 +70,17 @@ GEOMETRIES: dict[str, Geometry] = {
     "layerl2": Geometry(2, 0.0, "layer. l2", _LAYERWISE, (0.005, 0.05), _tensor_norms, of_norms=True),
     "fisher": Geometry(2, 1.0, "Fisher", "Fisher l2, T = (1 + eta g^2)^-1/2", (0.05, 0.5), _fisher),
 }
+
+
+def radius(name: str, value: Any) -> float:
+    """A rho or an eta.
+
+    Raises:
+        UserError: it is not a finite number >= 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise UserError(f"{name} must be a finite number, zero or positive, got {value!r}")
+    return float(value)
 
 
 def wide(tensor: Tensor) -> Tensor:

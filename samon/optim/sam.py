@@ -1,11 +1,9 @@
 """The sharpness-aware optimizer: a shell around any base optimizer that knows how to perturb the weights."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from samon.errors import UserError
+from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent
-from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, widened
+from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, radius, widened
 from samon.optim.masks import Mask
 from samon.optim.norm_stats import kept, modules_of, running_statistics
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
@@ -25,7 +23,7 @@ from samon.optim.scope import SCOPES, Selection, select, select_bare
 from samon.optim.sharded import local, whole_norms
 
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
-Grads = Mapping[str, Tensor | None] | Sequence[Tensor | None]
+Grads = Sequence[Tensor | None]  # in the order of `perturbed_parameters`
 
 
 def _of_base(name: str) -> property:
@@ -71,18 +69,18 @@ class SAM(Optimizer):
         ascent: Ascent | None = None,
         esam_beta: float = 1.0,
     ):
-        if getattr(base, "is_second_order", False):
-            raise UserError(
-                f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a "
-                "first-order base optimizer such as adamw"
-            )
-        self.base, self.geometry, self.mask, self.ascent = base, geometry, mask, ascent or Ascent()
-        self.esam_beta = esam_beta
-        if not 0 < esam_beta <= 1:
-            raise UserError(f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor")
-        if esam_beta < 1 and (mask is not None or self.ascent.kind != "batch" or self.ascent.gsam_alpha):
-            raise UserError("esam_beta draws other tensors at every update and combines with ascent='batch' alone")
-        self.rho, self.eta = _radius("rho", rho), _radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
+        ascent = ascent or Ascent()
+        mistakes = {
+            f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a first-order base "
+            "optimizer such as adamw": getattr(base, "is_second_order", False),
+            f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor": not 0 < esam_beta <= 1,
+            "esam_beta draws other tensors at every update and combines with ascent='batch' alone": (
+                esam_beta < 1 and (mask is not None or ascent.kind != "batch" or ascent.gsam_alpha)
+            ),
+        }
+        refuse(mistakes)
+        self.base, self.geometry, self.mask, self.ascent, self.esam_beta = base, geometry, mask, ascent, esam_beta
+        self.rho, self.eta = radius("rho", rho), radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
         self.selection = selection
@@ -216,9 +214,7 @@ class SAM(Optimizer):
         return [name.rpartition(".")[2] == "weight" for name in self.perturbed_parameters()]
 
     @torch.no_grad()
-    def perturbation(
-        self, grads: Sequence[Tensor | None], grouped: bool = False
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def perturbation(self, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
         """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
@@ -231,9 +227,7 @@ class SAM(Optimizer):
         eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
-    def displacement(
-        self, grads: Sequence[Tensor | None] | None, grouped: bool = False
-    ) -> tuple[list[Tensor] | None, Tensor | None]:
+    def displacement(self, grads: Grads | None, grouped: bool = False) -> tuple[list[Tensor] | None, Tensor | None]:
         """`(eps, whether the gradients are finite)` along what the ascent makes of gradients at w or, without any, has
         kept; `(None, None)` for a step at w."""
         ascent, named = self.ascent, self.perturbed_parameters()
@@ -246,7 +240,7 @@ class SAM(Optimizer):
         return eps, finite.all() if grouped else finite
 
     @contextmanager
-    def perturbed(self, grads: Grads) -> Iterator[None]:
+    def perturbed(self, grads: Mapping[str, Tensor | None] | Grads) -> Iterator[None]:
         """w + eps inside, w bit-exactly outside, also after an exception.
 
         Args:
@@ -345,12 +339,6 @@ class SAM(Optimizer):
             second = closure()
         ascent.note(named, grads or [])  # behind the closure, which zeroes gradients
         return first if climbs else second
-
-
-def _radius(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise UserError(f"{name} must be a finite number, zero or positive, got {value!r}")
-    return float(value)
 
 
 def sam_of(optimizer: Any) -> SAM | None:

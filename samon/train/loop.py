@@ -2,8 +2,7 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -30,7 +29,8 @@ from samon.step.sharded import average_gradients
 from samon.step.two_pass import two_pass
 from samon.train.apply import apply_gradient, count_bad, parameters
 from samon.train.build import Run
-from samon.train.report import Meter, Report
+from samon.train.meter import Clock, Meter
+from samon.train.report import Report
 from samon.train.state import Keeper
 
 log = logging.getLogger("samon")
@@ -347,24 +347,3 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         keeper.checkpoints.settle()
         raise Stopped(signum, str(keeper.checkpoints.directory))
     return metrics
-
-
-class Clock:
-    """Images per second and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self._samples, self._waited, self._since = progress, progress.samples, 0.0, time.monotonic()
-
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        before = time.monotonic()
-        for batch in batches:
-            self._waited += time.monotonic() - before
-            yield batch
-            before = time.monotonic()
-
-    def read(self) -> tuple[float, float]:
-        now, samples = time.monotonic(), self.progress.samples
-        passed = max(now - self._since, 1e-9)
-        result = (samples - self._samples) / passed, self._waited / passed
-        self._samples, self._waited, self._since = samples, 0.0, now
-        return result

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import samon
 from samon.optim.registry import VARIANTS
 from samon.train.apply import apply_gradient
-from samon.train.report import Meter
+from samon.train.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 
