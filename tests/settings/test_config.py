@@ -274,7 +274,7 @@ def test_bad_input(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     argv, words = BAD[case]
     output = [] if "--output" in argv else ["--output", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: train.main([*BASE, *output, *argv]))
+        cli.run_script(lambda: train.main([*BASE, *output, *argv]))
     printed = capfd.readouterr().err
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2
