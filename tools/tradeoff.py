@@ -89,6 +89,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         tested = [] if rho is None else swept(name, "test", rho, args.seeds, args, False)
         if chosen or tested:
             row: dict[str, Any] = {"method": name, "opt": method.opt, "train": list(method.train), "rho": rho}
+            row["recipe"] = args.config.stem
             row["choose"] = {f"{cell.rho:g}": cell.mean for cell in chosen}
             row |= {"top1": tested[0].values, "cpu_seconds": tested[0].cpu_seconds} if tested else {}
             row |= {"mean": tested[0].mean, "std": tested[0].std} if tested else {}

@@ -50,7 +50,8 @@ def gather(paths: list[Path]) -> Content:
 def _add_flops_of_runs(content: Content) -> None:
     """To the scores of a trade-off, whose file has the times alone."""
     for score in content.scores:
-        runs = [run for run in content.runs if run.method == score.method and run.metrics and "flops" in run.cost]
+        own = [r for r in content.runs if (r.method, r.made.get("recipe")) == (score.method, score.recipe)]
+        runs = [run for run in own if run.metrics and "flops" in run.cost]
         if runs and "flops" not in score.costs and not score.held_out:
             score.costs["flops"] = [run.cost["flops"] for run in runs]
 
@@ -102,7 +103,7 @@ def _table(found: dict[str, Any]) -> list[Score]:
 
 def _tradeoff(row: dict[str, Any]) -> list[Score]:
     """A method's row of tools/tradeoff.py's results.json."""
-    method, opt, recipe = row["method"], row["opt"], "tradeoff"
+    method, opt, recipe = row["method"], row["opt"], row.get("recipe", "tradeoff")
     rows = [Score(method, float(rho), [mean], opt, recipe=recipe, held_out=True) for rho, mean in row["choose"].items()]
     if row.get("top1"):
         rho = float(row["rho"]) if row["rho"] else None

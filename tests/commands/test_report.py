@@ -10,7 +10,7 @@ import pytest
 
 from samon import UserError
 from samon.commands import report
-from samon.report.content import FORMAT, Content, Run, Score, name_methods
+from samon.report.content import FORMAT, Content, Run, Score, export, name_methods
 from samon.report.cost import step_flops
 from samon.report.figures import figures
 from samon.report.page import data_of, script_json
@@ -198,6 +198,16 @@ def test_a_tradeoff_keeps_its_own_names_and_held_out_images(tmp_path: Path) -> N
     assert found.best() == [found.scores[2]]
     assert found.scores[2].costs == {"cpu_seconds": [5.0]}
     assert next(figure for figure in figures(found) if figure.name == "rho").traces[0]["y"] == [70.0, 71.0]
+
+
+def test_a_tradeoff_takes_the_cost_of_its_own_recipe_alone(tmp_path: Path) -> None:
+    row = {"method": "SGD", "opt": "sgd", "train": [], "rho": "", "choose": {}, "top1": [80.0], "recipe": "noise"}
+    (tmp_path / "results.json").write_text(json.dumps([row, row | {"recipe": "tradeoff"}]))
+    run = Run("a", {"opt": "sgd"}, [], method="SGD", made={"recipe": "tradeoff"})
+    run.metrics, run.cost = {"eval_top1": 80.0}, {"flops": 5.0}
+    export(Content(runs=[run]), tmp_path / "a.json")
+    found = gather([tmp_path / "results.json", tmp_path / "a.json"])
+    assert {s.recipe: s.costs for s in found.scores} == {"noise": {}, "tradeoff": {"flops": [5.0]}}
 
 
 @pytest.mark.parametrize(
