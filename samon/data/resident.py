@@ -17,7 +17,7 @@ from torch import Tensor
 
 from samon.data.cifar_augment import Augment
 from samon.data.stream import SampleStream
-from samon.errors import UserError
+from samon.errors import UserError, refuse
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ def create_resident_loader(
     device = torch.device(device)
     augment = transform = None
     if is_training:
-        refuse(train_crop_mode, no_aug, auto_augment, rest)
+        check_augmentation(train_crop_mode, no_aug, auto_augment, rest)
         augment = None if no_aug else Augment(size[1:], hflip, policy=auto_augment == "cifar10")
     elif (crop_pct or 1.0) != 1.0 or crop_mode not in (None, "center"):
         crop: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
@@ -149,15 +149,16 @@ _BY_IMAGE |= {"gaussian_blur_prob": "gaussian-blur-prob", "num_aug_splits": "aug
 _BY_IMAGE |= {"num_aug_repeats": "aug-repeats", "size_schedule": "train-img-sizes"}
 
 
-def refuse(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
+def check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
     """Say which flag asks for what cannot be done on the device."""
-    if crop_mode != "pad" and not no_aug:
-        raise UserError("--data-resident needs --train-crop-mode pad (or --no-aug)")
-    if policy not in (None, "", "cifar10"):
-        raise UserError(f"--data-resident does not go with --aa {policy}; use --aa cifar10 or none")
-    if rest.get("collate_fn") is not None:
-        raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
+    mistakes = {
+        "--data-resident needs --train-crop-mode pad (or --no-aug)": crop_mode != "pad" and not no_aug,
+        f"--data-resident does not go with --aa {policy}; use --aa cifar10 or none": policy
+        not in (None, "", "cifar10"),
+        "--data-resident: mix on the device instead, with --no-prefetcher": rest.get("collate_fn") is not None,
+    }
     for key, flag in _BY_IMAGE.items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
-        if rest.get(key) and not no_aug and not jitter_is_off:
-            raise UserError(f"--data-resident does not go with --{flag}; leave it out or set it to 0")
+        message = f"--data-resident does not go with --{flag}; leave it out or set it to 0"
+        mistakes[message] = bool(rest.get(key)) and not no_aug and not jitter_is_off
+    refuse(mistakes)
