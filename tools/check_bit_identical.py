@@ -71,7 +71,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    names = [name for name in timm.optim.list_optimizers() if samon.is_sam_name(name)]
+    names = [name for name in map(str, timm.optim.list_optimizers()) if samon.is_sam_name(name)]
     for name in sorted(names):
         yield Case(name)
     for name in ("samon", "samon-layerl2-adamw", "samon-fisher", "samon-elemlinf", "sam-eleml2orig", "samnn-momentum"):
@@ -97,7 +97,7 @@ def run(case: Case) -> str:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-    optimizer = timm.optim.create_optimizer_v2(net, case.name, lr=0.05, weight_decay=1e-3, rho=0.1, **case.optimizer)
+    optimizer: Any = timm.optim.create_optimizer_v2(net, case.name, lr=0.05, weight_decay=1e-3, rho=0.1, **case.optimizer)
 
     def forward(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
         half = case.way == "autocast"
