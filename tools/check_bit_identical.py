@@ -97,7 +97,9 @@ def run(case: Case) -> str:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-    optimizer: Any = timm.optim.create_optimizer_v2(net, case.name, lr=0.05, weight_decay=1e-3, rho=0.1, **case.optimizer)
+    optimizer: Any = timm.optim.create_optimizer_v2(
+        net, case.name, lr=0.05, weight_decay=1e-3, rho=0.1, **case.optimizer
+    )
 
     def forward(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
         half = case.way == "autocast"
