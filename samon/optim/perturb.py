@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samon.compat import foreach_clone
 from samon.optim.geometry import Norms, Tensors, ascend, widened
 
 CAPTURING = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs on a GPU
@@ -40,9 +41,9 @@ def perturbation(
 @torch.no_grad()
 def shift(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
     """Add eps in place (float32 eps on half-precision weights: rounded once); returns what the weights were."""
-    saved = torch._foreach_clone(weights)
+    saved = foreach_clone(weights)
     torch._foreach_add_(weights, eps)
-    return list(saved)
+    return saved
 
 
 @torch.no_grad()

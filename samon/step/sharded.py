@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from samon.compat import fsdp_param_groups
 from samon.errors import refuse
 from samon.optim.ascent import all_reduce_mean
 from samon.optim.norm_stats import modules_of
@@ -31,7 +32,7 @@ def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None
     """Around what FSDP's parameter groups do like this. Its setters are public; what they were set to is not."""
     modules = [] if model is None else modules_of(model)
     states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
-    return changed({group: values for state in states for group in state._fsdp_param_groups})
+    return changed({group: values for state in states for group in fsdp_param_groups(state)})
 
 
 def ascending(model: nn.Module | None) -> AbstractContextManager[None]:
