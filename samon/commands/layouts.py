@@ -2,41 +2,16 @@
 
 import argparse
 import csv
-import io
-import os
 import re
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
-
-from samon.data.arrays import EVAL_SPLITS, TRAIN_SPLITS, read_npz
+from samon.data.arrays import read_npz
+from samon.data.classes import class_order
+from samon.data.folders import Item, find_images
+from samon.data.splits import EVAL_SPLITS, TRAIN_SPLITS
 from samon.errors import UserError
 from samon.evals.shifts import SETS, label_table
-
-
-class Item(NamedTuple):
-    """One image: its path for people, and where its bytes lie (``array``: pixels [H, W, C] instead)."""
-
-    path: str
-    file: str = ""
-    offset: int = 0
-    size: int = 0
-    array: Any = None
-
-    def read(self) -> bytes:
-        """The image's own bytes; a PNG of an array."""
-        if self.array is not None:
-            png = io.BytesIO()
-            Image.fromarray(self.array).save(png, "PNG")
-            return png.getvalue()
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 class Split(NamedTuple):
@@ -44,41 +19,6 @@ class Split(NamedTuple):
 
     items: list[tuple[Item, int]]
     class_names: list[str]
-
-
-def tar_items(file: str, prefix: str, offset: int = 0) -> Iterator[Item]:
-    """Images in a plain tar (that may lie inside another one at ``offset``), tars inside it included."""
-    with open(file, "rb") as raw:
-        raw.seek(offset)
-        try:
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
-                for member in tar:
-                    stem, suffix = os.path.splitext(member.name)
-                    if member.isreg() and suffix == ".tar":
-                        yield from tar_items(file, f"{prefix}{stem}/", member.offset_data)
-                    elif member.isreg() and suffix.lower() in get_img_extensions(as_set=True):
-                        yield Item(f"{prefix}{member.name}", file, member.offset_data, member.size)
-        except tarfile.TarError as error:
-            raise UserError(f"{file}: no plain tar archive ({error}); extract it and give the directory") from error
-
-
-def find_images(source: Path) -> list[Item]:
-    """All images under a directory or in a tar, in natural order of their paths; tars are looked into."""
-    if not source.exists():
-        raise UserError(f"--source {source}: no such file or directory")
-    found = list(tar_items(str(source), "")) if source.is_file() else []
-    for folder, _, names in os.walk(source, followlinks=True):
-        for name in names:
-            path = os.path.join(folder, name)
-            relative = os.path.relpath(path, source)
-            stem, suffix = os.path.splitext(relative)
-            if suffix == ".tar":
-                found += tar_items(path, f"{stem}/")
-            elif suffix.lower() in get_img_extensions(as_set=True):
-                found.append(Item(relative, path, 0, os.path.getsize(path)))
-    if not found:
-        raise UserError(f"--source {source}: no images found; archives other than plain .tar must be extracted")
-    return sorted(found, key=lambda item: natural_key(item.path))
 
 
 def numbered(items: list[Item], classes: list[str], names: list[str]) -> Split:
@@ -89,13 +29,13 @@ def numbered(items: list[Item], classes: list[str], names: list[str]) -> Split:
 
 def by_folder(items: list[Item], names: list[str] | None = None) -> Split:
     """Labels in timm's order of the class folders' names, or in that of `names`."""
-    folders = [os.path.basename(os.path.dirname(item.path)) for item in items]
-    return numbered(items, folders, names or sorted(set(folders), key=natural_key))
+    folders = [item.folder for item in items]
+    return numbered(items, folders, names or sorted(set(folders), key=class_order))
 
 
 def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
     """`<split>/<class>/<image>`, or `<class>/<image>` as the one split that --split names."""
-    found = find_images(args.source)
+    found = find_images(args.source, tars=True)
     first = {item.path.split("/")[0] for item in found}
     deep = min(item.path.count("/") for item in found)
     if deep == 0:
@@ -112,7 +52,7 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
 
 def shift_split(args: argparse.Namespace) -> dict[str, Split]:
     """A shift set as distributed; its class names decide the labels, so they are checked here."""
-    split = by_folder(find_images(args.source))
+    split = by_folder(find_images(args.source, tars=True))
     known = SETS[args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")]
     label_table(known.named, split.class_names)
     found = (len(split.class_names), len(split.items))
@@ -145,7 +85,7 @@ def validation_synsets(path: Path) -> list[str]:
 def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
     """ImageNet's layouts: tars or folders of classes for training, flat or sorted images for validation."""
     training, validation = [], []
-    for item in find_images(args.source):
+    for item in find_images(args.source, tars=True):
         if re.search(r"ILSVRC2012_val_\d{8}", item.path):
             validation.append(item)
         elif re.search(r"n\d{8}/[^/]*$", item.path) and not re.search(r"(^|/)(val|validation|test)/", item.path):

@@ -25,10 +25,11 @@ from typing import Any
 from PIL import Image
 
 from samon.bars import bar
-from samon.commands.layouts import Item, Split, find_splits
+from samon.commands.layouts import Split, find_splits
 from samon.data import urls
 from samon.data.decode import decode_pil, open_image
 from samon.data.faults import SampleError
+from samon.data.folders import Item
 from samon.data.shards import ShardReader, load_split
 from samon.errors import UserError, run_script
 from samon.files import replacing, write_text
@@ -36,7 +37,7 @@ from samon.files import replacing, write_text
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
 SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
 Task = tuple[Path, list[tuple[str, Item, int]]]  # a shard to write: its (key, image, label) samples
-MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # timm's reader looks for these
+MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their format; timm reads jpg, png, webp
 
 
 def member_key(path: str, split: str, taken: set[str]) -> str:
@@ -89,7 +90,7 @@ def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[Task]
     if args.samples_per_shard:
         bounds = [*range(0, size, args.samples_per_shard), size]
     else:
-        total = sum(item.size or item.array.nbytes for item, _ in order)
+        total = sum(item.nbytes for item, _ in order)
         count = min(size, max(MIN_SHARDS, -(-total // args.shard_bytes)))
         bounds = [i * size // count for i in range(count + 1)]
     taken: set[str] = set()
@@ -105,7 +106,7 @@ def digest_of(tasks: dict[str, list[Task]], args: argparse.Namespace) -> str:
     for path, samples in chain.from_iterable(tasks.values()):
         digest.update(path.name.encode())
         for key, item, label in samples:
-            digest.update(f"{key} {item.size} {label}".encode("utf-8", "surrogateescape"))
+            digest.update(f"{key} {item.nbytes} {label}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

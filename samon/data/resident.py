@@ -16,6 +16,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from samon.data.cifar_augment import Augment
+from samon.data.classes import check_label
+from samon.data.sources import PairSource
 from samon.data.stream import SampleStream
 from samon.errors import UserError, refuse
 
@@ -84,11 +86,14 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
         transform: PIL image -> uint8 [C, H, W]; None resizes to `size` and no more.
     """
     channels, height, width = size
-    pairs = getattr(stream.source, "pairs", None)
-    arrays = getattr(pairs, "data", None)  # torchvision's CIFAR and our npz: no need to go through PIL
-    if transform is None and isinstance(arrays, np.ndarray) and arrays.shape[1:] == (height, width, channels):
-        labels = torch.as_tensor(np.asarray(pairs.targets, dtype=np.int64))  # type: ignore[union-attr]
-        return torch.from_numpy(arrays[: stream.size]).permute(0, 3, 1, 2).contiguous(), labels[: stream.size]
+    source = stream.source
+    # torchvision's CIFAR and our npz: no need to go through PIL
+    arrays = source.arrays() if isinstance(source, PairSource) and source.label_map is None else None
+    if transform is None and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
+        pixels, labels = (array[: stream.size] for array in arrays)
+        for label in np.unique(labels):
+            check_label(label, stream.num_classes, source.place)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.int64)
 
     resizing: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
     stream.transform = transform or timm.data.create_transform(size, use_prefetcher=True, **resizing)

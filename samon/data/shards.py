@@ -16,14 +16,15 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from samon.data import urls
+from samon.data.classes import map_label, unique_names
 from samon.data.faults import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
+from samon.data.splits import synonyms
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif"
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
 _INFO_NAMES = ("_info.json", "info.json")
 _TOOL = "tools/make_shards.py"
 
@@ -92,8 +93,7 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     where, info = _load_info(root, allow_shell)
     splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
-    synonyms = next((group for group in _SYNONYMS if split in group), ())
-    split = next((name for name in (split, *synonyms) if name in splits), split)
+    split = next((name for name in (split, *synonyms(split)) if name in splits), split)
     if split in splits:
         names, lengths = _split_entry(where, split, splits[split])
     elif ".tar" in split or ".." in split:
@@ -117,7 +117,8 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
     classes, class_names = info.get("num_classes"), info.get("class_names")
     classes = classes if isinstance(classes, int) else None
-    class_names = [str(name) for name in class_names] if isinstance(class_names, list) else None
+    class_names = unique_names(class_names, classes, where) if isinstance(class_names, list) else None
+    classes = len(class_names) if class_names else classes
     label_key = str(splits[split].get("alt_label", "")) if split in splits else ""
     return ShardSet(tuple(paths), tuple(lengths), classes, class_names, label_key)
 
@@ -176,7 +177,7 @@ class ShardReader:
         self.label_key = label_key
         self.suffixes = frozenset(self.image_keys) | {"json" if label_key else "cls"}
         self.cache = cache
-        self.class_map: dict[Any, int] = {}
+        self.label_map: Mapping[Any, int] | None = None
 
     def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, Record | SampleError]]:
         """(position, sample) for each wanted position, ascending; what cannot be read comes as its error.
@@ -229,12 +230,11 @@ class ShardReader:
             if isinstance(value, SampleError):
                 return value
         try:
-            number = self._label(label)
+            return Record(where, image, map_label(self.label_map, self._label(label), where))
+        except LabelError as error:
+            return error
         except Exception as error:  # JSON of any depth and type; int() of any bytes
             return LabelError(f"{where}: {type(error).__name__}: {error}")
-        if self.class_map and number not in self.class_map:
-            return LabelError(f"{where}: label {number} is not in the class map")
-        return Record(where, image, self.class_map.get(number, number))
 
     def _label(self, raw: Any) -> int:
         if self.label_key:

@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from samon import rng
 from samon.data import plan
-from samon.data.faults import DataError, FaultCount, ImageError, LabelError, SampleError
+from samon.data.classes import check_label
+from samon.data.faults import DataError, FaultCount, ImageError, SampleError
 from samon.data.shards import Record
 from samon.data.sizes import SizedTransform
 from samon.data.sources import ShardSource, Source
@@ -143,24 +144,15 @@ class SampleStream(IterableDataset):
     def _finish(self, record: Record | SampleError) -> tuple[Any, Any]:
         if isinstance(record, SampleError):
             raise record
-        image, target = record.image, self._target(record)
+        image, target = record.image, check_label(record.label, self.num_classes, record.where)
         try:  # a transform may decode as well, what it needs
             for step in (self.decode, self.transform):
                 image = image if step is None else step(image)
         except ImageError as error:
             raise type(error)(f"{record.where}: {error}") from error
+        except Exception as error:  # an image can be such that an augmentation fails
+            raise ImageError(f"{record.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
         return image, target
-
-    def _target(self, record: Record) -> Any:
-        label = record.label
-        if not isinstance(label, (int, np.integer)):
-            return label
-        if label < 0:
-            raise LabelError(f"{record.where}: label {label} is not in 0..{(self.num_classes or 1) - 1}")
-        if self.num_classes and label >= self.num_classes:  # not one sample's fault: the settings do not fit the data
-            there = f"there are {self.num_classes} classes (0..{self.num_classes - 1})"
-            raise DataError(f"{record.where}: label {label}, but {there}; raise --num-classes or give --class-map")
-        return label
 
 
 @dataclass(eq=False)

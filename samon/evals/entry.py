@@ -130,6 +130,7 @@ class Entry:
         config, shift = target.config, shifts.SETS.get(self.kind)
         mode = config.input_img_mode or ("L" if target.data_config["input_size"][0] == 1 else "RGB")
         options = {"input_key": config.input_key, "target_key": config.target_key}
+        options["unlabeled"] = bool(config.real_labels) or (shift is not None and shift.named == "real")
         options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
         if shift is None:  # else what its classes are called decides the label
             options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}

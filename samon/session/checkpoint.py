@@ -190,6 +190,11 @@ def load(path: Path, flag: str) -> dict[str, Any]:
     return content
 
 
+def class_names(path: Path) -> list[str] | None:
+    """Return the classes that a training state was trained on, in the order of the outputs; None if it has no names."""
+    return read(path).get("class_names")
+
+
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a training state was made with; empty for bare weights."""
     stored = content.get("args") or {}

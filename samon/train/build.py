@@ -97,9 +97,13 @@ class Run:
         return no_sync(self.model) if self.config.fsdp else getattr(self.net, "no_sync", None)
 
 
-def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
+def build(config: Config, world: World, hooks: Hooks | None = None, class_names: list[str] | None = None) -> Run:
     """Everything, in timm's order but for the EMA, which copies a model that is not sharded yet: model, layout, EMA,
-    optimizer, data, loss, processes, schedule."""
+    optimizer, data, loss, processes, schedule.
+
+    Args:
+        class_names: of the run that is resumed, in the order of the model's outputs.
+    """
     config = models.settle_precision(config, world)
     model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -115,7 +119,7 @@ def build(config: Config, world: World, hooks: Hooks | None = None) -> Run:
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config.but(lr=lr), model)
     sam = samon.sam_of(optimizer)
-    read = build_data(config, classes, data_config, world)
+    read = build_data(config, classes, data_config, world, class_names)
     metric = config.eval_metric if read.eval_loader is not None else "loss"
     updates = math.ceil(len(read.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)

@@ -8,13 +8,14 @@ import torch
 from timm.data import FastCollateMixup, Mixup
 
 from samon import data
+from samon.data.classes import check_ranks
 from samon.data.sizes import SizeSchedule
 from samon.data.sources import Source, open_source
+from samon.data.splits import overlap
 from samon.errors import UserError, user_errors
 from samon.session.model import dtype_of
 from samon.session.world import World
 from samon.settings.config import Config
-from samon.settings.flag import nearest
 
 log = logging.getLogger("samon")
 
@@ -56,26 +57,39 @@ def check_splits(config: Config, train: Source, held: Source, classes: int, say:
     Raises:
         UserError: the same images, or a class that is not trained.
     """
-    if train.place == held.place:
+    if shared := overlap(train.extents, held.extents):
         raise UserError(
-            f"--train-split {config.train_split} and --val-split {config.val_split} are the same images, {held.place}; "
+            f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
             "give --data-dir the directory above the splits, name two of them, or --val-split '' for no validation"
         )
-    if train.num_classes and train.num_classes < classes:
-        found = train.num_classes
-        say(f"{train.place} has {found} classes, the model {classes}; --num-classes {found} fits")
     names, others = train.class_names, held.class_names
-    if config.class_map or not names or not others or names == others:
-        return
-    if strange := [name for name in others if name not in names]:
-        like = nearest(strange[0], names)
-        raise UserError(f"{held.place}: class {strange[0]!r} is not among the {len(names)} of {train.place}{like}")
-    say(f"{held.place} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
-    held.renumber(names)
+    if names and others and names != others:
+        held.renumber(names)
+        say(f"{held.place} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
+    if held.num_classes and held.num_classes > classes:
+        raise UserError(f"{held.place} has {held.num_classes} classes, training {classes}; use the same classes")
 
 
-def build_data(config: Config, classes: int, data_config: dict[str, Any], world: World) -> Data:
-    """Loaders over both splits, checked against each other."""
+def follow_classes(source: Source, trained: list[str] | None, say: Callable[[str], Any]) -> None:
+    """Number the labels of a resumed run's training data as when it was started.
+
+    Raises:
+        UserError: a class that the run was not trained on.
+    """
+    names = source.class_names
+    if trained and names and names != trained:
+        source.renumber(trained)
+        say(f"{source.place}: its classes are not those of the run that is resumed, its labels are numbered as there")
+
+
+def build_data(
+    config: Config, classes: int, data_config: dict[str, Any], world: World, trained: list[str] | None = None
+) -> Data:
+    """Loaders over both splits, checked against each other.
+
+    Args:
+        trained: the classes of the run that is resumed, in the order of the model's outputs.
+    """
     shared = {
         **{key: data_config[key] for key in ("input_size", "mean", "std")},
         "pin_memory": config.pin_mem,
@@ -83,10 +97,17 @@ def build_data(config: Config, classes: int, data_config: dict[str, Any], world:
         "device": world.device,
         "use_prefetcher": not config.no_prefetcher,
     }
+    say = log.warning if world.primary else log.debug  # once
     make: Any = data.create_resident_loader if config.data_resident else data.create_loader
     with user_errors("data"):
         mixup, collate = _mixing(config, classes)
         train = _dataset(config, classes, data_config, config.train_split, world)
+        source = train.source
+        follow_classes(source, trained, say)
+        check_ranks(source.class_names, len(source), source.place)
+        if source.num_classes and source.num_classes < classes:
+            found = source.num_classes
+            say(f"{source.place} has {found} classes, the model {classes}; --num-classes {found} fits")
         training = _train_kwargs(config, data_config, len(train) // config.batch_size)
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
@@ -94,8 +115,9 @@ def build_data(config: Config, classes: int, data_config: dict[str, Any], world:
         eval_loader: Batches | None = None
         if config.val_split:
             held = _dataset(config, classes, data_config, config.val_split, None)
-            say = log.warning if world.primary else log.debug  # once
-            check_splits(config, train.source, held.source, classes, say)
+            check_splits(config, source, held.source, classes, say)
+            held.num_classes = classes
+            check_ranks(held.source.class_names, len(held.source), held.source.place)
             # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
             eval_loader = make(
                 held,
@@ -106,7 +128,7 @@ def build_data(config: Config, classes: int, data_config: dict[str, Any], world:
                 **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
                 **shared,
             )
-    return Data(train_loader, eval_loader, mixup, train.source.class_names)
+    return Data(train_loader, eval_loader, mixup, source.class_names)
 
 
 def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
@@ -144,7 +166,7 @@ def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: s
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
         repeats=config.epoch_repeats,  # counts in training alone
-        num_classes=classes,
+        num_classes=None if training is None else classes,  # validation: after its classes are known to be the same
         max_bad_fraction=config.max_bad_samples,
         **{key: getattr(config, key) for key in _DATASET},
         **_opening(config),

@@ -7,7 +7,7 @@ from timm.utils import random_seed
 
 from samon.data.sources import check_name
 from samon.errors import UserError
-from samon.session.checkpoint import Checkpoints, Progress
+from samon.session.checkpoint import Checkpoints, Progress, class_names
 from samon.session.parts import Parts
 from samon.session.world import World, on_primary, processes
 from samon.settings.config import Config, dump, parse
@@ -54,7 +54,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     report = Report(config, place.directory, world)
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
     try:
-        run = build(config, world, hooks)
+        run = build(config, world, hooks, class_names(place.source) if place.source else None)
         on_primary(world, lambda: write_settings(place, run.effective))
         kind = Parts if config.checkpoint_format == "parts" else Checkpoints
         checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")

@@ -295,4 +295,4 @@ def test_command_line(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 2
-    assert result.stderr == f"error: --source {tmp_path}/gone: no such file or directory\n"
+    assert result.stderr == f"error: {tmp_path}/gone: no such file or directory\n"

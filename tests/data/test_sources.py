@@ -1,15 +1,20 @@
 """Data sources: which names are accepted, and random access that gives what the streams give."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from samon.data import ShardError, create_dataset, create_loader
-from samon.data.arrays import read_npz
 from samon.data.decode import decode_pil
+from samon.data.folders import find_images
 from samon.data.sources import SOURCES, check_name, open_source
+from samon.data.splits import overlap
 from samon.errors import UserError
-from tests.sets import jpeg, write_set
+from tests.sets import jpeg, tar_of, write_set
 
 
 @pytest.fixture
@@ -21,6 +26,17 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(2 * number + i))
     return str(tmp_path / "set")
+
+
+def labels_of(source):
+    return [record.label for record in source.read(range(len(source)))]
+
+
+def write_images(root, *paths):
+    for number, name in enumerate(paths):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(number))
+    return str(root)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +101,9 @@ def test_folders_by_a_class_map(folder, tmp_path):
     source = open_source("", folder, "train", class_map=str(tmp_path / "map.txt"))
     assert source.class_names == ["b", "a9"]
     assert [record.label for record in source.read(range(len(source)))] == [1, 1, 0, 0]
-    with pytest.raises(UserError, match="Cannot locate specified class map"):
-        open_source("", folder, "train", class_map="gone.txt")
+    for name in ("", "torch/folder"):
+        with pytest.raises(UserError, match=r"--class-map gone.txt: Cannot locate specified class map"):
+            open_source(name, folder, "train", class_map="gone.txt")
 
 
 def test_arrays_come_as_images(tmp_path):
@@ -104,14 +121,15 @@ def test_arrays_come_as_images(tmp_path):
 def test_a_part_of_an_array_split_holds_out_the_rest(tmp_path):
     pixels = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1).repeat(3, -1)
     np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=[3, 1, 2, 0])
-    images, labels = read_npz("npz/tiny", str(tmp_path), "train[:3]")
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert labels.tolist() == [3, 1, 2]
-    assert read_npz("npz/tiny", str(tmp_path), "train[3:]")[1].tolist() == [0]
-    with pytest.raises(UserError, match="the part of train is empty, it has 4 images"):
-        read_npz("npz/tiny", str(tmp_path), "train[4:]")
+    source = open_source("npz/tiny", str(tmp_path), "train[:3]")
+    records = source.read(range(3))
+    assert [r.image.getpixel((0, 0))[0] for r in records] == [0, 1, 2]
+    assert [r.label for r in records] == [3, 1, 2]
+    assert labels_of(open_source("npz/tiny", str(tmp_path), "train[3:]")) == [0]
+    with pytest.raises(UserError, match=r"the part of .*tiny.npz train is empty, it has 4 images"):
+        open_source("npz/tiny", str(tmp_path), "train[4:]")
     with pytest.raises(UserError, match=r"unknown split 'train\[3\]'"):
-        read_npz("npz/tiny", str(tmp_path), "train[3]")
+        open_source("npz/tiny", str(tmp_path), "train[3]")
 
 
 def test_hub_data_sets_are_read_by_timms_reader(tmp_path, monkeypatch):
@@ -132,3 +150,277 @@ def test_hub_data_sets_are_read_by_timms_reader(tmp_path, monkeypatch):
     )
     loader = create_loader(stream, (3, 8, 8), 2, True, num_workers=0, device="cpu", no_aug=True)
     assert sorted(label for _, target in loader for label in target.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+# --- folders and tars -------------------------------------------------------------------------------------------------
+
+
+def test_hidden_names_are_left_out_with_a_count(tmp_path, caplog):
+    shown = ["cat/1.jpg", "dog/1.jpg"]
+    hidden = [".ipynb_checkpoints/1.jpg", "cat/._1.jpg", "cat/.ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg"]
+    root = write_images(tmp_path / "set", *shown, *hidden)
+    source = open_source("", root, "")
+    assert (source.class_names, len(source)) == (["cat", "dog"], 2)
+    assert "4 hidden files or folders are left out, such as " in caplog.text
+    (tmp_path / "set.tar").write_bytes(tar_of([(f"./{name}", jpeg(0)) for name in (*shown, *hidden)]))
+    assert open_source("", str(tmp_path / "set.tar"), "").class_names == ["cat", "dog"]
+    torch = open_source("torch/image_folder", root, "")
+    assert (torch.class_names, len(torch)) == (["cat", "dog"], 2)
+
+
+def test_images_of_other_formats_are_counted_and_can_be_named(tmp_path, caplog):
+    root = write_images(tmp_path, "a/1.jpg", "a/2.WEBP", "b/3.gif")
+    assert open_source("", root, "").class_names == ["a"]
+    assert "images of other formats are left out (1 .gif, 1 .webp)" in caplog.text
+    assert labels_of(open_source("", root, "", input_key="jpg;.webp;.gif")) == [0, 0, 1]
+    with pytest.raises(UserError, match=r"no images found \(.png\); it has 1 .gif, 1 .webp"):
+        find_images(root, [".png"])
+
+
+@pytest.mark.parametrize("paths", [["flat.jpg", "other.jpg"], ["a/1.jpg", "b/1.jpg", "stray.jpg"]])
+@pytest.mark.parametrize("name", ["", "torch/folder"])
+def test_images_in_no_class_folder_are_refused(tmp_path, name, paths):
+    root = write_images(tmp_path / "set", *paths)
+    count = sum("/" not in path for path in paths)
+    with pytest.raises(UserError, match=rf"set/(flat|stray).jpg lies in no class folder \({count} of {len(paths)} "):
+        open_source(name, root, "")
+
+
+def test_a_tar_of_class_folders_is_read_as_the_folders_are(tmp_path):
+    paths = [f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in ("a9", "a10") for i in range(2)]
+    root = write_images(tmp_path / "set", *paths)
+    content = [(f"images/{path}", Path(root, path).read_bytes()) for path in paths]
+    (tmp_path / "set.tar").write_bytes(tar_of(content))
+    for split in ("train", "validation"):
+        folder, tar = (open_source("", place, split) for place in (root, str(tmp_path / "set.tar")))
+        assert tar.class_names == folder.class_names == ["a9", "a10"]
+        found = [[(r.image, r.label) for r in source.read(range(4))] for source in (folder, tar)]
+        assert found[0] == found[1]
+        assert len(folder) == len(tar) == 4
+    train, held = (open_source("", str(tmp_path / "set.tar"), split) for split in ("train", "val"))
+    assert not overlap(train.extents, held.extents)
+    with pytest.raises(UserError, match="no folder for split 'test', it has train, val"):
+        open_source("", str(tmp_path / "set.tar"), "test")
+
+
+def test_places_that_hold_something_else_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds shards; read them with --dataset wds/NAME"):
+        open_source("", write_set(tmp_path / "shards", [2]), "train")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").write_bytes(tar_of([("a.jpg", jpeg(0))]))
+    with pytest.raises(UserError, match="it has tar files: shards are read with --dataset wds/NAME"):
+        open_source("", str(tmp_path / "tars"), "")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="no plain tar archive"):
+        open_source("", str(tmp_path / "a.zip"), "")
+
+
+def test_a_class_folder_that_cannot_be_read_is_no_missing_class(tmp_path, monkeypatch):
+    root = write_images(tmp_path, "a/1.jpg", "b/1.jpg")
+
+    def scandir(path, scan=os.scandir):
+        if path.endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="Permission denied"):
+        open_source("", root, "")
+
+
+def test_a_part_of_a_folder_is_refused(folder):
+    with pytest.raises(UserError, match=r"split 'train\[:2\]' is a part, but image folders lie class by class"):
+        open_source("", folder, "train[:2]")
+
+
+# --- --class-map ------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_map_applies_to_every_kind_that_names_its_classes(tmp_path, folder):
+    root = Path(write_set(tmp_path / "shards", [3]))
+    info = json.loads((root / "_info.json").read_text())
+    (root / "_info.json").write_text(json.dumps(info | {"class_names": ["x", "y", "z"]}))
+    source = open_source("wds/x", str(root), "train", class_map={"z": 0, "y": 1, "x": 2})
+    assert (labels_of(source), source.class_names) == ([2, 1, 0], ["z", "y", "x"])
+    both = open_source("wds/x", str(root), "train", class_map={"z": 0, "y": 1, "x": 1})
+    assert (labels_of(both), both.class_names, both.num_classes) == ([1, 1, 0], None, 2)
+    torch = open_source("torch/folder", folder, "train", class_map={"b": 0, "a9": 1})
+    assert labels_of(torch) == [1, 1, 0, 0]
+    with pytest.raises(UserError, match="--class-map has none of its classes; it says 'n0', here is 'x'"):
+        open_source("wds/x", str(root), "train", class_map={"n0": 0})
+
+
+def test_a_class_map_of_names_is_refused_where_classes_have_none(tmp_path):
+    np.savez(tmp_path / "tiny.npz", x_train=np.zeros((2, 4, 4, 3), np.uint8), y_train=[3, 1])
+    with pytest.raises(UserError, match="its classes have no names, --class-map can only number its labels anew"):
+        open_source("npz/tiny", str(tmp_path), "train", class_map={"cat": 0})
+    assert labels_of(open_source("npz/tiny", str(tmp_path), "train", class_map={3: 0, 1: 1})) == [0, 1]
+
+
+# --- torchvision's data sets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """MNIST's files with 5 training and 3 test images."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 5), ("t10k", 3)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            head = b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+            values = np.arange(count) if kind == "labels-idx1" else np.full(shape, count)
+            (raw / f"{name}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "labels", "gray"),
+    [
+        *[("train", range(5), 5), ("training", range(5), 5), ("train[3:]", [3, 4], 5), ("train[:3]", [0, 1, 2], 5)],
+        *[("validation", range(3), 3), ("test", range(3), 3), ("test[1:]", [1, 2], 3)],
+    ],
+)
+def test_splits_of_torchvisions_sets_and_their_parts(mnist, split, labels, gray):
+    source = open_source("torch/mnist", mnist, split)
+    assert labels_of(source) == list(labels)
+    assert {record.image.getpixel((0, 0)) for record in source.read(range(len(source)))} == {gray}
+    assert source.num_classes == 10
+
+
+def test_other_splits_of_torchvisions_sets_are_refused(mnist, tmp_path):
+    for split in ("trian", "train[x]", "train[5:]"):
+        with pytest.raises(UserError, match=r"unknown split|is empty"):
+            open_source("torch/mnist", mnist, split)
+    with pytest.raises(UserError, match="does not hold it, or only in part; add --dataset-download or name"):
+        open_source("torch/cifar10", str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        *[("train", "train[2:]", True), ("train[:3]", "train[2:]", True), ("train[:3]", "train[3:]", False)],
+        *[("train", "validation", False), ("training", "train", True), ("val", "test", True)],
+    ],
+)
+def test_splits_that_share_samples_are_known(mnist, tmp_path, first, second, shared):
+    pixels = np.zeros((5, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=range(5), x_test=pixels, y_test=range(5))
+    for name in ("torch/mnist", "npz/tiny"):
+        assert bool(overlap(*(open_source(name, mnist, split).extents for split in (first, second)))) == shared
+
+
+def test_lists_of_shards_that_share_one_are_known(tmp_path):
+    root = write_set(tmp_path / "set", [2, 2, 2])
+    lists = "train-{0000..0001}.tar", "train-{0001..0002}.tar", "train-0002.tar"
+    first, second, third = (open_source("wds/x", root, names).extents for names in lists)
+    assert overlap(first, second).endswith("train-0001.tar")
+    assert not overlap(first, third)
+
+
+def test_torchvisions_imagenet_counts_classes_not_synonyms(tmp_path):
+    import torch
+
+    wnids = {"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish", "Carassius auratus")}
+    torch.save((wnids, ["n01440764"]), tmp_path / "meta.bin")
+    write_images(tmp_path, *(f"train/{name}/{i}.jpg" for name in wnids for i in range(2)))
+    source = open_source("torch/imagenet", str(tmp_path), "training")
+    assert (source.num_classes, source.class_names, labels_of(source)) == (2, list(wnids), [0, 0, 1, 1])
+
+
+def test_torchvisions_folders_are_read_as_plain_ones_but_numbered_as_there(folder):
+    Path(folder, "train/b/1.jpg").write_bytes(b"")
+    source = open_source("torch/image_folder", folder, "train")
+    assert (source.class_names, labels_of(source)) == (["a10", "a9", "b"], [0, 0, 1, 1, 2, 2])
+    assert source.read([5])[0].image == b""
+    with pytest.raises(UserError, match="no folder for split 'validation', it has train"):
+        open_source("torch/image_folder", folder, "validation")
+
+
+def test_whatever_a_data_set_raises_on_a_sample_is_its_error(mnist, monkeypatch):
+    source = open_source("torch/mnist", mnist, "train")
+    monkeypatch.setattr(source.pairs, "data", None)
+    assert "mnist" in str(source.read([1])[0])
+    assert type(source.read([1])[0]).__name__ == "ImageError"
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (IMAGES, np.eye(2), r"y_train is float64 \[2, 2\], not one class number for each of the 2 images"),
+        (IMAGES, np.zeros((2, 1, 1)), r"y_train is float64 \[2, 1, 1\], not one"),
+        (IMAGES, [0.5, 1], "y_train: label 0.5 of image 0 is no class number"),
+        (IMAGES, [0, np.nan], "y_train: label nan of image 1 is no class number"),
+        (IMAGES, [0, np.inf], "y_train: label inf of image 1 is no class number"),
+        (IMAGES, [0, -1], "y_train: label -1 of image 1 is no class number"),
+        (IMAGES, ["a", "b"], r"y_train is <U1 \[2\]"),
+        (IMAGES, [0], r"\[1\], not one class number for each of the 2 images"),
+        (IMAGES.transpose(0, 3, 1, 2), [0, 1], r"uint8 \[2, 3, 4, 4\], .* write x_train.transpose\(0, 2, 3, 1"),
+        (IMAGES.astype(float), [0, 1], r"x_train is float64"),
+        (IMAGES[0], [0, 1], r"x_train is uint8 \[4, 4, 3\] with|y_train is int64 \[2\], not one"),
+    ],
+)
+def test_arrays_that_are_no_images_with_a_class_each(tmp_path, images, labels, said):
+    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels)
+    with pytest.raises(UserError, match=said):
+        open_source("npz/tiny", str(tmp_path), "train")
+
+
+def test_arrays_that_are_images_with_a_class_each(tmp_path):
+    np.savez(tmp_path / "tiny.npz", x_train=IMAGES[..., :1], y_train=np.array([[1.0], [0.0]]))
+    source = open_source("npz/tiny", str(tmp_path), "train")
+    assert labels_of(source) == [1, 0]
+    assert source.read([0])[0].image.mode == "L"
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Saves nothing: `load_dataset` gives a split of the columns named."""
+    datasets = pytest.importorskip("datasets")
+
+    def make(**columns):
+        features = {"ClassLabel": datasets.ClassLabel(names=["ant", "bee"]), "Image": datasets.Image()}
+        kinds = {key: features.get(kind) or datasets.Value(kind) for key, (kind, _) in columns.items()}
+        values = {key: values for key, (_, values) in columns.items()}
+        made = datasets.Dataset.from_dict(values, features=datasets.Features(kinds))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+
+    return make
+
+
+PICTURES = ("Image", [{"bytes": jpeg(0), "path": None}, {"bytes": jpeg(1), "path": None}, None])
+
+
+def test_columns_of_the_hubs_sets_are_named(hub):
+    hub(img=PICTURES, fine=("ClassLabel", [0, 1, 0]))
+    with pytest.raises(UserError, match=r"no column 'image'; it has img \(Image\), fine \(ClassLabel\): give --inp"):
+        open_source("hfds/x", None, "train")
+    with pytest.raises(UserError, match=r"no column 'label'.*give --target-key"):
+        open_source("hfds/x", None, "train", input_key="img")
+    source = open_source("hfds/x", None, "train", input_key="img", target_key="fine")
+    assert source.class_names == ["ant", "bee"]
+    hub(image=PICTURES, label=("float32", [0.5, 1, 2]))
+    with pytest.raises(UserError, match="labels in 'label' are float32"):
+        open_source("hfds/x", None, "train")
+
+
+def test_text_labels_of_the_hub_are_classes(hub):
+    hub(image=PICTURES, label=("string", ["b10", "b9", None]))
+    source = open_source("hfds/x", None, "train")
+    assert source.class_names == ["b9", "b10"]
+    assert [getattr(r, "label", str(r)) for r in source.read([0, 1])] == [1, 0]
+    mapped = open_source("hfds/x", None, "train", class_map={"b10": 0, "b9": 5})
+    assert [r.label for r in mapped.read([0, 1])] == [0, 5]
+
+
+def test_samples_of_the_hub_without_image_or_label_are_bad_samples(hub):
+    hub(image=PICTURES, label=("ClassLabel", [0, None, 1]))
+    kinds = [type(r).__name__ for r in open_source("hfds/x", None, "train").read(range(3))]
+    assert kinds == ["Record", "LabelError", "ImageError"]

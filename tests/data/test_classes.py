@@ -1,0 +1,118 @@
+"""Labels and classes: one order on every process, one check, one way to follow other names."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from samon.data import DataError, LabelError
+from samon.data.classes import check_label, check_ranks, class_order, load_class_map, renumbering, unique_names
+from samon.data.sources import open_source
+from samon.errors import UserError
+from tests.processes import run_ranks
+from tests.sets import jpeg, write_set
+
+
+def test_names_that_tie_in_natural_order_have_one_order():
+    expected = ["001", "01", "1", "A9", "a9", "a10", "B", "b"]
+    for names in (["b", "a10", "A9", "a9", "01", "1", "001", "B"], ["1", "01", "001", "B", "a9", "A9", "b", "a10"]):
+        assert sorted(names, key=class_order) == expected
+
+
+def test_two_processes_number_tied_folders_alike(tmp_path):
+    """In processes of different hash seeds, by which sets are ordered."""
+    for name in ("a", "A", "1", "01", "x"):
+        for file in ("1", "01"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{file}.jpg").write_bytes(jpeg(0))
+    program = (
+        "import sys; from samon.data.sources import open_source; s = open_source('', sys.argv[1], '');"
+        "print(s.class_names, [i.path for i in s.items])"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
+    assert said[0].startswith("['01', '1', 'A', 'a', 'x'] ['01/01.jpg', '01/1.jpg', '1/01.jpg'")
+
+
+def test_labels_that_can_be_used():
+    assert check_label(np.int64(2), 3, "x") == 2
+    assert check_label(7, None, "x") == 7
+    for label, said in ((-1, r"here: label -1 is not in 0\.\.2"), (1.5, "1.5 is no integer"), (None, "None is no")):
+        with pytest.raises(LabelError, match=said):
+            check_label(label, 3, "here")
+    with pytest.raises(DataError, match=r"here: label 3, but there are 3 classes \(0\.\.2\)"):
+        check_label(3, 3, "here")
+
+
+def test_labels_follow_the_names_that_were_trained():
+    assert renumbering(["cat", "ant"], ["ant", "bee", "cat"], "set") == {0: 2, 1: 0}
+    with pytest.raises(UserError, match="set: class 'beee' and 1 more is not among the 2 trained; did you mean 'bee'"):
+        renumbering(["beee", "dog"], ["ant", "bee"], "set")
+    with pytest.raises(UserError, match="set: its classes have no names"):
+        renumbering(None, ["ant"], "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("map.txt", "a\nb\na\n", "a class is named twice"),
+        ("map.csv", "a,b\n", "Unsupported class map file extension"),
+        ("map.pkl", "no pickle", "--class-map .*map.pkl"),
+        ("map.txt", "", "is empty"),
+    ],
+)
+def test_class_maps_that_are_none(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        load_class_map(str(tmp_path / name), "")
+
+
+def test_class_maps(tmp_path):
+    (tmp_path / "map.txt").write_text("a\nb\n\n")
+    assert load_class_map("map.txt", str(tmp_path)) == {"a": 0, "b": 1}
+    with pytest.raises(UserError, match="no label for 'a'"):
+        load_class_map({"a": 1.5}, "")
+
+
+def test_names_of_classes_are_unique_and_as_many_as_classes():
+    assert unique_names(["a", 1], 2, "x") == ["a", "1"]
+    for names, said in ((["a", "a"], "two classes are called 'a'"), (["a"], "2 classes, but 1 class_names")):
+        with pytest.raises(UserError, match=said):
+            unique_names(names, 2, "x")
+
+
+def _compared(rank):
+    check_ranks(["a", "b"], 5, "x")
+    found = []
+    for names, count in (((["a", "b"], ["a", "B"])[rank], 5), (["a"], 5 + rank)):
+        try:
+            check_ranks(names, count, "x")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_processes_that_see_other_data_end_together():
+    first, second = run_ranks(_compared)
+    assert first == second
+    assert len(first) == 2
+    assert "process 0 sees 5 samples of 1 classes, process 1 sees 6 samples of 1 classes" in first[1]
+
+
+def test_a_permuted_set_of_shards_follows_the_trained_classes(tmp_path):
+    source = open_source("wds/x", write_set(tmp_path / "set", [3]), "train")
+    source.class_names = ["c", "a", "b"]
+    source.renumber(["a", "b", "c"])
+    assert [record.label for record in source.read(range(3))] == [2, 0, 1]
+    assert source.class_names == ["a", "b", "c"]
