@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a timm model: `python train.py --help`, `torchrun --nproc-per-node 8 train.py -c hparams/quickstart.yaml`."""
+"""Train a timm model: `python train.py --help`, `torchrun --standalone --nproc-per-node 8 train.py ...`."""
 
 from samon.errors import run_script
 from samon.train.main import main

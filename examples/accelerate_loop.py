@@ -1,4 +1,4 @@
-"""SAM-ON with Accelerate: python examples/accelerate_loop.py, torchrun --nproc-per-node 2 examples/accelerate_loop.py
+"""SAM-ON with Accelerate, alone or under `torchrun --standalone --nproc-per-node 2`: python examples/accelerate_loop.py
 
 `two_pass` runs both backward passes, so `accelerator.backward` is not called; everything else is Accelerate as usual.
 Over several processes each perturbs by its own batch, and the gradients are averaged once a step.
@@ -30,8 +30,10 @@ def main(epochs: int = 3, samples: int | None = None) -> float:
             optimizer.zero_grad()
             samon.two_pass(optimizer.optimizer, partial(loss, x, y), no_sync=partial(accelerator.no_sync, model))
             optimizer.step()
-    return accuracy(accelerator.unwrap_model(model).cpu())
+    found = accuracy(accelerator.unwrap_model(model).cpu())
+    accelerator.print(f"{found:.1f} % of the test images")  # once: BatchNorm's statistics are each process's own
+    return found
 
 
 if __name__ == "__main__":
-    print(f"{main():.1f} % of the test images")
+    main()

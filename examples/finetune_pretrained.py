@@ -16,7 +16,7 @@ from torch import nn
 
 import samon
 
-SIZE = 48  # the images are 28 px, too small for an ImageNet network
+SIZE = 48  # the images are 28 px, too small for an ImageNet network; a network of fixed size takes its own
 
 
 def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -26,20 +26,22 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
     overlay = {"file": weights} if weights else None
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
-    model.conv_stem.requires_grad_(False)
+    about: Any = model.pretrained_cfg
+    model.get_submodule(about["first_conv"]).requires_grad_(False)
+    size = about["input_size"][-1] if about.get("fixed_input_size") else SIZE
     how: Any = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "layer_decay": 0.75, "rho": 0.1}
     optimizer = timm.optim.create_optimizer_v2(model, "samon", **how)
     sam = samon.sam_of(optimizer)
     assert sam is not None
     print(sam.selection.summary())
-    loader = batches("train", 20, samples, SIZE)
+    loader = batches("train", 20, samples, size)
     for _ in range(epochs):
         model.train()
         for x, y in loader:
             optimizer.zero_grad()
             samon.two_pass(optimizer, partial(loss, model, x, y))
             optimizer.step()
-    return accuracy(model, samples=samples, size=SIZE)
+    return accuracy(model, samples=samples, size=size)
 
 
 if __name__ == "__main__":

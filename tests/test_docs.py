@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from samon.optim.geometry import GEOMETRIES
 from samon.settings.flag import markdown
 from samon.settings.rows import VALIDATE
 from tests.runs import ROOT
@@ -30,6 +31,24 @@ def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
 def test_validates_flags_are_current() -> None:
     text = (ROOT / "docs/flags_validate.md").read_text()
     assert markdown(VALIDATE).strip() in text, "run: python -m samon.settings.rows"
+
+
+def test_the_default_rho_of_each_name_is_documented() -> None:
+    text = (ROOT / "docs/flags.md").read_text()
+    for name, row in GEOMETRIES.items():
+        first = f"`{name}`" if name else "none (`sam`, `samon`, ...)"
+        assert f"| {first} | {row.rho[0]:g} | {row.rho[1]:g} | {row.eta:g} |" in text
+
+
+def test_documented_commands_can_run_beside_others() -> None:
+    """Without --standalone two runs on one host meet at torchrun's default port."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "samon/hparams").rglob("*.yaml")]
+    lines = [line for page in pages for line in page.read_text().splitlines() if "torchrun --n" in line]
+    assert lines
+    assert [line for line in lines if "--nnodes" not in line] == []
+    text = (ROOT / "docs/multi_node.md").read_text()
+    assert "-m samon.train" in text
+    assert "-m samon.validate" in text
 
 
 def test_runnable_commands_are_joined_and_scaled_down() -> None:

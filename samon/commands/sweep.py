@@ -33,6 +33,7 @@ from samon.bars import bar, on_terminal
 from samon.commands.tables import Cell, write_tables
 from samon.errors import RunError, run_script
 from samon.files import write_text
+from samon.format import metric_format
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
 from samon.settings.config import RECIPES, Config, parse, recipe
@@ -210,7 +211,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
             states[job.name] = state
             shown.update(state != "skipped")
             metric = finished(job, args) if state in ("done", "skipped") else None
-            value = f" {args.metric} {metric[args.metric]:.2f}" if metric else ""
+            value = f" {args.metric} {metric[args.metric]:{metric_format(args.metric)}}" if metric else ""
             if state == "dead":
                 value = f" ({last_line(args.output / job.name / 'sweep.log')})"
             print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
@@ -232,7 +233,7 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
     for job in jobs:
         result = result_of(job, args)
         if result is not None:
-            cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, []))
+            cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, [], metric=args.metric))
             cell.values.append(float(result["metrics"][args.metric]))
             cell.cpu_seconds.append(None if result.get("resumed", True) else result["cpu_seconds"])
     return list(cells.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samon.files import write_text
+from samon.format import metric_format
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.registry import VARIANTS
 from samon.optim.scope import SCOPES
@@ -22,6 +23,7 @@ class Cell:
     rho: float | None
     values: list[float]
     cpu_seconds: list[float | None] = field(default_factory=list)  # processor time of each run; None if it was resumed
+    metric: str = "eval_top1"
 
     @property
     def mean(self) -> float:
@@ -32,15 +34,21 @@ class Cell:
         """Sample standard deviation; 0 for one run."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
+    @property
+    def merit(self) -> float:
+        """The larger the better: the mean, negated for losses."""
+        return -self.mean if "loss" in self.metric else self.mean
+
     def __str__(self) -> str:
-        return f"{self.mean:.2f}±{self.std:.2f}" if len(self.values) > 1 else f"{self.mean:.2f}"
+        form = metric_format(self.metric)
+        return f"{self.mean:{form}}" + (f"±{self.std:{form}}" if len(self.values) > 1 else "")
 
 
 def best_by_opt(cells: list[Cell]) -> dict[str, Cell]:
-    """For every optimizer the rho with the highest mean."""
+    """For every optimizer the rho with the best mean."""
     best: dict[str, Cell] = {}
     for cell in cells:
-        if cell.opt not in best or cell.mean > best[cell.opt].mean:
+        if cell.opt not in best or cell.merit > best[cell.opt].merit:
             best[cell.opt] = cell
     return best
 
@@ -51,24 +59,26 @@ def paper_results(recipe: str, model: str) -> dict[str, str]:
 
 
 def markdown(cells: list[Cell], paper: dict[str, str]) -> str:
-    """Table 1's layout: variants down, scopes across; the better scope bold, the best of all underlined."""
+    """Table 1's layout: variants down, what they perturb across; the better scope bold, the best of all underlined.
+
+    Optimizers that perturb nothing stand in a column of their own, those with a mask under all parameters."""
     best = best_by_opt(cells)
-    top = max(cell.mean for cell in best.values())
+    top = max(cell.merit for cell in best.values())
     rows: dict[str, dict[str, Cell]] = {}
     for opt, cell in best.items():
         variant = VARIANTS.get(opt)
         if variant is None or variant.mask:
-            rows[opt] = {"": cell}
+            rows[opt] = {"sam" if variant else "": cell}
         else:
             base = "" if variant.base == "sgd" else f" ({variant.base})"
             rows.setdefault(GEOMETRIES[variant.geometry].label + base, {})[variant.scope] = cell
-    scopes = [scope for scope in SCOPES if any(scope in row for row in rows.values())] or ["sam"]
-    header = ["variant", *(SCOPES[s].label for s in scopes), *(f"paper, {SCOPES[s].label}" for s in scopes if paper)]
+    labels = {"": "none"} | {name: scope.label for name, scope in SCOPES.items()}
+    scopes = [scope for scope in labels if any(scope in row for row in rows.values())]
+    header = ["variant", *(labels[s] for s in scopes), *(f"paper, {labels[s]}" for s in scopes if paper)]
     lines = [header, ["---"] * len(header)]
     for name, row in rows.items():
-        alone = row.get("")  # has no scopes: stands in the first column
-        line = [row.get(scope) or (alone if scope == scopes[0] else None) for scope in scopes]
-        highest = max(cell.mean for cell in row.values())
+        line = [row.get(scope) for scope in scopes]
+        highest = max(cell.merit for cell in row.values())
         theirs = [paper.get(cell.opt, "") if cell else "" for cell in line] if paper else []
         lines.append([name, *(show(cell, len(row) > 1, highest, top) for cell in line), *theirs])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -78,8 +88,8 @@ def show(cell: Cell | None, compared: bool, highest: float, top: float) -> str:
     if cell is None:
         return ""
     text = str(cell)
-    text = f"**{text}**" if compared and cell.mean == highest else text
-    text = f"<u>{text}</u>" if cell.mean == top else text
+    text = f"**{text}**" if compared and cell.merit == highest else text
+    text = f"<u>{text}</u>" if cell.merit == top else text
     return text if cell.rho is None else f"{text} (rho {cell.rho:g})"
 
 

@@ -153,12 +153,13 @@ def _tensor_step(step: Any) -> Callable[[Any], Any] | None:
     return step if isinstance(step, _SAME_ON_TENSORS) else None
 
 
-def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[Any], Any], Any]:
+def choose_decoder(decoder: str, transform: Any, mode: str, quiet: bool = False) -> tuple[Callable[[Any], Any], Any]:
     """The decode function and the transform to run on its result, for ``--decoder``.
 
     ``transform`` is what timm's `create_transform` made. `auto` takes the tensor path when every step of it has an
     equal for tensors. `crop` is that path with only the crop decoded, and `auto` takes it where it is installed;
-    `scaled` also decodes at a half, a quarter or an eighth where that is enough, which changes pixels.
+    `scaled` also decodes at a half, a quarter or an eighth where that is enough, which changes pixels. The choice is
+    logged unless `quiet`.
 
     Raises:
         UserError: another than ``auto`` and ``pil`` was asked for and cannot be; what is missing is named.
@@ -168,6 +169,7 @@ def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[A
     if decoder == "crop" and not regions.available():
         raise UserError("--decoder crop needs nvImageCodec: pip install 'samon-timm[decode]', or use --decoder auto")
 
+    log = _logger.debug if quiet else _logger.info
     steps = getattr(transform, "transforms", [transform])
     converted = [(step, _tensor_step(step)) for step in steps]
     without = [type(step).__name__ for step, equal in converted if equal is None]
@@ -175,14 +177,14 @@ def choose_decoder(decoder: str, transform: Any, mode: str) -> tuple[Callable[[A
     if decoder not in ("auto", "pil") and reason:
         raise UserError(f"--decoder {decoder}: {reason}; use --decoder auto or pil")
     if decoder == "pil" or reason:
-        _logger.info("images are decoded by Pillow: %s", reason or "as asked")
+        log("training images are decoded by Pillow%s", f": {reason}" if reason and decoder == "auto" else "")
         return partial(decode_pil, mode=mode), transform
     chosen = [equal for _, equal in converted]
     first = chosen[0]
     if decoder == "torch" or not isinstance(first, TensorCrop) or not (decoder == "scaled" or regions.available()):
-        _logger.info("images are decoded and augmented as tensors")
+        log("training images are decoded and augmented as tensors")
         return decode_tensor, transforms.Compose(chosen)
     first.scaled = decoder == "scaled"
     how = "at the smallest scale that a crop needs" if first.scaled else "only where the crop lies"
-    _logger.info("images are decoded and augmented as tensors, JPEGs %s", how)
+    log("training images are decoded and augmented as tensors, JPEGs %s", how)
     return decode_later, transforms.Compose(chosen)

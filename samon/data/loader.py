@@ -278,10 +278,11 @@ def _set_transform(
 ) -> None:
     """How images are decoded and augmented, at one size or at each of a schedule's; ``how``: timm's arguments."""
 
-    def made(size: Any) -> tuple[Any, Any]:
+    def made(size: Any, quiet: bool) -> tuple[Any, Any]:
         transform = create_transform(size, separate=splits > 0, **how)
-        return choose_decoder(decoder, SplitTransform(transform, splits) if splits else transform, dataset.image_mode)
+        transform = SplitTransform(transform, splits) if splits else transform
+        return choose_decoder(decoder, transform, dataset.image_mode, quiet)
 
-    dataset.decode, dataset.transform = made(size)
+    dataset.decode, dataset.transform = made(size, quiet=not how["is_training"])
     if schedule is not None:
-        dataset.transform = SizedTransform([made((side, side))[1] for side in schedule.sizes], schedule)
+        dataset.transform = SizedTransform([made((side, side), quiet=True)[1] for side in schedule.sizes], schedule)

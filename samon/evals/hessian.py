@@ -6,6 +6,7 @@ normalization parameters alone: the block of the Hessian that perturbing them al
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
-from samon.evals.norm_params import figure_type
+from samon.evals.norm_params import figure_type, wrapped
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
 from samon.optim.geometry import global_norm
@@ -104,13 +105,23 @@ def loss_plane(
 
 
 def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
-    """Contours of the loss over the two directions; the weights lie in the middle."""
+    """Contours of the loss over the two directions, on a logarithmic color scale; the weights lie in the middle."""
+    from matplotlib import ticker
+
+    finite = plane[plane.isfinite()]
+    high = float(finite.max()) if len(finite) else 1.0
+    low = max(float(finite.min()) if len(finite) else 1.0, 1e-6 * high, 1e-12)
+    levels = torch.logspace(math.log10(0.999 * low), math.log10(1.001 * max(high, 1.01 * low)), 31)
     figure = figure_type()(figsize=(5.5, 4.5), layout="constrained")
     axis = figure.subplots()
-    drawn = axis.contourf(at.numpy(), at.numpy(), plane.T.numpy(), levels=30)
+    drawn = axis.contourf(at, at, plane.T, levels, norm="log")
     axis.plot(0, 0, "k+")
-    axis.set(title=title, xlabel="first direction", ylabel="second direction")
-    figure.colorbar(drawn, label="loss")
+    axis.set(xlabel="first direction", ylabel="second direction", xticks=at[[0, len(at) // 2, -1]])
+    axis.set_title(wrapped(title, 50), fontsize="small")
+    ticks = (
+        ticker.MaxNLocator(6) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,))
+    )
+    figure.colorbar(drawn, label="loss", ticks=ticks, format="{x:.4g}").minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

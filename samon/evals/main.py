@@ -52,7 +52,7 @@ class Job:
 
 def parse(argv: list[str] | None) -> list[Job]:
     """The command line, with what its checkpoints bring along; every mistake in it is a UserError."""
-    given = parse_command_line(VALIDATE, argv, "validate.py", DESCRIPTION)
+    given = parse_command_line(VALIDATE, argv, DESCRIPTION)
     given |= {"data_dir": given.get("data_dir") or given["data"]} if given.get("data") else {}
     if given.get("use_ema") and given.get("no_ema"):
         raise UserError("--use-ema and --no-ema exclude each other; drop one of them")

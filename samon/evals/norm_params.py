@@ -1,5 +1,7 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,12 @@ def bins(found: Values, role: str, edges: Tensor) -> Tensor:
     return torch.histogram(torch.cat([torch.empty(0), *layers]).double(), edges.double()).hist
 
 
+def wrapped(name: str, width: int) -> str:
+    """A path in lines of at most `width` characters, so that it stays within its panel."""
+    parts = [name] if len(name) <= width else re.split("(?<=/)", name)
+    return "\n".join(textwrap.fill(part, width) for part in parts)
+
+
 def draw(models: dict[str, Values]) -> Any:
     """Figure 5: a column for each model, gamma above and beta below, signed values on linear axes.
 
@@ -85,7 +93,8 @@ def draw(models: dict[str, Values]) -> Any:
         edges = torch.linspace(low - 1e-6, high + 1e-6, 61, dtype=torch.float64)
         for axis, (name, found) in zip(panels[row], models.items(), strict=True):
             axis.stairs(bins(found, role, edges).numpy(), edges.numpy(), fill=True)
-            axis.set(title=name, xlabel=f"$\\{role}$")
+            axis.set(xlabel=f"$\\{role}$")
+            axis.set_title(wrapped(name, 34), fontsize="small")
         panels[row][0].set_ylabel("parameters")
     return figure
 
@@ -107,14 +116,16 @@ def draw_magnitudes(models: dict[str, Values]) -> Any:
         top, bottom = axes[0][column], axes[1][column]
         layers = {name: found.get((kind, role), []) for name, found in models.items()}
         longest = max((float(w.abs().max()) for entries in layers.values() for _, w in entries), default=0.0)
-        for name, entries in layers.items():
+        for i, (name, entries) in enumerate(layers.items()):
             if entries:
+                look = {"color": f"C{i}", "label": wrapped(name, 50)}
                 magnitudes = torch.cat([w.abs() for _, w in entries]).numpy()
-                top.hist(magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, label=name)
-                bottom.plot([float(w.abs().mean()) for _, w in entries], marker=".", label=name)
+                top.hist(magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, **look)
+                bottom.plot([float(w.abs().mean()) for _, w in entries], marker=".", **look)
         top.set(title=f"{kind} {role}", xlabel=f"|{role}|", ylabel="parameters")
         bottom.set(xlabel="depth (layers from the input)", ylabel=f"mean |{role}|")
-        top.legend()
+    lines = {line.get_label(): line for axis in axes[1] for line in axis.get_lines()}
+    figure.legend(handles=lines.values(), loc="outside lower center", fontsize="small")
     return figure
 
 

@@ -4,14 +4,15 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from samon.errors import UserError
 from samon.files import csv_text, write_text
+from samon.format import metric_format
 
 Row = dict[str, Any]
-_PERCENT = ("top-1", "top-5", "ece", "mce", "ce")
 _SINGLE = ("checkpoint", "value", "low", "high", "clean_top1")  # belong to one checkpoint
 FORMATS = ("json", "csv", "md")
 
@@ -113,15 +114,32 @@ def markdown(rows: list[Row]) -> str:
     every = [row for row in rows if row["eval"] != "norm_params" and "corruption" not in row]
     rows = every + [r for r in rows if r.get("layer") == "all" and r["metric"].endswith("_abs_mean")]
     columns = list(dict.fromkeys((name_of(row), short(row)) for row in rows))
-    many = len({name for name, _ in columns}) > 1
+    names = unique_tails(name for name, _ in columns)
     cells: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in rows:
         cells.setdefault(line_of(row), {})[name_of(row), short(row)] = _shown(row)
-    head = ["data set", "evaluation", *(f"{m} ({n})" if many else m for n, m in columns), "n", "note"]
+    head = ["data set", "evaluation", *(f"{m} ({names[n]})" if len(names) > 1 else m for n, m in columns), "n", "note"]
     lines = [head, ["---"] * len(head)]
     for (data, what, count, note), found in cells.items():
         lines.append([data, what, *(found.get(column, "") for column in columns), count, note])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def unique_tails(paths: Iterable[str]) -> dict[str, str]:
+    """{path: its last directory and file, or as much of its end as sets it apart from the others}."""
+    parts = {path: Path(path).parts for path in paths}
+
+    def tail(path: str, length: int) -> str:
+        return "/".join(parts[path][-length:])
+
+    found = {}
+    for path in parts:
+        others = [other for other in parts if other != path]
+        length = 2
+        while length < len(parts[path]) and any(tail(path, length) == tail(other, length) for other in others):
+            length += 1
+        found[path] = tail(path, length)
+    return found
 
 
 def name_of(row: Row) -> str:
@@ -140,7 +158,7 @@ def short(row: Row) -> str:
 def _shown(row: Row) -> str:
     if row["value"] is None:
         return ""
-    form = ".2f" if short(row) in _PERCENT else ".4g"
+    form = metric_format(short(row))
     text = f"{row['value']:{form}}"
     if row.get("std") is not None:
         text += f" ± {row['std']:{form}}"

@@ -9,6 +9,7 @@ by --device are estimates: what the data sheet's numbers would allow.
 
 import argparse
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from importlib.resources import files
@@ -20,16 +21,17 @@ import yaml
 
 from samon.errors import UserError
 from samon.files import write_text
+from samon.format import quantity
 from samon.optim.registry import variant_of
 from samon.plan.step import Cost, Planned, pretended
 from samon.plan.watch import KINDS
 from samon.session.model import check_name
+from samon.session.world import handled
 from samon.settings.config import Config, check
 from samon.settings.flag import by_key, kwargs
 from samon.settings.rows import TRAIN
 
 DEVICES: dict[str, dict[str, Any]] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
-GIB = 2**30
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,13 +147,13 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     how = "FSDP" if args.fsdp else "DDP"
     plain = rows[0]
     lines: list[tuple[str, list[str]]] = [
-        ("TFLOP", [f"{row['flops'] / 1e12:.3f} ({row['flops'] / plain['flops']:.2f})" for row in rows]),
-        ("peak memory, GiB", [f"{row['peak'] / GIB:.2f}" for row in rows]),
+        ("FLOPs", [f"{quantity(row['flops'], 'FLOP')} ({row['flops'] / plain['flops']:.2f})" for row in rows]),
+        ("peak memory", [quantity(row["peak"], "B", 1024) for row in rows]),
     ]
-    lines += [(f"- {kind}", [f"{row['memory'].get(kind, 0) / GIB:.2f}" for row in rows]) for kind in KINDS]
+    lines += [(f"- {kind}", [quantity(row["memory"].get(kind, 0), "B", 1024) for row in rows]) for kind in KINDS]
     sent = sorted({name for row in rows for name in row["wire"]})
-    lines += [(f"{name}, MB sent", [f"{row['wire'].get(name, 0) / 1e6:,.1f}" for row in rows]) for name in sent]
-    lines.append(("MB sent", [f"{sum(row['wire'].values()) / 1e6:,.1f}" for row in rows]))
+    lines += [(f"{name}, sent", [quantity(row["wire"].get(name, 0), "B") for row in rows]) for name in sent]
+    lines.append(("sent", [quantity(sum(row["wire"].values()), "B") for row in rows]))
     if "milliseconds" in plain:
         spans = [f"{row['milliseconds'][0]:.1f} to {row['milliseconds'][1]:.1f}" for row in rows]
         lines.append((f"ms on {args.device}, estimate", spans))
@@ -165,7 +167,8 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argv)
-    with warnings.catch_warnings():
+    logging.getLogger("samon").setLevel(logging.INFO)
+    with warnings.catch_warnings(), handled(logging.StreamHandler()):  # large models are counted for minutes
         warnings.simplefilter("ignore")  # of PyTorch's, about running without devices
         torch.set_num_threads(1)
         rows = plan(args)

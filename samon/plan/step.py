@@ -1,6 +1,7 @@
 """One update on fake tensors and PyTorch's fake process group: FLOPs, memory by kind, messages. No data, no waiting."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from samon.session.model import autocast, create, data_config
 from samon.session.world import World
 from samon.settings.config import Config
 from samon.step.sharded import average_gradients
+
+log = logging.getLogger("samon")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Planned:
 
     def cost(self, batch_size: int) -> Cost:
         """Of an update on so many images, its optimizer's state being there."""
+        log.info("counting a step of --opt %s on %d images", self.config.opt, batch_size)
         with self.fake:
             x, y = torch.empty(batch_size, *self.image), torch.zeros(batch_size, dtype=torch.long)
             if not self.started:  # makes the optimizer's state

@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None, stored: Callable[[str], dict[str, Any]]
 
     `stored`: the settings of the run that --resume names, which count where no --config is given.
     """
-    given = parse_command_line(TRAIN, argv, "train.py", DESCRIPTION)
+    given = parse_command_line(TRAIN, argv, DESCRIPTION)
     if given.get("config"):
         file = read_yaml(given["config"])
     else:

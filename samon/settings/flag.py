@@ -7,8 +7,10 @@ import argparse
 import ast
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from samon.errors import UserError
@@ -143,6 +145,15 @@ def by_key(groups: Groups) -> dict[str, Flag]:
     return {flag.key: flag for rows in groups.values() for flag in rows}
 
 
+def program() -> str:
+    """The command that started this process, without directories: `python train.py`, `samon-train`, `python -m ...`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake as one UserError instead of a usage text."""
 
@@ -150,10 +161,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parser(groups: Groups, prog: str, description: str) -> Parser:
+def parser(groups: Groups, description: str) -> Parser:
     """The parser of `groups`; values stay text and only what was given appears in the result."""
     result = Parser(
-        prog=prog,
+        prog=program(),
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -187,9 +198,9 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
         group.add_argument(*names, dest=flag.key, nargs=nargs, metavar=metavar, help=text, **extra)
 
 
-def parse_command_line(groups: Groups, argv: list[str] | None, prog: str, description: str) -> dict[str, Any]:
+def parse_command_line(groups: Groups, argv: list[str] | None, description: str) -> dict[str, Any]:
     """`{key: value}` of what the command line gives; an unknown flag is an error naming the nearest one."""
-    given, rest = parser(groups, prog, description).parse_known_args(argv)
+    given, rest = parser(groups, description).parse_known_args(argv)
     known = by_key(groups)
     if rest:
         word = next((item for item in rest if item.startswith("-")), rest[0])

@@ -210,7 +210,7 @@ TIMM: Groups = {
         V("retry", bool, False, "halve the batch when memory runs out (accuracy only)"),
         V("log-freq", int, 10, "batches between progress lines", range="> 0"),
         V("metrics-avg", str, "", "", refused="precision, recall and F1 are left to timm's own validate.py"),
-        V("num-gpu", int, 1, "", refused="use torchrun --nproc-per-node N"),
+        V("num-gpu", int, 1, "", refused="use torchrun --standalone --nproc-per-node N"),
         V("aot-autograd", bool, False, "", refused=NO_JIT),
     ),
     "NaFlex": tuple(

@@ -16,6 +16,7 @@ import samon
 from samon.files import write_text
 from samon.session.world import World
 from samon.settings.config import Config
+from samon.settings.flag import program
 
 RECORD = "run.json"
 
@@ -28,12 +29,6 @@ def machine() -> dict[str, Any]:
         processor = models[0].partition(":")[2].strip() if models else processor
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus}
-
-
-def program() -> list[str]:
-    """What was started, without the folder it lies in."""
-    name = Path(sys.argv[0]).name
-    return ["python", "-m", "samon.train"] if name == "__main__.py" else [name]
 
 
 def cpu_seconds() -> float:
@@ -49,7 +44,7 @@ def write_record(directory: Path, config: Config, world: World, metrics: Mapping
         "seconds": seconds,
         "cpu_seconds": cpu_seconds(),
         "resumed": bool(config.resume),
-        "command": shlex.join([*program(), *sys.argv[1:]]),
+        "command": f"{program()} {shlex.join(sys.argv[1:])}".rstrip(),
         "recipe": config.config,
         "processes": world.size,
         "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},

@@ -19,14 +19,17 @@ from tqdm import tqdm
 
 from samon.bars import bar, on_terminal
 from samon.files import write_text
+from samon.format import metric_format
 from samon.optim.scope import norm_parameters
 from samon.session.checkpoint import Progress
 from samon.session.world import World, handled
 from samon.settings.config import Config
+from samon.settings.flag import program
 from samon.train.build import Run
 from samon.train.record import write_record
 
 log = logging.getLogger("samon")
+VALIDATE = {"samon-train": "samon-validate", "python -m samon.train": "python -m samon.validate"}  # else the script
 
 
 class Report:
@@ -160,7 +163,7 @@ class Report:
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(row)
-        log.info(" ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None).capitalize())
+        log.info(" ".join(f"{k} {v:{metric_format(k)}}" for k, v in row.items() if v is not None).capitalize())
 
     def told(self) -> dict[str, Any]:
         """The last epoch's metrics of a run that has ended, as it wrote them."""
@@ -178,7 +181,7 @@ class Report:
         best = f" (best: {checkpoint.name})" if checkpoint.exists() else ""
         print(f"\nResults      {where}: summary.csv, log.txt, checkpoints{best}")
         print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
-        print(f"Next         python validate.py --checkpoint {where}")
+        print(f"Next         {VALIDATE.get(program(), 'python validate.py')} --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self._began, 1)
         write_record(self.directory, self.config, self._world, metrics, seconds)

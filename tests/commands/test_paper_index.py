@@ -50,7 +50,7 @@ def test_sweeps_resolve(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "validate.py" in c])
 def test_evaluations_parse(command: str) -> None:
-    assert parse_command_line(VALIDATE, words_behind(command, "validate.py"), "validate.py", "")["checkpoint"]
+    assert parse_command_line(VALIDATE, words_behind(command, "validate.py"), "")["checkpoint"]
 
 
 def test_other_commands_name_files_that_exist() -> None:

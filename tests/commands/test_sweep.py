@@ -203,10 +203,27 @@ def test_table_marks_the_better_scope_and_the_best() -> None:
     )
     assert best_by_opt(found)["sam"].rho == 0.1
     table = markdown(found, {"sam": "75.07±0.6", "samon": "75.58±0.4"}).splitlines()
-    assert table[0] == "| variant | all | ON | paper, all | paper, ON |"
-    assert table[2] == "| sgd | 70.50±0.71 |  |  |  |"
-    assert table[3] == "| SAM | 75.50±0.71 (rho 0.1) | **76.50±0.71** (rho 0.5) | 75.07±0.6 | 75.58±0.4 |"
-    assert table[4].startswith("| layer. l2 | <u>**77.50±0.00**</u> (rho 0.01) | 77.10±0.14 (rho 0.2) |")
+    assert table[0] == "| variant | none | all | ON | paper, none | paper, all | paper, ON |"
+    assert table[2] == "| sgd | 70.50±0.71 |  |  |  |  |  |"
+    assert table[3] == "| SAM |  | 75.50±0.71 (rho 0.1) | **76.50±0.71** (rho 0.5) |  | 75.07±0.6 | 75.58±0.4 |"
+    assert table[4].startswith("| layer. l2 |  | <u>**77.50±0.00**</u> (rho 0.01) | 77.10±0.14 (rho 0.2) |")
+
+
+def test_only_what_perturbs_normalization_layers_stands_under_on() -> None:
+    table = markdown(cells(sgd=[(None, [70.0])], samon=[(0.5, [71.0])], sam_random=[(0.1, [69.0])]), {}).splitlines()
+    assert table[0] == "| variant | none | all | ON |"
+    assert table[2] == "| sgd | 70.00 |  |  |"
+    assert table[3] == "| SAM |  |  | <u>71.00</u> (rho 0.5) |"
+    assert table[4] == "| sam-random |  | 69.00 (rho 0.1) |  |"
+
+
+def test_the_best_loss_is_the_lowest_and_has_four_decimals(tmp_path: Path) -> None:
+    found = [Cell("samon", 0.1, [0.51234, 0.5]), Cell("samon", 0.5, [0.6])]
+    for cell in found:
+        cell.metric = "eval_loss"
+    assert best_by_opt(found)["samon"].rho == 0.1
+    about = {"config": RECIPE, "model": "resnet10t", "metric": "eval_loss", "train": []}
+    assert "| samon | 0.1 | 0.5062±0.0087 | 2 |" in write_tables(tmp_path, found, about)
 
 
 def test_single_runs_have_no_deviation(tmp_path: Path) -> None:

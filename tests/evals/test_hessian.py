@@ -109,3 +109,25 @@ def test_program_gives_both_scopes_and_figures(tmp_path):
     ]
     assert {row["num_samples"] for row in rows} == {16}
     assert len(list(figure.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, float("nan")])
+def test_landscapes_have_a_logarithmic_scale_with_plain_ticks(scale, tmp_path, monkeypatch):
+    """Losses span orders of magnitude: on a linear scale the middle is one color."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import colors, figure
+
+    drawn = []
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *_, **__: (drawn.append(self), self.draw_without_rendering())
+    )
+    at = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    plane = 2 + scale * (at[:, None] ** 2 + at[None] ** 2)
+    hessian.plot(plane, at, "20261125-214518-a-long-name-of-a-run-of-samon/model_best.pth.tar: all", tmp_path / "a.png")
+    axis, bar = drawn[0].axes
+    assert isinstance(axis.collections[0].norm, colors.LogNorm)
+    shown = [float(tick.get_text().replace("\N{MINUS SIGN}", "-")) for tick in bar.get_yticklabels() if tick.get_text()]
+    assert len(shown) >= 1
+    assert all(float(f"{value:.2g}") == value for value in shown), shown
+    title, panel = axis.title.get_window_extent(), axis.get_window_extent()
+    assert title.width <= panel.width

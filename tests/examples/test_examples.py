@@ -1,8 +1,10 @@
 """The examples with the real libraries, scaled down: they learn, and their steps are the ones they say."""
 
 import importlib
+import runpy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,11 +70,31 @@ def test_accelerate_loop(example: Any) -> None:
     assert example("accelerate_loop").main(epochs=2, samples=1500) > 35
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_prints_once(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is printed goes through Accelerate, which prints on the main process alone."""
+    fashion, printed = example("fashion"), []
+    monkeypatch.setattr("accelerate.Accelerator.print", lambda self, *words: printed.extend(words))
+    monkeypatch.setattr(fashion, "batches", partial(lambda load, *a, **how: load(*a, samples=50), fashion.batches))
+    runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")
+    assert len(printed) == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_finetune_pretrained(example: Any, tmp_path: Path) -> None:
     """From real ImageNet weights, 20 updates are enough to be far above chance."""
     path = tmp_path / "lite0.pth"
     torch.save(efficientnet_lite0.state_dict(), path)
     assert example("finetune_pretrained").main(weights=str(path), epochs=1, samples=400) > 20
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+def test_other_networks_are_fine_tuned_too(name: str, example: Any, tmp_path: Path) -> None:
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
+    tuned = example("finetune_pretrained")
+    assert 0 <= tuned.main(name, str(tmp_path / "weights.pth"), epochs=1, samples=20) <= 100
 
 
 def test_plain_loop_is_short() -> None:

@@ -134,6 +134,10 @@ def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: p
     plain, _, on = planning.main(words)
     assert (plain["opt"], plain["wire"], plain["messages"]) == ("adamw", {}, {})
     assert on["flops"] > plain["flops"]
+    printed = capsys.readouterr()
+    assert "counting a step of --opt samon-adamw on 2 images" in printed.err.lower()  # large models take minutes
+    assert "GFLOP" in printed.out
+    assert " 0.00" not in printed.out  # units by size
     (two, *_) = planning.main([*words, "--gpus", "2"])
     assert two["peak"] == plain["peak"] + two["buffers"]["all-reduce"]  # DDP's buckets
     assert "all-reduce" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,3 +323,22 @@ def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["error: --opt: unknown optimizer 'samom'; did you mean 'samon'?"]
+
+
+@pytest.mark.parametrize(
+    ("module", "script", "name"),
+    [
+        (None, "/usr/bin/samon-train", "samon-train"),
+        (None, "/a/train.py", "python train.py"),
+        ("samon.train.__main__", "/a/samon/train/__main__.py", "python -m samon.train"),
+        ("samon.validate", "/a/samon/validate.py", "python -m samon.validate"),
+    ],
+)
+def test_programs_call_themselves_as_they_were_started(
+    module: str | None, script: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", module and SimpleNamespace(name=module))
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert capsys.readouterr().out.startswith(f"usage: {name} ")

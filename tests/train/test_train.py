@@ -63,15 +63,17 @@ def rows(directory: Path) -> list[dict[str, str]]:
 # --- what a run leaves ----------------------------------------------------------------------------------------------
 
 
-def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samon.train.report.program", lambda: "samon-train")
     args = ["--opt", "samon-layerl2", "--epochs", "2", "--log-interval", "2", "--save-images"]
     metrics, directory = run(tmp_path, *args)
     printed = capfd.readouterr()
     assert last_line(printed.out) == json.loads(json.dumps(metrics)) | {
         k: last_line(printed.out)[k] for k in ("output", "seconds")
     }
-    for word in ("tensorboard --logdir", "validate.py", str(directory)):
+    for word in ("tensorboard --logdir", f"samon-validate --checkpoint {directory}"):
         assert word in printed.out
+    assert printed.err.count(" are decoded ") == 1
     assert "perturbs 2,080 parameters in 30 tensors" in printed.err
     names = {path.name for path in directory.iterdir()}
     assert {
