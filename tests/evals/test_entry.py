@@ -5,6 +5,7 @@ from torch import nn
 
 from samon.evals import EVALS, evaluation, needs_data
 from samon.evals.entry import choose, evaluating, share
+from samon.evals.results import markdown, unique_tails
 
 
 def test_subsets_and_shares():
@@ -47,3 +48,17 @@ def test_mode_and_gradients_are_put_back_after_an_exception():
 def test_every_evaluation_is_a_module_with_rows():
     assert all(callable(evaluation(name).rows) for name in EVALS)
     assert [name for name in EVALS if not needs_data(name)] == ["norm_params"]
+
+
+def test_headings_name_checkpoints_by_as_much_of_their_paths_as_it_takes():
+    """Two checkpoints once made headings of 800 characters."""
+    paths = [f"/a/long/way/to/{place}/run-{i}/model_best.pth.tar" for place, i in (("A", 1), ("A", 2), ("B", 1))]
+    names = unique_tails(paths)
+    short = ["A/run-1/model_best.pth.tar", "run-2/model_best.pth.tar", "B/run-1/model_best.pth.tar"]
+    assert [names[path] for path in paths] == short
+    about = {"model": "net", "dataset": "d", "eval": "accuracy", "metric": "top1", "value": 50.0, "num_samples": 4}
+    head = markdown([about | {"checkpoint": path} for path in paths[1:]]).splitlines()[0]
+    assert (
+        head
+        == "| data set | evaluation | top-1 (run-2/model_best.pth.tar) | top-1 (run-1/model_best.pth.tar) | n | note |"
+    )

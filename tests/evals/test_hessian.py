@@ -128,6 +128,7 @@ def test_landscapes_have_a_logarithmic_scale_with_plain_ticks(scale, tmp_path, m
     assert isinstance(axis.collections[0].norm, colors.LogNorm)
     shown = [float(tick.get_text().replace("\N{MINUS SIGN}", "-")) for tick in bar.get_yticklabels() if tick.get_text()]
     assert len(shown) >= 1
-    assert all(float(f"{value:.2g}") == value for value in shown), shown
+    if scale == scale:  # not NaN
+        assert all(float(f"{value:.2g}") == value for value in shown), shown
     title, panel = axis.title.get_window_extent(), axis.get_window_extent()
     assert title.width <= panel.width
