@@ -1,7 +1,6 @@
 """Where the images of a data set lie and what their labels are, for the layouts that `make_shards.py` knows."""
 
 import argparse
-import csv
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ from samon.data.arrays import read_npz
 from samon.data.classes import class_order
 from samon.data.folders import Item, find_images
 from samon.data.splits import EVAL_SPLITS, TRAIN_SPLITS
-from samon.errors import UserError
-from samon.evals.shifts import SETS, label_table
+from samon.errors import UserError, needed
+from samon.evals.shifts import SETS, label_table, validation_number
 
 
 class Split(NamedTuple):
@@ -53,33 +52,46 @@ def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
 def shift_split(args: argparse.Namespace) -> dict[str, Split]:
     """A shift set as distributed; its class names decide the labels, so they are checked here."""
     split = by_folder(find_images(args.source, tars=True))
-    known = SETS[args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")]
-    label_table(known.named, split.class_names)
+    kind = args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")
+    label_table(kind, split.class_names)
+    known = SETS[kind]
     found = (len(split.class_names), len(split.items))
     if args.format != "objectnet" and found != (known.classes, known.images):
         print(f"{args.format}: {found[0]} classes, {found[1]} images; published: {known.classes}, {known.images}")
     return {args.split or "validation": split}
 
 
-def validation_synsets(path: Path) -> list[str]:
-    """Synset of validation image 1, 2, ...: a list of synsets, `LOC_val_solution.csv`, or the devkit's directory."""
+def validation_synsets(path: Path) -> dict[int, str]:
+    """{0-based number of an ImageNet validation image: its synset}.
+
+    From lines `SYNSET` in the order of the images, lines `ILSVRC2012_val_00000001.JPEG SYNSET`, `LOC_val_solution.csv`
+    or the devkit's directory.
+
+    Raises:
+        UserError: no such file, or a line that is none of these.
+    """
     if path.is_dir():
-        try:
-            from scipy.io import loadmat  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            needed = "reading the devkit needs scipy (pip install scipy); a list of synsets needs nothing"
-            raise UserError(f"--val-labels {path}: {needed}") from None
-        meta = loadmat(path / "data" / "meta.mat", squeeze_me=True)["synsets"]
+        scipy_io = needed("scipy.io", f"--val-labels {path}: the devkit needs scipy; run: pip install scipy")
+        meta = scipy_io.loadmat(path / "data" / "meta.mat", squeeze_me=True)["synsets"]
         synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
         numbers = (path / "data" / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
-        return [synset[int(number)] for number in numbers]
+        return {index: synset[int(number)] for index, number in enumerate(numbers)}
     if not path.is_file():
         raise UserError(f"--val-labels {path}: no such file")
-    if path.suffix == ".csv":
-        with open(path, newline="") as file:
-            rows = sorted((row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file))
-        return [label for _, label in rows]
-    return path.read_text().split()
+    labels: dict[int, str] = {}
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
+        first, *rest = line.replace(",", " ").split() or [""]
+        if first in ("", "ImageId"):
+            continue
+        named = re.match(r"ILSVRC2012_val_\d{8}", first) is not None
+        label = rest[0] if named and rest else " ".join([first, *rest])
+        if not re.fullmatch(r"n\d{8}", label):
+            lines = "`n01440764` for each image in order, or `ILSVRC2012_val_00000001.JPEG n01440764`"
+            raise UserError(f"--val-labels {path}: line {number} {line[:40]!r} names no image's synset; write {lines}")
+        labels[validation_number(first) if named else len(labels)] = label
+    if list(labels.values()) == sorted(set(labels.values())) and len(labels) >= 1000:
+        raise UserError(f"--val-labels {path}: lists every class once, in order; give the labels of the images")
+    return labels
 
 
 def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
@@ -100,10 +112,11 @@ def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
             raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
         else:
             synsets = validation_synsets(args.val_labels)
-            number = [int(item.path[-13:-5]) for item in validation]
-            if max(number) > len(synsets):
-                raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, image {max(number)} needs one")
-            splits["validation"] = numbered(validation, [synsets[n - 1] for n in number], sorted(set(synsets)))
+            numbers = [validation_number(item.path) for item in validation]
+            for item, number in zip(validation, numbers, strict=True):
+                if number not in synsets:
+                    raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, none for {item.path}")
+            splits["validation"] = numbered(validation, [synsets[n] for n in numbers], sorted(set(synsets.values())))
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     both = [split.class_names for split in splits.values()]
@@ -121,17 +134,23 @@ def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
     else:
         from torchvision.datasets import CIFAR10, CIFAR100
 
-        kind = CIFAR100 if (args.source / CIFAR100.base_folder).is_dir() else CIFAR10
+        kinds = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
+        source = args.source.resolve()
+        found = [source] if source.name in kinds else [source / name for name in kinds if (source / name).is_dir()]
+        if len(found) != 1:
+            raise UserError(f"--source {args.source}: give the extracted {' or '.join(kinds)}, or an .npz")
+        kind, root = kinds[found[0].name], str(found[0].parent)
         try:  # torchvision compares checksums before it unpickles
-            sets = {"train": kind(str(args.source), train=True), "validation": kind(str(args.source), train=False)}
-        except RuntimeError as error:
-            raise UserError(f"--source {args.source}: {error}") from error
+            sets = {"train": kind(root, train=True), "validation": kind(root, train=False)}
+        except RuntimeError:
+            raise UserError(f"--source {found[0]}: files are missing or damaged; extract the archive again") from None
         arrays = {split: (data.data, data.targets) for split, data in sets.items()}
         names = sets["train"].classes
     splits = {}
     for split, pair in arrays.items():
         pairs = enumerate(zip(*pair, strict=True))
-        splits[split] = Split([(Item(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs], names)
+        items = [(Item(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs]
+        splits[split] = Split(items, names)
     return splits
 
 

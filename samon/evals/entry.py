@@ -107,7 +107,7 @@ class Entry:
         images = self._open(target, self.split if split is None else split)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}
-            table = shifts.label_table(named, images.source.class_names)
+            table = shifts.label_table(self.kind, images.source.class_names)
             if named == "real":
                 images.row_of = shifts.validation_number
             else:
@@ -150,7 +150,7 @@ class Entry:
                 source.renumber(trained)
         elif 0 < found < classes and not target.config.class_map:
             if classes == 1000 and names and set(names) <= set(shifts.synsets()):
-                images.scorings = {"": (None, shifts.label_table("synset", names))}
+                images.scorings = {"": (None, shifts.label_table("imagenet", names))}
                 said.append(f"its {found} classes are called as ImageNet's and taken as these")
             else:
                 assumed = f"its labels are taken as the model's first {found} classes; if they are others, --class-map"

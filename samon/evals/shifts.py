@@ -88,24 +88,26 @@ def validation_number(name: str) -> int:
     return int(number[1]) - 1
 
 
-def label_table(named: str, names: list[str] | None) -> Tensor:
-    """[rows, 1000] bool: the ImageNet classes that are right for label 0, 1, ..., named ``names``.
+def label_table(kind: str, names: list[str] | None) -> Tensor:
+    """[rows, 1000] bool: the ImageNet classes that are right for label 0, 1, ..., named ``names``, in a set of `SETS`.
 
     Raises:
-        UserError: a name that is none of the convention's (ObjectNet's other 200 classes get an empty row).
+        UserError: a name that is none of the set's (ObjectNet's other 200 classes get an empty row).
     """
+    named, only = SETS[kind].named, SETS[kind].only
     if named == "real":
         return real_labels()
     if names is None:
         raise UserError("shards of a shift set need class_names in _info.json; write them with tools/make_shards.py")
+    every, inside = synsets(), subset_indices(only) if only else range(1000)
+    known = {str(i) if named == "integer" else every[i]: [i] for i in inside}
     if named == "objectnet":
         known = objectnet_classes()
-    else:
-        known = {str(i) if named == "integer" else synset: [i] for i, synset in enumerate(synsets())}
-    strange = [name for name in names if name not in known]
-    if (strange and named != "objectnet") or len(strange) == len(names):
+    unknown = [name for name in names if name not in known]
+    if (unknown and named != "objectnet") or len(unknown) == len(names):
         form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")
-        raise UserError(f"class folder {strange[0]!r} is no {form}; check the data set and its directory")
+        what = f"not among the {len(known)} classes of {kind}" if only and unknown[0] in every else f"no {form}"
+        raise UserError(f"class folder {unknown[0]!r} is {what}; check the data set and its directory")
     return _table([known.get(name, []) for name in names])
 
 

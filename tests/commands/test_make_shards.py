@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from PIL import Image
 from samon.commands import make_shards
 from samon.data import create_dataset
 from samon.errors import UserError
-from samon.evals.shifts import SETS, label_table
+from samon.evals.shifts import label_table, subset_indices, synsets
 from tests.sets import jpeg, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -158,9 +159,11 @@ def test_verify_finds_damage(tmp_path, capsys):
 
 def test_images_that_are_none_stop_the_conversion(tmp_path):
     folders(tmp_path / "in", ["a"])
-    (tmp_path / "in/a/bad.jpg").write_bytes(b"text")
-    assert "a/bad.jpg: not an image: 4 bytes" in pack("--source", tmp_path / "in", "--output", tmp_path / "out")
-    left = {path.suffix for path in (tmp_path / "out").iterdir()}
+    for content in (b"text", b""):
+        (tmp_path / "in/a/bad.jpg").write_bytes(content)
+        said = pack("--source", tmp_path / "in", "--output", tmp_path / f"out{len(content)}")
+        assert f"a/bad.jpg: not an image: {len(content)} bytes" in said
+    left = {path.suffix for path in (tmp_path / "out4").iterdir()}
     assert left == {".tar", ".json"}, "no part of a shard stays behind"
 
 
@@ -214,6 +217,66 @@ def test_imagenet(tmp_path, kind):
         assert "ILSVRC2012_val_0000000" in tar.getnames()[0]  # ReaL labels go by this name
 
 
+NOT_LABELS = {
+    "numbers": ("490\n361\n171\n", "line 1 '490' names no image's synset"),
+    "caffe": ("ILSVRC2012_val_00000001.JPEG 65\n", "line 1 'ILSVRC2012_val_00000001.JPEG 65' names no"),
+    "synset words": ("n01440764 tench, Tinca tinca\n", "line 1 'n01440764 tench, Tinca tinca' names no"),
+    "classes": ("\n".join(synsets()), "lists every class once"),
+    "other images": ("ILSVRC2012_val_00000009.JPEG n01440764\n", "1 labels, none for .*ILSVRC2012_val_00000001.JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_LABELS)
+def test_labels_of_validation_images_are_synsets(tmp_path, kind):
+    _imagenet(tmp_path / "in", [0])
+    text, said = NOT_LABELS[kind]
+    (tmp_path / "labels.txt").write_text(text)
+    arguments = ("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet")
+    assert re.search(said, pack(*arguments, "--val-labels", tmp_path / "labels.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_validation_images_go_by_name(tmp_path):
+    order = [2, 0, 1]
+    _imagenet(tmp_path / "in", order)
+    for path in (tmp_path / "in/ILSVRC2012_img_val").iterdir():  # extracted by a tool that renames
+        path.rename(path.with_suffix(".png"))
+    lines = [f"ILSVRC2012_val_{i + 1:08d}.JPEG {SYNSETS[k]}" for i, k in enumerate(order)]
+    rows = [f"ILSVRC2012_val_{i + 1:08d},{SYNSETS[k]} 1 2 3 4 {SYNSETS[0]} 5 6 7 8" for i, k in enumerate(order)]
+    texts = {"names.txt": lines[::-1], "marked.csv": ["\ufeffImageId,PredictionString", *rows[::-1]]}
+    for name, text in texts.items():
+        (tmp_path / name).write_text("\r\n".join(text))
+        arguments = ("--source", tmp_path / "in", "--output", tmp_path / name[:5], "--format", "imagenet")
+        assert pack(*arguments, "--val-labels", tmp_path / name) == ""
+        assert dict(samples(tmp_path / name[:5], "validation")) == {jpeg(100 + i): k for i, k in enumerate(order)}
+
+
+def test_cifar_is_found_by_the_directory_it_lies_in(tmp_path, monkeypatch):
+    seen = []
+
+    class Fake:
+        classes = ("a", "b")
+
+        def __init__(self, root, train):
+            seen.append((Path(root), self.base_folder))
+            if not list((Path(root) / self.base_folder).iterdir()):
+                raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+            self.data, self.targets = np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
+
+    for name, folder in (("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python")):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", type(name, (Fake,), {"base_folder": folder}))
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    source = ("--format", "cifar", "--output", tmp_path / "out", "--source")
+    for both in (tmp_path / "in", tmp_path):
+        assert f"{both}: give the extracted cifar-10-batches-py or cifar-100-python" in pack(*source, both)
+    inner = tmp_path / "in/cifar-10-batches-py"
+    assert f"{inner}: files are missing or damaged" in pack(*source, inner)
+    (inner / "data_batch_1").touch()
+    assert pack(*source, inner) == ""
+    assert set(seen) == {(tmp_path / "in", "cifar-10-batches-py")}
+    assert [label for _, label in samples(tmp_path / "out", "validation")] in ([0, 1], [1, 0])
+
+
 def test_cifar_arrays(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -239,8 +302,8 @@ def test_cifar_arrays(tmp_path):
     ("kind", "names", "wrong"),
     [
         ("imagenet-v2", [str(i) for i in range(12)], "fish"),
-        ("imagenet-r", SYNSETS, "fish"),
-        ("imagenet-a", SYNSETS, "fish"),
+        ("imagenet-r", [synsets()[i] for i in subset_indices("r")[:3]], SYNSETS[0]),
+        ("imagenet-a", [synsets()[i] for i in subset_indices("a")[:3]], "fish"),
         ("imagenet-sketch", SYNSETS, "12"),
         ("objectnet", ["air_freshener", "alarm_clock", "backpack"], None),
     ],
@@ -251,12 +314,19 @@ def test_shift_sets_as_distributed(tmp_path, kind, names, wrong):
     arguments = ("--source", tmp_path / "in", "--format", kind, "--output")
     assert pack(*arguments, tmp_path / "out") == ""
     assert info(tmp_path / "out")["class_names"] == names
-    table = label_table(SETS[kind.replace("imagenet-v2", "imagenetv2-matched-frequency")].named, names)
+    table = label_table(kind.replace("imagenet-v2", "imagenetv2-matched-frequency"), names)
     assert table.shape == (len(names), 1000)
     assert table.any()
     if wrong:
         folders(tmp_path / "in/images", [wrong])
         assert f"class folder {wrong!r} is no" in pack(*arguments, tmp_path / "other")
+
+
+def test_a_set_of_200_classes_is_not_packed_from_another_set(tmp_path):
+    folders(tmp_path / "in", synsets()[:3], 1)
+    said = pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet-r")
+    assert said.startswith("class folder 'n01440764' is not among the 200 classes of imagenet-r;")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
