@@ -1,6 +1,7 @@
 """All ways to end: 0 done; 1 a fault, in one line; 2 a user's mistake; 128 + n stopped by signal n, state saved."""
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,8 @@ def needed(module: str, otherwise: str) -> Any:
 
 def run_script(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and exit; user errors and faults print one `error:` line instead of a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
     try:
         main()
         status = 0

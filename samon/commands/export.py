@@ -5,11 +5,12 @@
     samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
     samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
 
-Weights and preprocessing are those that samon-validate scores; further flags of samon-validate may stand behind --.
+Weights and preprocessing are those that samon-validate scores; further flags of samon-validate go after --.
 """
 
 import argparse
-import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
+from samon.commands.validate_flags import parse_up_to_dashes
 from samon.errors import RunError, UserError, run_script
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
@@ -27,6 +29,8 @@ from samon.session.checkpoint import PARTS, load, read, settings_of
 from samon.session.parts import to_file
 from samon.session.world import World, console
 
+# In timm's configuration of a model: whose weights its own pretrained ones are, which ours are not.
+ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 TOLERANCE = 1e-3  # of the largest logit: float32 kernels of two programs add up in different orders
 
 
@@ -75,7 +79,7 @@ def to_onnx(target: Target, path: Path) -> float:
     return off
 
 
-def card(job: Job, content: dict[str, Any]) -> dict[str, Any]:
+def card(job: Job, content: dict[str, Any], license_name: str) -> dict[str, Any]:
     """timm's model card: what it is, how it was trained, what it reached, how it is used."""
     stored = settings_of(content)
     details = {"Model Type": "Image classification", "Architecture": job.config.model}
@@ -90,7 +94,7 @@ def card(job: Job, content: dict[str, Any]) -> dict[str, Any]:
     how = f" with sharpness-aware minimization (`--opt {opt}`)" if samon.is_sam_name(opt) else ""
     usage = '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:NAME/REPO", pretrained=True).eval()\n```'
     what = f"A timm `{job.config.model}` trained by samon {samon.__version__}{how}."
-    return {"description": what, "details": details, "usage": usage}
+    return {"description": what, "details": details, "usage": usage, "license": license_name}
 
 
 def timm_arguments(job: Job, target: Target) -> dict[str, Any]:
@@ -104,9 +108,17 @@ def timm_arguments(job: Job, target: Target) -> dict[str, Any]:
     return {"model_config": model_config, "model_args": arguments, "data_config": dict(target.data_config)}
 
 
+def to_folder(model: nn.Module, folder: Path, about: dict[str, Any], how: dict[str, Any]) -> None:
+    """timm's folder, there once it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parts:
+        made = Path(parts, "made")
+        save_for_hf(model, str(made), safe_serialization=True, **how)
+        write_text(made / "README.md", generate_readme(about, folder.resolve().name))
+        made.replace(folder)  # an empty folder is replaced
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="samon-export", description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -117,8 +129,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--timm", type=Path, metavar="DIR", help="folder to write: weights, config.json, README.md")
     add("--push", default="", metavar="NAME/REPO", help="repository on the hub to upload the same to")
     add("--private", action="store_true", help="--push: make the repository private")
-    args = parser.parse_args(argv[:cut])
-    args.validate = argv[cut + 1 :]
+    add("--license", default="unknown", help="of the weights, for --timm and --push (default %(default)s)")
+    args = parse_up_to_dashes(parser, argv, "samon-validate")
     if not (args.onnx or args.timm or args.push or args.file):
         raise UserError("nothing to make: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
     if (args.file is not None) != (Path(args.checkpoint).suffix == PARTS):
@@ -137,24 +149,29 @@ def main(argv: list[str] | None = None) -> None:
         to_file(Path(args.checkpoint), args.file)
         print(f"{args.file}: samon-validate --checkpoint {args.file}")
         return
-    words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.validate]
+    words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.after]
     (job,) = parse([*words, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
     world = World(torch.device("cpu"), 0, 1)
     with console(world):
-        target = build(job, world)
+        target = build(replace(job, config=job.config.but(channels_last=False)), world)  # files hold plain tensors
     content = {} if job.path.endswith(".safetensors") else load(Path(job.path), "CHECKPOINT")
     if args.onnx:
         off = to_onnx(target, args.onnx)
         print(f"{args.onnx}: onnxruntime's logits differ by at most {off:.1e}")
     if args.timm or args.push:
-        about, how = card(job, content), timm_arguments(job, target)
+        about, how = card(job, content, args.license), timm_arguments(job, target)
+        model: Any = target.model
+        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ORIGIN}
         if args.timm:
-            save_for_hf(target.model, str(args.timm), safe_serialization=True, **how)
-            write_text(args.timm / "README.md", generate_readme(about, args.timm.resolve().name))
+            to_folder(model, args.timm, about, how)
             print(f'{args.timm}: timm.create_model("local-dir:{args.timm}", pretrained=True)')
         if args.push:
             kept: dict[str, Any] = {"private": args.private, "model_card": about, "safe_serialization": True}
-            push_to_hf_hub(target.model, args.push, **kept, **how)
+            try:
+                push_to_hf_hub(model, args.push, **kept, **how)
+            except Exception as error:  # the hub's client, and what it is made of, have exceptions of their own
+                text = " ".join(str(error).split()) or type(error).__name__
+                raise RunError(f"--push {args.push}: {text[:300]}; nothing is lost, start the command again") from error
             print(f'timm.create_model("hf-hub:{args.push}", pretrained=True)')
 
 

@@ -3,28 +3,35 @@
     samon-predict photos/ --checkpoint output/train/RUN -o predictions.csv
     samon-predict cat.jpg dog.jpg --model resnet50.a1_in1k --pretrained --topk 1
 
-Columns: file, then label_k and probability_k for k = 1 (likeliest) to --topk. Labels are the class folders' names that
-the run was trained on, ImageNet's descriptions for models of its classes, or else numbers. Images are prepared as
-samon-validate prepares them; further flags of samon-validate may stand behind --.
+Columns: file, then label_k and probability_k for k = 1 (likeliest) to --topk, empty for a damaged file. Labels are the
+class folders' names that the run was trained on, ImageNet's descriptions for models of its classes, or else numbers.
+Images are prepared as samon-validate prepares them; further flags of samon-validate go after --.
 """
 
 import argparse
+import csv
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
-from samon.data.faults import SampleError
+from samon.commands.validate_flags import parse_up_to_dashes
+from samon.data.faults import ImageError, SampleError
 from samon.data.shards import Record
 from samon.data.sources import Source
 from samon.errors import UserError, run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
-from samon.files import csv_text, write_text
 from samon.session.world import processes
+
+log = logging.getLogger("samon")
 
 
 class Files(Source):
@@ -38,7 +45,26 @@ class Files(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record | SampleError]:
         """Each file's bytes."""
-        return [Record(str(self.paths[index]), self.paths[index].read_bytes(), 0) for index in indices]
+        return [self._read(self.paths[index]) for index in indices]
+
+    def _read(self, path: Path) -> Record | SampleError:
+        try:
+            return Record(str(path), path.read_bytes(), 0)
+        except OSError as error:
+            return ImageError(f"{path}: {error.strerror}")
+
+
+class TolerantImages(EvalImages):
+    """Images of which a damaged one is logged and comes as a black one with label -1."""
+
+    def load(self, record: Record | SampleError) -> tuple[Any, int]:
+        """The transformed image and 0, or -1 if it is damaged."""
+        try:
+            return self.decode(record)
+        except SampleError as error:
+            log.warning("%s", str(error).encode("utf-8", "backslashreplace").decode())
+            black = Image.new(self.img_mode, (64, 64))
+            return black if self.transform is None else self.transform(black), -1
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -72,26 +98,24 @@ def class_labels(target: Target) -> list[str]:
 
 
 @torch.no_grad()
-def predictions(target: Target, paths: Sequence[Path], topk: int) -> list[list[str]]:
-    """A row for each file: file, label, probability, label, probability, ..."""
+def predictions(target: Target, paths: Sequence[Path], topk: int) -> Iterator[list[str]]:
+    """A row for each file, as soon as it is known: file, label, probability, label, ...; empty cells if damaged."""
     config, labels = target.config, class_labels(target)
     mode = config.input_img_mode or ("RGB" if target.data_config["input_size"][0] == 3 else "L")
-    images, rows = EvalImages(Files(paths), mode), []
+    images = TolerantImages(Files(paths), mode, config.crop_border_pixels or 0)
     with evaluating(target.model):
-        for _, indices, x, _ in batches(target, images, list(range(len(paths))), config.batch_size, bar="predicting"):
+        for _, indices, x, y in batches(target, images, list(range(len(paths))), config.batch_size, bar="predicting"):
             with target.autocast():
                 logits = predict(target.model, x)
-            best = logits.float().softmax(1).topk(min(topk, len(labels)), dim=1)
-            found = zip(indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
-            for index, shares, classes in found:
+            best = logits.float().softmax(1).topk(topk, dim=1)
+            found = zip(indices.tolist(), y.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
+            for index, label, shares, classes in found:
                 pairs = zip(classes, shares, strict=True)
-                rows.append([str(paths[index]), *(text for c, p in pairs for text in (labels[c], f"{p:.6f}"))])
-    return rows
+                cells = [text for c, p in pairs for text in (labels[c], f"{p:.6f}")]
+                yield [str(paths[index]), *(cells if label >= 0 else [""] * len(cells))]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="samon-predict", description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -101,8 +125,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pretrained", action="store_true", help="timm's weights instead of a checkpoint")
     add("--topk", type=int, default=5, help="classes to name for each image (default %(default)s)")
     add("-o", "--output", type=Path, help="CSV file to write (default: standard output)")
-    args = parser.parse_args(argv[:cut])
-    args.validate = argv[cut + 1 :]
+    args = parse_up_to_dashes(parser, argv, "samon-validate")
     if not args.checkpoint and not (args.model and args.pretrained):
         raise UserError("no weights: give --checkpoint RUN, or --model NAME --pretrained")
     if args.topk < 1:
@@ -118,18 +141,29 @@ def main(argv: list[str] | None = None) -> None:
     given = {"--checkpoint": args.checkpoint, "--model": args.model}
     words = [word for flag, value in given.items() if value for word in (flag, value)]
     words += ["--pretrained"] * args.pretrained
-    (job,) = parse([*words, *args.validate, "--dataset", "", "--data-dir", "."])  # no data set is read
+    (job,) = parse([*words, *args.after, "--dataset", "", "--data-dir", "."])  # no data set is read
     with processes(job.config) as world:
         if world.size > 1:
             raise UserError("predictions are made by one process; start it without torchrun")
-        rows = predictions(build(job, world), paths, args.topk)
-    head = ["file", *(f"{what}_{k}" for k in range(1, len(rows[0]) // 2 + 1) for what in ("label", "probability"))]
-    text = csv_text([head, *rows])
+        target, damaged = build(job, world), 0
+        topk = min(args.topk, int(target.model.num_classes))  # type: ignore[arg-type]
+        # Row by row, and names that are not UTF-8 with their bytes, so that nothing costs the rows before it.
+        output: Any = nullcontext(sys.stdout)
+        if args.output:
+            output = args.output.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="")
+        with output as file:
+            table = csv.writer(file, lineterminator="\n")
+            numbers = range(1, topk + 1)
+            table.writerow(["file", *(f"{what}_{k}" for k in numbers for what in ("label", "probability"))])
+            for row in predictions(target, paths, topk):
+                damaged += not row[1]
+                table.writerow(row)
+    if damaged == len(paths):
+        raise UserError(f"no file of {len(paths)} is an image that can be read, such as {paths[0]}")
+    if damaged:
+        print(f"{damaged} of {len(paths)} files cannot be read: their rows are empty", file=sys.stderr)
     if args.output:
-        write_text(args.output, text)
         print(args.output)
-    else:
-        print(text, end="")
 
 
 if __name__ == "__main__":

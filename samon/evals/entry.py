@@ -3,23 +3,23 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_loader
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from samon import bars
 from samon.data.decode import decode_pil, open_image
-from samon.data.faults import SampleError, from_worker
+from samon.data.faults import ImageError, LabelError, SampleError, from_worker
 from samon.data.shards import Record
-from samon.data.sources import Source, open_source
+from samon.data.sources import ShardSource, Source, open_source
 from samon.errors import UserError
 from samon.evals import shifts
 
@@ -60,26 +60,55 @@ class EvalImages(Dataset):
     scorings: dict[str, shifts.Scoring] = field(default_factory=lambda: {"": (None, None)})
     mismatch: str = ""  # what differs from the set as published
     class_of: list[int] | None = None  # of each row of labels, where `one_label` has made classes of them
+    num_labels: int | None = None  # labels lie in 0..num_labels - 1
+    chosen: Sequence[int] | None = None  # numbers of the images that are read; None for all
+    transform: Callable[[Any], Any] | None = None  # set by timm's loader
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source if self.chosen is None else self.chosen)
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
         """One batch at a time (torch's fetcher calls this), so that a shard is scanned once per batch."""
-        return [self._decoded(record) for record in self.source.read(indices)]
+        wanted = indices if self.chosen is None else [self.chosen[i] for i in indices]
+        return [self.load(record) for record in self.source.read(wanted)]
 
-    def _decoded(self, record: Record | SampleError) -> tuple[Any, int]:
+    def load(self, record: Record | SampleError) -> tuple[Any, int]:
+        """The transformed image and its label.
+
+        Raises:
+            UserError: it is damaged, or its label is no class.
+        """
+        try:
+            return self.decode(record)
+        except SampleError as error:
+            raise UserError(f"{error}; repair the data set, evaluation skips nothing") from error
+
+    def decode(self, record: Record | SampleError) -> tuple[Any, int]:
+        """`load`, with a SampleError that names the sample."""
         if isinstance(record, SampleError):
-            raise UserError(f"{record}; repair the data set, evaluation skips nothing") from record
+            raise record
+        label = self._label(record)
         try:
             image = decode_pil(record.image, self.img_mode)
+            if self.border:
+                width, height = image.size
+                if min(width, height) <= 2 * self.border:
+                    raise ImageError(f"{width} x {height} pixels, nothing is left inside a border of {self.border}")
+                image = image.crop((self.border, self.border, width - self.border, height - self.border))
+            return image if self.transform is None else self.transform(image), label
         except SampleError as error:
-            raise UserError(f"{record.where}: {error}; repair the data set, evaluation skips nothing") from error
-        if self.border:
-            width, height = image.size
-            image = image.crop((self.border, self.border, width - self.border, height - self.border))
+            raise ImageError(f"{record.where}: {error}") from error
+        except Exception as error:  # a transform can raise anything on sizes that it does not expect
+            raise ImageError(f"{record.where}: {type(error).__name__}: {error}") from error
+
+    def _label(self, record: Record) -> int:
         label = record.label if self.row_of is None else self.row_of(record.where)
-        return image, label if self.class_of is None else self.class_of[label]
+        if not isinstance(label, (int, np.integer)):
+            raise LabelError(f"{record.where}: label {label!r:.40} is no integer")
+        if label < 0 or (self.num_labels is not None and label >= self.num_labels):
+            known = f"0..{self.num_labels - 1}" if self.num_labels else "0, 1, ..."
+            raise LabelError(f"{record.where}: label {label} is not in {known}")
+        return int(label) if self.class_of is None else self.class_of[label]
 
 
 @dataclass(frozen=True)
@@ -100,10 +129,10 @@ class Entry:
 
         The labels are read by the set's convention, or as the settings say, or as they are.
         """
-        classes = getattr(target.model, "num_classes", 1000)
-        if self.kind and classes != 1000:
-            raise UserError(f"{self.name}: needs a model of the 1000 ImageNet classes, this one has {classes}")
         config, own = target.config, split in (None, self.split)
+        classes = getattr(target.model, "num_classes", 1000)
+        if (self.kind or config.real_labels) and classes != 1000:
+            raise UserError(f"{self.name}: needs a model of the 1000 ImageNet classes, this one has {classes}")
         images = self._open(target, self.split if split is None else split)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}
@@ -116,14 +145,18 @@ class Entry:
                 counted["images"] = len(images)
             images.scorings = shifts.scorings(self.kind, table)
             images.mismatch = shifts.mismatch(self.kind, **counted) if own else ""
-        elif config.valid_labels:
-            columns = [int(line) for line in Path(config.valid_labels).read_text().split()]
-            images.scorings = {"valid labels": (columns, None)}
-        elif config.real_labels:
-            table = shifts.real_labels(None if config.real_labels == "real" else config.real_labels)
-            images.scorings, images.row_of = {"ReaL": (None, table)}, shifts.validation_number
+        elif config.valid_labels or config.real_labels:
+            names = ["ReaL"] * bool(config.real_labels) + ["valid labels"] * bool(config.valid_labels)
+            valid = shifts.class_indices(config.valid_labels, classes) if config.valid_labels else None
+            real = None
+            if config.real_labels:
+                real = shifts.real_labels(None if config.real_labels == "real" else config.real_labels)
+                images.row_of = shifts.validation_number
+            images.scorings = {", ".join(names): (valid, real)}
         else:
             self._compare(target, images)
+        columns, rows = next(iter(images.scorings.values()))
+        images.num_labels = len(rows) if rows is not None else classes if columns is None else len(columns)
         return images
 
     def _open(self, target: Target, split: str) -> EvalImages:
@@ -132,46 +165,61 @@ class Entry:
         options = {"input_key": config.input_key, "target_key": config.target_key}
         options["unlabeled"] = bool(config.real_labels) or (shift is not None and shift.named == "real")
         options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
+        options |= {"allow_shell_urls": config.allow_shell_urls, "shard_cache": config.shard_cache}
+        options["shard_cache_size"] = int(config.shard_cache_size * 2**30)
         if shift is None:  # else what its classes are called decides the label
             options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}
         source = open_source(self.dataset, self.root, split, keep=shifts.kept(self.kind), **options)
-        return EvalImages(source, mode, shift.border if shift else 0)
+        return EvalImages(source, mode, (shift.border if shift else 0) + (config.crop_border_pixels or 0))
 
     def _compare(self, target: Target, images: EvalImages) -> None:
-        """Fewer classes than the model's, or other channels, are no mistake for certain: what is assumed is said."""
+        """Labels get the numbers of the model's classes; what is assumed where nothing tells is said.
+
+        Raises:
+            UserError: a class that is none of the model's, or that cannot be told from its name.
+        """
         source, classes = images.source, getattr(target.model, "num_classes", 0)
         names, found = source.class_names or [], source.num_classes or 0
         said, trained = [], target.class_names or []
+        do = "; give its classes' numbers with --class-map FILE"
         if names and trained and names != trained and not target.config.class_map:
-            if strange := [name for name in names if name not in trained]:
-                said.append(f"the model was trained on other classes, {strange[0]!r} is not among these")
-            else:
-                said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
-                source.renumber(trained)
+            if unknown := [name for name in names if name not in trained]:
+                what = f"class {unknown[0]!r} is none of the {len(trained)} that the model was trained on"
+                raise UserError(f"{self.name} {self.root}: {what}{do}")
+            said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
+            source.renumber(trained)
         elif 0 < found < classes and not target.config.class_map:
             if classes == 1000 and names and set(names) <= set(shifts.synsets()):
                 images.scorings = {"": (None, shifts.label_table("imagenet", names))}
                 said.append(f"its {found} classes are called as ImageNet's and taken as these")
+            elif names and set(names) <= set(map(str, range(classes))):
+                source.renumber([str(index) for index in range(classes)])
+                said.append(f"its {found} class names are numbers and taken as the model's")
+            elif names:
+                what = f"it has {found} classes, the model {classes}, and {names[0]!r} does not tell which"
+                raise UserError(f"{self.name} {self.root}: {what}{do}")
             else:
                 assumed = f"its labels are taken as the model's first {found} classes; if they are others, --class-map"
                 said.append(f"it has {found} classes, the model {classes}: {assumed}")
-        mode = _mode(source) if target.config.input_img_mode is None else ""
-        if mode and (mode in ("1", "L")) != (images.img_mode == "L"):
-            made = "gray, their colour is lost" if images.img_mode == "L" else "RGB, three times the gray"
-            said.append(f"its images are {mode}, the model takes {images.img_mode}: they are made {made}")
+        modes = _modes(source) if target.config.input_img_mode is None else []
+        if modes and all((mode in ("1", "L")) != (images.img_mode == "L") for mode in modes):
+            made = "gray, their color is lost" if images.img_mode == "L" else "RGB, three times the gray"
+            said.append(f"its images are {modes[0]}, the model takes {images.img_mode}: they are made {made}")
         for text in said if target.rank == 0 else ():
             _warn(f"{self.name} {self.root}: {text}")
 
 
-def _mode(source: Source) -> str:
-    """PIL's mode of the first image; '' if it cannot be read, which is told when its turn comes."""
-    (record,) = source.read([0])
-    if isinstance(record, SampleError):
-        return ""
-    try:
-        return (record.image if isinstance(record.image, Image.Image) else open_image(record.image)).mode
-    except SampleError:
-        return ""
+def _modes(source: Source) -> list[str]:
+    """PIL's modes of up to eight images, spread over folders, the first ones of shards; of those that can be read."""
+    step = 1 if isinstance(source, ShardSource) else max(1, len(source) // 8)
+    found = []
+    for record in source.read(range(0, len(source), step)[:8]):
+        with suppress(SampleError):
+            if isinstance(record, SampleError):
+                raise record
+            image = record.image
+            found.append((image if isinstance(image, Image.Image) else open_image(image)).mode)
+    return found
 
 
 class Among(nn.Module):
@@ -218,17 +266,8 @@ def share(indices: Sequence[int], batch_size: int, rank: int, world: int) -> lis
     return [i for start in starts for i in indices[start : start + batch_size]]
 
 
-class Part(Subset):
-    """Chosen images, through the transform that the loader sets."""
-
-    transform: Any = None
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
-        return [(self.transform(image), label) for image, label in super().__getitems__(indices)]
-
-
 def batches(
-    target: Target, images: Dataset, chosen: list[int], size: int, *, raw: bool = False, bar: str = ""
+    target: Target, images: EvalImages, chosen: list[int], size: int, *, raw: bool = False, bar: str = ""
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the batch, its indices in the set, images, labels) of this process's share of ``chosen``.
 
@@ -244,8 +283,8 @@ def batches(
     if raw:
         options |= {"mean": (0.0,) * len(data["mean"]), "std": (1.0,) * len(data["std"])}
     options |= {"num_workers": config.workers, "pin_memory": config.pin_mem, "use_prefetcher": not config.no_prefetcher}
-    options |= {"crop_border_pixels": config.crop_border_pixels, "persistent_workers": False, "device": target.device}
-    part: Any = Part(images, mine)  # timm types its own data sets
+    options |= {"persistent_workers": False, "device": target.device}
+    part: Any = replace(images, chosen=mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     try:
         with bars.bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:

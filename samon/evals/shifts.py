@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samon.errors import UserError
+from samon.errors import UserError, user_errors
 
 TIMM = files("timm.data") / "_info"
 # How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
@@ -67,9 +67,34 @@ def objectnet_classes() -> dict[str, list[int]]:
 
 
 def real_labels(path: str | None = None) -> Tensor:
-    """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given."""
+    """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given.
+
+    Raises:
+        UserError: the file does not hold such labels.
+    """
     file = Path(path) if path else TIMM / "imagenet_real_labels.json"
-    return _table(json.loads(file.read_text()))
+    with user_errors(f"--real-labels {path}"):
+        rows = json.loads(file.read_text())
+    whole = isinstance(rows, list) and len(rows) == 50_000 and all(isinstance(row, list) for row in rows)
+    if not whole or not all(type(label) is int and 0 <= label < 1000 for row in rows for label in row):
+        raise UserError(f"--real-labels {path}: must hold 50000 lists of classes 0..999, one for each validation image")
+    return _table(rows)
+
+
+def class_indices(path: str, classes: int) -> list[int]:
+    """The classes in a file of --valid-labels, ascending as in timm's validate: a label is a place among them.
+
+    Raises:
+        UserError: no such file, or a word in it that is no index of one of the model's ``classes``.
+    """
+    with user_errors(f"--valid-labels {path}"):
+        words = Path(path).read_text().split()
+    for word in words or [""]:
+        if not word.isdecimal() or int(word) >= classes:
+            raise UserError(
+                f"--valid-labels {path}: {word!r} is no class; write numbers in 0..{classes - 1}, one per line"
+            )
+    return sorted(set(map(int, words)))
 
 
 def _table(right: list[list[int]]) -> Tensor:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,8 @@ BAD = {
     "no image": (["samon", "--checkpoint", "RUN"], "no images below samon"),
     "topk": (["tests", "--checkpoint", "RUN", "--topk", "0"], "--topk must be at least 1"),
     "output": (["tests", "--checkpoint", "RUN", "-o", "/nowhere/x.csv"], "/nowhere does not exist"),
-    "text": (["LICENSE", "--checkpoint", "RUN", "--", "--device", "cpu"], "LICENSE: .*evaluation skips nothing"),
+    "text": (["LICENSE", "--checkpoint", "RUN", "--", "--device", "cpu"], "no file of 1 is an image"),
+    "flag": (["tests", "--checkpoint", "RUN", "--img-size", "32"], "go after --, .* -- --img-size 32"),
 }
 
 
@@ -106,6 +110,37 @@ def test_mistakes(case: str, trained: tuple[Path, Path]) -> None:
     args, words = BAD[case]
     with pytest.raises(UserError, match=words):
         predict.main([str(trained[0]) if word == "RUN" else word for word in args])
+
+
+def test_damaged_files_have_empty_rows_and_every_name_is_kept(
+    trained: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, images = trained
+    odd = os.fsencode(tmp_path / "in") + b"/caf\xe9.png"  # Latin-1
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(odd)).write_bytes((images / "val/dark/0.png").read_bytes())
+    (tmp_path / "in/a.png").write_bytes(b"no image")
+    (tmp_path / "in/b.png").symlink_to("nowhere")
+    (tmp_path / "in/z.png").write_bytes((images / "val/light/0.png").read_bytes())
+    flags = ["--checkpoint", str(run), "--topk", "9", "--", "--device", "cpu", "--workers", "0"]
+    predict.main([str(tmp_path / "in"), "-o", str(tmp_path / "out.csv"), *flags])
+    lines = (tmp_path / "out.csv").read_bytes().splitlines()
+    assert len(lines) == 5
+    rows = [line.split(b",") for line in lines[1:]]
+    assert [row[0] for row in rows] == [os.fsencode(tmp_path / "in" / name) for name in ("a.png", "b.png")] + [
+        odd,
+        os.fsencode(tmp_path / "in/z.png"),
+    ]
+    assert [row[1] for row in rows] == [b"", b"", b"dark", b"light"]
+    assert {len(row) for row in rows} == {7}
+    said = capfd.readouterr().err
+    assert "2 of 4 files cannot be read: their rows are empty" in said
+    assert "a.png: not an image: 8 bytes" in said
+    command = "import sys; from samon.errors import run_script; run_script(lambda: print(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, odd], capture_output=True, check=True
+    )  # every command's output
+    assert done.stdout == odd + b"\n"
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -5,14 +5,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from samon.errors import UserError
-from samon.evals import robustness, shifts
+from samon.evals import accuracy, evaluation, robustness, shifts
 from samon.evals.entry import Among, Entry, Target, batches, one_label
 from samon.evals.main import main
 from samon.settings.flag import by_key
 from samon.settings.rows import VALIDATE
-from tests.evals.test_shifts import DATA_CONFIG, SYNSETS, Reader, write
+from tests.evals.test_shifts import DATA_CONFIG, SYNSETS, Reader, colour, pack, write
 
 # Outside facts: positions in ImageNet's list of 1000 classes, and members of the published class lists.
 GOLDFISH, BANANA, BLACK_GROUSE = ("n01443537", 1), ("n07753592", 954), ("n01795545", 80)
@@ -81,27 +83,71 @@ def test_several_right_classes_are_refused_with_the_reason(tmp_path, what):
         one_label(what, entry, entry.images(target), target.model)
 
 
-def test_a_folder_of_some_synsets_is_mapped_and_other_names_are_warned_about(tmp_path, caplog):
+def test_classes_go_by_synset_or_number_and_other_names_are_refused(tmp_path, caplog):
     root = write(tmp_path / "some", {SYNSETS[i]: [i] for i in (954, 1, 80)})
     target, entry = target_of(Slanted()), Entry("some", "", str(root), "", ["accuracy"])
     images = entry.images(target)
     one_label("x", entry, images, target.model)
     assert images.class_of == [1, 80, 954]
     assert "its 3 classes are called as ImageNet's and taken as these" in caplog.text
+    root = write(tmp_path / "numbers", {"7": [7], "12": [12]})
+    (top1, *_) = accuracy.rows(target, Entry("numbers", "", str(root), "", ["accuracy"]))
+    assert top1["value"] == 100
     root = write(tmp_path / "others", {"cat": [0], "dog": [1]})
     entry = Entry("others", "", str(root), "", ["accuracy"])
-    assert entry.images(target).scorings == {"": (None, None)}
-    assert "it has 2 classes, the model 1000: its labels are taken as the model's first 2" in caplog.text
+    with pytest.raises(UserError, match=r"has 2 classes, the model 1000, and 'cat' does not tell .*--class-map"):
+        entry.images(target)
+    target.class_names = ["cat", "cow", "dog"]
+    (top1, *_) = accuracy.rows(target, entry)
+    assert top1["value"] == 50  # cat is 0, and dog 2 where the image says 1
+    target.class_names = ["cat", "cow"]
+    with pytest.raises(UserError, match=r"'dog' is none of the 2 that the model was trained on; .*--class-map FILE$"):
+        entry.images(target)
+    (tmp_path / "map.txt").write_text("cat\ndog\n")
+    target = target_of(Slanted(), class_map=str(tmp_path / "map.txt"))
+    assert accuracy.rows(target, entry)[0]["value"] == 100
 
 
-def test_gray_and_colour_are_compared(tmp_path, caplog):
-    root = write(tmp_path, {str(i): [i] for i in range(2)})
+@pytest.mark.parametrize("what", ["accuracy", "apgd", "sharpness", "hessian"])
+@pytest.mark.parametrize("label", [-1, -100, 1000])
+def test_a_label_that_is_no_class_stops_every_evaluation(tmp_path, what, label):
+    pack(tmp_path, [("a", 0, 0), ("b", 1, label)], None)
+    here = {"sharpness_split": "val", "sharpness_m": 2, "sharpness": ["average-l2-1step@0.1"], "hessian_split": "val"}
+    model = Slanted()
+    model.norm = nn.BatchNorm2d(3)  # the Hessian is also along such parameters
+    target = target_of(model, apgd_iters=1, **here)
+    with pytest.raises(UserError, match=rf"val\.tar b: label {label} is not in 0\.\.999; repair the data set"):
+        evaluation(what).rows(target, Entry("x", "wds", str(tmp_path), "val", [what]))
+
+
+def test_gray_and_color_are_compared(tmp_path, caplog):
+    root = write(tmp_path, {str(i): [i] for i in range(9)})
+    for place, mode in (("0/0.png", "1"), ("4/0.png", "L")):  # what the first images are does not speak for all
+        Image.new(mode, (8, 8)).save(root / place)
     target = target_of(Slanted())
     Entry("same", "", str(root), "", []).images(target)
     assert "its images are" not in caplog.text
+    for place in ("0/0.png", "4/0.png"):
+        colour(0).save(root / place)
     target.data_config = DATA_CONFIG | {"input_size": (1, 8, 8)}
     Entry("gray", "", str(root), "", []).images(target)
-    assert "its images are RGB, the model takes L: they are made gray, their colour is lost" in caplog.text
+    assert "its images are RGB, the model takes L: they are made gray, their color is lost" in caplog.text
+
+
+def test_a_border_wider_than_the_image_names_the_file(tmp_path):
+    root = write(tmp_path, {"0": [0]})
+    Image.new("RGB", (200, 9)).save(root / "0/0.png")
+    entry = Entry("x", "", str(root), "", ["accuracy"])
+    assert entry.images(target_of(Slanted(), crop_border_pixels=4)).__getitems__([0])[0][0].size == (192, 1)
+    with pytest.raises(UserError, match=r"0/0\.png: 200 x 9 pixels, nothing is left inside a border of 5"):
+        accuracy.rows(target_of(Slanted(), crop_border_pixels=5), entry)
+
+
+def test_what_a_transform_raises_names_the_file(tmp_path):
+    images = Entry("x", "", str(write(tmp_path, {"0": [0]})), "", []).images(target_of(Slanted()))
+    images.transform = torch.tensor
+    with pytest.raises(UserError, match=r"0/0\.png: \w+Error: .*evaluation skips nothing"):
+        images.__getitems__([0])
 
 
 def test_synsets_without_a_set_are_scored_right_by_the_program(tmp_path):

@@ -87,6 +87,9 @@ def measure(kind, root, model=None, dataset="", split="", first=None, **changes)
         "valid_labels": "",
         "real_labels": "",
         "input_key": None,
+        "shard_cache": None,
+        "shard_cache_size": 1.0,
+        "allow_shell_urls": False,
         "target_key": None,
         "class_map": "",
         "dataset_download": False,
@@ -230,11 +233,55 @@ def test_real_labels_of_shards_go_by_key(tmp_path):
 
 def test_plain_set_with_valid_labels(tmp_path):
     root = write(tmp_path / "set", {"a": [6], "b": [11]})
-    (tmp_path / "indices.txt").write_text("6\n11\n")
+    (tmp_path / "indices.txt").write_text("11\n6\n")  # a mask over the classes, as in timm: their order is nothing
     found = measure("", root, Reader(favourite=900), valid_labels=str(tmp_path / "indices.txt"))
     assert found["valid labels"]["top1"]["value"] == 100
+    write(root, {"c": [12]})
+    with pytest.raises(UserError, match=r"c/0\.png: label 2 is not in 0\.\.1"):
+        measure("", root, valid_labels=str(tmp_path / "indices.txt"))
     with pytest.raises(UserError, match="no such directory"):
         measure("", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["-1", "1000", "0.5", "n01440764", ""])
+def test_valid_labels_are_classes_of_the_model(tmp_path, text):
+    root = write(tmp_path / "set", {"a": [6]})
+    (tmp_path / "indices.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"--valid-labels .*: '{text}' is no class; write numbers in 0\.\.999"):
+        measure("", root, valid_labels=str(tmp_path / "indices.txt"))
+
+
+def test_real_and_valid_labels_count_together(tmp_path):
+    labels = shifts.real_labels()
+    first, other = ((labels.sum(1) == 1).nonzero().flatten()[k].item() for k in (0, -1))
+    right = labels[first].nonzero().item()
+    for number in (first, other):
+        colour(right).save(tmp_path / f"ILSVRC2012_val_{number + 1:08d}.JPEG", quality=100)
+    (tmp_path / "indices.txt").write_text(f"{right}\n{(right + 1) % 1000}\n")
+    settings = {"real_labels": "real", "valid_labels": str(tmp_path / "indices.txt")}
+    (reading,) = measure("", tmp_path, Reader(favourite=(right + 5) % 1000), **settings).items()
+    assert reading[0] == "ReaL, valid labels"
+    assert (reading[1]["top1"]["value"], reading[1]["top1"]["num_samples"]) == (100, 1)  # the other's is no valid one
+
+
+@pytest.mark.parametrize("wrong", [{"a": 1}, [[0]] * 49_999, [[-1]] * 50_000, [[1000]] * 50_000, [0] * 50_000, "{"])
+def test_real_labels_are_lists_of_classes(tmp_path, wrong):
+    (tmp_path / "real.json").write_text(wrong if isinstance(wrong, str) else json.dumps(wrong))
+    colour(1).save(tmp_path / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UserError, match=r"--real-labels .*/real\.json: "):
+        measure("", tmp_path, real_labels=str(tmp_path / "real.json"))
+
+
+def test_real_labels_end_with_the_last_validation_image(tmp_path):
+    colour(1).save(tmp_path / "ILSVRC2012_val_00050001.JPEG")
+    with pytest.raises(UserError, match=r"00050001.JPEG: label 50000 is not in 0\.\.49999"):
+        measure("", tmp_path, real_labels="real")
+
+
+def test_images_outside_a_sets_200_classes_are_refused(tmp_path):
+    root = write(tmp_path, {SYNSETS[0]: [0]})
+    with pytest.raises(UserError, match="'n01440764' is not among the 200 classes of imagenet-r"):
+        measure("imagenet-r", root)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
