@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from samon import bars
+from samon.data.classes import check_label
 from samon.data.decode import decode_pil, open_image
-from samon.data.faults import ImageError, LabelError, SampleError, from_worker
+from samon.data.faults import ImageError, SampleError, from_worker
 from samon.data.shards import Record
 from samon.data.sources import ShardSource, Source, open_source
 from samon.errors import UserError
@@ -103,12 +103,8 @@ class EvalImages(Dataset):
 
     def _label(self, record: Record) -> int:
         label = record.label if self.row_of is None else self.row_of(record.where)
-        if not isinstance(label, (int, np.integer)):
-            raise LabelError(f"{record.where}: label {label!r:.40} is no integer")
-        if label < 0 or (self.num_labels is not None and label >= self.num_labels):
-            known = f"0..{self.num_labels - 1}" if self.num_labels else "0, 1, ..."
-            raise LabelError(f"{record.where}: label {label} is not in {known}")
-        return int(label) if self.class_of is None else self.class_of[label]
+        label = check_label(label, self.num_labels, record.where)
+        return label if self.class_of is None else self.class_of[label]
 
 
 @dataclass(frozen=True)
@@ -183,11 +179,8 @@ class Entry:
         said, trained = [], target.class_names or []
         do = "; give its classes' numbers with --class-map FILE"
         if names and trained and names != trained and not target.config.class_map:
-            if unknown := [name for name in names if name not in trained]:
-                what = f"class {unknown[0]!r} is none of the {len(trained)} that the model was trained on"
-                raise UserError(f"{self.name} {self.root}: {what}{do}")
-            said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
             source.renumber(trained)
+            said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
         elif 0 < found < classes and not target.config.class_map:
             if classes == 1000 and names and set(names) <= set(shifts.synsets()):
                 images.scorings = {"": (None, shifts.label_table("imagenet", names))}

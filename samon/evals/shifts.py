@@ -108,8 +108,9 @@ def _table(right: list[list[int]]) -> Tensor:
 def validation_number(name: str) -> int:
     """0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG (or that shard key)."""
     number = re.search(r"ILSVRC2012_val_(\d{8})", name)
-    if number is None:
-        raise UserError(f"{name}: ReaL labels go by ImageNet's own file names, ILSVRC2012_val_00000001.JPEG ...")
+    if number is None or not 1 <= int(number[1]) <= 50_000:
+        names = "ILSVRC2012_val_00000001.JPEG ... 00050000.JPEG"
+        raise UserError(f"{name}: labels of ImageNet's validation images go by their own file names, {names}")
     return int(number[1]) - 1
 
 

@@ -101,7 +101,7 @@ def test_classes_go_by_synset_or_number_and_other_names_are_refused(tmp_path, ca
     (top1, *_) = accuracy.rows(target, entry)
     assert top1["value"] == 50  # cat is 0, and dog 2 where the image says 1
     target.class_names = ["cat", "cow"]
-    with pytest.raises(UserError, match=r"'dog' is none of the 2 that the model was trained on; .*--class-map FILE$"):
+    with pytest.raises(UserError, match="class 'dog' is not among the 2 trained"):
         entry.images(target)
     (tmp_path / "map.txt").write_text("cat\ndog\n")
     target = target_of(Slanted(), class_map=str(tmp_path / "map.txt"))
@@ -116,7 +116,7 @@ def test_a_label_that_is_no_class_stops_every_evaluation(tmp_path, what, label):
     model = Slanted()
     model.norm = nn.BatchNorm2d(3)  # the Hessian is also along such parameters
     target = target_of(model, apgd_iters=1, **here)
-    with pytest.raises(UserError, match=rf"val\.tar b: label {label} is not in 0\.\.999; repair the data set"):
+    with pytest.raises(UserError, match=rf"val\.tar b: label {label}\b.*0\.\.999"):
         evaluation(what).rows(target, Entry("x", "wds", str(tmp_path), "val", [what]))
 
 
