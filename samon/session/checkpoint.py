@@ -81,7 +81,7 @@ class Checkpoints:
         self.last_good: Path | None = None
 
     def save_epoch(self, state: TrainState) -> None:
-        """`checkpoint-N`, also as `last` and, if it is, `model_best`; then drop the worst beyond the history."""
+        """Write `checkpoint-N`, also as `last` and, where due, `model_best` and `milestone-N`; drop the worst ones."""
         epoch, metric = state.epoch, state.metric
         name = f"checkpoint-{epoch}{self.suffix}"
         pairs = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
@@ -91,7 +91,8 @@ class Checkpoints:
         self.best = state.best = {**self.best, **best, "kept": pairs[: self.keep]}
         path = self.directory / name
         self._write(state, path)
-        self._publish(path, improved)
+        milestone = epoch + 1 in state.args.get("save_epochs", ())
+        self._publish(path, ["last"] + ["model_best"] * improved + [f"milestone-{epoch + 1}"] * milestone)
         recoveries = self.directory.glob(f"recovery-*{self.suffix}")
         self._discard([*(self.directory / old for old, _ in pairs[self.keep :]), *recoveries])
 
@@ -104,11 +105,10 @@ class Checkpoints:
         self._discard(sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2])
         self.last_good = path
 
-    def _publish(self, path: Path, improved: bool) -> None:
+    def _publish(self, path: Path, names: list[str]) -> None:
         try:
-            same_content(path, self.directory / f"last{SUFFIX}")
-            if improved:
-                same_content(path, self.directory / f"model_best{SUFFIX}")
+            for name in names:
+                same_content(path, self.directory / f"{name}{SUFFIX}")
         except OSError as error:
             raise self._fault(path, error) from error
         self.last_good = self.directory / f"last{SUFFIX}"

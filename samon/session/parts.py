@@ -135,7 +135,7 @@ class Parts(Checkpoints):
         how: dict[str, Any] = {"process_group": self.group, "no_dist": self.group is None}
         self._pending = dcp.async_save(held, storage_writer=dcp.FileSystemWriter(path), **how), path
 
-    def _publish(self, path: Path, improved: bool) -> None:
+    def _publish(self, path: Path, names: list[str]) -> None:
         self.last_good = path
 
     def _discard(self, paths: list[Path]) -> None:

@@ -22,6 +22,7 @@ from samon.settings.rows import SAM, TRAIN
 RECIPES = Path(__file__).parents[1] / "hparams"  # hparams/ of the repository; the wheel holds a copy
 FLAGS: dict[str, Flag] = by_key(TRAIN)
 _IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # as in timm's args.yaml
+AUTO = "auto"  # --resume: from where --experiment stands, if there is anything
 DESCRIPTION = "Train a timm model, plainly or with a sharpness-aware optimizer (--opt samon-layerl2)."
 
 
@@ -48,7 +49,7 @@ def parse(argv: list[str] | None = None, stored: Callable[[str], dict[str, Any]]
     if given.get("config"):
         file = read_yaml(given["config"])
     else:
-        file = stored(given["resume"]) if given.get("resume") else {}
+        file = stored(given["resume"]) if given.get("resume", AUTO) not in ("", AUTO) else {}
         if given.get("opt", file.get("opt")) != file.get("opt"):  # these were settled for the other one
             file = {key: value for key, value in file.items() if key not in ("rho", "eta")}
     config = resolve(given, file)
@@ -65,7 +66,7 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     values |= _typed(file, where)
     opt = given.get("opt", values["opt"])
     values |= per_opt.get(opt, {})
-    values |= given
+    values |= _loss_switches(given)
     values["data_dir"] = values["data_dir"] or values["data"]
     if variant := variant_of(values["opt"]):  # its own numbers are told, not left open
         own = {"rho": variant.rho, "eta": GEOMETRIES[variant.geometry].eta}
@@ -115,15 +116,26 @@ def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key not in FLAGS or key == "config":
             raise UserError(f"unknown key {key!r} in {where}{nearest(key, FLAGS)}")
         flag = FLAGS[key]
-        if flag.refused:
-            if value not in (None, False, "", 0, flag.default):
+        if flag.refused:  # one of another version of timm may have another default, which its switch makes harmless
+            switch = FLAGS.get(flag.switch, flag)
+            if settings.get(switch.key) not in (None, False, "", 0, switch.default) and value != flag.default:
                 raise UserError(f"{key} in {where} is not honoured: {flag.refused}")
             continue
         try:
             typed[key] = flag.parse(value)
         except UserError as error:
             raise UserError(f"{error} (in {where})") from None
-    return typed
+    return _loss_switches(typed)
+
+
+def _loss_switches(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one layer, with `--loss NAME` written as the switches --bce-loss and --jsd-loss."""
+    loss, switches = settings.get("loss"), ("bce_loss", "jsd_loss")
+    if not loss:
+        return dict(settings)
+    if other := next((key for key in switches if settings.get(key) and key != f"{loss}_loss"), None):
+        raise UserError(f"--loss {loss} contradicts --{other.replace('_', '-')}; drop one of them")
+    return {**settings, "loss": None, **{key: key == f"{loss}_loss" for key in switches}}
 
 
 def dump(config: Config) -> str:
@@ -150,8 +162,11 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
         raise UserError("--wandb-resume-id needs --resume")
     if config.data_resident and config.epoch_repeats:
         raise UserError("--data-resident passes over the set once per epoch; drop --epoch-repeats")
-    if config.sched == "plateau" and config.sched_on_updates:
-        raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
+    _check_schedule(config)
+    if config.resume == AUTO and not config.experiment:
+        raise UserError("--resume auto continues what --experiment names; add it")
+    if config.save_epochs and config.checkpoint_format == "parts":
+        raise UserError("--save-epochs keeps single files; drop it, or --checkpoint-format parts")
     if not config.print_config:
         _check_global_batch(config)
 
@@ -238,6 +253,17 @@ def _check_fsdp(config: Config, given: Mapping[str, Any]) -> None:
             )
         if config.ascent != "batch" or config.gsam_alpha:
             raise UserError(f"--fsdp --opt {config.opt} takes --ascent batch alone, and no --gsam-alpha; samon any")
+
+
+def _check_schedule(config: Config) -> None:
+    if config.sched == "plateau" and config.sched_on_updates:
+        raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
+    if config.sched == "plateau" and config.start_epoch is not None:
+        raise UserError("--sched plateau follows the metric, not the epoch; drop --start-epoch")
+    if config.lr_decay_fn and config.sched not in ("wsd", "rsqrt"):
+        raise UserError(f"--lr-decay-fn is for --sched wsd and rsqrt, not {config.sched}; drop it")
+    if config.lr_stable_timescale and config.sched != "rsqrt":
+        raise UserError(f"--lr-stable-timescale is for --sched rsqrt, not {config.sched}; drop it")
 
 
 def _check_ascent(config: Config) -> None:

@@ -58,6 +58,7 @@ class Flag:
     range: str = ""  # a key of RANGES, applied to the number or to each of a list
     const: Any = None  # value of a bare `--name` when nargs is '?'
     refused: str = ""  # why it cannot be honoured here, and what to use instead
+    switch: str = ""  # key of the refused flag without which this refused one has no effect
     positional: bool = False
     programs: tuple[str, ...] = TRAIN_ONLY
     in_validate: Any = ...  # the default of validate.py, where it is another one
@@ -123,11 +124,14 @@ class Flag:
 
 
 Groups = Mapping[str, tuple[Flag, ...]]
+LAUNCHER = ("--local-rank", "--local_rank")  # torch.distributed.launch adds it; the environment says the same
 
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
-    """`; did you mean 'x'?` for the known word closest to a wrong one, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.5)
+    """`; did you mean 'x'?` for the known word that a wrong one abbreviates or is closest to, or nothing."""
+    words = [str(item) for item in known]
+    longer = sorted((item for item in words if len(str(word)) > 2 and item.startswith(str(word))), key=len)
+    close = longer or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -170,6 +174,7 @@ def parser(groups: Groups, description: str) -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument(*LAUNCHER, help=argparse.SUPPRESS)
     names = {flag.name for rows in groups.values() for flag in rows}
     for title, rows in groups.items():
         group = result.add_argument_group(title)
@@ -206,7 +211,7 @@ def parse_command_line(groups: Groups, argv: list[str] | None, description: str)
         word = next((item for item in rest if item.startswith("-")), rest[0])
         names = [flag.flag for flag in known.values()]
         raise UserError(f"unknown argument {word}{nearest(word.split('=')[0], names)} (see --help)")
-    return {key: known[key].given(value) for key, value in vars(given).items()}
+    return {key: known[key].given(value) for key, value in vars(given).items() if key in known}
 
 
 def markdown(groups: Groups) -> str:

@@ -4,14 +4,18 @@ from functools import partial
 
 from samon.settings.flag import BOTH, TRAIN_ONLY, VALIDATE_ONLY, Flag, Groups, kwargs
 
+NO_MULTILABEL = "each image has one label here; run timm's own script through `python -m samon.timm_script`"
+NO_LOSS = "of timm's losses there are cross-entropy, --bce-loss (with --bce-pos-weight) and --jsd-loss"
 NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
-RESUMED = "continue from a checkpoint file, or from the newest state in a directory, with its settings"
+RESUMED = "continue from a checkpoint file, or from the newest state in a directory, with its settings; auto: from the "
+RESUMED += "newest state of --experiment, with this command's settings, and from the beginning if there is none"
 PRECISION = "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp"
 AMP_DTYPES = ("float16", "bfloat16", "auto")
 CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
 NO_JIT = "TorchScript is retired by PyTorch, functorch's AOT too; use --torchcompile"
+DECAYS = ("linear", "1-sqrt", "cosine", "power", "exp")  # timm's, of wsd and rsqrt
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
 
 T, V, B = (partial(Flag, programs=programs) for programs in (TRAIN_ONLY, VALIDATE_ONLY, BOTH))
@@ -23,8 +27,8 @@ TIMM: Groups = {
         B("dataset", str, "", "wds/NAME for shards, npz/, torch/, hfds/; empty for image folders"),
         T("train-split", str, "train", "split to train on"),
         T("val-split", str, "validation", "split to validate on; empty for no validation"),
-        T("train-num-samples", int, None, "number of training samples, where the data set cannot tell", range="> 0"),
-        T("val-num-samples", int, None, "number of validation samples, where the data set cannot tell", range="> 0"),
+        T("train-num-samples", int, None, "samples of an epoch (no effect on image folders)", range="> 0"),
+        T("val-num-samples", int, None, "first samples to validate on (no effect on image folders)", range="> 0"),
         B("dataset-download", bool, False, "let torch/ and hfds/ data sets download themselves"),
         B("dataset-trust-remote-code", bool, False, "let hfds/ data sets run code that comes with them"),
         B("class-map", str, "", "file that maps class names to indices"),
@@ -103,6 +107,7 @@ TIMM: Groups = {
         T("epochs", int, 300, "epochs to train", range=">= 1"),
         T("epoch-repeats", float, 0.0, "times the data set is repeated in an epoch", range=">= 0"),
         T("start-epoch", int, None, "first epoch, whatever the checkpoint says", range=">= 0"),
+        T("stop-epoch", int, None, "end after this many epochs; the schedule stays that of --epochs", range=">= 1"),
         T("decay-milestones", int, [90, 180, 270], "epochs at which multistep decays", nargs="+"),
         T("decay-epochs", float, None, "epochs between decays of step; length of wsd's and rsqrt's decay", range="> 0"),
         T("warmup-epochs", int, 5, "epochs of warm-up", range=">= 0"),
@@ -110,12 +115,14 @@ TIMM: Groups = {
         T("cooldown-epochs", int, 0, "epochs at --min-lr after a cyclic schedule", range=">= 0"),
         T("patience-epochs", int, 10, "patience of plateau", range=">= 0"),
         T("decay-rate", float, 0.1, "decay factor; the power of poly", short="-dr", range="> 0"),
+        T("lr-decay-fn", str, None, "decay of wsd (default: 1-sqrt) and rsqrt (linear)", choices=DECAYS),
+        T("lr-stable-timescale", float, None, "timescale of rsqrt in epochs; by default --warmup-epochs", range="> 0"),
     ),
     "Augmentation and regularization": (
         T("no-aug", bool, False, "no training augmentation"),
         T("train-crop-mode", str, None, "training crop; pad is CIFAR's: pad, then crop", choices=CROPS),
-        T("scale", float, [0.08, 1.0], "range of the random crop's area", nargs="+", range="> 0"),
-        T("ratio", float, [3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs="+", range="> 0"),
+        T("scale", float, [0.08, 1.0], "range of the random crop's area", nargs=2, range="> 0"),
+        T("ratio", float, [3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs=2, range="> 0"),
         T("hflip", float, 0.5, "probability of a horizontal flip", range="in [0, 1]"),
         T("vflip", float, 0.0, "probability of a vertical flip", range="in [0, 1]"),
         T("color-jitter", float, 0.4, "colour jitter strength", range=">= 0"),
@@ -125,6 +132,7 @@ TIMM: Groups = {
         T("aa", str, None, "AutoAugment policy, such as rand-m9-mstd0.5"),
         T("aug-repeats", float, 0, "repetitions of each sample (distributed image folders)", range=">= 0"),
         T("aug-splits", int, 0, "augmentation splits of a batch: 0, or 2 and more", range=">= 0"),
+        T("loss", str, None, "ce, bce (as --bce-loss) or jsd (as --jsd-loss)", choices=("ce", "bce", "jsd")),
         T("jsd-loss", bool, False, "Jensen-Shannon and cross-entropy loss over --aug-splits"),
         T("bce-loss", bool, False, "binary cross-entropy"),
         T("bce-sum", bool, False, "sum the binary cross-entropy over classes"),
@@ -164,20 +172,21 @@ TIMM: Groups = {
     "Several image sizes": (
         T("train-img-sizes", int, None, "image sizes, one of them for each batch", nargs="+", range="> 0"),
         T("train-batch-sizes", int, None, "", nargs="+", refused=ONE_BATCH_SIZE),
+        T("variable-batch-loss-scale", str, "none", "", refused=ONE_BATCH_SIZE, switch="train_batch_sizes"),
         T("train-size-probs", float, None, "probability of each of --train-img-sizes", nargs="+", range=">= 0"),
         T("train-size-schedule", str, "constant", "how the choice moves", choices=("constant", "progressive")),
         T("train-size-schedule-spread", float, 0.65, "width of the progressive window, in choices", range=">= 0"),
         T("train-size-random-mix", float, 0.1, "share of uniform choice in progressive", range="in [0, 1]"),
         T("train-batches-per-epoch", int, None, "batches per epoch", range=">= 1", aliases=("train-steps-per-epoch",)),
-        T("variable-batch-loss-scale", str, "linear", "", refused=ONE_BATCH_SIZE),
     ),
     "Miscellaneous": (
         B("seed", int, 42, "seed of every random choice", range=">= 0"),
-        T("worker-seeding", str, "all", "what workers seed", choices=("all", "part")),
+        T("worker-seeding", str, "all", "no effect: every sample has a seed of its own", choices=("all", "part")),
         T("log-interval", int, 50, "updates between log lines", range=">= 1"),
         T("val-interval", int, 1, "epochs between validations and checkpoints", range=">= 1"),
         T("recovery-interval", int, 0, "updates between mid-epoch states (see --checkpoint-interval)", range=">= 0"),
         T("checkpoint-hist", int, 10, "checkpoints to keep", range=">= 1"),
+        T("save-epochs", int, [], "also keep milestone-N.pth.tar after N epochs, for each N", nargs="*", range=">= 1"),
         B("workers", int, 4, "data workers per process", short="j", range=">= 0"),
         T("save-images", bool, False, "save the input batch at each log interval"),
         B("pin-mem", bool, False, "pin memory in the loader"),
@@ -186,7 +195,7 @@ TIMM: Groups = {
         T("experiment", str, "", "name of this run's directory; from time and model if empty"),
         T("eval-metric", str, "top1", "metric that decides the best", choices=("top1", "top5", "loss")),
         T("tta", int, 0, "", refused="no loader makes the copies that timm averages; evaluate with validate.py"),
-        T("use-multi-epochs-loader", bool, False, "keep the workers over epochs"),
+        T("use-multi-epochs-loader", bool, False, "no effect: workers always stay from epoch to epoch"),
         T("log-wandb", bool, False, "log to Weights & Biases, if it is installed"),
         T("wandb-project", str, None, "wandb project"),
         T("wandb-tags", str, [], "wandb tags", nargs="+"),
@@ -213,8 +222,35 @@ TIMM: Groups = {
         V("num-gpu", int, 1, "", refused="use torchrun --standalone --nproc-per-node N"),
         V("aot-autograd", bool, False, "", refused=NO_JIT),
     ),
+    "Multi-label classification": (
+        B("task", str, "classification", "", refused=NO_MULTILABEL),
+        *(
+            B(name, str, default, "", refused=NO_MULTILABEL, switch="task")
+            for name, default in (("target-format", None), ("multilabel-threshold", 0.5))
+        ),
+        *(T(f"loss-{name}", str, None, "", refused=NO_LOSS) for name in ("class-weight", "pos-weight")),
+        *(
+            T(name, str, default, "", refused=NO_LOSS, switch="loss_class_weight")
+            for name, default in (
+                ("loss-weight-power", 1.0),
+                ("class-stats", None),
+                ("asl-gamma-pos", 1.0),
+                ("asl-gamma-neg", 4.0),
+                ("asl-clip", 0.05),
+                ("asl-reduction", "batchmean"),
+                ("poly-epsilon", 2.0),
+                ("poly-gamma", 0.0),
+                ("poly-alpha", None),
+                ("twoway-tp", 4.0),
+                ("twoway-tn", 1.0),
+                ("db-neg-scale", 2.0),
+                ("db-init-bias", 0.05),
+                ("db-focal-gamma", 2.0),
+            )
+        ),
+    ),
     "NaFlex": tuple(
-        Flag(f"naflex-{name}", str, default, "", refused=NO_NAFLEX, programs=programs)
+        Flag(f"naflex-{name}", str, default, "", refused=NO_NAFLEX, switch="naflex_loader", programs=programs)
         for name, default, programs in (
             ("loader", False, BOTH),
             ("train-seq-lens", [128, 256, 576, 784, 1024], TRAIN_ONLY),
@@ -226,7 +262,7 @@ TIMM: Groups = {
         )
     ),
     "Distillation": tuple(
-        T(name, str, default, "", refused=NO_KD)
+        T(name, str, default, "", refused=NO_KD, switch="kd_model_name")
         for name, default in (
             ("kd-model-name", None),
             ("kd-distill-type", "logit"),

@@ -87,6 +87,11 @@ class Run:
     hooks: Hooks
 
     @property
+    def stop(self) -> int:
+        """Number of epochs after which this run ends."""
+        return self.config.stop_epoch or self.epochs
+
+    @property
     def effective(self) -> Config:
         """The configuration with what building settled, as args.yaml and checkpoints have it: it makes the same run."""
         return self.config.but(**asdict(self.settled))
@@ -123,6 +128,8 @@ def build(config: Config, world: World, hooks: Hooks | None = None, class_names:
     metric = config.eval_metric if read.eval_loader is not None else "loss"
     updates = math.ceil(len(read.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
+    if (config.stop_epoch or 0) > epochs:
+        raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs: it is never reached; raise --epochs")
     if sam is not None and config.sam_start_epoch >= epochs:
         start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
         raise UserError(f"{start}: none has the two-pass step; start earlier, or take the base optimizer")
@@ -257,8 +264,10 @@ def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) ->
     """(timm's scheduler or None, epochs with cycles, warm-up prefix and cool-down)."""
     with user_errors(f"--sched {config.sched}"):
         kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
-        kwargs["decay_epochs"] = config.decay_epochs or (0.2 if config.sched in ("wsd", "rsqrt") else 90)
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
+    if scheduler is None:  # timm leaves it to a schedule to apply the scale of --layer-decay
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return scheduler, int(epochs)
 
 

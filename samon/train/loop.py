@@ -55,13 +55,13 @@ def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[
 
 
 def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
-    final = report.told() if progress.epoch >= run.epochs else {}
-    while progress.epoch < run.epochs:
+    final = report.told() if progress.epoch >= run.stop else {}
+    while progress.epoch < run.stop:
         train = train_epoch(run, progress, keeper, report, rng)
         rng = None
         share_running_statistics(run, run.model)
-        last = progress.epoch + 1 == run.epochs
-        due = (progress.epoch + 1) % run.config.val_interval == 0 or last
+        done = progress.epoch + 1
+        due = done % run.config.val_interval == 0 or done == run.stop or done in run.config.save_epochs
         evaluated = decisive = None
         if due:
             evaluated = validate(run, progress, keeper)

@@ -16,7 +16,7 @@ from samon.train.build import Hooks, Run, build
 from samon.train.control import Control
 from samon.train.loop import fit
 from samon.train.report import Report
-from samon.train.state import Keeper, Place, locate, restore, stored_settings, write_settings
+from samon.train.state import Keeper, Place, locate, move_schedule, restore, stored_settings, write_settings
 
 log = logging.getLogger("samon")
 
@@ -38,13 +38,13 @@ def check_left(run: Run, progress: Progress, place: Place) -> None:
     Raises:
         UserError: no epoch is left.
     """
-    if progress.epoch < run.epochs:
+    if progress.epoch < run.stop:
         return
     from_here = place.source is not None and place.source.parent.resolve() == place.directory.resolve()
     if not from_here or run.config.start_epoch is not None:
         where = f"{place.source} goes on at" if place.source else "--start-epoch is"
-        raise UserError(f"{where} epoch {progress.epoch} of {run.epochs}: nothing is left to train; raise --epochs")
-    log.warning("%s has had its %d epochs: nothing is left to do", place.directory, run.epochs)
+        raise UserError(f"{where} epoch {progress.epoch} of {run.stop}: nothing is left to train; raise --epochs")
+    log.warning("%s has had its %d epochs: nothing is left to do", place.directory, run.stop)
 
 
 def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
@@ -61,6 +61,8 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         progress, rng = Progress(epoch=config.start_epoch or 0), None
         if place.source:
             progress, rng = restore(run, place.source, checkpoints)
+        elif progress.epoch:
+            move_schedule(run, progress)
         report.describe(run)
         check_left(run, progress, place)
         metrics = fit(run, progress, Keeper(run, checkpoints, control, place.started), report, rng)

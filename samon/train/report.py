@@ -85,7 +85,7 @@ class Report:
     def begin_epoch(self, run: Run, progress: Progress) -> None:
         self._started = self._started or time.monotonic()
         if self.primary and self._bar is None and on_terminal():
-            total, before = run.epochs * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
+            total, before = run.stop * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
             self._bar = self._open.enter_context(bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
             self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
@@ -98,7 +98,7 @@ class Report:
     def time_left(self, run: Run, update: int) -> str:
         """Of the whole run, validation included, at the mean pace of this process."""
         pace = (time.monotonic() - self._started) / max(self._done, 1)
-        return tqdm.format_interval(pace * (run.epochs * run.updates_per_epoch - update))
+        return tqdm.format_interval(pace * (run.stop * run.updates_per_epoch - update))
 
     def update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line and its scalars. speed: images/s over all processes; waited: share of time spent on data."""

@@ -21,18 +21,19 @@ from samon.files import write_text
 from samon.session import checkpoint, parts, sharding
 from samon.session import world as elastic
 from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
-from samon.settings.config import FLAGS, Config, dump, read_yaml
+from samon.settings.config import AUTO, FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
 
 log = logging.getLogger("samon")
 ARGS = "args.yaml"
-OF_A_START = ("resume", "no_resume_opt", "start_epoch", "overwrite")  # how a run is started is not how it is made
+# How a run is started is not how it is made.
+OF_A_START = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "overwrite")
 # Of the settings, those that change no weight: where things are written and read, and how often.
 INDIFFERENT = {*OF_A_START, "config", "data", "output", "experiment", "data_dir", "shard_cache", "shard_cache_size"}
 INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist"}
 INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
-INDIFFERENT |= {"val_interval", "validation_batch_size", "no_replay", "dataset_download"}
+INDIFFERENT |= {"val_interval", "save_epochs", "validation_batch_size", "no_replay", "dataset_download"}
 INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate", "checkpoint_format"}
 # Settings that lie in the optimizer's groups, which a checkpoint brings along.
 OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
@@ -52,13 +53,15 @@ def locate(config: Config) -> Place:
     """Find or make the run's directory, and the state to continue from; for rank 0, which tells the others."""
     directory = _directory(config)
     started, word = _identity(directory)
-    same_run = restarted = bool(word) and word == elastic.word()
-    source = _newest(directory, started) if restarted else None
+    restarted = bool(word) and word == elastic.word()
+    auto = config.resume == AUTO
+    source = _newest(directory, started) if restarted or auto else None
+    same_run = restarted or source is not None
     if source is None:
         started = None
         if restarted:
             log.warning("Restarted before a state was saved in %s: starting over", directory)
-    if source is None and config.resume:
+    if source is None and config.resume and not auto:
         source = Path(config.resume)
         if source.is_dir() and source.suffix != PARTS:
             source = _newest(source, _identity(source)[0])
@@ -238,7 +241,7 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     elif progress.epoch_done:
         progress = replace(progress, epoch=progress.epoch + 1, updates=0, samples=0, epoch_done=False, sums={})
     rng = _restore_rank(run, progress, ranks)
-    _restore_schedule(run, progress, content.get("scheduler"))
+    move_schedule(run, progress, content.get("scheduler"))
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return progress, rng
 
@@ -288,7 +291,8 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> 
     return None
 
 
-def _restore_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | None) -> None:
+def move_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | None = None) -> None:
+    """Set the learning rate of the update after `progress`; `plateau` is the state of that schedule."""
     if run.scheduler is None:
         return
     if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
@@ -296,5 +300,5 @@ def _restore_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | No
         vars(run.scheduler)["restore_lr"] = plateau["restore_lr"]
     elif run.config.sched_on_updates:
         run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.updates)
-    elif progress.epoch > 0:
+    elif progress.epoch > 0 or run.config.start_epoch is not None:  # else the rate is the checkpoint's
         run.scheduler.step(progress.epoch)

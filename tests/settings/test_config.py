@@ -37,8 +37,14 @@ def test_timms_flags_are_all_there(groups: Groups, listed: str) -> None:
     flags = by_key(groups).values()
     known = {flag.flag for flag in flags} | {f"--{alias}" for flag in flags for alias in flag.aliases}
     wanted = set(Path(__file__).with_name(f"timm_{listed}_flags.txt").read_text().split())
-    assert len(wanted) == {"train": 170, "validate": 56}[listed]
+    assert len(wanted) == {"train": 184, "validate": 59}[listed]
     assert wanted - known == set()
+
+
+MULTILABEL = {"--task", "--target-format", "--multilabel-threshold", "--loss-class-weight", "--loss-pos-weight"}
+MULTILABEL |= {"--loss-weight-power", "--class-stats", "--asl-gamma-pos", "--asl-gamma-neg", "--asl-clip"}
+MULTILABEL |= {"--asl-reduction", "--poly-epsilon", "--poly-gamma", "--poly-alpha", "--twoway-tp", "--twoway-tn"}
+MULTILABEL |= {"--db-neg-scale", "--db-init-bias", "--db-focal-gamma"}
 
 
 def test_refused_flags() -> None:
@@ -50,6 +56,7 @@ def test_refused_flags() -> None:
         "--task-loss-weight",
         "--train-batch-sizes",
         "--variable-batch-loss-scale",
+        *MULTILABEL,
     }
 
 
@@ -163,6 +170,45 @@ def test_an_args_yaml_of_timm_is_accepted(tmp_path: Path) -> None:
     assert parse("-c", str(file)).model == "resnet50"
 
 
+def test_a_refused_flag_without_its_switch_has_any_value(tmp_path: Path) -> None:
+    """Defaults differ between versions of timm: a loss scale matters only beside batches of several sizes."""
+    file = tmp_path / "args.yaml"
+    for scale in ("none", "linear"):
+        file.write_text(f"variable_batch_loss_scale: {scale}\nnaflex_loss_scale: {scale}\nkd_temperature: 1.0\n")
+        assert parse("-c", str(file)).epochs == 300
+    for switch, word in (("train_batch_sizes: [8, 16]", "one size"), ("task: multilabel", "one label")):
+        file.write_text(f"{switch}\nvariable_batch_loss_scale: none\ntarget_format: multihot\n")
+        with pytest.raises(UserError, match=f"is not honoured: .*{word}"):
+            parse("-c", str(file))
+
+
+def test_the_name_of_a_loss_is_its_switch(tmp_path: Path) -> None:
+    """timm writes `loss: bce` into args.yaml for --bce-loss."""
+    file = tmp_path / "args.yaml"
+    file.write_text("loss: bce\nbce_loss: false\njsd_loss: false\n")
+    kinds = [parse(*argv) for argv in (["--loss", "bce"], ["-c", str(file)], ["-c", str(file), "--loss", "ce"])]
+    assert [(kind.bce_loss, kind.jsd_loss, kind.loss) for kind in kinds] == [
+        (True, False, None),
+        (True, False, None),
+        (False, False, None),
+    ]
+    assert parse("--loss", "jsd", "--aug-splits", "3").jsd_loss
+    with pytest.raises(UserError, match="--loss ce contradicts --bce-loss"):
+        parse("--loss", "ce", "--bce-loss")
+
+
+def test_what_launchers_add_and_people_shorten() -> None:
+    for argv in (["--local_rank=1"], ["--local-rank", "1"]):
+        assert vars(parse(*argv)) == vars(parse())
+    for short, flag in {
+        "--jsd": "--jsd-loss",
+        "--weight-deca": "--weight-decay",
+        "--no-pref": "--no-prefetcher",
+    }.items():
+        with pytest.raises(UserError, match=f"unknown argument {short}; did you mean '{flag}'"):
+            parse(short)
+
+
 def test_every_refused_flag_says_why(tmp_path: Path) -> None:
     for name in sorted(REFUSED):
         with pytest.raises(UserError, match=f"^{name} is not honoured: .{{20,}}"):
@@ -203,6 +249,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "not a pair": (["--model-kwargs", "widthh"], "is not KEY=VALUE"),
     "choice": (["--sched", "cosin"], "did you mean 'cosine'"),
     "negative rho": (["--opt", "samon", "--rho", "-0.1"], "--rho: must be >= 0, got -0.1"),
+    "scale": (["--scale", "0.5"], "--scale: expected 2 arguments"),
+    "ratio": (["--ratio", "0.5"], "--ratio: expected 2 arguments"),
+    "decay without that phase": (["--lr-decay-fn", "linear"], "--lr-decay-fn is for --sched wsd and rsqrt, not cosine"),
+    "timescale": (["--sched", "wsd", "--lr-stable-timescale", "2"], "is for --sched rsqrt, not wsd"),
+    "plateau from an epoch": (["--sched", "plateau", "--start-epoch", "1"], "drop --start-epoch"),
+    "auto": (["--resume", "auto"], "--resume auto continues what --experiment names"),
+    "milestones in parts": (["--save-epochs", "1", "--checkpoint-format", "parts"], "--save-epochs keeps single files"),
+    "multi-label": (["--task", "multilabel"], "--task is not honoured: each image has one label here"),
+    "loss": (["--loss", "zlpr"], "--loss: 'zlpr' is not one of"),
     "range": (["--reprob", "1.5"], "must be in [0, 1]"),
     "infinite rho": (["--opt", "samon", "--rho", "inf"], "--rho: inf is not a value; give a finite number"),
     "infinite eta": (["--opt", "samon", "--eta", "inf"], "--eta: inf is not a value"),

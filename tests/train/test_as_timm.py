@@ -1,0 +1,105 @@
+"""Where timm's own train.py leads: the same schedule, epochs, averages and inputs for the same command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.scheduler import create_scheduler_v2
+
+from samon.errors import UserError
+from samon.session.checkpoint import Progress
+from samon.session.world import World
+from samon.settings import config
+from samon.train import build
+from samon.train import main as train
+from samon.train.state import move_schedule
+from tests.runs import BASE, WATCH, assert_same, run, weights
+
+CPU = World(torch.device("cpu"), 0, 1)
+
+
+def built(*args: str) -> build.Run:
+    return build.build(config.parse([*BASE, *args]), CPU)
+
+
+def rates(made: build.Run) -> list[float]:
+    return [group["lr"] for group in made.optimizer.param_groups]
+
+
+def epochs(directory: Path) -> list[int]:
+    return [int(line.split(",")[0]) for line in (directory / "summary.csv").read_text().splitlines()[1:]]
+
+
+# --- epochs and schedules ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], ["--sched-on-updates"]])
+def test_start_epoch_moves_the_schedule(extra: list[str], tmp_path: Path) -> None:
+    """The first update of an epoch has the learning rate that an uninterrupted run has there."""
+    seen: list[float] = []
+    hooks = type(WATCH)(begun=lambda job, progress: seen.extend(rates(job)[:1]))
+    args = ["--epochs", "3", "--opt", "sgd", "--min-lr", "0.001", *extra]
+    _, whole = run(tmp_path, *args, name="whole", hooks=hooks)
+    expected = list(seen)
+    assert len(set(expected)) == 3
+    for start, resume in ((2, []), (1, []), (0, ["--resume", str(whole / "checkpoint-1.pth.tar")])):
+        seen.clear()
+        run(tmp_path, *args, *resume, "--start-epoch", str(start), "--stop-epoch", str(start + 1), hooks=hooks)
+        assert seen == pytest.approx(expected[start : start + 1]), start
+
+
+@pytest.mark.parametrize("opt", ["sgd", "samon", "lookahead_sgd"])
+def test_layer_decay_without_a_schedule(opt: str) -> None:
+    args = ["--opt", opt, "--model", "test_vit", "--layer-decay", "0.5", "--warmup-epochs", "0"]
+    without, constant = built(*args, "--sched", "none"), built(*args, "--sched", "constant")
+    assert rates(without) == rates(constant)
+    assert min(rates(without)) < 0.05 == max(rates(without))
+
+
+def test_schedule_flags_of_timm() -> None:
+    args = ["--epochs", "8", "--opt", "sgd", "--sched", "rsqrt", "--decay-epochs", "3", "--warmup-epochs", "2"]
+    made = built(*args, "--lr-decay-fn", "cosine", "--lr-stable-timescale", "1.5")
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.05)
+    own = {"num_epochs": 8, "decay_epochs": 3.0, "warmup_epochs": 2, "warmup_lr": 1e-5}
+    timms, _ = create_scheduler_v2(other, "rsqrt", decay_fn="cosine", stable_timescale=1.5, **own)
+    for epoch in range(8):
+        move_schedule(made, Progress(epoch=epoch))
+        timms.step(epoch)
+        assert rates(made)[0] == other.param_groups[0]["lr"], epoch
+
+
+def test_stop_and_milestones(tmp_path: Path) -> None:
+    args = ["--epochs", "4", "--opt", "sgd", "--val-interval", "3", "--save-epochs", "1", "2"]
+    _, whole = run(tmp_path, *args, name="whole")
+    assert epochs(whole) == [0, 1, 2, 3]  # a milestone is evaluated, as is each third and the last
+    _, directory = run(tmp_path, *args, "--stop-epoch", "2")
+    assert epochs(directory) == [0, 1]
+    names = {path.name for path in directory.glob("milestone-*")}
+    assert names == {"milestone-1.pth.tar", "milestone-2.pth.tar"}
+    assert [torch.load(directory / f"milestone-{n}.pth.tar", weights_only=True)["epoch"] for n in (1, 2)] == [0, 1]
+    assert yaml.safe_load((directory / "args.yaml").read_text())["epochs"] == 4
+    train.main(["--resume", str(directory)])  # the schedule is that of four epochs, and so is the rest of the run
+    assert (whole / "summary.csv").read_text() == (directory / "summary.csv").read_text()
+    assert_same(weights(whole), weights(directory))
+
+
+def test_stop_beyond_the_end() -> None:
+    with pytest.raises(UserError, match="--stop-epoch 3 of 2 epochs"):
+        built("--epochs", "2", "--stop-epoch", "3")
+
+
+def test_resume_auto(tmp_path: Path) -> None:
+    """The same command starts, goes on, and finds nothing left to do."""
+    args = [*BASE, "--opt", "sgd", "--epochs", "3", "--output", str(tmp_path), "--experiment", "run"]
+    train.main([*args, "--resume", "auto", "--stop-epoch", "2"])
+    assert epochs(tmp_path / "run") == [0, 1]
+    train.main([*args, "--resume", "auto"])
+    assert epochs(tmp_path / "run") == [0, 1, 2]
+    before = (tmp_path / "run/last.pth.tar").read_bytes()
+    assert train.main([*args, "--resume", "auto"])["epoch"] == 2
+    assert (tmp_path / "run/last.pth.tar").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "other/last.pth.tar")
+    with pytest.raises(UserError, match="holds a run"):  # another program's states are neither continued nor deleted
+        train.main([*args, "--experiment", "other", "--resume", "auto"])
