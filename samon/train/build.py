@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import samon
 from samon.errors import UserError, user_errors
+from samon.optim.geometry import HALF
 from samon.session import model as models
 from samon.session import sharding
 from samon.session.ablations import weight_decay_groups
@@ -239,11 +240,20 @@ def replays(config: Config, sam: samon.SAM) -> bool:
 
 
 def build_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
+    """timm's average of the weights, in float32 for weights of half precision, which cannot hold its small steps.
+
+    In bfloat16 timm would round at random instead, by a generator that no checkpoint has.
+    """
     if not config.model_ema:
         return None
-    device = torch.device("cpu") if config.model_ema_force_cpu else None
-    how: dict[str, Any] = {"use_warmup": config.model_ema_warmup, "device": device}
-    return ModelEmaV3(model, decay=config.model_ema_decay, foreach=not config.fsdp, **how)  # no foreach of both kinds
+    return ModelEmaV3(
+        model,
+        decay=config.model_ema_decay,
+        use_warmup=config.model_ema_warmup,
+        device=torch.device("cpu") if config.model_ema_force_cpu else None,
+        dtype=torch.float32 if models.dtype_of(config.model_dtype) in HALF else None,
+        foreach=not config.fsdp,  # no foreach of both kinds
+    )
 
 
 def build_loss(config: Config) -> nn.Module:

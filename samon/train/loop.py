@@ -330,10 +330,11 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if run.ema is not None and not run.config.model_ema_force_cpu:
         model = run.ema.module
         share_running_statistics(run, model)
-    batches = control.until_signal(run.eval_loader)
+    dtype = next(model.parameters()).dtype  # float32 for the average of a model in half precision
+    batches = ((images.to(dtype), target) for images, target in control.until_signal(run.eval_loader))
     if run.config.fsdp:
         size = data_config(run.config, run.model)["input_size"]
-        image = torch.zeros(1, *size, device=run.world.device, dtype=dtype_of(run.config.model_dtype))
+        image = torch.zeros(1, *size, device=run.world.device, dtype=dtype)
         batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
     metrics = accuracy(
         model,

@@ -103,3 +103,28 @@ def test_resume_auto(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other/last.pth.tar")
     with pytest.raises(UserError, match="holds a run"):  # another program's states are neither continued nor deleted
         train.main([*args, "--experiment", "other", "--resume", "auto"])
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_average_of_half_precision_is_float32(dtype: str) -> None:
+    """A step of the average is 1e-3 of the way, which weights of 8 or 11 bits lose in rounding."""
+    made = built("--model-dtype", dtype, "--model-ema", "--model-ema-decay", "0.999")
+    assert made.ema is not None
+    name, weight = next(iter(made.model.named_parameters()))
+    average = made.ema.module.state_dict()[name]
+    with torch.no_grad():
+        weight.fill_(1.0)
+        average.fill_(0.0)
+    for step in range(2, 102):
+        made.ema.update(made.model, step=step)
+    assert average.dtype == torch.float32
+    torch.testing.assert_close(average, torch.full_like(average, 1 - 0.999**100))
+
+
+@pytest.mark.parametrize("extra", [["--model-ema"], []])
+def test_half_precision_is_validated_without_the_prefetcher(extra: list[str], tmp_path: Path) -> None:
+    metrics, _ = run(tmp_path, "--model-dtype", "bfloat16", "--no-prefetcher", *extra)
+    assert 0 < metrics["eval_loss"] < 10

@@ -43,6 +43,7 @@ CASES = {
     "gsam-small-ascent": ["--opt", "samon", "--gsam-alpha", "0.3", "--ascent-size", "24"],
     "esam": ["--opt", "sam", "--esam-beta", "0.5"],
     "bf16": ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16"],
+    "bf16-average": ["--opt", "samon", "--model-dtype", "bfloat16", "--model-ema", "--model-ema-decay", "0.9"],
     "fp16-scaler": ["--opt", "samon", "--amp"],
 }
 
