@@ -11,8 +11,9 @@ from typing import Any
 import timm
 import torch
 from PIL import ImageMode
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
+from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 
@@ -41,36 +42,23 @@ def create(config: Config, **factory: Any) -> nn.Module:
     """The model by timm's factory, on the CPU; `factory` are further arguments of timm's."""
     check_name(config)
     set_fast_norm(config.fast_norm)
-    size = (config.input_size or [0, 0])[1:] if config.img_size is None else [config.img_size] * 2
-    if any(size) and fixed_input(config.model):
-        factory = {"img_size": tuple(size), **factory}
+    factory |= {"num_classes": config.num_classes, "global_pool": config.gp}
     with user_errors(f"--model {config.model}"):
-        return timm.create_model(
-            config.model,
-            num_classes=config.num_classes,
-            in_chans=config.in_chans or (config.input_size or [3])[0],
-            global_pool=config.gp,
-            **factory | config.model_kwargs,
-        )
-
-
-def fixed_input(name: str) -> bool:
-    """Whether the network is made for one image size, which its factory is to be told."""
-    return not name.startswith(_HUBS) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+        arguments = resolve_model_input_args(config.model, vars(config), **factory | config.model_kwargs)
+        model = timm.create_model(**arguments)
+    if not hasattr(model, "in_chans"):  # from which timm knows how to prepare images
+        model.in_chans = arguments.get("in_chans", 3)
+    return model
 
 
 def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
     """How images are prepared, as timm finds it: input_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Raises:
-        UserError: numbers that do not fit the channels, or channels that images do not have.
+        UserError: a size or numbers that do not fit the model, or channels that images do not have.
     """
-    channels = config.input_size[0] if config.input_size else config.in_chans or 3
-    for key in ("mean", "std"):
-        if len(getattr(config, key) or [0]) not in (1, channels):
-            raise UserError(f"--{key} takes one value, or one for each of {channels} channels")
-    with user_errors():
-        found: dict[str, Any] = resolve_data_config(vars(config), model=model, **how)
+    with user_errors(f"--model {config.model}"):
+        found: dict[str, Any] = resolve_input_data_config(model, vars(config), **how)
     channels = found["input_size"][0]
     mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
     try:

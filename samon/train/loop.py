@@ -16,7 +16,7 @@ from torch import Tensor
 from samon import rng as generators
 from samon.bars import bar
 from samon.data import DataError
-from samon.errors import RunError, Stopped
+from samon.errors import RunError, Stopped, UserError
 from samon.evals.accuracy import accuracy
 from samon.optim.geometry import wide
 from samon.session.checkpoint import Progress
@@ -224,7 +224,11 @@ def sync_if(run: Run, last: bool) -> Any:
 def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         with run.autocast():
-            return run.loss(wide(run.net(images)), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
+            logits = run.net(images)
+            if not isinstance(logits, Tensor):
+                what = f"--model {run.config.model} returns a {type(logits).__name__} in training, not logits alone"
+                raise UserError(f"{what}; drop aux_logits or the like from --model-kwargs")
+            return run.loss(wide(logits), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
 
     return loss
 

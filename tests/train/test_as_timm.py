@@ -128,3 +128,26 @@ def test_the_average_of_half_precision_is_float32(dtype: str) -> None:
 def test_half_precision_is_validated_without_the_prefetcher(extra: list[str], tmp_path: Path) -> None:
     metrics, _ = run(tmp_path, "--model-dtype", "bfloat16", "--no-prefetcher", *extra)
     assert 0 < metrics["eval_loss"] < 10
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_channel_without_the_prefetcher(tmp_path: Path) -> None:
+    """timm's mean and deviation of three channels become one, with and without the prefetcher."""
+    own = [item for item in BASE if item not in ("--mean", "0.286", "--std", "0.353")]
+    seen: list[torch.Tensor] = []
+    hooks = type(WATCH)(batch=lambda images, target: seen.append(images))
+    for name, extra in (("with", []), ("without", ["--no-prefetcher"])):
+        train.main([*own, "--no-aug", "--output", str(tmp_path), "--experiment", name, *extra], hooks)
+    torch.testing.assert_close(seen[0], seen[4], atol=1e-5, rtol=0)
+    assert abs(float(seen[0].mean())) < 1
+
+
+def test_the_size_of_a_fixed_model_may_be_its_own_argument() -> None:
+    own = [item for item in BASE if item not in ("--img-size", "32")]
+    argv = [*own, "--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "depth=1"]
+    made = build.build(config.parse(argv), CPU)
+    images, _ = next(iter(made.train_loader))
+    assert made.model(images).shape == (16, 10)
+    assert images.shape == (16, 1, 32, 32)
