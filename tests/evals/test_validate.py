@@ -268,7 +268,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
         ([*MODEL, "--suite", "LICENSE"], "--suite LICENSE"),
         (
             ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "img_size=224", *FASHION],
-            "does not take images of [3, 32, 32]",
+            "Conflicting input image sizes",
         ),
         ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9"),
         ([*MODEL, *FASHION, "--suite", "sketch.yaml"], "needs a model of the 1000 ImageNet classes"),

@@ -237,7 +237,6 @@ def test_global_batch_size_counts_processes(world: str, right: bool, monkeypatch
 
 
 ONE_PIXEL = ["--opt", "samon", "--model", "resnet10t", "--img-size", "28", "--m-sharpness", "1"]
-INCEPTION = ["--model", "inception_v3", "--img-size", "139", "-b", "2", "--train-num-samples", "2"]
 BAD: dict[str, tuple[list[str], str]] = {
     "flag": (["--learning-rat", "1"], "unknown argument --learning-rat"),
     "flag, near one": (["--weight-deca", "1"], "did you mean '--weight-decay'"),
@@ -320,7 +319,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "deviations": (["--in-chans", "3", "--std", "0.5", "0.5"], "std must have one value or 3 values, got 2"),
     "two sizes": (["--img-size", "32", "--input-size", "1", "48", "48"], "Conflicting input image sizes"),
     "two sizes of a ViT": (["--model", "test_vit", "--model-kwargs", "img_size=48"], "Conflicting input image sizes"),
-    "auxiliary logits": ([*INCEPTION, "--model-kwargs", "aux_logits=True"], "returns a tuple in training"),
     "channels": (["--in-chans", "7"], "--in-chans 7: images are read as L, 1 channel; use 1 or 3"),
     "mode": (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2: Pillow knows no such mode"),
     "crop mode": (["--train-crop-mode", "foo"], "--train-crop-mode: 'foo' is not one of 'rrc', 'rkrc', 'rkrr', 'pad'"),

@@ -11,7 +11,7 @@ from samon.errors import UserError
 from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings import config
-from samon.train import build
+from samon.train import build, loop
 from samon.train import main as train
 from samon.train.state import move_schedule
 from tests.runs import BASE, WATCH, assert_same, run, weights
@@ -151,3 +151,11 @@ def test_the_size_of_a_fixed_model_may_be_its_own_argument() -> None:
     images, _ = next(iter(made.train_loader))
     assert made.model(images).shape == (16, 10)
     assert images.shape == (16, 1, 32, 32)
+
+
+def test_more_than_logits() -> None:
+    """What inception_v3 returns in training with --model-kwargs aux_logits=True."""
+    made = built("--model", "test_resnet")
+    made.net = type("Auxiliary", (torch.nn.Module,), {"forward": lambda self, x: (x, x)})()
+    with pytest.raises(UserError, match="--model test_resnet returns a tuple in training, not logits alone"):
+        loop.forward(made, torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))()
