@@ -164,7 +164,7 @@ TIMM: Groups = {
         T("split-bn", bool, False, "separate BatchNorm layers per augmentation split"),
     ),
     "Model exponential moving average": (
-        T("model-ema", bool, False, "average the weights"),
+        T("model-ema", bool, False, "average the weights (in float32, also where they are of half precision)"),
         T("model-ema-force-cpu", bool, False, "keep the average on the CPU; it is then not validated"),
         T("model-ema-decay", float, 0.9998, "decay of the average", range="in [0, 1]"),
         T("model-ema-warmup", bool, False, "warm the decay up"),

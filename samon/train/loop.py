@@ -335,7 +335,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         model = run.ema.module
         share_running_statistics(run, model)
     dtype = next(model.parameters()).dtype  # float32 for the average of a model in half precision
-    batches = ((images.to(dtype), target) for images, target in control.until_signal(run.eval_loader))
+    batches: Iterator[Batch] = ((images.to(dtype), target) for images, target in control.until_signal(run.eval_loader))
     if run.config.fsdp:
         size = data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype)
