@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.optim import OptimInfo, create_optimizer_v2
 from timm.optim._optim_factory import OptimizerRegistry, default_registry
@@ -67,23 +67,8 @@ def is_sam_name(opt: str) -> bool:
     return variant_of(opt) is not None
 
 
-def build_sam(
-    params: Any,
-    *,
-    variant: Variant,
-    rho: float | None = None,
-    eta: float | None = None,
-    base_opt: str | None = None,
-    perturb: str | None = None,
-    sparsity: float | None = None,
-    mask_every: int = 100,
-    ascent: str = "batch",
-    gsam_alpha: float = 0.0,
-    esam_beta: float = 1.0,
-    selection: Selection | None = None,
-    **base_kwargs: Any,
-) -> SAM:
-    """What timm's factory calls for our names: the base optimizer over `params`, wrapped.
+class VariantSAM(SAM):
+    """The optimizer of one variant, as timm's factory calls it: with parameters, it makes the base optimizer itself.
 
     Args:
         selection: made from the model by the wrapped factory; without it `params` are bare.
@@ -92,24 +77,61 @@ def build_sam(
     Raises:
         UserError: naming the argument that does not fit, or why timm cannot make the base optimizer here.
     """
-    base_opt = base_opt or variant.base
-    if variant_of(base_opt) is not None:
-        raise UserError(f"base_opt={base_opt!r} is itself sharpness-aware; name a plain timm optimizer such as 'sgd'")
-    if sparsity is not None and variant.mask is None:
-        raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
-    if selection is None:
-        params = list(params)
-    with user_errors(f"base_opt={base_opt!r}"):
-        base = create_optimizer_v2(params, base_opt, **base_kwargs)
-    if selection is None:
-        selection = select_bare(base.param_groups, variant.scope, perturb)
-        if GEOMETRIES[variant.geometry].by_kind and not all("param_names" in g for g in base.param_groups):
-            raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
-    mask = None if variant.mask is None else Mask(variant.mask, 0.5 if sparsity is None else sparsity, mask_every)
-    rho = variant.rho if rho is None else rho
-    source = Ascent(ascent, gsam_alpha)
-    how: dict[str, Any] = {"geometry": variant.geometry, "eta": eta, "mask": mask, "esam_beta": esam_beta}
-    return SAM(base, selection, rho=rho, ascent=source, **how)
+
+    variant: ClassVar[Variant]
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        rho: float | None = None,
+        eta: float | None = None,
+        base_opt: str | None = None,
+        perturb: str | None = None,
+        sparsity: float | None = None,
+        mask_every: int = 100,
+        ascent: str = "batch",
+        gsam_alpha: float = 0.0,
+        esam_beta: float = 1.0,
+        selection: Selection | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        variant = self.variant
+        base_opt = base_opt or variant.base
+        if variant_of(base_opt) is not None:
+            raise UserError(
+                f"base_opt={base_opt!r} is itself sharpness-aware; name a plain timm optimizer such as 'sgd'"
+            )
+        if sparsity is not None and variant.mask is None:
+            raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
+        if selection is None:
+            params = list(params)
+        with user_errors(f"base_opt={base_opt!r}"):
+            base = create_optimizer_v2(params, base_opt, **base_kwargs)
+        if selection is None:
+            selection = select_bare(base.param_groups, variant.scope, perturb)
+            if GEOMETRIES[variant.geometry].by_kind and not all("param_names" in g for g in base.param_groups):
+                raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
+        share = 0.5 if sparsity is None else sparsity
+        super().__init__(
+            base,
+            selection,
+            rho=variant.rho if rho is None else rho,
+            geometry=variant.geometry,
+            eta=eta,
+            mask=None if variant.mask is None else Mask(variant.mask, share, mask_every),
+            ascent=Ascent(ascent, gsam_alpha),
+            esam_beta=esam_beta,
+        )
+
+
+def _class_of(variant: Variant) -> type[VariantSAM]:
+    about = {"variant": variant, "__doc__": variant.description, "__module__": __name__}
+    return type(variant.name, (VariantSAM,), about)
+
+
+CLASSES = {name: _class_of(variant) for name, variant in VARIANTS.items()}
+globals().update(CLASSES)  # pickle looks a class up by its name in its module
 
 
 def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
@@ -130,8 +152,8 @@ def register(registry: OptimizerRegistry = default_registry) -> None:
     if "samon" in registry._optimizers:
         return
     for variant in VARIANTS.values():
-        build: Any = partial(build_sam, variant=variant)
         # All arguments pass through: the base optimizer, which base_opt may change, drops what it does not know.
-        info = OptimInfo(variant.name, build, variant.description, has_eps=True, has_momentum=True, has_betas=True)
+        made = CLASSES[variant.name]
+        info = OptimInfo(variant.name, made, variant.description, has_eps=True, has_momentum=True, has_betas=True)
         registry.register(info)
     registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

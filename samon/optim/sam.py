@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from timm.optim import Lookahead
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -22,7 +23,8 @@ from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import SCOPES, Selection, select, select_bare
 from samon.optim.sharded import local, whole_norms
 
-STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults"}  # of a copy
+# What a copy takes along.
+STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults", "distributed"}
 Grads = Sequence[Tensor | None]  # in the order of `perturbed_parameters`
 
 
@@ -69,6 +71,9 @@ class SAM(Optimizer):
         ascent: Ascent | None = None,
         esam_beta: float = 1.0,
     ):
+        if isinstance(base, SAM | Lookahead):
+            name = f"lookahead_{selection.scope}"
+            raise UserError(f"{type(base).__name__} cannot be the base optimizer; Lookahead goes around it: use {name}")
         ascent = ascent or Ascent()
         mistakes = {
             f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a first-order base "
@@ -83,11 +88,13 @@ class SAM(Optimizer):
         self.rho, self.eta = radius("rho", rho), radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
-        self.selection = selection
+        self.selection, self.defaults = selection, base.defaults
         self._start()
-        super().__init__(base.param_groups, base.defaults)
 
     def _start(self) -> None:
+        """What a new instance and a copy begin with. `Optimizer.__init__` would empty the base's state and groups."""
+        super().__setstate__({})
+        vars(self).update({name: hooks for name, hooks in vars(self.base).items() if "state_dict" in name})
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
@@ -151,14 +158,15 @@ class SAM(Optimizer):
         self.arithmetic, self.captured = Arithmetic(backend), mode in CAPTURING
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+        """The base optimizer's own state, which it can load alone, with that of the ascent and the mask beside it."""
+        state = self.base.state_dict()
         if self.ascent.source != "batch" or self.esam_beta < 1:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state written by this class or by the base optimizer alone."""
-        super().load_state_dict(state_dict)
+        self.base.load_state_dict(state_dict)
         device = next(iter(self.selection.parameters.values())).device
         if self.mask is not None and "mask" in state_dict:
             self.mask.load_state_dict(state_dict["mask"], device)
@@ -174,11 +182,8 @@ class SAM(Optimizer):
         return {k: v for k, v in self.__dict__.items() if k in STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" not in state:  # from load_state_dict: new groups and state
-            self.base.__setstate__(state)
-            return
+        vars(self).update(state)
         self._start()
-        super().__setstate__(state)
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
