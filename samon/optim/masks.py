@@ -42,6 +42,8 @@ class Mask:
         self.step, self.rate = 0, EXCHANGED
         self.epoch, self.due = -1, False  # as `begin_epoch` was told last, and whether it asked for a renewal
         self.masks: list[Tensor] = []
+        self.upcoming: list[Tensor] = []  # of the update under way, which may be skipped
+        self.stale = False  # whether the next call belongs to another update
 
     def begin_epoch(self, epoch: int, epochs: int, every: int) -> bool:
         """From the first call on, epochs renew the mask: SSAM-D with the next gradient, SSAM-F by `renew_fisher`.
@@ -58,34 +60,41 @@ class Mask:
 
     def renew_fisher(self, diagonal: Sequence[Tensor]) -> None:
         """Keep the entries with the largest diagonal of the Fisher, shaped like the parameters, of all processes."""
-        self._renew(diagonal, "fisher", summed=True)
+        self.masks = self._renewed(diagonal, "fisher", summed=True)
 
     def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients with the dropped entries zeroed; renews the mask first when it is due."""
-        if not self.masks:
-            self._renew(grads, "fisher" if self.kind == "fisher" else "random")
-        elif self.kind != "random" and self.every and self.step % self.every == 0:
-            self._renew(grads, self.kind)
-        if self.due:
-            self._renew(grads, self.kind)
-            self.due = False
-        self.step += 1
-        return [g * m for g, m in zip(grads, self.masks, strict=True)]
+        """The gradients with the dropped entries zeroed; renews the mask first when it is due, once in an update."""
+        if self.stale or not self.upcoming:
+            self.upcoming, self.stale = self.masks, False
+            if not self.masks:
+                self.upcoming = self._renewed(grads, "fisher" if self.kind == "fisher" else "random")
+            elif self.kind != "random" and self.every and self.step % self.every == 0:
+                self.upcoming = self._renewed(grads, self.kind)
+            if self.due:
+                self.upcoming = self._renewed(grads, self.kind)
+        return [g * m for g, m in zip(grads, self.upcoming, strict=True)]
 
-    def _renew(self, grads: Sequence[Tensor], kind: str, summed: bool = False) -> None:
+    def advance(self) -> None:
+        """The update is applied: its mask stays. That of a skipped one, made from a gradient that is not finite, is
+        never used again."""
+        if self.upcoming:
+            self.masks, self.upcoming, self.due = self.upcoming, [], False
+            self.step += 1
+
+    def _renewed(self, grads: Sequence[Tensor], kind: str, summed: bool = False) -> list[Tensor]:
         flat = torch.cat([g.flatten() for g in grads])
         keep = max(1, round((1 - self.sparsity) * flat.numel()))
         if kind != "random" and not summed and dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         size = self._random(flat) if kind == "random" else flat.abs()
         if kind == "dynamic":
-            old = torch.cat([m.flatten() for m in self.masks])
+            old = torch.cat([m.flatten() for m in self.upcoming])
             exchanged = min(round(self.rate * keep), flat.numel() - keep)  # there must be others to take
             stay = _largest(size.masked_fill(~old, -1), keep - exchanged)
             mask = stay | _largest(self._random(flat).masked_fill(old, -1), exchanged)
         else:
             mask = _largest(size, keep)
-        self.masks = [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
+        return [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
 
     def _random(self, like: Tensor) -> Tensor:
         # On the CPU and from the step number: the same on every device, process and after a resume.
@@ -93,14 +102,20 @@ class Mask:
         return torch.rand(like.numel(), generator=generator, dtype=torch.float32).to(like)
 
     def state_dict(self) -> dict:
-        names = ("step", "epoch", "due", "rate", "every")
+        names = ("step", "epoch", "due", "rate", "every", "kind", "sparsity")
         return {name: getattr(self, name) for name in names} | {"masks": list(self.masks)}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Also a state that was written before masks knew epochs."""
-        self.masks = [m.to(device) for m in state["masks"]]
-        for name in state.keys() - {"masks"}:
-            setattr(self, name, state[name])
+    def load_state_dict(self, state: dict, like: Sequence[Tensor]) -> None:
+        """Also a state that was written before masks knew epochs. One of another kind or sparsity, or of other tensors
+        than `like`, is left aside: a new mask is drawn.
+
+        Args:
+            like: the tensors that are masked.
+        """
+        ours = (state.get("kind", self.kind), state.get("sparsity", self.sparsity)) == (self.kind, self.sparsity)
+        if ours and [m.shape for m in state["masks"]] in ([], [t.shape for t in like]):
+            self.masks = [m.to(t.device) for m, t in zip(state["masks"], like)]  # noqa: B905 none before the first step
+            vars(self).update({name: value for name, value in state.items() if name != "masks"})
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

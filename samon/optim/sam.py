@@ -167,16 +167,18 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state written by this class or by the base optimizer alone."""
         self.base.load_state_dict(state_dict)
-        device = next(iter(self.selection.parameters.values())).device
+        weights = self.perturbed_weights()
         if self.mask is not None and "mask" in state_dict:
-            self.mask.load_state_dict(state_dict["mask"], device)
+            self.mask.load_state_dict(state_dict["mask"], weights)
         if "ascent" in state_dict:
-            self.ascent.load_state_dict(state_dict["ascent"], device)
+            self.ascent.load_state_dict(state_dict["ascent"], weights[0].device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of an update that was skipped included."""
         super().zero_grad(set_to_none)
         self.ascent.clean = []
+        if self.mask is not None:
+            self.mask.stale = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k in STATE}
@@ -311,12 +313,14 @@ class SAM(Optimizer):
             with self.drawn():
                 loss = self._passes(torch.enable_grad()(closure))
         self.ascent.update(self.perturbed_parameters, self.state)
+        if self.mask is not None:
+            self.mask.advance()
         result = self.base.step()
         return result if closure is None else loss
 
     def plainly(self) -> None:
         """The next step is a plain one on purpose: no warning that nothing was perturbed."""
-        self._plain = True
+        self._plain, self.ascent.used = True, False  # an update that was skipped may have left it
 
     def _expect_perturbed(self) -> None:
         """Without two passes before it, a step is silently the base optimizer's, bit for bit."""

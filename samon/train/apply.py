@@ -3,8 +3,9 @@
 On the CPU the host looks whether the gradient is finite and skips. On an accelerator that look would stop the queue of
 kernels at every update, so there the step is undone on the device: optimizers that take `found_inf` (torch's fused
 ones) skip by themselves, for the others parameters and state are copied before and selected back. The copies live while
-no activations do, so they seldom raise the peak. What an optimizer counts on the host (Adam's `step`, unless fused or
-capturable) counts a skipped step too.
+no activations do, so they seldom raise the peak. The host looks there too where only it can undo a step: in the first
+update, which makes the state, and where the state is not all tensors (Kron, LAMB, Adan and others count in Python).
+A step count that is a tensor on the host (Adam's `step`, unless fused or capturable) counts a later skipped step too.
 """
 
 from collections.abc import Iterator
@@ -74,10 +75,13 @@ def clip_parts(grads: list[Tensor], norm: Tensor, value: float, mode: str) -> No
 
 
 def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what happens next depends on how many updates were applied, which only the host can count: Lookahead, and
-    the ascents that go by it."""
+    """Whether what happens next depends on how many updates were applied, which only the host can count: Lookahead, the
+    ascents that go by it, and masks that are renewed."""
     sam = sam_of(optimizer)
-    return isinstance(optimizer, Lookahead) or (sam is not None and (sam.ascent.counts or sam.esam_beta < 1))
+    if sam is None:
+        return isinstance(optimizer, Lookahead)
+    renewed = sam.mask is not None and sam.mask.kind != "random"
+    return isinstance(optimizer, Lookahead) or sam.ascent.counts or sam.esam_beta < 1 or renewed
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -86,8 +90,12 @@ def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """The optimizer's step where `finite` (bool, [] on the device) holds; else everything is as it was, without a read
-    on the host. State that the step made is zero then, as optimizers start it."""
+    """The optimizer's step where `finite` (bool, [] on the device) holds; else everything is as it was. The host reads
+    it only where `changes_more_than_tensors`. What the ascent keeps from now on starts at zero."""
+    if changes_more_than_tensors(optimizer):
+        if bool(finite):
+            optimizer.step()
+        return
     sam = sam_of(optimizer)
     base: Any = optimizer if sam is None else sam.base
     if getattr(base, "_step_supports_amp_scaling", False) and (sam is None or not sam.ascent.keeps):
@@ -103,6 +111,14 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     for key, after in held(optimizer, sam).items():
         old = copies[key] if key in copies else torch.zeros_like(after)
         after.copy_(torch.where(finite, after, old))
+
+
+def changes_more_than_tensors(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step makes the state of a parameter, or changes what is no tensor: counts, lists, random states."""
+    states = [optimizer.state.get(p) for p in parameters(optimizer) if p.grad is not None]
+    if not all(states) or any("step" in group for group in optimizer.param_groups):
+        return True
+    return any(not isinstance(value, Tensor | bool) for state in states for value in (state or {}).values())
 
 
 def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]:

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten
 
 import samon
 from samon.optim.registry import VARIANTS
-from samon.train.apply import apply_gradient
+from samon.train.apply import apply_gradient, step_if
 from samon.train.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
@@ -77,8 +78,77 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+PLAIN = [n for n in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]) if not samon.is_sam_name(n)]
+
+
+@pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated
+@pytest.mark.parametrize("sharp", [False, True])
+@pytest.mark.parametrize("base", PLAIN)
+def test_a_skipped_update_leaves_no_trace(base: str, sharp: bool) -> None:
+    """Before the first one, between, and for a layer whose gradients begin later: all that is kept has the same bits
+    as if it had never been."""
+    ends = []
+    for skipped in ((), (0, 1, 3, 5)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+        opt = create_optimizer_v2(model, "sam" if sharp else base, lr=0.01, **({"base_opt": base} if sharp else {}))
+        for t in range(6):
+            for bad in [True, False] if t in skipped else [False]:
+                torch.manual_seed(t)  # kron draws from it
+                for p in model.parameters() if t > 2 else model[2].parameters():
+                    p.grad = torch.full_like(p, torch.nan) if bad else torch.randn(p.shape)
+                if sharp:
+                    opt.plainly()
+                with torch.compiler.set_stance("force_eager"):  # kron would compile itself
+                    step_if(opt, torch.tensor(not bad))
+        ends.append(tree_flatten([list(model.parameters()), opt.state_dict()]))
+    (ours, how), (theirs, other) = ends
+    assert how == other
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ssam-f", "ssam-d", "sam-random"])
+def test_a_skipped_update_leaves_the_mask(name: str) -> None:
+    ends = []
+    for reads in (True, False):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        opt = create_optimizer_v2(model, name, lr=0.01, mask_every=2)
+        for t in range(6):
+            x, y = batch(8, seed=t)
+            x[0] *= torch.nan if t in (0, 3) else 1
+            opt.zero_grad()
+            samon.two_pass(opt, partial(loss_of, model, x, y))
+            assert bool(apply_gradient(job(model, opt), reads=reads)[1]) == (t not in (0, 3))
+        assert opt.mask.step == 4 or name == "sam-random"  # where the count means nothing
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_plain_update_after_a_skipped_one_is_plain() -> None:
+    """LookSAM would add its direction to the gradient of an update that it did not make."""
+    ends = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        opt = create_optimizer_v2(model, "samon", lr=0.01, ascent="every:2")
+        for t in range(2 + skip):
+            x, y = batch(8, seed=0 if t == 0 else 1)
+            opt.zero_grad()
+            if t == 0 or (skip and t == 1):
+                samon.two_pass(opt, partial(loss_of, model, x, y))
+            else:
+                opt.plainly()
+                loss_of(model, x, y).backward()
+            if not (skip and t == 1):
+                opt.step()
+        assert opt.ascent.updates == 1
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def update(name: str, **how: Any) -> Any:
-    """Two whole updates on fake tensors, where any read on the host raises: whether the last one was applied."""
+    """The second and third update on fake tensors, where any read on the host raises: whether the last was applied."""
     groups, perturb, scope = how.pop("groups", 1), how.pop("perturb", None), how.pop("ascent", "batch")
     ema, progress = ModelEmaV3(nn.Linear(1, 1), decay=0.9), SimpleNamespace(sums={})
     with FakeTensorMode():
@@ -91,9 +161,12 @@ def update(name: str, **how: Any) -> Any:
         opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **extra)
         ema.module = net()  # as it would be copied: a fake tensor cannot be
         run, meter = job(model, opt, clip=1.0), Meter(progress)
-        for step in range(2):
+        for step in range(3):
             opt.zero_grad()
             samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
+            if step == 0:  # the host has looked and takes it
+                opt.step()
+                continue
             norm, applied = apply_gradient(run, reads=False)
             meter.add(8, {**opt.stats, "grad_norm": norm}, applied)
             ema.update(model, step=step)
