@@ -3,12 +3,15 @@
 On the device every random decision of an epoch is drawn at once on the CPU from (seed, epoch) and kept by sample
 index, so a sample's augmentation depends neither on its batch nor on the device, the processes or a restart."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm.data
 import torch
 import torch.nn.functional as F
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
@@ -36,7 +39,11 @@ def create_transform(
     """
     pad, policy = kwargs.get("train_crop_mode") == "pad", kwargs.get("auto_augment") == "cifar10"
     if not is_training or kwargs.get("no_aug") or not (pad or policy):
-        return timm.data.create_transform(input_size, is_training=is_training, **kwargs)
+        made = timm.data.create_transform(input_size, is_training=is_training, **kwargs)
+        first = (made[0] if isinstance(made, tuple) else made).transforms[0]
+        if isinstance(first, RandomResizedCropAndInterpolation):
+            first.get_params = partial(_whole_pixels, first.get_params)  # type: ignore[method-assign]
+        return made
     if kwargs.get("separate"):
         raise UserError("--train-crop-mode pad and --aa cifar10 do not go with --aug-splits")
     kwargs |= {"train_crop_mode": None} if pad else {}
@@ -51,6 +58,16 @@ def create_transform(
         behind = max((i for i, step in enumerate(steps) if isinstance(step, flips)), default=1 if pad else 0)
         steps.insert(behind + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GREY))
     return transforms.Compose(steps)
+
+
+def _whole_pixels(get_params: Callable[..., tuple[int, ...]], image: Any, *ranges: Any) -> tuple[int, ...]:
+    """timm's random box, at least 1 pixel wide and high: of thin images a small share can round to none."""
+    top, left, height, width = get_params(image, *ranges)
+    if height == 0:  # then top may be just below the image
+        top, height = max(top - 1, 0), 1
+    if width == 0:
+        left, width = max(left - 1, 0), 1
+    return top, left, height, width
 
 
 @dataclass

@@ -15,6 +15,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
@@ -32,9 +33,11 @@ from samon.errors import UserError
 _logger = logging.getLogger(__name__)
 
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")
+IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;pgm;tif;tiff;gif;avif;jp2;j2k"  # endings of these formats
 MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet has 61 million
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+# MPO comes with JPEG; a name that Pillow does not have would hide the ones after it.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _CROP_AND_FLIPS = (transforms.CenterCrop, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 _SAME_ON_TENSORS = (*_CROP_AND_FLIPS, transforms.Normalize, MaybePILToTensor, RandomErasing)
 _TENSOR_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
@@ -57,6 +60,21 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale gray values of 16 bits to 8, by the high byte as Pillow does for colors; `convert` would make them white.
+
+    Raises:
+        ImageError: integers or floats of 32 bits beyond 0 to 255, whose white is not defined.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+        if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
+            raise ImageError(f"values from {low:g} to {high:g} of 32 bits; save it with 8 or 16 bits")
+    return image
+
+
 def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to ``mode``; some data sets give Pillow images already."""
     image = data if isinstance(data, Image.Image) else open_image(data)
@@ -64,7 +82,9 @@ def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
         with warnings.catch_warnings() if image.mode == "P" else nullcontext():
             if image.mode == "P":  # transparency is dropped by the conversion, which is what timm does as well
                 warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            return image.convert(mode) if mode else image.copy()
+            return to_8_bits(image).convert(mode) if mode else image.copy()
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 

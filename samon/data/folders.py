@@ -15,12 +15,13 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.data.classes import class_order
+from samon.data.decode import IMAGE_KEYS
 from samon.errors import UserError
 
 _log_once = cache(logging.getLogger("samon").warning)  # a set is opened several times in a run
 
 # Endings of images that timm's folders do not read unless --input-key names them.
-OTHER_ENDINGS = frozenset([".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".j2k"])
+OTHER_ENDINGS = frozenset(f".{key}" for key in IMAGE_KEYS.split(";"))
 
 
 class Item(NamedTuple):

@@ -17,13 +17,14 @@ from webdataset.tariterators import base_plus_ext
 
 from samon.data import urls
 from samon.data.classes import map_label, unique_names
+from samon.data.decode import IMAGE_KEYS
 from samon.data.faults import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
+from samon.data.folders import is_hidden
 from samon.data.splits import synonyms
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;tif;tiff;gif"
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
 _INFO_NAMES = ("_info.json", "info.json")
 _TOOL = "tools/make_shards.py"
@@ -142,9 +143,15 @@ def members_by_key(
     """
     seekable = getattr(file, "seekable", lambda: False)()
     with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:
-        for position, (key, members) in enumerate(groupby(_members(tar, suffixes), itemgetter(0))):
+        position = 0
+        for key, members in groupby(_members(tar, suffixes), itemgetter(0)):
             fields: dict[str, bytes | SampleError] = {}
+            dotted, is_sample = [], False
             for _, suffix, member in members:
+                if suffix not in suffixes:
+                    dotted.append(member.name)
+                    continue
+                is_sample = True
                 if position not in wanted:
                     continue
                 if suffix in fields:
@@ -154,16 +161,23 @@ def members_by_key(
                 else:
                     data = tar.extractfile(member)
                     fields[suffix] = b"" if data is None else data.read()
-            yield key, fields
+            # `a.seg.png` beside a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a sample that got lost.
+            if lost := [name for name in dotted if not is_sample or name.endswith(".cls")]:
+                rename = "a sample's name ends at its first dot; rename it, or pack the set by tools/make_shards.py"
+                raise DataError(f"{url} {lost[0]}: {rename}")
+            if is_sample:
+                yield key, fields
+                position += 1
 
 
 def _members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, suffix and header of each file that ends in one of ``suffixes``."""
+    """Key, suffix and header of each file whose name ends in one of ``suffixes``, also after a suffix with dots."""
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
         key, suffix = base_plus_ext(member.name)
         suffix = (suffix or "").lower()
-        if member.isreg() and suffix in suffixes and not re.match("__[^/]*__(/|$)", member.name):
+        hidden = is_hidden(member.name) or re.match("__[^/]*__(/|$)", member.name)
+        if member.isreg() and suffix.rpartition(".")[2] in suffixes and not hidden:
             yield key, suffix, member
 
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
+from samon.commands import make_shards
 from samon.data import regions
 from samon.data.decode import (
     DECODERS,
@@ -24,6 +26,7 @@ from samon.data.decode import (
     jitter_tensor,
 )
 from samon.data.faults import ImageError
+from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.settings.rows import TRAIN as TRAIN_FLAGS
 from tests import efficientnet_lite0
@@ -130,11 +133,9 @@ def _modes():
     rgb = colour.convert("RGB")
     palette = rgb.convert("P")
     palette.info["transparency"] = b"\x80" * 200
-    deep = Image.fromarray(rng.integers(0, 65536, (40, 30)).astype(np.uint16))
     return {
         "rgba png": (colour, {"format": "PNG"}),
         "palette png": (palette, {"format": "PNG"}),
-        "16 bit png": (deep, {"format": "PNG"}),
         "bilevel png": (rgb.convert("1"), {"format": "PNG"}),
         "grey png": (rgb.convert("L"), {"format": "PNG"}),
         "grey alpha png": (colour.convert("LA"), {"format": "PNG"}),
@@ -343,3 +344,37 @@ def test_unknown_decoders_and_modes():
         choose_decoder("torch", transform, "L")
     decode, step = choose_decoder("auto", transform, "L")
     assert step(decode(PHOTOS[0].read_bytes())).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("AVIF", "avif"), ("JPEG2000", "jp2")])
+def test_newer_formats_open_and_are_packed_under_names_that_reading_knows(tmp_path, kind, ending):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    (tmp_path / "in/a").mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"in/a/{i}.png", kind)
+    assert decode_pil((tmp_path / "in/a/0.png").read_bytes()).size == (30, 20)
+    make_shards.main(["--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--split", "train"])
+    source = open_source("wds/x", str(tmp_path / "out"), "train")
+    assert source.read([0, 1])[0].image == (tmp_path / "in/a/0.png").read_bytes()
+    with tarfile.open(tmp_path / "out/train-0000.tar") as tar:
+        assert tar.getnames()[0].endswith(f".{ending}")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_gray_of_16_bits_keeps_its_range(kind):
+    values = np.array([[0, 255, 256, 32768, 65535]] * 5, dtype=np.uint16)
+    for mode in ("L", "RGB"):
+        image = decode_pil(encoded(Image.fromarray(values), format=kind), mode)
+        assert np.asarray(image).reshape(5, 5, -1)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("values", "taken"), [([0, 255], True), ([0, 65535], False), ([0.0, 1.0], False)])
+def test_values_of_32_bits_are_taken_only_where_white_is_known(values, taken):
+    data = encoded(
+        Image.fromarray(np.array([values] * 2, dtype=np.int32 if values[1] > 1 else np.float32)), format="TIFF"
+    )
+    if taken:
+        assert np.asarray(decode_pil(data, "L"))[0].tolist() == values
+    else:
+        with pytest.raises(ImageError, match="of 32 bits; save it with 8 or 16 bits"):
+            decode_pil(data)

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from samon.data import DataError, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError, shards
@@ -288,3 +289,54 @@ def test_damaged_files_in_folders(tmp_path):
     assert loader.bad_samples == 1
     with pytest.raises(ImageError, match=r"c3/image\.jpg: not an image"):
         flat(make_loader(root, name="", training=False))
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        (["cat.v2.jpg", "cat.v2.cls"], "cat.v2.jpg"),
+        (["0.jpg", "0.cls", "img.v2.JPG", "img.v2.cls"], "img.v2.JPG"),
+        (["cat.jpg", "cat.cls", "cat.2.jpg", "cat.2.cls"], "cat.2.cls"),
+    ],
+)
+def test_a_sample_with_a_dot_in_its_name_is_named(tmp_path, names, lost):
+    content = {"jpg": jpeg(0), "cls": b"0"}
+    (tmp_path / "a.tar").write_bytes(tar_of([(f"x/{name}", content[name[-3:].lower()]) for name in names]))
+    with pytest.raises(DataError, match=rf"a.tar x/{lost}: a sample's name ends at its first dot"):
+        shards.load_split(str(tmp_path), "a.tar")
+
+
+def test_other_members_of_a_sample_are_no_samples(tmp_path):
+    names = ["0.depth.png", "0.jpg", "0.cls", "0.seg.png", "._0.jpg", "x/._1.jpg", "1.jpg", "1.cls"]
+    content = {"png": jpeg(9), "jpg": jpeg(0), "cls": b"1"}
+    (tmp_path / "a.tar").write_bytes(tar_of([(name, content[name[-3:]]) for name in names]))
+    assert shards.load_split(str(tmp_path), "a.tar").lengths == (2,)
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1)])
+@pytest.mark.parametrize("decoder", ["auto", "torch", "pil"])
+def test_images_one_pixel_wide_or_high_train(tmp_path, size, decoder):
+    (tmp_path / "train/a").mkdir(parents=True)
+    Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/0.png")
+    Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/1.jpg")
+    loader = make_loader(
+        str(tmp_path), name="", batch=2, decoder=decoder, dataset={"max_bad_fraction": 0}, mean=(0,) * 3, std=(1,) * 3
+    )
+    for epoch in range(40):
+        loader.set_epoch(epoch)
+        ((images, target),) = loader
+        assert target.tolist() == [0, 0]
+        assert torch.equal(images.amin((2, 3)), images.amax((2, 3)))  # nothing from outside the image
+
+
+def test_an_exception_of_an_augmentation_names_the_file(tmp_path):
+    def broken(image):
+        raise IndexError("list index\nout of range")
+
+    root = write_set(tmp_path / "set", [4])
+    for training, said in ((True, "bad samples in this epoch"), (False, r"s0000: IndexError: list index out of range")):
+        loader = make_loader(root, training=training)
+        loader.dataset.transform = broken
+        with pytest.raises(DataError, match=said) as caught:
+            flat(loader)
+        assert "train-0000.tar s0" in str(caught.value)
