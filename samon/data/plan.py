@@ -7,7 +7,10 @@ rank gets the same number of batches. A shard is read by two readers only where 
 
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Piece(NamedTuple):
@@ -24,6 +27,16 @@ class Stretch(NamedTuple):
     start: int
     size: int
     batches: int
+
+
+class Layout(NamedTuple):
+    """How readers share an epoch's samples, and how many of them they gave (all ranks together) before a restart."""
+
+    world: int
+    batch: int
+    workers: int
+    buffer: int
+    samples: int = 0
 
 
 def epoch_pieces(lengths: Sequence[int], size: int, *, seed: int | None, epoch: int = 0) -> list[Piece]:
@@ -79,6 +92,24 @@ def stretch(
     mine = worker_batches(batches, worker, num_workers)
     start = min(low + before * batch, high)
     return Stretch(start, min(mine * batch, high - start), mine)
+
+
+def reader_order(count: int, buffer: int, *draw: int) -> list[int]:
+    """Positions 0 to ``count`` as a training reader gives them; ``draw`` is its (seed, epoch, start)."""
+    return shuffle_order(count, buffer, random.Random(" ".join(map(str, ("samples", *draw)))))
+
+
+def left_over(places: np.ndarray, layout: Layout, seed: int, epoch: int) -> np.ndarray:
+    """The places of an epoch's sequence, of those that ``layout``'s readers shared, that they have not given."""
+    given = np.zeros(len(places), dtype=bool)
+    batches = layout.samples // (layout.world * layout.batch)
+    for rank, worker in product(range(layout.world), range(layout.workers)):
+        place = rank, layout.world, worker, layout.workers
+        start, count, _ = stretch(len(places), layout.batch, *place, is_training=True)
+        done = worker_batches(batches, worker, layout.workers) * layout.batch
+        order = reader_order(count, layout.buffer, seed, epoch, start)
+        given[[start + position for position in order[:done]]] = True
+    return places[~given]
 
 
 def shuffle_order(count: int, buffer: int, rng: random.Random) -> list[int]:

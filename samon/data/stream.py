@@ -104,6 +104,10 @@ class SampleStream(IterableDataset):
         """Samples that this process gives in a whole epoch."""
         return self.stretch(0, 1).size
 
+    def batches_before(self, epoch: int) -> int:
+        """This rank's batches of the epoch whose samples other readers gave before a restart."""
+        return 0
+
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """(place in the epoch, record or its error) of one of this rank's streams, ``skip`` samples left out."""
         raise NotImplementedError
@@ -114,6 +118,8 @@ class SampleStream(IterableDataset):
         epoch, first, mixup = self.state.tolist()
         if hasattr(self.collate, "mixup_enabled"):
             self.collate.mixup_enabled = bool(mixup)
+        before = self.batches_before(epoch)
+        first = max(0, first - before)
         # The loader asks its workers in turn, beginning with worker 0: so that one takes over whose turn it was.
         stream = (me + first) % workers
         done = plan.worker_batches(first, stream, workers) * self.batch_size
@@ -121,7 +127,7 @@ class SampleStream(IterableDataset):
         items = with_spares(self.records(epoch, stream, workers, done - spared))
         for count, ((place, record), spares) in enumerate(islice(items, spared, None), start=done):
             if isinstance(self.transform, SizedTransform) and count % self.batch_size == 0:
-                self.transform.begin_batch(epoch, stream + count // self.batch_size * workers)
+                self.transform.begin_batch(epoch, before + stream + count // self.batch_size * workers)
             if self.is_training:
                 rng.seed(sample_seed(self.seed, epoch, place))
             yield self._usable(record, [spare for _, spare in spares], me)
@@ -168,6 +174,30 @@ class ShardStream(SampleStream):
     source: ShardSource
     buffer: int = 2048
     sample_split: bool = False
+    layouts: tuple[int, Sequence[plan.Layout]] = (-1, ())  # an epoch, and the readers that gave its first samples
+
+    @property
+    def layout(self) -> plan.Layout:
+        """The present readers."""
+        return plan.Layout(self.world_size, self.batch_size, self.num_workers, self.buffer)
+
+    def _samples_before(self, epoch: int) -> int:
+        return sum(layout.samples for layout in self.layouts[1]) if epoch == self.layouts[0] else 0
+
+    def batches_before(self, epoch: int) -> int:
+        return self._samples_before(epoch) // (self.batch_size * self.world_size)
+
+    def places(self, epoch: int) -> Sequence[int] | np.ndarray:
+        """The places of the epoch's sequence that the present readers share: all, or those not given before."""
+        before = self._samples_before(epoch)
+        if not before:
+            return range(self.size)
+        every = left = np.arange(self.size)
+        for layout in self.layouts[1]:
+            left = plan.left_over(left, layout, self.seed, epoch)
+        step = self.batch_size * self.world_size
+        missing = (self.size // step - before // step) * step - len(left)  # for whole steps some come again
+        return np.sort(np.append(left, np.setdiff1d(every, left)[: max(missing, 0)]))
 
     def check(self) -> None:
         """Also refuse repeated augmentation, and fewer shards than training readers, unless samples may be split."""
@@ -185,21 +215,23 @@ class ShardStream(SampleStream):
 
     def records(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, Any]]:
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
-        seed = self.seed if self.is_training else None
-        start, count, _ = self.stretch(stream, num_streams)
-        lengths = self.source.shards.lengths
-        pieces = plan.cut(plan.epoch_pieces(lengths, self.size, seed=seed, epoch=epoch), start, count)
-        if self.is_training:
-            order = plan.shuffle_order(count, self.buffer, random.Random(f"samples {self.seed} {epoch} {start}"))
-        else:
-            order = list(range(count))
+        seed, places = self.seed if self.is_training else None, self.places(epoch)
+        reader = self.rank, self.world_size, stream, num_streams
+        start, count, _ = plan.stretch(len(places), self.batch_size, *reader, is_training=self.is_training)
+        if not count:
+            return
+        first, last = int(places[start]), int(places[start + count - 1])
+        pieces = plan.epoch_pieces(self.source.shards.lengths, self.size, seed=seed, epoch=epoch)
+        pieces = plan.cut(pieces, first, last + 1 - first)
+        drawn = plan.reader_order(count, self.buffer, self.seed, epoch, start) if self.is_training else range(count)
+        order = [int(places[start + position]) - first for position in drawn]
         held: dict[int, Any] = {}
         arriving = self._arriving(pieces, frozenset(order[skip:]))
         for position in order[skip:]:
             while position not in held:
                 arrived, record = next(arriving)
                 held[arrived] = record
-            yield start + position, held.pop(position)
+            yield first + position, held.pop(position)
         next(arriving, None)  # lets the reader see whether the last shard ends where it should
 
     def _arriving(self, pieces: Sequence[plan.Piece], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:

@@ -31,6 +31,7 @@ class Progress:
     skipped: int = 0  # optimizer steps skipped so far for a non-finite gradient
     bad_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # running sums behind this epoch's training metrics
+    layouts: list[list[int]] = field(default_factory=list)  # plan.Layouts by which shards were read in this epoch
 
 
 @dataclass

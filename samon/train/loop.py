@@ -74,6 +74,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
+        progress.layouts = []
     best = keeper.checkpoints.best
     bad = torch.tensor([run.train_loader.bad_samples])
     keeper.control.reduce(bad)

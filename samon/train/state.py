@@ -16,6 +16,8 @@ from timm.models import clean_state_dict, safe_model_name
 from torch import nn
 
 from samon import rng as generators
+from samon.data.plan import Layout
+from samon.data.stream import ShardStream
 from samon.errors import UserError
 from samon.files import write_text
 from samon.session import checkpoint, parts, sharding
@@ -35,6 +37,7 @@ INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "re
 INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
 INDIFFERENT |= {"val_interval", "save_epochs", "validation_batch_size", "no_replay", "dataset_download"}
 INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate", "checkpoint_format"}
+READERS = {"workers"}  # which decide the order in which shards are read
 # Settings that lie in the optimizer's groups, which a checkpoint brings along.
 OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
 OF_GROUPS |= {"opt_eps": ("eps",), "opt_betas": ("betas",)}
@@ -239,8 +242,9 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     if config.start_epoch is not None:
         progress = Progress(epoch=config.start_epoch)
     elif progress.epoch_done:
-        progress = replace(progress, epoch=progress.epoch + 1, updates=0, samples=0, epoch_done=False, sums={})
+        progress = Progress(progress.epoch + 1, skipped=progress.skipped, bad_in_a_row=progress.bad_in_a_row)
     rng = _restore_rank(run, progress, ranks)
+    _restore_readers(run, progress, settings_of(content), len(ranks))
     move_schedule(run, progress, content.get("scheduler"))
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return progress, rng
@@ -265,7 +269,8 @@ def _load(run: Run, model: nn.Module, state: dict[str, Any]) -> None:
 def differences(run: Run, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (in the checkpoint, in this run)} where they differ and it matters to the result."""
     was, now = settings_of(content), vars(lasting(run.effective))
-    keys = [key for key in now if key in was and key not in INDIFFERENT]
+    same = INDIFFERENT - READERS if isinstance(getattr(run.train_loader, "dataset", None), ShardStream) else INDIFFERENT
+    keys = [key for key in now if key in was and key not in same]
     return {key: (was[key], now[key]) for key in keys if _plain(was[key]) != _plain(now[key])}
 
 
@@ -289,6 +294,22 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[dict[str, Any]]) -> 
         progress.updates = progress.samples // (world.size * run.config.batch_size * run.config.grad_accum_steps)
     utils.random_seed(run.config.seed + progress.epoch, world.rank)
     return None
+
+
+def _restore_readers(run: Run, progress: Progress, was: Mapping[str, Any], processes: int) -> None:
+    """Let other readers of shards share what those of the interrupted epoch have not given."""
+    stream = getattr(run.train_loader, "dataset", None)
+    if not isinstance(stream, ShardStream) or not progress.samples or not processes:
+        return
+    layouts = [Layout(*layout) for layout in progress.layouts]
+    given = progress.samples - sum(layout.samples for layout in layouts)
+    last = Layout(processes, was["batch_size"], max(1, was["workers"]), was["shuffle_buffer"])
+    if last != stream.layout and given:
+        layouts.append(last._replace(samples=given))
+        say = log.warning if run.world.primary else log.debug
+        say("The epoch's shards were read by other readers before; those of now share what is left of it")
+    progress.layouts = [list(layout) for layout in layouts]
+    stream.layouts = (progress.epoch, layouts)
 
 
 def move_schedule(run: Run, progress: Progress, plateau: dict[str, Any] | None = None) -> None:

@@ -262,6 +262,31 @@ def _one_process(rank, root):
     return seen
 
 
+@pytest.mark.parametrize(
+    "shares",  # (processes, workers, batch, steps) one after the other; the last ones run to the epoch's end
+    [
+        [(1, 2, 2, 5), (1, 3, 2, None)],
+        [(1, 2, 2, 5), (1, 0, 2, None)],
+        [(2, 1, 2, 3), (1, 2, 2, None)],
+        [(1, 3, 2, 2), (1, 2, 2, 3), (2, 0, 1, 4), (1, 1, 2, None)],
+        [(1, 2, 2, 3), (1, 2, 2, 2), (1, 0, 2, None)],
+    ],
+)
+def test_other_readers_share_what_is_left_of_an_epoch(root, shares):
+    given, layouts, taken = [], [], 0
+    for world, workers, batch, steps in shares:
+        for rank in range(world):
+            loader = make_loader(root, workers=workers, world=world, rank=rank, batch=batch)
+            loader.dataset.layouts = (3, layouts)
+            loader.set_epoch(3, taken + sum(layout.samples for layout in layouts))
+            given += [i for batch in targets(loader)[:steps] for i in batch]
+            loader.set_epoch(4)
+            assert len(targets(loader)) == TOTAL // (batch * world), "the next epoch is whole"
+        if steps:
+            layouts = [*layouts, loader.dataset.layout._replace(samples=steps * batch * world)]
+    assert len(given) == len(set(given)) == TOTAL - TOTAL % (batch * world)
+
+
 def test_two_real_processes(root):
     results = run_ranks(_one_process, 2, root)
     assert sorted(torch.cat([r["evaluated"] for r in results]).tolist()) == list(range(TOTAL))

@@ -3,6 +3,8 @@
 import csv
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from samon.errors import UserError
+from samon.errors import Stopped, UserError
 from samon.evals.main import main as validate
 from samon.train import main as train
-from tests.runs import BASE, WATCH, assert_same, last, run, run_stopped, weights
+from samon.train.build import Hooks
+from tests.runs import BASE, WATCH, assert_same, last, run, run_stopped, stop_at, weights
+from tests.sets import write_set
 
 
 def start(tmp_path: Path, *args: str) -> dict[str, Any]:
@@ -111,6 +115,25 @@ def test_settings_of_a_resumed_run_make_a_new_run(tmp_path: Path) -> None:
     assert (tmp_path / "again/last.pth.tar").exists()
 
 
+def test_other_workers_go_on_with_the_samples_that_are_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also when it is stopped again; sample i of these shards has label i."""
+    root = write_set(tmp_path / "set", [4] * 7)
+    args = ["--data-dir", root, "--num-classes", "28", "--train-num-samples", "28", "--val-split", "", "-b", "2"]
+    seen: list[int] = []
+    sample = Hooks(batch=lambda images, target: seen.extend(target.tolist()))
+    for number, (workers, updates) in enumerate((("2", 5), ("1", 8), ("2", None))):
+        how = [*BASE, *args, "-j", workers] if number == 0 else ["--resume", str(tmp_path / "run"), "-j", workers]
+        where = ["--output", str(tmp_path), "--experiment", "run"] if number == 0 else []
+        hooks = replace(stop_at(0, updates) if updates else Hooks(), batch=sample.batch)
+        with pytest.raises(Stopped) if updates else nullcontext():
+            train.main([*how, *where], hooks)
+    assert len(seen) == len(set(seen)) == 28
+    said = capfd.readouterr().err
+    assert said.count("those of now share what is left") == 2
+    assert "Other settings" in said
+    assert "workers 2 -> 1" in said
+
+
 # --- nothing to do ----------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +223,27 @@ def test_a_missing_class_shifts_no_label(folders: Any, tmp_path: Path, capfd: py
     rows = list(csv.DictReader((directory / "summary.csv").read_text().splitlines()))
     best = max(rows, key=lambda row: float(row["eval_top1"]))
     assert float(best["eval_loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_resumed_run_keeps_the_labels_of_its_classes(folders: Any, tmp_path: Path) -> None:
+    root = folders("ant bee cat", "ant bee cat")
+    directory = on_folders(root, tmp_path)
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "bee")
+    seen: list[int] = []
+    train.main(
+        ["--resume", str(directory), "--epochs", "2"], Hooks(batch=lambda _, target: seen.extend(target.tolist()))
+    )
+    assert set(seen) == {0, 2}
+    for split in ("train", "val"):
+        (root / split / "cat").rename(root / split / "dog")
+    with pytest.raises(UserError, match=r"images/train: class 'dog' is not among the 3 trained"):
+        train.main(["--resume", str(directory), "--epochs", "3"])
+
+
+def test_a_class_in_validation_only_is_named(folders: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images/val: class 'cat' is not among the 2 trained"):
+        on_folders(folders("ant bee", "ant bee cat"), tmp_path)
 
 
 def figure(name: str, *args: str) -> float:
