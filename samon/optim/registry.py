@@ -62,6 +62,14 @@ def variant_of(opt: str) -> Variant | None:
     return VARIANTS.get(opt.lower().removeprefix("lookahead_"))
 
 
+def base_of(opt: str, base_opt: str | None = None) -> str:
+    """timm's name of the optimizer that applies the gradient, the same for all its aliases."""
+    variant = variant_of(opt)
+    name = opt.lower().removeprefix("lookahead_") if variant is None else (base_opt or variant.base).lower()
+    info = default_registry._optimizers.get(name)
+    return name if info is None else info.name
+
+
 def is_sam_name(opt: str) -> bool:
     """Whether the optimizer name is one of this package's."""
     return variant_of(opt) is not None

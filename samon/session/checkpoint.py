@@ -55,6 +55,7 @@ class TrainState:
     ranks: list[dict[str, Any]]  # of each process: `rng` and BatchNorm buffers of model and EMA (`buffers`)
     best: dict[str, Any]  # metric and epoch of the best, and the kept [file, metric] pairs
     started: str  # identifies the run: states of another run in the same directory are not this run's
+    optimizer_layout: dict[str, Any] = field(default_factory=dict)  # which optimizer, over which groups of parameters
     class_names: list[str] | None = None  # in the order of the outputs, where the data told them
     version: int = 2  # of timm's format
     samon: int = FORMAT

@@ -26,6 +26,7 @@ from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, Train
 from samon.settings.config import AUTO, FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
+from samon.train.optimizer_state import layout, load_optimizer
 
 log = logging.getLogger("samon")
 ARGS = "args.yaml"
@@ -38,9 +39,6 @@ INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wa
 INDIFFERENT |= {"val_interval", "save_epochs", "validation_batch_size", "no_replay", "dataset_download"}
 INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate", "checkpoint_format"}
 READERS = {"workers"}  # which decide the order in which shards are read
-# Settings that lie in the optimizer's groups, which a checkpoint brings along.
-OF_GROUPS = {"lr": ("lr", "initial_lr"), "weight_decay": ("weight_decay",), "momentum": ("momentum",)}
-OF_GROUPS |= {"opt_eps": ("eps",), "opt_betas": ("betas",)}
 
 
 @dataclass(frozen=True)
@@ -181,6 +179,7 @@ class Keeper:
         state = TrainState(
             state_dict=weights,
             optimizer=optimizer,
+            optimizer_layout=layout(run),
             epoch=progress.epoch,
             arch=run.config.model,
             args={key: value for key, value in vars(lasting(run.effective)).items() if key != "config"},
@@ -216,18 +215,16 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     if changed and run.world.primary:
         told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         log.warning("Other settings than in %s: %s", source, told)
-    fresh = [dict(group) for group in run.optimizer.param_groups]
     try:
         _load(run, run.model, content["state_dict"])
         if run.ema is not None:
             _load(run, run.ema.module, content.get("state_dict_ema") or content["state_dict"])
         if not config.no_resume_opt and "optimizer" in content:
-            state = content["optimizer"]
-            run.optimizer.load_state_dict(sharding.given_to(state, run.optimizer) if config.fsdp else state)
-            for group, new in zip(run.optimizer.param_groups, fresh, strict=True):  # what is asked for now counts
-                group |= {name: new[name] for key in changed for name in OF_GROUPS.get(key, ()) if name in group}
+            load_optimizer(run, source, content, changed)
         if run.scaler is not None and not config.no_resume_opt and "amp_scaler" in content:
             run.scaler.load_state_dict(content["amp_scaler"])
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         was = settings_of(content)
         wrote = f"--model {was.get('model')} --opt {was.get('opt')}"
