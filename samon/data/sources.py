@@ -21,7 +21,7 @@ from samon.data.faults import ImageError, LabelError, SampleError
 from samon.data.folders import Item, find_images
 from samon.data.shards import Record, ShardReader, ShardSet, load_split
 from samon.data.splits import Extent, parse_split, part_of, synonyms, train_or_test
-from samon.data.urls import ShardCache
+from samon.data.urls import ShardCache, is_local, temporary_directory
 from samon.errors import UserError, needed
 
 _SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
@@ -32,6 +32,8 @@ class Request:
     """What is to be opened: timm's arguments of `create_dataset`, and
 
     - keep: the class folders to take, the others are left out (labels stay as they are);
+    - random_access: samples are read in any order, so remote shards are copied first, without `shard_cache` to a
+      temporary directory;
     - unlabeled: labels are known otherwise, images may lie in no class folder;
     - allow_shell_urls, shard_cache, shard_cache_size: see `samon.data.create_dataset`.
     """
@@ -50,6 +52,7 @@ class Request:
     shard_cache_size: int = 200 << 30
     keep: set[str] | None = None
     unlabeled: bool = False
+    random_access: bool = False
 
     @property
     def flat(self) -> bool:
@@ -223,7 +226,9 @@ class HubSource(Source):
 
 def _open_shards(request: Request) -> Source:
     shards = load_split(request.root or "", request.split, allow_shell=request.allow_shell_urls)
-    cache = ShardCache(request.shard_cache, request.shard_cache_size) if request.shard_cache else None
+    copied = request.random_access and not all(map(is_local, shards.urls))
+    directory = request.shard_cache or (temporary_directory() if copied else None)
+    cache = ShardCache(directory, request.shard_cache_size) if directory else None
     return ShardSource(shards, ShardReader(request.input_key, request.target_key or shards.label_key or None, cache))
 
 

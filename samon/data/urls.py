@@ -1,13 +1,17 @@
 """Opening shards: local files, what webdataset can fetch, retries, and a cache of bounded size."""
 
+import atexit
+import fcntl
 import hashlib
 import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,6 +103,25 @@ def read_url(url: str, limit: int) -> bytes:
     raise DataError(f"{url}: {faults[-1]}" + f", {len(faults)} attempts" * (len(faults) > 1)) from faults[-1]
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file that other processes wait for; it is removed afterwards."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@cache
+def temporary_directory() -> str:
+    """A directory for copies that this process and its workers share, removed when it ends."""
+    path = tempfile.mkdtemp(prefix="samon-shards-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)  # not run by workers
+    return path
+
+
 class ShardCache:
     """Local copies of remote shards in one directory, the least recently used removed to keep under ``max_bytes``.
 
@@ -119,15 +142,23 @@ class ShardCache:
     def open(self, url: str) -> BinaryIO:
         """Open the copy, fetching it first if need be."""
         path = self.path(url)
+        if (copy := self._copy(path)) is not None:
+            return copy
+        with _locked(path.with_name(f"{path.name}.lock")):
+            if (copy := self._copy(path)) is not None:  # another process fetched it meanwhile
+                return copy
+            with replacing(path) as target:
+                # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
+                with open_url(url) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                self._make_room(target.tell())
+                return open(target.name, "rb")  # stays readable should another process remove the file at once
+
+    def _copy(self, path: Path) -> BinaryIO | None:
         with suppress(FileNotFoundError):
             os.utime(path)  # last use, which the removal goes by
             return open(path, "rb")
-        with replacing(path) as target:
-            # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
-            with open_url(url) as source:
-                shutil.copyfileobj(source, target, 1 << 20)
-            self._make_room(target.tell())
-            return open(target.name, "rb")  # stays readable should another process remove the file at once
+        return None
 
     def forget(self, url: str) -> None:
         """Remove a copy that turned out to be damaged."""
@@ -142,7 +173,7 @@ class ShardCache:
             with suppress(FileNotFoundError):  # another process was quicker
                 status = path.stat()
                 # A part is being written by someone, unless it was left behind long ago.
-                if path.suffix != ".part" or time.time() - status.st_mtime > 3600:
+                if path.suffix not in (".part", ".lock") or time.time() - status.st_mtime > 3600:
                     entries.append((status.st_mtime_ns, status.st_size, path))
         used = sum(entry[1] for entry in entries)
         for _, entry_size, path in sorted(entries):

@@ -121,6 +121,10 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         # The labels of ObjectNet's shards are known only now.
         mismatch = images.mismatch or (shifts.mismatch(entry.kind, images=n) if entry.kind == "objectnet" else "")
         about |= {"mismatch": mismatch} if mismatch else {}
+        if images.keeps_size:
+            data = target.data_config
+            others = f"others {data['interpolation']}, crop_pct {data['crop_pct']:g}"
+            about["preprocessing"] = f"images of {'x'.join(map(str, data['input_size'][:0:-1]))} as they are, {others}"
         part = part[part[:, 3] > 0]
         if n:  # a reading may count no image at all, as its other figures say
             values["ece"] = expected_calibration_error(part[:, 4], part[:, 0])

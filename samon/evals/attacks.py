@@ -20,6 +20,7 @@ from samon.evals.entry import predict
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, which images) -> loss per image
 ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
+VANISHED = 2 * ROBUST  # is added where an attack failed whose gradient at the start was exactly zero
 
 
 class Normalized(nn.Module):
@@ -42,6 +43,11 @@ Batch = tuple[Tensor, Tensor, Tensor]  # index, images in [0, 1], label
 # (attack, target rank, restart, indices of the images, image shape, norm) -> noise of shape [B, *image shape]
 Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
 Tick = Callable[[str], None]  # hears what is going on
+
+
+def unmarked(outcome: Tensor) -> Tensor:
+    """Outcomes without `VANISHED`."""
+    return torch.where(outcome >= VANISHED, outcome - VANISHED, outcome)
 
 
 def silent(_: str) -> None:
@@ -103,8 +109,9 @@ def _evaluate(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> tuple
 @torch.no_grad()
 def apgd(
     model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat, tick: Tick = silent
-) -> tuple[Tensor, Tensor]:
-    """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one,
+    vanished [B] bool: the gradient at the start is exactly zero).
 
     ``loss_fn(logits, rows)`` is the per-image loss to maximise, of the images numbered ``rows``. Images are
     independent, so one that is fooled is settled and leaves the batch; the others go on as published. ``tick``
@@ -114,6 +121,7 @@ def apgd(
     found, fooled = images.clone(), torch.zeros_like(label, dtype=torch.bool)
     rows, centre, x = torch.arange(len(images), device=images.device), images, start
     loss, grad, predicted = _evaluate(model, x, loss_fn, rows)
+    vanished = grad.flatten(1).abs().amax(1) == 0
     best, best_x, best_grad, x_before = loss.clone(), x.clone(), grad.clone(), x.clone()
     # The released attack compares the first iterate's loss with 0 instead of the start's: kept, as published.
     before = torch.zeros_like(loss)
@@ -146,14 +154,14 @@ def apgd(
             settled = predicted != label[rows]
             back = _per_image(restarted & ~settled, x)
             x, grad = torch.where(back, best_x, x), torch.where(back, best_grad, grad)
-    return fooled, found
+    return fooled, found, vanished
 
 
 @torch.no_grad()
 def attack(
     model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise, tick: Tick = silent
 ) -> Tensor:
-    """Outcome of every image [B] (see `ROBUST`): each run attacks only the points that are still robust."""
+    """Outcome of every image [B] (see `ROBUST` and `VANISHED`): each run attacks what is still robust."""
     logits = model(images)
     classes = logits.shape[1]
     if classes < 4:
@@ -161,6 +169,7 @@ def attack(
     threat = replace(threat, n_targets=min(threat.n_targets, classes - 1))
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
+    lost = torch.zeros_like(outcome)
     for name, target, restart in _runs(threat):
         rows = (outcome == ROBUST).nonzero().flatten()
         if not len(rows):
@@ -177,14 +186,15 @@ def attack(
 
         draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
         start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
-        fooled, _ = apgd(model, x, y, loss_fn, start, threat, told)
+        fooled, _, vanished = apgd(model, x, y, loss_fn, start, threat, told)
         outcome[rows[fooled]] = ATTACKS.index(name)
+        lost[rows[vanished & ~fooled]] = VANISHED
     for name in threat.attacks[len(APGD) :]:
         rows = (outcome == ROBUST).nonzero().flatten()
         if len(rows):
             tick(f"{name}, {len(rows)} robust")
             outcome[rows[autoattack.fooled(name, model, images[rows], label[rows], threat)]] = ATTACKS.index(name)
-    return outcome
+    return outcome + lost
 
 
 def _runs(threat: Threat) -> Iterator[tuple[str, int, int]]:

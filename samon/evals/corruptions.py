@@ -35,7 +35,9 @@ def errors(rows: Iterable[Row]) -> list[Row]:
         tops = [row for row in every if row["whole"] == whole]
         values = {name: [100 - row["value"] for row in tops if row["corruption"] == name] for name in ALEXNET}
         ce = {name: 100 * sum(parts) / (len(parts) * ALEXNET[name]) for name, parts in values.items()}
-        about: Row = {key: tops[0][key] for key in ("model", "checkpoint", "split", "eval") if key in tops[0]}
+        about: Row = {
+            key: tops[0][key] for key in ("model", "checkpoint", "split", "eval", "preprocessing") if key in tops[0]
+        }
         about |= {"dataset": whole, "num_samples": sum(row["num_samples"] for row in tops)}
         if odd := [row for row in tops if row.get("mismatch")]:
             about["mismatch"] = f"{odd[0]['dataset']}: {odd[0]['mismatch']}"

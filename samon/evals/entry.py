@@ -1,16 +1,16 @@
 """What every evaluation needs: a model on its device, a data set with its labels, this process's batches of it."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import create_loader
+from timm.data import create_loader, create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -24,7 +24,7 @@ from samon.errors import UserError
 from samon.evals import shifts
 
 log = logging.getLogger("samon")
-_warn = functools.cache(log.warning)  # once in a run, however often the set is opened
+_warn = cache(log.warning)  # once in a run, however often the set is opened
 
 
 @dataclass
@@ -59,6 +59,7 @@ class EvalImages(Dataset):
     row_of: Callable[[str], int] | None = None  # from where an image lies, in place of its label
     scorings: dict[str, shifts.Scoring] = field(default_factory=lambda: {"": (None, None)})
     mismatch: str = ""  # what differs from the set as published
+    keeps_size: bool = False  # images of the model's input size are neither resized nor cropped
     class_of: list[int] | None = None  # of each row of labels, where `one_label` has made classes of them
     num_labels: int | None = None  # labels lie in 0..num_labels - 1
     chosen: Sequence[int] | None = None  # numbers of the images that are read; None for all
@@ -162,11 +163,12 @@ class Entry:
         options["unlabeled"] = bool(config.real_labels) or (shift is not None and shift.named == "real")
         options |= {"download": config.dataset_download, "trust_remote_code": config.dataset_trust_remote_code}
         options |= {"allow_shell_urls": config.allow_shell_urls, "shard_cache": config.shard_cache}
-        options["shard_cache_size"] = int(config.shard_cache_size * 2**30)
+        options |= {"shard_cache_size": int(config.shard_cache_size * 2**30), "random_access": True}
         if shift is None:  # else what its classes are called decides the label
             options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}
         source = open_source(self.dataset, self.root, split, keep=shifts.kept(self.kind), **options)
-        return EvalImages(source, mode, (shift.border if shift else 0) + (config.crop_border_pixels or 0))
+        border = (shift.border if shift else 0) + (config.crop_border_pixels or 0)
+        return EvalImages(source, mode, border, keeps_size=shift is not None and shift.keeps_size)
 
     def _compare(self, target: Target, images: EvalImages) -> None:
         """Labels get the numbers of the model's classes; what is assumed where nothing tells is said.
@@ -279,6 +281,10 @@ def batches(
     options |= {"persistent_workers": False, "device": target.device}
     part: Any = replace(images, chosen=mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
+    if images.keeps_size:
+        same = {key: options[key] for key in ("interpolation", "mean", "std", "use_prefetcher")}
+        exact = create_transform(data["input_size"], crop_pct=1.0, **same)
+        part.transform = partial(_unless_sized, exact, part.transform, data["input_size"][:0:-1])
     try:
         with bars.bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:
             for k, (x, y) in enumerate(loader):
@@ -287,6 +293,11 @@ def batches(
                 shown.update(len(x))
     except UserError as error:
         raise from_worker(error) from None
+
+
+def _unless_sized(exact: Any, transform: Any, size: tuple[int, int], image: Image.Image) -> Any:
+    """``exact`` of an image that has the ``size`` (width, height), ``transform`` of any other."""
+    return (exact if image.size == tuple(size) else transform)(image)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class Job:
     average: bool  # evaluate the checkpoint's averaged weights
     entries: list[Entry]
     class_names: list[str] | None = None  # that the checkpoint was trained on
+    name: str = ""  # tells it from the other jobs, in files
 
 
 def parse(argv: list[str] | None) -> list[Job]:
@@ -59,7 +61,19 @@ def parse(argv: list[str] | None) -> list[Job]:
     if given.get("results_file"):
         result_format(given["results_file"], given.get("results_format", ""))
     evaluations(given.get("evals", "accuracy"), "--evals")
-    return [settle(given, path) for path in checkpoints(given.get("checkpoint", []))]
+    jobs = [settle(given, path) for path in checkpoints(given.get("checkpoint", []))]
+    names = shortest_names([job.path or job.config.model for job in jobs])
+    return [replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
+
+
+def shortest_names(paths: list[str]) -> list[str]:
+    """The last two parts of each path, or as many more as tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths
 
 
 def evaluations(text: str | list[str], where: str) -> list[str]:
@@ -85,7 +99,7 @@ def checkpoints(paths: list[str]) -> list[str]:
             raise UserError(f"--checkpoint {path}: no such file")
         else:
             found.append(path)
-    return found or [""]
+    return list(dict.fromkeys(found)) or [""]
 
 
 def different(paths: list[str]) -> list[str]:
@@ -150,19 +164,37 @@ def data_sets(config: Config, first: int | None) -> list[Entry]:
         return [Entry(name, config.dataset, config.data_dir or "", config.split, names, first=first)]
     try:
         content = yaml.safe_load(recipe(config.suite).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--suite {config.suite} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise UserError(f"--suite {config.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
-    entries = [_suite_entry(item, f"--suite {config.suite}", config, names) for item in content]
+    where = f"--suite {config.suite}"
+    entries = distinct([_suite_entry(item, where, config, names) for item in content], where)
     return [part for e in entries for part in (corruptions.parts(e) if e.kind == "imagenet-c" else [e])]
+
+
+def distinct(entries: list[Entry], where: str) -> list[Entry]:
+    """The entries, with their split in the name where the name alone does not tell them apart.
+
+    Raises:
+        UserError: two entries have one name and one split.
+    """
+    counts = Counter(entry.name for entry in entries)
+    found = [replace(e, name=f"{e.name} {e.split}".strip()) if counts[e.name] > 1 else e for e in entries]
+    for name, count in Counter(entry.name for entry in found).items():
+        if count > 1:
+            raise UserError(f"{where}: {count} entries are called {name!r}; give each a `name` of its own")
+    return found
 
 
 def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[str]) -> Entry:
     keys = ("set", "name", "dataset", "data_dir", "split", "evals")
-    for key in item:
+    for key, value in item.items():
         if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, keys)}; use {', '.join(keys)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), keys)}; use {', '.join(keys)}")
+        texts = value if key == "evals" and isinstance(value, list) and value else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: {key} is {value!r}; it must be a text; write it in quotes")
     kind = item.get("set", "")
     if kind and kind not in SETS:
         raise UserError(f"{where}: unknown set {kind!r}{nearest(kind, SETS)}; use {', '.join(SETS)}")
@@ -170,7 +202,7 @@ def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[s
         raise UserError(f"{where}: {item} has no data_dir")
     name = item.get("name") or kind or item.get("dataset") or Path(item["data_dir"]).name
     evals = evaluations(item["evals"], where) if "evals" in item else names
-    split = item.get("split", "" if kind else config.split)
+    split = item.get("split", "" if kind and not item.get("dataset") else config.split)
     root = Path(config.data_dir or "") / item["data_dir"]
     return Entry(str(name), item.get("dataset", ""), str(root), str(split), evals, kind)
 
@@ -197,8 +229,7 @@ def build(job: Job, world: World) -> Target:
     if mesh is not None:
         sharding.shard(config, model, world, mesh)
     autocast = models.autocast(config, world.device)
-    name = "/".join(Path(job.path).parts[-2:]) or config.model
-    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, name, job.class_names)
+    return Target(config, model, data_config, world.device, world.rank, world.size, autocast, job.name, job.class_names)
 
 
 def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:
@@ -272,6 +303,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     jobs = parse(argv)
     config = jobs[0].config
     results = Results(config.results_file, config.results_format, fingerprint(jobs), config.group)
+    if config.group and config.bootstrap:
+        raise UserError("--group gives a deviation over checkpoints, --bootstrap an interval for each: drop one")
     if config.group and len(jobs) < 2:
         raise UserError("--group: give several checkpoints of one model, --checkpoint A B C")
     with processes(config) as world:

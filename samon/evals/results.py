@@ -13,7 +13,7 @@ from samon.files import csv_text, write_text
 from samon.format import metric_format
 
 Row = dict[str, Any]
-_SINGLE = ("checkpoint", "value", "low", "high", "clean_top1")  # belong to one checkpoint
+_SINGLE = ("checkpoint", "value", "low", "high", "clean_top1", "note")  # belong to one checkpoint
 FORMATS = ("json", "csv", "md")
 
 
@@ -92,21 +92,25 @@ def render(rows: list[Row], form: str) -> str:
 
 def grouped(rows: list[Row]) -> list[Row]:
     """One row for the checkpoints of a model: the mean, ``std`` (with n - 1), and how many ``checkpoints``."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         shared = {key: value for key, value in row.items() if key not in _SINGLE}
-        groups.setdefault(json.dumps(shared), []).append(row["value"])
+        groups.setdefault(json.dumps(shared), []).append(row)
     found: list[Row] = []
-    for key, values in groups.items():
+    for key, members in groups.items():
+        values = [row["value"] for row in members]
         std = statistics.stdev(values) if len(values) > 1 else None
         found.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
+        if notes := [row["note"] for row in members if "note" in row]:
+            found[-1]["note"] = f"of {len(notes)} of {len(values)} checkpoints, such as: {notes[0]}"
     return found
 
 
 def line_of(row: Row) -> tuple[str, ...]:
     """What one line of the table is about: data set, evaluation with its setting, images, notes."""
     what = f"{row['eval']} {row.get('setting', '')}".strip()
-    return row["dataset"], what, str(row["num_samples"]), row.get("mismatch", "")
+    notes = "; ".join(row[key] for key in ("mismatch", "note", "preprocessing") if row.get(key))
+    return row["dataset"], what, str(row["num_samples"]), notes
 
 
 def markdown(rows: list[Row]) -> str:

@@ -1,6 +1,7 @@
 """Robust accuracy of a data set under the attacks of AutoAttack (Tables 4, 14 and 15)."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from tqdm import tqdm
 from samon import bars
 from samon.errors import UserError
 from samon.evals import autoattack
-from samon.evals.attacks import Batch, Normalized, Threat, attack, seeded_noise
+from samon.evals.attacks import VANISHED, Batch, Normalized, Threat, attack, seeded_noise, unmarked
 from samon.evals.batch_size import fastest, gradient_rate
 from samon.evals.calibration import bounds
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, share
 from samon.evals.results import Row
 from samon.files import replacing
+
+log = logging.getLogger("samon")
 
 
 def fingerprint(*parts: Tensor | str) -> str:
@@ -73,9 +76,10 @@ def _outcome(model: nn.Module, batch: Batch, threat: Threat, bar: tqdm | None) -
 
 
 def summarize(outcome: Tensor, attacks: tuple[str, ...]) -> dict[str, int]:
-    """Counts over [n] outcomes: correct as they are, and still robust after each attack in turn."""
+    """Counts over [n] outcomes: correct as they are, still robust after each attack in turn, without a gradient."""
+    vanished, outcome = outcome >= VANISHED, unmarked(outcome)
     after = {f"robust_{name}": int((outcome > k).sum()) for k, name in enumerate(attacks)}
-    return {"clean": int((outcome >= 0).sum()), **after, "num_samples": len(outcome)}
+    return {"clean": int((outcome >= 0).sum()), **after, "vanished": int(vanished.sum()), "num_samples": len(outcome)}
 
 
 def radius(text: str) -> float:
@@ -140,10 +144,15 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         outcomes = robust_outcomes(model, data, balls, state, bar)
     found: list[Row] = []
     for threat, outcome in outcomes.items():
-        clean, *after, n = target.total(torch.tensor(list(summarize(outcome, threat.attacks).values()))).tolist()
+        counts = target.total(torch.tensor(list(summarize(outcome, threat.attacks).values())))
+        clean, *after, vanished, n = counts.tolist()
         eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
         about = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
         about |= {"clean_top1": 100 * clean / n}
+        if vanished:
+            about["note"] = f"gradients of {vanished} images are exactly zero: accuracy may be overstated"
+            if target.rank == 0:
+                log.warning("apgd %s, %s: %s", entry.name, about["setting"], about["note"])
         values = dict(zip((f"robust_top1_{name}" for name in threat.attacks), after, strict=True))
         values["robust_top1"] = after[-1]
         for metric, value in values.items():

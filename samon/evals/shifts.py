@@ -31,12 +31,13 @@ class ShiftSet:
     images: int
     only: str = ""  # the subset of classes ('a', 'r') that predictions are restricted to
     border: int = 0  # pixels cut off on every side before anything else
+    keeps_size: bool = False  # published at the network's input size, and measured without another resize
 
 
 SETS = {
     "imagenet": ShiftSet("synset", 1000, 50_000),
     "imagenet-real": ShiftSet("real", 1000, 50_000),
-    "imagenet-c": ShiftSet("synset", 1000, 50_000),  # each corruption at each severity
+    "imagenet-c": ShiftSet("synset", 1000, 50_000, keeps_size=True),  # each corruption at each severity
     "imagenetv2-matched-frequency": ShiftSet("integer", 1000, 10_000),
     "imagenetv2-threshold0.7": ShiftSet("integer", 1000, 10_000),
     "imagenetv2-top-images": ShiftSet("integer", 1000, 10_000),

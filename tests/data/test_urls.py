@@ -1,5 +1,6 @@
 """Remote shards: what may be opened, trying again, and a cache that stays in bounds."""
 
+import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ import pytest
 
 from samon.data import ShardError, urls
 from samon.errors import UserError
+from samon.evals.main import main
 from tests.sets import flat, make_loader, write_set
 
 
@@ -151,3 +153,32 @@ def test_unknown_schemes_name_the_known_ones():
         urls.checked_url("s3://bucket/train.tar")
     assert urls.checked_url("gs://bucket/train.tar") == "gs://bucket/train.tar"
     assert urls.checked_url("file:/data/x.tar") == urls.checked_url("file:///data/x.tar") == "/data/x.tar"
+
+
+def validate(*words):
+    flags = ["--model", "test_resnet", "--num-classes", "18", "--img-size", "32", "--batch-size", "4"]
+    return main([*flags, "--split", "train", "--workers", "2", "--device", "cpu", *words])
+
+
+def test_evaluation_fetches_each_shard_once(server):
+    """Workers take turns at batches, and every one of them needs each shard."""
+    rows = validate("--dataset", "wds/x", "--data-dir", server.url)
+    assert rows[0]["num_samples"] == 18
+    shards = [path for path in server.requests if path.endswith(".tar")]
+    assert sorted(shards) == [f"/train-{i:04d}.tar" for i in range(3)]
+
+
+def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
+    root, log = tmp_path / "set", tmp_path / "log"
+    info = json.loads((root / "_info.json").read_text())
+    names = info["splits"]["train"]["filenames"]
+    info["splits"]["train"]["filenames"] = [f"pipe:echo {name} >> {log}; cat {root}/{name}" for name in names]
+    (root / "_info.json").write_text(json.dumps(info))
+    set_of = ["--dataset", "wds/x", "--data-dir", str(root)]
+    with pytest.raises(UserError, match="add --allow-shell-urls"):
+        validate(*set_of)
+    for _ in range(2):
+        rows = validate(*set_of, "--allow-shell-urls", "--shard-cache", str(tmp_path / "copies"))
+        assert rows[0]["num_samples"] == 18
+    assert sorted(log.read_text().split()) == names
+    assert len(list((tmp_path / "copies").iterdir())) == 3, "no lock or part stays behind"

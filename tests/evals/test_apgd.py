@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_tensor
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.attacks import ROBUST, Normalized, Threat, apgd, attack, project, seeded_noise
+from samon.evals.attacks import ROBUST, VANISHED, Normalized, Threat, apgd, attack, project, seeded_noise, unmarked
 from samon.evals.entry import EvalImages
 from samon.evals.robustness import robust_outcomes, summarize, threats
 from tests.nets import two_logits
@@ -80,7 +80,8 @@ def test_fooling_images_lie_in_the_ball_and_fool(trained):
         def loss(logits, rows):
             return F.cross_entropy(logits, y[rows], reduction="none")
 
-        fooled, found = apgd(net, x, y, loss, x, Threat(norm, eps, n_iter=20))
+        fooled, found, vanished = apgd(net, x, y, loss, x, Threat(norm, eps, n_iter=20))
+        assert not vanished.any()
         distance = (found - x).flatten(1).norm(dim=1, p=2 if norm == "l2" else float("inf"))
         assert fooled.any()
         assert (distance <= eps * (1 + 1e-5)).all()
@@ -119,9 +120,22 @@ def test_outcome_does_not_depend_on_batches_and_is_taken_up_again(trained, tmp_p
 
 
 def test_counts_are_of_images_that_are_still_robust():
-    outcome = torch.tensor([-1, 0, 0, 1, ROBUST, ROBUST, ROBUST])
+    outcome = torch.tensor([-1, 0, 0, 1 + VANISHED, ROBUST, ROBUST, ROBUST + VANISHED])
     found = summarize(outcome, ("apgd-ce", "apgd-t"))
-    assert found == {"clean": 6, "robust_apgd-ce": 4, "robust_apgd-t": 3, "num_samples": 7}
+    assert found == {"clean": 6, "robust_apgd-ce": 4, "robust_apgd-t": 3, "vanished": 2, "num_samples": 7}
+
+
+def test_gradients_that_are_exactly_zero_are_counted(trained):
+    """Of logits this large, softmax leaves nothing to follow: cross-entropy fools no image that it fools otherwise."""
+    net, x, y = trained
+    threat, index = Threat("linf", 8 / 255, n_iter=10, n_targets=1), torch.arange(len(x))
+    large = nn.Sequential(net, nn.Linear(10, 10, bias=False)).eval()
+    large[1].weight.data = 1e5 * torch.eye(10)
+    plain = summarize(attack(net, x, y, index, threat, seeded_noise(0)), threat.attacks)
+    found = summarize(attack(large, x, y, index, threat, seeded_noise(0)), threat.attacks)
+    assert plain["vanished"] == 0
+    assert plain["robust_apgd-ce"] < found["robust_apgd-ce"] == found["vanished"] == found["clean"]
+    assert found["robust_apgd-t"] == plain["robust_apgd-t"]  # a ratio of logits, whatever their size
 
 
 def test_plain_radii_are_for_l2_where_fractions_are_mixed_in():
@@ -151,7 +165,7 @@ def test_linear_model_has_the_robust_radius_of_closed_form():
         eps = float(radius.median())
         outcome = attack(net, x, y, torch.arange(64), Threat(norm, eps), seeded_noise(0))
         clear = (radius - eps).abs() > 1e-3 * eps
-        assert torch.equal((outcome == ROBUST)[clear], (radius > eps)[clear])
+        assert torch.equal((unmarked(outcome) == ROBUST)[clear], (radius > eps)[clear])
 
 
 def test_step_size_rule():

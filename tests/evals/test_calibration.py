@@ -115,6 +115,7 @@ def test_imagenet_c_is_one_entry_of_a_suite(tmp_path, capsys, monkeypatch):
     flags = ["--model", "test_resnet", "--workers", "0", "--device", "cpu", "--img-size", "32"]
     rows = main([*flags, "--suite", str(tmp_path / "suite.yaml"), "--results-file", str(tmp_path / "rows.csv")])
     (mean,) = [row for row in rows if row["metric"] == "mce"]
+    assert mean["preprocessing"].startswith("images of 32x32 as they are, others bilinear, crop_pct ")
     tops = [row for row in rows if row["metric"] == "top1" and row["setting"] == "1000 classes"]
     assert len(tops) == 10
     assert mean["num_samples"] == 20
@@ -122,6 +123,7 @@ def test_imagenet_c_is_one_entry_of_a_suite(tmp_path, capsys, monkeypatch):
     assert mean["value"] == pytest.approx(50 * (error["fog"] / 81.9324 + error["snow"] / 86.6816))
     table = capsys.readouterr().out
     assert "| imagenet-c | accuracy fog |" in table
+    assert "; images of 32x32 as they are, others" in table
     assert "imagenet-c/fog" not in table.replace("imagenet-c/fog/1: 2 classes", "")
 
 
@@ -132,6 +134,10 @@ def test_group_is_mean_and_sample_deviation():
     assert row == base | {"value": 3.0, "std": pytest.approx(7**0.5), "checkpoints": 3}
     assert (other["model"], other["std"]) == ("n", None)
     assert "3.00 ± 2.65" in results.markdown([row])
+    rows[1]["note"] = "vanished"
+    (row,) = results.grouped(rows)
+    assert (row["checkpoints"], row["note"]) == (3, "of 1 of 3 checkpoints, such as: vanished")
+    assert "such as: vanished |" in results.markdown([row])
 
 
 def test_checkpoints_given_together_are_one_column(tmp_path, capsys):
@@ -147,5 +153,8 @@ def test_checkpoints_given_together_are_one_column(tmp_path, capsys):
     assert rows[0]["value"] == pytest.approx(statistics.fmean(tops))
     assert rows[0]["std"] == pytest.approx(statistics.stdev(tops))
     assert "±" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--group: give several checkpoints"):
-        main([*FLAGS, *FASHION, "--group"])
+    for several in ([], ["--checkpoint", paths[0], paths[0]]):  # the same one twice has no deviation
+        with pytest.raises(UserError, match="--group: give several checkpoints"):
+            main([*FLAGS, *FASHION, "--group", *several])
+    with pytest.raises(UserError, match=r"--group gives .* --bootstrap an interval for each: drop one"):
+        main([*FLAGS, *FASHION, "--checkpoint", *paths, "--group", "--bootstrap", "10"])

@@ -16,7 +16,9 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.evals import accuracy, shifts
-from samon.evals.entry import Entry, Target
+from samon.evals.entry import Entry, Target, batches
+from samon.settings.flag import by_key
+from samon.settings.rows import VALIDATE
 
 SYNSETS = shifts._timm_lines("imagenet_synsets.txt")
 DATA_CONFIG = {
@@ -148,6 +150,25 @@ def test_imagenet_is_also_read_on_the_clean_subsets(tmp_path):
     for letter in "ar":
         row = found[f"clean subset of imagenet-{letter}"]["top1"]
         assert (row["value"], row["num_samples"]) == (100, 2)
+
+
+def test_images_of_imagenet_c_are_not_resized_again(tmp_path):
+    """A frame of one pixel is left where the image has the model's size, and cut off by the crop where it has not."""
+    values = {key: flag.default for key, flag in by_key(VALIDATE).items()} | {"workers": 0, "no_prefetcher": True}
+    data = DATA_CONFIG | {"crop_pct": 0.5}
+    target = Target(argparse.Namespace(**values), Reader(), data, torch.device("cpu"), 0, 1, nullcontext)
+    for size in (8, 16):
+        (tmp_path / SYNSETS[0]).mkdir(exist_ok=True)
+        framed = Image.new("RGB", (size, size), (255, 255, 255))
+        framed.paste((0, 0, 0), (1, 1, size - 1, size - 1))
+        framed.save(tmp_path / SYNSETS[0] / f"{size:02d}.png")
+    for kind, kept in (("imagenet-c", [True, False]), ("imagenet", [False, False])):
+        images = Entry(kind, "", str(tmp_path), "", [], kind).images(target)
+        for raw in (True, False):
+            ((_, _, x, _),) = batches(target, images, [0, 1], 2, raw=raw)
+            framed = torch.ones(3, 8, 8)
+            framed[:, 1:-1, 1:-1] = 0
+            assert [torch.equal(image, framed) for image in x] == kept
 
 
 def test_sketch_goes_by_synset(tmp_path):

@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from samon.errors import UserError
-from samon.evals.main import main
+from samon.evals.main import main, parse
 from tests import efficientnet_lite0, runs
 
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist"]
@@ -281,6 +281,52 @@ def test_mistakes_are_user_errors(flags, message, tmp_path):
     with pytest.raises(UserError) as caught:
         main([*flags, *SMALL])
     assert message in str(caught.value)
+
+
+SUITES = {
+    "number": ("- {data_dir: 3}", "data_dir is 3; it must be a text"),
+    "null": ("- {data_dir: x, split: }", "split is None; it must be a text"),
+    "set": ("- {data_dir: x, set: {a: b}}", "set is {'a': 'b'}; it must be a text"),
+    "no evals": ("- {data_dir: x, evals: []}", "evals is []; it must be a text"),
+    "evals": ("- {data_dir: x, evals: [accuracy, 1]}", "evals is ['accuracy', 1]; it must be a text"),
+    "key": ("- {1: x}", "unknown key 1; use set, name"),
+    "twice": ("- {data_dir: a/val}\n- {data_dir: b/val}", "2 entries are called 'val validation'; give each a `name`"),
+    "bytes": (b"- {data_dir: caf\xe9}", "cannot be read: "),
+}
+
+
+@pytest.mark.parametrize("case", SUITES)
+def test_mistakes_in_a_suite_are_one_line(case, tmp_path):
+    text, message = SUITES[case]
+    path = tmp_path / "suite.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        parse([*MODEL, "--suite", str(path)])
+    assert str(caught.value).startswith(f"--suite {path}")
+    assert message in str(caught.value)
+
+
+def test_entries_of_a_suite_have_names_and_splits_of_their_own(tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "- {data_dir: x, split: train}\n- {data_dir: x, split: val}\n- {data_dir: y}\n"
+        "- {set: imagenet-r, data_dir: r}\n- {set: imagenet-a, data_dir: a, dataset: wds}\n"
+    )
+    (job,) = parse(["--model", "resnet10t", "--suite", str(path)])
+    found = [(entry.name, entry.split) for entry in job.entries]
+    assert found[:3] == [("x train", "train"), ("x val", "val"), ("y", "validation")]
+    assert found[3:] == [("imagenet-r", ""), ("imagenet-a", "validation")]  # shards always lie in a split
+
+
+def test_files_of_checkpoints_with_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / place / "run/last.pth" for place in ("a", "b", "b/a")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        torch.save({}, path)
+    found = [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", *map(str, paths)])]
+    assert found == [f"{tmp_path.name}/a/run/last.pth", f"{tmp_path.name}/b/run/last.pth", "b/a/run/last.pth"]
+    assert [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", str(paths[0])])] == ["run/last.pth"]
+    assert [job.name for job in parse([*MODEL, *FASHION])] == ["resnet10t"]
 
 
 def test_a_mistake_is_one_line_and_status_2():
