@@ -137,6 +137,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--file is for a state in parts (NAME.parts), and a state in parts for --file: make it first")
     if args.onnx and not args.onnx.parent.is_dir():
         raise UserError(f"{args.onnx.parent} does not exist; make it, or name another file")
+    if args.timm and args.timm.is_file():
+        raise UserError(f"--timm {args.timm} is a file; name a folder")
     if args.timm and args.timm.exists() and any(args.timm.iterdir()):
         raise UserError(f"--timm {args.timm} is not empty; name a new folder")
     return args

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import ImageMode
 from timm.data import resolve_input_data_config
+from timm.data.transforms import str_to_interp_mode
 from timm.layers import set_fast_norm
 from timm.models import resolve_model_input_args
 from torch import nn
@@ -59,6 +60,11 @@ def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
     """
     with user_errors(f"--model {config.model}"):
         found: dict[str, Any] = resolve_input_data_config(model, vars(config), **how)
+    try:
+        str_to_interp_mode(found["interpolation"])
+    except KeyError:
+        known = "nearest, bilinear, bicubic, box, hamming or lanczos (random is for --train-interpolation)"
+        raise UserError(f"--interpolation {found['interpolation']}: use {known}") from None
     channels = found["input_size"][0]
     mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
     try:

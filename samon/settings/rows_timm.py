@@ -212,7 +212,7 @@ TIMM: Groups = {
         V("real-labels", str, "", "ReaL labels of ImageNet validation: a JSON file, or `real` for timm's own"),
         V("tf-preprocessing", bool, False, "", refused="TensorFlow is not a dependency"),
         V("use-train-size", bool, False, "the training resolution, where a model has another one for tests"),
-        V("crop-mode", str, None, "squash, border or center"),
+        V("crop-mode", str, None, "how images are cropped", choices=("squash", "border", "center")),
         V("crop-border-pixels", int, None, "border to cut off before resizing", range=">= 0"),
         V("test-pool", bool, False, "test-time pooling for larger images"),
         V("reparam", bool, False, "fuse the model's training-time branches"),

@@ -1,9 +1,9 @@
 """samon-predict and samon-export give what validate.py's model gives."""
 
 import csv
+import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import nn
 
 from samon.commands import export, predict
-from samon.errors import RunError, UserError
+from samon.errors import RunError, UserError, run_script
 from samon.train import main as train
 
 GRAYS = {"dark": 30, "light": 220, "middle": 120}
@@ -136,11 +136,14 @@ def test_damaged_files_have_empty_rows_and_every_name_is_kept(
     said = capfd.readouterr().err
     assert "2 of 4 files cannot be read: their rows are empty" in said
     assert "a.png: not an image: 8 bytes" in said
-    command = "import sys; from samon.errors import run_script; run_script(lambda: print(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", command, odd], capture_output=True, check=True
-    )  # every command's output
-    assert done.stdout == odd + b"\n"
+
+
+def test_every_command_prints_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit):
+        run_script(lambda: print(os.fsdecode(b"caf\xe9")))
+    assert output.buffer.getvalue() == b"caf\xe9\n"  # type: ignore[attr-defined]
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -174,9 +177,15 @@ def test_a_wrong_onnx_file_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_timms_folder_makes_the_model_again(trained: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("license_flags", [[], ["--license", "mit"]])
+def test_timms_folder_makes_the_model_again(
+    license_flags: list[str], trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     run, _ = trained
-    export.main([str(run), "--timm", str(tmp_path / "hub")])
+    (tmp_path / "hub").mkdir()  # an empty folder may be there
+    # As of a run that was trained in this layout, whose tensors a file cannot hold.
+    export.main([str(run), "--timm", str(tmp_path / "hub"), *license_flags, "--", "--channels-last"])
+    assert {path.name for path in tmp_path.iterdir()} == {"hub"}
     model: nn.Module = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     content = torch.load(run / "model_best.pth.tar", weights_only=True)
     for name, tensor in model.state_dict().items():
@@ -185,9 +194,35 @@ def test_timms_folder_makes_the_model_again(trained: tuple[Path, Path], tmp_path
     assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
     written = json.loads((tmp_path / "hub/config.json").read_text())
     assert written["label_names"] == sorted(GRAYS)
+    assert not {"tag", "license", "origin_url"} & set(written["pretrained_cfg"])  # those of timm's own weights
     text = (tmp_path / "hub/README.md").read_text()
     for part in ("sharpness-aware minimization (`--opt samon`)", "**rho:** 0.5", "**Validation top1:**", "**Epochs:**"):
         assert part in text
+    assert f"license: {license_flags[-1] if license_flags else 'unknown'}\n" in text
+
+
+def test_a_folder_that_cannot_be_finished_is_not_left_behind(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "generate_readme", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.main([str(trained[0]), "--timm", str(tmp_path / "hub")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_push_without_a_network_is_one_line(trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """As httpx's, which is no OSError."""
+
+    def push(*_: Any, **__: Any) -> None:
+        raise ConnectError("[Errno -3] Temporary failure\nin name resolution")
+
+    monkeypatch.setattr(export, "push_to_hf_hub", push)
+    with pytest.raises(RunError, match=r"^--push me/model: \[Errno -3\] Temporary failure in name resolution; nothing"):
+        export.main([str(trained[0]), "--push", "me/model"])
 
 
 def test_push_hands_timm_the_same(trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +243,8 @@ def test_push_hands_timm_the_same(trained: tuple[Path, Path], monkeypatch: pytes
         ([], "nothing to make"),
         (["--onnx", "/nowhere/x.onnx"], "/nowhere does not exist"),
         (["--timm", "docs"], "docs is not empty"),
+        (["--timm", "LICENSE"], "LICENSE is a file"),
+        (["--img-size", "32"], "go after --"),
     ],
 )
 def test_mistakes_of_export(args: list[str], words: str, trained: tuple[Path, Path]) -> None:

@@ -262,6 +262,8 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
         ([*MODEL, *FASHION, "--evals", "apgd", "--norm", "l1"], "--norm l1: use l2, linf"),
         ([*MODEL, *FASHION, "--evals", "sharpness", "--sharpness", "worst"], "sharpness measure 'worst'"),
         ([*MODEL, *FASHION, "--evals", "feature_rank", "--feature-layer", "layer9"], "no layer 'layer9'"),
+        ([*MODEL, *FASHION, "--interpolation", "random"], "--interpolation random: use nearest, bilinear, bicubic"),
+        ([*MODEL, *FASHION, "--crop-mode", "middle"], "--crop-mode"),
         ([*MODEL, *FASHION, "--num-gpu", "2"], "--num-gpu is not honoured: use torchrun"),
         ([*MODEL, *FASHION, "--amp", "--evals", "apgd"], "--amp and --model-dtype are for accuracy"),
         ([*MODEL, *FASHION, "--results-file", "x.txt"], "--results-file x.txt: name it .json"),
@@ -304,6 +306,32 @@ def test_mistakes_in_a_suite_are_one_line(case, tmp_path):
         parse([*MODEL, "--suite", str(path)])
     assert str(caught.value).startswith(f"--suite {path}")
     assert message in str(caught.value)
+
+
+def test_a_model_of_one_channel_needs_no_mean(tmp_path):
+    """Loader, attack and export take the same one, with and without the prefetcher."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict(), tmp_path / "net.pth")
+    gray = ["--model", "test_resnet", "--num-classes", "10", "--in-chans", "1", "--img-size", "32"]
+    gray += ["--checkpoint", str(tmp_path / "net.pth")]
+    attack = [
+        "--evals",
+        "accuracy,apgd",
+        "--norm",
+        "linf",
+        "--eps",
+        "1/255",
+        "--apgd-iters",
+        "1",
+        "--apgd-targets",
+        "1",
+    ]
+    found = [
+        main([*gray, *FASHION, *SMALL, "--num-samples", "20", *attack, *more]) for more in ([], ["--no-prefetcher"])
+    ]
+    assert [row["value"] for row in found[0]] == pytest.approx([row["value"] for row in found[1]], rel=1e-5)
+    values = {row["metric"]: row for row in found[0]}
+    assert values["robust_top1"]["clean_top1"] == values["top1"]["value"]
 
 
 def test_entries_of_a_suite_have_names_and_splits_of_their_own(tmp_path):
