@@ -180,7 +180,10 @@ def distinct(entries: list[Entry], where: str) -> list[Entry]:
         UserError: two entries have one name and one split.
     """
     counts = Counter(entry.name for entry in entries)
-    found = [replace(e, name=f"{e.name} {e.split}".strip()) if counts[e.name] > 1 else e for e in entries]
+    found = [
+        replace(entry, name=f"{entry.name} {entry.split}".strip()) if counts[entry.name] > 1 else entry
+        for entry in entries
+    ]
     for name, count in Counter(entry.name for entry in found).items():
         if count > 1:
             raise UserError(f"{where}: {count} entries are called {name!r}; give each a `name` of its own")
