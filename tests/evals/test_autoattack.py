@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samon.evals import autoattack, main
-from samon.evals.attacks import ATTACKS, ROBUST, Threat, attack, seeded_noise
+from samon.evals.attacks import ATTACKS, ROBUST, Threat, attack, seeded_noise, unmarked
 from samon.evals.batch_size import fastest
 from tests.nets import two_logits
 
@@ -46,8 +46,8 @@ def test_each_attack_sees_what_the_ones_before_left(linear, monkeypatch):
     monkeypatch.setattr(autoattack, "fooled", fooled)
     eps = float(radii["l2"].median())
     threat = Threat("l2", eps, n_iter=20, standard=True)
-    plain = attack(net, x, y, torch.arange(32), Threat("l2", eps, n_iter=20), seeded_noise(0))
-    outcome = attack(net, x, y, torch.arange(32), threat, seeded_noise(0))
+    plain = unmarked(attack(net, x, y, torch.arange(32), Threat("l2", eps, n_iter=20), seeded_noise(0)))
+    outcome = unmarked(attack(net, x, y, torch.arange(32), threat, seeded_noise(0)))
     left = int((plain == ROBUST).sum())
     budget = Threat("l2", eps, n_iter=20, n_targets=3, standard=True)
     assert seen == [("fab-t", left, budget), ("square", left - 2, budget)]
