@@ -4,9 +4,10 @@ from samon import models
 from samon.errors import UserError
 from samon.optim.registry import is_sam_name, register
 from samon.optim.sam import SAM, sam_of
+from samon.optim.scope import register_norm
 from samon.step.two_pass import two_pass
 
 __version__ = "0.1.0"
 register()
 
-__all__ = ["SAM", "UserError", "__version__", "is_sam_name", "models", "sam_of", "two_pass"]
+__all__ = ["SAM", "UserError", "__version__", "is_sam_name", "models", "register_norm", "sam_of", "two_pass"]

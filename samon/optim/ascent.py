@@ -195,8 +195,8 @@ def momenta(parameters: Iterable[Parameter], state: Mapping[Parameter, Any]) -> 
 
 
 def orthogonal(x: Tensors, y: Tensors) -> Tensors:
-    """The part of x orthogonal to y, both as one vector: x - (x.y / y.y) y."""
-    product = torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
+    """The part of x orthogonal to y, both as one real vector: x - (x.y / y.y) y."""
+    product = torch.stack([(a.conj() * b).real.sum() for a, b in zip(x, y, strict=True)]).sum()
     share = product * _inverse(global_norm(y).square())
     return [a - share * b for a, b in zip(x, y, strict=True)]
 
@@ -221,4 +221,5 @@ def _mix(a: float, x: Tensors, b: float, y: Tensors) -> Tensors:
 def _add(named: Named, changes: Tensors) -> None:
     for p, change in zip(named.values(), changes, strict=True):
         if p.grad is not None:
-            p.grad += change.to(p.grad.dtype)
+            change = change.to(p.grad.dtype)
+            p.grad += change.to_sparse(p.grad.sparse_dim()) if p.grad.is_sparse else change

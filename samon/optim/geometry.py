@@ -57,7 +57,7 @@ def _tensor_norms(weights: Tensors, grads: Tensors, eta: float, is_weight: Seque
 
 
 def _fisher(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
-    return [(1 + eta * g.square()).rsqrt() for g in grads]
+    return [(1 + eta * (g.abs() if g.is_complex() else g).square()).rsqrt() for g in grads]
 
 
 _ORIGINAL = "elementwise l2, T = |w| + eta for weights, 1 for the rest"
@@ -84,13 +84,14 @@ def radius(name: str, value: Any) -> float:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """float32 or wider: norms of half-precision gradients overflow."""
+    """Dense, and float32 or wider: norms of half-precision gradients overflow."""
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def widened(tensors: Iterable[Tensor]) -> list[Tensor]:
     """`wide` of each."""
-    return [t.float() if t.dtype in HALF else t for t in tensors]
+    return [wide(t) for t in tensors]
 
 
 def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, whole: Norms = None) -> Tensor:
@@ -115,7 +116,8 @@ def ascend(
 ) -> tuple[list[Tensor], Tensor]:
     """One ascent step (Eq. 5): `(eps, ||T g||_2)`, eps shaped like the gradients, in their dtype.
 
-    p = 2: eps = rho T^2 g / ||T g||_2, zero where ||T g|| is zero; p = inf: eps = rho T sign(g).
+    p = 2: eps = rho T^2 g / ||T g||_2, zero where ||T g|| is zero; p = inf: eps = rho T sign(g), for complex g
+    g / |g|.
 
     Args:
         is_weight: for a geometry `by_kind`, which tensors are weights: |w| + eta; the others get 1 (section 3.2).
@@ -132,7 +134,7 @@ def ascend(
     steep = scaled(grads)
     norm = global_norm(steep, grouped=grouped, whole=whole)
     if row.p == math.inf:
-        return [rho * x for x in scaled([g.sign() for g in grads])], norm
+        return [rho * x for x in scaled([g.sgn() for g in grads])], norm
     # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every direction.
     divisor = torch.where(norm > 0, norm, 1) / rho
     if grouped:

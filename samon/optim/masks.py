@@ -64,9 +64,10 @@ class Mask:
 
     def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients with the dropped entries zeroed; renews the mask first when it is due, once in an update."""
-        if self.stale or not self.upcoming:
+        shapes = [g.shape for g in grads]
+        if self.stale or [m.shape for m in self.upcoming] != shapes:
             self.upcoming, self.stale = self.masks, False
-            if not self.masks:
+            if [m.shape for m in self.masks] != shapes:  # none yet, or others are perturbed now
                 self.upcoming = self._renewed(grads, "fisher" if self.kind == "fisher" else "random")
             elif self.kind != "random" and self.every and self.step % self.every == 0:
                 self.upcoming = self._renewed(grads, self.kind)
@@ -99,7 +100,7 @@ class Mask:
     def _random(self, like: Tensor) -> Tensor:
         # On the CPU and from the step number: the same on every device, process and after a resume.
         generator = torch.Generator().manual_seed(self.seed + self.step)
-        return torch.rand(like.numel(), generator=generator, dtype=torch.float32).to(like)
+        return torch.rand(like.numel(), generator=generator, dtype=torch.float32).to(like.device)
 
     def state_dict(self) -> dict:
         names = ("step", "epoch", "due", "rate", "every", "kind", "sparsity")

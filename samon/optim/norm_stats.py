@@ -1,6 +1,6 @@
-"""BatchNorm running statistics during a two-pass step: a pass that is not to update them leaves no trace."""
+"""Buffers (running statistics) during a two-pass step: a pass that is not to update them leaves no trace."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,29 +21,29 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         stack += new
 
 
-def running_statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """The buffers that a forward pass of these modules in their present mode would update: running mean and variance
-    [C] and the batch counter [] of every training BatchNorm-like one."""
-    return [
-        buffer
-        for module in modules
-        if module.training and module._buffers and getattr(module, "track_running_stats", False)
-        for name in ("running_mean", "running_var", "num_batches_tracked")
-        if isinstance(buffer := module._buffers.get(name), Tensor)
-    ]
+def _writable(buffer: Tensor) -> bool:
+    """Whether values can be copied in; no forward pass writes in place where they cannot."""
+    if buffer.layout != torch.strided or buffer.is_inference():
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 @contextmanager
-def kept(buffers: Sequence[Tensor], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """The buffers' values are put back at the end, also after an exception, unless `unless()` says no then.
+def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """All buffers of the modules are afterwards what they were before, also after an exception.
 
-    Values are copied, not momenta changed: it holds for every norm class, compiled or not. The copy back is an
-    in-place write, so whatever was run inside must have been back-propagated inside as well.
+    All, because any forward may write to any: running statistics of BatchNorm and EvoNorm, of classes of one's own,
+    the vectors of spectral normalization. Values are copied, not momenta changed: it holds for every class, compiled or
+    not. The copy back is an in-place write, so whatever was run inside must have been back-propagated inside as well.
     """
+    owned = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+    buffers = [b for _, before in owned for b in before.values() if b is not None and _writable(b)]
     saved = [b.clone() for b in buffers]
     try:
         yield
     finally:
-        if saved and not unless():
+        for current, before in owned:
+            current.update(before)  # those that code replaced instead of writing to them
+        if saved:
             with torch.no_grad():
-                torch._foreach_copy_(list(buffers), saved)
+                torch._foreach_copy_(buffers, saved)

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent
 from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, radius, widened
 from samon.optim.masks import Mask
-from samon.optim.norm_stats import kept, modules_of, running_statistics
+from samon.optim.norm_stats import kept, modules_of
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import SCOPES, Selection, select, select_bare
 from samon.optim.sharded import local, whole_norms
@@ -98,6 +99,7 @@ class SAM(Optimizer):
         self.stats: dict[str, Tensor] = {}
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
+        self.found: set[torch.nn.Module] | None = None  # without a model: the modules that ran in the first step
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
         self.arithmetic, self.captured = Arithmetic(), False
         self._rounding_checked = self._warned = self._plain = False
@@ -140,7 +142,6 @@ class SAM(Optimizer):
         known = {id(p) for p in old.parameters.values()}
         if new := {n: p for n, p in found.parameters.items() if id(p) in added - known}:
             old.parameters |= new
-            self.plan = None
 
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> None:
         """Beside a model compiled like this: the arithmetic of the perturbation in compiled functions too. Where the
@@ -187,6 +188,23 @@ class SAM(Optimizer):
         vars(self).update(state)
         self._start()
 
+    # -- modules -----------------------------------------------------------------------------------------------------
+    def modules(self) -> list[torch.nn.Module]:
+        """All modules of the model, or those that ran in the first step where the optimizer was made without one."""
+        return list(self.found or ()) if self.model is None else list(modules_of(self.model))
+
+    @contextmanager
+    def finding_modules(self) -> Iterator[None]:
+        """Around a first pass: without a model, note in the first step which modules run (compiled ones eagerly)."""
+        if self.model is not None or self.found is not None:
+            yield
+            return
+        found = set[torch.nn.Module]()
+        note = register_module_forward_pre_hook(lambda module, args: found.add(module))
+        with note, torch.compiler.set_stance("force_eager"):
+            yield
+        self.found = found
+
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters that are trainable now, by qualified name."""
@@ -226,6 +244,11 @@ class SAM(Optimizer):
         counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
         gradients have a leading dimension [G], and so has everything else."""
         weights = self.perturbed_weights()
+        if len(devices := {str(w.device) for w in weights}) > 1:
+            raise UserError(
+                f"the perturbed parameters are on {' and '.join(sorted(devices))}, but a perturbation needs all of "
+                "them on one device; move the model to one, or let perturb=... choose parameters of one"
+            )
         pairs = zip(weights, grads, strict=True)
         dense = widened([torch.zeros_like(w) if g is None else local(g) for w, g in pairs])
         dense = dense if self.mask is None else self.mask(dense)
@@ -338,13 +361,13 @@ class SAM(Optimizer):
         ascent, named, first = self.ascent, self.perturbed_parameters(), None
         grads: list[Tensor | None] | None = None
         if climbs := ascent.climbs():
-            first = closure()
+            with self.finding_modules():
+                first = closure()
             grads = [g if g is None or not ascent.notes else g.clone() for g in (p.grad for p in named.values())]
         eps, _ = self.displacement(grads)
         if eps is None:
             return closure()
-        buffers = running_statistics(modules_of(self.model)) if climbs and self.model is not None else []
-        with kept(buffers), self.moved(eps):
+        with kept(self.modules() if climbs else []), self.moved(eps):
             second = closure()
         ascent.note(named, grads or [])  # behind the closure, which zeroes gradients
         return first if climbs else second

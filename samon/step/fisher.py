@@ -17,7 +17,7 @@ def fisher_diagonal(sam: SAM, losses: Iterable[Callable[[], Tensor]]) -> list[Te
     total = [wide(torch.zeros_like(p)) for p in parameters]
     for loss in losses:
         grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
-        total = [t + wide(g).square() for t, g in zip(total, grads, strict=True)]
+        total = [t + wide(g).abs().square() for t, g in zip(total, grads, strict=True)]
     if dist.is_available() and dist.is_initialized():
         for part in total:
             dist.all_reduce(part)

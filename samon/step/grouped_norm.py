@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
-from samon.optim.geometry import wide
+from samon.optim.geometry import HALF, wide
+from samon.optim.norm_stats import kept
 from samon.optim.scope import affine_dim
 
 Call = tuple[Tensor, Tensor]  # mean and variance, [G, C]
@@ -27,7 +28,8 @@ class GroupedNorm:
         groups: G, equal groups of consecutive samples in the leading dimension.
 
     Attributes:
-        bare: what the layer's own attributes must be (`changed`) for it to run this forward, hooks and all.
+        bare: a copy of the layer with unit gamma, zero beta and without what follows them. The layer itself keeps its
+            parameters, so code that reads them outside the layer's own call sees what they are.
         offsets: for weight and bias, None for an unperturbed one.
         calls: the batch statistics of each call, of a training BatchNorm that tracks them.
     """
@@ -38,22 +40,27 @@ class GroupedNorm:
         self.offsets: Sequence[Tensor | None] = (None, None)
         self.calls: tuple[Call, ...] = ()
         self.own_statistics = isinstance(module, _BatchNorm) and module.training
-        self.normalized = type(module).forward  # with unit gamma and zero beta: those of `bare`
+        self.checked = type(module).__module__.partition(".")[0] in ("torch", "timm")  # by tests
         # timm's fused norm+act classes: their activation runs behind the groups' own gamma and beta.
         self.children = dict(module._modules)
         self.after = {n: m for n, m in self.children.items() if n in ("drop", "act") and m is not None}
         fills = {"weight": torch.ones_like, "bias": torch.zeros_like}
         own = module._parameters.items()
-        self.bare: dict[str, Any] = {
+        self._bare_attributes: dict[str, Any] = {
             "_parameters": {n: fills[n](p.detach()) if n in fills and p is not None else p for n, p in own},
             "_modules": self.children | {name: nn.Identity() for name in self.after},
-            "forward": self.forward,
         }
+        self.bare: nn.Module = object.__new__(type(module))
+        self.follow()
+
+    def follow(self) -> None:
+        """Take over what the layer's attributes are now (epsilons, mode), buffers included."""
+        vars(self.bare).update(vars(self.module) | self._bare_attributes)
 
     def serves(self, module: nn.Module) -> bool:
         """Whether the layer still is what this object was made of: mode, children, parameters, dtype and device."""
         own = [(n, p) for n, p in module._parameters.items() if p is not None]
-        bare = self.bare["_parameters"]
+        bare = self._bare_attributes["_parameters"]
         return (
             self.own_statistics == (isinstance(module, _BatchNorm) and module.training)
             and all(a is b for a, b in zip(self.affine, map(module._parameters.get, ("weight", "bias")), strict=True))
@@ -65,27 +72,57 @@ class GroupedNorm:
         """[B, ...] -> the same shape and dtype.
 
         Raises:
-            UserError: the groups do not divide the batch.
+            UserError: the groups do not divide the batch, or a class of the user's cannot be grouped.
         """
         if x.shape[0] % self.groups:
             raise UserError(
                 f"a batch of {x.shape[0]} does not divide into {self.groups} groups at {type(self.module).__name__}; "
                 "choose a batch size that m divides"
             )
+        if not self.checked and all(d is None or d.requires_grad for d in self.offsets):  # zero, in the first pass
+            self._check(x)
+        return self._output(x)
+
+    def _output(self, x: Tensor) -> Tensor:
         gamma, beta = (self._per_group(p, d) for p, d in zip(self.affine, self.offsets, strict=True))
         y = self._batch_norm(x, gamma, beta) if self.own_statistics else self._layer(x, gamma, beta)
         for child in self.after.values():
             y = child(y)
         return y
 
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _check(self, x: Tensor) -> None:
+        """Whether a class that torch and timm do not bring is what the groups take it for, by its own forward of each
+        group. A wrong `dim`, statistics of the whole batch and x * (1 + weight) all show here."""
+        calls = self.calls
+        with kept(self.module.modules()):
+            expected = torch.cat([type(self.module).forward(self.module, part) for part in x.chunk(self.groups)])
+            try:
+                error = (self._output(x) - expected).abs() / (1 + expected.abs())
+            except RuntimeError:  # shapes that do not fit
+                error = torch.ones(())
+        self.calls = calls
+        if (error > (0.1 if expected.dtype in HALF else 1e-3)).any():
+            name = type(self.module).__name__
+            raise UserError(
+                f"groups={self.groups}: {name} is not normalized(x) * weight + bias along dimension "
+                f"{affine_dim(self.module)} with each sample on its own; use groups=1, and say so by "
+                f"samon.register_norm({name}, dim=None)"
+            )
+        self.checked = True
+
     def _per_group(self, parameter: Parameter | None, offset: Tensor | None) -> Tensor | None:
         """The parameter of every group, [G, *shape], made anew at each call; None for a missing one."""
         if parameter is None:
             return None
-        return wide(parameter).expand(self.groups, *parameter.shape) if offset is None else parameter + offset
+        if offset is None:
+            return wide(parameter).expand(self.groups, *parameter.shape)
+        # Only the offsets are differentiated in the first pass: what else reaches the parameter, bypasses them.
+        return (parameter.detach() if offset.requires_grad else parameter) + offset
 
     def _layer(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        y = self.normalized(self.module, x)
+        y = type(self.bare).forward(self.bare, x)
         z = y.view(self.groups, -1, *y.shape[1:])
         z = z if gamma is None else z * self._facing(z, gamma)
         z = z if beta is None else z + self._facing(z, beta)

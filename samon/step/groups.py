@@ -7,7 +7,7 @@ BatchNorm, which couples samples, computes its statistics per group by folding t
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.errors import UserError
 from samon.optim.geometry import wide
-from samon.optim.norm_stats import modules_of
+from samon.optim.norm_stats import kept
 from samon.optim.sam import SAM
-from samon.optim.scope import affine_dim, norm_modules
+from samon.optim.scope import affine_dim, looks_like_norm, norm_modules
 from samon.step.captured import owned
 from samon.step.grouped_norm import Call, GroupedNorm
-from samon.step.passes import changed, frozen, refuse_checkpointing, unperturbed
+from samon.step.passes import changed, frozen, gradients, refuse_checkpointing, unperturbed
 
 
 class Grouped:
@@ -51,10 +51,17 @@ class Grouped:
         self.device = parameters[0].device
         self.perturbed = {id(p): p for p in parameters}
         self.inputs = [wide(p.new_zeros(groups, *p.shape)).requires_grad_() for p in parameters]
-        self.frozen = [*([] if sam.distributed else unperturbed(sam, modules_of(sam.model))), *parameters]
+        self.modules = sam.modules()
+        self.frozen = [] if sam.distributed else unperturbed(sam, self.modules)
         # [module -> the (mean, variance) [G, C] of each call in the passes that count]
         self.statistics: dict[Any, list[Call]] = defaultdict(list)
         self.under_way = "first"
+        for module in self.modules:
+            if module.training and module._buffers and looks_like_norm(module):
+                raise UserError(
+                    f"groups={groups}: {type(module).__name__} is not known as a normalization layer and may compute "
+                    f"statistics of the whole batch; samon.register_norm({type(module).__name__}, dim=...) says how"
+                )
         modules = [m for name, m in norm_modules(sam.model).items() if self._is_grouped(name, m)]
         # Those of the last step where they still serve: new ones would not be what a compiled graph was made of.
         known = {layer.module: layer for layer in sam.grouped if layer.groups == groups}
@@ -66,28 +73,51 @@ class Grouped:
     def _is_grouped(self, name: str, module: nn.Module) -> bool:
         """Perturbed layers, and every BatchNorm that computes statistics of the batch."""
         dim = affine_dim(module)
-        coupled = module.training and (isinstance(module, _BatchNorm) or dim is None)
-        if not coupled and not any(id(p) in self.perturbed for p in module.parameters(recurse=False)):
+        batch_norm = isinstance(module, _BatchNorm)
+        coupled = module.training and (batch_norm or dim is None)
+        own = {name for name, p in module._parameters.items() if id(p) in self.perturbed}
+        if not coupled and not own:
             return False
-        if dim is None:
+        counting = module.training and not batch_norm and getattr(module, "track_running_stats", False)
+        if dim is None or counting or own - {"weight", "bias"} or "forward" in vars(module):
             raise UserError(
                 f"groups={self.groups}: {type(module).__name__} {name!r} cannot be grouped; use groups=1 "
                 "(--m-sharpness device) or another normalization layer"
             )
         return True
 
-    def first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def first(self) -> Iterator[None]:
         """Around the first pass."""
-        return frozen(self.frozen)
+        with frozen(self.frozen), kept(self.modules if self.bn_stats == "second" else []):
+            yield
+
+    def gradients(self, loss: Tensor, scaler: Any) -> list[Tensor | None]:
+        """Unscaled gradients of the first pass's loss with respect to `inputs`.
+
+        Raises:
+            UserError: the loss also depends on a perturbed parameter outside its layer's call: a loop would have each
+                group's own value there.
+        """
+        found = gradients(loss, [*self.inputs, *self.perturbed.values()], scaler)
+        for (name, _), grad in zip(self.sam.perturbed_parameters().items(), found[len(self.inputs) :], strict=True):
+            if grad is not None:
+                raise UserError(
+                    f"groups={self.groups}: the loss depends on {name!r} outside the call of its layer (a penalty on "
+                    "the parameters, or functional code that reads them), where the groups cannot have values of "
+                    "their own; call the layer, use the optimizer's weight_decay, or groups=1 (--m-sharpness device)"
+                )
+        return found[: len(self.inputs)]
 
     @contextmanager
     def each_first(self) -> Iterator[None]:
         """Around each forward of the first pass, and around each of the second."""
         offsets = dict(zip(self.perturbed, self.inputs, strict=True))
         for layer in self.layers:
+            layer.follow()
             layer.offsets = [offsets.get(id(p)) for p in layer.affine]
         try:
-            with changed({layer.module: layer.bare for layer in self.layers}):
+            with changed({layer.module: {"forward": layer.forward} for layer in self.layers}):
                 yield
             for layer in self.layers if self.bn_stats in (self.under_way, "both") else []:
                 calls = [(owned(self.sam.captured, mean), owned(self.sam.captured, var)) for mean, var in layer.calls]
@@ -103,7 +133,8 @@ class Grouped:
         """Around the second pass, with the perturbations [G, *shape] as offsets."""
         self.inputs, self.under_way = eps, "second"
         self.sam.measure(eps, eps, grouped=True)
-        yield
+        with kept(self.modules if self.bn_stats == "first" else []):
+            yield
         self._update_running_statistics()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from samon import rng
 from samon.errors import UserError
-from samon.optim.norm_stats import kept, running_statistics
+from samon.optim.norm_stats import kept
 from samon.optim.sam import SAM
 
 REENTRANT = (
@@ -102,11 +102,12 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], scaler: Any = None) -> lis
         return [None] * len(inputs)
     scaled = loss if scaler is None else scaler.scale(loss)
     try:
-        grads = torch.autograd.grad(scaled, list(inputs), allow_unused=True)
+        found = torch.autograd.grad(scaled, list(inputs), allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise UserError(REENTRANT.format("layers")) from error
         raise
+    grads = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
     if scaler is not None:
         torch._foreach_div_([g for g in grads if g is not None], scaler.scale(torch.ones((), device=loss.device)))
     return list(grads)
@@ -130,9 +131,8 @@ def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forw
         if not torch.is_grad_enabled():
             lost.extend(missing[id(p)] for p in module.parameters(recurse=False) if id(p) in missing)
 
-    buffers = [] if sam.model is None else running_statistics(sam.model.modules())
     everywhere = register_module_forward_pre_hook(look) if sam.model is None else watched(sam.model.modules(), look)
-    with kept(buffers), rng.kept(loss.device), everywhere:
+    with kept(sam.modules()), rng.kept(loss.device), everywhere:
         forward()
     if lost:
         raise UserError(REENTRANT.format(lost[0]) + "; what runs under torch.no_grad() on purpose: freeze it")

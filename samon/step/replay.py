@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from samon import rng
-from samon.optim.norm_stats import kept, modules_of, running_statistics
+from samon.optim.norm_stats import kept
 from samon.optim.sam import SAM
-from samon.step.passes import frozen, refuse_checkpointing, swapped_forwards, unperturbed, watched
+from samon.step.passes import frozen, gradients, refuse_checkpointing, swapped_forwards, unperturbed, watched
 
 
 @dataclass
@@ -49,12 +49,14 @@ class Plan:
         front: modules whose outputs are kept, none inside another.
         late: parameters used only behind the cut; the ascent pass freezes them.
         owners: modules that own perturbed parameters.
+        perturbed: the ids of these; with others, for instance after some were unfrozen, the plan is void.
         cloned: front modules whose outputs later code overwrites in place, so that a copy is handed out.
     """
 
     front: list[nn.Module]
     late: list[Parameter]
     owners: list[nn.Module]
+    perturbed: set[int]
     cloned: set[nn.Module] = field(default_factory=set)
 
 
@@ -62,7 +64,7 @@ def make_plan(sam: SAM, trace: Trace) -> Plan:
     """The plan for the perturbed parameters from one recorded pass. An empty `front` means nothing can be kept."""
     model = sam.model
     assert model is not None
-    perturbed = {id(p) for p in sam.perturbed_parameters().values()}
+    perturbed = perturbed_ids(sam)
     starts = {module: _first_start(model, name, trace) for name, module in model.named_modules()}
     owners = [m for m in starts if any(id(p) in perturbed for p in m.parameters(recurse=False))]
     cut = min([trace.clock, *(starts[m] for m in owners)])
@@ -81,7 +83,7 @@ def make_plan(sam: SAM, trace: Trace) -> Plan:
         front = []
     early = {id(p) for module, start in starts.items() if start < cut for p in module.parameters(recurse=False)}
     late = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
-    return Plan(front if any(True for m in front for _ in m.parameters()) else [], late, owners)
+    return Plan(front if any(True for m in front for _ in m.parameters()) else [], late, owners, perturbed)
 
 
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
@@ -90,6 +92,10 @@ def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
     if calls := trace.calls.get(model.get_submodule(name)):
         return calls[0][0]
     return _first_start(model, name.rpartition(".")[0], trace) if name else 0
+
+
+def perturbed_ids(sam: SAM) -> set[int]:
+    return {id(p) for p in sam.perturbed_parameters().values()}
 
 
 def _reaches(nodes: list[Any], perturbed: set[int]) -> bool:
@@ -199,15 +205,16 @@ class Plain:
         self.sam, self.bn_stats = sam, bn_stats
         self.inputs: list[Tensor] = list(sam.perturbed_parameters().values())
         self.device = self.inputs[0].device
-        self.modules = [] if sam.model is None else list(modules_of(sam.model))
+        self.modules = sam.modules()
         self.tape: Tape | None = None
-        # With both passes updating the statistics, the front's BatchNorms would have to run twice.
-        usable = replay and sam.selection.narrowed and bn_stats != "both"
-        self.traced = sam.model if usable and sam.plan is None else None  # the model where a plan is to be made
+        # What the second pass is to write to buffers, it writes where it runs.
+        usable = replay and sam.selection.narrowed and bn_stats == "first"
+        plan = sam.plan if usable and sam.plan is not None and sam.plan.perturbed == perturbed_ids(sam) else None
+        self.traced = sam.model if usable and plan is None else None  # the model where a plan is to be made
         if usable and sam.model is not None:
             refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
-            if sam.plan is not None and sam.plan.front:
-                self.tape = Tape(sam.plan, self.device, same_noise)
+            if plan is not None and plan.front:
+                self.tape = Tape(plan, self.device, same_noise)
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -216,8 +223,12 @@ class Plain:
             late = self.tape.plan.late
         else:
             late = [] if self.traced is not None or self.sam.distributed else unperturbed(self.sam, self.modules)
-        with frozen(late), self._statistics_kept() if self.bn_stats == "second" else nullcontext():
+        with frozen(late), kept(self.modules if self.bn_stats == "second" else []):
             yield
+
+    def gradients(self, loss: Tensor, scaler: Any) -> list[Tensor | None]:
+        """Unscaled gradients of a loss of the first pass with respect to `inputs`."""
+        return gradients(loss, self.inputs, scaler)
 
     @contextmanager
     def each_first(self) -> Iterator[None]:
@@ -228,7 +239,7 @@ class Plain:
                 yield
             self.sam.plan = make_plan(self.sam, trace)
         else:
-            with self.tape.recording() if self.tape is not None else nullcontext():
+            with self.tape.recording() if self.tape is not None else self.sam.finding_modules():
                 yield
 
     @contextmanager
@@ -237,7 +248,8 @@ class Plain:
         # An autocast context around the whole step would go on using its half-precision copies of the old weights.
         torch.clear_autocast_cache()
         try:
-            with self._statistics_kept() if self.bn_stats == "first" else nullcontext(), self.sam.moved(eps):
+            modules = self.modules or self.sam.modules()
+            with kept(modules if self.bn_stats == "first" else []), self.sam.moved(eps):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -249,13 +261,3 @@ class Plain:
     def each_second(self) -> AbstractContextManager[None]:
         """Around each forward and backward of the second pass."""
         return self.tape.replaying() if self.tape is not None and self.tape.whole else nullcontext()
-
-    @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """A pass that leaves the running statistics alone. Front layers run once and stay updated, since both passes
-        would see the same batch there; only if the kept outputs cannot be used they are put back too."""
-        front = {m for f in self.tape.plan.front for m in f.modules()} if self.tape is not None else set()
-        late, early = ([m for m in self.modules if (m in front) is inside] for inside in (False, True))
-        unless = lambda: self.tape is not None and self.tape.whole  # noqa: E731
-        with kept(running_statistics(late)), kept(running_statistics(early), unless=unless):
-            yield

@@ -16,7 +16,7 @@ from samon.optim.sharded import is_cut
 from samon.step import sharded
 from samon.step.captured import begin, own_gradients, owned
 from samon.step.groups import Grouped
-from samon.step.passes import explain_missing, gradients
+from samon.step.passes import explain_missing
 from samon.step.replay import Plain
 
 Forward = Callable[[], Tensor]
@@ -180,7 +180,7 @@ def first_pass(
             with no_sync(), passes.each_first():
                 begin(sam.captured)
                 loss = forward()
-                found = gradients(loss, passes.inputs, scaler)
+                found = passes.gradients(loss, scaler)
             if any(g is None for g in found):
                 missing.append((found, loss, forward))
             losses.append(owned(sam.captured, loss.detach()))

@@ -165,3 +165,17 @@ print(markdown([Cell("sambias-linf-adamw", 0.25, [1.0]), Cell("sam", 0.1, [2.0])
     assert done.returncode == 0, done.stderr
     assert "| variant | biases | all |" in done.stdout
     assert "| l inf (adamw) | 1.00 (rho 0.25) |  |" in done.stdout
+
+
+@pytest.mark.parametrize("geometry", reference.GEOMETRIES)
+def test_complex_entries_have_a_modulus_and_a_direction(geometry: str) -> None:
+    """The first-order gain over ||T^-1 eps||_p <= rho is the largest: rho ||T g||_q, with T and norms of moduli."""
+    torch.manual_seed(0)
+    w, g = (torch.randn(7, dtype=torch.complex128) for _ in range(2))
+    row, eta, rho = GEOMETRIES[geometry], reference.ETA[geometry], 0.3
+    (eps,), _ = ascend(geometry, [w], [g], rho, eta, [True])
+    t = reference.scale(geometry, "weight", w.abs(), g.abs(), eta) if geometry != "layerl2" else w.norm().expand(7)
+    dual = 1 if row.p == math.inf else 2
+    gain = (eps.conj() * g).real.sum()
+    torch.testing.assert_close(gain, rho * torch.linalg.vector_norm(t * g.abs(), dual))
+    torch.testing.assert_close(torch.linalg.vector_norm(eps / t, row.p), torch.tensor(rho, dtype=torch.float64))

@@ -5,10 +5,12 @@ import copy
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import samon
-from samon.optim.scope import norm_modules, norm_parameters, select
+from samon.optim import scope
+from samon.optim.scope import norm_modules, norm_parameters, select, select_bare
 
 # architecture: number of affine normalization tensors. Two (gamma and beta) per normalization layer, one for RMS norms
 # and the NoBias variants; layer scale, ResMLP's Affine, ConvNeXt-V2's GRN, tau and v of FRN and EvoNorm do not count.
@@ -164,7 +166,7 @@ def test_regular_expression() -> None:
     assert all(n.startswith("layer4") for n in late.names)
     assert len(late.names) == 10
     assert not select(model, "samon", ".").narrowed
-    with pytest.raises(ValueError, match="perturb='layer9' matches none of the 40 parameters"):
+    with pytest.raises(ValueError, match="perturb='layer9' matches none of the 40 trainable parameters"):
         select(model, "samon", "layer9")
     with pytest.raises(ValueError, match=r"perturb='\(' is not a regular expression"):
         select(model, "samon", "(")
@@ -190,3 +192,110 @@ def test_summary_counts_by_layer_type() -> None:
 def test_public_class_of_errors() -> None:
     assert issubclass(samon.UserError, ValueError)
     assert copy.copy(samon.UserError("a")).args == ("a",)
+
+
+@pytest.mark.parametrize("way", ["bare", "SAM"])
+def test_parameters_unfrozen_later_are_perturbed(way: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    model[1].requires_grad_(False)
+    if way == "SAM":
+        opt = samon.SAM(torch.optim.SGD(model.parameters(), lr=0.1), select(model, "samon"), rho=0.1)
+    else:
+        opt = create_optimizer_v2(model.parameters(), "sam", lr=0.1, weight_decay=0.0)
+    before = len(opt.perturbed_parameters())
+    assert f"in {before} tensors" in opt.selection.summary()
+    model[1].requires_grad_(True)
+    assert len(opt.perturbed_parameters()) == before + 2
+    assert {id(p) for p in opt.perturbed_parameters().values()} >= {id(p) for p in model[1].parameters()}
+
+
+def test_optimizer_without_the_frozen_parameters_leaves_them_alone() -> None:
+    """timm's parameter groups hold no frozen parameters: nobody trains them later either."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    model[1].requires_grad_(False)
+    opt = create_optimizer_v2(model, "samon", lr=0.1, weight_decay=0.1)
+    model[1].requires_grad_(True)
+    assert list(opt.perturbed_parameters()) == ["2.weight", "2.bias"]
+    opt.add_param_group({"params": list(model[1].parameters())})
+    assert set(opt.perturbed_parameters()) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+
+
+def test_everything_frozen_and_bare() -> None:
+    with pytest.raises(
+        samon.UserError, match="none of the 0 trainable parameters of scope sam in the parameter groups"
+    ):
+        create_optimizer_v2(nn.Linear(4, 4).requires_grad_(False).parameters(), "sam", lr=0.1)
+
+
+def test_an_attribute_called_module_is_no_wrapper() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.module = nn.LayerNorm(4), nn.ModuleDict({"norm": nn.LayerNorm(4)})
+            self._orig_mod = nn.Linear(4, 4)
+
+    names = ["norm.weight", "norm.bias", "module.norm.weight", "module.norm.bias"]
+    everything = [*names, "_orig_mod.weight", "_orig_mod.bias"]
+    assert select(Pair(), "samon").names == names
+    assert select(Pair(), "sam").names == everything
+    assert select(nn.DataParallel(Pair()), "sam").names == everything
+
+
+def test_wrappers_inside_a_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)), nn.LayerNorm(4))
+    bare = select(model, "sam").names
+    model[1] = torch.compile(nn.DataParallel(model[1]), backend="eager")
+    model[2] = torch.compile(model[2], backend="eager")
+    assert select(model, "sam").names == bare
+    assert select(model, "samon").names == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
+
+
+def test_two_parameters_of_one_name() -> None:
+    class Extended(nn.DataParallel):
+        def __init__(self, module: nn.Module):
+            super().__init__(module)
+            self.head = nn.Linear(4, 4)
+
+    model = nn.Sequential(Extended(nn.ModuleDict({"head": nn.Linear(4, 4)})))
+    with pytest.raises(samon.UserError, match=r"'0\.head\.weight' names two"):
+        select(model, "sam")
+    groups = [{"params": [(n, p) for n, p in nn.Linear(2, 2).named_parameters()]} for _ in range(2)]
+    with pytest.raises(samon.UserError, match="'weight' names two"):
+        samon.SAM(base := torch.optim.SGD(groups, lr=0.1), select_bare(base.param_groups, "sam"), rho=0.1)
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+
+class OwnLayerNorm(LlamaRMSNorm):
+    pass
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(scope, "NORM_TYPES", dict(scope.NORM_TYPES))
+
+
+def test_unknown_normalization_layers(registry) -> None:
+    alone, mixed = (nn.Sequential(nn.Linear(4, 4), LlamaRMSNorm(4), *more) for more in ([], [nn.LayerNorm(4)]))
+    with pytest.raises(samon.UserError, match=r"found: none.*LlamaRMSNorm.*samon\.register_norm"):
+        create_optimizer_v2(alone, "samon", lr=0.1)
+    for name in ("samon", "samnn"):
+        with pytest.warns(UserWarning, match=rf"{name}: Sequential .* LlamaRMSNorm; .*samon\.register_norm"):
+            opt = create_optimizer_v2(mixed, name, lr=0.1)
+    assert "1.scale" in opt.perturbed_parameters()
+    create_optimizer_v2(mixed, "sam", lr=0.1)  # no warning: all is perturbed whatever it is
+    samon.register_norm(LlamaRMSNorm, dim=-1)
+    mixed.append(OwnLayerNorm(4))
+    assert select(mixed, "samon").names == ["1.scale", "2.weight", "2.bias", "3.scale"]
+    assert select(mixed, "samnn").names == ["0.weight", "0.bias"]
+
+
+def test_register_norm_refuses_what_is_no_class_or_dimension() -> None:
+    with pytest.raises(samon.UserError, match="takes a class"):
+        samon.register_norm(LlamaRMSNorm(4), dim=1)
+    with pytest.raises(samon.UserError, match="dim must be 1"):
+        samon.register_norm(LlamaRMSNorm, dim=2)

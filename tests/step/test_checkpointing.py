@@ -63,10 +63,10 @@ def test_reentrant_checkpointing_is_refused(scope: str, norms: str) -> None:
 
 def test_refused_by_name_in_groups_and_from_bare_parameters() -> None:
     model = randomized(LayerNormNet())
-    mixed = model.norms[2]
+    mixed = model.mixes[2]
     plain = mixed.forward
     mixed.forward = lambda x: x + checkpoint(nn.Module.__call__, inner, x.detach(), use_reentrant=True)
-    inner = model.inner = nn.LayerNorm(8).double()
+    inner = model.inner = nn.LayerNorm(17).double()
     for opt, how in (
         (create_optimizer_v2(model, "samon", lr=0.1), {"groups": 4}),
         (create_optimizer_v2(model.named_parameters(), "sam", lr=0.1), {}),

@@ -1,6 +1,7 @@
 """m-sharpness in one batched pass against the loop over sub-batches: float64, 1e-10 relative."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -18,8 +19,10 @@ from timm.layers import (
 )
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import samon
+from samon.optim import scope
 from tests import reference
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 
@@ -218,3 +221,169 @@ def test_non_finite_group_leaves_weights_and_poisons_the_gradient() -> None:
     samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
     assert all(p.grad.isnan().any() for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Functional(nn.Module):
+    """Reads a layer's parameters without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.n, self.norm, self.head = nn.Linear(12, 8), nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(F.pixel_unshuffle(x, 2).flatten(2).mT)
+        x = F.layer_norm(x, (8,), self.n.weight, self.n.bias)
+        return self.head(self.norm(x).tanh().mean(1))
+
+
+PENALTIES = {
+    "l1 on gammas": lambda m: sum(n.weight.abs().sum() for n in m.modules() if isinstance(n, nn.LayerNorm)),
+    "l2 on all": lambda m: sum(p.square().sum() for p in m.parameters()),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalty_on_perturbed_parameters_is_refused(penalty: str) -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+    x, y = batch()
+    with pytest.raises(samon.UserError, match=r"'norms\.0\.weight' outside the call.*weight_decay.*groups=1"):
+        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y) + 0.01 * PENALTIES[penalty](model), groups=4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_use_of_a_perturbed_parameter_is_refused(compiled: bool) -> None:
+    model = randomized(Functional())
+    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+    run = torch.compile(model, backend="eager") if compiled else model
+    x, y = batch()
+    with pytest.raises(samon.UserError, match=r"groups=4: .* 'n\.weight' outside the call"):
+        samon.two_pass(opt, lambda: F.cross_entropy(run(x), y), groups=4)
+
+
+def test_unperturbed_parameters_may_be_read_anywhere() -> None:
+    """As the loop sees them: what is not perturbed is the same for all groups, a coupled BatchNorm's included."""
+    model = randomized(BatchNormNet())
+    models = [model, copy.deepcopy(model)]
+    for model, groups in zip(models, (4, 1), strict=True):
+        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO, perturb="blocks")
+
+        def loss(x, y, model=model) -> torch.Tensor:
+            rest = [model.bn.weight, model.bn.bias, model.stem.weight]
+            return F.cross_entropy(model(x), y) + sum(p.square().sum() for p in rest)
+
+        x, y = batch()
+        for a, b in zip(x.chunk(4 // groups), y.chunk(4 // groups), strict=True):
+            samon.two_pass(opt, lambda a=a, b=b, loss=loss: loss(a, b), groups=groups, loss_scale=groups / 4)
+    assert_same(*models)
+
+
+class LlamaNorm(nn.Module):
+    """An RMSNorm of one's own; `shift` makes it Gemma's, x * (1 + weight)."""
+
+    def __init__(self, width: int, shift: float = 0.0):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.ones(width)), shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.weight + self.shift)
+
+
+class OwnBatchNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean((0, 2, 3), keepdim=True)
+        self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach().flatten()
+        return (x - mean) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class GemmaNorm(nn.RMSNorm):
+    """Derives from a class that is known, and multiplies by something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.weight + 1)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(scope, "NORM_TYPES", dict(scope.NORM_TYPES))
+
+
+def with_norm(norm: nn.Module, last: bool) -> nn.Module:
+    around = (ToLast(), norm, ToFirst()) if last else (norm,)
+    parts = [nn.Conv2d(3, 8, 3), *around, nn.Tanh(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8)]
+    return randomized(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+
+
+def test_a_registered_class_is_grouped(registry) -> None:
+    samon.register_norm(LlamaNorm, dim=-1)
+    model, twin = grouped_and_looped(lambda: with_norm(LlamaNorm(8), last=True), "samon", 4)
+    assert_same(model, twin)
+    assert model[2].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("norm", "dim", "last"),
+    [(LlamaNorm(8, shift=1), -1, True), (LlamaNorm(8), 1, True), (OwnBatchNorm(8), 1, False), (GemmaNorm(8), -1, True)],
+    ids=["1 + weight", "another dimension", "statistics of the batch", "subclass"],
+)
+def test_a_class_that_the_groups_would_get_wrong_is_refused(registry, norm: nn.Module, dim: int, last: bool) -> None:
+    if not isinstance(norm, GemmaNorm):
+        samon.register_norm(type(norm), dim=dim)
+    model = with_norm(norm, last)
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+    with pytest.raises(samon.UserError, match=rf"{type(norm).__name__} is not .*register_norm\(.*dim=None\)"):
+        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+    samon.register_norm(type(norm), dim=None)
+    with pytest.raises(samon.UserError, match=rf"{type(norm).__name__} '.' cannot be grouped"):
+        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+
+
+def test_more_that_cannot_be_grouped(registry) -> None:
+    """Running statistics that a loop would update G times, parameters of other names, a forward of the instance's own,
+    a class that nobody knows and that may look at the whole batch."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.normalize(x, dim=1) * self.gamma[:, None, None]
+
+    samon.register_norm(Named, dim=1)
+    x, y = batch()
+    patched = nn.GroupNorm(2, 8)
+    patched.forward = patched.forward
+    for norm, message in (
+        (nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "InstanceNorm2d '1' cannot be grouped"),
+        (Named(), "Named '1' cannot be grouped"),
+        (patched, "GroupNorm '1' cannot be grouped"),
+        (OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
+    ):
+        model = with_norm(norm, last=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt = create_optimizer_v2(model, "samon", lr=0.1)
+        with pytest.raises(samon.UserError, match=message):
+            samon.two_pass(opt, lambda m=model: F.cross_entropy(m(x), y), groups=4)
+
+
+@pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
+def test_other_buffers_are_written_by_the_pass_that_is_asked_for(bn_stats: str) -> None:
+    """Spectral normalization iterates once in each forward: a step with groups runs one or two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = model.double()
+    twin = copy.deepcopy(model)
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4, bn_stats=bn_stats)
+    for _ in range(2 if bn_stats == "both" else 1):
+        twin(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))

@@ -246,3 +246,18 @@ def test_front_runs_once() -> None:
     with torch.no_grad():  # the first convolution of layer4 is in front of its first norm too
         once = count(lambda: nn.Sequential(*stages, model.layer4[0].conv1)(x))
     assert full - replayed == once > 0
+
+
+def test_parameters_unfrozen_in_front_of_the_cut_move_it() -> None:
+    model = randomized(BatchNormNet())
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    perturb = r"blocks\.[02]"
+    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb=perturb) for m in (model, twin))
+    for frozen in (True, True, False, False, True, True):  # recorded, replayed, each
+        for m in (model, twin):
+            m.blocks[0].requires_grad_(not frozen)
+        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
+        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
+        assert opt.plan.front
+        assert (model.blocks[0] in opt.plan.front) == frozen

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, set_reentrant_ckpt
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samon
@@ -256,3 +257,155 @@ def test_bad_options(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         samon.two_pass(opt, loss_of(model, *batch()), **kwargs)
     assert all(p.grad is None for p in model.parameters())
+
+
+class OwnBatchNorm(nn.Module):
+    """A BatchNorm of one's own, in the ways that people update running statistics."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.scale = way, nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("table", torch.arange(3.0).expand(2, 3), persistent=False)  # cannot be written to
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean((0, 2, 3))
+        if self.way == "in place":
+            self.mean.lerp_(mean.detach(), 0.1)
+        elif self.way == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+        else:
+            self.mean.data.lerp_(mean.data, 0.1)
+        return (x - mean[:, None, None]) * self.scale[:, None, None]
+
+
+WITH_BUFFERS = {
+    **{way: lambda way=way: OwnBatchNorm(way) for way in ("in place", "replaced", ".data")},
+    "EvoNorm2dB0": lambda: EvoNorm2dB0(3),
+    "spectral_norm": lambda: spectral_norm(nn.Conv2d(3, 3, 3)),
+    "spectral_norm, old": lambda: nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("way", ["first", "second", "both", "closure", "bare", "bare closure"])
+@pytest.mark.parametrize("layer", WITH_BUFFERS)
+def test_every_buffer_is_written_by_the_pass_that_is_asked_for(layer: str, way: str) -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), WITH_BUFFERS[layer](), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*parts, nn.Linear(3, 5)).double().train()
+    twin, probe = copy.deepcopy(model), copy.deepcopy(model)
+    source = model.parameters() if "bare" in way else model
+    opt = create_optimizer_v2(source, "sam", lr=0.0, weight_decay=0.0, rho=0.3)
+    x, y = batch()
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        if "closure" in way:
+            opt.step(closure)
+        else:
+            samon.two_pass(opt, loss_of(model, x, y), bn_stats="first" if way == "bare" else way)
+    other = create_optimizer_v2(twin, "sam", lr=0.0, rho=0.3)
+    for _ in range(2):
+        probe.load_state_dict(twin.state_dict())
+        grads = torch.autograd.grad(F.cross_entropy(probe(x), y), list(probe.parameters()))
+        if way != "second":
+            twin(x)
+        if way in ("second", "both"):
+            with other.perturbed(grads):
+                twin(x)
+    for (name, got), want in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("ascent", ["batch", "friendly", "every:2", "previous"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_sparse_gradients(closure: bool, ascent: str) -> None:
+    """As with dense ones; the last row is in no sample."""
+    torch.manual_seed(0)
+    sparse, dense = (
+        nn.Sequential(nn.Embedding(9, 4, sparse=bool(s)), nn.Flatten(), nn.Linear(12, 5)).double() for s in (1, 0)
+    )
+    dense.load_state_dict(sparse.state_dict())
+    x, y = torch.randint(8, (6, 3)), torch.randint(5, (6,))
+    for model in (sparse, dense):
+        opt = create_optimizer_v2(model, "sam", lr=0.1, rho=0.3, ascent=ascent, weight_decay=0.0)
+        for _ in range(4):
+            opt.zero_grad()
+            if closure:
+                opt.step(lambda m=model, o=opt: (o.zero_grad(), (s := F.cross_entropy(m(x), y)).backward(), s)[-1])
+            else:
+                samon.two_pass(opt, [loss_of(model, x, y), loss_of(model, x[:3], y[:3])])
+                opt.step()
+    for p, q in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam-elemlinf", "sam-fisher", "sam-random", "ssam-f", "ssam-d"])
+def test_perturbed_parameters_on_two_devices(name: str) -> None:
+    model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": nn.Linear(2, 2, device="meta")})
+    opt = create_optimizer_v2(model, name, lr=0.1)
+    grads = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.raises(samon.UserError, match=r"on cpu and meta.*one device"), opt.perturbed(grads):
+        pass
+
+
+class Complex(nn.Module):
+    """A complex layer; `real` holds the same numbers as pairs of real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * 16, 5, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x[:, :, :4, :4].flatten(1).to(torch.complex128) @ self.weight).abs()
+
+
+class Pairs(nn.Module):
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.view_as_real(weight.detach()).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x[:, :, :4, :4].flatten(1).to(torch.complex128) @ torch.view_as_complex(self.weight)).abs()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"ascent": "every:2"}, {"ascent": "friendly"}, {"gsam_alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("name", ["sam", "sam-layerl2"])
+def test_complex_weights_are_pairs_of_real_ones(name: str, kwargs: dict) -> None:
+    torch.manual_seed(0)
+    model = Complex()
+    pairs = Pairs(model.weight)
+    x, y = batch()
+    for m in (model, pairs):
+        opt = create_optimizer_v2(m, name, lr=0.1, rho=0.3, weight_decay=0.0, **kwargs)
+        for _ in range(4):
+            opt.zero_grad()
+            samon.two_pass(opt, loss_of(m, x, y))
+            opt.step()
+    torch.testing.assert_close(torch.view_as_real(model.weight), pairs.weight, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["sam-random", "ssam-f", "ssam-d"])
+def test_masks_of_complex_weights(name: str) -> None:
+    model = Complex()
+    opt = create_optimizer_v2(model, name, lr=0.1, mask_every=1)
+    x, y = batch()
+    for _ in range(2):
+        samon.two_pass(opt, loss_of(model, x, y))
+        opt.step()
+    assert opt.mask.masks[0].sum() == model.weight.numel() / 2
+
+
+def test_masks_follow_what_is_perturbed() -> None:
+    model, opt = setup(LayerNormNet, "ssam-d")
+    x, y = batch()
+    for frozen in (True, False, True):
+        model.norms.requires_grad_(not frozen)
+        samon.two_pass(opt, loss_of(model, x, y))
+        opt.step()
+        assert [m.shape for m in opt.mask.masks] == [p.shape for p in model.parameters() if p.requires_grad]
