@@ -25,7 +25,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from samon.commands.validate_flags import parse_up_to_dashes
 from samon.data.faults import ImageError, SampleError
 from samon.data.shards import Record
-from samon.data.sources import Source
+from samon.data.source import Source
 from samon.errors import UserError, run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse

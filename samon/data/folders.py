@@ -20,8 +20,8 @@ from samon.errors import UserError
 
 _log_once = cache(logging.getLogger("samon").warning)  # a set is opened several times in a run
 
-# Endings of images that timm's folders do not read unless --input-key names them.
-OTHER_ENDINGS = frozenset(f".{key}" for key in IMAGE_KEYS.split(";"))
+# Endings of images that can be decoded, of which timm reads .png, .jpg and .jpeg.
+KNOWN_ENDINGS = frozenset(f".{key}" for key in IMAGE_KEYS.split(";"))
 
 
 class Item(NamedTuple):
@@ -136,7 +136,7 @@ def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tar
         elif ending in wanted:
             found.append(item)
         else:
-            other[ending] += ending in OTHER_ENDINGS
+            other[ending] += ending in KNOWN_ENDINGS
             seen = item.path if ending == ".tar" or not seen else seen
     more = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()) if count)
     if not found:
@@ -144,7 +144,7 @@ def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tar
     if hidden:
         _log_once(f"{source}: {len(hidden)} hidden files or folders are left out, such as {hidden[0]}")
     if more:
-        _log_once(f"{source}: images of other formats are left out ({more}); name their endings to read them too")
+        _log_once(f"{source}: images with other endings are left out ({more}); --input-key names those to read")
     return sorted(found, key=lambda item: class_order(item.path))
 
 

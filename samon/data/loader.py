@@ -21,7 +21,8 @@ from samon.data.cifar_augment import create_transform
 from samon.data.decode import choose_decoder, decode_pil
 from samon.data.faults import DataError, from_worker
 from samon.data.sizes import SizedTransform, SizeSchedule
-from samon.data.sources import ShardSource, open_source
+from samon.data.source import ShardSource
+from samon.data.sources import open_source
 from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed
 from samon.errors import UserError
 

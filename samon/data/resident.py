@@ -17,7 +17,7 @@ from torch import Tensor
 
 from samon.data.cifar_augment import Augment
 from samon.data.classes import check_label
-from samon.data.sources import PairSource
+from samon.data.source import PairSource
 from samon.data.stream import SampleStream
 from samon.errors import UserError, refuse
 

@@ -18,7 +18,7 @@ from samon.data.classes import check_label
 from samon.data.faults import DataError, FaultCount, ImageError, SampleError
 from samon.data.shards import Record
 from samon.data.sizes import SizedTransform
-from samon.data.sources import ShardSource, Source
+from samon.data.source import ShardSource, Source
 from samon.errors import UserError
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad

@@ -19,7 +19,8 @@ from samon.data.classes import check_label
 from samon.data.decode import decode_pil, open_image
 from samon.data.faults import ImageError, SampleError, from_worker
 from samon.data.shards import Record
-from samon.data.sources import ShardSource, Source, open_source
+from samon.data.source import ShardSource, Source
+from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals import shifts
 

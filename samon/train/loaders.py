@@ -10,8 +10,10 @@ from timm.data import FastCollateMixup, Mixup
 from samon import data
 from samon.data.classes import check_ranks
 from samon.data.sizes import SizeSchedule
-from samon.data.sources import Source, open_source
+from samon.data.source import Source
+from samon.data.sources import open_source
 from samon.data.splits import overlap
+from samon.data.stream import SampleStream
 from samon.errors import UserError, user_errors
 from samon.session.model import dtype_of
 from samon.session.world import World
@@ -51,7 +53,7 @@ def data_classes(config: Config) -> int | None:
         return open_source(config.dataset, config.data_dir, config.train_split, **_opening(config)).num_classes
 
 
-def check_splits(config: Config, train: Source, held: Source, classes: int, say: Callable[[str], Any]) -> None:
+def check_splits(config: Config, train: Source, held: Source, say: Callable[[str], Any]) -> None:
     """Validation must be of other images than training, and its labels must mean what training's mean.
 
     Raises:
@@ -66,8 +68,20 @@ def check_splits(config: Config, train: Source, held: Source, classes: int, say:
     if names and others and names != others:
         held.renumber(names)
         say(f"{held.place} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
-    if held.num_classes and held.num_classes > classes:
-        raise UserError(f"{held.place} has {held.num_classes} classes, training {classes}; use the same classes")
+
+
+def _set_classes(stream: SampleStream, classes: int, say: Callable[[str], Any]) -> None:
+    """Let no label reach the model's number of classes.
+
+    Raises:
+        UserError: the data have more classes.
+    """
+    place, found = stream.source.place, stream.source.num_classes
+    if found and found > classes:
+        raise UserError(f"{place} has {found} classes, the model {classes}; use --num-classes {found}")
+    if found and found < classes:
+        say(f"{place} has {found} classes, the model {classes}; --num-classes {found} fits")
+    stream.num_classes = classes
 
 
 def follow_classes(source: Source, trained: list[str] | None, say: Callable[[str], Any]) -> None:
@@ -101,22 +115,20 @@ def build_data(
     make: Any = data.create_resident_loader if config.data_resident else data.create_loader
     with user_errors("data"):
         mixup, collate = _mixing(config, classes)
-        train = _dataset(config, classes, data_config, config.train_split, world)
+        train = _dataset(config, data_config, config.train_split, world)
         source = train.source
         follow_classes(source, trained, say)
         check_ranks(source.class_names, len(source), source.place)
-        if source.num_classes and source.num_classes < classes:
-            found = source.num_classes
-            say(f"{source.place} has {found} classes, the model {classes}; --num-classes {found} fits")
+        _set_classes(train, classes, say)
         training = _train_kwargs(config, data_config, len(train) // config.batch_size)
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
             raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
         eval_loader: Batches | None = None
         if config.val_split:
-            held = _dataset(config, classes, data_config, config.val_split, None)
-            check_splits(config, source, held.source, classes, say)
-            held.num_classes = classes
+            held = _dataset(config, data_config, config.val_split, None)
+            check_splits(config, source, held.source, say)
+            _set_classes(held, classes, log.debug)
             check_ranks(held.source.class_names, len(held.source), held.source.place)
             # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
             eval_loader = make(
@@ -148,7 +160,7 @@ def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
     return (Mixup(**kwargs), None) if config.no_prefetcher else (None, FastCollateMixup(**kwargs))
 
 
-def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: str, training: World | None) -> Any:
+def _dataset(config: Config, data_config: dict[str, Any], split: str, training: World | None) -> SampleStream:
     """A split: to train on by the processes of `training`, or None to validate on."""
     size, samples = config.batch_size, config.train_num_samples
     if training is None:
@@ -166,7 +178,6 @@ def _dataset(config: Config, classes: int, data_config: dict[str, Any], split: s
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
         repeats=config.epoch_repeats,  # counts in training alone
-        num_classes=None if training is None else classes,  # validation: after its classes are known to be the same
         max_bad_fraction=config.max_bad_samples,
         **{key: getattr(config, key) for key in _DATASET},
         **_opening(config),

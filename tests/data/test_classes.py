@@ -116,3 +116,5 @@ def test_a_permuted_set_of_shards_follows_the_trained_classes(tmp_path):
     source.renumber(["a", "b", "c"])
     assert [record.label for record in source.read(range(3))] == [2, 0, 1]
     assert source.class_names == ["a", "b", "c"]
+    source.renumber(["z", "c", "b", "a"])  # once more, as after a class map
+    assert [record.label for _, record in source.reader.read(source.shards.urls[0], 3, range(3))] == [1, 3, 2]

@@ -171,9 +171,9 @@ def test_hidden_names_are_left_out_with_a_count(tmp_path, caplog):
 def test_images_of_other_formats_are_counted_and_can_be_named(tmp_path, caplog):
     root = write_images(tmp_path, "a/1.jpg", "a/2.WEBP", "b/3.gif")
     assert open_source("", root, "").class_names == ["a"]
-    assert "images of other formats are left out (1 .gif, 1 .webp)" in caplog.text
+    assert "images with other endings are left out (1 .gif, 1 .webp)" in caplog.text
     assert labels_of(open_source("", root, "", input_key="jpg;.webp;.gif")) == [0, 0, 1]
-    with pytest.raises(UserError, match=r"no images found \(.png\); it has 1 .gif, 1 .webp"):
+    with pytest.raises(UserError, match=r"no images found \(.png\); it has 1 .gif, 1 .jpg, 1 .webp"):
         find_images(root, [".png"])
 
 
