@@ -102,6 +102,8 @@ def _split_folder(root: str, split: str) -> str:
     others = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if split and folder == root and others:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
+    if not split and len(others) > 1:
+        raise UserError(f"--data-dir {root}: holds the splits {', '.join(others)}; name one of them")
     if folder == root and os.path.isfile(os.path.join(root, "_info.json")):
         raise UserError(f"--data-dir {root}: holds shards; read them with --dataset wds/NAME")
     return folder
@@ -116,6 +118,8 @@ def _split_of_tar(items: list[Item], split: str) -> tuple[list[Item], str]:
     """The images of a split in a tar and its folder's name; all and '' where no such folders are above its classes."""
     parts = [set(os.path.dirname(item.path).split("/")[:-1]) for item in items]
     held = {name for names in parts for name in names} & set(_SPLIT_FOLDERS)
+    if len(held) > 1 and not split:
+        raise UserError(f"{items[0].file}: holds the splits {', '.join(sorted(held))}; name one of them")
     if not held or not split:
         return items, ""
     name = next((name for name in (split, *synonyms(split)) if name in held), None)

@@ -166,7 +166,7 @@ class Entry:
         options |= {"allow_shell_urls": config.allow_shell_urls, "shard_cache": config.shard_cache}
         options |= {"shard_cache_size": int(config.shard_cache_size * 2**30), "random_access": True}
         if shift is None:  # else what its classes are called decides the label
-            options |= {"class_map": config.class_map, "num_classes": getattr(target.model, "num_classes", None)}
+            options["class_map"] = config.class_map
         source = open_source(self.dataset, self.root, split, keep=shifts.kept(self.kind), **options)
         border = (shift.border if shift else 0) + (config.crop_border_pixels or 0)
         return EvalImages(source, mode, border, keeps_size=shift is not None and shift.keeps_size)
@@ -184,6 +184,8 @@ class Entry:
         if names and trained and names != trained and not target.config.class_map:
             source.renumber(trained)
             said.append(f"its labels are numbered by the {len(trained)} classes that were trained on")
+        elif found > classes > 0:
+            raise UserError(f"{self.name} {self.root}: it has {found} classes, the model {classes}{do}")
         elif 0 < found < classes and not target.config.class_map:
             if classes == 1000 and names and set(names) <= set(shifts.synsets()):
                 images.scorings = {"": (None, shifts.label_table("imagenet", names))}

@@ -1,6 +1,7 @@
 """Every evaluation of a set reads its labels alike, on sets whose labels are easily taken wrongly."""
 
 import argparse
+import tarfile
 from contextlib import nullcontext
 
 import pytest
@@ -109,6 +110,30 @@ def test_classes_go_by_synset_or_number_and_other_names_are_refused(tmp_path, ca
     (tmp_path / "map.txt").write_text("cat\ndog\n")
     target = target_of(Slanted(), class_map=str(tmp_path / "map.txt"))
     assert accuracy.rows(target, entry)[0]["value"] == 100
+
+
+def test_shards_whose_classes_are_in_another_order_are_renumbered(tmp_path):
+    pack(tmp_path, [("a", 0, 0), ("b", 1, 1)], ["dog", "cat"])
+    target, entry = target_of(Slanted()), Entry("x", "wds", str(tmp_path), "val", ["accuracy"])
+    target.class_names = ["dog", "cat", *map(str, range(998))]
+    assert accuracy.rows(target, entry)[0]["value"] == 100
+    target.class_names = ["cat", "dog", *map(str, range(998))]
+    assert accuracy.rows(target, entry)[0]["value"] == 0
+    pack(tmp_path, [("a", 0, 0)], ["cow"])
+    with pytest.raises(UserError, match=r"val\.tar: class 'cow' is not among the 1000 trained"):
+        accuracy.rows(target, entry)
+
+
+def test_a_set_is_not_read_from_several_splits_at_once(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / split, {SYNSETS[0]: [0]})
+    with pytest.raises(UserError, match="holds the splits train, val; name one of them"):
+        Entry("imagenet", "", str(tmp_path), "", [], "imagenet").images(target_of(Slanted()))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "train", "train")
+        tar.add(tmp_path / "val", "val")
+    with pytest.raises(UserError, match=r"all\.tar: holds the splits train, val; name one of them"):
+        Entry("x", "", str(tmp_path / "all.tar"), "", []).images(target_of(Slanted()))
 
 
 @pytest.mark.parametrize("what", ["accuracy", "apgd", "sharpness", "hessian"])

@@ -272,7 +272,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
             ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "img_size=224", *FASHION],
             "Conflicting input image sizes",
         ),
-        ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9"),
+        ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9; give its classes' numbers"),
         ([*MODEL, *FASHION, "--suite", "sketch.yaml"], "needs a model of the 1000 ImageNet classes"),
     ],
 )
