@@ -201,7 +201,8 @@ class SAM(Optimizer):
             return
         found = set[torch.nn.Module]()
         note = register_module_forward_pre_hook(lambda module, args: found.add(module))
-        with note, torch.compiler.set_stance("force_eager"):
+        with note, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
             yield
         self.found = found
 

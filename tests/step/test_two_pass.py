@@ -409,3 +409,13 @@ def test_masks_follow_what_is_perturbed() -> None:
         samon.two_pass(opt, loss_of(model, x, y))
         opt.step()
         assert [m.shape for m in opt.mask.masks] == [p.shape for p in model.parameters() if p.requires_grad]
+
+
+def test_a_compiled_models_bare_parameters() -> None:
+    """Its modules are found in an eager first step, without a warning of torch."""
+    model = randomized(BatchNormNet())
+    opt = create_optimizer_v2(model.parameters(), "sam", lr=0.1)
+    x, y = batch()
+    for _ in range(2):
+        samon.two_pass(opt, loss_of(torch.compile(model, backend="eager"), x, y))
+    assert model.bn.num_batches_tracked == 2
