@@ -1,13 +1,20 @@
-"""All ways to end: 0 done; 1 a fault, in one line; 2 a user's mistake; 128 + n stopped by signal n, state saved."""
+"""Exit codes: 0 success, 1 runtime error, 2 mistake in settings or data, 128 + n stopped by signal n."""
 
+import errno
 import importlib
 import io
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+
+# Of the operating system's errors, those of a path that cannot be used as it was given.
+_PATH_MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 
 
 class UserError(ValueError):
@@ -19,10 +26,10 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the state is saved."""
+    """A signal asked the program to stop; `how` says how to continue it."""
 
-    def __init__(self, signum: int, saved: str) -> None:
-        super().__init__(f"stopped by signal {signum}; continue with --resume {saved}")
+    def __init__(self, signum: int, how: str) -> None:
+        super().__init__(f"stopped by signal {signum}; {how}")
         self.status = 128 + signum
 
 
@@ -60,26 +67,49 @@ def needed(module: str, otherwise: str) -> Any:
 
 
 def run_script(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and exit; user errors and faults print one `error:` line instead of a traceback."""
+    """Call `main` and exit; user errors and those of the operating system print one `error:` line, no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
     try:
         main()
+        sys.stdout.flush()
         status = 0
     except UserError as error:
-        status = _say(error, 2)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        status = _say(error, 2)
+        status = _print_error(str(error), 2)
     except RunError as error:
-        status = _say(error, 1)
+        status = _print_error(str(error), 1)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_closed():
+            status = 128 + signal.SIGPIPE  # `| head` has seen enough
+        else:
+            status = _print_error(os_error_text(error), 2 if error.errno in _PATH_MISTAKES else 1)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         status = stop.status
-    sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"stopped by signal {signal.SIGINT:d}", file=sys.stderr)
+        status = 128 + signal.SIGINT
     sys.stderr.flush()
     sys.exit(status)
 
 
-def _say(error: BaseException, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def os_error_text(error: OSError) -> str:
+    """An error of the operating system in one line: its file first, without the number."""
+    if error.errno is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+
+
+def _stdout_closed() -> bool:
+    """Whether nothing reads standard output any more; if so, what is left of it goes nowhere."""
+    poll = select.poll()
+    poll.register(1, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
+
+
+def _print_error(text: str, status: int) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return status

@@ -52,7 +52,7 @@ def test_a_sweep_counts_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     states = {"a": "skipped", "b": "done", "c": "done"}
-    monkeypatch.setattr(sweep, "run_job", lambda job, args, gpus: states[job.name])
+    monkeypatch.setattr(sweep, "run_job", lambda job, *_: states[job.name])
     monkeypatch.setattr(sweep, "finished", lambda job, args: {"top1": 1.0} if job.name == "a" else None)
     args = Namespace(gpus="", jobs=1, output=tmp_path, metric="top1")
     assert sweep.run_all([SimpleNamespace(name=name) for name in states], args) == []  # type: ignore[misc]

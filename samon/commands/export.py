@@ -24,7 +24,7 @@ from samon.commands.validate_flags import parse_up_to_dashes
 from samon.errors import RunError, UserError, run_script
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
-from samon.files import replacing, write_text
+from samon.files import check_writable, replacing, write_text, writing
 from samon.session.checkpoint import PARTS, load, read, settings_of
 from samon.session.parts import to_file
 from samon.session.world import World, console
@@ -74,7 +74,7 @@ def to_onnx(target: Target, path: Path) -> float:
     off = float((torch.from_numpy(found) - right).abs().max())
     if not off <= TOLERANCE * float(right.abs().max()):
         raise RunError(f"{path} is not written: onnxruntime's logits of {target.config.model} differ by {off:.2g}")
-    with replacing(path) as file:
+    with replacing(path, len(content)) as file:
         file.write(content)
     return off
 
@@ -113,7 +113,8 @@ def to_folder(model: nn.Module, folder: Path, about: dict[str, Any], how: dict[s
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parts:
         made = Path(parts, "made")
-        save_for_hf(model, str(made), safe_serialization=True, **how)
+        with writing(folder):
+            save_for_hf(model, str(made), safe_serialization=True, **how)
         write_text(made / "README.md", generate_readme(about, folder.resolve().name))
         made.replace(folder)  # an empty folder is replaced
 
@@ -135,12 +136,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("nothing to make: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
     if (args.file is not None) != (Path(args.checkpoint).suffix == PARTS):
         raise UserError("--file is for a state in parts (NAME.parts), and a state in parts for --file: make it first")
-    if args.onnx and not args.onnx.parent.is_dir():
-        raise UserError(f"{args.onnx.parent} does not exist; make it, or name another file")
+    for flag, path in {"--onnx": args.onnx, "--file": args.file}.items():
+        if path:
+            check_writable(flag, path)
     if args.timm and args.timm.is_file():
         raise UserError(f"--timm {args.timm} is a file; name a folder")
-    if args.timm and args.timm.exists() and any(args.timm.iterdir()):
-        raise UserError(f"--timm {args.timm} is not empty; name a new folder")
+    if args.timm and args.timm.exists():
+        if any(args.timm.iterdir()):
+            raise UserError(f"--timm {args.timm} is not empty; name a new folder")
+    elif args.timm:
+        check_writable("--timm", args.timm)
     return args
 
 

@@ -29,6 +29,7 @@ from samon.data.source import Source
 from samon.errors import UserError, run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
+from samon.files import check_writable
 from samon.session.world import processes
 
 log = logging.getLogger("samon")
@@ -130,8 +131,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("no weights: give --checkpoint RUN, or --model NAME --pretrained")
     if args.topk < 1:
         raise UserError(f"--topk must be at least 1, got {args.topk}")
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"{args.output.parent} does not exist; make it, or name another file")
+    if args.output:
+        check_writable("--output", args.output)
     return args
 
 

@@ -14,8 +14,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import UserError, run_script
-from samon.files import write_text
+from samon.errors import run_script
+from samon.files import check_writable, write_text
 from samon.report.content import export
 from samon.report.page import render
 from samon.report.read import gather
@@ -35,9 +35,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output is None and not (args.export or args.tables):
         args.output = Path("report.html")
-    for path in (args.output, args.export):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path.parent} does not exist; make it, or name another file")
+    for flag, path in {"--output": args.output, "--export": args.export}.items():
+        if path is not None:
+            check_writable(flag, path)
+    if args.tables:
+        check_writable("--tables", args.tables / "table.csv")
     return args
 
 
@@ -48,7 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.export:
         export(content, args.export)
     if args.tables:
-        args.tables.mkdir(parents=True, exist_ok=True)
         for table in tables(content):
             write_text(args.tables / f"{table.name}.csv", table.csv())
             write_text(args.tables / f"{table.name}.tex", table.latex())

@@ -17,10 +17,13 @@ import json
 import os
 import queue
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -31,7 +34,7 @@ import yaml
 from samon import UserError, is_sam_name
 from samon.bars import bar, on_terminal
 from samon.commands.tables import Cell, write_tables
-from samon.errors import RunError, run_script
+from samon.errors import RunError, Stopped, run_script
 from samon.files import write_text
 from samon.format import metric_format
 from samon.optim.registry import VARIANTS
@@ -148,7 +151,22 @@ def command(job: Job, args: argparse.Namespace) -> list[str]:
     return [*start, "-m", "samon.train", *job.arguments(args), *resume]
 
 
-def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None") -> str:
+class Processes:
+    """Process ids of the runs that are going on, so that all of them can be asked to save and end."""
+
+    def __init__(self) -> None:
+        self.ids: set[int] = set()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Send SIGTERM: a run saves its state and ends; sent again, it ends at once."""
+        self.stopping = True
+        for process_id in tuple(self.ids):
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGTERM)
+
+
+def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None", processes: Processes) -> str:
     """Run to the end, with retries. Returns: 'done', 'skipped', 'elsewhere', 'stopped' (by a signal) or 'dead'."""
     directory = args.output / job.name
     directory.mkdir(parents=True, exist_ok=True)
@@ -162,12 +180,12 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
         gpu = gpus.get() if gpus else None
         try:
             for _ in range(1 + args.retries):
-                status, result = attempt(job, args, gpu, lock.fileno())
+                status, result = attempt(job, args, gpu, lock.fileno(), processes)
                 if result is not None:
                     content = {"fingerprint": fingerprint(job, args), **result}
                     write_text(directory / "result.json", json.dumps(content, indent=1))
                     return "done"
-                if status > 128:
+                if status > 128 or processes.stopping:
                     return "stopped"
         finally:
             if gpus and gpu is not None:
@@ -175,19 +193,28 @@ def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None")
     return "dead"
 
 
-def attempt(job: Job, args: argparse.Namespace, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+def attempt(
+    job: Job, args: argparse.Namespace, gpu: str | None, lock: int, processes: Processes
+) -> tuple[int, dict[str, Any] | None]:
     """One start of train.py: its exit status, its last line's metrics and what it cost, or None if it died.
 
-    The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory."""
+    The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory. It has a
+    session of its own: a terminal's Ctrl-C reaches it through `Processes` alone, as a second signal would end it
+    before its state is saved."""
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     words = command(job, args)
+    how: dict[str, Any] = {"text": True, "env": env, "pass_fds": [lock], "start_new_session": True}
     with (
         (args.output / job.name / "sweep.log").open("a") as log,
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock]) as process,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, **how) as process,
     ):
+        processes.ids.add(process.pid)
+        if processes.stopping:
+            process.terminate()
         assert process.stdout is not None
         lines = process.stdout.read().strip().splitlines()
         _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
+        processes.ids.remove(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or not lines:
         return process.returncode, None
@@ -202,11 +229,12 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
         for gpu in islice(cycle(args.gpus.split(",")), args.jobs):
             gpus.put(gpu)
     states: dict[str, str] = {}
+    processes = Processes()
     before = sum(finished(job, args) is not None for job in jobs)
     shown = bar("sweep", len(jobs), "run", initial=before, show=on_terminal())  # elsewhere the lines below are enough
 
     def one(job: Job) -> None:
-        state = run_job(job, args, gpus)
+        state = run_job(job, args, gpus, processes)
         with shown.external_write_mode(file=sys.stderr):  # one thread at a time
             states[job.name] = state
             shown.update(state != "skipped")
@@ -217,14 +245,30 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
             print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
 
     with shown, ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(one, job) for job in jobs]:
-            future.result()
+        futures = [pool.submit(one, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C, or a directory that cannot be written to
+            stop(pool, processes)
+            raise
     return [name for name, state in states.items() if state in ("dead", "stopped")]
 
 
+def stop(pool: ThreadPoolExecutor, processes: Processes) -> None:
+    """Start nothing more and wait until the runs have saved their states; at another Ctrl-C they end at once."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    processes.stop()
+    try:
+        pool.shutdown()
+    except KeyboardInterrupt:
+        processes.stop()
+
+
 def last_line(path: Path) -> str:
+    """Why a run died, from its log; a full disk leaves the log empty."""
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no message"
+    return lines[-1] if lines else f"no message; {shutil.disk_usage(path).free:,} bytes are free for {path}"
 
 
 def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
@@ -279,11 +323,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'finished' if finished(job, args) else 'to run':8}  {shlex.join(command(job, args))}")
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    dead = run_all(jobs, args)
-    cells = collect(jobs, args)
-    if cells:
-        about = {"config": args.config, "model": settings(args, jobs[0].opt).model, "metric": args.metric}
-        print(write_tables(args.output, cells, about | {"train": args.train}), end="")
+    try:
+        dead = run_all(jobs, args)
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, "start the sweep again to go on") from None
+    finally:
+        if cells := collect(jobs, args):
+            about = {"config": args.config, "model": settings(args, jobs[0].opt).model, "metric": args.metric}
+            print(write_tables(args.output, cells, about | {"train": args.train}), end="")
     if dead:
         logs = args.output / dead[0] / "sweep.log"
         raise RunError(f"{len(dead)} of {len(jobs)} runs did not end, see {logs}; start the sweep again to go on")

@@ -1,13 +1,12 @@
 """The tables of tools/sweep.py: every optimizer and rho with mean +- std over seeds, and the paper's Table 1 layout."""
 
-import csv
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samon.files import write_text
+from samon.files import csv_text, write_text
 from samon.format import metric_format
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.registry import VARIANTS
@@ -100,10 +99,8 @@ def write_tables(output: Path, cells: list[Cell], about: dict[str, Any]) -> str:
     rows: list[dict[str, Any]] = [
         {"opt": c.opt, "rho": c.rho, "runs": len(c.values), "mean": c.mean, "std": c.std} | asdict(c) for c in cells
     ]
-    with (output / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["opt", "rho", "runs", "mean", "std"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = ["opt", "rho", "runs", "mean", "std"]
+    write_text(output / "table.csv", csv_text([columns, *([row[name] for name in columns] for row in rows)]))
     paper = paper_results(Path(about["config"]).stem, about["model"])
     best = {opt: cell.rho for opt, cell in best_by_opt(cells).items()}
     write_text(output / "table.json", json.dumps({**about, "rows": rows, "best": best, "paper": paper}, indent=1))

@@ -20,6 +20,7 @@ from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evalua
 from samon.evals.norm_params import figure_type, wrapped
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
+from samon.files import writing
 from samon.optim.geometry import global_norm
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # each call gives the same (images, label) again
@@ -123,7 +124,8 @@ def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     )
     figure.colorbar(drawn, label="loss", ticks=ticks, format="{x:.4g}").minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module]:

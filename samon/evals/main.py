@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from timm import utils
 from timm.layers import apply_test_time_pool
 
 from samon.data.sources import check_name
-from samon.errors import UserError
+from samon.errors import Stopped, UserError
 from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
-from samon.evals.results import Results, Row, markdown, result_format, writable
+from samon.evals.results import Results, Row, markdown, result_format
 from samon.evals.shifts import SETS
+from samon.files import check_writable
 from samon.session import model as models
 from samon.session import sharding
 from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
@@ -36,7 +38,7 @@ _WEIGHTS = (SUFFIX, ".pth", ".safetensors")
 _MODEL = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "gp")
 _STORED = (*_MODEL, "model_kwargs", "input_img_mode", "fast_norm", "channels_last")
 _DATA = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
-_INDIFFERENT = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format"}  # to the figures
+_INDIFFERENT = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format", "overwrite"}
 _PRECISION = ("amp", "amp_dtype", "model_dtype")
 
 
@@ -256,8 +258,8 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
     """Every piece of every job that is not there yet; the figure and histograms of normalization parameters."""
     config = jobs[0].config
     on_primary(world, lambda: check_paths(config))
+    found = on_primary(world, lambda: results.load(config.overwrite))
     target = check(jobs, world)
-    found = on_primary(world, results.load)
     seen: dict[str, norm_params.Values] = {}
     for number, job in enumerate(jobs):
         target = target if len(jobs) == 1 else build(job, world)
@@ -287,7 +289,7 @@ def check_paths(config: Config) -> None:
         if path := getattr(config, key):
             if key in figures:
                 norm_params.figure_type()
-            writable(f"--{key.replace('_', '-')}", Path(path, "file") if key in directories else Path(path))
+            check_writable(f"--{key.replace('_', '-')}", Path(path, "file") if key in directories else Path(path))
 
 
 def fingerprint(jobs: list[Job]) -> str:
@@ -310,9 +312,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
         raise UserError("--group gives a deviation over checkpoints, --bootstrap an interval for each: drop one")
     if config.group and len(jobs) < 2:
         raise UserError("--group: give several checkpoints of one model, --checkpoint A B C")
-    with processes(config) as world:
-        evaluate(jobs, world, results)
-        if world.primary:
-            results.finish()
-            print(markdown(results.rows), end="", flush=True)
+    try:
+        with processes(config) as world:
+            evaluate(jobs, world, results)
+            if world.primary:
+                results.finish()
+                print(markdown(results.rows), end="", flush=True)
+    except KeyboardInterrupt:
+        kept = "the same command goes on with what is missing" if results.path else "--results-file would keep the rows"
+        raise Stopped(signal.SIGINT, kept) from None
     return results.rows

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from samon.errors import UserError, needed
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
+from samon.files import writing
 from samon.optim.scope import norm_modules
 
 NEEDS_DATA = False
@@ -103,8 +104,11 @@ def plot(models: dict[str, Values], path: Path) -> None:
     """Figure 5 under the name asked for and as PDF beside it, and `draw_magnitudes` as NAME-magnitudes."""
     figure = draw(models)
     for wanted in {path, path.with_suffix(".pdf")}:
-        figure.savefig(wanted, dpi=150)
-    draw_magnitudes(models).savefig(path.with_name(f"{path.stem}-magnitudes{path.suffix}"), dpi=120)
+        with writing(wanted):
+            figure.savefig(wanted, dpi=150)
+    magnitudes = path.with_name(f"{path.stem}-magnitudes{path.suffix}")
+    with writing(magnitudes):
+        draw_magnitudes(models).savefig(magnitudes, dpi=120)
 
 
 def draw_magnitudes(models: dict[str, Values]) -> Any:

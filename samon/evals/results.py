@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,11 +38,20 @@ class Results:
         self.form = result_format(path, wanted) if path else ""
         self.partial = self.path and self.path.with_name(f"{self.path.name}.partial")
 
-    def load(self) -> dict[str, list[Row]]:
-        """What the same command, stopped earlier, has found."""
-        if self.partial and self.partial.exists():
+    def load(self, overwrite: bool = False) -> dict[str, list[Row]]:
+        """Rows that the same command found before it was stopped.
+
+        Raises:
+            UserError: the file holds finished results, or another command's, and `overwrite` is false.
+        """
+        if not self.path or not self.partial:
+            return {}
+        if self.partial.exists():
             content = json.loads(self.partial.read_text())
-            return content["pieces"] if content["command"] == self.command else {}
+            if content["command"] == self.command:
+                return content["pieces"]
+        if not overwrite and (there := next((p for p in (self.path, self.partial) if p.exists()), None)):
+            raise UserError(f"--results-file: {there} holds results; name another file, or --overwrite")
         return {}
 
     def write(self) -> None:
@@ -63,20 +71,6 @@ class Results:
         """Every row so far, or with --group every mean over checkpoints."""
         single = [row for rows in self.pieces.values() for row in rows]
         return grouped(single) if self.group else single
-
-
-def writable(flag: str, path: Path) -> None:
-    """The directory of a file to write, made where it is missing.
-
-    Raises:
-        UserError: it cannot be made or written to, or the file is a directory.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that can be written") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: cannot be written; name a file in a directory that can be written")
 
 
 def render(rows: list[Row], form: str) -> str:

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from samon.errors import UserError
-from samon.files import write_text
+from samon.files import check_writable, write_text
 from samon.format import quantity
 from samon.optim.registry import variant_of
 from samon.plan.step import Cost, Planned, pretended
@@ -60,6 +60,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--opt {args.opt} is none of samon's; use one such as samon-layerl2-adamw")
     if args.gpus < 1 or args.batch_size < 1:
         raise UserError("--gpus and --batch-size are at least 1")
+    if args.json:
+        check_writable("--json", args.json)
     return args
 
 

@@ -16,6 +16,7 @@ PERTURBATIONS = "device: each process its own perturbation; global: one for all;
 FORMATS = "file: timm's single file; parts: each process writes its part while training goes on"
 SETTINGS = "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50"
 FSDP = "share the model out among the processes (FSDP2), block by block (validate.py: accuracy)"
+OVERWRITE = "replace the run in the directory when the first state is saved (validate.py: the --results-file)"
 UNREADABLE = "share of unreadable samples to pass over before stopping"
 
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
@@ -84,7 +85,7 @@ GROUPS: Groups = {
         T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
         T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
         T("checkpoint-format", str, "file", FORMATS, choices=("file", "parts")),
-        T("overwrite", bool, False, "start over in the directory of another run, whose files are deleted"),
+        B("overwrite", bool, False, OVERWRITE),
         T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
     ),
     "Sharded models": (

@@ -312,7 +312,7 @@ def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, las
         keeper.recovery(progress)
     if signum:
         keeper.checkpoints.settle()
-        raise Stopped(signum, str(keeper.checkpoints.directory))
+        raise Stopped(signum, f"continue with --resume {keeper.checkpoints.directory}")
 
 
 # --- after an epoch -------------------------------------------------------------------------------------------------
@@ -351,5 +351,5 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if signum := control.agree():
         keeper.recovery(progress)
         keeper.checkpoints.settle()
-        raise Stopped(signum, str(keeper.checkpoints.directory))
+        raise Stopped(signum, f"continue with --resume {keeper.checkpoints.directory}")
     return metrics

@@ -99,7 +99,7 @@ BAD = {
     "no file": (["/nowhere.png", "--checkpoint", "RUN"], "/nowhere.png: no such file"),
     "no image": (["samon", "--checkpoint", "RUN"], "no images below samon"),
     "topk": (["tests", "--checkpoint", "RUN", "--topk", "0"], "--topk must be at least 1"),
-    "output": (["tests", "--checkpoint", "RUN", "-o", "/nowhere/x.csv"], "/nowhere does not exist"),
+    "output": (["tests", "--checkpoint", "RUN", "-o", "LICENSE/x.csv"], "--output LICENSE/x.csv: File exists"),
     "text": (["LICENSE", "--checkpoint", "RUN", "--", "--device", "cpu"], "no file of 1 is an image"),
     "flag": (["tests", "--checkpoint", "RUN", "--img-size", "32"], "go after --, .* -- --img-size 32"),
 }
@@ -241,7 +241,7 @@ def test_push_hands_timm_the_same(trained: tuple[Path, Path], monkeypatch: pytes
     ("args", "words"),
     [
         ([], "nothing to make"),
-        (["--onnx", "/nowhere/x.onnx"], "/nowhere does not exist"),
+        (["--onnx", "LICENSE/x.onnx"], "--onnx LICENSE/x.onnx: .*name a file in a directory"),
         (["--timm", "docs"], "docs is not empty"),
         (["--timm", "LICENSE"], "LICENSE is a file"),
         (["--img-size", "32"], "go after --"),

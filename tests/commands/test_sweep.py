@@ -2,8 +2,13 @@
 
 import fcntl
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +20,7 @@ import pytest
 from samon import UserError
 from samon.commands import sweep
 from samon.commands.tables import Cell, best_by_opt, markdown, paper_results, write_tables
-from samon.errors import RunError
+from samon.errors import RunError, Stopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,15 +143,58 @@ def test_dead_runs_are_retried_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     fake_training(monkeypatch, die=1)
     args = args_of(tmp_path)
     job = sweep.Job("sgd", None, 0)
-    assert sweep.run_job(job, args, None) == "done"
+    assert sweep.run_job(job, args, None, sweep.Processes()) == "done"
     assert starts(args) == {job.name: 2}
     fake_training(monkeypatch, die=9)
     with pytest.raises(RunError, match="1 of 1 runs did not end"):
         sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "5,", "--output", str(tmp_path)])
     fake_training(monkeypatch, die=9, status=143)  # ended by SIGTERM: no retry
     other = sweep.Job("sgd", None, 7)
-    assert sweep.run_job(other, args, None) == "stopped"
+    assert sweep.run_job(other, args, None, sweep.Processes()) == "stopped"
     assert starts(args)[other.name] == 1
+
+
+def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The running one is told to save, queued ones never start; a second signal would end it at once."""
+    slow = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, file=sys.stderr, flush=True)"
+    )
+
+    def command(job: sweep.Job, args: Namespace) -> list[str]:
+        if job.seed == 0:
+            return [sys.executable, "-c", FAKE, str(args.output / job.name / "starts"), "0", "1"]
+        return [sys.executable, "-c", f"{slow}; time.sleep(60)"]
+
+    def interrupt() -> None:
+        log = tmp_path / "sgd-seed1/sweep.log"
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sweep, "command", command)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by signal 2; start the sweep again"):
+        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
+    assert time.monotonic() - begin < 30
+    thread.join()
+    out, err = capsys.readouterr()
+    assert "| sgd |  | 50.00 | 1 |" in out
+    assert "sgd-seed1: stopped" in err
+    assert not list(tmp_path.glob("sgd-seed2/*"))
+
+
+def test_a_dead_run_without_a_word_tells_the_free_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk a run dies and its log stays empty."""
+    fake_training(monkeypatch, die=9)
+    with pytest.raises(RunError):
+        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "1", "--output", str(tmp_path), "--retries", "0"])
+    assert re.search(r"dead \(no message; [\d,]+ bytes are free for .*sweep.log\)", capsys.readouterr().err)
 
 
 def test_a_recipe_by_name_stays_a_name(tmp_path: Path) -> None:
@@ -162,7 +210,7 @@ def test_two_sweeps_never_share_a_directory(tmp_path: Path, monkeypatch: pytest.
     fake_training(monkeypatch)
     args, job = args_of(tmp_path), sweep.Job("samon", 0.5, 0)
     with ThreadPoolExecutor(6) as pool:
-        states = list(pool.map(lambda _: sweep.run_job(job, args, None), range(6)))
+        states = list(pool.map(lambda _: sweep.run_job(job, args, None, sweep.Processes()), range(6)))
     assert states.count("done") == 1
     assert set(states) == {"done", "elsewhere"}
     assert starts(args) == {job.name: 1}
@@ -254,7 +302,7 @@ def test_a_real_run_and_its_continuation(tmp_path: Path) -> None:
     )
     args = sweep.arguments(["-c", str(recipe), "--opts", "samon", "--output", str(tmp_path / "out")])
     job = sweep.Job("samon", 0.1, 3)
-    assert sweep.run_job(job, args, None) == "done"
+    assert sweep.run_job(job, args, None, sweep.Processes()) == "done"
     metrics = sweep.finished(job, args)
     assert metrics is not None
     assert 0 <= metrics["eval_top1"] <= 100

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from samon.errors import UserError
+from samon.errors import Stopped, UserError
 from samon.evals import accuracy
 from samon.evals.main import checkpoints, different, main, parse
 
@@ -60,6 +60,7 @@ def test_an_interrupted_command_goes_on_with_what_is_missing(suite, scored, tmp_
     command = [*FLAGS, "--suite", str(suite), "--checkpoint", str(tmp_path / "net.pth"), "--results-file", str(path)]
     whole = main(command)
     expected = path.read_text()
+    path.unlink()
     rows = accuracy.rows
 
     def stopped(target, entry):
@@ -69,7 +70,7 @@ def test_an_interrupted_command_goes_on_with_what_is_missing(suite, scored, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(accuracy, "rows", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped, match="signal 2; the same command goes on"):
             main(command)
     assert {row["dataset"] for row in json.loads(path.read_text())} == {"train"}  # finished rows are there
     scored.clear()
@@ -79,14 +80,23 @@ def test_an_interrupted_command_goes_on_with_what_is_missing(suite, scored, tmp_
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
-def test_another_command_takes_nothing_up(suite, scored, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ["stopped", "finished"])
+def test_another_commands_results_are_kept(suite, scored, tmp_path, monkeypatch, end):
+    """Whether it was stopped or has ended; --overwrite gives them up, and takes nothing of them up."""
     path = tmp_path / "results.json"
     with monkeypatch.context() as patch:
-        patch.setattr("samon.evals.results.Results.finish", lambda self: None)  # as if stopped at the very end
+        if end == "stopped":
+            patch.setattr("samon.evals.results.Results.finish", lambda self: None)
         main([*FLAGS, "--suite", str(suite), "--results-file", str(path)])
     scored.clear()
-    main([*FLAGS, "--suite", str(suite), "--results-file", str(path), "--seed", "1"])
+    before, other = path.read_text(), [*FLAGS, "--suite", str(suite), "--results-file", str(path), "--seed", "1"]
+    with pytest.raises(UserError, match=r"results\.json holds results; name another file, or --overwrite"):
+        main(other)
+    assert scored == []
+    assert path.read_text() == before
+    main([*other, "--overwrite"])
     assert scored == ["train", "validation"]
+    assert [p.name for p in tmp_path.glob("results*")] == ["results.json"]
 
 
 def test_one_file_under_three_names_is_one(tmp_path):
