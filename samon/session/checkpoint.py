@@ -16,6 +16,7 @@ from samon.files import replacing, same_content
 
 SUFFIX = ".pth.tar"
 PARTS, REST = ".parts", "state.pt"  # a state as a directory (samon.session.parts), and its file of all but tensors
+OVERWRITTEN = "overwritten"  # directory of the run that --overwrite replaces, until there is a state of the new one
 FORMAT = 1  # of the keys beyond timm's
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)  # found while looking into a state
 
@@ -96,7 +97,8 @@ class Checkpoints:
         milestone = epoch + 1 in state.args.get("save_epochs", ())
         self._publish(path, ["last"] + ["model_best"] * improved + [f"milestone-{epoch + 1}"] * milestone)
         recoveries = self.directory.glob(f"recovery-*{self.suffix}")
-        self._discard([*(self.directory / old for old, _ in pairs[self.keep :]), *recoveries])
+        outdated = [self.directory / old for old, _ in pairs[self.keep :]]
+        self._discard([*outdated, *recoveries, self.directory / OVERWRITTEN])
 
     def save_recovery(self, state: TrainState) -> None:
         """A mid-epoch state; the one before it is kept until the next."""
@@ -104,7 +106,8 @@ class Checkpoints:
         progress = state.progress
         path = self.directory / f"recovery-{progress['epoch']}-{progress['updates']}{self.suffix}"
         self._write(state, path)
-        self._discard(sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2])
+        outdated = sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2]
+        self._discard([*outdated, self.directory / OVERWRITTEN])
         self.last_good = path
 
     def _publish(self, path: Path, names: list[str]) -> None:
@@ -134,7 +137,7 @@ class Checkpoints:
         try:
             with replacing(path) as file:
                 torch.save(state.as_dict(), file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        except OSError as error:
             raise self._fault(path, error) from error
 
     def _fault(self, path: Path, error: Exception) -> RunError:
@@ -142,9 +145,11 @@ class Checkpoints:
         return RunError(f"cannot write {path}: {reason}; {self.describe_last_good()}")
 
     def describe_last_good(self) -> str:
-        if self.last_good is None:
+        """What to resume from; the processes that do not write look for it."""
+        written = self.last_good or max(self.directory.glob(f"*{self.suffix}"), key=_numbers, default=None)
+        if written is None or not written.exists():
             return "no checkpoint was written before it"
-        return f"the last good checkpoint is {self.last_good}; free the cause and use --resume {self.directory}"
+        return f"the last good checkpoint is {written}; free the cause and use --resume {self.directory}"
 
 
 def remove(path: Path) -> None:

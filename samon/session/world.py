@@ -144,16 +144,16 @@ def handled(handler: logging.Handler) -> Iterator[None]:
 
 
 def on_primary(world: World, function: Callable[[], T]) -> T:
-    """`function()` of rank 0 on every process, a user's error included, so that all of them end alike."""
+    """`function()` of rank 0 on every process, errors of users and files included, so that all of them end alike."""
     if world.size == 1:
         return function()
     answer: list[Any] = [None, None]
     if world.primary:
         try:
             answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
+        except (UserError, OSError) as error:
+            answer[1] = error
     dist.broadcast_object_list(answer, src=0, device=world.device if world.device.type == "cuda" else None)
     if answer[1] is not None:
-        raise UserError(answer[1])
+        raise answer[1]
     return answer[0]

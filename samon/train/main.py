@@ -1,6 +1,9 @@
 """A training run, from its command line to its last line."""
 
 import logging
+import time
+from contextlib import ExitStack
+from logging.handlers import MemoryHandler
 from typing import Any
 
 from timm.utils import random_seed
@@ -9,14 +12,14 @@ from samon.data.sources import check_name
 from samon.errors import UserError
 from samon.session.checkpoint import Checkpoints, Progress, class_names
 from samon.session.parts import Parts
-from samon.session.world import World, on_primary, processes
+from samon.session.world import World, handled, on_primary, processes
 from samon.settings.config import Config, dump, parse
 from samon.settings.rows import steps_or_minutes
 from samon.train.build import Hooks, Run, build
 from samon.train.control import Control
 from samon.train.loop import fit
 from samon.train.report import Report
-from samon.train.state import Keeper, Place, locate, move_schedule, restore, stored_settings, write_settings
+from samon.train.state import Keeper, Place, begin, locate, move_schedule, put_back, restore, stored_settings
 
 log = logging.getLogger("samon")
 
@@ -50,25 +53,29 @@ def check_left(run: Run, progress: Progress, place: Place) -> None:
 def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
     """A run of these processes, from the start or from where it stopped."""
     random_seed(config.seed, world.rank)
+    began, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps what is logged until there is a file
     place = on_primary(world, lambda: locate(config))
-    report = Report(config, place.directory, world)
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
-    try:
-        run = build(config, world, hooks, class_names(place.source) if place.source else None)
-        on_primary(world, lambda: write_settings(place, run.effective))
-        kind = Parts if config.checkpoint_format == "parts" else Checkpoints
-        checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
-        progress, rng = Progress(epoch=config.start_epoch or 0), None
-        if place.source:
-            progress, rng = restore(run, place.source, checkpoints)
-        elif progress.epoch:
-            move_schedule(run, progress)
+    with ExitStack() as at_end:
+        at_end.callback(control.close)
+        with handled(early):
+            run = build(config, world, hooks, class_names(place.source) if place.source else None)
+            kind = Parts if config.checkpoint_format == "parts" else Checkpoints
+            checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
+            progress, rng = Progress(epoch=config.start_epoch or 0), None
+            if place.source:
+                progress, rng = restore(run, place.source, checkpoints)
+            elif progress.epoch:
+                move_schedule(run, progress)
+            check_left(run, progress, place)
+        # No mistake is found later than here: the directory is written to from now on.
+        on_primary(world, lambda: begin(place, run.effective))
+        if world.primary:
+            at_end.callback(put_back, place.directory)
+        report = Report(config, place.directory, world, early.buffer, began)
+        at_end.callback(report.close)
         report.describe(run)
-        check_left(run, progress, place)
         metrics = fit(run, progress, Keeper(run, checkpoints, control, place.started), report, rng)
         checkpoints.finish()
         report.finish(metrics)
         return metrics
-    finally:
-        control.close()
-        report.close()

@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,29 @@ VALIDATE = {"samon-train": "samon-validate", "python -m samon.train": "python -m
 class Report:
     """Output of a run. Only rank 0 writes; on the others every method does nothing."""
 
-    def __init__(self, config: Config, directory: Path, world: World) -> None:
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        world: World,
+        early: Iterable[logging.LogRecord] = (),
+        began: float | None = None,
+    ) -> None:
+        """`early`: what was logged before; `began`: when the run began, by the monotonic clock."""
         self.config, self.directory, self.primary, self._world = config, directory, world.primary, world
         self._tensorboard = self._wandb = None
         self._bar: Any = None
         self._started, self._done = 0.0, 0  # of the first epoch, and updates since
         self._open = ExitStack()
         self._images_left = 1
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         if not self.primary:
             return
         file = logging.FileHandler(directory / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._open.callback(file.close)
+        for record in early:
+            file.handle(record)
         self._open.enter_context(handled(file))
         self._tensorboard = self._open.enter_context(SummaryWriter(str(directory / "tb"), purge_step=None))
         self._wandb = self._start_wandb() if config.log_wandb else None

@@ -3,7 +3,6 @@
 import datetime
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,10 +18,10 @@ from samon import rng as generators
 from samon.data.plan import Layout
 from samon.data.stream import ShardStream
 from samon.errors import UserError
-from samon.files import write_text
+from samon.files import check_writable, write_text
 from samon.session import checkpoint, parts, sharding
 from samon.session import world as elastic
-from samon.session.checkpoint import PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
+from samon.session.checkpoint import OVERWRITTEN, PARTS, SUFFIX, Checkpoints, Progress, TrainState, settings_of
 from samon.settings.config import AUTO, FLAGS, Config, dump, read_yaml
 from samon.train.build import Run
 from samon.train.control import Control
@@ -48,6 +47,7 @@ class Place:
     directory: Path
     started: str  # identifies the run
     source: Path | None  # the state to continue from
+    same_run: bool  # which the directory is that run's
 
 
 def locate(config: Config) -> Place:
@@ -55,6 +55,10 @@ def locate(config: Config) -> Place:
     directory = _directory(config)
     started, word = _identity(directory)
     restarted = bool(word) and word == elastic.word()
+    old = directory / OVERWRITTEN
+    if old.is_dir() and not (restarted or config.overwrite or _states(directory)):
+        what = "is the run that --overwrite was about to replace"
+        raise UserError(f"{old} {what}; move its files to {directory}, or give --overwrite again")
     auto = config.resume == AUTO
     source = _newest(directory, started) if restarted or auto else None
     same_run = restarted or source is not None
@@ -63,46 +67,91 @@ def locate(config: Config) -> Place:
         if restarted:
             log.warning("Restarted before a state was saved in %s: starting over", directory)
     if source is None and config.resume and not auto:
-        source = Path(config.resume)
-        if source.is_dir() and source.suffix != PARTS:
-            source = _newest(source, _identity(source)[0])
-            if source is None:
-                raise UserError(
-                    f"no complete training state in {config.resume}; name a checkpoint file or drop --resume"
-                )
+        source = _state_of(config.resume)
         same_run = source.parent.resolve() == directory.resolve()
         started = str(checkpoint.read(source).get("started", "")) if same_run else None
-    if not same_run:
-        _make_room(directory, config.overwrite)
-    place = Place(directory, started or datetime.datetime.now().isoformat(), source)
-    write_settings(place, config)
-    return place
-
-
-def _make_room(directory: Path, overwrite: bool) -> None:
-    """Nothing of another run stays in the directory, whose checkpoints are not given up unless that is said."""
-    kept = sorted([*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*{PARTS}")])
-    if kept and not overwrite:
+    if not same_run and not config.overwrite and (states := _states(directory)):
         raise UserError(
-            f"{directory} holds a run ({kept[0].name}); --resume {directory} goes on with it, --overwrite starts "
+            f"{directory} holds a run ({states[0].name}); --resume {directory} goes on with it, --overwrite starts "
             "over, another --experiment keeps both"
         )
-    if (directory / ARGS).exists():
-        for name in (ARGS, "summary.csv", "log.txt", "run.json"):
-            (directory / name).unlink(missing_ok=True)
-        for path in (*kept, *directory.glob("train-batch-*.jpg")):
+    check_writable("--output", directory / ARGS if directory.is_dir() else directory)
+    return Place(directory, started or datetime.datetime.now().isoformat(), source, same_run)
+
+
+def _states(directory: Path) -> list[Path]:
+    """The complete states in a directory, of any run."""
+    parts = [path for path in directory.glob(f"*{PARTS}") if (path / ".metadata").is_file()]
+    return sorted([*directory.glob(f"*{SUFFIX}"), *parts])
+
+
+def _files(directory: Path) -> list[Path]:
+    """Everything that a run writes to its directory."""
+    names = ("summary.csv", "log.txt", "run.json", "tb", "train-batch-*.jpg", f"*{SUFFIX}", f"*{PARTS}", ARGS)
+    return [path for name in names for path in directory.glob(name)]
+
+
+def begin(place: Place, config: Config) -> None:
+    """Start to write to the run's directory; `config`: with what building settled.
+
+    Another run there with states moves to `OVERWRITTEN`, which goes when the new run has saved its first state.
+    """
+    try:
+        place.directory.mkdir(parents=True, exist_ok=True)
+        if not place.same_run and (place.directory / ARGS).exists():
+            old = place.directory / OVERWRITTEN
+            move = bool(_states(place.directory))
+            if move:
+                checkpoint.remove(old)
+                old.mkdir()
+            for path in _files(place.directory):
+                path.rename(old / path.name) if move else checkpoint.remove(path)
+        text = f"# started {place.started} {elastic.word()}\n{dump(lasting(config))}"
+        write_text(place.directory / ARGS, text)
+    except OSError as error:
+        raise UserError(f"cannot write to {place.directory}: {error.strerror}; choose another --output") from None
+
+
+def put_back(directory: Path) -> None:
+    """Return the run in `OVERWRITTEN` to its place if the one that was to replace it has saved nothing."""
+    old = directory / OVERWRITTEN
+    if old.is_dir() and not _states(directory):
+        for path in _files(directory):
             checkpoint.remove(path)
-        shutil.rmtree(directory / "tb", ignore_errors=True)
+        for path in old.iterdir():
+            path.rename(directory / path.name)
+        old.rmdir()
 
 
 def stored_settings(resume: str) -> dict[str, Any]:
-    """What the run that `--resume` names was made with, for a command line that says no more than that."""
-    path, found = Path(resume), {}
-    if (path / ARGS).is_file():
-        found = read_yaml(str(path / ARGS))
-    elif path.is_file() or path.suffix == PARTS:
-        found = {key: value for key, value in settings_of(checkpoint.read(path)).items() if key in FLAGS}
+    """What the run that `--resume` names was made with, for a command line that says no more than that.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if (path := Path(resume, ARGS)).is_file():
+        found = read_yaml(str(path))
+    else:
+        stored = settings_of(checkpoint.read(_state_of(resume)))
+        found = {key: value for key, value in stored.items() if key in FLAGS}
     return {key: value for key, value in found.items() if key not in (*OF_A_START, "output", "experiment")}
+
+
+def _state_of(resume: str) -> Path:
+    """The state that `--resume` names: a file, or the newest one of a directory's run.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(resume)
+    if not path.exists():
+        raise UserError(f"--resume {resume}: no such file or directory")
+    if not path.is_dir() or path.suffix == PARTS:
+        return path
+    newest = _newest(path, _identity(path)[0])
+    if newest is None:
+        raise UserError(f"no complete training state in {resume}; name a checkpoint file or drop --resume")
+    return newest
 
 
 def _newest(directory: Path, started: str | None) -> Path | None:
@@ -138,15 +187,6 @@ def _identity(directory: Path) -> tuple[str | None, str]:
 def lasting(config: Config) -> Config:
     """Without how this start of the run was asked for."""
     return config.but(**{key: FLAGS[key].default for key in OF_A_START})
-
-
-def write_settings(place: Place, config: Config) -> None:
-    """args.yaml, before building, and once more with what building settled: it says what runs."""
-    try:
-        place.directory.mkdir(parents=True, exist_ok=True)
-        write_text(place.directory / ARGS, f"# started {place.started} {elastic.word()}\n{dump(lasting(config))}")
-    except OSError as error:
-        raise UserError(f"cannot write to {place.directory}: {error.strerror}; choose another --output") from None
 
 
 class Keeper:
@@ -230,7 +270,7 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
         wrote = f"--model {was.get('model')} --opt {was.get('opt')}"
         raise UserError(
             f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by {wrote}): "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
     if source.parent.resolve() == checkpoints.directory.resolve():
         checkpoints.best = content.get("best", checkpoints.best)

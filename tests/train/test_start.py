@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -45,6 +46,106 @@ def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:
     assert len((tmp_path / "run/summary.csv").read_text().splitlines()) == 2
     assert len(list((tmp_path / "run/tb").glob("events*"))) == 1
     assert settings(tmp_path / "run")["overwrite"] is False  # or -c args.yaml would delete it
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one epoch."""
+    return run(tmp_path_factory.mktemp("finished"), "--opt", "samon")[1]
+
+
+@pytest.fixture
+def whole(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be started over in."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--data-dir", "elsewhere"],
+        ["--model", "resnet_of_nobody"],
+        ["--opt", "samon", "--perturb", "nothing"],
+        ["-b", "4096"],
+        ["--initial-checkpoint", "RUN/summary.csv"],
+        ["--sched", "step", "--decay-milestones", "x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_mistake_costs_no_run_that_is_to_be_replaced(whole: Path, wrong: list[str]) -> None:
+    before = files(whole)
+    with pytest.raises(UserError):
+        start(whole.parent, "--overwrite", *(word.replace("RUN", str(whole)) for word in wrong))
+    assert files(whole) == before
+
+
+def test_a_run_can_start_from_the_one_that_it_replaces(whole: Path) -> None:
+    start(whole.parent, "--overwrite", "--initial-checkpoint", str(whole / "last.pth.tar"), "--lr", "1e-9")
+    assert not (whole / "overwritten").exists()
+    assert settings(whole)["lr"] == 1e-9
+
+
+@pytest.mark.parametrize("form", ["file", "parts"])
+def test_the_old_run_is_given_up_for_the_first_state_of_the_new(whole: Path, form: str) -> None:
+    """A failure before it, such as a batch that does not fit into memory, brings the old run back."""
+    before, seen = files(whole), list[list[str]]()
+
+    def fails(job: Any, progress: Any, perturbed: bool) -> None:
+        seen.append(sorted(files(whole / "overwritten")))
+        raise torch.OutOfMemoryError
+
+    words = ["--overwrite", "--checkpoint-format", form]
+    with pytest.raises(torch.OutOfMemoryError):
+        train.main([*BASE, "--output", str(whole.parent), "--experiment", "run", *words], type(WATCH)(updated=fails))
+    assert seen == [sorted(before)]
+    assert files(whole) == before
+    stopped = stop_at(0, 2)
+    with pytest.raises(Stopped):
+        train.main([*BASE, "--output", str(whole.parent), "--experiment", "run", *words], stopped)
+    assert not (whole / "overwritten").exists()
+    (state,) = whole.glob("*.p*t*")
+    assert state.name.startswith("recovery-0-2")
+
+
+def test_a_run_killed_before_its_first_state_leaves_the_old_one(whole: Path) -> None:
+    before = files(whole)
+    (whole / "overwritten").mkdir()
+    for path in [path for path in whole.iterdir() if path.name != "overwritten"]:
+        path.rename(whole / "overwritten" / path.name)
+    (whole / "args.yaml").write_text("# started later \nlr: 1\n")
+    with pytest.raises(UserError, match=r"overwritten is the run that --overwrite .* move its files to .*run, or give"):
+        start(whole.parent)
+    assert files(whole / "overwritten") == before
+    start(whole.parent, "--overwrite")
+    assert not (whole / "overwritten").exists()
+
+
+def test_a_failed_resume_leaves_the_settings(whole: Path) -> None:
+    before = files(whole)
+    with pytest.raises(UserError, match=r"does not fit --model test_vit .*Error\(s\) in loading .*: Missing key"):
+        train.main(["--resume", str(whole), "--model", "test_vit", "--epochs", "2"])
+    assert files(whole) == before
+    train.main(["--resume", str(whole), "--epochs", "2"])
+    assert last(whole)["epoch"] == 1
+
+
+def test_resume_without_args_yaml_takes_the_states_settings(whole: Path) -> None:
+    (whole / "args.yaml").unlink()
+    train.main(["--resume", str(whole), "--epochs", "2"])
+    assert settings(whole)["opt"] == "samon"
+    assert last(whole)["epoch"] == 1
+
+
+@pytest.mark.parametrize("more", [[], ["-c", "quickstart"]])
+def test_a_missing_run_to_resume_is_the_one_mistake(tmp_path: Path, more: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^--resume .*gone: no such file or directory"):
+        train.main(["--resume", str(tmp_path / "gone"), "--output", str(tmp_path), *more])
+    with pytest.raises(UserError, match=r"^no complete training state in"):
+        train.main(["--resume", str(tmp_path), "--output", str(tmp_path), *more])
 
 
 def test_a_run_that_saved_nothing_is_no_obstacle(tmp_path: Path) -> None:
