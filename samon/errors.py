@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -70,6 +71,7 @@ def run_script(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and exit; user errors and those of the operating system print one `error:` line, no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
+    threading.excepthook = _thread_error
     try:
         main()
         sys.stdout.flush()
@@ -97,7 +99,16 @@ def os_error_text(error: OSError) -> str:
     """An error of the operating system in one line: its file first, without the number."""
     if error.errno is None or error.strerror is None:
         return str(error) or type(error).__name__
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    named = isinstance(error.filename, str | bytes | os.PathLike)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if named else error.strerror
+
+
+def _thread_error(error: threading.ExceptHookArgs) -> None:
+    """A line for errors of the operating system, such as those of TensorBoard's thread, which the next write raises."""
+    if isinstance(error.exc_value, OSError):
+        print(f"warning: {os_error_text(error.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(error)
 
 
 def _stdout_closed() -> bool:

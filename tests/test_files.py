@@ -10,16 +10,14 @@ import torch
 
 from samon.errors import UserError
 from samon.files import check_writable, replacing, write_text, writing
+from tests.disks import small_disk
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
+    """A disk of 64 KiB."""
+    with small_disk(tmp_path, "64k"):
+        yield tmp_path
 
 
 def test_a_full_disk_says_what_is_needed_and_free(small: Path) -> None:

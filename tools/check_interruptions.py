@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill training runs at every kind of moment and check that the continued run ends with the same bits.
 
-    python tools/check_interruptions.py            # 10 moments x {SIGTERM, SIGKILL one, SIGKILL all} x {1, 2} processes
+    python tools/check_interruptions.py  # 10 moments x {SIGTERM, SIGKILL one, all, a loader worker} x {1, 2} processes
     python tools/check_interruptions.py --processes 2 --kinds kill-one --moments 3 7
 
 Real processes on the CPU, forked from one that has imported everything. A run that dies is started again with
@@ -98,7 +98,7 @@ MOMENTS: list[tuple[str, int, int]] = [
     ("update", 1, 5),
     ("validate", 2, 6),
 ]
-KINDS = ("term", "kill-one", "kill-all")
+KINDS = ("term", "kill-one", "kill-all", "kill-worker")
 
 
 def free_port() -> int:
@@ -108,7 +108,7 @@ def free_port() -> int:
 
 
 def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment: Any, number: int) -> None:
-    """One training process; at `moment` it sends itself the signal."""
+    """One training process; at `moment` it sends itself the signal, or with 0 kills its loader workers."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -120,13 +120,20 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
     multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
-    hooks = None if moment is None else _armed(moment, lambda: _signal_group(number))
+    vars(torch.utils.data._utils)["MP_STATUS_CHECK_INTERVAL"] = 0.2  # seconds after which dead workers are looked for
+    hooks = None if moment is None else _armed(moment, lambda: _signal_group(number) if number else _kill_workers())
     run_script(lambda: main_of_training(argv, hooks))
 
 
 def _signal_group(number: int) -> None:
     """Signal this process and its data workers from outside, as torchrun or Slurm would."""
     subprocess.run(["/bin/kill", f"-{number}", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+
+
+def _kill_workers() -> None:
+    """As the system does when memory runs out."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _armed(moment: tuple[str, int, int], fire: Callable[[], None]) -> Hooks:
@@ -158,10 +165,11 @@ def _armed(moment: tuple[str, int, int], fire: Callable[[], None]) -> Hooks:
 
 
 def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str = "") -> list[int]:
-    """Exit codes of a run's processes. On `kill-one` the last rank dies (rank 0 where it is in a write)."""
+    """Exit codes of a run's processes. The last rank is hit by a kind of one (rank 0 where it is in a write)."""
     port = free_port()
-    number = signal.SIGTERM if kind == "term" else signal.SIGKILL
-    victims = {0 if moment and moment[0] == "write" else world - 1} if kind == "kill-one" else set(range(world))
+    number = {"term": signal.SIGTERM, "kill-worker": 0}.get(kind, signal.SIGKILL)
+    one = 0 if moment and moment[0] == "write" else world - 1
+    victims = {one} if kind in ("kill-one", "kill-worker") else set(range(world))
     group = [
         CONTEXT.Process(
             target=_process, args=(rank, world, port, argv, str(log), moment if rank in victims else None, number)
@@ -193,10 +201,12 @@ def interrupted(directory: Path, world: int, moment: tuple[str, int, int], kind:
     """Run, die at the moment, continue to the end; returns what went wrong, or nothing."""
     argv = [*ARGS, "--output", str(directory.parent), "--experiment", directory.name]
     codes = launch(argv, world, directory.with_suffix(".log"), moment, kind)
-    if all(code == 0 for code in codes):
-        return "the run was not interrupted"
+    if all(code == 0 for code in codes):  # new workers can finish the last validation
+        return "" if kind == "kill-worker" else "the run was not interrupted"
     if kind == "term" and set(codes) != {128 + signal.SIGTERM}:
         return f"exit codes {codes} after SIGTERM"
+    if kind == "kill-worker" and set(codes) != {1}:
+        return f"exit codes {codes} after a loader worker was killed"
     has_state = any(directory.glob("*.pth.tar"))
     codes = launch([*argv, "--resume", str(directory)] if has_state else argv, world, directory.with_suffix(".log"))
     return "" if all(code == 0 for code in codes) else f"exit codes {codes} of the continued run"

@@ -1,10 +1,12 @@
-"""Faulty samples: what can be wrong with one, and the count that decides when there are too many."""
+"""What can go wrong while data are read: faulty samples, which are counted, and loader workers that die."""
 
+import errno
 import logging
+import shutil
 
 import torch
 
-from samon.errors import UserError
+from samon.errors import RunError, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -36,10 +38,29 @@ class LabelError(SampleError):
     """The label is missing, no integer, or not a class."""
 
 
-def from_worker(error: UserError) -> UserError:
-    """The same error without the traceback that a loader's worker puts in front of its message."""
-    _, _, said = str(error).strip().rpartition("\n")[2].partition("Error: ")
-    return type(error)(said if said and "Traceback" in str(error) else str(error))
+class WorkerError(RunError):
+    """A loader worker was killed or could not hand over its batch; nothing is wrong with the data."""
+
+
+def from_worker(error: Exception) -> Exception:
+    """What ended a loader, in one line: without a worker's traceback, and with what to do where a worker was lost."""
+    text = str(error)
+    if isinstance(error, UserError):
+        _, _, said = text.strip().rpartition("\n")[2].partition("Error: ")
+        return type(error)(said if said and "Traceback" in text else text)
+    full = "shared memory" in text and "No space left" in text  # PyTorch's words; Python's semaphores have a number
+    if full or "Bus error" in text or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        size = shutil.disk_usage("/dev/shm").total >> 20
+        return WorkerError(
+            f"/dev/shm, {size} MiB, is full: loader workers hand over their batches through it; give it more "
+            "(docker run --shm-size 8g), or use --workers 0"
+        )
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
+        return WorkerError(
+            "a loader worker was killed, as the system does when memory runs out; use fewer --workers, or less memory "
+            "in each (--shuffle-buffer, --batch-size)"
+        )
+    return error
 
 
 class FaultCount:

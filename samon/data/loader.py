@@ -14,12 +14,13 @@ import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from samon import rng
 from samon.data.cifar_augment import create_transform
 from samon.data.decode import choose_decoder, decode_pil
-from samon.data.faults import DataError, from_worker
+from samon.data.faults import DataError, WorkerError, from_worker
 from samon.data.sizes import SizedTransform, SizeSchedule
 from samon.data.source import ShardSource
 from samon.data.sources import open_source
@@ -128,14 +129,34 @@ def _end_when_trainer_says(trainer: int) -> None:
             os._exit(0)
 
 
+class SharedBatch:
+    """A collate function that moves a worker's batch to shared memory.
+
+    PyTorch does so later, in a thread of the worker, where too little shared memory is an error that reaches nobody:
+    the main process would wait for the batch for ever.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate(samples)
+        return batch if get_worker_info() is None else tree_map_only(Tensor, Tensor.share_memory_, batch)
+
+
 class _Batches(DataLoader):
     """The data loader; without workers it runs in this process, whose generators it must not disturb."""
 
     iterator: Any = None
 
     def __iter__(self) -> Any:
-        self.iterator = iterator = super().__iter__()
+        before = signal.getsignal(signal.SIGCHLD)
         try:
+            self.iterator = iterator = super().__iter__()
+            if signal.getsignal(signal.SIGCHLD) is not before:
+                # PyTorch's handler raises wherever the main thread is when a worker dies, also within an update;
+                # without it the death is noticed when the next batch is due.
+                signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
             while True:
                 with nullcontext() if self.num_workers else rng.kept():
                     batch = next(iterator, None)
@@ -162,6 +183,7 @@ class Loader:
 
     def __init__(self, stream: SampleStream, batches: Any, device: torch.device) -> None:
         self.dataset, self.batches, self.device = stream, batches, device
+        self.worker_error: WorkerError | None = None  # why workers had to be started again
         erasing = getattr(batches, "random_erasing", None)
         self.erasing = batches.random_erasing = SeededErasing(erasing, stream, device) if erasing else None
 
@@ -203,15 +225,23 @@ class Loader:
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.erasing is not None:
-            self.erasing.batch = int(self.dataset.state[1])
-        given = 0
-        try:
-            for images, target in self.batches:
-                given += len(target)
-                yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-        except UserError as error:
-            raise from_worker(error) from None
+        first, given, steps = int(self.dataset.state[1]), 0, 0
+        for attempt in range(2):  # new workers continue at the next batch, so that the update can be finished
+            if self.erasing is not None:
+                self.erasing.batch = int(self.dataset.state[1])
+            try:
+                for images, target in self.batches:
+                    given, steps = given + len(target), steps + 1
+                    yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+                break
+            except (RuntimeError, OSError, UserError) as error:
+                reason = from_worker(error)
+                if attempt or not isinstance(reason, WorkerError):
+                    raise reason from None
+                self.worker_error = reason
+                self.dataset.state[1] = first + steps
+        if not self.dataset.is_training:
+            self.dataset.state[1] = first
         if not self.dataset.is_training and given != len(self.dataset):
             raise DataError(f"evaluated {given} samples where the index promises {len(self.dataset)}")
 
@@ -264,7 +294,7 @@ def create_loader(
     dataset.set_loader_cfg(num_workers)
     workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers and num_workers > 0}
     workers |= {"pin_memory": pin_memory and device.type == "cuda", "drop_last": is_training}
-    workers |= {"collate_fn": dataset.collate, "worker_init_fn": leave_signals_to_trainer}
+    workers |= {"collate_fn": SharedBatch(dataset.collate), "worker_init_fn": leave_signals_to_trainer}
     # The generator: its base seed would be drawn from the global one.
     batches: Any = _Batches(dataset, batch_size, generator=torch.Generator(), **workers)
     if use_prefetcher:

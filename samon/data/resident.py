@@ -41,6 +41,7 @@ class ResidentLoader:
 
     mixup_enabled = False
     bad_samples = epoch = samples_consumed = 0
+    worker_error = None  # there are no workers
 
     def __post_init__(self) -> None:
         self.num_samples = len(self.images)

@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_loader, create_transform
+from timm.data.loader import fast_collate
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from samon import bars
 from samon.data.classes import check_label
 from samon.data.decode import decode_pil, open_image
 from samon.data.faults import ImageError, SampleError, from_worker
+from samon.data.loader import SharedBatch
 from samon.data.shards import Record
 from samon.data.source import ShardSource, Source
 from samon.data.sources import open_source
@@ -282,6 +284,7 @@ def batches(
         options |= {"mean": (0.0,) * len(data["mean"]), "std": (1.0,) * len(data["std"])}
     options |= {"num_workers": config.workers, "pin_memory": config.pin_mem, "use_prefetcher": not config.no_prefetcher}
     options |= {"persistent_workers": False, "device": target.device}
+    options["collate_fn"] = SharedBatch(fast_collate if options["use_prefetcher"] else default_collate)
     part: Any = replace(images, chosen=mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     if images.keeps_size:
@@ -294,7 +297,7 @@ def batches(
                 index = torch.tensor(mine[k * size : (k + 1) * size])
                 yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)
                 shown.update(len(x))
-    except UserError as error:
+    except (RuntimeError, OSError, UserError) as error:
         raise from_worker(error) from None
 
 

@@ -21,6 +21,7 @@ from timm import utils
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from samon.bars import Console
+from samon.data.faults import DataError
 from samon.errors import Stopped, UserError, user_errors
 from samon.settings.config import Config
 
@@ -103,14 +104,16 @@ def start(config: Config) -> World:
 def processes(config: Config) -> Iterator[World]:
     """The entrance of every program: processes, log lines on stderr, and at the end the group's shutdown.
 
-    After a fault the group is left to the end of the process: shutting it down could wait for a process that is gone.
+    After a fault, or one in the data, the group is left to the end of the process: shutting it down could wait for a
+    process that is gone or still trains.
     """
     world = start(config)
     with console(world):
         try:
             yield world
-        except (Stopped, UserError):
-            shut_down()
+        except (Stopped, UserError) as error:
+            if not isinstance(error, DataError):
+                shut_down()
             raise
     shut_down()
 

@@ -11,6 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from samon.data.faults import WorkerError
+from samon.errors import RunError, Stopped
+from samon.session.checkpoint import Checkpoints
+
+FAULT = signal.SIGCHLD  # stands for a fault among the signals, which the processes tell each other
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 
@@ -25,11 +30,23 @@ class Control:
     def __init__(self, minutes: float = 0.0) -> None:
         """`minutes`: a save is due that often; 0 for never."""
         self.signum = 0
+        self.fault: RunError | None = None
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._period = minutes * 60
         self._saved = time.monotonic()
         self._previous = {number: signal.signal(number, self._caught) for number in SIGNALS}
+
+    def fail(self, error: RunError) -> None:
+        """Have all processes save and end for a fault of this one, as they do for a signal."""
+        self.fault = error
+        self.signum = self.signum or FAULT
+
+    def reason(self, signum: int, checkpoints: Checkpoints) -> Exception:
+        """What a run that ends for `signum` raises; its state is saved."""
+        if signum != FAULT:
+            return Stopped(signum, f"continue with --resume {checkpoints.directory}")
+        return RunError(f"{self.fault or 'another process has a fault'}; {checkpoints.describe_last_good()}")
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self.signum:
@@ -73,10 +90,13 @@ class Control:
 
     def until_signal(self, batches: Iterable[T]) -> Iterator[T]:
         """`batches`, ending after the current one once this process has a signal; `agree()` tells the others."""
-        for batch in batches:
-            yield batch
-            if self.signum:
-                return
+        try:
+            for batch in batches:
+                yield batch
+                if self.signum:
+                    return
+        except WorkerError as error:
+            self.fail(error)
 
     def gather(self, item: T) -> list[T] | None:
         """Every process's item, by rank, on rank 0; None elsewhere."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from samon import rng as generators
 from samon.bars import bar
 from samon.data import DataError
-from samon.errors import RunError, Stopped, UserError
+from samon.data.faults import WorkerError
+from samon.errors import RunError, UserError, os_error_text
 from samon.evals.accuracy import accuracy
 from samon.optim.geometry import wide
 from samon.session.checkpoint import Progress
@@ -42,16 +43,21 @@ def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[
     """Epochs from `progress` to the end; returns the final metrics. `rng`: random state to set before the next update.
 
     Raises:
-        UserError: the very first batch shows that the data do not fit the settings.
-        RunError: too many unreadable samples or non-finite updates later on, or a state cannot be written.
+        UserError: the data do not fit the settings, or too many samples are unreadable.
+        RunError: too many non-finite updates, a loader worker was killed, or a file cannot be written.
     """
-    start = progress.epoch, progress.updates
+    checkpoints = keeper.checkpoints
     try:
         return _fit(run, progress, keeper, report, rng)
     except DataError as error:
-        if (progress.epoch, progress.updates) == start and keeper.checkpoints.last_good is None:
+        if checkpoints.last_good is None:
             raise
-        raise RunError(f"{error}; {keeper.checkpoints.describe_last_good()}") from error
+        raise DataError(f"{error}; {checkpoints.describe_last_good()}") from error
+    except WorkerError as error:
+        raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
+    except OSError as error:
+        error.filename = error.filename or str(checkpoints.directory)
+        raise RunError(f"{os_error_text(error)}; {checkpoints.describe_last_good()}") from error
 
 
 def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
@@ -303,6 +309,9 @@ def after_update(run: Run, progress: Progress) -> None:
 
 def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
+    for loader in (run.train_loader, run.eval_loader):
+        if loader is not None and loader.worker_error is not None:
+            keeper.control.fail(loader.worker_error)
     signum, due = keeper.control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
@@ -312,7 +321,7 @@ def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, las
         keeper.recovery(progress)
     if signum:
         keeper.checkpoints.settle()
-        raise Stopped(signum, f"continue with --resume {keeper.checkpoints.directory}")
+        raise keeper.control.reason(signum, keeper.checkpoints)
 
 
 # --- after an epoch -------------------------------------------------------------------------------------------------
@@ -351,5 +360,5 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if signum := control.agree():
         keeper.recovery(progress)
         keeper.checkpoints.settle()
-        raise Stopped(signum, f"continue with --resume {keeper.checkpoints.directory}")
+        raise keeper.control.reason(signum, keeper.checkpoints)
     return metrics

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from samon.bars import bar, on_terminal
+from samon.errors import os_error_text
 from samon.files import write_text
 from samon.format import metric_format
 from samon.optim.scope import norm_parameters
@@ -30,6 +32,20 @@ from samon.train.record import write_record
 
 log = logging.getLogger("samon")
 VALIDATE = {"samon-train": "samon-validate", "python -m samon.train": "python -m samon.validate"}  # else the script
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose lines are lost on a full disk, with one warning; the next state that is written ends the run."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.lost:
+            self.lost = True
+            print(f"warning: {self.baseFilename}: {error.strerror}: lines are lost", file=sys.stderr)
 
 
 class Report:
@@ -53,7 +69,7 @@ class Report:
         self._began = time.monotonic() if began is None else began
         if not self.primary:
             return
-        file = logging.FileHandler(directory / "log.txt")
+        file = LogFile(directory / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._open.callback(file.close)
         for record in early:
@@ -76,7 +92,11 @@ class Report:
         return run
 
     def close(self) -> None:
-        self._open.close()
+        """Close all files; what they cannot take is lost, but no state."""
+        try:
+            self._open.close()
+        except OSError as error:
+            log.warning("The end of the log is lost: %s", os_error_text(error))
 
     # --- while training -------------------------------------------------------------------------------------------
 

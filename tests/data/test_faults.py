@@ -1,9 +1,12 @@
 """Damaged and hostile data: skipped and counted in training, named and final in evaluation, never executed."""
 
+import errno
 import gzip
 import io
 import json
+import multiprocessing
 import pickle
+import re
 import struct
 import tarfile
 import zlib
@@ -14,8 +17,9 @@ import torch
 from PIL import Image
 
 from samon.data import DataError, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError, shards
+from samon.data.faults import WorkerError, from_worker
 from samon.errors import UserError
-from tests.sets import flat, jpeg, make_loader, same, tar_of, write_set
+from tests.sets import flat, jpeg, make_loader, same, tar_of, targets, write_set
 
 SOME = {"max_bad_fraction": 0.5}
 
@@ -340,3 +344,60 @@ def test_an_exception_of_an_augmentation_names_the_file(tmp_path):
         with pytest.raises(DataError, match=said) as caught:
             flat(loader)
         assert "train-0000.tar s0" in str(caught.value)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def shared_memory_is_full(self: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_too_little_shared_memory_ends_a_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker's own thread; PyTorch's other thread would lose the error, and the main process wait for ever."""
+    loader = make_loader(write_set(tmp_path), workers=1)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", shared_memory_is_full)
+    with pytest.raises(WorkerError, match=r"^/dev/shm, \d+ MiB, is full: .*--shm-size 8g\), or use --workers 0$"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_killed_workers_are_started_again_at_the_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """The loader says so, and a second time it ends."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    root, seen = write_set(tmp_path), list[list[int]]()
+    whole = targets(make_loader(root, training=training, workers=2))
+    loader = make_loader(root, training=training, workers=2)
+    for _, target in loader:
+        seen.append(target.tolist())
+        if len(seen) == 3:
+            kill_workers()
+    assert seen == whole
+    assert "killed" in str(loader.worker_error)
+    with pytest.raises(WorkerError, match="killed"):
+        [kill_workers() for _ in loader]
+
+
+def kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), WorkerError, "a loader worker was"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), WorkerError, "fewer --workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It"), WorkerError, "/dev/shm"),
+        (OSError(errno.ENOSPC, "No space left on device"), WorkerError, "/dev/shm"),
+        (RuntimeError("CUDA error"), RuntimeError, "^CUDA error$"),
+        (LabelError("Caught\nTraceback\nsamon.data.faults.LabelError: x: y"), LabelError, "^x: y$"),
+    ],
+)
+def test_what_ends_a_loader_is_one_line(error: Exception, kind: type[Exception], line: str) -> None:
+    found = from_worker(error)
+    assert type(found) is kind
+    assert re.search(line, str(found))

@@ -5,10 +5,12 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.session.checkpoint import newest, read
 from samon.train import main as train
 from samon.train.build import Hooks
 from samon.train.state import Keeper
+from tests.disks import fill, small_disk
 from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
 from tests.sets import write_set
 from tools import check_interruptions as matrix
@@ -39,7 +43,7 @@ def uninterrupted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tup
     return world, directory
 
 
-@pytest.mark.parametrize(("kind", "moment"), [("term", 2), ("kill-one", 3), ("kill-all", 5)])
+@pytest.mark.parametrize(("kind", "moment"), [("term", 2), ("kill-one", 3), ("kill-all", 5), ("kill-worker", 1)])
 def test_interrupted_and_continued(kind: str, moment: int, uninterrupted: tuple[int, Path]) -> None:
     world, whole = uninterrupted
     directory = whole.parent / f"{kind}-{world}"
@@ -200,6 +204,33 @@ def test_disk_full(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
+def at(epoch: int, updates: int, function: Callable[[], Any]) -> Hooks:
+    def updated(job: Any, progress: Any, perturbed: bool) -> None:
+        if (progress.epoch, progress.updates) == (epoch, updates):
+            function()
+
+    return Hooks(updated=updated)
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+@pytest.mark.parametrize("log_interval", [1, 50], ids=["in a log", "in a state"])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, log_interval: int) -> None:
+    (tmp_path / "run").mkdir()
+    with small_disk(tmp_path / "run", "20m"):
+        hooks = at(1, 2, lambda: fill(tmp_path / "run/fill"))
+        with pytest.raises(RunError, match=r"run.*: No space left on device.*; the last good checkpoint is .*--resume"):
+            run(tmp_path, "--epochs", "3", "--log-interval", str(log_interval), hooks=hooks)
+        assert last(tmp_path / "run")["epoch"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+def test_a_deleted_directory_ends_the_run_with_the_documented_status(tmp_path: Path) -> None:
+    """1, as on a full disk; a checkpoint that is gone too is not recommended."""
+    hooks = at(1, 2, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(RunError, match="No such file or directory; no checkpoint was written before it"):
+        run(tmp_path, "--epochs", "3", hooks=hooks)
+
+
 @pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
 def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_path: Path) -> None:
     """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""
@@ -224,7 +255,7 @@ def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
     state = tmp_path / "run/last.pth.tar"
     unreadable = {i: {"jpg": b"not an image"} for i in range(16)}
     write_set(root, lengths=(16, 16), num_classes=32, replace=unreadable)
-    with pytest.raises(RunError, match=r"(?i)bad.*the last good checkpoint is .*pth\.tar"):
+    with pytest.raises(DataError, match=r"(?i)bad.*the last good checkpoint is .*pth\.tar"):  # as in a first epoch
         run(tmp_path, *own, "--epochs", "2", "--resume", str(tmp_path / "run"))
     assert state.exists()
     assert last(tmp_path / "run")["epoch"] == 0
