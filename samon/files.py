@@ -81,9 +81,9 @@ def check_writable(flag: str, path: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that can be written") from None
+        raise UserError(f"{flag} {path}: {error.strerror}; choose another path") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: cannot be written; name a file in a directory that can be written")
+        raise UserError(f"{flag} {path}: it cannot be written; choose another path")
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

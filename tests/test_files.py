@@ -53,7 +53,7 @@ def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, place: str, reason: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"--output .*{reason}; name a file in a directory"):
+    with pytest.raises(UserError, match=rf"--output .*{reason}; choose another path"):
         check_writable("--output", tmp_path / place)
     check_writable("--output", tmp_path / "new/deep/x")
     assert (tmp_path / "new/deep").is_dir()
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, p
 
 def test_a_read_only_file_system_is_told_before_the_work(small: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small], check=True)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="it cannot be written; choose"):
         check_writable("--output", small / "x")
     with pytest.raises(OSError, match="Read-only file system"):
         write_text(small / "x", "text")

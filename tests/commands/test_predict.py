@@ -241,7 +241,7 @@ def test_push_hands_timm_the_same(trained: tuple[Path, Path], monkeypatch: pytes
     ("args", "words"),
     [
         ([], "nothing to make"),
-        (["--onnx", "LICENSE/x.onnx"], "--onnx LICENSE/x.onnx: .*name a file in a directory"),
+        (["--onnx", "LICENSE/x.onnx"], "--onnx LICENSE/x.onnx: .*choose another path"),
         (["--timm", "docs"], "docs is not empty"),
         (["--timm", "LICENSE"], "LICENSE is a file"),
         (["--img-size", "32"], "go after --"),
