@@ -29,7 +29,7 @@ from samon.data.source import Source
 from samon.errors import UserError, run_script
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
-from samon.files import check_writable
+from samon.files import check_writable, writing
 from samon.session.world import processes
 
 log = logging.getLogger("samon")
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         output: Any = nullcontext(sys.stdout)
         if args.output:
             output = args.output.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="")
-        with output as file:
+        with writing(args.output or Path("standard output")), output as file:
             table = csv.writer(file, lineterminator="\n")
             numbers = range(1, topk + 1)
             table.writerow(["file", *(f"{what}_{k}" for k in numbers for what in ("label", "probability"))])
