@@ -10,6 +10,7 @@ import torch
 from timm.data.mixup import FastCollateMixup
 
 from samon.data import create_dataset, plan
+from samon.data.classes import check_ranks
 from samon.data.stream import with_spares
 from samon.errors import UserError
 from tests.processes import run_ranks
@@ -259,6 +260,13 @@ def _one_process(rank, root):
     training = make_loader(root, workers=1, rank=None)
     seen = {"evaluated": torch.tensor(flat(evaluation)), "trained": torch.tensor(targets(training))}
     training.close()
+    check_ranks(["a", "b"], 5, "x")
+    seen["refused"] = []
+    for names, count in (((["a", "b"], ["a", "B"])[rank], 5), (["a"], 5 + rank)):
+        try:
+            check_ranks(names, count, "x")
+        except UserError as error:
+            seen["refused"].append(str(error))
     return seen
 
 
@@ -292,6 +300,10 @@ def test_two_real_processes(root):
     assert sorted(torch.cat([r["evaluated"] for r in results]).tolist()) == list(range(TOTAL))
     assert [r["trained"].shape for r in results] == [(TOTAL // 4, 2)] * 2
     assert torch.cat([r["trained"].flatten() for r in results]).unique().numel() == TOTAL // 4 * 4
+    first, second = (r["refused"] for r in results)
+    assert first == second, "processes that see other data end together"
+    assert len(first) == 2
+    assert "process 0 sees 5 samples of 1 classes, process 1 sees 6 samples of 1 classes" in first[1]
 
 
 def test_memory_stays_flat_over_three_epochs(tmp_path):
