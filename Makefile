@@ -31,6 +31,9 @@ report: $(VENV)/.installed
 results: $(VENV)/.installed
 	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' docs/results/*/*.json) \
 	  --title "Committed results" -o docs/results/report.html
+	$(BIN)/python tools/report.py docs/results/cifar10/tradeoff.json --figures output/figures
+	cp output/figures/cost-flops-light.svg output/figures/cost-flops-dark.svg docs/images
+	cp output/figures/cost-cpu_seconds-light.svg output/figures/cost-cpu_seconds-dark.svg docs/images
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,7 +43,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,decode,plot,export,translation,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,decode,export,translation,docs]'
 	touch $@
 
 clean:

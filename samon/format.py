@@ -1,4 +1,7 @@
-"""How numbers are printed."""
+"""How numbers and names are printed."""
+
+import re
+import textwrap
 
 PERCENT = ("top-1", "top-5", "top1", "top5", "ece", "mce", "ce")
 
@@ -17,3 +20,9 @@ def quantity(value: float, unit: str, base: int = 1000) -> str:
     while abs(value) >= base and power < len(prefixes) - 1:
         value, power = value / base, power + 1
     return f"{value:.4g} {prefixes[power]}{unit}"
+
+
+def wrapped(name: str, width: int) -> str:
+    """A path in lines of at most `width` characters, so that it stays within its panel."""
+    parts = [name] if len(name) <= width else re.split("(?<=/)", name)
+    return "\n".join(textwrap.fill(part, width) for part in parts)

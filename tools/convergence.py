@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import samon
 from samon.errors import UserError, run_script
+from samon.evals.norm_params import new_figure
 from samon.files import write_text
 
 L, M, F_STAR = 2.0, 27 / 64, 0.0
@@ -100,26 +101,20 @@ def measure(h: float, rho: float, updates: list[int], seeds: int) -> list[Point]
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Measured (points) and bound (lines) against T, one panel for each h."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    """Measured (points) and bound (lines) against T, one panel for each h. Points of one T stand side by side."""
     steps = sorted({p.h for p in points})
-    figure, axes = pyplot.subplots(1, len(steps), figsize=(4 * len(steps), 3.2), sharey=True, squeeze=False)
+    figure = new_figure(3.2 * len(steps), 3.6)
+    axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)
     for axis, h in zip(axes[0], steps, strict=True):
         for i, rho in enumerate(sorted({p.rho for p in points})):
             row = [p for p in points if (p.h, p.rho) == (h, rho)]
-            at = [p.updates for p in row]
-            axis.loglog(at, [p.bound for p in row], color=f"C{i}", label=f"rho = {rho:g}")
-            axis.loglog(at, [p.measured for p in row], "o", color=f"C{i}")
-        axis.set(title=f"h = {h:g}", xlabel="T")
-    axes[0][0].set_ylabel("mean ||grad f||²: bound (lines), measured")
-    axes[0][-1].legend()
-    figure.tight_layout()
+            axis.loglog([p.updates for p in row], [p.bound for p in row], color=f"C{i}", label=f"bound, rho {rho:g}")
+            at = [p.updates * 1.25 ** (i - 1) for p in row]
+            axis.loglog(at, [p.measured for p in row], "os^Dv"[i % 5], color=f"C{i}", label=f"measured, rho {rho:g}")
+        axis.set(title=f"h = {h:g}", xlabel="updates T")
+    axes[0][0].set_ylabel("mean squared gradient norm")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def table(points: list[Point]) -> str:

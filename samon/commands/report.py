@@ -5,7 +5,7 @@
     samon-report output/tradeoff --export docs/results/cifar10/tradeoff.json      # what the page shows, as JSON
     samon-report docs/results/cifar10/tradeoff.json -o report.html                # the page from it
 
-Each table is in the page as LaTeX and CSV, and with --tables DIR in files.
+Each table is in the page as LaTeX and CSV, and with --tables DIR in files; --figures DIR writes the figures.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from samon.errors import run_script
 from samon.files import check_writable, write_text
 from samon.report.content import export
+from samon.report.draw import write_figures
 from samon.report.page import render
 from samon.report.read import gather
 from samon.report.tables import tables
@@ -31,9 +32,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-o", "--output", type=Path, help="HTML page to write; report.html if nothing else is asked for")
     add("--export", type=Path, help="JSON file to write, from which the same page can be made")
     add("--tables", type=Path, help="directory for each table as .tex and .csv")
+    add("--figures", type=Path, help="directory for each figure as .pdf, and as .svg for light and dark pages")
     add("--title", default="", help="heading of the page")
     args = parser.parse_args(argv)
-    if args.output is None and not (args.export or args.tables):
+    if args.output is None and not (args.export or args.tables or args.figures):
         args.output = Path("report.html")
     for flag, path in {"--output": args.output, "--export": args.export}.items():
         if path is not None:
@@ -53,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         for table in tables(content):
             write_text(args.tables / f"{table.name}.csv", table.csv())
             write_text(args.tables / f"{table.name}.tex", table.latex())
+    if args.figures:
+        write_figures(content, args.figures)
     if args.output:
         title = args.title or "Results: " + ", ".join(path.resolve().name for path in args.sources)
         words = ["samon-report", *(sys.argv[1:] if argv is None else argv)]
         write_text(args.output, render(content, title, shlex.join(words)))
-    print("\n".join(str(path) for path in (args.output, args.export, args.tables) if path))
+    print("\n".join(str(path) for path in (args.output, args.export, args.tables, args.figures) if path))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
-from samon.evals.norm_params import figure_type, wrapped
+from samon.evals.norm_params import new_figure
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
 from samon.files import writing
+from samon.format import wrapped
 from samon.optim.geometry import global_norm
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # each call gives the same (images, label) again
@@ -113,7 +114,7 @@ def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     high = float(finite.max()) if len(finite) else 1.0
     low = max(float(finite.min()) if len(finite) else 1.0, 1e-6 * high, 1e-12)
     levels = torch.logspace(math.log10(0.999 * low), math.log10(1.001 * max(high, 1.01 * low)), 31)
-    figure = figure_type()(figsize=(5.5, 4.5), layout="constrained")
+    figure = new_figure(5.5, 4.5)
     axis = figure.subplots()
     drawn = axis.contourf(at, at, plane.T, levels, norm="log")
     axis.plot(0, 0, "k+")
@@ -133,8 +134,6 @@ def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module]:
     images = entry.images(target, target.config.hessian_split)
     for scope in SCOPES:
         scoped(target.model, scope)
-    if target.config.landscape_figure:
-        figure_type()
     return images, one_label("hessian", entry, images, target.model)
 
 

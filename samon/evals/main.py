@@ -284,11 +284,9 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
 
 def check_paths(config: Config) -> None:
     """Every file and directory that will be written to."""
-    figures, directories = ("norm_figure", "landscape_figure"), ("norm_tensorboard", "apgd_state", "class_report")
-    for key in ("results_file", *figures, *directories):
+    directories = ("norm_tensorboard", "apgd_state", "class_report")
+    for key in ("results_file", "norm_figure", "landscape_figure", *directories):
         if path := getattr(config, key):
-            if key in figures:
-                norm_params.figure_type()
             check_writable(f"--{key.replace('_', '-')}", Path(path, "file") if key in directories else Path(path))
 
 

@@ -1,18 +1,20 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
-import re
-import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from samon.errors import UserError, needed
+from samon.errors import UserError
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
 from samon.files import writing
+from samon.format import wrapped
 from samon.optim.scope import norm_modules
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NEEDS_DATA = False
 Values = dict[tuple[str, str], list[tuple[str, Tensor]]]  # (layer type, gamma|beta) -> [(layer, values)] by depth
@@ -64,9 +66,11 @@ def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
     return described(values(target.model))
 
 
-def figure_type() -> Any:
-    """matplotlib's Figure, which draws without a display."""
-    return needed("matplotlib.figure", "the figure needs matplotlib; run: pip install 'matplotlib>=3.9'").Figure
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of this size in inches, drawn without a display. matplotlib is imported only where figures are drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def bins(found: Values, role: str, edges: Tensor) -> Tensor:
@@ -75,18 +79,12 @@ def bins(found: Values, role: str, edges: Tensor) -> Tensor:
     return torch.histogram(torch.cat([torch.empty(0), *layers]).double(), edges.double()).hist
 
 
-def wrapped(name: str, width: int) -> str:
-    """A path in lines of at most `width` characters, so that it stays within its panel."""
-    parts = [name] if len(name) <= width else re.split("(?<=/)", name)
-    return "\n".join(textwrap.fill(part, width) for part in parts)
-
-
-def draw(models: dict[str, Values]) -> Any:
+def draw(models: dict[str, Values]) -> "Figure":
     """Figure 5: a column for each model, gamma above and beta below, signed values on linear axes.
 
     The panels of a row share both axes, so that the models can be compared.
     """
-    figure = figure_type()(figsize=(3.6 * len(models), 5), layout="constrained")
+    figure = new_figure(3.6 * len(models), 5)
     panels = figure.subplots(2, len(models), squeeze=False, sharex="row", sharey="row")
     for row, role in enumerate(("gamma", "beta")):
         every = [w for found in models.values() for (_, r), layers in found.items() if r == role for _, w in layers]
@@ -111,10 +109,10 @@ def plot(models: dict[str, Values], path: Path) -> None:
         draw_magnitudes(models).savefig(magnitudes, dpi=120)
 
 
-def draw_magnitudes(models: dict[str, Values]) -> Any:
+def draw_magnitudes(models: dict[str, Values]) -> "Figure":
     """For every layer type and role, |w| of all models in a panel (log counts, as Figure 9), and its mean by depth."""
     panels = sorted({key for found in models.values() for key in found})
-    figure = figure_type()(figsize=(4.5 * len(panels), 7), layout="constrained")
+    figure = new_figure(4.5 * len(panels), 7)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, (kind, role) in enumerate(panels):
         top, bottom = axes[0][column], axes[1][column]

@@ -1,6 +1,7 @@
 """What a page is made of. The same as JSON (`--export`), so that a page can be made again from a repository."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from samon.errors import UserError
 from samon.files import write_text
+from samon.optim.registry import variant_of
 from samon.settings.config import FLAGS
 
 FORMAT = "samon-report 1"
@@ -43,6 +45,18 @@ class Score:
     metric: str = "eval_top1"
     costs: dict[str, list[float]] = field(default_factory=dict)
     held_out: bool = False  # of the images that chose rho, not of the test set
+    base_opt: str = ""  # of a sharpness-aware optimizer, where it is not its name's
+
+    @property
+    def base(self) -> str:
+        """The optimizer that applies the gradient: its own cost is what others are compared with."""
+        variant = variant_of(self.opt)
+        return (self.opt if variant is None else self.base_opt or variant.base).lower()
+
+    @property
+    def merit(self) -> float:
+        """The larger the better: the mean, negated for losses."""
+        return -self.mean if "loss" in self.metric else self.mean
 
     @property
     def mean(self) -> float:
@@ -52,6 +66,24 @@ class Score:
     def std(self) -> float | None:
         """Sample standard deviation; None for one run."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs have in common that are compared with each other."""
+
+    recipe: str
+    model: str
+    metric: str = "eval_top1"
+
+    @property
+    def title(self) -> str:
+        other = "" if self.metric == "eval_top1" else self.metric
+        return ", ".join(filter(None, (self.recipe and f"Recipe {self.recipe}", self.model, other))) or "Runs"
+
+    @property
+    def measure(self) -> str:
+        return "accuracy, %" if self.metric == "eval_top1" else self.metric
 
 
 @dataclass
@@ -66,18 +98,55 @@ class Content:
         self.evaluations += other.evaluations
 
     def best(self) -> list[Score]:
-        """Of every method the rho with the highest mean, held-out images left aside, in order of appearance."""
-        found: dict[tuple[str, str, str], Score] = {}
+        """Of every method the rho with the best mean, held-out images left aside, in order of appearance."""
+        found: dict[tuple[Setting, str], Score] = {}
         for score in self.scores:
-            key = (score.recipe, score.model, score.method)
-            if not score.held_out and (key not in found or score.mean > found[key].mean):
+            key = (setting_of(score), score.method)
+            if not score.held_out and (key not in found or score.merit > found[key].merit):
                 found[key] = score
         return list(found.values())
 
-    def methods(self) -> list[str]:
-        """All names, in order of appearance: a method has the same colour in every figure."""
-        names = [run.method for run in self.runs] + [score.method for score in self.scores]
-        return list(dict.fromkeys(names + [label(row) for row in self.evaluations]))
+    def base_of(self, score: Score) -> Score | None:
+        """The best score of the same setting's base optimizer alone, without options that set it apart."""
+        same = [s for s in self.best() if (setting_of(s), s.opt.lower()) == (setting_of(score), score.base)]
+        return min(same, key=lambda s: len(s.method), default=None)
+
+    def ratio(self, score: Score, cost: str) -> float | None:
+        """A score's mean cost over its base optimizer's; None where one of them is not known."""
+        base = self.base_of(score)
+        if base is None or not (score.costs.get(cost) and base.costs.get(cost)):
+            return None
+        return statistics.fmean(score.costs[cost]) / statistics.fmean(base.costs[cost])
+
+    def settings(self) -> list[Setting]:
+        """In order of appearance."""
+        return list(dict.fromkeys([*map(setting_of, self.scores), *map(setting_of, self.runs)]))
+
+    def part(self, setting: Setting) -> "Content":
+        """The runs and scores of one setting."""
+        runs = [run for run in self.runs if setting_of(run) == setting]
+        return Content(runs, [score for score in self.scores if setting_of(score) == setting])
+
+    def looks(self) -> dict[str, int]:
+        """{name: number of its method}: names of one method ('SAM-ON previous', 'samon ascent=previous') share it."""
+        named = [(score.method, score.opt) for score in self.scores]
+        named += [(run.method, str(run.settings["opt"])) for run in self.runs]
+        known = dict(named)
+        named += [(name, name) for name in map(label, self.evaluations) if name not in known]
+        numbers: dict[tuple[str, str], int] = {}
+        return {name: numbers.setdefault(_identity(name, opt), len(numbers)) for name, opt in named}
+
+
+def setting_of(item: Run | Score) -> Setting:
+    if isinstance(item, Score):
+        return Setting(item.recipe, item.model, item.metric)
+    return Setting(str(item.made.get("recipe", "")), str(item.settings.get("model", "")))
+
+
+def _identity(name: str, opt: str) -> tuple[str, str]:
+    """(optimizer, what else its name says)."""
+    text, own = (re.sub(r"ascent=|[^a-z0-9=.]|(?<=\d)th\b", "", word.lower()) for word in (name, opt))
+    return own, text.replace("samnonorm", "samnn").removeprefix(own)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -108,18 +177,19 @@ _NOT_COMPARED = {"seed", "rho", "opt", "data_dir", "wandb_resume_id", "workers"}
 
 
 def differing(runs: Iterable[Run]) -> list[str]:
-    """Keys of the settings in which runs differ."""
-    every = [run.settings for run in runs]
+    """Keys of the settings in which runs differ. A flag that a run of an earlier version did not have has its default,
+    and what is no flag counts among the runs that have it."""
+    every = [{key: flag.default for key, flag in FLAGS.items()} | run.settings for run in runs]
     keys = dict.fromkeys(key for settings in every for key in settings)
-    return [key for key in keys if len({repr(settings.get(key)) for settings in every}) > 1]
+    return [key for key in keys if len({repr(settings[key]) for settings in every if key in settings}) > 1]
 
 
 def name_methods(runs: list[Run]) -> None:
-    """`samon ascent=previous`: the optimizer, and what else sets runs of this optimizer apart but seed and rho.
+    """`samon ascent=previous`: the optimizer, and what else but seed and rho sets its runs of one setting apart.
 
     What is a flag's default, or else the same in most of them, goes without saying."""
-    for opt in dict.fromkeys(str(run.settings["opt"]) for run in runs):
-        same = [run for run in runs if str(run.settings["opt"]) == opt]
+    for setting, opt in dict.fromkeys((setting_of(run), str(run.settings["opt"])) for run in runs):
+        same = [run for run in runs if (setting_of(run), str(run.settings["opt"])) == (setting, opt)]
         keys = [key for key in differing(same) if key not in _NOT_COMPARED]
         usual = {key: _usual(key, [run.settings.get(key) for run in same]) for key in keys}
         for run in same:
@@ -139,7 +209,8 @@ def scores_of(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
         recipe, model, opt = str(run.made.get("recipe", "")), str(run.settings.get("model", "")), run.settings["opt"]
         rho = run.settings.get("rho")
         key = (recipe, model, run.method, rho)
-        score = found.setdefault(key, Score(run.method, rho, [], opt, model, recipe, metric))
+        base = str(run.settings.get("base_opt") or "")
+        score = found.setdefault(key, Score(run.method, rho, [], opt, model, recipe, metric, base_opt=base))
         score.values.append(float(run.metrics[metric]))
         for cost in COSTS:
             if cost in run.cost:

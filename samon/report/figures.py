@@ -1,18 +1,27 @@
-"""The figures of a page as Plotly's JSON; which of the paper's they answer to stands in the caption."""
+"""The figures of a page as numbers; which of the paper's they answer to stands in the caption. `draw.py` draws them."""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from samon.report.content import Content, Run, label
+from samon.format import quantity
+from samon.report.content import Content, Run, Score, label
 
-# Okabe and Ito's palette, without its yellow and black, which vanish on a white or a dark page.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
-SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "triangle-down")
-DASHES = ("solid", "dash", "dot", "dashdot")
-Trace = dict[str, Any]
+COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
+
+
+@dataclass
+class Series:
+    """Points of a method, with their standard deviations where there are several seeds."""
+
+    method: str
+    x: list[float]
+    y: list[float]
+    kind: str = "both"  # points, line, both, or steps
+    x_error: list[float] = field(default_factory=list)
+    y_error: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -20,123 +29,109 @@ class Figure:
     name: str
     title: str
     caption: str
-    traces: list[Trace]
-    x: dict[str, Any]  # Plotly's axes
-    y: dict[str, Any]
+    series: list[Series]
+    x: str  # axis titles
+    y: str
+    ticks: list[float] = field(default_factory=list)  # of a logarithmic x axis
 
 
-def plain(text: str) -> str:
-    """Plotly reads `<b>` and `&amp;` in names as markup: this is what shows the text as it is."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def figures(content: Content) -> dict[str, list[Figure]]:
+    """{heading: its figures}: a heading for each setting, as only runs of one setting can be compared, and one for
+    the evaluations. Figures that have nothing to show are left out."""
+    found: dict[str, list[Figure]] = {}
+    for i, setting in enumerate(content.settings()):
+        part = content.part(setting)
+        drawn = [*(cost(part, kind) for kind in COST_NAMES), rho(part), *curves(part)]
+        drawn += [*inside(part), *(distribution(part, kind) for kind in ("gamma", "beta"))]
+        for figure in drawn if i else []:
+            figure.name += f"-{i}"
+        found.setdefault(setting.title, []).extend(drawn)
+    found["Evaluations"] = [*sharpness(content), *robustness(content)]
+    shown = {title: [figure for figure in drawn if figure.series] for title, drawn in found.items()}
+    return {title: drawn for title, drawn in shown.items() if drawn}
 
 
-class Style:
-    """A method looks the same in every figure; colour is never alone, symbol and dash go with it."""
-
-    def __init__(self, methods: list[str]) -> None:
-        self.order = {method: i for i, method in enumerate(methods)}
-
-    def trace(self, method: str, x: list[Any], y: list[Any], **more: Any) -> Trace:
-        i = self.order[method]
-        colour = COLOURS[i % len(COLOURS)]
-        line = {"color": colour, "dash": DASHES[i // len(COLOURS) % len(DASHES)], "width": 2}
-        marker = {"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8}
-        looks = {"type": "scatter", "mode": "lines+markers", "line": line, "marker": marker}
-        return {**looks, "name": plain(method), "legendgroup": str(i), "x": x, "y": y, **more}
-
-
-def axis(title: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": title}, **more}
-
-
-def figures(content: Content) -> list[Figure]:
-    """Those that have something to show."""
-    style = Style(content.methods())
-    found = [*compared(content, style), *curves(content, style), *inside(content, style)]
-    found += [distribution(content, style, kind) for kind in ("gamma", "beta")]
-    found += [*sharpness(content, style), *robustness(content, style)]
-    return [figure for figure in found if figure.traces]
-
-
-def compared(content: Content, style: Style) -> list[Figure]:
-    """Accuracy against cost and rho: only runs of one recipe and model share a figure."""
-    settings = list(dict.fromkeys((score.recipe, score.model) for score in content.scores))
-    found = []
-    for i, setting in enumerate(settings):
-        part = Content(scores=[score for score in content.scores if (score.recipe, score.model) == setting])
-        drawn = [cost(part, style, kind) for kind in ("cpu_seconds", "seconds", "flops")] + [rho(part, style)]
-        if len(settings) > 1:
-            where = ", ".join(filter(None, setting)) or "recipe not known"
-            drawn = [replace(f, name=f"{f.name}-{i}", title=f"{f.title}: {where}") for f in drawn]
-        found += drawn
-    return found
-
-
-def errors(values: list[float | None]) -> dict[str, Any]:
-    return {"type": "data", "array": [value or 0.0 for value in values], "visible": any(values)}
-
-
-def cost(content: Content, style: Style, kind: str) -> Figure:
+def cost(content: Content, kind: str) -> Figure:
     """Figure 3: a point for each method at its best rho, bars of a standard deviation both ways."""
-    names = {"cpu_seconds": "CPU time of a run, s", "seconds": "time of a run, s", "flops": "training PFLOPs of a run"}
-    unit = 1e15 if kind == "flops" else 1.0
-    found = [(score, [value / unit for value in score.costs[kind]]) for score in content.best() if kind in score.costs]
-    reach = [statistics.fmean(values) for _, values in found]
-    traces = []
-    for (score, values), x in zip(found, reach, strict=True):
-        spread = statistics.stdev(values) if len(values) > 1 and kind != "flops" else None
-        side = "top left" if x > (min(reach) + max(reach)) / 2 else "top right"  # names stay inside the figure
-        looks = {"mode": "markers+text", "text": [plain(score.method)], "textposition": side}
-        bars = {"error_x": errors([spread]), "error_y": errors([score.std])}
-        traces.append(style.trace(score.method, [x], [score.mean], **looks, **bars))
+    found = [score for score in content.best() if score.costs.get(kind)]
+    found = found if len(found) > 1 else []  # a single point compares nothing
+    bases = {score.method: score for score in map(content.base_of, found) if score is not None}
+    name, told = COST_NAMES[kind], ""
+    if found and all(content.ratio(score, kind) for score in found):
+        axis = f"{name}, relative to {' or '.join(bases)}"
+        told = "; ".join(f"{method}: {absolute(score, kind)} for a run" for method, score in bases.items()) + ". "
+        unit = {s.method: statistics.fmean(s.costs[kind]) / (content.ratio(s, kind) or 1) for s in found}
+    else:
+        largest = max((max(score.costs[kind]) for score in found), default=1.0)
+        power = max((p for p in range(0, 19, 3) if largest >= 10**p), default=0) if kind == "flops" else 0
+        axis = f"{name} of a run, {['', 'k', 'M', 'G', 'T', 'P', 'E'][power // 3]}{'FLOP' if kind == 'flops' else 's'}"
+        unit = dict.fromkeys((score.method for score in found), 10.0**power)
+    series = []
+    for score in found:
+        values = [value / unit[score.method] for value in score.costs[kind]]
+        series.append(Series(score.method, [statistics.fmean(values)], [score.mean], "points"))
+        series[-1].x_error = [statistics.stdev(values)] if len(values) > 1 and kind != "flops" else []
+        series[-1].y_error = [score.std] if score.std is not None else []
     held_out = any(score.held_out for score in content.scores)
-    where = "held-out images" if held_out else "these images themselves"
-    caption = f"Each method at its best rho (rho chosen on {where}); bars: a standard deviation over seeds. "
+    chosen = "held-out images" if held_out else "these images themselves"
+    caption = f"{told}Each method at its best rho, chosen on {chosen}; bars: a standard deviation over seeds. "
+    caption += "Points of equal cost stand side by side. "
     caption += "Compare the paper's Figure 3."
-    axes = axis(names[kind]), axis("accuracy, %")
-    return Figure(f"cost-{kind}", f"Accuracy against {names[kind]}", caption, traces, *axes)
+    return Figure(f"cost-{kind}", f"Accuracy against {name}", caption, series, axis, measure(content))
 
 
-def rho(content: Content, style: Style) -> Figure:
+def absolute(score: Score, kind: str) -> str:
+    """A score's mean cost with its unit."""
+    mean = statistics.fmean(score.costs[kind])
+    return quantity(mean, "FLOP") if kind == "flops" else f"{mean:,.0f} s"
+
+
+def measure(content: Content) -> str:
+    return next((setting.measure for setting in content.settings()), "accuracy, %")
+
+
+def rho(content: Content) -> Figure:
     """Figures 1, 6 and 7. Where some images were held out to choose rho, those."""
     held_out = any(score.held_out for score in content.scores)
     rows = defaultdict(list)
     for score in content.scores:
         if score.rho is not None and score.held_out == held_out:
             rows[score.method].append((score.rho, score.values))
-    traces = [means(method, points, style) for method, points in rows.items()]
-    reach = sorted({rho for points in rows.values() for rho, _ in points if rho})
-    for score in content.scores:
-        if score.rho is None and score.held_out == held_out and len(reach) > 1:
-            level = [score.mean, score.mean]
-            traces.append(style.trace(score.method, [reach[0], reach[-1]], level, mode="lines"))
+    series = [means(method, points) for method, points in rows.items()]
+    tried = sorted({rho for points in rows.values() for rho, _ in points})
+    if max(map(len, rows.values()), default=0) < 2:
+        series = []
+    for score in content.scores if series else []:
+        if score.rho is None and score.held_out == held_out:
+            series.append(Series(score.method, [tried[0], tried[-1]], [score.mean, score.mean], "line"))
     where = "held-out images" if held_out else "the evaluated images"
-    caption = f"Accuracy on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
-    return Figure("rho", "Accuracy against rho", caption, traces, axis("rho", type="log"), axis("accuracy, %"))
+    caption = f"Measured on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
+    return Figure("rho", "Accuracy against rho", caption, series, "rho", measure(content), tried)
 
 
-def means(method: str, points: list[tuple[float, list[float]]], style: Style) -> Trace:
-    """The mean at each place, in order, with its standard deviation as a bar."""
+def means(method: str, points: list[tuple[float, list[float]]]) -> Series:
+    """The mean at each place, in order, with its standard deviation."""
     points = sorted(points, key=lambda point: point[0])
-    bars = errors([statistics.stdev(values) if len(values) > 1 else None for _, values in points])
-    return style.trace(method, [x for x, _ in points], [statistics.fmean(v) for _, v in points], error_y=bars)
-
-
-def curves(content: Content, style: Style) -> list[Figure]:
-    """A line for each run."""
-    found = []
-    for key, title in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
-        lines = []
-        for run in content.runs:
-            points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
-            lines.append((run.method, run.name, points))
-        traces = lines_of(lines, style)
-        caption = "A line for each run; runs of a method share colour and symbol. Click the legend to hide one."
-        found.append(Figure(f"curve-{key}", title.capitalize(), caption, traces, axis("epoch"), axis(title)))
+    bars = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+    found = Series(method, [x for x, _ in points], [statistics.fmean(values) for _, values in points])
+    found.y_error = bars if any(bars) else []
     return found
 
 
-def inside(content: Content, style: Style) -> list[Figure]:
+def curves(content: Content) -> list[Figure]:
+    """A line for each run."""
+    found = []
+    for key, title in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
+        lines = [
+            (run.method, [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None])
+            for run in content.runs
+        ]
+        name = f"{title.split(',')[0].capitalize()} by epoch"
+        found.append(Figure(f"curve-{key}", name, "A line for each run.", lines_of(lines, "line"), "epoch", title))
+    return found
+
+
+def inside(content: Content) -> list[Figure]:
     """What the steps saw: TensorBoard's scalars."""
     kinds = {
         "train/sharpness": ("Sharpness during training", "L(w + eps) - L(w)"),
@@ -146,56 +141,46 @@ def inside(content: Content, style: Style) -> list[Figure]:
     caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
     found = []
     for tag, (title, name) in kinds.items():
-        lines = [(run.method, run.name, run.scalars.get(tag, [])) for run in content.runs]
-        traces = lines_of(lines, style, mode="lines")
-        found.append(Figure(tag.replace("/", "-"), title, caption, traces, axis("update"), axis(name)))
+        lines = [(run.method, run.scalars.get(tag, [])) for run in content.runs]
+        found.append(Figure(tag.replace("/", "-"), title, caption, lines_of(lines, "line"), "update", name))
     return found
 
 
-def lines_of(lines: Iterable[tuple[str, str, Sequence[Any]]], style: Style, **more: Any) -> list[Trace]:
-    """One trace for each (method, name, points [x, y]), one legend entry for each method."""
-    traces: list[Trace] = []
-    for method, name, points in lines:
-        if points:
-            first = all(trace["name"] != plain(method) for trace in traces)
-            x, y = ([point[i] for point in points] for i in (0, 1))
-            traces.append(style.trace(method, x, y, text=plain(name), showlegend=first, **more))
-    return traces
+def lines_of(lines: Iterable[tuple[str, Sequence[Any]]], kind: str) -> list[Series]:
+    """A series for each (method, points [x, y]) that has points."""
+    return [Series(method, [x for x, _ in points], [y for _, y in points], kind) for method, points in lines if points]
 
 
-def distribution(content: Content, style: Style, kind: str) -> Figure:
+def distribution(content: Content, kind: str) -> Figure:
     """Figures 5 and 9: of the first run of each method."""
     first: dict[str, Run] = {}
     for run in content.runs:
         if run.norms.get(kind):
             first.setdefault(run.method, run)
-    traces = []
-    for method, run in first.items():
-        x, y = [value for value, _ in run.norms[kind]], [100 * share for _, share in run.norms[kind]]
-        traces.append(style.trace(method, x, y, mode="lines", text=plain(run.name)))
-        traces[-1]["line"] |= {"shape": "hvh"}
+    lines = [(method, [(x, 100 * share) for x, share in run.norms[kind]]) for method, run in first.items()]
     caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
-    title = f"Distribution of {kind}"
-    return Figure(f"norms-{kind}", title, caption, traces, axis(kind), axis("share of the parameters, %"))
+    y = "share of the parameters, %"
+    return Figure(f"norms-{kind}", f"Distribution of {kind}", caption, lines_of(lines, "steps"), kind, y)
 
 
-def sharpness(content: Content, style: Style) -> list[Figure]:
+def sharpness(content: Content) -> list[Figure]:
     """Table 6: a figure for each measure, a point for each evaluated model."""
     top1 = {row["checkpoint"]: row["value"] for row in _rows(content, "accuracy", "top1") if "checkpoint" in row}
     measures = defaultdict(list)
     for row in content.evaluations:
         if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
             point = (row["value"], top1[row["checkpoint"]])
-            measures[str(row.get("setting", row["metric"]))].append((label(row), row["checkpoint"], [point]))
+            measures[str(row.get("setting", row["metric"]))].append((label(row), [point]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
     drawn = []
     for i, (name, points) in enumerate(measures.items()):
-        traces, title = lines_of(points, style, mode="markers"), f"Accuracy against sharpness: {name}"
-        drawn.append(Figure(f"sharpness-{i}", title, caption, traces, axis(name), axis("accuracy, %")))
+        series = lines_of(points, "points") if len(points) > 1 else []
+        title = f"Accuracy against sharpness: {name}"
+        drawn.append(Figure(f"sharpness-{i}", title, caption, series, name, "accuracy, %"))
     return drawn
 
 
-def robustness(content: Content, style: Style) -> list[Figure]:
+def robustness(content: Content) -> list[Figure]:
     """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy. Means over seeds."""
     clean: dict[str, list[float]] = defaultdict(list)
     for row in _rows(content, "accuracy", "top1"):
@@ -205,14 +190,14 @@ def robustness(content: Content, style: Style) -> list[Figure]:
         found[row["norm"]][label(row)][float(row["eps"])].append(row["value"])
     drawn = []
     for i, (norm, models) in enumerate(found.items()):
-        traces = []
+        series = []
         for name, values in models.items():
             points = ({0.0: clean[name]} if name in clean else {}) | values
-            traces.append(means(name, list(points.items()), style))
+            series.append(means(name, list(points.items())))
         caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
         caption += "Compare the paper's Tables 14 and 15."
-        axes = axis(f"{norm} radius"), axis("accuracy, %")
-        drawn.append(Figure(f"robust-{i}", f"Robust accuracy against the {norm} radius", caption, traces, *axes))
+        title, x = f"Robust accuracy against the {norm} radius", f"{norm} radius"
+        drawn.append(Figure(f"robust-{i}", title, caption, series, x, "accuracy, %"))
     return drawn
 
 

@@ -42,6 +42,10 @@ def gather(paths: list[Path]) -> Content:
     for run in content.runs:
         add_flops(run)
     content.scores += scores_of(fresh)
+    for score in content.scores:  # a trade-off's file has no model
+        models = {str(run.settings.get("model", "")) for run in content.runs if run.made.get("recipe") == score.recipe}
+        if not score.model and len(models) == 1:
+            score.model = models.pop()
     _add_flops_of_runs(content)
     _name_evaluations(content)
     return content

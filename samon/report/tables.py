@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from samon.files import csv_text
+from samon.format import metric_format
 from samon.report.content import Content, Score, differing, label
+from samon.report.figures import COST_NAMES, absolute
 from samon.report.paper import paper_figures
 
 
@@ -57,18 +59,22 @@ def tex(text: str) -> str:
 
 def tables(content: Content) -> list[Table]:
     """Those that have rows."""
-    makers = (accuracies, costs, evaluations, settings, made)
+    makers = (summary, accuracies, costs, evaluations, settings, made)
     return [table for table in (make(content) for make in makers) if table.rows]
 
 
-def shown(mean: float, std: float | None) -> str:
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+def shown(score: Score) -> str:
+    return with_std(score.mean, score.std, metric_format(score.metric))
+
+
+def with_std(mean: float, std: float | None, form: str = ".2f") -> str:
+    return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
 def paper(score: Score) -> tuple[float, float] | None:
     """The paper's [mean, deviation] for this recipe, model and optimizer."""
     found = paper_figures(score.recipe, score.model).get(score.opt)
-    if found is None or score.method != score.opt:
+    if found is None or score.method != score.opt or score.metric != "eval_top1":
         return None
     return found[0], found[1] if len(found) > 1 else 0.0
 
@@ -83,6 +89,43 @@ def against(score: Score, theirs: tuple[float, float] | None) -> str:
     return f"{mark} {difference:+.2f}"
 
 
+def summary(content: Content) -> Table:
+    """What was compared, who won by how much, at what cost: each setting's base optimizers and the best of the others
+    on top of them."""
+    rows = []
+    for setting in content.settings():
+        best = content.part(setting).best()
+        pairs = [(score, content.base_of(score)) for score in best]
+        for base in [score for score in best if score.opt.lower() == score.base]:
+            others = [score for score, own in pairs if own is base and score is not base]
+            if others:
+                rows.append([setting.title, *_duel(content, max(others, key=lambda s: s.merit), base, len(others))])
+    head = ["setting", "compared", "difference", "best", "base optimizer", "cost of the best"]
+    caption = "The best of the compared methods at its best rho, its base optimizer, the difference with two standard "
+    caption += "errors of it where both have several seeds, and the best method's cost over the base optimizer's. The "
+    caption += "more methods are compared, the likelier the best of them is ahead by chance."
+    return Table("summary", "Summary", caption, head, rows)
+
+
+def _duel(content: Content, score: Score, base: Score, count: int) -> list[str]:
+    """The cells of a row of `summary` behind the first."""
+    form, difference = metric_format(score.metric), score.mean - base.mean
+    seeds = f"{len(score.values)} seed{'s' * (len(score.values) > 1)}"
+    compared = f"{count} method{'s' * (count > 1)} against {base.method}, {seeds}"
+    if score.std is None or base.std is None:
+        result = f"{difference:+{form}}; one seed does not tell"
+    else:
+        error = 2 * math.hypot(score.std / len(score.values) ** 0.5, base.std / len(base.values) ** 0.5)
+        ahead = score if score.merit > base.merit else base
+        verdict = f"{ahead.method} ahead" if abs(difference) > error else "too close to call"
+        result = f"{difference:+{form}} ± {error:{form}}: {verdict}"
+    ratios = {COST_NAMES[cost]: content.ratio(score, cost) for cost in ("flops", "cpu_seconds")}
+    cost = ", ".join(f"{ratio:.2f} x the {name}" for name, ratio in ratios.items() if ratio is not None)
+    rho = "" if score.rho is None else f", rho {score.rho:g}"
+    names = [f"{score.method}{rho}: {shown(score)}", f"{base.method}: {shown(base)}"]
+    return [compared, result, *names, cost]
+
+
 def accuracies(content: Content) -> Table:
     best = content.best()
     rows = []
@@ -90,8 +133,8 @@ def accuracies(content: Content) -> Table:
         theirs = paper(score)
         where = "chooses rho" if score.held_out else "best" if score in best else ""
         rho = "" if score.rho is None else f"{score.rho:g}"
-        figures = [shown(score.mean, score.std), str(len(score.values))]
-        beside = [shown(*theirs) if theirs else "", against(score, theirs)]
+        figures = [shown(score), str(len(score.values))]
+        beside = [with_std(*theirs) if theirs else "", against(score, theirs)]
         rows.append([score.recipe, score.model, score.method, rho, *figures, where, *beside])
     head = ["recipe", "model", "method", "rho", "accuracy, %", "runs", "", "paper, %", "difference"]
     caption = "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "
@@ -100,33 +143,26 @@ def accuracies(content: Content) -> Table:
 
 
 def costs(content: Content) -> Table:
-    """Mean cost of a run of each method at its best rho, and over the first method's."""
-    best = [score for score in content.best() if score.costs]
-    units = {"flops": "training PFLOPs", "seconds": "seconds", "cpu_seconds": "CPU seconds"}
+    """Mean cost of a run of each method at its best rho, and its ratio to the base optimizer's."""
     rows = []
-    for score in best:
-        row = [score.recipe, score.model, score.method, shown(score.mean, score.std)]
-        for cost in units:
-            mean, first = average(score.costs.get(cost)), average(best[0].costs.get(cost))
-            scaled = None if mean is None else mean / 1e15 if cost == "flops" else mean
-            ratio = "" if mean is None or not first else f"{mean / first:.2f}"
-            row += ["" if scaled is None else f"{scaled:.4g}", ratio]
+    for score in [score for score in content.best() if score.costs]:
+        row = [score.recipe, score.model, score.method, shown(score)]
+        for cost in COST_NAMES:
+            ratio = content.ratio(score, cost)
+            row += [absolute(score, cost) if score.costs.get(cost) else "", "" if ratio is None else f"{ratio:.2f}"]
         rows.append(row)
     head = ["recipe", "model", "method", "accuracy, %"]
-    head += [name for unit in units.values() for name in (unit, f"{unit}, ratio")]
-    caption = "Ratios are over the first row. FLOPs are counted exactly, forward and backward; times are as measured."
+    head += [name for unit in COST_NAMES.values() for name in (unit, f"{unit}, ratio")]
+    caption = "Ratios are to the base optimizer of the same recipe and model. FLOPs are counted exactly, forward and "
+    caption += "backward; times are as measured."
     return Table("cost", "Cost of a run", caption, *_filled(head, rows))
-
-
-def average(values: list[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def evaluations(content: Content) -> Table:
     wanted = [r for r in content.evaluations if r["eval"] != "norm_params" or r.get("layer") == "all"]
     rows = []
     for r in wanted:
-        value = "" if r["value"] is None else f"{r['value']:.5g}"
+        value = "" if r["value"] is None else f"{r['value']:{metric_format(r['metric'])}}"
         what = f"{r['eval']} {r.get('setting', '')}".strip()
         rows.append([label(r), str(r["dataset"]), what, r["metric"], value, str(r["num_samples"])])
     head = ["model", "data", "evaluation", "metric", "value", "samples"]
@@ -134,9 +170,17 @@ def evaluations(content: Content) -> Table:
 
 
 def settings(content: Content) -> Table:
-    keys = differing(content.runs)
-    rows = [[run.name, *(plain(run.settings.get(key)) for key in keys)] for run in content.runs] if keys else []
-    return Table("settings", "Settings that differ", "The others are the same in all runs.", ["run", *keys], rows)
+    """A row for each run: what sets it apart from the others of its recipe and model."""
+    rows = []
+    for setting in content.settings():
+        runs = content.part(setting).runs
+        keys = differing(runs)
+        for run in runs if keys else []:
+            own = [f"{key} {plain(run.settings[key])}" for key in keys if run.settings.get(key) is not None]
+            rows.append([setting.recipe, setting.model, run.name, ", ".join(own)])
+    caption = "The other settings are the same in all runs of a recipe and model."
+    head = ["recipe", "model", "run", "settings"]
+    return Table("settings", "Settings that differ", caption, *_filled(head, rows))
 
 
 def made(content: Content) -> Table:

@@ -141,7 +141,7 @@ GROUPS: Groups = {
         V("hessian-samples", int, 512, "images, drawn by --seed", range="> 0"),
         V("hessian-iters", int, 100, "most power iterations", range="> 0"),
         V("hessian-draws", int, 20, "vectors of signs that the trace is estimated from", range="> 0"),
-        V("landscape-figure", str, "", "PNG or PDF of the loss along two directions (needs matplotlib)"),
+        V("landscape-figure", str, "", "PNG or PDF of the loss along two directions"),
         V("landscape-points", int, 15, "points along each direction", range=">= 1"),
     ),
     "Feature rank and normalization parameters": (
@@ -150,7 +150,7 @@ GROUPS: Groups = {
         V("feature-centring", str, "row,column", "mean taken off each image, each feature, or none"),
         V("feature-samples", int, 10_000, "images, drawn by --seed", range="> 0"),
         V("feature-split", str, "train", "split, as in the public code; --split if empty"),
-        V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions (needs matplotlib)"),
+        V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),
     **TIMM,

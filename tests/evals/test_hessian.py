@@ -98,7 +98,6 @@ def test_sharpness_along_the_normalization_parameters_moves_them_alone(small):
 
 
 def test_program_gives_both_scopes_and_figures(tmp_path):
-    pytest.importorskip("matplotlib")
     flags = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
     flags += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--evals", "hessian"]
     flags += ["--hessian-samples", "16", "--hessian-iters", "2", "--hessian-draws", "1"]
@@ -114,7 +113,6 @@ def test_program_gives_both_scopes_and_figures(tmp_path):
 @pytest.mark.parametrize("scale", [1.0, 1e6, float("nan")])
 def test_landscapes_have_a_logarithmic_scale_with_plain_ticks(scale, tmp_path, monkeypatch):
     """Losses span orders of magnitude: on a linear scale the middle is one color."""
-    pytest.importorskip("matplotlib")
     from matplotlib import colors, figure
 
     drawn = []

@@ -64,7 +64,6 @@ def test_figure_and_histograms_of_two_models(tmp_path):
         values = entry.histogram_value
         assert (values.min, values.max, values.num) == pytest.approx((float(w.min()), float(w.max()), w.numel()))
         assert values.sum == pytest.approx(float(w.double().sum()), rel=1e-5)  # signed
-    pytest.importorskip("matplotlib")
     norm_params.plot(models, tmp_path / "norm.png")
     assert (tmp_path / "norm.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "norm-magnitudes.png").read_bytes().startswith(b"\x89PNG")
@@ -72,7 +71,6 @@ def test_figure_and_histograms_of_two_models(tmp_path):
 
 
 def test_figure_5_has_signed_values_on_linear_axes_in_a_panel_for_each_model():
-    pytest.importorskip("matplotlib")
     low, high = (nn.Sequential(nn.BatchNorm1d(40)), nn.Sequential(nn.BatchNorm1d(40)))
     for net, centre in ((low, -0.2), (high, 0.3)):
         nn.init.constant_(net[0].weight, 1.0)
@@ -101,7 +99,6 @@ def test_bins_count_what_lies_between_their_edges():
 
 def test_long_names_stay_in_their_panels(tmp_path):
     """Titles lie above their own panel, and the legend above and below no axis."""
-    pytest.importorskip("matplotlib")
     found = norm_params.values(resnet())
     names = [f"{i}6112{i}-2145{i}8-samon-layerl2-momentum-rho0.05/model_best.pth.tar" for i in range(3)]
     figure = norm_params.draw(dict.fromkeys(names, found))

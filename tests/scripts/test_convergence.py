@@ -46,7 +46,6 @@ def test_bound_by_hand(tool: Any) -> None:
 
 
 def test_measured_stays_under_the_bound(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     arguments = ["--h", "0.1", "0.5", "--rho", "0.01", "0.5", "--updates", "10", "200", "--seeds", "2"]
     tool.main([*arguments, "--output", str(tmp_path / "c")])
     points = json.loads((tmp_path / "c.json").read_text())["points"]

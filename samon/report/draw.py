@@ -1,0 +1,127 @@
+"""Figures as SVG by matplotlib, in the colors of a page that is light or dark."""
+
+import io
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from samon.files import replacing, write_text
+from samon.format import wrapped
+from samon.report.content import Content
+from samon.report.figures import Figure, Series, figures
+
+# Okabe and Ito's palette with gray and violet for its yellow and black, which vanish on a white or a dark page.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#9B7FD4")
+MARKERS = ("o", "s", "D", "P", "^", "X", "*", "v")
+DASHES = ("-", "--", ":", "-.")
+FRONT, LINE = "#010101", "#020202"  # stand for the page's colors
+THEMES = {"page": ("var(--front)", "var(--line)"), "light": ("#1c1c1c", "#d0d0d0"), "dark": ("#ececec", "#44474c")}
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), FRONT),
+    "grid.color": LINE,
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text, in the page's own font
+    "text.parse_math": False,  # names are shown as they are
+}
+WIDTH = 4.2  # inches; at this size 9 points can be read on a telephone as well
+
+
+def svg(figure: Figure, looks: dict[str, int], theme: str = "page") -> str:
+    """The figure as an `<svg>` element whose text and lines have the theme's colors.
+
+    looks: {method: number}; a method has the same color, symbol and dashes in every figure. Color is never alone.
+    """
+    file = io.StringIO()
+    save(figure, looks, file, "svg", (FRONT, LINE))
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.DOTALL)
+    text = re.sub(r'="[^"]*"', lambda value: re.sub(r"(\.\d\d)\d+", r"\1", value[0]), text)  # hundredths of a pixel
+    text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    front, line = THEMES[theme]
+    return re.sub(r"\n\s*", "\n", text).replace(FRONT, front).replace(LINE, line)
+
+
+def save(figure: Figure, looks: dict[str, int], file: IO[Any], form: str, colors: tuple[str, str]) -> None:
+    """The figure in one of matplotlib's formats, text and grid lines in these colors."""
+    style = {key: dict(zip((FRONT, LINE), colors, strict=True)).get(value, value) for key, value in STYLE.items()}
+    with matplotlib.rc_context({**style, "svg.hashsalt": figure.name}):
+        canvas(figure, looks).savefig(file, format=form, transparent=True)
+
+
+def write_figures(content: Content, directory: Path) -> None:
+    """Every figure as NAME.pdf, NAME-light.svg and NAME-dark.svg."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for figure in itertools.chain.from_iterable(figures(content).values()):
+        for theme in ("light", "dark"):
+            write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, content.looks(), theme) + "\n")
+        with replacing(directory / f"{figure.name}.pdf") as file:
+            save(figure, content.looks(), file, "pdf", THEMES["light"])
+
+
+def canvas(figure: Figure, looks: dict[str, int]) -> Canvas:
+    """matplotlib's figure: axes, and below them the legend, which covers nothing however many methods there are."""
+    methods = sorted({series.method for series in figure.series}, key=looks.__getitem__)
+    names = {method: wrapped(method, 56) for method in methods}
+    longest = max(max(map(len, name.splitlines())) for name in names.values())
+    columns = max(1, min(len(methods), int(72 * WIDTH / (5.5 * longest + 40))))  # points: text, and its line with gaps
+    rows = sum(name.count("\n") + 1 for name in names.values()) / columns
+    drawn = Canvas(figsize=(WIDTH, 2.7 + 0.18 * rows), layout="constrained")
+    axes = drawn.subplots()
+    axes.set(xlabel=figure.x, ylabel=figure.y)
+    for series in side_by_side(figure.series):
+        plot(axes, series, looks[series.method])
+    if figure.x in ("epoch", "update"):
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(figure.ticks) > 1:
+        scale: dict[str, Any] = (
+            {"linthresh": next(tick for tick in figure.ticks if tick > 0)} if 0 in figure.ticks else {}
+        )
+        axes.set_xscale("symlog" if scale else "log", **scale)
+        axes.set_xticks(figure.ticks, [f"{tick:g}" for tick in figure.ticks], rotation=45 * (len(figure.ticks) > 6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    kinds = {series.method: series.kind for series in figure.series}
+    handles = [Line2D([], [], label=names[method], **look(looks[method], kinds[method])) for method in methods]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    return drawn
+
+
+def side_by_side(drawn: list[Series]) -> list[Series]:
+    """Single points at the same place of the x axis are moved apart by their own width, so that each can be seen."""
+    points = [series for series in drawn if series.kind == "points" and len(series.x) == 1]
+    width = 0.02 * (max((s.x[0] for s in points), default=0.0) - min((s.x[0] for s in points), default=0.0))
+    places: dict[int, list[Series]] = {}
+    for series in points:
+        places.setdefault(round(series.x[0] / width) if width else 0, []).append(series)
+    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in places.values() for i, s in enumerate(row)}
+    return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in drawn]
+
+
+def look(number: int, kind: str) -> dict[str, Any]:
+    """matplotlib's properties of a line."""
+    marker = MARKERS[number % len(MARKERS)] if kind in ("both", "points") else ""
+    dashes = "" if kind == "points" else DASHES[number // len(COLORS) % len(DASHES)]
+    return {"color": COLORS[number % len(COLORS)], "marker": marker, "ls": dashes, "ms": 6, "lw": 1.5}
+
+
+def plot(axes: Axes, series: Series, number: int) -> None:
+    style = look(number, series.kind) | ({"drawstyle": "steps-mid"} if series.kind == "steps" else {})
+    bars: dict[str, Any] = {
+        "xerr": series.x_error or None,
+        "yerr": series.y_error or None,
+        "elinewidth": 1,
+        "capsize": 2,
+    }
+    axes.errorbar(series.x, series.y, **bars, **style)
