@@ -1,6 +1,5 @@
 """How numbers and names are printed."""
 
-import re
 import textwrap
 
 PERCENT = ("top-1", "top-5", "top1", "top5", "ece", "mce", "ce")
@@ -24,5 +23,4 @@ def quantity(value: float, unit: str, base: int = 1000) -> str:
 
 def wrapped(name: str, width: int) -> str:
     """A path in lines of at most `width` characters, so that it stays within its panel."""
-    parts = [name] if len(name) <= width else re.split("(?<=/)", name)
-    return "\n".join(textwrap.fill(part, width) for part in parts)
+    return textwrap.fill(name.replace("/", "/ "), width).replace("/ ", "/")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from samon.format import metric_format, quantity
+from samon.format import metric_format, quantity, wrapped
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,11 @@ def test_units_go_by_size() -> None:
     assert quantity(3 * 2**20, "B", 1024) == "3 MiB"
     assert quantity(1000, "B", 1024) == "1000 B"
     assert quantity(1e24, "FLOP") == "1e+06 EFLOP"
+
+
+def test_paths_are_wrapped_at_their_directories() -> None:
+    assert wrapped("a/run/model.pth", 30) == "a/run/model.pth"
+    assert wrapped("20261125-214518-resnet10t/model_best.pth.tar", 30) == (
+        "20261125-214518-resnet10t/\nmodel_best.pth.tar"
+    )
+    assert max(map(len, wrapped("a" * 70 + "/b" * 30, 30).splitlines())) <= 30

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 from samon import UserError
 from samon.commands import report
 from samon.report.content import FORMAT, Content, Run, Score, export, name_methods
 from samon.report.cost import step_flops
-from samon.report.draw import canvas, side_by_side
+from samon.report.draw import STYLE, canvas, side_by_side
 from samon.report.figures import Figure, Series, figures
 from samon.report.page import render
 from samon.report.read import _placeless, gather
@@ -208,11 +209,12 @@ def test_points_at_one_place_can_all_be_seen() -> None:
 
 
 @pytest.mark.parametrize("length", [4, 30, 200])
-def test_legends_cover_neither_points_nor_axes(length: int, tmp_path: Path) -> None:
+def test_legends_cover_neither_points_nor_axes(length: int) -> None:
     names = [f"{i} " + "samon-layerl2 x/" * (length // 16) + "sam" for i in range(9)]
     figure = Figure("f", "t", "", [Series(name, [0.1, 0.5], [1.0, 2.0]) for name in names], "rho", "y", [0.1, 0.5])
-    shown = canvas(figure, {name: i for i, name in enumerate(names)})
-    shown.savefig(tmp_path / "a.svg")
+    with matplotlib.rc_context(STYLE):
+        shown = canvas(figure, {name: i for i, name in enumerate(names)})
+        shown.draw_without_rendering()
     (legend,), (axes,) = shown.legends, shown.axes
     assert axes.get_legend() is None
     box = legend.get_window_extent()
