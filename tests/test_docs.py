@@ -6,26 +6,51 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from samon.optim.geometry import GEOMETRIES
 from samon.settings.flag import markdown
 from samon.settings.rows import VALIDATE
+from tests.browser import chromium
 from tests.runs import ROOT
 from tools.runnable import commands, small
 
 
-def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; warnings are errors."""
+    tmp_path = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]  # --quiet hides warnings
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement of the theme
     done = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    reference = (tmp_path / "api.html").read_text()
+    return tmp_path
+
+
+def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
+    reference = (site / "api.html").read_text()
     assert "samon.two_pass" in reference
     assert "m-sharpness inside the batch" in reference  # the docstring's own words
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert pages <= {path.stem for path in tmp_path.glob("*.html")}
-    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (tmp_path / "index.html").read_text())
+    assert pages <= {path.stem for path in site.glob("*.html")}
+    links = dict(
+        re.findall(
+            r'href="([^"#]*)" class="md-nav__link">\s*<span[^>]*>\s*([^<]*?)\s*<', (site / "data.html").read_text()
+        )
+    )
+    assert links["results/fashion_mnist/index.html"] == "Fashion-MNIST"  # once the whole Guide's first page
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (site / "index.html").read_text())
+
+
+def test_code_is_not_cut_at_the_right(site: Path) -> None:
+    cut = "[...document.querySelectorAll('pre > code')].filter(code => code.scrollWidth > code.clientWidth + 1).length"
+    with chromium() as browser:
+        for width in (1280, 390):
+            page = browser.new_context(viewport={"width": width, "height": 800}).new_page()
+            for name in ("index", "multi_node", "recipes"):
+                page.goto((site / f"{name}.html").as_uri())
+                assert page.evaluate(cut) == 0, (name, width)
 
 
 def test_validates_flags_are_current() -> None:
