@@ -37,11 +37,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output is None and not (args.export or args.tables or args.figures):
         args.output = Path("report.html")
-    for flag, path in {"--output": args.output, "--export": args.export}.items():
+    files = {"--output": args.output, "--export": args.export}
+    files |= {flag: path and path / "file" for flag, path in (("--tables", args.tables), ("--figures", args.figures))}
+    for flag, path in files.items():
         if path is not None:
             check_writable(flag, path)
-    if args.tables:
-        check_writable("--tables", args.tables / "table.csv")
     return args
 
 

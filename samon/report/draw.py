@@ -63,7 +63,6 @@ def save(figure: Figure, looks: dict[str, int], file: IO[Any], form: str, colors
 
 def write_figures(content: Content, directory: Path) -> None:
     """Every figure as NAME.pdf, NAME-light.svg and NAME-dark.svg."""
-    directory.mkdir(parents=True, exist_ok=True)
     for figure in itertools.chain.from_iterable(figures(content).values()):
         for theme in ("light", "dark"):
             write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, content.looks(), theme) + "\n")
