@@ -177,6 +177,10 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of an update that was skipped included."""
         super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What the update under way has noted belongs to none, if it is skipped."""
         self.ascent.clean = []
         if self.mask is not None:
             self.mask.stale = True
@@ -225,6 +229,8 @@ class SAM(Optimizer):
         """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
         random part of it is perturbed, at least one tensor."""
         named = self.perturbed_parameters()
+        if all(p.grad is None for p in named.values()):  # cleared by the model or by Lookahead, not by `zero_grad`
+            self._forget()
         if self.esam_beta < 1:
             chance = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
             limit = max(self.esam_beta, min(chance, default=0) + 1e-12)

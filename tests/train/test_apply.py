@@ -107,20 +107,33 @@ def test_a_skipped_update_leaves_no_trace(base: str, sharp: bool) -> None:
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["ssam-f", "ssam-d", "sam-random"])
-def test_a_skipped_update_leaves_the_mask(name: str) -> None:
+STATEFUL: dict[str, dict[str, Any]] = {
+    "ssam-f": {"mask_every": 2},
+    "ssam-d": {"mask_every": 2},
+    "sam-random": {},
+    "lookahead_ssam-f": {"mask_every": 1},
+    "lookahead_samon": {"ascent": "friendly"},
+    "samon": {"ascent": "friendly"},
+    "sam-adamw": {"gsam_alpha": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_skipped_update_leaves_no_trace_in_masks_and_ascents(name: str) -> None:
     ends = []
-    for reads in (True, False):
+    for skipped in ((), (0, 2, 3)):
         torch.manual_seed(0)
         model = randomized(LayerNormNet())
-        opt = create_optimizer_v2(model, name, lr=0.01, mask_every=2)
+        opt = create_optimizer_v2(model, name, lr=0.01, **STATEFUL[name])
         for t in range(6):
-            x, y = batch(8, seed=t)
-            x[0] *= torch.nan if t in (0, 3) else 1
-            opt.zero_grad()
-            samon.two_pass(opt, partial(loss_of, model, x, y))
-            assert bool(apply_gradient(job(model, opt), reads=reads)[1]) == (t not in (0, 3))
-        assert opt.mask.step == 4 or name == "sam-random"  # where the count means nothing
+            for bad in [True, False] if t in skipped else [False]:
+                x, y = batch(8, seed=t)
+                x[0] *= torch.nan if bad else 1
+                opt.zero_grad()
+                samon.two_pass(opt, partial(loss_of, model, x, y))
+                assert bool(apply_gradient(job(model, opt), reads=False)[1]) != bad
+        if samon.sam_of(opt).mask is not None:
+            assert samon.sam_of(opt).mask.step == 6 or name == "sam-random"  # where the count means nothing
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
