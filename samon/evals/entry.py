@@ -133,6 +133,9 @@ class Entry:
         classes = getattr(target.model, "num_classes", 1000)
         if (self.kind or config.real_labels) and classes != 1000:
             raise UserError(f"{self.name}: needs a model of the 1000 ImageNet classes, this one has {classes}")
+        if self.kind and (config.valid_labels or config.real_labels):
+            flag = "--valid-labels" if config.valid_labels else "--real-labels"
+            raise UserError(f"{self.name}: {self.kind} decides by itself which labels count; drop {flag}")
         images = self._open(target, self.split if split is None else split)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}

@@ -39,6 +39,7 @@ _MODEL = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "i
 _STORED = (*_MODEL, "model_kwargs", "input_img_mode", "fast_norm", "channels_last")
 _DATA = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
 _INDIFFERENT = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format", "overwrite"}
+_INDIFFERENT |= {"shard_cache", "shard_cache_size", "allow_shell_urls"}
 _PRECISION = ("amp", "amp_dtype", "model_dtype")
 
 

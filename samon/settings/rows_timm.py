@@ -11,6 +11,7 @@ RESUMED = "continue from a checkpoint file, or from the newest state in a direct
 RESUMED += "newest state of --experiment, with this command's settings, and from the beginning if there is none"
 PRECISION = "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp"
 AMP_DTYPES = ("float16", "bfloat16", "auto")
+RESAMPLING = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
@@ -150,7 +151,7 @@ TIMM: Groups = {
         T("mixup-mode", str, "batch", "what shares mixing parameters", choices=("batch", "pair", "elem", "half")),
         T("mixup-off-epoch", int, 0, "epoch from which mixing is off; 0 for never", range=">= 0"),
         T("smoothing", float, 0.1, "label smoothing", range="in [0, 1)"),
-        T("train-interpolation", str, "random", "training interpolation: random, bilinear, bicubic"),
+        T("train-interpolation", str, "random", "training interpolation", choices=(*RESAMPLING, "")),
         T("drop", float, 0.0, "dropout rate", range="in [0, 1]"),
         T("drop-connect", float, None, "old name of --drop-path", range="in [0, 1]"),
         T("drop-path", float, None, "stochastic depth rate", range="in [0, 1]"),

@@ -1,6 +1,7 @@
 """Calibration, intervals, classes, corruption errors and means over checkpoints, against values worked out by hand."""
 
 import csv
+import os
 import statistics
 
 import pytest
@@ -80,6 +81,21 @@ def test_class_report_agrees_with_the_accuracy_and_rows_have_bounds(tmp_path):
         matrix = [list(map(int, row[1:])) for row in list(csv.reader(file))[1:]]
     assert sum(map(sum, matrix)) == 40
     assert [sum(row) for row in matrix] == [int(row["images"]) for row in classes]
+
+
+def test_class_reports_of_two_splits_and_odd_names(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")  # Latin-1
+    for split in ("train", "val"):
+        for name, number in (("a", 0), (odd, 1)):
+            write(tmp_path / "set" / split, {name: [number] * (2 if split == "train" else 1)})
+    suite = "".join(f"- {{data_dir: {tmp_path}/set, split: {split}}}\n" for split in ("train", "val"))
+    (tmp_path / "suite.yaml").write_text(suite)
+    flags = ["--model", "test_resnet", "--num-classes", "2", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+    rows = main([*flags, "--suite", str(tmp_path / "suite.yaml"), "--class-report", str(tmp_path / "report")])
+    assert [row["dataset"] for row in rows if row["metric"] == "top1"] == ["set train", "set val"]
+    for split, count in (("train", 2), ("val", 1)):
+        text = (tmp_path / f"report/test_resnet-set {split}-per_class.csv").read_bytes()
+        assert text.splitlines()[2].startswith(b"1,caf\xe9,%d," % count)
 
 
 def test_mean_corruption_error_is_relative_to_alexnet():

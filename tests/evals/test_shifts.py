@@ -299,6 +299,13 @@ def test_real_labels_end_with_the_last_validation_image(tmp_path):
         measure("", tmp_path, real_labels="real")
 
 
+@pytest.mark.parametrize("flag", ["valid_labels", "real_labels"])
+def test_a_set_and_flags_for_labels_exclude_each_other(tmp_path, flag):
+    root = write(tmp_path, {SYNSETS[0]: [0]})
+    with pytest.raises(UserError, match=f"imagenet decides by itself .* drop --{flag.replace('_', '-')}"):
+        measure("imagenet", root, **{flag: "real"})
+
+
 def test_images_outside_a_sets_200_classes_are_refused(tmp_path):
     root = write(tmp_path, {SYNSETS[0]: [0]})
     with pytest.raises(UserError, match="'n01440764' is not among the 200 classes of imagenet-r"):

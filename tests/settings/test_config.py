@@ -321,6 +321,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "two sizes of a ViT": (["--model", "test_vit", "--model-kwargs", "img_size=48"], "Conflicting input image sizes"),
     "channels": (["--in-chans", "7"], "--in-chans 7: images are read as L, 1 channel; use 1 or 3"),
     "mode": (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2: Pillow knows no such mode"),
+    "interpolation": (["--train-interpolation", "cubic"], "--train-interpolation: 'cubic' is not one of 'random', '"),
     "crop mode": (["--train-crop-mode", "foo"], "--train-crop-mode: 'foo' is not one of 'rrc', 'rkrc', 'rkrr', 'pad'"),
     "text as weights": (["--initial-checkpoint", "LICENSE"], "--initial-checkpoint LICENSE is text"),
     "text as pretrained": (["--pretrained-path", "LICENSE"], "--pretrained-path LICENSE is text"),
