@@ -20,7 +20,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
-from samon.commands.validate_flags import parse_up_to_dashes
+from samon.commands.dashes import parse_up_to_dashes
 from samon.errors import RunError, UserError, run_script
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse

@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
-from samon.commands.validate_flags import parse_up_to_dashes
+from samon.commands.dashes import parse_up_to_dashes
 from samon.data.faults import ImageError, SampleError
 from samon.data.shards import Record
 from samon.data.source import Source

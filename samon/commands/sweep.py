@@ -33,6 +33,7 @@ import yaml
 
 from samon import UserError, is_sam_name
 from samon.bars import bar, on_terminal
+from samon.commands.dashes import parse_up_to_dashes
 from samon.commands.tables import Cell, write_tables
 from samon.errors import RunError, Stopped, run_script
 from samon.files import write_text
@@ -287,8 +288,6 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-c", "--config", required=True, help="recipe, as for train.py")
@@ -304,12 +303,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--retries", type=int, default=1, help="further starts of a run that dies")
     add("--metric", default="eval_top1", help="which of the final metrics to tabulate")
     add("--dry-run", action="store_true", help="print the commands and which are finished")
-    args = parser.parse_args(argv[:cut])
-    args.train = argv[cut + 1 :]
+    args = parse_up_to_dashes(parser, argv, "samon-train")
+    args.train = args.after
     args.output = (args.output or Path("output/sweep") / Path(args.config).stem).resolve()
     for flag in ("--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"):
         if flag in [word.split("=")[0] for word in args.train]:
-            raise UserError(f"{flag} behind -- is the sweep's to set")
+            raise UserError(f"{flag} after -- is the sweep's to set")
     if args.jobs < 1 or args.nproc < 1:
         raise UserError("--jobs and --nproc must be at least 1")
     return args

@@ -96,7 +96,8 @@ def test_jobs_are_every_combination_once(tmp_path: Path) -> None:
         (["--opts", "sam,sam"], "twice"),
         (["--opts", "sam", "--rho", "0.1,x"], "--rho '0.1,x'"),
         (["--opts", "sam", "--jobs", "0"], "at least 1"),
-        (["--opts", "sgd", "--", "--seed", "3"], "--seed behind -- is the sweep's"),
+        (["--opts", "sgd", "--", "--seed", "3"], "--seed after -- is the sweep's"),
+        (["--opts", "sgd", "--lr", "3"], "--lr 3: no flag of .* go after --, as in `... -- --lr 3`"),
         (["--opts", "sgd", "--", "--epocks", "3"], "--epocks"),
     ],
 )
