@@ -1,6 +1,7 @@
 """Where samples come from: a row per kind of data set, opened here for training and for evaluation alike."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from samon.data.classes import class_order, load_class_map, map_labels
 from samon.data.folders import Item, find_images
 from samon.data.shards import ShardReader, load_split
 from samon.data.source import FileSource, HubSource, PairSource, ShardSource, Source, kind_of
-from samon.data.splits import Extent, parse_split, synonyms, train_or_test
+from samon.data.splits import Extent, parse_split, part_of, synonyms, train_or_test
 from samon.data.urls import ShardCache, is_local, temporary_directory
 from samon.errors import UserError, needed
 
@@ -67,13 +68,14 @@ def _open_shards(request: Request) -> Source:
 
 def _open_folder(request: Request) -> Source:
     endings = [f".{key.lstrip('.')}" for key in request.input_key.split(";")] if request.input_key else None
-    folder = _split_folder(request.root or "", request.split)
+    split, part = parse_split(request.split)
+    folder = _split_folder(request.root or "", split)
     items, place = find_images(folder, endings), os.path.realpath(folder)
     if os.path.isfile(folder):
-        items, name = _split_of_tar(items, request.split)
+        items, name = _split_of_tar(items, split)
         place = os.path.join(place, name)
     names = sorted({item.folder for item in items if item.folder}, key=class_order)
-    source = _by_class(items, [item.folder for item in items], names, place, request.flat)
+    source = _by_class(items, [item.folder for item in items], names, place, part, request.flat)
     if request.keep is not None:
         source.relabel({k: k for k, name in enumerate(names) if name in request.keep}, names, len(names))
         if not source.items:
@@ -81,15 +83,34 @@ def _open_folder(request: Request) -> Source:
     return source
 
 
-def _by_class(items: Sequence[Item], classes: Sequence[str], names: list[str], place: str, flat: bool) -> FileSource:
+def _by_class(
+    items: Sequence[Item], classes: Sequence[str], names: list[str], place: str, part: slice, flat: bool
+) -> FileSource:
     """Files labeled by their class's place among `names`, -1 in no class folder if `flat` allows that."""
     stray = [item.where for item, name in zip(items, classes, strict=True) if not name]
     if stray and not flat:
         form = "images lie in CLASS/IMAGE; move it, or pack flat ImageNet validation images by tools/make_shards.py"
         raise UserError(f"{stray[0]} lies in no class folder ({len(stray)} of {len(items)} images do not): {form}")
     labels = {name: label for label, name in enumerate(names)} | {"": -1}
-    source = FileSource(items, [labels[name] for name in classes], place)
+    source = _evenly(items, [labels[name] for name in classes], part, place)
     source.class_names, source.num_classes = names or None, len(names) or None
+    return source
+
+
+def _evenly(items: Sequence[Item], labels: Sequence[int], part: slice, place: str) -> FileSource:
+    """A part of files that lie class by class.
+
+    It is counted in turns around the classes, so that it has as many images of each class as of any other, or one more.
+    """
+    turns: Counter[int] = Counter()
+    order = []
+    for index, label in enumerate(labels):
+        order.append((turns[label], index))
+        turns[label] += 1
+    chosen = part_of(len(items), part, f"the part of {place}")
+    kept = sorted(index for _, index in sorted(order)[chosen.start : chosen.stop])
+    source = FileSource([items[index] for index in kept], [labels[index] for index in kept], place)
+    source.extents = [Extent(place, chosen.start, chosen.stop)]
     return source
 
 
@@ -97,7 +118,6 @@ def _split_folder(root: str, split: str) -> str:
     """The folder of a split below `root`, by timm's synonyms; `root` itself where it has no folders of splits."""
     if not os.path.exists(root):
         raise UserError(f"--data-dir {root}: no such directory")
-    _check_whole(split, root)
     folder = _search_split(root, split) if split and os.path.isdir(root) else root
     others = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if split and folder == root and others:
@@ -107,11 +127,6 @@ def _split_folder(root: str, split: str) -> str:
     if folder == root and os.path.isfile(os.path.join(root, "_info.json")):
         raise UserError(f"--data-dir {root}: holds shards; read them with --dataset wds/NAME")
     return folder
-
-
-def _check_whole(split: str, where: str) -> None:
-    if "[" in split:
-        raise UserError(f"{where}: split {split!r} is a part, but image folders lie class by class; name a whole split")
 
 
 def _split_of_tar(items: list[Item], split: str) -> tuple[list[Item], str]:
@@ -142,12 +157,12 @@ _OWN_SPLITS = ("imagenet", "places365", "inaturalist", "inat")  # more splits th
 
 def _open_torch(request: Request) -> Source:
     root, kind = request.root or ".", request.name.rpartition("/")[2].lower()
+    name, part = parse_split(request.split)
     if kind in ("folder", "image_folder"):  # torchvision's numbering: by the outer folders, in the order of characters
-        folder = _split_folder(root, request.split)
+        folder = _split_folder(root, name)
         items = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda item: item.path)
         classes = [item.path.partition("/")[0] if "/" in item.path else "" for item in items]
-        return _by_class(items, classes, sorted({*classes} - {""}), os.path.realpath(folder), request.flat)
-    name, part = parse_split(request.split)
+        return _by_class(items, classes, sorted({*classes} - {""}), os.path.realpath(folder), part, request.flat)
     if kind in _OWN_SPLITS:
         name = "train" if name == "training" else name
     else:
@@ -162,8 +177,7 @@ def _open_torch(request: Request) -> Source:
     place = f"{request.name} in {os.path.realpath(root)}, split {name}"
     if not isinstance(pairs, DatasetFolder):
         return PairSource(pairs, part, place)
-    _check_whole(request.split, request.name)
-    source = FileSource([Item(path) for path, _ in pairs.samples], [label for _, label in pairs.samples], place)
+    source = _evenly([Item(path) for path, _ in pairs.samples], [label for _, label in pairs.samples], part, place)
     source.take_classes(getattr(pairs, "wnid_to_idx", pairs.class_to_idx))  # ImageNet's classes have several names
     return source
 
@@ -206,6 +220,11 @@ SOURCES = {
     "hfds": Kind(_open_hub, ""),
 }
 _REFUSED = ("tfds", "hfids")
+
+
+def in_order_of_classes(name: str) -> bool:
+    """Whether the first samples of such a data set may be all of one class: its files or rows lie as they were made."""
+    return _kind(name) in ("", "hfds") or name.lower() in ("torch/folder", "torch/image_folder", "torch/imagenet")
 
 
 def _kind(name: str) -> str:

@@ -29,7 +29,7 @@ from samon.session.checkpoint import Progress
 from samon.session.world import World
 from samon.settings.config import Config
 from samon.step.sharded import no_sync
-from samon.train.loaders import Batches, build_data, data_classes, mixing
+from samon.train.loaders import Batches, build_data, data_classes, mixing, without_counts
 
 log = logging.getLogger("samon")
 
@@ -110,7 +110,7 @@ def build(config: Config, world: World, hooks: Hooks | None = None, class_names:
     Args:
         class_names: of the run that is resumed, in the order of the model's outputs.
     """
-    config = models.settle_precision(config, world)
+    config = without_counts(models.settle_precision(config, world), world)
     model = models.for_training(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = models.data_config(config, model)

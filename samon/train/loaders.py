@@ -11,7 +11,7 @@ from samon import data
 from samon.data.classes import check_ranks
 from samon.data.sizes import SizeSchedule
 from samon.data.source import Source
-from samon.data.sources import open_source
+from samon.data.sources import in_order_of_classes, open_source
 from samon.data.splits import overlap
 from samon.data.stream import SampleStream
 from samon.errors import UserError, user_errors
@@ -51,6 +51,17 @@ def data_classes(config: Config) -> int | None:
         return config.num_classes
     with user_errors("data"):
         return open_source(config.dataset, config.data_dir, config.train_split, **_opening(config)).num_classes
+
+
+def without_counts(config: Config, world: World) -> Config:
+    """Drop --train-num-samples and --val-num-samples where the first samples may be all of one class, as timm does."""
+    counts = {key: None for key in ("train_num_samples", "val_num_samples") if getattr(config, key)}
+    if not counts or not in_order_of_classes(config.dataset):
+        return config
+    if world.primary:
+        flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
+        log.warning("%s: no effect on image folders and hfds/; a split may be a part, such as 'train[:5000]'", flags)
+    return config.but(**counts)
 
 
 def check_splits(config: Config, train: Source, held: Source, say: Callable[[str], Any]) -> None:

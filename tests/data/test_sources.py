@@ -228,9 +228,19 @@ def test_a_class_folder_that_cannot_be_read_is_no_missing_class(tmp_path, monkey
         open_source("", root, "")
 
 
-def test_a_part_of_a_folder_is_refused(folder):
-    with pytest.raises(UserError, match=r"split 'train\[:2\]' is a part, but image folders lie class by class"):
-        open_source("", folder, "train[:2]")
+@pytest.mark.parametrize("name", ["", "torch/folder"])
+def test_a_part_of_a_folder_has_as_many_images_of_each_class(name, folder):
+    first, second = open_source(name, folder, "train[:4]"), open_source(name, folder, "train[4:]")
+    assert labels_of(first) == [0, 0, 1, 2]
+    assert labels_of(open_source(name, folder, "train[:3]")) == [0, 1, 2]
+    assert first.num_classes == second.num_classes == 3
+    whole = [record.where for record in open_source(name, folder, "train").read(range(6))]
+    parts = [record.where for part in (first, second) for record in part.read(range(len(part)))]
+    assert sorted(parts) == sorted(whole)
+    assert not overlap(first.extents, second.extents)
+    assert overlap(first.extents, open_source(name, folder, "train[3:]").extents)
+    with pytest.raises(UserError, match="is empty, it has 6 images"):
+        open_source(name, folder, "train[6:]")
 
 
 # --- --class-map ------------------------------------------------------------------------------------------------------

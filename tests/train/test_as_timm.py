@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from timm.scheduler import create_scheduler_v2
 
 from samon.errors import UserError
@@ -159,3 +160,20 @@ def test_more_than_logits() -> None:
     made.net = type("Auxiliary", (torch.nn.Module,), {"forward": lambda self, x: (x, x)})()
     with pytest.raises(UserError, match="--model test_resnet returns a tuple in training, not logits alone"):
         loop.forward(made, torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))()
+
+
+def test_a_number_of_samples_does_not_cut_an_image_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its files lie class by class, so that the first ones are of the first classes."""
+    for index in range(12):
+        path = tmp_path / f"images/{('train', 'val')[index % 2]}/{('cat', 'dog')[index // 6]}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), 20 * index).save(path)
+    own = ["--dataset", "", "--data-dir", str(tmp_path / "images"), "--num-classes", "2", "-b", "2"]
+    made = built(*own, "--train-num-samples", "2", "--val-num-samples", "3")
+    assert made.eval_loader is not None
+    assert (made.train_loader.num_samples, made.eval_loader.num_samples) == (6, 6)
+    assert (made.effective.train_num_samples, made.effective.val_num_samples) == (None, None)  # as validate.py reads it
+    assert "--train-num-samples and --val-num-samples: no effect on image folders" in caplog.text
+    part = built(*own, "--val-split", "val[:2]")
+    assert part.eval_loader is not None
+    assert sorted(target.item() for _, targets in part.eval_loader for target in targets) == [0, 1]
