@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import yaml
 from timm import utils
-from timm.layers import apply_test_time_pool
 
 from samon.data.sources import check_name
-from samon.errors import Stopped, UserError
+from samon.errors import RunError, Stopped, UserError
 from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
+from samon.evals.model import create, model_names, test_time_pooling
 from samon.evals.results import Results, Row, markdown, result_format
 from samon.evals.shifts import SETS
 from samon.files import check_writable
@@ -64,7 +64,9 @@ def parse(argv: list[str] | None) -> list[Job]:
     if given.get("results_file"):
         result_format(given["results_file"], given.get("results_format", ""))
     evaluations(given.get("evals", "accuracy"), "--evals")
-    jobs = [settle(given, path) for path in checkpoints(given.get("checkpoint", []))]
+    paths = checkpoints(given.get("checkpoint", []))
+    chosen = model_names(given.get("model")) if paths == [""] else [given.get("model")]
+    jobs = [settle(given | ({"model": name} if name else {}), path) for name in chosen for path in paths]
     names = shortest_names([job.path or job.config.model for job in jobs])
     return [replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
 
@@ -121,13 +123,18 @@ def settle(given: dict[str, Any], path: str) -> Job:
     """Settings for one checkpoint: defaults < what its run was made with < command line."""
     content = load(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
     stored, first = from_run(given, content)
-    values = {key: flag.default for key, flag in by_key(VALIDATE).items()} | stored | given
+    defaults = {key: flag.default for key, flag in by_key(VALIDATE).items()}
+    values = defaults | {"pretrained": not path} | stored | given
     if values["model"] is None:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
     models.check_name(config)
     entries = data_sets(config, first)
     wanted = {name for entry in entries for name in entry.evals}
+    if config.test_pool and "feature_rank" in wanted:
+        raise UserError("--test-pool replaces the pooling that --evals feature_rank reads; drop one of them")
+    if config.results_format == "timm" and wanted != {"accuracy"}:
+        raise UserError("--results-format timm has a place for accuracy alone; drop it, or the other --evals")
     if (config.amp or config.model_dtype not in (None, "float32")) and wanted - {"accuracy"}:
         if {"amp", "model_dtype"} & set(given):
             raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
@@ -217,16 +224,16 @@ def build(job: Job, world: World) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
     config = models.settle_precision(job.config, world)
     utils.random_seed(config.seed)  # without weights to load, every process makes the same ones
-    model = models.create(config, pretrained=config.pretrained and not job.path)
+    model = create(config, pretrained=config.pretrained and not job.path)
     if job.path:
         load_weights(model, job.path, job.average)
         which = "averaged weights" if job.average else "weights"
         log.info("%s: the %s of %s", config.model, which, job.path)
     data_config = models.data_config(config, model, use_test_size=not config.use_train_size)
-    if config.test_pool:
-        model, _ = apply_test_time_pool(model, data_config)
     if config.reparam:
         model = utils.reparameterize_model(model)
+    if config.test_pool:
+        model = test_time_pooling(config, model, data_config)
     mesh = sharding.make_mesh(config, world) if config.fsdp else None
     model = models.place(config, model, world if mesh is None else replace(world, device=torch.device("cpu"))).eval()
     size = data_config["input_size"]
@@ -260,27 +267,57 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
     config = jobs[0].config
     on_primary(world, lambda: check_paths(config))
     found = on_primary(world, lambda: results.load(config.overwrite))
-    target = check(jobs, world)
+    bulk = len(jobs) > 1 and not any(job.path for job in jobs)  # by their names: each is downloaded when its turn comes
+    ready = None if bulk else check(jobs, world)
     seen: dict[str, norm_params.Values] = {}
     for number, job in enumerate(jobs):
-        target = target if len(jobs) == 1 else build(job, world)
-        for key, entry, name in pieces(job):
-            rows = found.get(f"{number} {key}")
-            log.info("%s on %s%s", name, entry.name or job.config.model, " is there already" if rows else "")
-            about: Row = {"model": job.config.model} | ({"checkpoint": job.path} if job.path else {})
-            about |= {"dataset": entry.name, "split": entry.split, "eval": name, **entry.about}
-            rows = rows or [{**about, **row} for row in evaluation(name).rows(target, entry)]
-            results.pieces[f"{number} {key}"] = rows
-            on_primary(world, results.write)
-            if name == "norm_params" and (config.norm_figure or config.norm_tensorboard):
-                seen[target.name] = norm_params.values(target.model)
-        mine = [row for key, _, _ in pieces(job) for row in results.pieces[f"{number} {key}"]]
-        results.pieces[f"{number} mce"] = corruptions.errors(mine)
+        try:
+            target = ready if ready is not None and len(jobs) == 1 else build(job, world)
+            evaluate_job(job, number, target, world, found, results, seen)
+        except (UserError, RuntimeError) as error:
+            if not bulk or world.size > 1 or isinstance(error, RunError):  # other processes would wait for this one
+                raise
+            log.error("%s is left out: %s", job.config.model, " ".join(str(error).split())[:300])
+    if bulk and not results.rows:
+        raise UserError(f"--model: none of the {len(jobs)} models could be evaluated; the log says why")
     if seen and world.primary:
         if config.norm_figure:
             norm_params.plot(seen, Path(config.norm_figure))
         if config.norm_tensorboard:
             norm_params.write_tensorboard(seen, Path(config.norm_tensorboard))
+
+
+def evaluate_job(
+    job: Job,
+    number: int,
+    target: Target,
+    world: World,
+    found: Mapping[str, list[Row]],
+    results: Results,
+    seen: dict[str, norm_params.Values],
+) -> None:
+    """The pieces of a job that are not `found`, into `results`; into `seen` the values of normalization parameters."""
+    config = job.config
+    for key, entry, name in pieces(job):
+        rows = found.get(f"{number} {key}")
+        log.info("%s on %s%s", name, entry.name or config.model, " is there already" if rows else "")
+        about: Row = {"model": config.model} | ({"checkpoint": job.path} if job.path else {})
+        about |= {"dataset": entry.name, "split": entry.split, "eval": name, **entry.about}
+        about |= timm_facts(target) if config.results_format == "timm" else {}
+        rows = rows or [{**about, **row} for row in evaluation(name).rows(target, entry)]
+        results.pieces[f"{number} {key}"] = rows
+        on_primary(world, results.write)
+        if name == "norm_params" and (config.norm_figure or config.norm_tensorboard):
+            seen[target.name] = norm_params.values(target.model)
+    mine = [row for key, _, _ in pieces(job) for row in results.pieces[f"{number} {key}"]]
+    results.pieces[f"{number} mce"] = corruptions.errors(mine)
+
+
+def timm_facts(target: Target) -> Row:
+    """What timm's results say of a model beside its accuracy: millions of parameters, and how images are prepared."""
+    data, count = target.data_config, sum(p.numel() for p in target.model.parameters())
+    facts: Row = {"param_count": round(count / 1e6, 2), "img_size": data["input_size"][-1]}
+    return facts | {key: data[key] for key in ("crop_pct", "interpolation")}
 
 
 def check_paths(config: Config) -> None:

@@ -17,8 +17,10 @@ FORMATS = ("json", "csv", "md")
 
 
 def result_format(path: str, wanted: str) -> str:
-    """Of a results file: by its name, or as asked where the name does not tell."""
+    """Of a results file: by its name, or as asked where the name does not tell; `timm` with what the name tells."""
     suffix = Path(path).suffix.removeprefix(".")
+    if wanted == "timm":
+        return "timm json" if suffix == "json" else "timm csv"
     form = suffix if suffix in FORMATS else wanted
     if not form:
         raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
@@ -76,12 +78,33 @@ class Results:
 def render(rows: list[Row], form: str) -> str:
     """The rows as the text of a file. Numbers that are not finite are written as nothing."""
     rows = [{**row, "value": row["value"] if math.isfinite(row["value"]) else None} for row in rows]
+    if form.startswith("timm"):
+        rows = as_timm(rows)
+        if form == "timm json":
+            return json.dumps(rows[0] if len(rows) == 1 else rows, indent=4) + "\n"
     if form == "json":
         return json.dumps(rows, indent=1) + "\n"
     if form == "md":
         return markdown(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return csv_text([keys, *([row.get(key) for key in keys] for row in rows)])
+
+
+def as_timm(rows: list[Row]) -> list[Row]:
+    """The columns of timm's results, a row for each model (or checkpoint, and data set where there are several)."""
+    shared = ("model", "checkpoint", *(["dataset"] if len({row["dataset"] for row in rows}) > 1 else []))
+    facts = ("param_count", "img_size", "crop_pct", "interpolation")
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        about = {key: row[key] for key in shared if key in row}
+        line = found.setdefault(tuple(about.values()), about)
+        if row["metric"] in ("top1", "top5") and row["metric"] not in line:
+            value = row["value"]
+            line |= {row["metric"]: round(value, 4), f"{row['metric']}_err": round(100 - value, 4)}
+        line |= {key: row[key] for key in facts}
+    order = ("model", "top1", "top1_err", "top5", "top5_err", *facts, *shared[1:])
+    lines = [{key: line[key] for key in order if key in line} for line in found.values()]
+    return sorted(lines, key=lambda line: -line["top1"])
 
 
 def grouped(rows: list[Row]) -> list[Row]:

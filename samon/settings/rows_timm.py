@@ -16,6 +16,8 @@ CROPS = ("rrc", "rkrc", "rkrr", "pad")
 NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
 NO_JIT = "TorchScript is retired by PyTorch, functorch's AOT too; use --torchcompile"
+MODEL = "model name in timm's registry (validate.py: also all, a pattern such as 'vit_*', or a file of names)"
+RESULTS = "format where the file name does not tell; timm: its one row for each model, as .csv or .json"
 DECAYS = ("linear", "1-sqrt", "cosine", "power", "exp")  # timm's, of wsd and rsqrt
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
 
@@ -38,8 +40,8 @@ TIMM: Groups = {
         B("target-key", str, None, "name of the label field in a sample"),
     ),
     "Model": (
-        B("model", str, "resnet50", "model name in timm's registry", short="m", in_validate=None),
-        B("pretrained", bool, False, "start from the model's pretrained weights"),
+        B("model", str, "resnet50", MODEL, short="m", in_validate=None),
+        B("pretrained", bool, False, "the model's pretrained weights (validate.py: unless there is a --checkpoint)"),
         T("pretrained-path", str, None, "load pretrained weights from this file, adapting the head"),
         T("initial-checkpoint", str, "", "load model weights from this checkpoint before training"),
         T("resume", str, "", RESUMED),
@@ -204,7 +206,7 @@ TIMM: Groups = {
     ),
     "Evaluation": (
         V("results-file", str, "", "write the results here; .json, .csv or .md decides the format"),
-        V("results-format", str, "", "format where the file name does not tell", choices=("json", "csv", "md")),
+        V("results-format", str, "", RESULTS, choices=("json", "csv", "md", "timm")),
         V("checkpoint", str, [], "checkpoint files, or a directory of them; several are put side by side", nargs="+"),
         V("use-ema", bool, False, "evaluate the averaged weights; the default where they decided the best"),
         V("split", str, "validation", "split to evaluate"),

@@ -145,7 +145,8 @@ def test_images_and_columns_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -
         return {ball: torch.tensor([-1, 0, 0, 0, 1, 1, *[ROBUST] * 4]) for ball in balls}
 
     monkeypatch.setattr(robustness, "robust_outcomes", outcomes)
-    words = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--model", "test_resnet"]
+    words = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist"]
+    words += ["--model", "test_resnet", "--no-pretrained"]
     words += ["--num-classes", "10", "--in-chans", "1", "--img-size", "32", "--mean", "0.286", "--std", "0.353"]
     words += ["--num-samples", "10", "--workers", "0", "--device", "cpu", "--norm", "linf", "--eps", "1/255"]
     found = {row["metric"]: row["value"] for row in main.main([*words, "--evals", "apgd"])}

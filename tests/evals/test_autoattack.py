@@ -8,7 +8,19 @@ from samon.evals.attacks import ATTACKS, ROBUST, Threat, attack, seeded_noise, u
 from samon.evals.batch_size import fastest
 from tests.nets import two_logits
 
-FLAGS = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+FLAGS = [
+    "--model",
+    "test_resnet",
+    "--no-pretrained",
+    "--num-classes",
+    "10",
+    "--img-size",
+    "32",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "6"]
 
 

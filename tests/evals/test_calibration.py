@@ -16,7 +16,19 @@ from samon.evals.calibration import confusion, expected_calibration_error, inter
 from samon.evals.main import main
 from tests.evals.test_shifts import SYNSETS, write
 
-FLAGS = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+FLAGS = [
+    "--model",
+    "test_resnet",
+    "--no-pretrained",
+    "--num-classes",
+    "10",
+    "--img-size",
+    "32",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "40"]
 
 
@@ -128,7 +140,7 @@ def test_imagenet_c_is_one_entry_of_a_suite(tmp_path, capsys, monkeypatch):
         for severity in range(1, 6):
             write(tmp_path / "c" / name / str(severity), {SYNSETS[i]: [i] for i in (1, 2)})
     (tmp_path / "suite.yaml").write_text(f"- {{set: imagenet-c, data_dir: {tmp_path / 'c'}}}\n")
-    flags = ["--model", "test_resnet", "--workers", "0", "--device", "cpu", "--img-size", "32"]
+    flags = ["--model", "test_resnet", "--no-pretrained", "--workers", "0", "--device", "cpu", "--img-size", "32"]
     rows = main([*flags, "--suite", str(tmp_path / "suite.yaml"), "--results-file", str(tmp_path / "rows.csv")])
     (mean,) = [row for row in rows if row["metric"] == "mce"]
     assert mean["preprocessing"].startswith("images of 32x32 as they are, others bilinear, crop_pct ")

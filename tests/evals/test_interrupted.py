@@ -12,7 +12,19 @@ from samon.errors import Stopped, UserError
 from samon.evals import accuracy
 from samon.evals.main import checkpoints, different, main, parse
 
-FLAGS = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+FLAGS = [
+    "--model",
+    "test_resnet",
+    "--no-pretrained",
+    "--num-classes",
+    "10",
+    "--img-size",
+    "32",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--num-samples", "16"]
 GOOD = "{name: NAME, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: SPLIT}"
 
@@ -128,7 +140,7 @@ def test_attacks_show_progress_within_a_batch(monkeypatch):
 
 
 def test_the_shipped_suite_names_the_papers_sets_under_the_data_dir(tmp_path):
-    flags = ["--model", "test_resnet", "--suite", "suites", "--data-dir", str(tmp_path)]
+    flags = ["--model", "test_resnet", "--no-pretrained", "--suite", "suites", "--data-dir", str(tmp_path)]
     (job,) = parse(flags)
     v2 = [f"imagenetv2-{form}" for form in ("matched-frequency", "threshold0.7", "top-images")]
     others = ["imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"]

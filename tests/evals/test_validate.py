@@ -20,7 +20,9 @@ from samon.evals.main import main, parse
 from tests import efficientnet_lite0, runs
 
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist"]
-MODEL = ["--model", "resnet10t", "--num-classes", "10", "--img-size", "32"]
+MODEL = ["--model", "resnet10t", "--no-pretrained", "--num-classes", "10", "--img-size", "32"]
+UNTRAINED = ["--model", "resnet10t", "--num-classes", "10"]
+TIMM_FORM = [*MODEL, *FASHION, "--results-format", "timm"]
 SMALL = ["--workers", "0", "--device", "cpu"]
 
 
@@ -251,6 +253,14 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
     ("flags", "message"),
     [
         ([*MODEL, *FASHION, "--evals", "acuracy"], "unknown evaluation 'acuracy'; did you mean 'accuracy'?"),
+        ([*UNTRAINED, *FASHION], "--num-classes 10: the pretrained weights of resnet10t have 1000"),
+        (
+            ["--model", "resnet18_cifar", *FASHION],
+            "--model resnet18_cifar has no pretrained weights; give --checkpoint",
+        ),
+        (["--model", "vit_x*", *FASHION], "--model vit_x*: no model with pretrained weights"),
+        ([*MODEL, *FASHION, "--test-pool", "--evals", "feature_rank"], "--test-pool replaces the pooling"),
+        ([*TIMM_FORM, "--evals", "accuracy,apgd"], "--results-format timm has a place for accuracy alone"),
         (["--model", "resnet10tt", *FASHION], "unknown model 'resnet10tt'; did you mean"),
         (FASHION, "--model: name the model"),
         (MODEL, "no data set; give --data-dir"),
@@ -272,7 +282,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
             ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "img_size=224", *FASHION],
             "Conflicting input image sizes",
         ),
-        ([*MODEL[:2], "--num-classes", "9", *FASHION], "has 10 classes, the model 9; give its classes' numbers"),
+        ([*MODEL, "--num-classes", "9", *FASHION], "has 10 classes, the model 9; give its classes' numbers"),
         ([*MODEL, *FASHION, "--suite", "sketch.yaml"], "needs a model of the 1000 ImageNet classes"),
     ],
 )
