@@ -145,6 +145,12 @@ def test_one_channel_without_the_prefetcher(tmp_path: Path) -> None:
     assert abs(float(seen[0].mean())) < 1
 
 
+def test_images_that_are_no_squares() -> None:
+    own = [item for item in BASE if item not in ("--img-size", "32")]
+    images, _ = next(iter(build.build(config.parse([*own, "--input-size", "1", "24", "40"]), CPU).train_loader))
+    assert images.shape == (16, 1, 24, 40)
+
+
 def test_the_size_of_a_fixed_model_may_be_its_own_argument() -> None:
     own = [item for item in BASE if item not in ("--img-size", "32")]
     argv = [*own, "--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "depth=1"]
