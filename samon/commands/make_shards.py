@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Pack images into WebDataset shards with an `_info.json` that timm reads too; `--verify` checks a finished set.
 
-    python tools/make_shards.py --source DIR --output DIR                      # DIR/<split>/<class>/<image>
-    python tools/make_shards.py --source DIR --output DIR --format imagenet --val-labels FILE
-    python tools/make_shards.py --verify --output DIR
+    samon-shards --source DIR --output DIR                      # DIR/<split>/<class>/<image>
+    samon-shards --source DIR --output DIR --format imagenet --val-labels FILE
+    samon-shards --verify --output DIR
 
 Images keep their bytes unless --resize is given. Run the same command again to continue one that was interrupted.
 """

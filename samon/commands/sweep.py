@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a recipe over optimizers x rho x seeds and tabulate the accuracies as the paper's Table 1 does.
 
-    python tools/sweep.py -c hparams/cifar/cifar100_resnet.yaml --opts sgd,sam,samon --seeds 3 -- --data-dir DIR
-    python tools/sweep.py -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
+    samon-sweep -c hparams/cifar/cifar100_resnet.yaml --opts sgd,sam,samon --seeds 3 -- --data-dir DIR
+    samon-sweep -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
 
 What follows `--` goes to every train.py. rho is taken from the recipe's grid in hparams/rho_grids.yaml (`--grid`),
 from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output.
@@ -301,7 +301,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
     add("--nproc", type=int, default=1, help="processes of each run (torchrun)")
     add("--retries", type=int, default=1, help="further starts of a run that dies")
-    add("--metric", default="eval_top1", help="which of the final metrics to tabulate")
+    metrics = ("eval_top1", "eval_top5", "eval_loss", "train_loss")
+    add("--metric", default="eval_top1", choices=metrics, help="which of the final metrics to tabulate")
     add("--dry-run", action="store_true", help="print the commands and which are finished")
     args = parse_up_to_dashes(parser, argv, "samon-train")
     args.train = args.after

@@ -1,4 +1,4 @@
-"""The tables of tools/sweep.py: every optimizer and rho with mean +- std over seeds, and the paper's Table 1 layout."""
+"""The tables of samon-sweep: every optimizer and rho with mean +- std over seeds, and the paper's Table 1 layout."""
 
 import json
 import statistics

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
 _INFO_NAMES = ("_info.json", "info.json")
-_TOOL = "tools/make_shards.py"
+_TOOL = "samon-shards"
 
 
 class Record(NamedTuple):
@@ -163,7 +163,7 @@ def members_by_key(
                     fields[suffix] = b"" if data is None else data.read()
             # `a.seg.png` beside a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a sample that got lost.
             if lost := [name for name in dotted if not is_sample or name.endswith(".cls")]:
-                rename = "a sample's name ends at its first dot; rename it, or pack the set by tools/make_shards.py"
+                rename = "a sample's name ends at its first dot; rename it, or pack the set by samon-shards"
                 raise DataError(f"{url} {lost[0]}: {rename}")
             if is_sample:
                 yield key, fields

@@ -89,7 +89,7 @@ def _by_class(
     """Files labeled by their class's place among `names`, -1 in no class folder if `flat` allows that."""
     stray = [item.where for item, name in zip(items, classes, strict=True) if not name]
     if stray and not flat:
-        form = "images lie in CLASS/IMAGE; move it, or pack flat ImageNet validation images by tools/make_shards.py"
+        form = "images lie in CLASS/IMAGE; move it, or pack flat ImageNet validation images by samon-shards"
         raise UserError(f"{stray[0]} lies in no class folder ({len(stray)} of {len(items)} images do not): {form}")
     labels = {name: label for label, name in enumerate(names)} | {"": -1}
     source = _evenly(items, [labels[name] for name in classes], part, place)

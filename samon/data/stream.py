@@ -209,7 +209,7 @@ class ShardStream(SampleStream):
         if self.is_training and shards < readers and not self.sample_split:
             fewer = shards // self.world_size
             have = f"{self.world_size} processes x {self.num_workers} workers = {readers} readers"
-            do = (f"use --workers {fewer}, " if fewer else "") + "write more shards (tools/make_shards.py"
+            do = (f"use --workers {fewer}, " if fewer else "") + "write more shards (samon-shards"
             do += " --samples-per-shard), or share them with --sample-split"
             raise UserError(f"{shards} shards, but {have}; {do}")
 

@@ -125,7 +125,7 @@ def label_table(kind: str, names: list[str] | None) -> Tensor:
     if named == "real":
         return real_labels()
     if names is None:
-        raise UserError("shards of a shift set need class_names in _info.json; write them with tools/make_shards.py")
+        raise UserError("shards of a shift set need class_names in _info.json; write them with samon-shards")
     every, inside = synsets(), subset_indices(only) if only else range(1000)
     known = {str(i) if named == "integer" else every[i]: [i] for i in inside}
     if named == "objectnet":

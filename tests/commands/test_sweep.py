@@ -135,6 +135,17 @@ def test_other_settings_are_not_mistaken_for_finished(tmp_path: Path, monkeypatc
         sweep.main([*command, "--", "--epochs", "3"])
 
 
+def test_a_metric_that_no_run_has_is_refused_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once a KeyError after all of the training."""
+    fake_training(monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["-c", RECIPE, "--opts", "sgd", "--output", str(tmp_path), "--metric", "top1"])
+    assert "invalid choice: 'top1'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/"))
+
+
 def test_no_seed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--seeds 0 leaves nothing to run"):
         sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "0", "--output", str(tmp_path)])

@@ -1,5 +1,6 @@
 """Every script says what it is for; a row of a benchmark that cannot be leaves the others."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -24,6 +25,16 @@ def test_every_tool_prints_its_help(
     printed = capsys.readouterr().out
     assert printed.startswith("usage: ")
     assert len(printed) > 200
+
+
+def test_the_package_names_its_own_commands() -> None:
+    """An installed package has no tools/ directory beside it: messages and help name `samon-shards`, `samon-sweep`."""
+    named = [
+        str(path)
+        for path in (ROOT / "samon").rglob("*.py")
+        if re.search(r"tools/(make_shards|sweep|report)\.py", path.read_text())
+    ]
+    assert named == []
 
 
 def test_timm_script_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
