@@ -156,7 +156,17 @@ def test_unknown_schemes_name_the_known_ones():
 
 
 def validate(*words):
-    flags = ["--model", "test_resnet", "--num-classes", "18", "--img-size", "32", "--batch-size", "4"]
+    flags = [
+        "--model",
+        "test_resnet",
+        "--no-pretrained",
+        "--num-classes",
+        "18",
+        "--img-size",
+        "32",
+        "--batch-size",
+        "4",
+    ]
     return main([*flags, "--split", "train", "--workers", "2", "--device", "cpu", *words])
 
 

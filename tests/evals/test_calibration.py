@@ -102,7 +102,19 @@ def test_class_reports_of_two_splits_and_odd_names(tmp_path):
             write(tmp_path / "set" / split, {name: [number] * (2 if split == "train" else 1)})
     suite = "".join(f"- {{data_dir: {tmp_path}/set, split: {split}}}\n" for split in ("train", "val"))
     (tmp_path / "suite.yaml").write_text(suite)
-    flags = ["--model", "test_resnet", "--num-classes", "2", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+    flags = [
+        "--model",
+        "test_resnet",
+        "--no-pretrained",
+        "--num-classes",
+        "2",
+        "--img-size",
+        "32",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     rows = main([*flags, "--suite", str(tmp_path / "suite.yaml"), "--class-report", str(tmp_path / "report")])
     assert [row["dataset"] for row in rows if row["metric"] == "top1"] == ["set train", "set val"]
     for split, count in (("train", 2), ("val", 1)):

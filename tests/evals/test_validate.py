@@ -322,7 +322,7 @@ def test_a_model_of_one_channel_needs_no_mean(tmp_path):
     """Loader, attack and export take the same one, with and without the prefetcher."""
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict(), tmp_path / "net.pth")
-    gray = ["--model", "test_resnet", "--num-classes", "10", "--in-chans", "1", "--img-size", "32"]
+    gray = ["--model", "test_resnet", "--no-pretrained", "--num-classes", "10", "--in-chans", "1", "--img-size", "32"]
     gray += ["--checkpoint", str(tmp_path / "net.pth")]
     attack = [
         "--evals",
