@@ -1,5 +1,6 @@
 """Exit codes: 0 success, 1 runtime error, 2 mistake in settings or data, 128 + n stopped by signal n."""
 
+import difflib
 import errno
 import importlib
 import io
@@ -8,7 +9,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -65,6 +66,14 @@ def needed(module: str, otherwise: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(otherwise) from None
+
+
+def nearest(word: Any, known: Iterable[Any]) -> str:
+    """`; did you mean 'x'?` for the known word that a wrong one abbreviates or is closest to, or nothing."""
+    words = [str(item) for item in known]
+    longer = sorted((item for item in words if len(str(word)) > 2 and item.startswith(str(word))), key=len)
+    close = longer or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def run_script(main: Callable[[], Any]) -> NoReturn:

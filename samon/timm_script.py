@@ -44,6 +44,7 @@ class Perturbed:
         """The task's result at w + eps, from its `plain` call."""
         self.restore()
         sam, scaler, climbs = self.sam, _latest(_scalers), self.sam.ascent.climbs()
+        self.undo.enter_context(sam.drawn())  # zero_grad() before backward() is a part of the step
         passes = Plain(sam, "first" if climbs else "second")
         self.inside = True
         try:

@@ -89,7 +89,6 @@ class Ascent:
     # -- within an update --------------------------------------------------------------------------------------------
     def climbs(self) -> bool:
         """Whether this update makes an ascent pass. `adaptive` reads a number on the host here."""
-        self.used = True
         if self.kind == "every":
             return self.updates % self.k == 0
         if self.kind != "adaptive" or not self.moments:

@@ -11,7 +11,7 @@ from timm.optim._optim_factory import OptimizerRegistry, default_registry
 from torch import nn
 from torch.optim import Optimizer
 
-from samon.errors import UserError, user_errors
+from samon.errors import UserError, nearest, user_errors
 from samon.optim.ascent import Ascent
 from samon.optim.geometry import GEOMETRIES
 from samon.optim.masks import KINDS, Mask
@@ -147,7 +147,10 @@ def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer
 
     @wraps(create)
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
-        variant = variant_of(opt)
+        variant, known = variant_of(opt), default_registry._optimizers
+        plain = opt.lower().removeprefix("lookahead_")
+        if variant is None and plain.rpartition("_")[2] not in known:
+            raise UserError(f"optimizer {opt!r} not found in registry{nearest(plain, known)}")
         if variant is not None and isinstance(model_or_params, nn.Module):
             kwargs["selection"] = select(model_or_params, variant.scope, kwargs.get("perturb"))
         return create(model_or_params, opt, *args, **kwargs)

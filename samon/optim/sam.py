@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent
+from samon.optim.closure import run_passes
 from samon.optim.geometry import GEOMETRIES, HALF, Norms, global_norm, radius, widened
 from samon.optim.masks import Mask
-from samon.optim.norm_stats import kept, modules_of
+from samon.optim.norm_stats import modules_of
 from samon.optim.perturb import CAPTURING, Arithmetic, Parts
 from samon.optim.scope import SCOPES, Selection, select, select_bare
-from samon.optim.sharded import local, whole_norms
+from samon.optim.sharded import local, refuse_flat, refuse_sharded, whole_norms
 
 # What a copy takes along.
 STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults", "distributed"}
@@ -175,13 +176,14 @@ class SAM(Optimizer):
             self.ascent.load_state_dict(state_dict["ascent"], weights[0].device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those of an update that was skipped included."""
+        """Clear the gradients; outside a step this also ends an update that was skipped."""
         super().zero_grad(set_to_none)
         self._forget()
 
     def _forget(self) -> None:
         """What the update under way has noted belongs to none, if it is skipped."""
-        self.ascent.clean = []
+        if self._drawn is None:  # a closure that clears the gradients is a part of the update
+            self.ascent.clean, self.ascent.used = [], False
         if self.mask is not None:
             self.mask.stale = True
 
@@ -208,7 +210,7 @@ class SAM(Optimizer):
         with note, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
             yield
-        self.found = found
+        self.found = found or None  # a closure that does nothing is no first pass
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
@@ -235,6 +237,9 @@ class SAM(Optimizer):
             chance = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
             limit = max(self.esam_beta, min(chance, default=0) + 1e-12)
             named = {name: p for (name, p), number in zip(named.items(), chance, strict=True) if number < limit}
+        refuse_flat(named.values())
+        if self.distributed:
+            refuse_sharded(named.values(), self.ascent, self.mask)
         self._drawn = named
         try:
             yield
@@ -268,6 +273,7 @@ class SAM(Optimizer):
         """`(eps, whether the gradients are finite)` along what the ascent makes of gradients at w or, without any, has
         kept; `(None, None)` for a step at w."""
         ascent, named = self.ascent, self.perturbed_parameters()
+        ascent.used = True
         direction = ascent.stored(named, self.state) if grads is None else ascent.direction(named, grads)
         if direction is None:
             self.stats = {}
@@ -283,11 +289,13 @@ class SAM(Optimizer):
         Args:
             grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`.
         """
-        self.ascent.used = True
-        if isinstance(grads, Mapping):
-            grads = [grads.get(name) for name in self.perturbed_parameters()]
-        with self.moved(self.perturbation(grads)[0]), torch.enable_grad():
-            yield
+        if not isinstance(grads, Mapping):
+            grads = dict(zip(self.perturbed_parameters(), grads, strict=True))
+        with self.drawn():
+            self.ascent.used = True
+            eps, _, _ = self.perturbation([grads.get(name) for name in self.perturbed_parameters()])
+            with self.moved(eps), torch.enable_grad():
+                yield
 
     @contextmanager
     def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
@@ -295,6 +303,7 @@ class SAM(Optimizer):
         weights = self.perturbed_weights()
         half = any(w.dtype in HALF for w in weights)
         saved = self.arithmetic.shift(weights, list(eps))
+        torch.clear_autocast_cache()  # of an autocast context around the step: half-precision copies of other weights
         try:
             with torch.no_grad():
                 triples = zip(weights, saved, eps, strict=True)
@@ -303,6 +312,7 @@ class SAM(Optimizer):
             yield
         finally:
             self.arithmetic.restore(weights, saved)
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
@@ -331,26 +341,33 @@ class SAM(Optimizer):
 
         Args:
             closure: the standard one (zero the gradients, forward, backward, return the loss). It runs twice; the
-                second run, at w + eps, leaves the gradient and does not update BatchNorm statistics.
+                second run, at w + eps, leaves the gradient and does not update BatchNorm statistics. Where `two_pass`
+                has filled the gradients, a trainer may still pass a closure that computes none: it runs once.
 
         Returns:
             The loss at w, or None without a closure.
+
+        Raises:
+            UserError: the closure computes no gradients, or there are some, not zero, that it does not clear.
         """
         loss = None
         if closure is None:
             self._expect_perturbed()
         else:
+            filled, self._plain = self.ascent.used or self._plain, False
             with self.drawn():
-                loss = self._passes(torch.enable_grad()(closure))
+                loss = run_passes(self, torch.enable_grad()(closure), filled)
         self.ascent.update(self.perturbed_parameters, self.state)
         if self.mask is not None:
             self.mask.advance()
         result = self.base.step()
+        torch.clear_autocast_cache()
         return result if closure is None else loss
 
     def plainly(self) -> None:
         """The next step is a plain one on purpose: no warning that nothing was perturbed."""
-        self._plain, self.ascent.used = True, False  # an update that was skipped may have left it
+        if (sam := sam_of(self)) is not None:  # the one inside where Lightning or Fabric lend their wrapper this method
+            sam._plain, sam.ascent.used = True, False  # an update that was skipped may have left it
 
     def _expect_perturbed(self) -> None:
         """Without two passes before it, a step is silently the base optimizer's, bit for bit."""
@@ -363,25 +380,12 @@ class SAM(Optimizer):
             )
         self._plain = False
 
-    def _passes(self, closure: Callable[[], Any]) -> Any:
-        """Run the closure at w, at w + eps, or both; returns its first result."""
-        ascent, named, first = self.ascent, self.perturbed_parameters(), None
-        grads: list[Tensor | None] | None = None
-        if climbs := ascent.climbs():
-            with self.finding_modules():
-                first = closure()
-            grads = [g if g is None or not ascent.notes else g.clone() for g in (p.grad for p in named.values())]
-        eps, _ = self.displacement(grads)
-        if eps is None:
-            return closure()
-        with kept(self.modules() if climbs else []), self.moved(eps):
-            second = closure()
-        ascent.note(named, grads or [])  # behind the closure, which zeroes gradients
-        return first if climbs else second
-
 
 def sam_of(optimizer: Any) -> SAM | None:
-    """The SAM optimizer inside `optimizer` (itself, or below Lookahead); None where there is none."""
-    while optimizer is not None and not isinstance(optimizer, SAM):
-        optimizer = getattr(optimizer, "_base_optimizer", None)
-    return optimizer
+    """The SAM optimizer inside `optimizer` (itself, or inside wrappers: timm's Lookahead, Accelerate's, Lightning's and
+    Fabric's optimizers); None where there is none."""
+    # The last two imitate the class of what they wrap, attributes included, so `vars` tells them from it.
+    names = ("_optimizer", "optimizer", "_base_optimizer")
+    while inner := next((vars(optimizer)[name] for name in names if name in getattr(optimizer, "__dict__", {})), None):
+        optimizer = inner
+    return optimizer if isinstance(optimizer, SAM) else None

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from samon.errors import UserError
+from samon.optim.sharded import refuse_flat
 
 Named = dict[str, Parameter]
 T = TypeVar("T")
@@ -230,6 +231,7 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
         UserError: none of them is trainable, or `perturb` is not a regular expression.
     """
     model = unwrap(model)
+    refuse_flat(model.parameters())
     everything, norms = named_parameters(model), norm_parameters(model)
     candidates = SCOPES[scope].choose(everything, norms)
     unknown = ", ".join(unknown_norms(model)) if scope != "sam" else ""
@@ -261,6 +263,7 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
         for i, group in enumerate(param_groups)
     ]
     parameters = [p for group in param_groups for p in group["params"]]
+    refuse_flat(parameters)
     return _narrowed(_unique(zip(chain.from_iterable(names), parameters, strict=True)), scope, perturb)
 
 

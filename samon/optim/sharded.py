@@ -11,7 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from samon.errors import UserError
+from samon.optim.ascent import Ascent
 from samon.optim.geometry import Norms
+from samon.optim.masks import Mask
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -20,6 +23,17 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def refuse_flat(parameters: Iterable[Tensor]) -> None:
+    """Raises:
+    UserError: FSDP1 has put a parameter into a flat one, of which each process holds a part without knowing which.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in parameters):
+        raise UserError(
+            "FullyShardedDataParallel (FSDP1) hides which part of a parameter a process holds; shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
 
 
 def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
@@ -32,6 +46,15 @@ def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
 
 def is_cut(tensor: Tensor) -> bool:
     return bool(shard_groups(tensor))
+
+
+def refuse_sharded(parameters: Iterable[Tensor], ascent: Ascent, mask: Mask | None) -> None:
+    """Raises:
+    UserError: the source of the ascent or the mask needs whole tensors, and a perturbed parameter is cut up.
+    """
+    if (mask is not None or ascent.keeps or ascent.gsam_alpha) and any(map(is_cut, parameters)):
+        what = f"ascent={ascent.source!r} and gsam_alpha need" if mask is None else "sparse perturbations need"
+        raise UserError(f"perturbed parameters are sharded (FSDP): {what} them whole")
 
 
 def whole_norms(tensors: Iterable[Tensor]) -> Norms:

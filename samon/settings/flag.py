@@ -5,15 +5,14 @@ The rows are in `rows_timm.py` (timm's names and meaning) and `rows.py` (what th
 
 import argparse
 import ast
-import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from samon.errors import UserError
+from samon.errors import UserError, nearest
 
 TRAIN_ONLY, VALIDATE_ONLY, BOTH = ("train",), ("validate",), ("train", "validate")
 
@@ -125,14 +124,6 @@ class Flag:
 
 Groups = Mapping[str, tuple[Flag, ...]]
 LAUNCHER = ("--local-rank", "--local_rank")  # torch.distributed.launch adds it; the environment says the same
-
-
-def nearest(word: Any, known: Iterable[Any]) -> str:
-    """`; did you mean 'x'?` for the known word that a wrong one abbreviates or is closest to, or nothing."""
-    words = [str(item) for item in known]
-    longer = sorted((item for item in words if len(str(word)) > 2 and item.startswith(str(word))), key=len)
-    close = longer or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def of_program(groups: Groups, program: str) -> Groups:

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from samon import rng
 from samon.errors import UserError
+from samon.optim.closure import raise_no_gradient
 from samon.optim.norm_stats import kept
 from samon.optim.sam import SAM
 
@@ -123,7 +126,8 @@ def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forw
         UserError: a gradient got lost, or the loss depends on nothing that is perturbed.
     """
     missing = {id(p): n for (n, p), g in zip(sam.perturbed_parameters().items(), grads, strict=True) if g is None}
-    if loss.requires_grad and missing.keys() <= sam.unused:
+    unrelated = not loss.requires_grad or (len(missing) == len(grads) and sam.esam_beta == 1)
+    if not unrelated and missing.keys() <= sam.unused:
         return
     lost: list[str] = []
 
@@ -136,8 +140,67 @@ def explain_missing(sam: SAM, grads: Sequence[Tensor | None], loss: Tensor, forw
         forward()
     if lost:
         raise UserError(REENTRANT.format(lost[0]) + "; what runs under torch.no_grad() on purpose: freeze it")
-    if not loss.requires_grad:
-        raise UserError(
-            f"the loss depends on no parameter that {sam.scope} perturbs; return it with its graph attached"
-        )
+    if unrelated:
+        raise_no_gradient(sam)
     sam.unused |= missing.keys()
+
+
+def losses_of(forward: Any) -> list[Callable[[], Tensor]]:
+    """Each of the forwards, checked to return a loss.
+
+    Raises:
+        UserError: what is given, or later returned, is something else.
+    """
+    forwards = [forward] if callable(forward) or not isinstance(forward, Sequence) else list(forward)
+    if wrong := [f for f in forwards if not callable(f)]:
+        raise UserError(
+            "forward must be a function that two_pass calls in each pass, such as lambda: loss_fn(model(x), y), got "
+            + type(wrong[0]).__name__
+        )
+    return [partial(_loss, f) for f in forwards]
+
+
+def _loss(forward: Callable[[], Any]) -> Tensor:
+    loss = forward()
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise UserError(f"forward must return the mean loss and nothing else, a tensor of one element, got {got}")
+
+
+@contextmanager
+def backward_errors() -> Iterator[None]:
+    """Raises:
+    UserError: in place of PyTorch's error where a graph has been used up.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise UserError(
+            "forward must not run backward, which two_pass does itself (step(closure) takes a closure that does), nor "
+            "use a graph that was built outside of it"
+        ) from error
+
+
+@contextmanager
+def refuse_static_graph() -> Iterator[None]:
+    """No DistributedDataParallel that runs inside may have `static_graph`, which takes for granted that every backward
+    is the same one; the ascent pass is another. The class is patched since global hooks make compiled models compile
+    anew, and nothing but the user's forward knows the wrapped model."""
+    plain = DistributedDataParallel.forward
+
+    def forward(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+        if self.static_graph:
+            raise UserError(
+                "two_pass runs two different backward passes, which DistributedDataParallel(static_graph=True) does "
+                "not allow; drop static_graph"
+            )
+        return plain(self, *args, **kwargs)
+
+    DistributedDataParallel.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DistributedDataParallel.forward = plain  # type: ignore[method-assign]

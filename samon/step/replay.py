@@ -245,14 +245,11 @@ class Plain:
     @contextmanager
     def second(self, eps: list[Tensor]) -> Iterator[None]:
         """Around the second pass: the weights are at w + eps."""
-        # An autocast context around the whole step would go on using its half-precision copies of the old weights.
-        torch.clear_autocast_cache()
         try:
             modules = self.modules or self.sam.modules()
             with kept(modules if self.bn_stats == "first" else []), self.sam.moved(eps):
                 yield
         finally:
-            torch.clear_autocast_cache()
             if self.tape is not None:
                 if self.tape.reordered:
                     self.sam.plan = None  # modules ran in another order: look again

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from samon.compat import fsdp_param_groups
 from samon.errors import refuse
 from samon.optim.ascent import all_reduce_mean
+from samon.optim.closure import raise_no_gradient
 from samon.optim.norm_stats import modules_of
 from samon.optim.sam import SAM
 from samon.optim.sharded import is_cut
@@ -63,10 +64,6 @@ def check(sam: SAM, *, reduce: str, groups: int, replay: bool, scaler: Any) -> N
         "replay=False (--no-replay)": replay and sam.selection.narrowed and sam.model is not None,
         f"{sharded}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or leave "
         "them whole by fully_shard(ignored_params=...)": cut and (reduce != "global" or groups > 1),
-        f"{sharded}ascent={sam.ascent.source!r} and gsam_alpha need them whole": (
-            cut and (sam.ascent.keeps or sam.ascent.gsam_alpha > 0)
-        ),
-        f"{sharded}sparse perturbations need them whole": cut and sam.mask is not None,
         f"{sharded}float16 with a GradScaler is not supported; use bfloat16": cut and scaler is not None,
     }
     refuse(mistakes)
@@ -89,6 +86,8 @@ def climbing_gradients(
                 (loss / len(forwards)).backward()
             losses.append(loss.detach())
         perturbed = sam.perturbed_parameters().values()
+        if all(p.grad is None for p in perturbed):
+            raise_no_gradient(sam)
         average_gradients(perturbed)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in perturbed]
     finally:

@@ -10,13 +10,14 @@ from torch import Tensor
 from samon import rng
 from samon.errors import UserError, refuse
 from samon.optim.ascent import Ascent, all_reduce_mean
+from samon.optim.closure import raise_no_gradient
 from samon.optim.norm_stats import BN_STATS
 from samon.optim.sam import SAM, sam_of
 from samon.optim.sharded import is_cut
 from samon.step import sharded
 from samon.step.captured import begin, own_gradients, owned
 from samon.step.groups import Grouped
-from samon.step.passes import explain_missing
+from samon.step.passes import backward_errors, explain_missing, losses_of, refuse_static_graph
 from samon.step.replay import Plain
 
 Forward = Callable[[], Tensor]
@@ -24,6 +25,7 @@ Context = Callable[[], AbstractContextManager]
 Passes = Plain | Grouped
 
 
+@torch.enable_grad()
 def two_pass(
     optimizer: Any,
     forward: Forward | Sequence[Forward],
@@ -48,9 +50,9 @@ def two_pass(
     check of its norm, skips the step on all processes.
 
     Args:
-        optimizer: a SAM optimizer, or Lookahead around one.
-        forward: returns the mean loss over its batch, 0-dim, without running backward. A sequence of forwards is one
-            batch in micro-batches that share one perturbation (their mean is taken).
+        optimizer: a SAM optimizer, or one around it: timm's Lookahead, Accelerate's, Lightning's or Fabric's.
+        forward: returns the mean loss over its batch, a tensor of one element, without running backward. A sequence of
+            forwards is one batch in micro-batches that share one perturbation (their mean is taken).
         groups: m-sharpness inside the batch: that many equal sub-batches of consecutive samples, each with its own
             perturbation (scope `samon`).
         reduce: whose ascent gradient makes the perturbation: this process's (`device`) or the mean over all
@@ -84,11 +86,13 @@ def two_pass(
         sam.ascent = Ascent(ascent, sam.ascent.gsam_alpha)
     if no_sync is None:
         no_sync = sharded.no_sync(sam.model) if sam.distributed and sam.model is not None else nullcontext
-    forwards = [forward] if callable(forward) else list(forward)
+    forwards = losses_of(forward)
+    ascents = forwards if ascent_forward is None else losses_of(ascent_forward)
     _check(sam, forwards, groups, reduce, bn_stats, ascent_forward)
     if sam.distributed:
         sharded.check(sam, reduce=reduce, groups=groups, replay=replay, scaler=scaler)
-    with sam.drawn():
+    first_step = not sam.stats and torch.distributed.is_available() and torch.distributed.is_initialized()
+    with sam.drawn(), backward_errors(), refuse_static_graph() if first_step else nullcontext():
         passes: Passes
         climbs = sam.ascent.climbs()
         if groups > 1 and climbs:
@@ -98,13 +102,14 @@ def two_pass(
             statistics = bn_stats if climbs else "second"  # the only pass that there is
             passes = Plain(sam, statistics, replay=replay and single, same_noise=same_noise)
         noise = rng.take_torch(passes.device) if same_noise else None
-        ascents = forwards if ascent_forward is None else [ascent_forward]
         how = {"reduce": reduce, "process_group": process_group, "loss_scale": loss_scale}
         clean, eps, finite = climb(passes, ascents if climbs else [], no_sync, scaler, **how)
         if noise is not None:
             rng.put_torch(noise, passes.device)
         with nullcontext() if eps is None else passes.second(eps):
             last = descend(passes, forwards, no_sync, scaler, loss_scale, finite)
+        if clean is None and all(p.grad is None for p in sam.perturbed_parameters().values()):
+            raise_no_gradient(sam)
     sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
     return sam.stats["loss"]
 
@@ -114,6 +119,7 @@ def _check(
 ) -> None:
     grouped = f"groups={groups} gives each sub-batch its own perturbation and does not combine with "
     mistakes = {
+        "two_pass cannot run under torch.inference_mode(); call it outside": torch.is_inference_mode_enabled(),
         "forward is an empty sequence": not forwards,
         f"reduce must be 'device' or 'global', got {reduce!r}": reduce not in ("device", "global"),
         f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}": bn_stats not in BN_STATS,
@@ -210,6 +216,8 @@ def descend(
         with sync, passes.each_second(), own_gradients(sam.captured, parameters):
             begin(sam.captured)
             loss = forward()
+            if not loss.requires_grad:
+                raise_no_gradient(sam)
             scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         losses.append(owned(sam.captured, loss.detach()))

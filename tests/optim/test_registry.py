@@ -72,6 +72,20 @@ def test_keyword_arguments_reach_their_place(model) -> None:
     assert sparse.mask.sparsity == 0.9
 
 
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("samon-layrel2", "samon-layerl2"),
+        ("samon_layerl2", "samon-layerl2"),
+        ("lookahead_smaon", "samon"),
+        ("adamww", "adamw"),
+    ],
+)
+def test_misspelt_names_name_the_nearest(name: str, like: str, model) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' not found in registry; did you mean '{like}'"):
+        create_optimizer_v2(model, name, lr=0.1)
+
+
 def test_lookahead(model) -> None:
     opt = create_optimizer_v2(model, "lookahead_samon-layerl2", lr=0.1)
     assert samon.sam_of(opt) is opt._base_optimizer

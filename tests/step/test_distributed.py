@@ -1,6 +1,7 @@
 """m-sharpness over two real gloo processes against the sequential reference; traffic counted. Tolerance 1e-10."""
 
 import copy
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import samon
+from samon import UserError
 from tests import reference
 from tests.nets import NETS, LayerNormNet, batch, randomized
 from tests.processes import run_ranks
@@ -164,3 +168,128 @@ def test_global_without_processes_is_local() -> None:
         opt = create_optimizer_v2(m, "samon", lr=0.1, rho=RHO)
         samon.two_pass(opt, lambda m=m: F.cross_entropy(m(x), y), reduce=reduce)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def closure_rank(rank: int) -> dict:
+    """`step(closure)` under DDP, whatever it makes of `.grad`; and what it refuses."""
+    found: dict[str, Any] = {}
+    for view, static, cleared in itertools.product((False, True), repeat=3):
+        model = make("layernorm")
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=view, static_graph=static)
+        opt = create_optimizer_v2(model, "samon-layerl2", lr=0.1, rho=RHO)
+        x, y = (t.chunk(2)[rank] for t in batch(SIZE))
+
+        def backward() -> None:
+            F.cross_entropy(ddp(x), y).backward()  # noqa: B023
+
+        def closure() -> None:
+            opt.zero_grad()  # noqa: B023
+            backward()
+
+        start, case = copy.deepcopy(model.state_dict()), f"{view} {static} {cleared}"
+        if cleared:
+            for _ in range(3):  # DDP arranges its buckets anew in the second iteration
+                model.load_state_dict(start)
+                opt.step(closure)
+            found[case] = {n: p.grad.clone() for n, p in model.named_parameters()}
+            continue
+        backward()  # as a trainer that accumulates
+        try:
+            opt.step(backward)
+        except UserError as error:
+            found[case] = "does not clear" in str(error)
+    return found | sharded_closure(rank)
+
+
+def sharded_closure(rank: int) -> dict:
+    """The same under FSDP2, which accumulates gradients on its own."""
+    found: dict[str, Any] = {}
+    x, y = (t.chunk(2)[rank] for t in batch(SIZE))
+    model = fully_shard(make("layernorm"), mesh=init_device_mesh("cpu", (2,)))
+    opt = create_optimizer_v2(model, "samon-layerl2", lr=0.0, rho=RHO)
+
+    def backward() -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    for _ in range(2):
+        opt.step(lambda: (opt.zero_grad(), backward()))
+    found["fsdp True"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    for case, closure in {"added": backward, "kept": lambda: None}.items():
+        try:
+            opt.step(closure)
+        except UserError as error:
+            found[f"fsdp {case} False"] = "does not clear" in str(error)
+    gsam = create_optimizer_v2(model, "samon", lr=0.0, gsam_alpha=0.1)
+    try:
+        gsam.step(lambda: (gsam.zero_grad(), backward()))
+    except UserError as error:
+        found["fsdp gsam False"] = "gsam_alpha need them whole" in str(error)
+    return found
+
+
+def closure_and_refused_rank(rank: int) -> tuple[dict, dict]:
+    return closure_rank(rank), refused_rank(rank)
+
+
+@pytest.fixture(scope="module")
+def closures() -> list[tuple[dict, dict]]:
+    return run_ranks(closure_and_refused_rank, 2)
+
+
+def test_a_closure_under_ddp_and_fsdp2(closures) -> None:
+    """Both passes average over the processes, so the perturbation is that of the whole batch."""
+    model = make("layernorm")
+    x, y = batch(SIZE)
+    names = reference.scope_names(model, "samon")
+    _, expected = reference.sam_gradient(model, [lambda: F.cross_entropy(model(x), y)], names, "layerl2", RHO)
+    for rank, _ in closures:
+        assert len(rank) == 12, rank.keys()
+        for case, result in rank.items():
+            if case.endswith("False"):
+                assert result is True, case
+            else:
+                for name, g in result.items():
+                    torch.testing.assert_close(g, expected[name], rtol=1e-9, atol=1e-12, msg=f"{case} {name}")
+
+
+def refused_rank(rank: int) -> dict:
+    found: dict[str, Any] = {}
+
+    def attempt(case: str, act: Any) -> None:
+        try:
+            act()
+            found[case] = "no error"
+        except UserError as error:
+            found[case] = str(error)
+
+    x, y = (t.chunk(2)[rank] for t in batch(SIZE))
+    for compiled, quiet in itertools.product((False, True), repeat=2):
+        model = make("layernorm")
+        ddp = DistributedDataParallel(model, static_graph=True)
+        net = torch.compile(ddp, backend="eager") if compiled else ddp
+        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+        how = {"no_sync": ddp.no_sync} if quiet else {}
+        loss = lambda net=net: F.cross_entropy(net(x), y)  # noqa: E731
+        attempt(f"static {compiled} {quiet}", lambda opt=opt, loss=loss, how=how: samon.two_pass(opt, loss, **how))
+    for original, scope, way in itertools.product(
+        (False, True), ("sam", "samon"), ("made", "bare", "two_pass", "step")
+    ):
+        model = make("layernorm")
+        opt = create_optimizer_v2(model, scope, lr=0.1, rho=RHO)  # before the model is sharded
+        net = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        loss = lambda net=net: F.cross_entropy(net(x), y)  # noqa: E731
+        acts = {
+            "made": lambda net=net, scope=scope: create_optimizer_v2(net, scope, lr=0.1),
+            "bare": lambda net=net: create_optimizer_v2(net.parameters(), "sam", lr=0.1),
+            "two_pass": lambda opt=opt, loss=loss: samon.two_pass(opt, loss),
+            "step": lambda opt=opt, loss=loss: opt.step(lambda: loss().backward()),
+        }
+        attempt(f"{way} {original} {scope}", acts[way])
+    return found
+
+
+def test_static_graphs_and_fsdp1_are_refused_by_name(closures) -> None:
+    for _, rank in closures:
+        for case, text in rank.items():
+            assert ("drop static_graph" if case.startswith("static") else "fully_shard (FSDP2)") in text, case
+        assert len(rank) == 20

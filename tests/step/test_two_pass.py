@@ -1,6 +1,7 @@
 """The two-pass step against naive loops. Tolerance 1e-10 relative: float64 sums in another order."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samon
+from samon import UserError
 from tests import reference
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 
@@ -419,3 +421,63 @@ def test_a_compiled_models_bare_parameters() -> None:
     for _ in range(2):
         samon.two_pass(opt, loss_of(torch.compile(model, backend="eager"), x, y))
     assert model.bn.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("ascent", ["batch", "previous"])
+@pytest.mark.parametrize(
+    ("forward", "text"),
+    [
+        (torch.ones(()), r"function that two_pass calls in each pass.*got Tensor"),
+        (None, "function that two_pass calls in each pass.*got NoneType"),
+        ([torch.ones(())], "function that two_pass calls in each pass.*got Tensor"),
+        (lambda loss, logits: (loss, logits), "mean loss and nothing else.*got tuple"),
+        (lambda loss, logits: logits, r"mean loss and nothing else.*got a tensor of shape \[8, 5\]"),
+        (lambda loss, logits: loss.item(), "mean loss and nothing else.*got float"),
+        (lambda loss, logits: (loss.backward(), loss)[1], "must not run backward"),
+        (lambda loss, logits: loss.detach(), "no parameter that samon perturbs.*with its graph attached"),
+    ],
+)
+def test_what_is_no_forward_is_named(forward: Any, text: str, ascent: str) -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1, ascent=ascent)
+    x, y = batch()
+
+    def call() -> Any:
+        logits = model(x)
+        return forward(F.cross_entropy(logits, y), logits)
+
+    given = call if callable(forward) and not isinstance(forward, torch.Tensor) else forward
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=text):
+        samon.two_pass(opt, given)
+    if ascent == "batch" and given is not None:
+        with pytest.raises(UserError, match=text):
+            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), ascent_forward=given)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+def test_a_graph_from_outside_is_named() -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+    loss = F.cross_entropy(model(x), y)
+    with pytest.raises(UserError, match="graph that was built outside"):
+        samon.two_pass(opt, lambda: loss)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_no_grad_around_it_changes_nothing(groups: int) -> None:
+    (one, opt), (two, other) = setup(LayerNormNet, "samon"), setup(LayerNormNet, "samon")
+    with torch.no_grad():
+        samon.two_pass(opt, loss_of(one, *batch()), groups=groups)
+    samon.two_pass(other, loss_of(two, *batch()), groups=groups)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert not p.grad.requires_grad
+
+
+def test_inference_mode_around_it_is_refused() -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    with torch.inference_mode(), pytest.raises(UserError, match=r"under torch\.inference_mode"):
+        samon.two_pass(opt, lambda: model(batch()[0]).sum())
