@@ -28,7 +28,7 @@ def main(epochs: int = 3, samples: int | None = None) -> float:
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            samon.two_pass(optimizer.optimizer, partial(loss, x, y), no_sync=partial(accelerator.no_sync, model))
+            samon.two_pass(optimizer, partial(loss, x, y), no_sync=partial(accelerator.no_sync, model))
             optimizer.step()
     found = accuracy(accelerator.unwrap_model(model).cpu())
     accelerator.print(f"{found:.1f} % of the test images")  # once: BatchNorm's statistics are each process's own

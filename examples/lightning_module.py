@@ -2,6 +2,8 @@
 
 Automatic optimization calls `optimizer.step(closure)`, so nothing but the optimizer's name changes. The closure takes
 full gradients in both passes (a step costs 2.00 plain ones, not 1.66); under DDP it averages the ascent gradient too.
+With `accumulate_grad_batches` the step is refused: set `automatic_optimization = False` and call `samon.two_pass` for
+each micro-batch instead.
 """
 
 from typing import Any
