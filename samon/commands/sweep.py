@@ -40,7 +40,7 @@ from samon.files import write_text
 from samon.format import metric_format
 from samon.optim.registry import VARIANTS
 from samon.session.checkpoint import newest
-from samon.settings.config import RECIPES, Config, parse, recipe
+from samon.settings.config import RECIPES, Config, load_yaml, parse, recipe
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def grid_of(opt: str, args: argparse.Namespace) -> list[float | None]:
         return [None]
     if args.rho:
         return list(split_list(args.rho, float, "--rho"))
-    grids = yaml.safe_load(Path(args.grids).read_text())
+    grids = load_yaml(args.grids, "--grids")
     stem = Path(args.config).stem
     name = args.grid or max((key for key in grids if stem.startswith(key)), key=len, default="")
     if name not in grids:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm import utils
 
 from samon.data.sources import check_name
@@ -27,7 +26,7 @@ from samon.session import model as models
 from samon.session import sharding
 from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.session.world import World, on_primary, processes
-from samon.settings.config import Config, check_sharding, recipe
+from samon.settings.config import Config, check_sharding, load_yaml
 from samon.settings.flag import by_key, nearest, parse_command_line
 from samon.settings.rows import VALIDATE
 
@@ -142,6 +141,8 @@ def settle(given: dict[str, Any], path: str) -> Job:
     if config.fsdp and "channels_last" not in given:
         config = config.but(channels_last=False)
     check_sharding(config, given, {f"--evals {name}": True for name in sorted(wanted - {"accuracy"})})
+    if config.use_ema and not {"state_dict_ema", "model_ema"} & content.keys():
+        raise UserError(f"--use-ema: {path or 'the model as it is created'} has no averaged weights; drop it")
     average = not config.no_ema and (config.use_ema or averaged(content))
     return Job(path, config, average, entries, content.get("class_names"))
 
@@ -172,10 +173,7 @@ def data_sets(config: Config, first: int | None) -> list[Entry]:
             check_name(config.dataset, config.data_dir)
         name = config.dataset or Path(config.data_dir or "").name
         return [Entry(name, config.dataset, config.data_dir or "", config.split, names, first=first)]
-    try:
-        content = yaml.safe_load(recipe(config.suite).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--suite {config.suite} cannot be read: {' '.join(str(error).split())}") from None
+    content = load_yaml(config.suite, "--suite")
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise UserError(f"--suite {config.suite}: write a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
     where = f"--suite {config.suite}"

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from timm import utils
+from timm.utils.distributed import is_distributed_env, world_info_from_env
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from samon.bars import Console
@@ -26,6 +28,7 @@ from samon.errors import Stopped, UserError, user_errors
 from samon.settings.config import Config
 
 URL = "samon://"
+PATIENCE = 5.0  # seconds of waiting for other processes without a word
 LOGGERS = ("samon", "timm")
 T = TypeVar("T")
 
@@ -93,11 +96,41 @@ def start(config: Config) -> World:
     settings = argparse.Namespace(device=name, dist_backend=None, dist_url=URL if restartable() else None)
     with user_errors("--device"):
         torch.device(name)
+    with _waiting():
         device = utils.init_distributed_device(settings)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return World(device, settings.rank, settings.world_size)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """While the processes find each other: a line if that takes long, as it does when RANK is a leftover.
+
+    Raises:
+        UserError: they cannot.
+    """
+    with user_errors("RANK, WORLD_SIZE"):
+        several, (_, rank, size) = is_distributed_env(), world_info_from_env()
+    with user_errors("RANK, WORLD_SIZE" if several else "--device"):
+        if not several:
+            yield
+            return
+        host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        said = next(name for name in ("WORLD_SIZE", "SLURM_NTASKS") if name in os.environ)
+        if not host or not port:
+            what = (
+                f"{said}={size} in the environment makes this one of {size} processes, without a MASTER_ADDR to meet at"
+            )
+            raise UserError(f"{what}; start them with torchrun, or unset {said} for a single process")
+        text = f"process {rank} of {size}, waiting for the others at {host}:{port} (unset {said} for a single process)"
+        timer = threading.Timer(PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 @contextmanager

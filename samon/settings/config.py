@@ -80,22 +80,49 @@ def recipe(name: str) -> Path:
     return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file or a recipe. `base: FILE`, seen from the file, names another that it changes."""
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML without repeated keys, of which YAML itself takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]!r} stands there twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str, flag: str) -> Any:
+    """The content of a YAML file or of one that comes along, which `flag` names.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or repeats a key.
+    """
     try:
-        content = yaml.safe_load(recipe(path).read_text())
+        return yaml.load(recipe(path).read_text(), UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         recipes = [str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")]
         close = "" if path.endswith(".yaml") else nearest(path, recipes)
-        raise UserError(f"--config {path} cannot be read: {reason}{close}") from None
+        raise UserError(f"{flag} {path} cannot be read: {reason}{close}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{flag} {path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str, changes: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file or a recipe. `base: FILE`, seen from the file, names another that it changes.
+
+    Args:
+        changes: the files that change this one.
+    """
+    content, own = load_yaml(path, "--config"), recipe(path).resolve()
+    if own in changes:
+        raise UserError(f"--config {changes[0]}: `base` leads from {changes[-1]} back to {own}")
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no settings; write lines such as 'lr: 0.1'")
     if (base := content.pop("base", None)) is None:
         return content
-    below = read_yaml(str(recipe(path).parent / str(base)))
+    below = read_yaml(str(recipe(path).parent / str(base)), (*changes, own))
     per_opt = {"per_opt": (below.get("per_opt") or {}) | (content.get("per_opt") or {})}
     return below | content | (per_opt if per_opt["per_opt"] else {})
 
@@ -121,8 +148,10 @@ def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             if settings.get(switch.key) not in (None, False, "", 0, switch.default) and value != flag.default:
                 raise UserError(f"{key} in {where} is not honoured: {flag.refused}")
             continue
+        if value is None and flag.default not in (None, "", [], {}):
+            raise UserError(f"{key} in {where} has no value; give one, or remove the line")
         try:
-            typed[key] = flag.parse(value)
+            typed[key] = flag.default if value is None else flag.parse(value)
         except UserError as error:
             raise UserError(f"{error} (in {where})") from None
     return _loss_switches(typed)

@@ -128,6 +128,9 @@ def build_data(
         mixup, collate = _mixing(config, classes)
         train = _dataset(config, data_config, config.train_split, world)
         source = train.source
+        if config.train_num_samples and train.size > len(source):
+            asked = f"--train-num-samples {config.train_num_samples}"
+            say(f"{asked}: an epoch passes more than once over the {len(source)} samples of {source.place}")
         follow_classes(source, trained, say)
         check_ranks(source.class_names, len(source), source.place)
         _set_classes(train, classes, say)

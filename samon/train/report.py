@@ -108,6 +108,11 @@ class Report:
         log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.settled.num_classes, place)
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
         log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, run.settled.lr)
+        warm = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
+        if warm >= run.epochs and self.primary:
+            log.warning(
+                "--warmup-epochs %d of %d epochs: the learning rate never gets to its schedule", warm, run.epochs
+            )
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())

@@ -124,6 +124,23 @@ def test_a_file_changes_the_one_it_is_based_on(tmp_path: Path) -> None:
         parse("-c", str(file))
 
 
+def test_files_that_are_based_on_each_other_are_refused(tmp_path: Path) -> None:
+    own, other = tmp_path / "own.yaml", tmp_path / "other.yaml"
+    own.write_text("base: own.yaml\n")
+    with pytest.raises(UserError, match=r"own\.yaml: `base` leads from .*own\.yaml back to .*own\.yaml"):
+        parse("-c", str(own))
+    own.write_text("base: other.yaml\n")
+    other.write_text("base: own.yaml\n")
+    with pytest.raises(UserError, match=r"own\.yaml: `base` leads from .*other\.yaml back to .*own\.yaml"):
+        parse("-c", str(own))
+
+
+def test_no_value_is_none_where_a_setting_can_be_off(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("clip_grad: null\nmodel_kwargs:\nexperiment: null\n<<: {lr: 1.0}\nlr: 2.0\n")
+    config = parse("-c", str(tmp_path / "c.yaml"))
+    assert (config.clip_grad, config.model_kwargs, config.experiment, config.lr) == (None, {}, "", 2.0)
+
+
 def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("lr: 0.2\nepochs: 7\nmomentum: 0.5\nper_opt:\n  samon: {lr: 0.3, rho: 0.7}\n  sgd: {lr: 0.4}\n")
@@ -275,6 +292,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "class count": (["--num-classes", "3"], "has 10 classes, the model 3; use --num-classes 10"),
     "global batch": (["--global-batch-size", "100"], "1 processes x batch 16 x accumulation 1 make 16"),
     "config": (["-c", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
+    "no classes": (["--num-classes", "0"], "--num-classes: must be >= 1, got 0"),
+    "mean of bytes": (["--mean", "127.5"], "--mean: must be in [0, 1], got 127.5"),
+    "std of bytes": (["--std", "63"], "--std: must be in (0, 1], got 63"),
     "resume": (["--resume", "/nowhere.pth.tar"], "--resume /nowhere.pth.tar: no such file"),
     "initial checkpoint": (["--initial-checkpoint", "/nowhere.pth"], "--initial-checkpoint: no file /nowhere.pth"),
     "output": (["--output", "/proc/nothing"], "it cannot be written; choose another path"),
@@ -345,6 +365,11 @@ def test_bad_input(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("lr: 1\nopt: sgd\nlr: 2", "'lr' stands there twice"),
+        ("per_opt: {sgd: {lr: 1, lr: 2}}", "'lr' stands there twice"),
+        ("opt:", "has no value; give one, or remove the line"),
+        ("mixup: null", "mixup in "),
+        ("per_opt: {sgd: {batch_size: null}}", "batch_size in per_opt"),
         ("learning_rate: 1", "unknown key 'learning_rate'"),
         ("weight_deca: 1", "did you mean 'weight_decay'"),
         ("per_opt: {samom: {}}", "unknown optimizer 'samom'; did you mean 'samon'"),

@@ -388,3 +388,34 @@ def built(tmp_path: Path, *args: str) -> list[Any]:
     seen: list[Any] = []
     run(tmp_path, "--model", "test_vit", "--img-size", "64", *args, hooks=type(WATCH)(built=seen.append))
     return seen
+
+
+# --- settings that do not do what they seem to -----------------------------------------------------------------------
+
+
+def test_more_samples_than_there_are_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "data", lengths=(16, 16), num_classes=32)
+    own = ["--data-dir", root, "--dataset", "wds/test", "--num-classes", "32", "--val-split", "", "-b", "16"]
+    own += ["--in-chans", "3", "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
+    run(tmp_path, *own, "--train-num-samples", "48")
+    assert "--train-num-samples 48: an epoch passes more than once over the 32 samples" in capfd.readouterr().err
+    run(tmp_path, *own, "--train-num-samples", "32")
+    assert "more than once" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("warmup", "prefix", "told"), [("1", [], True), ("1", ["--warmup-prefix"], False), ("0", [], False)]
+)
+def test_a_warm_up_without_an_end_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], warmup: str, prefix: list[str], told: bool
+) -> None:
+    run(tmp_path, "--warmup-epochs", warmup, *prefix)
+    said = "--warmup-epochs 1 of 1 epochs: the learning rate never gets to its schedule"
+    assert (said in capfd.readouterr().err) is told
+
+
+def test_an_average_that_was_not_kept_cannot_be_evaluated(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"--use-ema: .*model_best\.pth\.tar has no averaged weights; drop it"):
+        validate(["--checkpoint", str(whole), "--use-ema"])
+    with pytest.raises(UserError, match=r"--use-ema: the model as it is created has no averaged"):
+        validate(["--model", "test_resnet", "--use-ema", "--data-dir", "data/fashion-mnist"])
