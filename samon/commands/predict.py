@@ -63,7 +63,7 @@ class TolerantImages(EvalImages):
         try:
             return self.decode(record)
         except SampleError as error:
-            log.warning("%s", str(error).encode("utf-8", "backslashreplace").decode())
+            log.warning("%s", error)
             black = Image.new(self.img_mode, (64, 64))
             return black if self.transform is None else self.transform(black), -1
 

@@ -103,7 +103,7 @@ class EvalImages(Dataset):
         except SampleError as error:
             raise ImageError(f"{record.where}: {error}") from error
         except Exception as error:  # a transform can raise anything on sizes that it does not expect
-            raise ImageError(f"{record.where}: {type(error).__name__}: {error}") from error
+            raise ImageError(f"{record.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
     def _label(self, record: Record) -> int:
         label = record.label if self.row_of is None else self.row_of(record.where)
