@@ -258,7 +258,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
             ["--model", "resnet18_cifar", *FASHION],
             "--model resnet18_cifar has no pretrained weights; give --checkpoint",
         ),
-        (["--model", "vit_x*", *FASHION], "--model vit_x*: no model with pretrained weights"),
+        (["--model", "vit_none*", *FASHION], "--model vit_none*: no model with pretrained weights"),
         ([*MODEL, *FASHION, "--test-pool", "--evals", "feature_rank"], "--test-pool replaces the pooling"),
         ([*TIMM_FORM, "--evals", "accuracy,apgd"], "--results-format timm has a place for accuracy alone"),
         (["--model", "resnet10tt", *FASHION], "unknown model 'resnet10tt'; did you mean"),
