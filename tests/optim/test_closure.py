@@ -287,7 +287,8 @@ def test_esam_draws_in_perturbed_too() -> None:
     assert 0 < len(moved) < len(opt.perturbed_parameters())
 
 
-def test_nothing_is_read_on_the_host_where_the_closure_clears() -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_nothing_is_read_on_the_host_where_the_closure_clears(set_to_none: bool) -> None:
     """Old gradients that are cleared are not looked into: on fake tensors any read would raise."""
     from torch._subclasses import FakeTensorMode
 
@@ -297,7 +298,7 @@ def test_nothing_is_read_on_the_host_where_the_closure_clears() -> None:
         x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
 
         def closure() -> None:
-            opt.zero_grad()
+            opt.zero_grad(set_to_none)
             F.cross_entropy(model(x), y).backward()
 
         opt.step(closure)
