@@ -274,3 +274,14 @@ def test_a_step_that_is_meant_does_not_warn(way: str) -> None:
         closure()
         with pytest.warns(UserWarning, match="taken at w"):
             opt.step()
+
+
+def test_a_skipped_two_pass_does_not_hide_a_forgotten_one() -> None:
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="call samon.two_pass"):
+        opt.step()
