@@ -24,11 +24,11 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(NPROC) $(BIN)/python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
 
 # RUNS="output/train/RUN output/sweep/NAME"; everything under output/ if not given
-report: $(VENV)/.installed
+report: $(VENV)/.installed-dev
 	$(BIN)/python tools/report.py $(or $(RUNS),output) -o report.html
 
 # The page of the committed results, after a new export (samon-report RUNS --export docs/results/NAME/FILE.json)
-results: $(VENV)/.installed
+results: $(VENV)/.installed-dev
 	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' docs/results/*/*.json) \
 	  --title "Committed results" -o docs/results/report.html
 	$(BIN)/python tools/report.py docs/results/cifar10/tradeoff.json --figures output/figures
@@ -43,7 +43,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,decode,export,translation,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,compare,report,decode,export,translation,docs]'
 	touch $@
 
 clean:

@@ -68,6 +68,16 @@ def needed(module: str, otherwise: str) -> Any:
         raise UserError(otherwise) from None
 
 
+def require_matplotlib() -> Any:
+    """The package that draws figures, with its module `figure`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    needed("matplotlib.figure", "figures need matplotlib; run: pip install 'samon-timm[report]'")
+    return sys.modules["matplotlib"]
+
+
 def nearest(word: Any, known: Iterable[Any]) -> str:
     """`; did you mean 'x'?` for the known word that a wrong one abbreviates or is closest to, or nothing."""
     words = [str(item) for item in known]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from samon.commands import report
 from samon.errors import RunError, Stopped, UserError, run_script
+from samon.evals import main as validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +54,13 @@ def test_a_closed_pipe_ends_quietly() -> None:
         ["bash", "-c", command], cwd=ROOT, env={"CODE": code}, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
+
+
+def test_figures_need_matplotlib_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"samon-timm\[report\]"):
+        report.main([str(tmp_path), "-o", str(tmp_path / "report.html")])
+    with pytest.raises(UserError, match=r"samon-timm\[report\]"):
+        validate.main(
+            ["--model", "resnet18", "--data-dir", str(tmp_path), "--norm-figure", str(tmp_path / "figure.png")]
+        )

@@ -14,11 +14,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import run_script
+from samon.errors import require_matplotlib, run_script
 from samon.files import check_writable, write_text
 from samon.report.content import export
-from samon.report.draw import write_figures
-from samon.report.page import render
 from samon.report.read import gather
 from samon.report.tables import tables
 from samon.session.world import handled
@@ -47,6 +45,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    require_matplotlib()
+    from samon.report.draw import write_figures
+    from samon.report.page import render
+
     with handled(logging.StreamHandler()):
         content = gather(args.sources)
     if args.export:

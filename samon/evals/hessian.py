@@ -108,13 +108,13 @@ def loss_plane(
 
 def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     """Contours of the loss over the two directions, on a logarithmic color scale; the weights lie in the middle."""
+    figure = new_figure(5.5, 4.5)
     from matplotlib import ticker
 
     finite = plane[plane.isfinite()]
     high = float(finite.max()) if len(finite) else 1.0
     low = max(float(finite.min()) if len(finite) else 1.0, 1e-6 * high, 1e-12)
     levels = torch.logspace(math.log10(0.999 * low), math.log10(1.001 * max(high, 1.01 * low)), 31)
-    figure = new_figure(5.5, 4.5)
     axis = figure.subplots()
     drawn = axis.contourf(at, at, plane.T, levels, norm="log")
     axis.plot(0, 0, "k+")

@@ -15,7 +15,7 @@ import torch
 from timm import utils
 
 from samon.data.sources import check_name
-from samon.errors import RunError, Stopped, UserError
+from samon.errors import RunError, Stopped, UserError, require_matplotlib
 from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
 from samon.evals.model import create, model_names, test_time_pooling
@@ -319,7 +319,9 @@ def timm_facts(target: Target) -> Row:
 
 
 def check_paths(config: Config) -> None:
-    """Every file and directory that will be written to."""
+    """Every file and directory that will be written to, and the package that draws them."""
+    if config.norm_figure or config.landscape_figure:
+        require_matplotlib()
     directories = ("norm_tensorboard", "apgd_state", "class_report")
     for key in ("results_file", "norm_figure", "landscape_figure", *directories):
         if path := getattr(config, key):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from samon.errors import UserError
+from samon.errors import UserError, require_matplotlib
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
 from samon.files import writing
@@ -67,10 +67,12 @@ def rows(target: Target, _entry: Entry | None = None) -> list[Row]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of this size in inches, drawn without a display. matplotlib is imported only where figures are drawn."""
-    from matplotlib.figure import Figure
+    """A figure of this size in inches, drawn without a display. matplotlib is imported only where figures are drawn.
 
-    return Figure(figsize=(width, height), layout="constrained")
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    return require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def bins(found: Values, role: str, edges: Tensor) -> Tensor:
