@@ -24,11 +24,11 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(NPROC) $(BIN)/python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
 
 # RUNS="output/train/RUN output/sweep/NAME"; everything under output/ if not given
-report: $(VENV)/.installed-dev
+report: $(VENV)/.installed
 	$(BIN)/python tools/report.py $(or $(RUNS),output) -o report.html
 
 # The page of the committed results, after a new export (samon-report RUNS --export docs/results/NAME/FILE.json)
-results: $(VENV)/.installed-dev
+results: $(VENV)/.installed
 	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' docs/results/*/*.json) \
 	  --title "Committed results" -o docs/results/report.html
 	$(BIN)/python tools/report.py docs/results/cifar10/tradeoff.json --figures output/figures
@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[report]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
