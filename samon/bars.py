@@ -44,7 +44,7 @@ class Lines(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-class Console(logging.StreamHandler[Any]):
+class Console(logging.StreamHandler):
     """Log lines on stderr, above the bars; what a bar shows anyway (`extra={'shown': True}`) is not repeated."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     hashes: dict[str, str] = {}
     for case in cases():
         if args.only in case.key:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 try:
                     hashes[case.key] = run(case)
                 except samon.UserError as error:  # a refusal is a result as well, whatever its words

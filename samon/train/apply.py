@@ -18,6 +18,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from samon.compat import foreach_clone
 from samon.errors import RunError
 from samon.optim.geometry import global_norm
 from samon.optim.sam import SAM, sam_of
@@ -106,7 +107,7 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
             del base.grad_scale, base.found_inf
         return
     before = held(optimizer, sam)
-    copies = dict(zip(before, torch._foreach_clone(list(before.values())), strict=True))
+    copies = dict(zip(before, foreach_clone(list(before.values())), strict=True))
     optimizer.step()
     for key, after in held(optimizer, sam).items():
         old = copies[key] if key in copies else torch.zeros_like(after)
