@@ -112,11 +112,17 @@ def run_passes(sam: "SAM", closure: Callable[[], Any], filled: bool) -> Any:
     Args:
         filled: the gradients are those of this update already, if the closure computes none: a trainer's own closure
             after `two_pass`. Then it runs once.
+
+    Raises:
+        UserError: it runs under inference mode, or `ClosureGradients.check` finds that it is not a standard closure.
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError("step(closure) cannot run under torch.inference_mode(); call it outside")
     ascent, climbs = sam.ascent, sam.ascent.climbs()
     gradients = ClosureGradients(p for group in sam.param_groups for p in group["params"])
     first: Any = None
     grads: list[Tensor | None] | None = None
+    others = [p for p in sam.others() if p.grad is None]
     if climbs or filled:
         with sam.finding_modules():
             first = gradients.run(closure)
@@ -135,6 +141,8 @@ def run_passes(sam: "SAM", closure: Callable[[], Any], filled: bool) -> Any:
         gradients.check(sam)
     elif eps is not None:
         gradients.clear()
+        for p in others:
+            p.grad = None
         with kept(sam.modules()), sam.moved(eps):
             closure()
     return first

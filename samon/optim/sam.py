@@ -101,6 +101,7 @@ class SAM(Optimizer):
         self.plan: Any = None  # the replay plan that samon.step keeps between steps
         self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
         self.found: set[torch.nn.Module] | None = None  # without a model: the modules that ran in the first step
+        self.replicas_ran: list[bool] = []  # not empty: samon.step has seen how DistributedDataParallel was made
         self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
         self.arithmetic, self.captured = Arithmetic(), False
         self._rounding_checked = self._warned = self._plain = False
@@ -169,11 +170,11 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state written by this class or by the base optimizer alone."""
         self.base.load_state_dict(state_dict)
-        weights = self.perturbed_weights()
         if self.mask is not None and "mask" in state_dict:
-            self.mask.load_state_dict(state_dict["mask"], weights)
+            self.mask.load_state_dict(state_dict["mask"], self.perturbed_weights())
         if "ascent" in state_dict:
-            self.ascent.load_state_dict(state_dict["ascent"], weights[0].device)
+            device = next(iter(self.selection.parameters.values())).device  # of frozen ones too
+            self.ascent.load_state_dict(state_dict["ascent"], device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; outside a step this also ends an update that was skipped."""
@@ -198,6 +199,12 @@ class SAM(Optimizer):
     def modules(self) -> list[torch.nn.Module]:
         """All modules of the model, or those that ran in the first step where the optimizer was made without one."""
         return list(self.found or ()) if self.model is None else list(modules_of(self.model))
+
+    def others(self) -> list[Parameter]:
+        """The model's trainable parameters that another optimizer may hold."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        found = {id(p): p for m in self.modules() for p in m._parameters.values() if p is not None and p.requires_grad}
+        return [p for key, p in found.items() if key not in own]
 
     @contextmanager
     def finding_modules(self) -> Iterator[None]:
@@ -229,8 +236,14 @@ class SAM(Optimizer):
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
-        random part of it is perturbed, at least one tensor."""
+        random part of it is perturbed, at least one tensor.
+
+        Raises:
+            UserError: there is none to perturb, or FSDP hides which part of one a process holds.
+        """
         named = self.perturbed_parameters()
+        if not named:
+            raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         if all(p.grad is None for p in named.values()):  # cleared by the model or by Lookahead, not by `zero_grad`
             self._forget()
         if self.esam_beta < 1:

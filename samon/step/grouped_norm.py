@@ -94,15 +94,21 @@ class GroupedNorm:
     @torch.no_grad()
     def _check(self, x: Tensor) -> None:
         """Whether a class that torch and timm do not bring is what the groups take it for, by its own forward of each
-        group. A wrong `dim`, statistics of the whole batch and x * (1 + weight) all show here."""
-        calls = self.calls
+        group. A wrong `dim`, statistics of the whole batch and x * (1 + weight) all show here, the last one because the
+        parameters are moved first: where the weight is 1, both are the same."""
+        offsets, calls = self.offsets, self.calls
+        own: dict[str, Any] = dict(self.module._parameters)
+        moved = {n: own[n] + 0.5 for n, d in zip(("weight", "bias"), offsets, strict=True) if d is not None}
+        twin = object.__new__(type(self.module))
+        vars(twin).update(vars(self.module) | {"_parameters": own | moved})
         with kept(self.module.modules()):
-            expected = torch.cat([type(self.module).forward(self.module, part) for part in x.chunk(self.groups)])
+            expected = torch.cat([type(twin).forward(twin, part) for part in x.chunk(self.groups)])
             try:
+                self.offsets = [None if d is None else d + 0.5 for d in offsets]
                 error = (self._output(x) - expected).abs() / (1 + expected.abs())
             except RuntimeError:  # shapes that do not fit
                 error = torch.ones(())
-        self.calls = calls
+        self.offsets, self.calls = offsets, calls
         if (error > (0.1 if expected.dtype in HALF else 1e-3)).any():
             name = type(self.module).__name__
             raise UserError(

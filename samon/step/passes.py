@@ -185,10 +185,10 @@ def backward_errors() -> Iterator[None]:
 
 
 @contextmanager
-def refuse_static_graph() -> Iterator[None]:
+def refuse_static_graph(ran: list[bool]) -> Iterator[None]:
     """No DistributedDataParallel that runs inside may have `static_graph`, which takes for granted that every backward
     is the same one; the ascent pass is another. The class is patched since global hooks make compiled models compile
-    anew, and nothing but the user's forward knows the wrapped model."""
+    anew, and nothing but the user's forward knows the wrapped model. The first one that runs is noted in `ran`."""
     plain = DistributedDataParallel.forward
 
     def forward(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
@@ -197,6 +197,7 @@ def refuse_static_graph() -> Iterator[None]:
                 "two_pass runs two different backward passes, which DistributedDataParallel(static_graph=True) does "
                 "not allow; drop static_graph"
             )
+        ran.append(True)
         return plain(self, *args, **kwargs)
 
     DistributedDataParallel.forward = forward  # type: ignore[method-assign]

@@ -91,8 +91,8 @@ def two_pass(
     _check(sam, forwards, groups, reduce, bn_stats, ascent_forward)
     if sam.distributed:
         sharded.check(sam, reduce=reduce, groups=groups, replay=replay, scaler=scaler)
-    first_step = not sam.stats and torch.distributed.is_available() and torch.distributed.is_initialized()
-    with sam.drawn(), backward_errors(), refuse_static_graph() if first_step else nullcontext():
+    unseen = not sam.replicas_ran and torch.distributed.is_available() and torch.distributed.is_initialized()
+    with sam.drawn(), backward_errors(), refuse_static_graph(sam.replicas_ran) if unseen else nullcontext():
         passes: Passes
         climbs = sam.ascent.climbs()
         if groups > 1 and climbs:
@@ -131,7 +131,6 @@ def _check(
             sam.ascent.passless and (groups > 1 or reduce == "global" or bool(ascent_forward))
         ),
         "ascent_forward takes a single forward beside it": len(forwards) > 1 and ascent_forward is not None,
-        f"all parameters that {sam.scope} perturbs are frozen; unfreeze some": not sam.perturbed_parameters(),
         f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model": (
             bn_stats != "first" and sam.model is None
         ),

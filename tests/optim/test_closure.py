@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import samon
 from samon import UserError
+from samon.optim.scope import select
 from tests import reference
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
@@ -305,3 +306,22 @@ def test_nothing_is_read_on_the_host_where_the_closure_clears(set_to_none: bool)
         opt.step(closure)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             opt.step(lambda: F.cross_entropy(model(x), y).backward())
+
+
+def test_gradients_for_another_optimizer_are_those_at_w_plus_eps() -> None:
+    """The closure clears the gradients of one optimizer; those of the other are cleared outside."""
+    torch.manual_seed(0)
+    model = randomized(LayerNormNet())
+    start = copy.deepcopy(model)
+    named = dict(model.named_parameters())
+    norms = [p for n, p in named.items() if n.startswith("norms.")]
+    opt = samon.SAM(torch.optim.SGD(norms, lr=0.1), select(model, "samon"), rho=RHO)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert_gradient_at_w_plus_eps(model, start, "samon", [0])

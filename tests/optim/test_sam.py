@@ -207,6 +207,17 @@ def test_frozen_later_is_left_alone() -> None:
         norm.requires_grad_(False)
     with pytest.raises(ValueError, match="all parameters that samon perturbs are frozen"):
         train_step(model, opt, 2)
+    with pytest.raises(ValueError, match="all parameters that samon perturbs are frozen"):
+        opt.step(lambda: model(batch()[0]).square().mean().backward())
+
+
+def test_a_state_is_loaded_while_everything_is_frozen() -> None:
+    model, opt = trained("samon", 1, ascent="previous")
+    state = opt.state_dict()
+    for norm in model.norms:
+        norm.requires_grad_(False)
+    opt.load_state_dict(state)
+    assert opt.ascent.kept.keys() == state["ascent"]["kept"].keys() != set()
 
 
 def test_half_precision_weights() -> None:

@@ -271,6 +271,8 @@ def refused_rank(rank: int) -> dict:
         how = {"no_sync": ddp.no_sync} if quiet else {}
         loss = lambda net=net: F.cross_entropy(net(x), y)  # noqa: E731
         attempt(f"static {compiled} {quiet}", lambda opt=opt, loss=loss, how=how: samon.two_pass(opt, loss, **how))
+    samon.two_pass(opt := create_optimizer_v2(model, "samon", lr=0.1), lambda: F.cross_entropy(model(x), y))
+    attempt("static, after steps of the bare model", lambda: samon.two_pass(opt, lambda: F.cross_entropy(ddp(x), y)))
     for original, scope, way in itertools.product(
         (False, True), ("sam", "samon"), ("made", "bare", "two_pass", "step")
     ):
@@ -292,4 +294,4 @@ def test_static_graphs_and_fsdp1_are_refused_by_name(closures) -> None:
     for _, rank in closures:
         for case, text in rank.items():
             assert ("drop static_graph" if case.startswith("static") else "fully_shard (FSDP2)") in text, case
-        assert len(rank) == 20
+        assert len(rank) == 21

@@ -344,6 +344,17 @@ def test_a_class_that_the_groups_would_get_wrong_is_refused(registry, norm: nn.M
         samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
 
 
+def test_one_plus_weight_is_refused_also_where_the_weight_is_one(registry) -> None:
+    """There both formulas agree up to a factor that the bare layer has too."""
+    samon.register_norm(LlamaNorm, dim=-1)
+    model = with_norm(LlamaNorm(8, shift=1), last=True)
+    nn.init.ones_(model[2].weight)
+    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    x, y = batch()
+    with pytest.raises(samon.UserError, match="LlamaNorm is not "):
+        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+
+
 def test_more_that_cannot_be_grouped(registry) -> None:
     """Running statistics that a loop would update G times, parameters of other names, a forward of the instance's own,
     a class that nobody knows and that may look at the whole batch."""

@@ -481,3 +481,5 @@ def test_inference_mode_around_it_is_refused() -> None:
     opt = create_optimizer_v2(model, "samon", lr=0.1)
     with torch.inference_mode(), pytest.raises(UserError, match=r"under torch\.inference_mode"):
         samon.two_pass(opt, lambda: model(batch()[0]).sum())
+    with torch.inference_mode(), pytest.raises(UserError, match=r"under torch\.inference_mode"):
+        opt.step(lambda: model(batch()[0]).sum().backward())
