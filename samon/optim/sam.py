@@ -1,5 +1,6 @@
 """The sharpness-aware optimizer: a shell around any base optimizer that knows how to perturb the weights."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,8 +58,8 @@ class SAM(Optimizer):
             also eps_lost: the length of what rounding kept from them, as a share of the intended one.
 
     Raises:
-        UserError: rho or eta is not a finite number >= 0, the base optimizer needs second derivatives, or esam_beta is
-            not in (0, 1] or combined with a mask, another ascent or gsam_alpha.
+        UserError: rho or eta is not a finite number >= 0, the base optimizer needs second derivatives or a closure, or
+            esam_beta is not in (0, 1] or combined with a mask, another ascent or gsam_alpha.
     """
 
     def __init__(
@@ -76,6 +77,12 @@ class SAM(Optimizer):
         if isinstance(base, SAM | Lookahead):
             name = f"lookahead_{selection.scope}"
             raise UserError(f"{type(base).__name__} cannot be the base optimizer; Lookahead goes around it: use {name}")
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UserError(
+                f"{type(base).__name__} evaluates the loss several times in its step, which two passes do not cover; "
+                "choose a base optimizer that applies a gradient, such as adamw"
+            )
         ascent = ascent or Ascent()
         mistakes = {
             f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a first-order base "

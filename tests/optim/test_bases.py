@@ -113,6 +113,12 @@ def test_lookahead_goes_around(name: str) -> None:
         samon.SAM(base, samon.optim.scope.select(model, "samon"), rho=0.05)
 
 
+def test_a_base_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    with pytest.raises(samon.UserError, match="LBFGS evaluates the loss several times"):
+        samon.SAM(torch.optim.LBFGS(model.parameters()), samon.optim.scope.select(model, "samon"), rho=0.05)
+
+
 # -- what timm promises of every name ----------------------------------------------------------------------------------
 
 
