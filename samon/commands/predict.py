@@ -24,6 +24,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.commands.dashes import parse_up_to_dashes
 from samon.data.faults import ImageError, SampleError
+from samon.data.folders import is_hidden
 from samon.data.shards import Record
 from samon.data.source import Source
 from samon.errors import UserError, run_script
@@ -69,7 +70,7 @@ class TolerantImages(EvalImages):
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and the images anywhere below the directories named, in order.
+    """The files named, and the images anywhere below the directories named, in order, without hidden ones.
 
     Raises:
         UserError: a path that is not there, or no image at all.
@@ -77,7 +78,11 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     endings, found = set(get_img_extensions()), []
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+            visible = [file for file in files if not is_hidden(str(file.relative_to(path)))]
+            if len(visible) < len(files):
+                log.warning("%s: %d hidden files are left out", path, len(files) - len(visible))
+            found += visible
         elif path.is_file():
             found.append(path)
         else:

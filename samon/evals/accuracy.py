@@ -136,6 +136,11 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     return told
 
 
+def report_name(model: str, data_set: str) -> str:
+    """What the files of --class-report are called."""
+    return f"{model}-{data_set}".replace("/", "_")
+
+
 def _report(target: Target, entry: Entry, images: EvalImages, part: Tensor) -> None:
     """Files of the first reading's classes; images with several right ones belong to none and are passed over."""
     columns, table = next(iter(images.scorings.values()))
@@ -150,7 +155,7 @@ def _report(target: Target, entry: Entry, images: EvalImages, part: Tensor) -> N
     elif images.source.class_names:
         names[: len(images.source.class_names)] = images.source.class_names
     part = part[part[:, 3] > 0]
-    name = f"{target.name}-{entry.name}".replace("/", "_")
+    name = report_name(target.name, entry.name)
     write_classes(Path(target.config.class_report), name, confusion(part[:, 6], part[:, 5], classes), names)
 
 

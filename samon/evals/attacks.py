@@ -157,6 +157,12 @@ def apgd(
     return fooled, found, vanished
 
 
+def check_classes(classes: int) -> None:
+    """Raise UserError if the model has too few classes for the attacks."""
+    if classes < 4:
+        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; drop apgd")
+
+
 @torch.no_grad()
 def attack(
     model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise, tick: Tick = silent
@@ -164,8 +170,7 @@ def attack(
     """Outcome of every image [B] (see `ROBUST` and `VANISHED`): each run attacks what is still robust."""
     logits = model(images)
     classes = logits.shape[1]
-    if classes < 4:
-        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; take another")
+    check_classes(classes)
     threat = replace(threat, n_targets=min(threat.n_targets, classes - 1))
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)

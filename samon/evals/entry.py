@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from samon import bars
-from samon.data.classes import check_label
+from samon.data.classes import check_label, check_ranks
 from samon.data.decode import decode_pil, open_image
 from samon.data.faults import ImageError, SampleError, from_worker
 from samon.data.loader import SharedBatch
@@ -137,6 +137,7 @@ class Entry:
             flag = "--valid-labels" if config.valid_labels else "--real-labels"
             raise UserError(f"{self.name}: {self.kind} decides by itself which labels count; drop {flag}")
         images = self._open(target, self.split if split is None else split)
+        check_ranks(images.source.class_names, len(images), images.source.place)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}
             table = shifts.label_table(self.kind, images.source.class_names)

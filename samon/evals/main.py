@@ -16,7 +16,7 @@ from timm import utils
 
 from samon.data.sources import check_name
 from samon.errors import RunError, Stopped, UserError, require_matplotlib
-from samon.evals import EVALS, corruptions, evaluation, needs_data, norm_params
+from samon.evals import EVALS, accuracy, corruptions, evaluation, needs_data, norm_params
 from samon.evals.entry import Entry, Target
 from samon.evals.model import create, model_names, test_time_pooling
 from samon.evals.results import Results, Row, markdown, result_format
@@ -52,6 +52,7 @@ class Job:
     entries: list[Entry]
     class_names: list[str] | None = None  # that the checkpoint was trained on
     name: str = ""  # tells it from the other jobs, in files
+    float32: bool = False  # accuracy is not in the precision of the run, because of other evaluations
 
 
 def parse(argv: list[str] | None) -> list[Job]:
@@ -67,7 +68,25 @@ def parse(argv: list[str] | None) -> list[Job]:
     chosen = model_names(given.get("model")) if paths == [""] else [given.get("model")]
     jobs = [settle(given | ({"model": name} if name else {}), path) for name in chosen for path in paths]
     names = shortest_names([job.path or job.config.model for job in jobs])
-    return [replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
+    jobs = [replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
+    check_names(jobs)
+    return jobs
+
+
+def check_names(jobs: list[Job]) -> None:
+    """Raise UserError if two models or data sets would write files of one name."""
+    if jobs[0].config.class_report:
+        pairs = [(job.name, entry.name) for job in jobs for entry in job.entries if "accuracy" in entry.evals]
+        _check_unique("--class-report", {" on ".join(pair): accuracy.report_name(*pair) for pair in pairs})
+    if jobs[0].config.norm_tensorboard:
+        _check_unique("--norm-tensorboard", {job.name: norm_params.directory_name(job.name) for job in jobs})
+
+
+def _check_unique(flag: str, files: dict[str, str]) -> None:
+    for file, count in Counter(files.values()).items():
+        if count > 1:
+            both = " and ".join(name for name, other in files.items() if other == file)
+            raise UserError(f"{flag}: {both} would both write {file}; rename one of them")
 
 
 def shortest_names(paths: list[str]) -> list[str]:
@@ -134,17 +153,18 @@ def settle(given: dict[str, Any], path: str) -> Job:
         raise UserError("--test-pool replaces the pooling that --evals feature_rank reads; drop one of them")
     if config.results_format == "timm" and wanted != {"accuracy"}:
         raise UserError("--results-format timm has a place for accuracy alone; drop it, or the other --evals")
+    float32 = False
     if (config.amp or config.model_dtype not in (None, "float32")) and wanted - {"accuracy"}:
         if {"amp", "model_dtype"} & set(given):
             raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
-        config = config.but(amp=False, model_dtype=None)
+        config, float32 = config.but(amp=False, model_dtype=None), "accuracy" in wanted
     if config.fsdp and "channels_last" not in given:
         config = config.but(channels_last=False)
     check_sharding(config, given, {f"--evals {name}": True for name in sorted(wanted - {"accuracy"})})
     if config.use_ema and not {"state_dict_ema", "model_ema"} & content.keys():
         raise UserError(f"--use-ema: {path or 'the model as it is created'} has no averaged weights; drop it")
     average = not config.no_ema and (config.use_ema or averaged(content))
-    return Job(path, config, average, entries, content.get("class_names"))
+    return Job(path, config, average, entries, content.get("class_names"), float32=float32)
 
 
 def from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
@@ -296,6 +316,8 @@ def evaluate_job(
 ) -> None:
     """The pieces of a job that are not `found`, into `results`; into `seen` the values of normalization parameters."""
     config = job.config
+    if job.float32:
+        log.info("accuracy is in float32, as the other evaluations; without them in the run's own precision")
     for key, entry, name in pieces(job):
         rows = found.get(f"{number} {key}")
         log.info("%s on %s%s", name, entry.name or config.model, " is there already" if rows else "")

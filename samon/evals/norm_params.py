@@ -133,12 +133,17 @@ def draw_magnitudes(models: dict[str, Values]) -> "Figure":
     return figure
 
 
+def directory_name(model: str) -> str:
+    """What a model's directory of --norm-tensorboard is called."""
+    return model.replace("/", "_")
+
+
 def write_tensorboard(models: dict[str, Values], directory: Path) -> None:
     """Histograms of every layer (step = depth, so the histogram view shows depth) under ``directory/<model>``."""
     from torch.utils.tensorboard import SummaryWriter
 
     for name, found in models.items():
-        with SummaryWriter(str(directory / name.replace("/", "_"))) as writer:
+        with SummaryWriter(str(directory / directory_name(name))) as writer:
             for (kind, role), layers in found.items():
                 for depth, (_, w) in enumerate(layers):
                     writer.add_histogram(f"norm_params/{kind}_{role}", w, depth)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from samon import bars
 from samon.errors import UserError
 from samon.evals import autoattack
-from samon.evals.attacks import VANISHED, Batch, Normalized, Threat, attack, seeded_noise, unmarked
+from samon.evals.attacks import VANISHED, Batch, Normalized, Threat, attack, check_classes, seeded_noise, unmarked
 from samon.evals.batch_size import fastest, gradient_rate
 from samon.evals.calibration import bounds
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, share
@@ -117,6 +117,8 @@ def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, list[T
     if target.config.attack == "standard":
         autoattack.check()
     images = entry.images(target)
+    columns, _ = next(iter(images.scorings.values()))
+    check_classes(int(target.model.num_classes) if columns is None else len(columns))  # type: ignore[arg-type]
     net = one_label("apgd", entry, images, target.model)
     model = Normalized(net, target.data_config["mean"], target.data_config["std"]).to(target.device)
     return images, model, threats(target.config)

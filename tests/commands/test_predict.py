@@ -138,6 +138,15 @@ def test_damaged_files_have_empty_rows_and_every_name_is_kept(
     assert "a.png: not an image: 8 bytes" in said
 
 
+def test_hidden_files_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert predict.image_files([tmp_path]) == [tmp_path / "a.png"]
+    assert "3 hidden files are left out" in caplog.text
+    assert predict.image_files([tmp_path / "._a.png"]) == [tmp_path / "._a.png"]  # named by the user
+
+
 def test_every_command_prints_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", output)

@@ -367,6 +367,50 @@ def test_files_of_checkpoints_with_one_name_are_told_apart(tmp_path):
     assert [job.name for job in parse([*MODEL, *FASHION])] == ["resnet10t"]
 
 
+def test_reports_that_would_overwrite_each_other_are_refused(tmp_path):
+    """Slashes become underscores in the names of files."""
+    path = tmp_path / "suite.yaml"
+    path.write_text("- {name: a/b_c, data_dir: x}\n- {name: a_b/c, data_dir: y}\n")
+    suite = [*MODEL, "--suite", str(path)]
+    with pytest.raises(UserError, match=r"--class-report: .*a/b_c and .*a_b/c would both write .*a_b_c"):
+        parse([*suite, "--class-report", str(tmp_path)])
+    assert len(parse(suite)[0].entries) == 2
+    files = [tmp_path / "a/b_c.pth", tmp_path / "a_b/c.pth"]
+    for file in files:
+        file.parent.mkdir()
+        torch.save({}, file)
+    both = [*MODEL, "--evals", "norm_params", "--checkpoint", *map(str, files)]
+    with pytest.raises(UserError, match=r"--norm-tensorboard: a/b_c.pth and a_b/c.pth would both write a_b_c.pth"):
+        parse([*both, "--norm-tensorboard", str(tmp_path)])
+
+
+def test_accuracy_in_another_precision_than_the_runs_is_logged(tmp_path, caplog):
+    args = argparse.Namespace(model="test_resnet", num_classes=10, in_chans=1, mean=[0.5], std=[0.5], amp=True)
+    weights = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
+    torch.save({"arch": "test_resnet", "state_dict": weights, "args": args}, tmp_path / "last.pth")
+    flags = ["--checkpoint", str(tmp_path / "last.pth"), *FASHION, *SMALL, "--img-size", "32", "--num-samples", "8"]
+    for evals, said in (("accuracy", False), ("norm_params", False), ("accuracy,norm_params", True)):
+        caplog.clear()
+        main([*flags, "--evals", evals])
+        assert ("accuracy is in float32" in caplog.text) is said
+
+
+def test_too_few_classes_for_an_attack_are_found_before_any_work(tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", x_test=np.zeros((8, 32, 32, 3), np.uint8), y_test=np.arange(8) % 3)
+    three = ["--model", "test_resnet", "--no-pretrained", "--num-classes", "3", "--img-size", "32", *SMALL]
+    with pytest.raises(UserError, match="at least 4 classes, the model has 3"):
+        main([*three, "--dataset", "npz/x", "--data-dir", str(tmp_path), "--evals", "accuracy,apgd"])
+    assert "accuracy on" not in caplog.text
+
+
+def test_processes_compare_the_classes_they_read(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", x_test=np.zeros((8, 32, 32, 3), np.uint8), y_test=np.arange(8) % 3)
+    compared = []
+    monkeypatch.setattr("samon.evals.entry.check_ranks", lambda *args: compared.append(args))
+    main([*MODEL, *SMALL, "--dataset", "npz/x", "--data-dir", str(tmp_path)])
+    assert compared[0][1] == 8
+
+
 def test_a_mistake_is_one_line_and_status_2():
     done = command(*MODEL, *FASHION, "--evals", "apgdd")
     assert done.returncode == 2
