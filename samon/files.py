@@ -18,7 +18,8 @@ _OF_WRITES = (*_FULL, errno.EFBIG, errno.EIO)  # these name no file
 
 @contextmanager
 def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, fsynced; after an exception `path` is as it was.
+    """A file to write that becomes `path` at the end, fsynced; after an exception `path` is as it was. A device or a
+    pipe, such as /dev/stdout, is written to directly.
 
     Args:
         size: bytes that it will have, for the error of a full disk; 0 if that is not known.
@@ -28,6 +29,10 @@ def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
     """
     part = _part(path)
     with writing(path, size):
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+            return
         try:
             with open(part, "wb") as file:
                 yield file

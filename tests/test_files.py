@@ -1,6 +1,7 @@
 """Files appear whole or not at all; where they cannot be written, the error says what is missing."""
 
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +66,13 @@ def test_a_read_only_file_system_is_told_before_the_work(small: Path) -> None:
         check_writable("--output", small / "x")
     with pytest.raises(OSError, match="Read-only file system"):
         write_text(small / "x", "text")
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "content")
+    assert os.read(reader, 100) == b"content"
+    assert pipe.is_fifo()
+    os.close(reader)

@@ -271,6 +271,8 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
             source.relabel(label_map, names, max(class_map.values()) + 1)
     except (UserError, torch.OutOfMemoryError):
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{where} needs the package {error.name}; run: pip install {error.name}") from error
     except Exception as error:  # what libraries raise depends on the data set
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not len(source):

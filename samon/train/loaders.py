@@ -73,7 +73,8 @@ def check_splits(config: Config, train: Source, held: Source, say: Callable[[str
     if shared := overlap(train.extents, held.extents):
         raise UserError(
             f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
-            "give --data-dir the directory above the splits, name two of them, or --val-split '' for no validation"
+            "give --data-dir the directory above the splits, name two of them, two parts such as "
+            "train[:45000] and train[45000:], or --val-split '' for no validation"
         )
     names, others = train.class_names, held.class_names
     if names and others and names != others:

@@ -337,6 +337,15 @@ def test_torchvisions_imagenet_counts_classes_not_synonyms(tmp_path):
     assert (source.num_classes, source.class_names, labels_of(source)) == (2, list(wnids), [0, 0, 1, 1])
 
 
+def test_a_package_that_a_data_set_needs_is_named(tmp_path, monkeypatch):
+    def needs_scipy(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr("torchvision.datasets.ImageNet.__init__", needs_scipy)
+    with pytest.raises(UserError, match="pip install scipy"):
+        open_source("torch/imagenet", str(tmp_path), "train")
+
+
 def test_torchvisions_folders_are_read_as_plain_ones_but_numbered_as_there(folder):
     Path(folder, "train/b/1.jpg").write_bytes(b"")
     source = open_source("torch/image_folder", folder, "train")
