@@ -15,6 +15,7 @@ from fashion import accuracy, batches
 from torch import nn
 
 import samon
+from samon.errors import run_script, user_errors
 
 SIZE = 48  # the images are 28 px, too small for an ImageNet network; a network of fixed size takes its own
 
@@ -25,7 +26,8 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
     overlay = {"file": weights} if weights else None
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
+    with user_errors(f"pretrained weights of {name}"):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
     about: Any = model.pretrained_cfg
     model.get_submodule(about["first_conv"]).requires_grad_(False)
     size = about["input_size"][-1] if about.get("fixed_input_size") else SIZE
@@ -46,4 +48,4 @@ def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2
 
 if __name__ == "__main__":
     given: Any = dict(zip(("name", "weights"), sys.argv[1:], strict=False))
-    print(f"{main(**given):.1f} % of the test images")
+    run_script(lambda: print(f"{main(**given):.1f} % of the test images"))
