@@ -187,10 +187,14 @@ def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
 
     monkeypatch.setattr(sweep, "command", command)
     thread = threading.Thread(target=interrupt)
-    thread.start()
     begin = time.monotonic()
-    with pytest.raises(Stopped, match="stopped by signal 2; start the sweep again"):
-        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind &
+    try:
+        thread.start()
+        with pytest.raises(Stopped, match="stopped by signal 2; start the sweep again"):
+            sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 30
     thread.join()
     out, err = capsys.readouterr()
