@@ -11,6 +11,12 @@ from PIL import Image
 
 from samon.data import create_dataset, create_loader
 
+# validate.py's flags for a small model with random weights.
+RANDOM_MODEL = (
+    *("--model", "test_resnet", "--no-pretrained", "--num-classes", "10", "--img-size", "32"),
+    *("--workers", "0", "--device", "cpu"),
+)
+
 opened = []  # loaders whose workers conftest.py ends after each test
 UNEVEN = (5, 1, 7, 3, 4, 2, 6, 1)  # 29 samples
 

@@ -7,20 +7,9 @@ from samon.evals import autoattack, main
 from samon.evals.attacks import ATTACKS, ROBUST, Threat, attack, seeded_noise, unmarked
 from samon.evals.batch_size import fastest
 from tests.nets import two_logits
+from tests.sets import RANDOM_MODEL
 
-FLAGS = [
-    "--model",
-    "test_resnet",
-    "--no-pretrained",
-    "--num-classes",
-    "10",
-    "--img-size",
-    "32",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+FLAGS = [*RANDOM_MODEL]
 FLAGS += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "6"]
 
 

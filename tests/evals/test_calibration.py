@@ -15,20 +15,9 @@ from samon.evals.accuracy import details
 from samon.evals.calibration import confusion, expected_calibration_error, interval
 from samon.evals.main import main
 from tests.evals.test_shifts import SYNSETS, write
+from tests.sets import RANDOM_MODEL
 
-FLAGS = [
-    "--model",
-    "test_resnet",
-    "--no-pretrained",
-    "--num-classes",
-    "10",
-    "--img-size",
-    "32",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+FLAGS = [*RANDOM_MODEL]
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "40"]
 
 

@@ -10,6 +10,7 @@ from samon.errors import UserError
 from samon.evals import hessian
 from samon.evals.main import main
 from samon.evals.sharpness import Measure, batch_sharpness, scoped
+from tests.sets import RANDOM_MODEL
 
 
 @pytest.fixture
@@ -98,19 +99,7 @@ def test_sharpness_along_the_normalization_parameters_moves_them_alone(small):
 
 
 def test_program_gives_both_scopes_and_figures(tmp_path):
-    flags = [
-        "--model",
-        "test_resnet",
-        "--no-pretrained",
-        "--num-classes",
-        "10",
-        "--img-size",
-        "32",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    flags = [*RANDOM_MODEL]
     flags += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--evals", "hessian"]
     flags += ["--hessian-samples", "16", "--hessian-iters", "2", "--hessian-draws", "1"]
     figure = tmp_path / "figures" / "plane.pdf"

@@ -11,20 +11,9 @@ import torch
 from samon.errors import Stopped, UserError
 from samon.evals import accuracy
 from samon.evals.main import checkpoints, different, main, parse
+from tests.sets import RANDOM_MODEL
 
-FLAGS = [
-    "--model",
-    "test_resnet",
-    "--no-pretrained",
-    "--num-classes",
-    "10",
-    "--img-size",
-    "32",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+FLAGS = [*RANDOM_MODEL]
 FLAGS += ["--num-samples", "16"]
 GOOD = "{name: NAME, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: SPLIT}"
 
