@@ -189,7 +189,7 @@ class SAM(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        """What the update under way has noted belongs to none, if it is skipped."""
+        """Discard what a skipped update has recorded."""
         if self._drawn is None:  # a closure that clears the gradients is a part of the update
             self.ascent.clean, self.ascent.used = [], False
         if self.mask is not None:
