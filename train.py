@@ -2,7 +2,7 @@
 """Train a timm model: `python train.py --help`, `torchrun --standalone --nproc-per-node 8 train.py ...`."""
 
 from samon.errors import run_script
-from samon.train.main import main
+from samon.trainer.main import main
 
 if __name__ == "__main__":
     run_script(main)

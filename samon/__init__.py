@@ -2,10 +2,10 @@
 
 from samon import models
 from samon.errors import UserError
-from samon.optim.registry import is_sam_name, register
-from samon.optim.sam import SAM, sam_of
-from samon.optim.scope import register_norm
-from samon.step.two_pass import two_pass
+from samon.registry import is_sam_name, register
+from samon.sam import SAM, sam_of
+from samon.scope import register_norm
+from samon.two_pass import two_pass
 
 __version__ = "0.1.0"
 register()

@@ -17,10 +17,10 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor
 
+from samon.engines.replay import Plain
 from samon.errors import UserError, run_script
-from samon.optim.sam import SAM
-from samon.step.replay import Plain
-from samon.step.two_pass import climb
+from samon.sam import SAM
+from samon.two_pass import climb
 
 _sams: list[weakref.ref] = []  # in the order they were made
 _scalers: list[weakref.ref] = []

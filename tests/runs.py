@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from samon.errors import Stopped
-from samon.session.checkpoint import Progress
-from samon.train import main as train
-from samon.train.build import Hooks, Run
+from samon.trainer import main as train
+from samon.trainer.build import Hooks, Run
+from samon.trainer.checkpoint import Progress
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from samon import bars
-from samon.commands import sweep
+from samon.cli import sweep
 
 
 class Terminal(io.StringIO):

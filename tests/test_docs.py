@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from samon.optim.geometry import GEOMETRIES
-from samon.settings.flag import markdown
-from samon.settings.rows import VALIDATE
+from samon.geometry import GEOMETRIES
+from samon.trainer.flag_rows import VALIDATE
+from samon.trainer.flags import markdown
 from tests.browser import chromium
 from tests.runs import ROOT
 from tools.runnable import commands, small
@@ -55,7 +55,7 @@ def test_code_is_not_cut_at_the_right(site: Path) -> None:
 
 def test_validates_flags_are_current() -> None:
     text = (ROOT / "docs/flags_validate.md").read_text()
-    assert markdown(VALIDATE).strip() in text, "run: python -m samon.settings.rows"
+    assert markdown(VALIDATE).strip() in text, "run: python -m samon.cli.train.flag_rows"
 
 
 def test_the_default_rho_of_each_name_is_documented() -> None:
@@ -72,8 +72,8 @@ def test_documented_commands_can_run_beside_others() -> None:
     assert lines
     assert [line for line in lines if "--nnodes" not in line] == []
     text = (ROOT / "docs/multi_node.md").read_text()
-    assert "-m samon.train" in text
-    assert "-m samon.validate" in text
+    assert "-m samon.cli.train" in text
+    assert "-m samon.cli.validate" in text
 
 
 def test_runnable_commands_are_joined_and_scaled_down() -> None:

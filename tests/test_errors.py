@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from samon.commands import report
+from samon.cli import report
 from samon.errors import RunError, Stopped, UserError, run_script
 from samon.evals import main as validate
 

@@ -19,7 +19,7 @@ from timm.task.task import TrainingTask
 import samon
 from samon import timm_script
 from samon.errors import UserError
-from samon.optim.sam import SAM
+from samon.sam import SAM
 from tests.runs import ROOT
 from tools import check_interruptions as matrix
 

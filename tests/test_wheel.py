@@ -61,19 +61,19 @@ def test_commands_are_there(installed: Path, tmp_path: Path) -> None:
     """Every one starts the program it is named after; samon-train and samon-report run in the test below."""
     code = """
 from importlib.metadata import entry_points
-from samon.commands import installed
+from samon.cli import installed
 installed.run_script = lambda main: print(main.__module__)
 for entry in entry_points(group="console_scripts"):
-    if entry.module == "samon.commands.installed":
+    if entry.module == "samon.cli.installed":
         print(entry.name, end=" ")
         entry.load()()
 """
     found = dict(line.split() for line in call(installed / "python", "-c", code, cwd=tmp_path).splitlines())
-    assert found.pop("samon-train") == "samon.train.main"
+    assert found.pop("samon-train") == "samon.trainer.main"
     assert found.pop("samon-validate") == "samon.evals.main"
-    assert found.pop("samon-shards") == "samon.commands.make_shards"
+    assert found.pop("samon-shards") == "samon.cli.make_shards"
     assert found.pop("samon-plan") == "samon.plan.main"
-    assert found == {name: f"samon.commands.{name.removeprefix('samon-')}" for name in found}
+    assert found == {name: f"samon.cli.{name.removeprefix('samon-')}" for name in found}
     assert {"samon-sweep", "samon-report", "samon-predict", "samon-export"} <= found.keys()
     assert all((installed / name).exists() for name in found)
 

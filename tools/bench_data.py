@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from webdataset import DataPipeline, SimpleShardList, tarfile_to_samples
 
 from samon import rng
-from samon.commands import make_shards
+from samon.cli import make_shards
 from samon.data import create_dataset, create_loader
 from samon.data.decode import choose_decoder, decode_pil, decode_tensor
 from samon.data.shards import ShardReader, load_split

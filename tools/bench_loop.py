@@ -25,14 +25,13 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
-from samon.session.checkpoint import Checkpoints, Progress
-from samon.session.world import World, start
-from samon.settings import config
-from samon.train import loop
-from samon.train.build import Hooks, build
-from samon.train.control import Control
-from samon.train.report import Report
-from samon.train.state import Keeper
+from samon.trainer import config, loop
+from samon.trainer.build import Hooks, build
+from samon.trainer.checkpoint import Checkpoints, Progress
+from samon.trainer.control import Control
+from samon.trainer.distributed import World, start
+from samon.trainer.logging import Report
+from samon.trainer.state import Keeper
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +83,7 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
 
 
 def ours(c: config.Config, world: World, folder: Path) -> Iterator[None]:
-    """An update at a time of samon.train.loop, everything on: meters, finite check, log lines, TensorBoard."""
+    """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
     def pause(*_: Any) -> None:

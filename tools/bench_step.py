@@ -33,8 +33,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
-from samon.optim.scope import norm_modules
 from samon.report.cost import flops
+from samon.scope import norm_modules
 
 Step = Callable[[], Any]
 
@@ -119,7 +119,7 @@ class Bench:
         return step
 
     def ascending(self, updates: int = 1, **how: Any) -> Step:
-        """SAM-ON with another source of the direction (`samon.optim.ascent`), the mean of some updates."""
+        """SAM-ON with another source of the direction (`samon.engines.ascent`), the mean of some updates."""
         opt = self.optimizer("samon-momentum", momentum=0.9, **how)
 
         def step() -> None:

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 
 from samon.errors import run_script
-from samon.session import checkpoint
-from samon.session.checkpoint import Progress
-from samon.train.build import Hooks
-from samon.train.main import main as main_of_training
+from samon.trainer import checkpoint
+from samon.trainer.build import Hooks
+from samon.trainer.checkpoint import Progress
+from samon.trainer.main import main as main_of_training
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["samon.train.main", "samon.evals.main"])
+CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])
 UPDATES = 6  # per epoch
 ARGS = [
     "--data-dir",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pack images into WebDataset shards: `python tools/make_shards.py --help`."""
 
-from samon.commands.make_shards import main
+from samon.cli.make_shards import main
 from samon.errors import run_script
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One page of figures and tables from runs and sweeps: `python tools/report.py --help`."""
 
-from samon.commands.report import main
+from samon.cli.report import main
 from samon.errors import run_script
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a recipe over optimizers x rho x seeds: `python tools/sweep.py --help`."""
 
-from samon.commands.sweep import main
+from samon.cli.sweep import main
 from samon.errors import run_script
 
 if __name__ == "__main__":

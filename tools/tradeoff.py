@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samon.commands import sweep
-from samon.commands.tables import Cell
+from samon.cli import sweep
+from samon.cli.tables import Cell
 from samon.errors import UserError, run_script
 from samon.files import write_text
 

@@ -1,8 +1,16 @@
 """Data: shards and folders as streams that lose nothing, and the loader that feeds a device from them."""
 
-from samon.data.faults import DataError, FaultCount, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError
+from samon.data.corrupt import (
+    DataError,
+    FaultCount,
+    ImageError,
+    ImageTooLargeError,
+    LabelError,
+    SampleError,
+    ShardError,
+)
+from samon.data.in_memory import ResidentLoader, create_resident_loader
 from samon.data.loader import Loader, create_dataset, create_loader
-from samon.data.resident import ResidentLoader, create_resident_loader
 
 __all__ = [
     "DataError",

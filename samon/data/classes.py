@@ -16,9 +16,9 @@ import numpy as np
 import torch.distributed as dist
 from timm.data.readers.class_map import load_class_map as load_timm_class_map
 
-from samon.data.faults import DataError, LabelError
+from samon.data.corrupt import DataError, LabelError
 from samon.errors import UserError
-from samon.settings.flag import nearest
+from samon.trainer.flags import nearest
 
 
 def class_order(name: str) -> tuple[list[int | str], str]:

@@ -27,7 +27,7 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 from torchvision.transforms.v2 import functional as F
 
 from samon.data import regions
-from samon.data.faults import ImageError, ImageTooLargeError
+from samon.data.corrupt import ImageError, ImageTooLargeError
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from samon import rng
 from samon.data.cifar_augment import create_transform
+from samon.data.corrupt import DataError, WorkerError, from_worker
 from samon.data.decode import choose_decoder, decode_pil
-from samon.data.faults import DataError, WorkerError, from_worker
 from samon.data.sizes import SizedTransform, SizeSchedule
 from samon.data.source import ShardSource
 from samon.data.sources import open_source

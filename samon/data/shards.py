@@ -17,8 +17,8 @@ from webdataset.tariterators import base_plus_ext
 
 from samon.data import urls
 from samon.data.classes import map_label, unique_names
+from samon.data.corrupt import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
 from samon.data.decode import IMAGE_KEYS
-from samon.data.faults import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
 from samon.data.folders import is_hidden
 from samon.data.splits import synonyms
 from samon.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 from timm.data.readers.targets import get_field
 
 from samon.data.classes import class_order, map_label, renumbering
-from samon.data.faults import ImageError, LabelError, SampleError
+from samon.data.corrupt import ImageError, LabelError, SampleError
 from samon.data.folders import Item
 from samon.data.shards import Record, ShardReader, ShardSet
 from samon.data.splits import Extent, part_of

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samon import rng
 from samon.data import plan
 from samon.data.classes import check_label
-from samon.data.faults import DataError, FaultCount, ImageError, SampleError
+from samon.data.corrupt import DataError, FaultCount, ImageError, SampleError
 from samon.data.shards import Record
 from samon.data.sizes import SizedTransform
 from samon.data.source import ShardSource, Source

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
-from samon.data.faults import DataError
+from samon.data.corrupt import DataError
 from samon.errors import UserError
 from samon.files import replacing
 

@@ -17,8 +17,8 @@ from samon.evals.calibration import COLUMNS, bounds, confusion, expected_calibra
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, predict, share
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
-from samon.session.model import compiled
-from samon.session.sharding import evened
+from samon.trainer.fsdp import evened
+from samon.trainer.model import compiled
 
 _log = logging.getLogger("samon")
 

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset, default_collate
 
 from samon import bars
 from samon.data.classes import check_label, check_ranks
+from samon.data.corrupt import ImageError, SampleError, from_worker
 from samon.data.decode import decode_pil, open_image
-from samon.data.faults import ImageError, SampleError, from_worker
 from samon.data.loader import SharedBatch
 from samon.data.shards import Record
 from samon.data.source import ShardSource, Source

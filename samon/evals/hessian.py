@@ -22,7 +22,7 @@ from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
 from samon.files import writing
 from samon.format import wrapped
-from samon.optim.geometry import global_norm
+from samon.geometry import global_norm
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # each call gives the same (images, label) again
 Total = Callable[[Tensor], Tensor]  # sum over the processes

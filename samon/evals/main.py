@@ -22,13 +22,13 @@ from samon.evals.model import create, model_names, test_time_pooling
 from samon.evals.results import Results, Row, markdown, result_format
 from samon.evals.shifts import SETS
 from samon.files import check_writable
-from samon.session import model as models
-from samon.session import sharding
-from samon.session.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
-from samon.session.world import World, on_primary, processes
-from samon.settings.config import Config, check_sharding, load_yaml
-from samon.settings.flag import by_key, nearest, parse_command_line
-from samon.settings.rows import VALIDATE
+from samon.trainer import fsdp as sharding
+from samon.trainer import model as models
+from samon.trainer.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
+from samon.trainer.config import Config, check_sharding, load_yaml
+from samon.trainer.distributed import World, on_primary, processes
+from samon.trainer.flag_rows import VALIDATE
+from samon.trainer.flags import by_key, nearest, parse_command_line
 
 log = logging.getLogger("samon")
 DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sharpness, feature rank."

@@ -9,8 +9,8 @@ from timm.layers import apply_test_time_pool
 from torch import nn
 
 from samon.errors import UserError
-from samon.session import model as models
-from samon.settings.config import Config
+from samon.trainer import model as models
+from samon.trainer.config import Config
 
 
 def model_names(model: str | None) -> list[str | None]:

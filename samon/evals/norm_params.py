@@ -11,7 +11,7 @@ from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
 from samon.files import writing
 from samon.format import wrapped
-from samon.optim.scope import norm_modules
+from samon.scope import norm_modules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

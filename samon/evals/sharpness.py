@@ -39,8 +39,8 @@ from samon.errors import UserError
 from samon.evals.apgd import StepSize, checkpoints
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
 from samon.evals.results import Row
-from samon.optim.geometry import global_norm, project
-from samon.optim.scope import norm_parameters
+from samon.geometry import global_norm, project
+from samon.scope import norm_parameters
 
 Part = tuple[int, Tensor, Tensor]  # number of the batch, images, label
 # (eps, want gradient) -> loss [], gradients

@@ -22,14 +22,14 @@ import yaml
 from samon.errors import UserError
 from samon.files import check_writable, write_text
 from samon.format import quantity
-from samon.optim.registry import variant_of
 from samon.plan.step import Cost, Planned, pretended
 from samon.plan.watch import KINDS
-from samon.session.model import check_name
-from samon.session.world import handled
-from samon.settings.config import Config, check
-from samon.settings.flag import by_key, kwargs
-from samon.settings.rows import TRAIN
+from samon.registry import variant_of
+from samon.trainer.config import Config, check
+from samon.trainer.distributed import handled
+from samon.trainer.flag_rows import TRAIN
+from samon.trainer.flags import by_key, kwargs
+from samon.trainer.model import check_name
 
 DEVICES: dict[str, dict[str, Any]] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
 

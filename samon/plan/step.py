@@ -18,13 +18,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
-from samon.optim.sharded import local
+from samon.engines.fsdp import average_gradients
+from samon.engines.sharded_tensors import local
 from samon.plan.watch import GRADIENTS, OPTIMIZER, PARAMETERS, Watch
-from samon.session import sharding
-from samon.session.model import autocast, create, data_config
-from samon.session.world import World
-from samon.settings.config import Config
-from samon.step.sharded import average_gradients
+from samon.trainer import fsdp as sharding
+from samon.trainer.config import Config
+from samon.trainer.distributed import World
+from samon.trainer.model import autocast, create, data_config
 
 log = logging.getLogger("samon")
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samon.optim.sharded import local
+from samon.engines.sharded_tensors import local
 
 PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST = "parameters", "gathered", "gradients", "optimizer", "activations"
 KINDS = (PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST)

@@ -10,8 +10,8 @@ from typing import Any
 
 from samon.errors import UserError
 from samon.files import write_text
-from samon.optim.registry import variant_of
-from samon.settings.config import FLAGS
+from samon.registry import variant_of
+from samon.trainer.config import FLAGS
 
 FORMAT = "samon-report 1"
 COSTS = ("cpu_seconds", "seconds", "flops")

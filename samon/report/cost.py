@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from samon.report.content import Run
-from samon.session import model as models
-from samon.settings.config import resolve
-from samon.train.build import build_optimizer
+from samon.trainer import model as models
+from samon.trainer.build import build_optimizer
+from samon.trainer.config import resolve
 
 log = logging.getLogger("samon")
 KEYS = ("model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size", "batch_size", "opt", "base_opt")

@@ -4,7 +4,7 @@ from functools import cache
 
 import yaml
 
-from samon.settings.config import RECIPES
+from samon.trainer.config import RECIPES
 
 
 @cache

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from samon.errors import UserError
 from samon.report.content import Content, Run, Score, load, name_methods, scores_of
 from samon.report.cost import add_flops
-from samon.settings.config import FLAGS
+from samon.trainer.config import FLAGS
 
 KEPT = ("train/loss", "train/loss_perturbed", "train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 POINTS = 150  # of a curve

@@ -14,8 +14,9 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
-from samon.commands import make_shards
+from samon.cli import make_shards
 from samon.data import regions
+from samon.data.corrupt import ImageError
 from samon.data.decode import (
     DECODERS,
     MAX_PIXELS,
@@ -25,10 +26,9 @@ from samon.data.decode import (
     decode_tensor,
     jitter_tensor,
 )
-from samon.data.faults import ImageError
 from samon.data.sources import open_source
 from samon.errors import UserError
-from samon.settings.rows import TRAIN as TRAIN_FLAGS
+from samon.trainer.flag_rows import TRAIN as TRAIN_FLAGS
 from tests import efficientnet_lite0
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("photographs/*/*.jpg"))

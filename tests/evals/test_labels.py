@@ -13,8 +13,8 @@ from samon.errors import UserError
 from samon.evals import accuracy, evaluation, robustness, shifts
 from samon.evals.entry import Among, Entry, Target, batches, one_label
 from samon.evals.main import main
-from samon.settings.flag import by_key
-from samon.settings.rows import VALIDATE
+from samon.trainer.flag_rows import VALIDATE
+from samon.trainer.flags import by_key
 from tests.evals.test_shifts import DATA_CONFIG, SYNSETS, Reader, colour, pack, write
 
 # Outside facts: positions in ImageNet's list of 1000 classes, and members of the published class lists.

@@ -13,7 +13,7 @@ from samon.errors import UserError
 from samon.evals import main as program
 from samon.evals.main import build, main, parse
 from samon.evals.model import create, model_names
-from samon.session.world import World
+from samon.trainer.distributed import World
 
 CPU = World(torch.device("cpu"), 0, 1)
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "20"]

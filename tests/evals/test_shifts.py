@@ -17,8 +17,8 @@ from torch import nn
 from samon.errors import UserError
 from samon.evals import accuracy, shifts
 from samon.evals.entry import Entry, Target, batches
-from samon.settings.flag import by_key
-from samon.settings.rows import VALIDATE
+from samon.trainer.flag_rows import VALIDATE
+from samon.trainer.flags import by_key
 
 SYNSETS = shifts._timm_lines("imagenet_synsets.txt")
 DATA_CONFIG = {

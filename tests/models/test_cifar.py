@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import samon.models.cifar as cifar
-from samon.optim.scope import norm_modules
+from samon.scope import norm_modules
 
 # Exact counts for 10 classes, and the millions their papers (or the usual public definitions) state.
 COUNTS = {

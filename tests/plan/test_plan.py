@@ -17,10 +17,10 @@ from samon import UserError
 from samon.plan import main as planning
 from samon.plan.step import Cost, Planned, loss, measured, pretended, update
 from samon.plan.watch import REST, Watch
-from samon.session import sharding
-from samon.session.model import create
-from samon.session.world import World
-from samon.settings.config import Config
+from samon.trainer import fsdp as sharding
+from samon.trainer.config import Config
+from samon.trainer.distributed import World
+from samon.trainer.model import create
 from tests.processes import run_ranks
 
 MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 2}, "img_size": 64}

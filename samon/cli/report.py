@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""One page of figures and tables from runs, sweeps and results of validate.py; it opens without a network.
+
+    samon-report output/train/RUN output/sweep/cifar100_resnet results.json -o report.html
+    samon-report output/tradeoff --export docs/results/cifar10/tradeoff.json      # what the page shows, as JSON
+    samon-report docs/results/cifar10/tradeoff.json -o report.html                # the page from it
+
+Each table is in the page as LaTeX and CSV, and with --tables DIR in files; --figures DIR writes the figures.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from samon.errors import require_matplotlib, run_script
+from samon.files import check_writable, write_text
+from samon.report.content import export
+from samon.report.read import gather
+from samon.report.tables import tables
+from samon.trainer.distributed import handled
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="samon-report", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, metavar="RUNS", help="directories of runs or sweeps, JSON files")
+    add("-o", "--output", type=Path, help="HTML page to write; report.html if nothing else is asked for")
+    add("--export", type=Path, help="JSON file to write, from which the same page can be made")
+    add("--tables", type=Path, help="directory for each table as .tex and .csv")
+    add("--figures", type=Path, help="directory for each figure as .pdf, and as .svg for light and dark pages")
+    add("--title", default="", help="heading of the page")
+    args = parser.parse_args(argv)
+    if args.output is None and not (args.export or args.tables or args.figures):
+        args.output = Path("report.html")
+    files = {"--output": args.output, "--export": args.export}
+    files |= {flag: path and path / "file" for flag, path in (("--tables", args.tables), ("--figures", args.figures))}
+    for flag, path in files.items():
+        if path is not None:
+            check_writable(flag, path)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    require_matplotlib()
+    from samon.report.draw import write_figures
+    from samon.report.page import render
+
+    with handled(logging.StreamHandler()):
+        content = gather(args.sources)
+    if args.export:
+        export(content, args.export)
+    if args.tables:
+        for table in tables(content):
+            write_text(args.tables / f"{table.name}.csv", table.csv())
+            write_text(args.tables / f"{table.name}.tex", table.latex())
+    if args.figures:
+        write_figures(content, args.figures)
+    if args.output:
+        title = args.title or "Results: " + ", ".join(path.resolve().name for path in args.sources)
+        words = ["samon-report", *(sys.argv[1:] if argv is None else argv)]
+        write_text(args.output, render(content, title, shlex.join(words)))
+    print("\n".join(str(path) for path in (args.output, args.export, args.tables, args.figures) if path))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,170 @@
+"""The names `<scope>[-<geometry>][-<base>]` in timm's optimizer factory. The only module that touches that factory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from itertools import product
+from typing import Any, ClassVar
+
+from timm.optim import OptimInfo, create_optimizer_v2
+from timm.optim._optim_factory import OptimizerRegistry, default_registry
+from torch import nn
+from torch.optim import Optimizer
+
+from samon.engines.ascent import Ascent
+from samon.engines.masks import KINDS, Mask
+from samon.errors import UserError, nearest, user_errors
+from samon.geometry import GEOMETRIES
+from samon.sam import SAM
+from samon.scope import SCOPES, Selection, select, select_bare
+
+BASES = {"": "sgd", "-momentum": "momentum", "-adamw": "adamw", "-lion": "lion"}
+MASKED = {"sam-random": "random", "ssam-f": "fisher", "ssam-d": "dynamic"}  # names with a mask over all parameters
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an optimizer name stands for."""
+
+    name: str
+    scope: str
+    geometry: str
+    base: str
+    mask: str | None = None
+
+    @property
+    def norms_only(self) -> bool:
+        return SCOPES[self.scope].norms_only
+
+    @property
+    def rho(self) -> float:
+        return GEOMETRIES[self.geometry].rho[self.norms_only]
+
+    @property
+    def description(self) -> str:
+        target = SCOPES[self.scope].description + ("" if self.mask is None else f" through {KINDS[self.mask]}")
+        return f"Sharpness-aware {self.base}: perturbs {target}, {GEOMETRIES[self.geometry].description}"
+
+
+def _variants() -> Iterator[Variant]:
+    for suffix, base in BASES.items():
+        for scope, geometry in product(SCOPES, GEOMETRIES):
+            yield Variant("-".join(filter(None, (scope, geometry))) + suffix, scope, geometry, base)
+        for name, mask in MASKED.items():
+            yield Variant(name + suffix, "sam", "", base, mask)
+
+
+VARIANTS: dict[str, Variant] = {v.name: v for v in _variants()}
+
+
+def variant_of(opt: str) -> Variant | None:
+    """The variant behind a timm optimizer name, timm's `lookahead_` prefix allowed; None for other optimizers."""
+    return VARIANTS.get(opt.lower().removeprefix("lookahead_"))
+
+
+def base_of(opt: str, base_opt: str | None = None) -> str:
+    """timm's name of the optimizer that applies the gradient, the same for all its aliases."""
+    variant = variant_of(opt)
+    name = opt.lower().removeprefix("lookahead_") if variant is None else (base_opt or variant.base).lower()
+    info = default_registry._optimizers.get(name)
+    return name if info is None else info.name
+
+
+def is_sam_name(opt: str) -> bool:
+    """Whether the optimizer name is one of this package's."""
+    return variant_of(opt) is not None
+
+
+class VariantSAM(SAM):
+    """The optimizer of one variant, as timm's factory calls it: with parameters, it makes the base optimizer itself.
+
+    Args:
+        selection: made from the model by the wrapped factory; without it `params` are bare.
+        base_kwargs: for the base optimizer; timm drops those its base does not know (eps, betas, momentum).
+
+    Raises:
+        UserError: naming the argument that does not fit, or why timm cannot make the base optimizer here.
+    """
+
+    variant: ClassVar[Variant]
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        rho: float | None = None,
+        eta: float | None = None,
+        base_opt: str | None = None,
+        perturb: str | None = None,
+        sparsity: float | None = None,
+        mask_every: int = 100,
+        ascent: str = "batch",
+        gsam_alpha: float = 0.0,
+        esam_beta: float = 1.0,
+        selection: Selection | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        variant = self.variant
+        base_opt = base_opt or variant.base
+        if variant_of(base_opt) is not None:
+            raise UserError(
+                f"base_opt={base_opt!r} is itself sharpness-aware; name a plain timm optimizer such as 'sgd'"
+            )
+        if sparsity is not None and variant.mask is None:
+            raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
+        if selection is None:
+            params = list(params)
+        with user_errors(f"base_opt={base_opt!r}"):
+            base = create_optimizer_v2(params, base_opt, **base_kwargs)
+        if selection is None:
+            selection = select_bare(base.param_groups, variant.scope, perturb)
+            if GEOMETRIES[variant.geometry].by_kind and not all("param_names" in g for g in base.param_groups):
+                raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
+        share = 0.5 if sparsity is None else sparsity
+        super().__init__(
+            base,
+            selection,
+            rho=variant.rho if rho is None else rho,
+            geometry=variant.geometry,
+            eta=eta,
+            mask=None if variant.mask is None else Mask(variant.mask, share, mask_every),
+            ascent=Ascent(ascent, gsam_alpha),
+            esam_beta=esam_beta,
+        )
+
+
+def _class_of(variant: Variant) -> type[VariantSAM]:
+    about = {"variant": variant, "__doc__": variant.description, "__module__": __name__}
+    return type(variant.name, (VariantSAM,), about)
+
+
+CLASSES = {name: _class_of(variant) for name, variant in VARIANTS.items()}
+globals().update(CLASSES)  # pickle looks a class up by its name in its module
+
+
+def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """timm hands an optimizer only parameter groups; for our names the model's selection is made first."""
+
+    @wraps(create)
+    def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
+        variant, known = variant_of(opt), default_registry._optimizers
+        plain = opt.lower().removeprefix("lookahead_")
+        if variant is None and plain.rpartition("_")[2] not in known:
+            raise UserError(f"optimizer {opt!r} not found in registry{nearest(plain, known)}")
+        if variant is not None and isinstance(model_or_params, nn.Module):
+            kwargs["selection"] = select(model_or_params, variant.scope, kwargs.get("perturb"))
+        return create(model_or_params, opt, *args, **kwargs)
+
+    return create_optimizer
+
+
+def register(registry: OptimizerRegistry = default_registry) -> None:
+    """Add our names to timm's registry. Importing samon does it, once."""
+    if "samon" in registry._optimizers:
+        return
+    for variant in VARIANTS.values():
+        # All arguments pass through: the base optimizer, which base_opt may change, drops what it does not know.
+        made = CLASSES[variant.name]
+        info = OptimInfo(variant.name, made, variant.description, has_eps=True, has_momentum=True, has_betas=True)
+        registry.register(info)
+    registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

@@ -1,0 +1,283 @@
+"""Which parameters are perturbed: by the type of the module that owns them, never by name."""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from timm import layers
+from timm.layers.grn import GlobalResponseNorm
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from samon.engines.sharded_tensors import refuse_flat
+from samon.errors import UserError
+
+Named = dict[str, Parameter]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which parameters are perturbed.
+
+    Attributes:
+        label: its column in the paper's Table 1.
+        choose: those of a model by qualified name, from (all of them, those of normalization layers).
+        norms_only: no others than normalization parameters: few enough for a copy for each group of samples, and whole
+            on every process where the rest is sharded.
+    """
+
+    label: str
+    description: str
+    choose: Callable[[Named, Named], Named]
+    norms_only: bool = False
+
+
+def _others(everything: Named, norms: Named) -> Named:
+    norm_ids = {id(p) for p in norms.values()}
+    return {name: p for name, p in everything.items() if id(p) not in norm_ids}
+
+
+SCOPES = {
+    "sam": Scope("all", "all parameters", lambda everything, norms: everything),
+    "samon": Scope("ON", "only normalization parameters (SAM-ON)", lambda everything, norms: norms, norms_only=True),
+    "samnn": Scope("no-norm", "all but normalization parameters (no-norm)", _others),
+}
+
+# timm's normalization layers that differ from the torch class they derive from, or derive from none.
+_TIMM: dict[int | None, str] = {
+    -1: "RmsNorm RmsNormFp32 SimpleNorm SimpleNormFp32",
+    1: "LayerNorm2d LayerNorm2dFp32 LayerNormExp2d LayerNormAct2d LayerNormAct2dFp32 RmsNorm2d RmsNorm2dFp32 "
+    "SimpleNorm2d SimpleNorm2dFp32",
+    None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
+    "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
+}
+# Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1, and the first dimension they run along;
+# None where one module cannot carry several gammas (see step/groups.py). Not every timm exports all of its own.
+# Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
+NORM_TYPES: dict[type[nn.Module], int | None] = {
+    _BatchNorm: 1,
+    nn.SyncBatchNorm: None,
+    nn.GroupNorm: 1,
+    _InstanceNorm: 1,
+    nn.LayerNorm: -1,
+    nn.RMSNorm: -1,
+    **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
+}
+BUILT_IN = frozenset(NORM_TYPES)
+NOT_NORMS: tuple[type[nn.Module], ...] = (GlobalResponseNorm,)  # "norm" by name alone
+
+
+def register_norm(cls: type[nn.Module], dim: int | None) -> None:
+    """Make a class of your own a normalization layer: the parameters that its modules own themselves are gamma and
+    beta. Register it before the optimizer is created.
+
+    Args:
+        cls: the class; subclasses follow it.
+        dim: the first dimension of the input that the parameters run along: 1 for channels first ([B, C, ...]), -1 for
+            the last ones ([B, ..., C]). None where `groups` of `samon.two_pass` cannot be used: samples of a batch
+            influence each other (batch statistics), or the output is not `normalized(x) * weight + bias` with
+            parameters of these names. The first step with `groups` checks it.
+
+    Raises:
+        UserError: `cls` is not a class of modules, or `dim` is something else.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(f"register_norm takes a class of modules such as LlamaRMSNorm, got {cls!r}")
+    if dim not in (1, -1, None):
+        raise UserError(f"dim must be 1 (channels first), -1 (last) or None (no groups), got {dim!r}")
+    NORM_TYPES[cls] = dim
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every normalization module of the model by qualified name, affine or not."""
+    return _unique((name, m) for name, m in named_modules(model) if is_norm(m))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module's class, or one that it derives from, is known as a normalization layer."""
+    return not NORM_TYPES.keys().isdisjoint(type(module).__mro__)
+
+
+def affine_dim(module: nn.Module) -> int | None:
+    """NORM_TYPES's entry for the closest class of this normalization module."""
+    return NORM_TYPES[_closest(module)]
+
+
+def _closest(module: nn.Module) -> type[nn.Module]:
+    return next(t for t in type(module).__mro__ if t in NORM_TYPES)
+
+
+def norm_parameters(model: nn.Module) -> dict[str, Parameter]:
+    """The affine normalization parameters by qualified name; shared ones once, under their first name."""
+    seen: dict[Parameter, str] = {}
+    for prefix, module in norm_modules(model).items():
+        # FRN and EvoNorm own further parameters, which are not affine.
+        names = ("weight", "bias") if _closest(module) in BUILT_IN else module._parameters
+        for name in names:
+            if isinstance(parameter := getattr(module, name, None), Parameter):
+                seen.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in seen.items()}
+
+
+def unknown_norms(model: nn.Module) -> list[str]:
+    """Names of the classes of the model that look like normalization layers and are not known as such."""
+    return sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)})
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Whether the class is not known as a normalization layer, but has "norm" in its name and 1-D parameters."""
+    if "norm" not in type(module).__name__.lower() or is_norm(module) or isinstance(module, NOT_NORMS):
+        return False
+    return any(p.dim() == 1 for p in module.parameters(recurse=False))
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper (DDP, DataParallel, torch.compile) holds its model; None for other modules."""
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "module"
+    return "_orig_mod" if isinstance(module, torch._dynamo.OptimizedModule) else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The bare model inside DistributedDataParallel and torch.compile wrappers."""
+    attribute = _wrapped(model)
+    return model if attribute is None else unwrap(getattr(model, attribute))
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` by the names in the bare model: without those that wrappers add, around any part."""
+    names, hidden = {"": ""}, set[str]()
+    for path, module in model.named_modules():
+        parent, _, attribute = path.rpartition(".")
+        names[path] = names[parent] if path in hidden else f"{names[parent]}.{attribute}".lstrip(".")
+        if (held := _wrapped(module)) is not None:
+            hidden.add(f"{path}.{held}".lstrip("."))
+        yield names[path], module
+
+
+def named_parameters(model: nn.Module) -> Named:
+    """Parameters by their names in the bare model; shared ones once, under their first name."""
+    seen: dict[Parameter, str] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            seen.setdefault(parameter, f"{prefix}.{name}".lstrip("."))
+    return _unique((name, parameter) for parameter, name in seen.items())
+
+
+def _unique(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Raises:
+    UserError: a name stands for two things, of which a dictionary would drop one.
+    """
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UserError(f"{name!r} names two parameters or layers; rename one, since perturbations go by name")
+        found[name] = value
+    return found
+
+
+@dataclass
+class Selection:
+    """The perturbed parameters by qualified name, and how they were chosen. Frozen ones are among them: what is
+    perturbed is decided anew at every step, by `requires_grad`."""
+
+    scope: str
+    parameters: dict[str, Parameter]
+    perturb: str | None = None
+    model: nn.Module | None = field(default=None, repr=False)
+    narrowed: bool = False  # `perturb` leaves out a part of the scope, so only some layers are perturbed
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are trainable now."""
+        return [name for name, p in self.parameters.items() if p.requires_grad]
+
+    def summary(self) -> str:
+        """Log text: how much of the model is perturbed, and in which types of layer."""
+        perturbed = [self.parameters[name] for name in self.names]
+        count = sum(p.numel() for p in perturbed)
+        line = f"{self.scope} perturbs {count:,} parameters in {len(perturbed)} tensors"
+        if self.model is None:
+            return line
+        total = sum(p.numel() for p in self.model.parameters())
+        tensors, numbers = Counter[str](), Counter[str]()
+        modules = reversed(list(self.model.modules()))  # a shared parameter counts where it is met first
+        kinds = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
+        for parameter in perturbed:
+            tensors[kinds[id(parameter)]] += 1
+            numbers[kinds[id(parameter)]] += parameter.numel()
+        rows = [f"  {kind}: {numbers[kind]:,} in {tensors[kind]} tensors" for kind, _ in numbers.most_common()]
+        return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
+
+
+def model_name(model: nn.Module) -> str:
+    """The timm architecture where there is one, else the class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") or type(model).__name__
+
+
+def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selection:
+    """The parameters of `scope` whose qualified name matches the regular expression `perturb`.
+
+    Raises:
+        UserError: none of them is trainable, or `perturb` is not a regular expression.
+    """
+    model = unwrap(model)
+    refuse_flat(model.parameters())
+    everything, norms = named_parameters(model), norm_parameters(model)
+    candidates = SCOPES[scope].choose(everything, norms)
+    unknown = ", ".join(unknown_norms(model)) if scope != "sam" else ""
+    advice = (
+        f"not known as normalization layers, though their names say so: {unknown}; add each by "
+        "samon.register_norm(cls, dim=...) before the optimizer is created"
+    )
+    if not any(p.requires_grad for p in candidates.values()):
+        found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
+        raise UserError(
+            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope].description}; "
+            f"normalization layers found: {', '.join(found)}); take a scope that has some (sam perturbs all "
+            f"parameters), unfreeze them, or choose another model{'; ' + advice if unknown else ''}"
+        )
+    if unknown:
+        warnings.warn(f"{scope}: {model_name(model)} has layers that are {advice}", stacklevel=4)
+    return _narrowed(candidates, scope, perturb, model)
+
+
+def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
+    """Scope `sam` over an optimizer's own parameter groups, when no model is at hand."""
+    if scope != "sam":
+        raise UserError(
+            f"{scope} must know which parameters belong to normalization layers, but was given bare parameters; "
+            f"create it from the model: timm.optim.create_optimizer_v2(model, '{scope}', ...)"
+        )
+    names = [
+        group.get("param_names") or [f"group{i}.{j}" for j in range(len(group["params"]))]
+        for i, group in enumerate(param_groups)
+    ]
+    parameters = [p for group in param_groups for p in group["params"]]
+    refuse_flat(parameters)
+    return _narrowed(_unique(zip(chain.from_iterable(names), parameters, strict=True)), scope, perturb)
+
+
+def _narrowed(candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None) -> Selection:
+    """Those whose name the regular expression is found in; without one, all."""
+    try:
+        chosen = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
+    except re.error as e:
+        raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
+    if not any(p.requires_grad for p in chosen.values()):
+        where = "the parameter groups" if model is None else model_name(model)
+        trainable = [name for name, p in candidates.items() if p.requires_grad]
+        raise UserError(
+            f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters of scope {scope} in "
+            f"{where}; the first of them is {next(iter(trainable), None)!r}"
+        )
+    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(candidates))

@@ -1,7 +1,0 @@
-"""`python -m samon.train`: train.py where there is no checkout."""
-
-from samon.errors import run_script
-from samon.train.main import main
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,7 +1,0 @@
-"""`python -m samon.validate`, `torchrun -m samon.validate`: validate.py where there is no checkout."""
-
-from samon.errors import run_script
-from samon.evals.main import main
-
-if __name__ == "__main__":
-    run_script(main)

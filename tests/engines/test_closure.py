@@ -1,0 +1,327 @@
+"""`step(closure)`, however the closure treats gradients: the gradient of the naive float64 loop, or refused.
+
+Tolerance 1e-9 relative: float64 sums in another order."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+import samon
+from samon import UserError
+from samon.scope import select
+from tests import reference
+from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+
+RHO = 0.3
+UNCLEARED = r"gradients that the closure does not clear.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
+NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
+
+
+def make(name: str = "samon", net: Callable[[], nn.Module] = LayerNormNet, **how: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = randomized(net())
+    how = {"base_opt": "momentum", "momentum": 0.0} | how
+    return model, create_optimizer_v2(model, name, lr=0.1, weight_decay=0.0, rho=RHO, **how)
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Tensor:
+    x, y = batch(seed=step)
+    return F.cross_entropy(model(x), y)
+
+
+def assert_gradient_at_w_plus_eps(model: nn.Module, start: nn.Module, name: str, losses: list[int]) -> None:
+    """`.grad` is the naive loop's, of the mean over these batches, for weights as in `start`."""
+    scope, _, geometry = name.partition("-")
+    forwards = [lambda step=step: loss_of(start, step) for step in losses]
+    _, expected = reference.sam_gradient(start, forwards, reference.scope_names(start, scope), geometry, RHO)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-9, atol=1e-12, msg=n)
+
+
+def zero_in_place(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.detach_()
+            p.grad.zero_()
+
+
+def drop(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+CLEARING: dict[str, Callable[[nn.Module, Any], None]] = {
+    "optimizer": lambda model, opt: opt.zero_grad(),
+    "optimizer in place": lambda model, opt: opt.zero_grad(set_to_none=False),
+    "model": lambda model, opt: model.zero_grad(),
+    "model in place": lambda model, opt: model.zero_grad(set_to_none=False),
+    "by hand": lambda model, opt: drop(model),
+    "by hand in place": lambda model, opt: zero_in_place(model),
+}
+
+
+@pytest.mark.parametrize("where", ["in the closure", "before step"])
+@pytest.mark.parametrize("way", CLEARING)
+@pytest.mark.parametrize("name", ["sam", "samon-fisher", "samnn-layerl2"])
+def test_gradients_are_cleared_in_any_way_and_anywhere(name: str, way: str, where: str) -> None:
+    model, opt = make(name)
+    for step in range(3):  # the first without gradients on entry
+        start = copy.deepcopy(model)
+
+        def closure(step: int = step) -> Tensor:
+            if where == "in the closure":
+                CLEARING[way](model, opt)
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        if where == "before step":
+            CLEARING[way](model, opt)
+        loss = opt.step(closure)
+        assert_gradient_at_w_plus_eps(model, start, name, [step])
+        assert loss.item() == pytest.approx(loss_of(start, step).item(), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_micro_batches_inside_the_closure(create_graph: bool) -> None:
+    """One perturbation for all; `create_graph` makes autograd replace `.grad` where else it adds in place. A gradient
+    that is taken before the gradients are cleared, without being accumulated, is none of the closure's business."""
+    model, opt = make()
+    for _ in range(2):
+        start = copy.deepcopy(model)
+
+        def closure() -> None:
+            torch.autograd.grad(loss_of(model), list(model.parameters()))
+            opt.zero_grad()
+            for step in (1, 2):
+                (loss_of(model, step) / 2).backward(create_graph=create_graph)
+
+        opt.step(closure)
+        assert_gradient_at_w_plus_eps(model, start, "samon", [1, 2])
+        for p in model.parameters():
+            p.grad = p.grad.detach()
+
+
+def test_gradients_that_are_written_by_hand_count() -> None:
+    model, opt = make()
+    for _ in range(2):
+        start = copy.deepcopy(model)
+
+        def closure() -> None:
+            for p, grad in zip(
+                model.parameters(), torch.autograd.grad(loss_of(model), list(model.parameters())), strict=True
+            ):
+                p.grad = grad
+
+        opt.step(closure)
+        assert_gradient_at_w_plus_eps(model, start, "samon", [0])
+
+
+def backward(model: nn.Module, step: int = 0, **how: Any) -> None:
+    loss_of(model, step).backward(**how)
+
+
+def clear_head(model: nn.Module) -> None:
+    model.head.zero_grad()
+    backward(model)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("source", ["batch", "previous", "momentum", "friendly", "every:2", "adaptive"])
+@pytest.mark.parametrize(
+    ("closure", "text"),
+    [
+        (backward, UNCLEARED),  # davda54's README, and a trainer that accumulates
+        (lambda model: backward(model, create_graph=True), UNCLEARED),
+        (lambda model: [backward(model, step) for step in range(2)], UNCLEARED),
+        (clear_head, UNCLEARED),
+        (lambda model: None, UNCLEARED),
+        (lambda model: model.zero_grad(), NO_GRADIENT),
+        (lambda model: model.zero_grad(set_to_none=False), NO_GRADIENT),
+        (lambda model: (backward(model), model.zero_grad()), UNCLEARED),
+    ],
+)
+def test_gradients_that_are_not_this_closures_alone_are_refused(closure: Any, text: str, source: str) -> None:
+    model, opt = make(ascent=source)
+    before = copy.deepcopy(model.state_dict())
+    backward(model)
+    with pytest.raises(UserError, match=text):
+        opt.step(lambda: closure(model))
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+def test_a_closure_that_leaves_no_gradient_is_refused() -> None:
+    model, opt = make()
+    for closure in (lambda: loss_of(model), lambda: (backward(model), opt.zero_grad())):
+        with pytest.raises(UserError, match=NO_GRADIENT):
+            opt.step(closure)
+
+
+@pytest.mark.parametrize("source", ["batch", "previous"])
+@pytest.mark.parametrize("how", ["closure", "two_pass"])
+def test_parameters_exchanged_after_creation_are_named(how: str, source: str) -> None:
+    model, opt = make(ascent=source)
+    for norm in model.norms:
+        norm.weight, norm.bias = (nn.Parameter(p.detach().clone()) for p in (norm.weight, norm.bias))
+    with pytest.raises(UserError, match=r"no parameter that samon perturbs.*create the optimizer after"):
+        opt.step(lambda: backward(model)) if how == "closure" else samon.two_pass(opt, lambda: loss_of(model))
+
+
+SOURCES = ("batch", "previous", "momentum", "friendly", "every:3", "adaptive")
+
+
+@pytest.mark.parametrize("gsam_alpha", [0.0, 0.4])
+@pytest.mark.parametrize("source", SOURCES)
+def test_after_two_pass_a_closure_without_gradients_changes_nothing(source: str, gsam_alpha: float) -> None:
+    """Lightning's manual optimization passes one that does nothing, Lightning's precision plugins one that clips."""
+    if gsam_alpha and source not in ("batch", "friendly"):
+        pytest.skip("gsam_alpha needs an ascent pass at every update")
+    model, opt = make(net=BatchNormNet, base_opt="adamw", ascent=source, gsam_alpha=gsam_alpha)
+    twin, other = make(net=BatchNormNet, base_opt="adamw", ascent=source, gsam_alpha=gsam_alpha)
+    for step in range(5):
+        calls: list[int] = []
+        for one, optimizer in ((model, opt), (twin, other)):
+            optimizer.zero_grad()
+            samon.two_pass(optimizer, lambda one=one, step=step: loss_of(one, step))
+        stats = dict(opt.stats)
+        assert opt.step(lambda calls=calls: calls.append(1) or "result") == "result"
+        other.step()
+        assert calls == [1]
+        assert opt.stats == stats
+        assert opt.ascent.updates == other.ascent.updates
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_closure_that_adds_to_what_two_pass_has_left_is_refused() -> None:
+    model, opt = make()
+    samon.two_pass(opt, lambda: loss_of(model))
+    with pytest.raises(UserError, match=UNCLEARED):
+        opt.step(lambda: backward(model))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_skipped_two_pass_leaves_nothing_behind(source: str) -> None:
+    """An update that was skipped, or a perturbation for a look at the loss, before a closure of the usual kind."""
+    net = LayerNormNet if source in ("previous", "momentum") else BatchNormNet
+    model, opt = make(net=net, ascent=source, momentum=0.9)
+    twin, other = make(net=net, ascent=source, momentum=0.9)
+    for step in range(5):
+        state = copy.deepcopy(model.state_dict())
+        samon.two_pass(opt, lambda: loss_of(model, 9))
+        opt.zero_grad()
+        with opt.perturbed([torch.ones_like(p) for p in opt.perturbed_parameters().values()]):
+            loss_of(model)
+        model.load_state_dict(state)  # running statistics
+        for one, optimizer in ((model, opt), (twin, other)):
+            optimizer.step(lambda one=one, o=optimizer, step=step: (o.zero_grad(), backward(one, step)))
+    for (n, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=n)
+    assert opt.ascent.updates == other.ascent.updates
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_plainly_with_a_trainers_empty_closure(cleared: bool) -> None:
+    """A plain step on purpose in a trainer that always passes a closure."""
+    model, opt = make()
+    backward(model)
+    start, grads = copy.deepcopy(model), [p.grad.clone() for p in model.parameters()]
+    opt.plainly()
+    opt.step(lambda: None)
+    for p, q, grad in zip(model.parameters(), start.parameters(), grads, strict=True):
+        torch.testing.assert_close(p, q - 0.1 * grad)
+    with pytest.raises(UserError, match=NO_GRADIENT if cleared else UNCLEARED):  # this step alone
+        opt.step(lambda: opt.zero_grad() if cleared else None)
+
+
+@pytest.mark.parametrize("name", ["sam", "samon", "samnn"])
+@pytest.mark.parametrize("how", ["closure", "perturbed", "two_pass", "previous"])
+def test_autocast_around_the_step_is_autocast_inside(name: str, how: str) -> None:
+    """Its cached bfloat16 copies are of the weights where they were when they were made."""
+
+    def run(outside: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet()).float()
+        ascent = "previous" if how == "previous" else "batch"
+        opt = create_optimizer_v2(model, name, lr=0.1, rho=2.0, ascent=ascent)
+        x, y = (t.float() if t.is_floating_point() else t for t in batch())
+
+        def loss() -> Tensor:
+            with nullcontext() if outside else torch.autocast("cpu", torch.bfloat16):
+                return F.cross_entropy(model(x).float(), y)
+
+        def closure() -> None:
+            opt.zero_grad()
+            loss().backward()
+
+        with torch.autocast("cpu", torch.bfloat16) if outside else nullcontext():
+            for _ in range(2):
+                if how in ("closure", "previous"):
+                    opt.step(closure)
+                elif how == "two_pass":
+                    opt.zero_grad()
+                    samon.two_pass(opt, loss)
+                    opt.step()
+                else:
+                    closure()
+                    with opt.perturbed([p.grad for p in opt.perturbed_parameters().values()]):
+                        closure()
+                    opt.step()
+        return model
+
+    for p, q in zip(run(True).parameters(), run(False).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_esam_draws_in_perturbed_too() -> None:
+    model, opt = make(esam_beta=0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with opt.perturbed({n: torch.ones_like(p) for n, p in opt.perturbed_parameters().items()}):
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert 0 < len(moved) < len(opt.perturbed_parameters())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_nothing_is_read_on_the_host_where_the_closure_clears(set_to_none: bool) -> None:
+    """Old gradients that are cleared are not looked into: on fake tensors any read would raise."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        model = LayerNormNet()
+        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+        x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+
+        def closure() -> None:
+            opt.zero_grad(set_to_none)
+            F.cross_entropy(model(x), y).backward()
+
+        opt.step(closure)
+        opt.step(closure)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            opt.step(lambda: F.cross_entropy(model(x), y).backward())
+
+
+def test_gradients_for_another_optimizer_are_those_at_w_plus_eps() -> None:
+    """The closure clears the gradients of one optimizer; those of the other are cleared outside."""
+    torch.manual_seed(0)
+    model = randomized(LayerNormNet())
+    start = copy.deepcopy(model)
+    named = dict(model.named_parameters())
+    norms = [p for n, p in named.items() if n.startswith("norms.")]
+    opt = samon.SAM(torch.optim.SGD(norms, lr=0.1), select(model, "samon"), rho=RHO)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert_gradient_at_w_plus_eps(model, start, "samon", [0])

@@ -1,0 +1,181 @@
+"""Eq. 5 and Table 9 against entry-by-entry formulas, and the ball's invariants.
+
+Tolerance 1e-12: float64, sums of some hundred terms.
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from samon.geometry import GEOMETRIES, Geometry, ascend, global_norm, project
+from samon.registry import Variant
+from tests import reference
+
+NAMES = ("conv.weight", "bn.weight", "bn.bias")
+IS_WEIGHT = [n.endswith("weight") for n in NAMES]
+RHO = 0.7
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def vectors() -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(0)
+    shapes = [(4, 3, 2, 2), (4,), (4,)]
+    return [torch.randn(s, dtype=torch.float64) for s in shapes], [torch.randn(s, dtype=torch.float64) for s in shapes]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_against_reference(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    eps, _ = ascend(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
+    named = [dict(zip(NAMES, tensors, strict=True)) for tensors in (weights, grads)]
+    expected = reference.perturbation(geometry, *named, RHO)
+    for name, e in zip(NAMES, eps, strict=True):
+        torch.testing.assert_close(e, expected[name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
+    """||T^-1 eps||_p = rho."""
+    weights, grads = vectors
+    row = GEOMETRIES[geometry]
+    eps, _ = ascend(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
+    ones = [torch.ones_like(w) for w in weights]
+    t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
+    radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
+    assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
+    # ... and is the best point of it: no random other point raises the linearised loss more.
+    gain = sum(float((e * g).sum()) for e, g in zip(eps, grads, strict=True))
+    for _ in range(50):
+        other = [torch.randn_like(w) for w in weights]
+        factor = RHO / global_norm(other, row.p)
+        assert gain >= sum(float((factor * a * o * g).sum()) for a, o, g in zip(t, other, grads, strict=True))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_groups_are_independent_vectors(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    stacked = [torch.stack([g, 3 * g.flip(0), g.square()]) for g in grads]
+    eta = GEOMETRIES[geometry].eta
+    eps, norm = ascend(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True)
+    assert norm.shape == (3,)
+    for i in range(3):
+        single, one = ascend(geometry, weights, [g[i] for g in stacked], RHO, eta, IS_WEIGHT)
+        torch.testing.assert_close(norm[i], one, rtol=1e-12, atol=0)
+        for e, s in zip(eps, single, strict=True):
+            torch.testing.assert_close(e[i], s, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_zero_gradients_and_zero_radius_do_not_move(geometry: str, vectors) -> None:
+    weights, grads = vectors
+    zeros = [torch.zeros_like(g) for g in grads]
+    for g, rho in ((zeros, RHO), (grads, 0.0)):
+        eps, _ = ascend(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT)
+        assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])  # their squares are still float32 numbers
+def test_radius_does_not_depend_on_the_size_of_the_gradient(size: float) -> None:
+    eps, _ = ascend("", [torch.ones(4)], [torch.full((4,), size)], 0.1)
+    assert math.isclose(global_norm(eps).item(), 0.1, rel_tol=1e-5)
+
+
+def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:
+    weights, grads = vectors
+    weights[2].zero_()
+    eps, _ = ascend("layerl2", weights, grads, RHO)
+    assert torch.equal(eps[2], torch.zeros_like(eps[2]))
+    assert eps[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_projection(p: float, vectors) -> None:
+    weights, deltas = vectors
+    t = [w.abs() for w in weights]
+    t[1][0] = 0
+    inside = project(deltas, t, 0.05, p)
+    scaled = [torch.where(a > 0, d / a, 0) for d, a in zip(inside, t, strict=True)]
+    assert global_norm(scaled, p).item() <= 0.05 * (1 + 1e-12)
+    assert inside[1][0] == 0
+    for again, once in zip(project(inside, t, 0.05, p), inside, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
+    for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
+        assert torch.equal(far, torch.where(a > 0, d, 0))
+
+
+def test_a_new_row_is_ascended(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, grads = vectors
+    rho = (0.2, 0.1)
+    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "linf", "l_inf ball, T = 1", rho))
+    eps, _ = ascend("linf", weights, grads, RHO)
+    assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
+    twice = Geometry(
+        2, 0.5, "twice", "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w]
+    )
+    monkeypatch.setitem(GEOMETRIES, "twice", twice)
+    doubled, norm = ascend("twice", weights, grads, RHO, twice.eta)
+    single, one = ascend("", weights, grads, RHO)
+    assert norm == 2 * one
+    for a, b in zip(doubled, single, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
+    assert Variant("samon-twice", "samon", "twice", "sgd").rho == 0.1
+    assert Variant("sam-twice", "sam", "twice", "sgd").rho == 0.2
+
+
+def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:
+    """Names, flags, steps and tables of sweeps: nothing else has to be said. A row each is written into a copy."""
+    biases = 'lambda every, norms: {n: p for n, p in every.items() if n.endswith("bias")}'
+    rows = {
+        "geometry": ("GEOMETRIES: dict[str, Geometry] = {", '"linf": Geometry(math.inf, 0, "l inf", "", (0.25, 0.5)),'),
+        "scope": ("SCOPES = {", f'"sambias": Scope("biases", "biases", {biases}),'),
+    }
+    shutil.copytree(ROOT / "samon", tmp_path / "samon")
+    for file, (table, row) in rows.items():
+        path = tmp_path / f"samon/{file}.py"
+        text = path.read_text()
+        assert text.count(table) == 1
+        path.write_text(text.replace(table, table + row))
+    code = """
+import timm, torch, samon
+from samon.cli.tables import Cell, markdown
+from samon.trainer.config import parse
+parse(["--data-dir", "data", "--opt", "sambias-linf-adamw"])
+model = timm.create_model("test_vit", num_classes=3).double()
+opt = timm.optim.create_optimizer_v2(model, "sambias-linf-adamw", lr=0.0)
+biases = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("bias")}
+assert opt.perturbed_parameters().keys() == biases.keys() and opt.rho == 0.25 and not opt.can_group
+x, y = torch.randn(4, 3, 160, 160, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+seen = {}
+def forward():
+    seen.update({n: p.detach() - biases[n] for n, p in model.named_parameters() if n in biases})
+    return torch.nn.functional.cross_entropy(model(x), y)
+samon.two_pass(opt, forward)
+moved = torch.cat([d.flatten() for d in seen.values()]).abs()
+assert ((moved - 0.25).abs() < 1e-12).float().mean() > 0.9, moved
+print(markdown([Cell("sambias-linf-adamw", 0.25, [1.0]), Cell("sam", 0.1, [2.0])], {}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| variant | biases | all |" in done.stdout
+    assert "| l inf (adamw) | 1.00 (rho 0.25) |  |" in done.stdout
+
+
+@pytest.mark.parametrize("geometry", reference.GEOMETRIES)
+def test_complex_entries_have_a_modulus_and_a_direction(geometry: str) -> None:
+    """The first-order gain over ||T^-1 eps||_p <= rho is the largest: rho ||T g||_q, with T and norms of moduli."""
+    torch.manual_seed(0)
+    w, g = (torch.randn(7, dtype=torch.complex128) for _ in range(2))
+    row, eta, rho = GEOMETRIES[geometry], reference.ETA[geometry], 0.3
+    (eps,), _ = ascend(geometry, [w], [g], rho, eta, [True])
+    t = reference.scale(geometry, "weight", w.abs(), g.abs(), eta) if geometry != "layerl2" else w.norm().expand(7)
+    dual = 1 if row.p == math.inf else 2
+    gain = (eps.conj() * g).real.sum()
+    torch.testing.assert_close(gain, rho * torch.linalg.vector_norm(t * g.abs(), dual))
+    torch.testing.assert_close(torch.linalg.vector_norm(eps / t, row.p), torch.tensor(rho, dtype=torch.float64))

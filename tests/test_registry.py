@@ -1,0 +1,167 @@
+"""timm's factory makes our optimizers, with timm's own parameter groups."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+
+import samon
+
+NAMES = [
+    "-".join(filter(None, parts))
+    for parts in itertools.product(
+        ("sam", "samon", "samnn"),
+        ("", "eleml2", "eleml2orig", "elemlinf", "layerl2", "fisher"),
+        ("", "momentum", "adamw", "lion"),
+    )
+]
+MASKED = ["-".join(filter(None, p)) for p in itertools.product(("sam-random", "ssam-f", "ssam-d"), ("", "adamw"))]
+# Middle values of the paper's Tables 7 and 8.
+RHO_ALL = {"": 0.05, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.001, "layerl2": 0.005, "fisher": 0.05}
+RHO_NORMS = {"": 0.5, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.005, "layerl2": 0.05, "fisher": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return timm.create_model("test_resnet")
+
+
+def test_all_names_are_listed_and_described() -> None:
+    assert len(NAMES) == len(set(NAMES)) == 72
+    assert set(NAMES) <= set(list_optimizers("sam*"))
+    described = dict(list_optimizers(with_description=True))
+    assert described["samon-layerl2"] == (
+        "Sharpness-aware sgd: perturbs only normalization parameters (SAM-ON), layerwise l2, T = ||tensor||_2"
+    )
+    assert len({described[n] for n in NAMES + MASKED}) == len(NAMES + MASKED)  # the description tells variants apart
+
+
+@pytest.mark.parametrize("name", NAMES + MASKED)
+def test_every_name_makes_the_right_optimizer(name: str, model) -> None:
+    opt = create_optimizer_v2(model, name, lr=0.1, weight_decay=1e-4)
+    base = {"adamw": "AdamW", "lion": "Lion"}.get(name.rpartition("-")[2], "SGD")
+    assert type(opt.base).__name__ == base
+    assert isinstance(opt, torch.optim.Optimizer)
+    scope, _, rest = name.partition("-")
+    geometry = rest.partition("-")[0] if name in NAMES else ""
+    assert opt.rho == (RHO_NORMS if scope == "samon" else RHO_ALL)[geometry if geometry in RHO_ALL else ""]
+    assert opt.scope == (name.split("-")[0] if name in NAMES else "sam")
+    if base == "SGD":
+        assert opt.defaults["nesterov"] == (not name.endswith("momentum"))
+        assert opt.defaults["momentum"] == 0.9
+
+
+def test_groups_are_timms(model) -> None:
+    for kwargs in ({"weight_decay": 0.1}, {"weight_decay": 0.1, "layer_decay": 0.7}, {"filter_bias_and_bn": False}):
+        ours = create_optimizer_v2(model, "samon-adamw", lr=0.1, **kwargs)
+        theirs = create_optimizer_v2(model, "adamw", lr=0.1, **kwargs)
+        assert ours.param_groups == theirs.param_groups
+
+
+def test_keyword_arguments_reach_their_place(model) -> None:
+    other = {"base_opt": "lamb", "betas": (0.8, 0.9), "eps": 1e-3}
+    opt = create_optimizer_v2(model, "samon-fisher", lr=0.1, rho=0.3, eta=0.2, **other)
+    assert (opt.rho, opt.eta, type(opt.base).__name__) == (0.3, 0.2, "Lamb")
+    assert (opt.defaults["betas"], opt.defaults["eps"]) == ((0.8, 0.9), 1e-3)
+    late = create_optimizer_v2(model, "samon", lr=0.1, perturb="layer4|stages.3|stages_3")
+    assert set(late.perturbed_parameters()) < set(opt.perturbed_parameters())
+    sparse = create_optimizer_v2(model, "ssam-f", lr=0.1, sparsity=0.9)
+    assert sparse.mask.sparsity == 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("samon-layrel2", "samon-layerl2"),
+        ("samon_layerl2", "samon-layerl2"),
+        ("lookahead_smaon", "samon"),
+        ("adamww", "adamw"),
+    ],
+)
+def test_misspelt_names_name_the_nearest(name: str, like: str, model) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' not found in registry; did you mean '{like}'"):
+        create_optimizer_v2(model, name, lr=0.1)
+
+
+def test_lookahead(model) -> None:
+    opt = create_optimizer_v2(model, "lookahead_samon-layerl2", lr=0.1)
+    assert samon.sam_of(opt) is opt._base_optimizer
+    assert opt.param_groups is samon.sam_of(opt).param_groups
+    assert samon.is_sam_name("lookahead_samon-layerl2")
+    assert not samon.is_sam_name("lookahead_sgd")
+
+
+def test_bare_parameters(model) -> None:
+    assert len(create_optimizer_v2(model.parameters(), "sam", lr=0.1).perturbed_parameters()) == len(
+        list(model.parameters())
+    )
+    for name in ("samon", "samnn-layerl2"):
+        with pytest.raises(ValueError, match=rf"bare parameters.*create_optimizer_v2\(model, '{name[:5]}"):
+            create_optimizer_v2(model.parameters(), name, lr=0.1)
+    with pytest.raises(ValueError, match="create it from the model"):
+        create_optimizer_v2(model.parameters(), "sam-eleml2orig", lr=0.1)
+    named = create_optimizer_v2(list(model.named_parameters()), "sam-eleml2orig", lr=0.1)
+    assert set(named.perturbed_parameters()) == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rho": -1}, "rho must be a finite number, zero or positive, got -1"),
+        ({"rho": float("nan")}, "rho must be a finite number"),
+        ({"rho": float("inf")}, "rho must be a finite number.*got inf"),
+        ({"rho": "0.1"}, "rho must be a finite number.*got '0.1'"),
+        ({"rho": True}, "rho must be a finite number.*got True"),
+        ({"eta": -0.1}, "eta must be a finite number"),
+        ({"eta": float("inf")}, "eta must be a finite number.*got inf"),
+        ({"eta": float("nan")}, "eta must be a finite number.*got nan"),
+        ({"base_opt": "adahessian"}, "Adahessian needs second derivatives.*first-order base"),
+        ({"perturb": "("}, "not a regular expression"),
+        ({"perturb": "layer9"}, "matches none"),
+        ({"sparsity": 0.5}, "samon has no mask"),
+        ({"base_opt": "sam"}, "is itself sharpness-aware"),
+    ],
+)
+def test_bad_arguments(kwargs: dict, message: str, model) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_optimizer_v2(model, "samon", lr=0.1, **kwargs)
+
+
+def test_unknown_base(model) -> None:
+    with pytest.raises(ValueError, match="nosuch"):
+        create_optimizer_v2(model, "samon", lr=0.1, base_opt="nosuch")
+
+
+@pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated
+@pytest.mark.parametrize("base", [name for name in list_optimizers() if not samon.is_sam_name(name)])
+def test_every_base_steps_or_is_refused_by_name(base: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(1))
+    model.append(torch.nn.Linear(16, 5))
+    refused = {"adahessian": "second derivatives"}
+    if base.startswith(("bnb", "fused")) and not torch.cuda.is_available():
+        refused[base] = f"base_opt='{base}': .*(CUDA|bitsandbytes|APEX)"
+    if base in refused:
+        with pytest.raises(samon.UserError, match=refused[base]):
+            create_optimizer_v2(model, "samon", lr=0.1, base_opt=base)
+        return
+    opt = create_optimizer_v2(model, "samon", lr=0.1, base_opt=base)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(4, 3, 4, 4)
+    for _ in range(2):  # adopt's first step only looks
+        opt.zero_grad()
+        samon.two_pass(opt, lambda: model(x).square().mean())
+        with torch.compiler.set_stance("force_eager"):  # kron would compile itself
+            opt.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name]) or name == "0.bias", name  # no gradient in front of BatchNorm
+
+
+def test_other_optimizers_are_untouched(model) -> None:
+    assert type(create_optimizer_v2(model, "sgd", lr=0.1)) is torch.optim.SGD
+    samon.registry.register()  # a second import registers nothing twice
+    assert type(create_optimizer_v2(model, "samon", lr=0.1).base) is torch.optim.SGD

@@ -1,0 +1,185 @@
+"""Every optimizer of timm is a base that stays itself: its state is saved, loaded and copied as it does it."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+import samon
+from samon.registry import VARIANTS
+
+BASES = [n for n in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]) if not samon.is_sam_name(n)]
+# PyTorch loads NAdam's float32 running product in the type of the weights: the plain optimizer resumes no better.
+INEXACT = {("nadam", torch.bfloat16)}
+NO_MODEL = [n for n, v in VARIANTS.items() if v.scope == "sam" and v.geometry != "eleml2orig"]
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    with torch.compiler.set_stance("force_eager"):  # kron would compile itself
+        yield
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype)
+
+
+def step(model: nn.Module, opt: torch.optim.Optimizer, t: int) -> None:
+    torch.manual_seed(t)  # kron draws from it, and so does the gradient
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape).to(p)
+    opt.step()
+
+
+def make(model: nn.Module, base: str, **how: Any) -> samon.SAM:
+    opt = create_optimizer_v2(model, "sam", lr=0.01, weight_decay=0.01, base_opt=base, **how)
+    opt._warned = True  # the gradients here are arbitrary ones
+    return opt
+
+
+def through_a_file(value: Any) -> Any:
+    torch.save(value, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    (ours, how), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    pairs = zip(ours, theirs, strict=True)
+    return how == other and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_a_saved_state_continues_bit_exactly(base: str, dtype: torch.dtype) -> None:
+    model = net(dtype)
+    opt = make(model, base)
+    for t in range(3):
+        step(model, opt, t)
+    assert opt.base.state_dict().keys() <= opt.state_dict().keys()  # kron's random state
+    content = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+    resumed, alone = net(dtype), net(dtype)
+    resumed.load_state_dict(content["model"])
+    alone.load_state_dict(content["model"])
+    again, plain = make(resumed, base), create_optimizer_v2(alone, base, lr=0.01, weight_decay=0.01)
+    again.load_state_dict(copy.deepcopy(content["opt"]))
+    plain.load_state_dict(copy.deepcopy(content["opt"]))
+    twin, twin_opt = copy.deepcopy((model, opt))
+    for t in range(3, 9):
+        for m, o in ((model, opt), (resumed, again), (alone, plain), (twin, twin_opt)):
+            step(m, o, t)
+    exact = (base, dtype) not in INEXACT
+    assert same(model.state_dict(), resumed.state_dict()) == same(opt.state_dict(), again.state_dict()) == exact
+    assert same(resumed.state_dict(), alone.state_dict())  # the base optimizer alone reads it too
+    assert same(model.state_dict(), twin.state_dict())
+
+
+def test_a_base_keeps_the_state_it_had() -> None:
+    model = net()
+    base = torch.optim.AdamW(model.parameters())
+    step(model, base, 0)
+    before = {p: dict(values) for p, values in base.state.items()}
+    opt = samon.SAM(base, samon.scope.select(model, "samon"), rho=0.05)
+    assert before
+    assert opt.state is base.state
+    assert {p: dict(values) for p, values in opt.state.items()} == before
+
+
+def test_hooks_see_the_state() -> None:
+    opt, calls = make(net(), "adamw"), []
+    opt.register_state_dict_post_hook(lambda _, state: calls.append(sorted(state)))
+    opt.register_load_state_dict_pre_hook(lambda _, state: calls.append("load"))
+    opt.load_state_dict(opt.state_dict())
+    assert calls == [["param_groups", "state"], "load"]
+
+
+@pytest.mark.parametrize("name", ["lookahead_sgd", "Lookahead_adamw"])
+def test_lookahead_goes_around(name: str) -> None:
+    """Below, it would save no state and keep the learning rate of before a load."""
+    with pytest.raises(samon.UserError, match="use lookahead_sam"):
+        make(net(), name)
+    model = net()
+    base = Lookahead(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(samon.UserError, match="Lookahead cannot be the base optimizer"):
+        samon.SAM(base, samon.scope.select(model, "samon"), rho=0.05)
+
+
+def test_a_base_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    with pytest.raises(samon.UserError, match="LBFGS evaluates the loss several times"):
+        samon.SAM(torch.optim.LBFGS(model.parameters()), samon.scope.select(model, "samon"), rho=0.05)
+
+
+# -- what timm promises of every name ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_name_is_an_optimizer_class(name: str) -> None:
+    made = get_optimizer_class(name, bind_defaults=False)
+    assert issubclass(made, torch.optim.Optimizer)
+    assert made.__name__ == name
+    model = net()
+    opt = create_optimizer_v2(model, name, lr=0.1)
+    assert type(opt) is made
+    _, twin = pickle.loads(pickle.dumps((model, opt)))
+    assert type(twin) is made
+    assert vars(copy.deepcopy(opt)).keys() == vars(opt).keys()
+
+
+Layout = Callable[[nn.Parameter, nn.Parameter], Any]
+LAYOUTS: dict[str, Layout] = {
+    "parameters": lambda weight, bias: [weight, bias],
+    "groups": lambda weight, bias: [{"params": [weight]}, {"params": [bias], "lr": 3e-3}],
+    "one": lambda weight, bias: [{"params": bias, "lr": 3e-3}],
+}
+
+
+def problem(name: str, layout: Layout) -> tuple[list[nn.Parameter], samon.SAM, Callable[[], torch.Tensor]]:
+    """(weight [10, 5] and bias [10], of which the weight is not contiguous; optimizer; closure)."""
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.randn(10, 5, 2)[..., 0]), nn.Parameter(torch.randn(10))
+    x, opt = torch.randn(5), create_optimizer_v2(layout(weight, bias), name, lr=1e-3)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = (weight.mv(x) + bias).square().sum()
+        loss.backward()
+        return loss
+
+    return [weight, bias], opt, closure
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_timms_generic_checks(name: str, layout: str) -> None:
+    """Of its optimizer tests: steps lower the loss, a loaded state goes on identically, gradients are set to None."""
+    params, opt, closure = problem(name, LAYOUTS[layout])
+    assert repr(opt)
+    start = closure()
+    for _ in range(20):
+        opt.step(closure)
+    others, again, theirs = problem(name, LAYOUTS[layout])
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    state = copy.deepcopy(opt.state_dict())
+    again.load_state_dict(state)
+    assert same(state, opt.state_dict())  # loading changes nothing in it
+    for _ in range(10):
+        opt.step(closure)
+        again.step(theirs)
+    assert same(params, others)
+    assert same(opt.state_dict(), again.state_dict())
+    assert closure() < start
+    opt.zero_grad(set_to_none=False)
+    assert not params[1].grad.any()
+    opt.zero_grad()
+    assert params[1].grad is None

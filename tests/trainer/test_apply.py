@@ -1,0 +1,218 @@
+"""The optimizer's step: skipped on the device without a read on the host, bit for bit as the host would skip it."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+import samon
+from samon.registry import VARIANTS
+from samon.trainer.apply import apply_gradient, step_if
+from samon.trainer.meter import Meter
+from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+
+
+def job(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
+    config = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False)
+    world = SimpleNamespace(device=torch.device("cpu"))
+    return SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, config=config, world=world)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "samon-momentum": {},
+    "samon-adamw": {},
+    "samon-lion": {},
+    "sam-layerl2": {"base_opt": "rmsprop"},
+    "lookahead_samon": {},
+    "adamw": {"fused": True},
+    "samon": {"base_opt": "adamw", "fused": True},
+    "samon-adamw previous": {"ascent": "previous"},
+    "samon momentum": {"ascent": "momentum"},
+    "samon friendly": {"ascent": "friendly"},
+    "sam-momentum every": {"ascent": "every:1"},
+    "samon adaptive": {"ascent": "adaptive"},
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -> None:
+    """Updates 0 and 3 have a NaN image: the masked training ends with the bits of one in which the host skips."""
+    ends = []
+    for reads in (True, False):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        how = {"lr": 0.01, "weight_decay": 0.01, **OPTIMIZERS[name]}
+        opt = create_optimizer_v2(model, name.split()[0], **how)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if scaled else None
+        run, applied = job(model, opt, scaler, clip=1.0), []
+        for t in range(6):
+            x, y = batch(8, seed=t)
+            if t in (0, 3):
+                x[0] = float("nan")
+            opt.zero_grad()
+
+            forward = partial(loss_of, model, x, y)
+            if samon.sam_of(opt) is not None:
+                samon.two_pass(opt, forward, scaler=scaler)
+            else:
+                loss = forward()
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            applied.append(bool(apply_gradient(run, reads=reads)[1]))
+        assert applied == [False, True, True, False, True, True]
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(a.isfinite().all() for a in ends[0])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+PLAIN = [n for n in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]) if not samon.is_sam_name(n)]
+
+
+@pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated
+@pytest.mark.parametrize("sharp", [False, True])
+@pytest.mark.parametrize("base", PLAIN)
+def test_a_skipped_update_leaves_no_trace(base: str, sharp: bool) -> None:
+    """Before the first one, between, and for a layer whose gradients begin later: all that is kept has the same bits
+    as if it had never been."""
+    ends = []
+    for skipped in ((), (0, 1, 3, 5)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+        opt = create_optimizer_v2(model, "sam" if sharp else base, lr=0.01, **({"base_opt": base} if sharp else {}))
+        for t in range(6):
+            for bad in [True, False] if t in skipped else [False]:
+                torch.manual_seed(t)  # kron draws from it
+                for p in model.parameters() if t > 2 else model[2].parameters():
+                    p.grad = torch.full_like(p, torch.nan) if bad else torch.randn(p.shape)
+                if sharp:
+                    opt.plainly()
+                with torch.compiler.set_stance("force_eager"):  # kron would compile itself
+                    step_if(opt, torch.tensor(not bad))
+        ends.append(tree_flatten([list(model.parameters()), opt.state_dict()]))
+    (ours, how), (theirs, other) = ends
+    assert how == other
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
+
+
+STATEFUL: dict[str, dict[str, Any]] = {
+    "ssam-f": {"mask_every": 2},
+    "ssam-d": {"mask_every": 2},
+    "sam-random": {},
+    "lookahead_ssam-f": {"mask_every": 1},
+    "lookahead_samon": {"ascent": "friendly"},
+    "samon": {"ascent": "friendly"},
+    "sam-adamw": {"gsam_alpha": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_skipped_update_leaves_no_trace_in_masks_and_ascents(name: str) -> None:
+    ends = []
+    for skipped in ((), (0, 2, 3)):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        opt = create_optimizer_v2(model, name, lr=0.01, **STATEFUL[name])
+        for t in range(6):
+            for bad in [True, False] if t in skipped else [False]:
+                x, y = batch(8, seed=t)
+                x[0] *= torch.nan if bad else 1
+                opt.zero_grad()
+                samon.two_pass(opt, partial(loss_of, model, x, y))
+                assert bool(apply_gradient(job(model, opt), reads=False)[1]) != bad
+        if samon.sam_of(opt).mask is not None:
+            assert samon.sam_of(opt).mask.step == 6 or name == "sam-random"  # where the count means nothing
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_plain_update_after_a_skipped_one_is_plain() -> None:
+    """LookSAM would add its direction to the gradient of an update that it did not make."""
+    ends = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = randomized(LayerNormNet())
+        opt = create_optimizer_v2(model, "samon", lr=0.01, ascent="every:2")
+        for t in range(2 + skip):
+            x, y = batch(8, seed=0 if t == 0 else 1)
+            opt.zero_grad()
+            if t == 0 or (skip and t == 1):
+                samon.two_pass(opt, partial(loss_of, model, x, y))
+            else:
+                opt.plainly()
+                loss_of(model, x, y).backward()
+            if not (skip and t == 1):
+                opt.step()
+        assert opt.ascent.updates == 1
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def update(name: str, **how: Any) -> Any:
+    """The second and third update on fake tensors, where any read on the host raises: whether the last was applied."""
+    groups, perturb, scope = how.pop("groups", 1), how.pop("perturb", None), how.pop("ascent", "batch")
+    ema, progress = ModelEmaV3(nn.Linear(1, 1), decay=0.9), SimpleNamespace(sums={})
+    with FakeTensorMode():
+        net = how.pop("net", LayerNormNet)
+        model = net()
+        x, y = torch.randn(8, 3, 8, 8), torch.randint(5, (8,))
+        extra: dict[str, Any] = {"perturb": perturb, "ascent": scope}
+        if "adamw" in name:  # else it reads its own step, which lies on the CPU whatever the device
+            extra |= {"fused": True}
+        opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **extra)
+        ema.module = net()  # as it would be copied: a fake tensor cannot be
+        run, meter = job(model, opt, clip=1.0), Meter(progress)
+        for step in range(3):
+            opt.zero_grad()
+            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
+            if step == 0:  # the host has looked and takes it
+                opt.step()
+                continue
+            norm, applied = apply_gradient(run, reads=False)
+            meter.add(8, {**opt.stats, "grad_norm": norm}, applied)
+            ema.update(model, step=step)
+        with pytest.raises(DataDependentOutputException):  # what the host would do
+            apply_gradient(run, reads=True)
+        return applied
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.mask is None])
+def test_no_name_reads_on_the_host(name: str) -> None:
+    assert isinstance(update(name), FakeTensor)  # not known to the host
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"groups": 4},
+        {"groups": 2, "net": BatchNormNet},
+        {"perturb": "norms.3"},
+        {"perturb": "blocks.2", "net": BatchNormNet},
+        {"ascent": "previous"},
+        {"ascent": "momentum"},
+    ],
+)
+def test_no_option_reads_on_the_host(how: dict[str, Any]) -> None:
+    assert isinstance(update("samon-layerl2-adamw", **how), FakeTensor)
+
+
+def test_updates_that_were_not_applied_are_not_in_the_mean() -> None:
+    means = []
+    for form in (bool, torch.tensor):
+        meter = Meter(SimpleNamespace(sums={}))
+        for value, applied in ((1.0, True), (float("nan"), False), (4.0, True)):
+            meter.add(10, {"loss": torch.tensor(value)}, form(applied))
+        means.append((meter.read(lambda both: None), meter.epoch_mean("loss")))
+    assert means[0] == means[1] == ({"loss": 2.5}, 2.5)

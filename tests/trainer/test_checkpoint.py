@@ -1,0 +1,153 @@
+"""A run's checkpoint brings along all that its figure depends on; checkpoints of earlier versions still serve."""
+
+import csv
+import json
+import logging
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from samon import UserError
+from samon.evals.main import main as validate
+from samon.evals.main import parse
+from samon.trainer.checkpoint import averaged, read
+from samon.trainer.main import main as train
+from tests.runs import BASE, ROOT, run
+
+OLD = Path(__file__).parent / "runs_of_format_1"  # written before training and evaluation shared their entrance
+QUIET = ["--workers", "0", "--device", "cpu"]
+
+
+def figures(*argv: str) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in validate([*argv, *QUIET])}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- the printed command --------------------------------------------------------------------------------------------
+
+RUNS = [
+    ["--opt", "samon", "--model-ema", "--model-ema-decay", "0.5"],
+    ["--opt", "samon", "--model", "resnet10t", "--gp", "max", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8"],
+    ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16", "--channels-last", "--crop-pct", "0.8"],
+    ["--opt", "sgd", "--in-chans", "3", "--mean", "0.3", "--std", "0.4", "--interpolation", "nearest"],
+]
+
+
+@pytest.mark.parametrize("args", RUNS, ids=["average", "model", "precision", "input"])
+def test_the_printed_command_reproduces_the_figure(
+    args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metrics, _ = run(tmp_path, *args, "--epochs", "2", "--lr", "0.1", "--val-num-samples", "200")
+    printed = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("Next"))
+    words = shlex.split(printed.removeprefix("Next"))
+    assert words[:3] == ["python", "validate.py", "--checkpoint"]
+    found = figures(*words[2:])
+    assert 0 <= found.pop("ece") <= 100  # which training does not compute
+    best = {key: metrics[f"eval_{key}"] for key in ("top1", "top5", "loss")}
+    if metrics["best_epoch"] != metrics["epoch"]:
+        row = rows(tmp_path / "run/summary.csv")[metrics["best_epoch"]]
+        best = {key: float(row[f"eval_{key}"]) for key in best}
+    # the loss is summed in another order; top-1 and top-5 are counts
+    assert found == {"top1": best["top1"], "top5": best["top5"], "loss": pytest.approx(best["loss"], rel=1e-4)}
+
+
+def test_the_average_is_scored_where_it_decided(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics, directory = run(tmp_path, "--opt", "samon", "--model-ema", "--model-ema-decay", "0.5", "--lr", "0.2")
+    with caplog.at_level(logging.INFO, "samon"):
+        own, raw = figures("--checkpoint", str(directory)), figures("--checkpoint", str(directory), "--no-ema")
+    assert own["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert raw["loss"] != own["loss"]
+    said = [record.getMessage() for record in caplog.records if "model_best" in record.getMessage()]
+    assert ["the averaged weights of" in line for line in said] == [True, False]
+    with pytest.raises(UserError, match="--use-ema and --no-ema exclude each other"):
+        parse(["--checkpoint", str(directory), "--use-ema", "--no-ema"])
+
+
+def test_an_average_that_was_not_validated_is_not_scored(tmp_path: Path) -> None:
+    _, directory = run(tmp_path, "--opt", "sgd", "--model-ema", "--model-ema-force-cpu")
+    content = read(directory / "last.pth.tar")
+    assert "state_dict_ema" in content
+    assert not averaged(content)
+    (job,) = parse(["--checkpoint", str(directory)])
+    assert (job.average, job.path) == (False, str(directory / "model_best.pth.tar"))
+
+
+def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
+    _, directory = run(tmp_path, "--opt", "sgd", "--amp", "--amp-dtype", "bfloat16")
+    (job,) = parse(["--checkpoint", str(directory), "--mean", "0.9", "--split", "train"])
+    assert (job.config.mean, job.config.std, job.config.split, job.config.num_classes) == ([0.9], [0.353], "train", 10)
+    assert (job.entries[0].first, job.config.amp) == (None, True)
+    assert parse(["--checkpoint", str(directory)])[0].entries[0].first == 40  # --val-num-samples of the run
+    (job,) = parse(["--checkpoint", str(directory), "--evals", "feature_rank"])
+    assert not job.config.amp  # only accuracy is measured in lower precision
+    with pytest.raises(UserError, match="are for accuracy"):
+        parse(["--checkpoint", str(directory), "--evals", "feature_rank", "--amp"])
+
+
+# --- args.yaml ------------------------------------------------------------------------------------------------------
+
+
+def test_args_yaml_says_what_ran(tmp_path: Path) -> None:
+    import yaml
+
+    args = ["--opt", "samon", "--num-classes", "10", "--lr-base", "0.3", "--perturb", "layer4|stages.3|blocks.1"]
+    argv = [word for word in BASE if word not in ("--lr", "0.05")]
+    metrics = train([*argv, "--output", str(tmp_path), "--experiment", "a", *args, "--grad-checkpointing"])
+    written = yaml.safe_load((tmp_path / "a/args.yaml").read_text())
+    assert (written["lr"], written["rho"], written["num_classes"]) == (pytest.approx(0.3 * 16 / 256), 0.5, 10)
+    assert written["no_replay"] is True
+    again = train(["-c", str(tmp_path / "a/args.yaml"), "--experiment", "b"])
+    assert again["train_loss"] == metrics["train_loss"]
+    assert read(tmp_path / "a/last.pth.tar")["args"]["lr"] == written["lr"]
+
+
+def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import samon.files
+
+    _, directory = run(tmp_path, "--opt", "sgd")
+    before = (directory / "args.yaml").read_bytes()
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samon.files.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--opt", "sgd", "--epochs", "2", "--resume", str(directory))
+    assert (directory / "args.yaml").read_bytes() == before
+
+
+# --- checkpoints of earlier versions --------------------------------------------------------------------------------
+
+
+def test_an_old_checkpoint_still_validates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by the version before: 2 epochs on 256 images, validated on the first 200 by the averaged weights."""
+    monkeypatch.chdir(ROOT)
+    last = rows(OLD / "ema/summary.csv")[-1]
+    found = figures("--checkpoint", str(OLD / "ema"))
+    # other releases of torch round differently; a figure of other weights is 11 points away
+    assert found["top1"] == pytest.approx(float(last["eval_top1"]), abs=1.0)
+    assert found["loss"] == pytest.approx(float(last["eval_loss"]), rel=1e-3)
+    drawn = ["--checkpoint", str(OLD / "ema"), "--num-samples", "200", "--crop-pct", "0.95"]
+    for flags, top1, loss in (("--no-ema", 24.5, 2.102), ("--use-ema", 13.0, 2.331)):  # what that version printed
+        found = figures(*drawn, flags)
+        assert (found["top1"], found["loss"]) == (pytest.approx(top1, abs=1.0), pytest.approx(loss, rel=1e-3))
+
+
+def test_an_old_mid_epoch_state_still_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    directory = tmp_path / "mid"
+    shutil.copytree(OLD / "mid", directory)
+    settings = ["-c", str(directory / "args.yaml"), "--output", str(tmp_path), "--experiment", "mid"]
+    metrics = json.loads(json.dumps(train([*settings, "--resume", str(directory)])))
+    whole = rows(OLD / "mid/whole_summary.csv")[-1]
+    for key in ("train_loss", "train_loss_perturbed", "eval_loss"):
+        assert metrics[key] == pytest.approx(float(whole[key]), rel=1e-4)
+    assert torch.load(directory / "last.pth.tar", weights_only=True)["progress"]["epoch"] == 1

@@ -1,0 +1,51 @@
+"""How processes find each other, and what is said while they do not."""
+
+import time
+from typing import Any
+
+import pytest
+from timm import utils
+
+from samon.errors import UserError
+from samon.trainer import distributed as world
+from samon.trainer.config import Config
+
+CONFIG = Config(device_modules=[], device="cpu")
+
+
+@pytest.fixture
+def leftover(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment that a launcher's job leaves behind."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def waits(settings: Any) -> None:
+    time.sleep(0.3)
+    raise RuntimeError("nobody came")
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_a_process_that_waits_for_others_says_so(
+    leftover: pytest.MonkeyPatch, capfd: Any, patience: float, shown: bool
+) -> None:
+    leftover.setattr(world, "PATIENCE", patience)
+    leftover.setattr(utils, "init_distributed_device", waits)
+    with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: nobody came"):
+        world.start(CONFIG)
+    said = "process 0 of 2, waiting for the others at host:29500 (unset WORLD_SIZE for a single process)"
+    assert (said in capfd.readouterr().err) is shown
+
+
+def test_slurms_variables_alone_are_no_way_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^SLURM_NTASKS=2 .* torchrun, or unset SLURM_NTASKS for a single process"):
+        world.start(CONFIG)
+
+
+def test_a_rank_that_is_no_number_is_one_line(leftover: pytest.MonkeyPatch) -> None:
+    leftover.setenv("WORLD_SIZE", "x")
+    with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: invalid literal"):
+        world.start(CONFIG)

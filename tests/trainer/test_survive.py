@@ -1,0 +1,320 @@
+"""Runs that are killed, starved of disk or diverge: real processes and real signals.
+
+`tools/check_interruptions.py` runs the whole matrix; a few of its cells are here.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samon.data import DataError
+from samon.errors import RunError, Stopped
+from samon.trainer import main as train
+from samon.trainer.build import Hooks
+from samon.trainer.checkpoint import newest, read
+from samon.trainer.state import Keeper
+from tests.disks import fill, small_disk
+from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
+from tests.sets import write_set
+from tools import check_interruptions as matrix
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the matrix forks and signals as on Linux")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def uninterrupted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """(number of processes, directory of a run that was left alone)."""
+    world = request.param
+    matrix.prepare(world)
+    directory = tmp_path_factory.mktemp("runs") / f"whole-{world}"
+    argv = [*matrix.ARGS, "--output", str(directory.parent), "--experiment", directory.name]
+    assert matrix.launch(argv, world, directory.with_suffix(".log")) == [0] * world
+    return world, directory
+
+
+@pytest.mark.parametrize(("kind", "moment"), [("term", 2), ("kill-one", 3), ("kill-all", 5), ("kill-worker", 1)])
+def test_interrupted_and_continued(kind: str, moment: int, uninterrupted: tuple[int, Path]) -> None:
+    world, whole = uninterrupted
+    directory = whole.parent / f"{kind}-{world}"
+    assert matrix.interrupted(directory, world, matrix.MOMENTS[moment], kind) == ""
+    assert matrix.same(whole, directory)
+
+
+@pytest.mark.parametrize("uninterrupted", [2], indirect=True)
+def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tuple[int, Path]) -> None:
+    """From 2 processes to 1, in mid-epoch: the epoch's other samples are seen, and the log says what differs."""
+    _, whole = uninterrupted
+    directory = whole.parent / "shrunk"
+    matrix.launch(
+        [*matrix.ARGS, "--output", str(whole.parent), "--experiment", "shrunk"],
+        2,
+        directory.with_suffix(".log"),
+        ("update", 1, 3),
+        "kill-all",
+    )
+    path, content, _ = newest(directory)
+    assert path is not None
+    assert (content["progress"]["epoch"], content["progress"]["samples"]) == (1, 64)
+    log = directory.with_suffix(".1.log")
+    argv = [*matrix.ARGS, "--output", str(whole.parent), "--experiment", "shrunk", "--resume", str(directory)]
+    assert matrix.launch(argv, 1, log) == [0]
+    assert "saved by 2 processes and continues on 1" in log.read_text()
+    assert "Train 1 [12/12]" in log.read_text()  # 192 samples in updates of 16; 4 of them were done
+    assert last(directory)["progress"]["samples"] == 192
+
+
+def test_second_signal_exits_at_once(tmp_path: Path) -> None:
+    """The first one is waiting for the update to end, which here takes a minute."""
+    code = (
+        "import sys, time\nfrom samon.errors import run_script\nfrom samon.trainer.build import Hooks\n"
+        "from samon.trainer.main import main\n"
+        "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
+        "    while time.time() < end: time.sleep(0.05)\n"
+        "run_script(lambda: main(sys.argv[1:], Hooks(updated=slow)))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_status_names_the_signal(number: int, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path, "--opt", "samon", hooks=stop_at(0, 2, number))
+    assert stop.value.status == 128 + number
+    assert str(tmp_path / "run") in str(stop.value)
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+
+def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
+    """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\nfrom samon.errors import run_script\nfrom samon.trainer.build import Hooks\n"
+        "from samon.trainer.main import main\n"
+        "def updated(run, p, perturbed):\n"
+        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "    if first and os.environ['RANK'] == '1' and (p.epoch, p.updates) == (1, 3):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run_script(lambda: main(sys.argv[1:], Hooks(updated=updated)))\n"
+    )
+    argv = [
+        *BASE,
+        "--opt",
+        "samon",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+        "-b",
+        "8",
+        "--checkpoint-interval",
+        "2",
+        "--model-ema",
+        "--drop",
+        "0.1",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", str(script), *argv], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (restarted,) = [path for path in tmp_path.iterdir() if (path / "last.pth.tar").exists()]  # one directory for both
+    assert "recovery-1-2.pth.tar at epoch 1, update 2" in done.stderr
+    whole = [*torchrun, str(ROOT / "train.py"), *argv, "--experiment", "whole"]
+    subprocess.run(whole, capture_output=True, env=env, check=True)
+    assert_same(weights(tmp_path / "whole"), weights(restarted))
+
+
+def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--checkpoint-interval in minutes: here a thousandth of a second, so after every update."""
+    saved: list[int] = []
+    original = Keeper.recovery
+    monkeypatch.setattr(Keeper, "recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1])
+    run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
+    assert saved == [1, 2, 3]
+    assert not list((tmp_path / "run").glob("recovery-*"))  # the epoch's checkpoint replaces them
+    saved.clear()
+    run(tmp_path, "--opt", "sgd", "--recovery-interval", "2")
+    assert saved == [2]
+
+
+def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path, "--opt", "sgd", "-b", "8", "--checkpoint-interval", "1", hooks=stop_at(0, 7))
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.pth.tar"))
+    assert names == ["recovery-0-6.pth.tar", "recovery-0-7.pth.tar"]
+    for name in names:
+        assert read(tmp_path / "run" / name)["samon"] == 1
+
+
+def test_disk_full(tmp_path: Path) -> None:
+    """Writes past a limit fail as on a full disk: status 1, one line, the last good checkpoint kept and named."""
+    run(tmp_path, "--opt", "sgd", "--epochs", "1")
+    whole = (tmp_path / "run" / "last.pth.tar").read_bytes()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
+
+    argv = [*BASE, "--opt", "sgd", "--epochs", "2", "--output", str(tmp_path), "--experiment", "run"]
+    argv += ["--resume", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot write" in line
+    assert "the last good checkpoint is" in line
+    assert "checkpoint-0.pth.tar" in line or "last.pth.tar" in line
+    assert (tmp_path / "run" / "last.pth.tar").read_bytes() == whole
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def at(epoch: int, updates: int, function: Callable[[], Any]) -> Hooks:
+    def updated(job: Any, progress: Any, perturbed: bool) -> None:
+        if (progress.epoch, progress.updates) == (epoch, updates):
+            function()
+
+    return Hooks(updated=updated)
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+@pytest.mark.parametrize("log_interval", [1, 50], ids=["in a log", "in a state"])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, log_interval: int) -> None:
+    (tmp_path / "run").mkdir()
+    with small_disk(tmp_path / "run", "20m"):
+        hooks = at(1, 2, lambda: fill(tmp_path / "run/fill"))
+        with pytest.raises(RunError, match=r"run.*: No space left on device.*; the last good checkpoint is .*--resume"):
+            run(tmp_path, "--epochs", "3", "--log-interval", str(log_interval), hooks=hooks)
+        assert last(tmp_path / "run")["epoch"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+def test_a_deleted_directory_ends_the_run_with_the_documented_status(tmp_path: Path) -> None:
+    """1, as on a full disk; a checkpoint that is gone too is not recommended."""
+    hooks = at(1, 2, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(RunError, match="No such file or directory; no checkpoint was written before it"):
+        run(tmp_path, "--epochs", "3", hooks=hooks)
+
+
+@pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
+def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_path: Path) -> None:
+    """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""
+    seen: list[int] = []
+
+    def batch(images: Tensor, target: Tensor) -> None:
+        seen.append(len(images))
+        if sum(seen) > 64:  # from the second epoch on
+            images.fill_(float("nan"))
+
+    with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
+        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-bad-steps", "3", *extra, hooks=Hooks(batch=batch))
+    assert last(tmp_path / "run")["epoch"] == 0
+
+
+def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
+    """Half of the second epoch's shards are unreadable by then; the first epoch's state stays."""
+    root = Path(write_set(tmp_path / "data", lengths=(16, 16), num_classes=32))
+    own = ["--data-dir", str(root), "--dataset", "wds/test", "--num-classes", "32", "--val-split", ""]
+    own += ["--in-chans", "3", "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--train-num-samples", "32"]
+    run(tmp_path, *own, "--epochs", "1")
+    state = tmp_path / "run/last.pth.tar"
+    unreadable = {i: {"jpg": b"not an image"} for i in range(16)}
+    write_set(root, lengths=(16, 16), num_classes=32, replace=unreadable)
+    with pytest.raises(DataError, match=r"(?i)bad.*the last good checkpoint is .*pth\.tar"):  # as in a first epoch
+        run(tmp_path, *own, "--epochs", "2", "--resume", str(tmp_path / "run"))
+    assert state.exists()
+    assert last(tmp_path / "run")["epoch"] == 0
+
+
+def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def batch(images: Tensor, target: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            images.fill_(float("inf"))
+
+    args = ["--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit"]
+    metrics, directory = run(tmp_path, *args, hooks=Hooks(batch=batch))
+    assert metrics["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(directory).values())
+    assert metrics["train_loss"] == metrics["train_loss"]  # the skipped update is not in the mean
+
+
+def test_main_can_run_twice_in_a_process(tmp_path: Path) -> None:
+    first = train.main([*BASE, "--output", str(tmp_path), "--experiment", "a"])
+    second = train.main([*BASE, "--output", str(tmp_path), "--experiment", "b"])
+    assert first["train_loss"] == second["train_loss"]
+
+
+def test_two_agents_on_one_host(tmp_path: Path) -> None:
+    """docs/multi_node.md: one torchrun per host; here both on this one. They train as two processes of one agent do."""
+    argv = [*BASE, "--opt", "samon", "--device", "cpu", "-b", "8", "--global-batch-size", "16"]
+    argv += ["--output", str(tmp_path), "--experiment", "nodes"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-id",
+        "t",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{matrix.free_port()}",
+    ]
+    agents = [
+        subprocess.Popen(
+            [*command, str(ROOT / "train.py"), *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+        for _ in range(2)
+    ]
+    printed = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert sum('"eval_top1"' in text for text in printed) == 1  # rank 0 alone reports
+    log = tmp_path / "one-agent.log"
+    assert matrix.launch([*argv, "--experiment", "one"], 2, log) == [0, 0]
+    assert_same(weights(tmp_path / "nodes"), weights(tmp_path / "one"))
