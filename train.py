@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a timm model: `python train.py --help`, `torchrun --standalone --nproc-per-node 8 train.py ...`."""
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.trainer.main import main
 
 if __name__ == "__main__":

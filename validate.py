@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluate timm models and checkpoints: accuracy, shifts, attacks, sharpness, feature rank, normalization."""
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.evals.main import main
 
 if __name__ == "__main__":

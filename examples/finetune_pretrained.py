@@ -15,7 +15,8 @@ from fashion import accuracy, batches
 from torch import nn
 
 import samon
-from samon.errors import run_script, user_errors
+from samon.cli.program import run_script
+from samon.errors import reraise_as_user_error
 
 SIZE = 48  # the images are 28 px, too small for an ImageNet network; a network of fixed size takes its own
 
@@ -26,7 +27,7 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
     overlay = {"file": weights} if weights else None
-    with user_errors(f"pretrained weights of {name}"):
+    with reraise_as_user_error(f"pretrained weights of {name}"):
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
     about: Any = model.pretrained_cfg
     model.get_submodule(about["first_conv"]).requires_grad_(False)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from samon.engines.ascent import Ascent
 from samon.engines.masks import KINDS, Mask
-from samon.errors import UserError, nearest, user_errors
+from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.geometry import GEOMETRIES
 from samon.sam import SAM
 from samon.scope import SCOPES, Selection, select, select_bare
@@ -114,7 +114,7 @@ class VariantSAM(SAM):
             raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
         if selection is None:
             params = list(params)
-        with user_errors(f"base_opt={base_opt!r}"):
+        with reraise_as_user_error(f"base_opt={base_opt!r}"):
             base = create_optimizer_v2(params, base_opt, **base_kwargs)
         if selection is None:
             selection = select_bare(base.param_groups, variant.scope, perturb)

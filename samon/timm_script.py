@@ -17,8 +17,9 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor
 
+from samon.cli.program import run_script
 from samon.engines.replay import Plain
-from samon.errors import UserError, run_script
+from samon.errors import UserError
 from samon.sam import SAM
 from samon.two_pass import climb
 

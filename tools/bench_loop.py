@@ -29,7 +29,7 @@ from samon.trainer import config, loop
 from samon.trainer.build import Hooks, build
 from samon.trainer.checkpoint import Checkpoints, Progress
 from samon.trainer.control import Control
-from samon.trainer.distributed import World, start
+from samon.trainer.distributed import DistInfo, start
 from samon.trainer.logging import Report
 from samon.trainer.state import Keeper
 
@@ -82,7 +82,7 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
             yield
 
 
-def ours(c: config.Config, world: World, folder: Path) -> Iterator[None]:
+def ours(c: config.Config, world: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samon
-from samon.errors import RunError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError
 
 UPDATES = 3
 ASCENTS = ("previous", "momentum", "friendly", "every:2", "adaptive")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.trainer import checkpoint
 from samon.trainer.build import Hooks
 from samon.trainer.checkpoint import Progress

@@ -23,7 +23,8 @@ from pathlib import Path
 import yaml
 
 from samon.bars import bar
-from samon.errors import RunError, UserError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError, UserError
 from samon.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
-from samon.errors import UserError, run_script
+from samon.cli.program import run_script
+from samon.errors import UserError
 from samon.evals.norm_params import new_figure
 from samon.files import write_text
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from samon.cli.program import run_script
 from samon.data.arrays import read_npz
-from samon.errors import UserError, run_script
+from samon.errors import UserError
 from samon.files import replacing
 
 

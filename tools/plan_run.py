@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a step will cost before any GPU is there: `python tools/plan_run.py --help`."""
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.plan.main import main
 
 if __name__ == "__main__":

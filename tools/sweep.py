@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a recipe over optimizers x rho x seeds: `python tools/sweep.py --help`."""
 
+from samon.cli.program import run_script
 from samon.cli.sweep import main
-from samon.errors import run_script
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from samon.cli import sweep
+from samon.cli.program import run_script
 from samon.cli.tables import Cell
-from samon.errors import UserError, run_script
+from samon.errors import UserError
 from samon.files import write_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "hparams/tradeoff.yaml"

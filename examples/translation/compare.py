@@ -13,7 +13,7 @@ from typing import Any
 from examples.translation import train
 from examples.translation.evaluate import evaluate
 from examples.translation.settings import load_settings
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.files import write_text
 
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # optimizer, and what rho is chosen from

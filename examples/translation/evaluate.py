@@ -12,7 +12,7 @@ import torch
 
 from examples.translation.data import EOS, Pair, load_corpus, padded
 from examples.translation.model import Translator, beam_search
-from samon.errors import run_script
+from samon.cli.program import run_script
 
 SENTENCES = 64  # decoded at a time
 

@@ -17,7 +17,7 @@ import samon
 from examples.translation.model import Translator, token_loss
 from examples.translation.settings import Settings, load_settings
 from examples.translation.train import make_optimizer
-from samon.errors import run_script
+from samon.cli.program import run_script
 
 
 def step_flops(settings: Settings, length: int) -> int:

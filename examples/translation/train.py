@@ -28,7 +28,8 @@ from examples.translation.model import Translator, token_loss
 from examples.translation.settings import Settings, checked, load_settings
 from examples.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError, rng
-from samon.errors import RunError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError
 from samon.files import replacing
 
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 import samon
 from samon.cli.dashes import parse_up_to_dashes
-from samon.errors import RunError, UserError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError, UserError
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
 from samon.files import check_writable, replacing, write_text, writing
 from samon.trainer.checkpoint import PARTS, load, read, settings_of
 from samon.trainer.dcp import to_file
-from samon.trainer.distributed import World, console
+from samon.trainer.distributed import DistInfo, console
 
 # In timm's configuration of a model: whose weights its own pretrained ones are, which ours are not.
 ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.after]
     (job,) = parse([*words, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
-    world = World(torch.device("cpu"), 0, 1)
+    world = DistInfo(torch.device("cpu"), 0, 1)
     with console(world):
         target = build(replace(job, config=job.config.but(channels_last=False)), world)  # files hold plain tensors
     content = {} if job.path.endswith(".safetensors") else load(Path(job.path), "CHECKPOINT")

@@ -4,7 +4,7 @@ from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 
 
 def _start(program: str) -> NoReturn:

@@ -9,7 +9,7 @@ from samon.data.arrays import read_npz
 from samon.data.classes import class_order
 from samon.data.folders import Item, find_images
 from samon.data.splits import EVAL_SPLITS, TRAIN_SPLITS
-from samon.errors import UserError, needed
+from samon.errors import UserError, require_package
 from samon.evals.shifts import SETS, label_table, validation_number
 
 
@@ -71,7 +71,7 @@ def validation_synsets(path: Path) -> dict[int, str]:
         UserError: no such file, or a line that is none of these.
     """
     if path.is_dir():
-        scipy_io = needed("scipy.io", f"--val-labels {path}: the devkit needs scipy; run: pip install scipy")
+        scipy_io = require_package("scipy.io", f"--val-labels {path}: the devkit needs scipy; run: pip install scipy")
         meta = scipy_io.loadmat(path / "data" / "meta.mat", squeeze_me=True)["synsets"]
         synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
         numbers = (path / "data" / "ILSVRC2012_validation_ground_truth.txt").read_text().split()

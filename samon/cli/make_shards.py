@@ -26,12 +26,13 @@ from PIL import Image
 
 from samon.bars import bar
 from samon.cli.layouts import Split, find_splits
+from samon.cli.program import run_script
 from samon.data import urls
 from samon.data.corrupt import SampleError
 from samon.data.decode import decode_pil, open_image
 from samon.data.folders import Item
 from samon.data.shards import ShardReader, load_split
-from samon.errors import UserError, run_script
+from samon.errors import UserError
 from samon.files import replacing, write_text
 
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")

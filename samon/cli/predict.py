@@ -23,11 +23,12 @@ from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.dashes import parse_up_to_dashes
+from samon.cli.program import run_script
 from samon.data.corrupt import ImageError, SampleError
 from samon.data.folders import is_hidden
 from samon.data.shards import Record
 from samon.data.source import Source
-from samon.errors import UserError, run_script
+from samon.errors import UserError
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
 from samon.files import check_writable, writing

@@ -14,7 +14,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.errors import require_matplotlib, run_script
+from samon.cli.program import run_script
+from samon.errors import require_matplotlib
 from samon.files import check_writable, write_text
 from samon.report.content import export
 from samon.report.read import gather

@@ -34,8 +34,9 @@ import yaml
 from samon import UserError, is_sam_name
 from samon.bars import bar, on_terminal
 from samon.cli.dashes import parse_up_to_dashes
+from samon.cli.program import run_script
 from samon.cli.tables import Cell, write_tables
-from samon.errors import RunError, Stopped, run_script
+from samon.errors import RunError, Stopped
 from samon.files import write_text
 from samon.format import metric_format
 from samon.registry import VARIANTS

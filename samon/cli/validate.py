@@ -1,6 +1,6 @@
 """`python -m samon.cli.validate`, `torchrun -m samon.cli.validate`: validate.py where there is no checkout."""
 
-from samon.errors import run_script
+from samon.cli.program import run_script
 from samon.evals.main import main
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from samon.data.shards import ShardReader, load_split
 from samon.data.source import FileSource, HubSource, PairSource, ShardSource, Source, kind_of
 from samon.data.splits import Extent, parse_split, part_of, synonyms, train_or_test
 from samon.data.urls import ShardCache, is_local, temporary_directory
-from samon.errors import UserError, needed
+from samon.errors import UserError, require_package
 
 _SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 
@@ -183,7 +183,7 @@ def _open_torch(request: Request) -> Source:
 
 
 def _open_hub(request: Request) -> Source:
-    datasets = needed("datasets", f"--dataset {request.name} needs the package datasets: pip install datasets")
+    datasets = require_package("datasets", f"--dataset {request.name} needs the package datasets: pip install datasets")
     options = {"trust_remote_code": True} if request.trust_remote_code else {}
     name = request.name.partition("/")[2]
     dataset = datasets.load_dataset(name, split=request.split, cache_dir=request.root, **options)

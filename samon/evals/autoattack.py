@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from samon.errors import needed
+from samon.errors import require_package
 
 NAMES = ("fab-t", "square")
 APGD = ("apgd-ce", "apgd-t")
@@ -34,7 +34,7 @@ def check() -> None:
     """Raises:
     UserError: the package is not installed.
     """
-    needed("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
+    require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
 
 
 def fooled(name: str, model: nn.Module, images: Tensor, label: Tensor, threat: Threat) -> Tensor:

@@ -26,7 +26,7 @@ from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.trainer.config import Config, check_sharding, load_yaml
-from samon.trainer.distributed import World, on_primary, processes
+from samon.trainer.distributed import DistInfo, processes, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key, nearest, parse_command_line
 
@@ -238,7 +238,7 @@ def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[s
     return Entry(str(name), item.get("dataset", ""), str(root), str(split), evals, kind)
 
 
-def build(job: Job, world: World) -> Target:
+def build(job: Job, world: DistInfo) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
     config = models.settle_precision(job.config, world)
     utils.random_seed(config.seed)  # without weights to load, every process makes the same ones
@@ -271,7 +271,7 @@ def pieces(job: Job) -> Iterator[tuple[str, Entry, str]]:
     yield from ((f"- {name}", Entry("", "", "", "", []), name) for name in alone)
 
 
-def check(jobs: list[Job], world: World) -> Target:
+def check(jobs: list[Job], world: DistInfo) -> Target:
     """Opens every checkpoint and data set once, so that no mistake costs finished work; the last job's model."""
     for job in jobs:
         target = build(job, world)
@@ -280,11 +280,11 @@ def check(jobs: list[Job], world: World) -> Target:
     return target
 
 
-def evaluate(jobs: list[Job], world: World, results: Results) -> None:
+def evaluate(jobs: list[Job], world: DistInfo, results: Results) -> None:
     """Every piece of every job that is not there yet; the figure and histograms of normalization parameters."""
     config = jobs[0].config
-    on_primary(world, lambda: check_paths(config))
-    found = on_primary(world, lambda: results.load(config.overwrite))
+    rank_zero_only(world, lambda: check_paths(config))
+    found = rank_zero_only(world, lambda: results.load(config.overwrite))
     bulk = len(jobs) > 1 and not any(job.path for job in jobs)  # by their names: each is downloaded when its turn comes
     ready = None if bulk else check(jobs, world)
     seen: dict[str, norm_params.Values] = {}
@@ -298,7 +298,7 @@ def evaluate(jobs: list[Job], world: World, results: Results) -> None:
             log.error("%s is left out: %s", job.config.model, " ".join(str(error).split())[:300])
     if bulk and not results.rows:
         raise UserError(f"--model: none of the {len(jobs)} models could be evaluated; the log says why")
-    if seen and world.primary:
+    if seen and world.is_rank_zero:
         if config.norm_figure:
             norm_params.plot(seen, Path(config.norm_figure))
         if config.norm_tensorboard:
@@ -309,7 +309,7 @@ def evaluate_job(
     job: Job,
     number: int,
     target: Target,
-    world: World,
+    world: DistInfo,
     found: Mapping[str, list[Row]],
     results: Results,
     seen: dict[str, norm_params.Values],
@@ -326,7 +326,7 @@ def evaluate_job(
         about |= timm_facts(target) if config.results_format == "timm" else {}
         rows = rows or [{**about, **row} for row in evaluation(name).rows(target, entry)]
         results.pieces[f"{number} {key}"] = rows
-        on_primary(world, results.write)
+        rank_zero_only(world, results.write)
         if name == "norm_params" and (config.norm_figure or config.norm_tensorboard):
             seen[target.name] = norm_params.values(target.model)
     mine = [row for key, _, _ in pieces(job) for row in results.pieces[f"{number} {key}"]]
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     try:
         with processes(config) as world:
             evaluate(jobs, world, results)
-            if world.primary:
+            if world.is_rank_zero:
                 results.finish()
                 print(markdown(results.rows), end="", flush=True)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samon.errors import UserError, user_errors
+from samon.errors import UserError, reraise_as_user_error
 
 TIMM = files("timm.data") / "_info"
 # How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
@@ -74,7 +74,7 @@ def real_labels(path: str | None = None) -> Tensor:
         UserError: the file does not hold such labels.
     """
     file = Path(path) if path else TIMM / "imagenet_real_labels.json"
-    with user_errors(f"--real-labels {path}"):
+    with reraise_as_user_error(f"--real-labels {path}"):
         rows = json.loads(file.read_text())
     whole = isinstance(rows, list) and len(rows) == 50_000 and all(isinstance(row, list) for row in rows)
     if not whole or not all(type(label) is int and 0 <= label < 1000 for row in rows for label in row):
@@ -88,7 +88,7 @@ def class_indices(path: str, classes: int) -> list[int]:
     Raises:
         UserError: no such file, or a word in it that is no index of one of the model's ``classes``.
     """
-    with user_errors(f"--valid-labels {path}"):
+    with reraise_as_user_error(f"--valid-labels {path}"):
         words = Path(path).read_text().split()
     for word in words or [""]:
         if not word.isdecimal() or int(word) >= classes:

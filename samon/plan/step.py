@@ -23,7 +23,7 @@ from samon.engines.sharded_tensors import local
 from samon.plan.watch import GRADIENTS, OPTIMIZER, PARAMETERS, Watch
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.model import autocast, create, data_config
 
 log = logging.getLogger("samon")
@@ -45,11 +45,11 @@ class Cost:
 
 
 @contextmanager
-def pretended(processes: int) -> Iterator[World]:
+def pretended(processes: int) -> Iterator[DistInfo]:
     """This process as rank 0 of a group whose messages go nowhere."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        yield World(torch.device("cpu"), 0, processes)
+        yield DistInfo(torch.device("cpu"), 0, processes)
     finally:
         dist.destroy_process_group()
 
@@ -61,7 +61,7 @@ class Planned:
         config: settings of train.py: model, opt, fsdp and its options, amp, m_sharpness, grad_checkpointing, img_size.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: DistInfo) -> None:
         self.config, self.world = config, world
         with torch.device("meta"):
             model: Any = create(config)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 import samon
 from samon.engines.fsdp import no_sync
-from samon.errors import UserError, user_errors
+from samon.errors import UserError, reraise_as_user_error
 from samon.geometry import HALF
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
 from samon.trainer.checkpoint import Progress
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.loaders import Batches, build_data, data_classes, mixing, without_counts
 
 log = logging.getLogger("samon")
@@ -68,7 +68,7 @@ class Run:
 
     config: Config  # as it was asked for
     settled: Settled
-    world: World
+    world: DistInfo
     model: nn.Module  # the bare model: state_dict, EMA, selection
     net: nn.Module  # what is called: compiled, and wrapped for DDP
     optimizer: torch.optim.Optimizer
@@ -103,7 +103,7 @@ class Run:
         return no_sync(self.model) if self.config.fsdp else getattr(self.net, "no_sync", None)
 
 
-def build(config: Config, world: World, hooks: Hooks | None = None, class_names: list[str] | None = None) -> Run:
+def build(config: Config, world: DistInfo, hooks: Hooks | None = None, class_names: list[str] | None = None) -> Run:
     """Everything, in timm's order but for the EMA, which copies a model that is not sharded yet: model, layout, EMA,
     optimizer, data, loss, processes, schedule.
 
@@ -193,7 +193,7 @@ def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]
         )
 
 
-def lay_out(config: Config, model: nn.Module, world: World) -> nn.Module:
+def lay_out(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     """Split or synchronized BatchNorm, device, precision, memory format."""
     if config.split_bn:
         model = convert_splitbn_model(model, max(config.aug_splits, 2))
@@ -225,7 +225,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         extra |= {key: value for key, value in ours.items() if value is not None}
     if config.weight_decay_on:
         extra["param_group_fn"] = partial(weight_decay_groups, decay=config.weight_decay, on=config.weight_decay_on)
-    with user_errors(f"--opt {config.opt}"):
+    with reraise_as_user_error(f"--opt {config.opt}"):
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=config) | extra)
 
 
@@ -272,7 +272,7 @@ def build_loss(config: Config) -> nn.Module:
 
 def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) -> tuple[Scheduler | None, int]:
     """(timm's scheduler or None, epochs with cycles, warm-up prefix and cool-down)."""
-    with user_errors(f"--sched {config.sched}"):
+    with reraise_as_user_error(f"--sched {config.sched}"):
         kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     if scheduler is None:  # timm leaves it to a schedule to apply the scale of --layer-decay
@@ -281,7 +281,7 @@ def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) ->
     return scheduler, int(epochs)
 
 
-def wrap(config: Config, model: nn.Module, world: World) -> nn.Module:
+def wrap(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     """Compile, then DistributedDataParallel; a sharded model is called as it is."""
     net = models.compiled(config, model)
     if world.size > 1 and not config.fsdp:

@@ -116,14 +116,14 @@ class Parts(Checkpoints):
         warnings.filterwarnings("ignore", ALONE)  # for good: a thread of PyTorch's warns
         # Of its own, since threads write while the others are in use.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.primary = self.group is None or dist.get_rank() == 0
+        self.is_rank_zero = self.group is None or dist.get_rank() == 0
         self._pending: tuple[Any, Path] | None = None
         self._outdated: list[Path] = []
 
     def _write(self, state: TrainState, path: Path) -> None:
         self.settle()
         tensors, rest = flat(state)
-        if self.primary:
+        if self.is_rank_zero:
             remove(path)
             path.mkdir(parents=True)
             with replacing(path / REST) as file:
@@ -150,13 +150,13 @@ class Parts(Checkpoints):
             except Exception as error:  # of a writing thread
                 raise self._fault(path, error) from error
         outdated, self._outdated = self._outdated, []
-        for path in outdated if self.primary else []:
+        for path in outdated if self.is_rank_zero else []:
             remove(path)
 
     def finish(self) -> None:
         """The end of a run: the last state and the best one also as timm's single files."""
         self.settle()
-        if not self.primary or not self.best["kept"]:
+        if not self.is_rank_zero or not self.best["kept"]:
             return
         best = self.directory / f"checkpoint-{self.best['epoch']}{PARTS}"
         for name, path in (("last", self.last_good), ("model_best", best)):

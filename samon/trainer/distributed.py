@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from samon.bars import Console
 from samon.data.corrupt import DataError
-from samon.errors import Stopped, UserError, user_errors
+from samon.errors import Stopped, UserError, reraise_as_user_error
 from samon.trainer.config import Config
 
 URL = "samon://"
@@ -75,7 +75,7 @@ register_rendezvous_handler("samon", _living_processes)
 
 
 @dataclass(frozen=True)
-class World:
+class DistInfo:
     """This process among the others."""
 
     device: torch.device
@@ -83,25 +83,25 @@ class World:
     size: int
 
     @property
-    def primary(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
 
-def start(config: Config) -> World:
+def start(config: Config) -> DistInfo:
     """Start the processes' group (gloo or nccl by device), or find that there is one process."""
     for module in config.device_modules or []:
-        with user_errors("--device-modules"):
+        with reraise_as_user_error("--device-modules"):
             importlib.import_module(module)
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = argparse.Namespace(device=name, dist_backend=None, dist_url=URL if restartable() else None)
-    with user_errors("--device"):
+    with reraise_as_user_error("--device"):
         torch.device(name)
     with _waiting():
         device = utils.init_distributed_device(settings)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    return World(device, settings.rank, settings.world_size)
+    return DistInfo(device, settings.rank, settings.world_size)
 
 
 @contextmanager
@@ -111,9 +111,9 @@ def _waiting() -> Iterator[None]:
     Raises:
         UserError: they cannot.
     """
-    with user_errors("RANK, WORLD_SIZE"):
+    with reraise_as_user_error("RANK, WORLD_SIZE"):
         several, (_, rank, size) = is_distributed_env(), world_info_from_env()
-    with user_errors("RANK, WORLD_SIZE" if several else "--device"):
+    with reraise_as_user_error("RANK, WORLD_SIZE" if several else "--device"):
         if not several:
             yield
             return
@@ -134,7 +134,7 @@ def _waiting() -> Iterator[None]:
 
 
 @contextmanager
-def processes(config: Config) -> Iterator[World]:
+def processes(config: Config) -> Iterator[DistInfo]:
     """The entrance of every program: processes, log lines on stderr, and at the end the group's shutdown.
 
     After a fault, or one in the data, the group is left to the end of the process: shutting it down could wait for a
@@ -157,10 +157,10 @@ def shut_down() -> None:
 
 
 @contextmanager
-def console(world: World) -> Iterator[None]:
+def console(world: DistInfo) -> Iterator[None]:
     """Log lines on stderr: all of rank 0's, warnings of the others."""
     handler = Console(sys.stderr)
-    handler.setLevel(logging.INFO if world.primary else logging.WARNING)
+    handler.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     logging.getLogger("samon").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)
     with handled(handler):
@@ -179,12 +179,12 @@ def handled(handler: logging.Handler) -> Iterator[None]:
             logging.getLogger(name).removeHandler(handler)
 
 
-def on_primary(world: World, function: Callable[[], T]) -> T:
+def rank_zero_only(world: DistInfo, function: Callable[[], T]) -> T:
     """`function()` of rank 0 on every process, errors of users and files included, so that all of them end alike."""
     if world.size == 1:
         return function()
     answer: list[Any] = [None, None]
-    if world.primary:
+    if world.is_rank_zero:
         try:
             answer[0] = function()
         except (UserError, OSError) as error:

@@ -1,6 +1,6 @@
 """The flags that this project adds to timm's, and the tables of both programs.
 
-`python -m samon.cli.train.flag_rows` renews docs/flags.md and docs/flags_validate.md.
+`python -m samon.trainer.flag_rows` renews docs/flags.md and docs/flags_validate.md.
 """
 
 from pathlib import Path

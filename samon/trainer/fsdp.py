@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from samon.errors import UserError
 from samon.scope import norm_parameters
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.model import dtype_of
 
 
@@ -44,7 +44,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def make_mesh(config: Config, world: World) -> DeviceMesh:
+def make_mesh(config: Config, world: DistInfo) -> DeviceMesh:
     """All processes, or rows of --fsdp-replicate replicas that are each shared out.
 
     Raises:
@@ -61,7 +61,7 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> None:
+def shard(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceMesh) -> None:
     """Share the model out, in place: the weights of rank 0, a block at a time on the device."""
     _agree(model, world)
     whole = set(norm_parameters(model).values())
@@ -80,19 +80,19 @@ def shard(config: Config, model: nn.Module, world: World, mesh: DeviceMesh) -> N
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, world: World) -> None:
+def _agree(model: nn.Module, world: DistInfo) -> None:
     for tensor in model.state_dict().values():
         on_device = tensor.to(world.device)
         dist.broadcast(on_device, 0)
         tensor.copy_(on_device)
 
 
-def taken(state: Any, world: World) -> Any:
+def taken(state: Any, world: DistInfo) -> Any:
     """A tree of tensors with the sharded ones whole, on rank 0; all processes take part."""
 
     def whole(tensor: DTensor) -> Tensor | None:
         full = tensor.full_tensor()
-        return full.cpu() if world.primary else None
+        return full.cpu() if world.is_rank_zero else None
 
     return tree_map_only(DTensor, whole, state)
 

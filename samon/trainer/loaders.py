@@ -14,9 +14,9 @@ from samon.data.source import Source
 from samon.data.sources import in_order_of_classes, open_source
 from samon.data.splits import overlap
 from samon.data.stream import SampleStream
-from samon.errors import UserError, user_errors
+from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.model import dtype_of
 
 log = logging.getLogger("samon")
@@ -49,16 +49,16 @@ def data_classes(config: Config) -> int | None:
     kept = config.pretrained and not config.pretrained_path
     if config.num_classes is not None or kept or config.initial_checkpoint:
         return config.num_classes
-    with user_errors("data"):
+    with reraise_as_user_error("data"):
         return open_source(config.dataset, config.data_dir, config.train_split, **_opening(config)).num_classes
 
 
-def without_counts(config: Config, world: World) -> Config:
+def without_counts(config: Config, world: DistInfo) -> Config:
     """Drop --train-num-samples and --val-num-samples where the first samples may be all of one class, as timm does."""
     counts = {key: None for key in ("train_num_samples", "val_num_samples") if getattr(config, key)}
     if not counts or not in_order_of_classes(config.dataset):
         return config
-    if world.primary:
+    if world.is_rank_zero:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
         log.warning("%s: no effect on image folders and hfds/; a split may be a part, such as 'train[:5000]'", flags)
     return config.but(**counts)
@@ -109,7 +109,7 @@ def follow_classes(source: Source, trained: list[str] | None, say: Callable[[str
 
 
 def build_data(
-    config: Config, classes: int, data_config: dict[str, Any], world: World, trained: list[str] | None = None
+    config: Config, classes: int, data_config: dict[str, Any], world: DistInfo, trained: list[str] | None = None
 ) -> Data:
     """Loaders over both splits, checked against each other.
 
@@ -123,9 +123,9 @@ def build_data(
         "device": world.device,
         "use_prefetcher": not config.no_prefetcher,
     }
-    say = log.warning if world.primary else log.debug  # once
+    say = log.warning if world.is_rank_zero else log.debug  # once
     make: Any = data.create_resident_loader if config.data_resident else data.create_loader
-    with user_errors("data"):
+    with reraise_as_user_error("data"):
         mixup, collate = _mixing(config, classes)
         train = _dataset(config, data_config, config.train_split, world)
         source = train.source
@@ -175,7 +175,7 @@ def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
     return (Mixup(**kwargs), None) if config.no_prefetcher else (None, FastCollateMixup(**kwargs))
 
 
-def _dataset(config: Config, data_config: dict[str, Any], split: str, training: World | None) -> SampleStream:
+def _dataset(config: Config, data_config: dict[str, Any], split: str, training: DistInfo | None) -> SampleStream:
     """A split: to train on by the processes of `training`, or None to validate on."""
     size, samples = config.batch_size, config.train_num_samples
     if training is None:

@@ -26,7 +26,7 @@ from samon.scope import norm_parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import Progress
 from samon.trainer.config import Config
-from samon.trainer.distributed import World, handled
+from samon.trainer.distributed import DistInfo, handled
 from samon.trainer.flags import program
 from samon.trainer.record import write_record
 
@@ -58,19 +58,19 @@ class Report:
         self,
         config: Config,
         directory: Path,
-        world: World,
+        world: DistInfo,
         early: Iterable[logging.LogRecord] = (),
         began: float | None = None,
     ) -> None:
         """`early`: what was logged before; `began`: when the run began, by the monotonic clock."""
-        self.config, self.directory, self.primary, self._world = config, directory, world.primary, world
+        self.config, self.directory, self.is_rank_zero, self._world = config, directory, world.is_rank_zero, world
         self._tensorboard = self._wandb = None
         self._bar: Any = None
         self._started, self._done = 0.0, 0  # of the first epoch, and updates since
         self._open = ExitStack()
         self._images_left = 1
         self._began = time.monotonic() if began is None else began
-        if not self.primary:
+        if not self.is_rank_zero:
             return
         file = LogFile(directory / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -112,7 +112,7 @@ class Report:
         much = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
         log.info("%s, %d epochs, --opt %s, lr %.4g", much, run.epochs, config.opt, run.settled.lr)
         warm = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
-        if warm >= run.epochs and self.primary:
+        if warm >= run.epochs and self.is_rank_zero:
             log.warning(
                 "--warmup-epochs %d of %d epochs: the learning rate never gets to its schedule", warm, run.epochs
             )
@@ -122,7 +122,7 @@ class Report:
 
     def begin_epoch(self, run: Run, progress: Progress) -> None:
         self._started = self._started or time.monotonic()
-        if self.primary and self._bar is None and on_terminal():
+        if self.is_rank_zero and self._bar is None and on_terminal():
             total, before = run.stop * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
             self._bar = self._open.enter_context(bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
@@ -205,13 +205,13 @@ class Report:
 
     def told(self) -> dict[str, Any]:
         """The last epoch's metrics of a run that has ended, as it wrote them."""
-        rows = summary_rows(self.directory / "summary.csv") if self.primary else []
+        rows = summary_rows(self.directory / "summary.csv") if self.is_rank_zero else []
         row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
         return row | ({"epoch": int(row["epoch"])} if row else {})
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Where everything is and what to do next, then the final metrics as the last line on stdout."""
-        if not self.primary:
+        if not self.is_rank_zero:
             return
         if self._bar is not None:
             self._bar.close()

@@ -352,7 +352,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
     metrics = accuracy(
         model,
-        bar(f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.primary),
+        bar(f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.is_rank_zero),
         device=run.world.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,

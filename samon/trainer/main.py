@@ -15,7 +15,7 @@ from samon.trainer.checkpoint import Checkpoints, Progress, class_names
 from samon.trainer.config import Config, dump, parse
 from samon.trainer.control import Control
 from samon.trainer.dcp import Parts
-from samon.trainer.distributed import World, handled, on_primary, processes
+from samon.trainer.distributed import DistInfo, handled, processes, rank_zero_only
 from samon.trainer.flag_rows import steps_or_minutes
 from samon.trainer.logging import Report
 from samon.trainer.loop import fit
@@ -50,11 +50,11 @@ def check_left(run: Run, progress: Progress, place: Place) -> None:
     log.warning("%s has had its %d epochs: nothing is left to do", place.directory, run.stop)
 
 
-def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
+def train(config: Config, world: DistInfo, hooks: Hooks | None = None) -> dict[str, Any]:
     """A run of these processes, from the start or from where it stopped."""
     random_seed(config.seed, world.rank)
     began, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps what is logged until there is a file
-    place = on_primary(world, lambda: locate(config))
+    place = rank_zero_only(world, lambda: locate(config))
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
     with ExitStack() as at_end:
         at_end.callback(control.close)
@@ -69,8 +69,8 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
                 move_schedule(run, progress)
             check_left(run, progress, place)
         # No mistake is found later than here: the directory is written to from now on.
-        on_primary(world, lambda: begin(place, run.effective))
-        if world.primary:
+        rank_zero_only(world, lambda: begin(place, run.effective))
+        if world.is_rank_zero:
             at_end.callback(put_back, place.directory)
         report = Report(config, place.directory, world, early.buffer, began)
         at_end.callback(report.close)

@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 
 from samon.engines.perturb import CAPTURING
-from samon.errors import UserError, user_errors
+from samon.errors import UserError, reraise_as_user_error
 from samon.trainer import ablations
 from samon.trainer.checkpoint import load
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import nearest
 
 log = logging.getLogger("samon")
@@ -44,7 +44,7 @@ def create(config: Config, **factory: Any) -> nn.Module:
     check_name(config)
     set_fast_norm(config.fast_norm)
     factory |= {"num_classes": config.num_classes, "global_pool": config.gp}
-    with user_errors(f"--model {config.model}"):
+    with reraise_as_user_error(f"--model {config.model}"):
         arguments = resolve_model_input_args(config.model, vars(config), **factory | config.model_kwargs)
         model = timm.create_model(**arguments)
     if not hasattr(model, "in_chans"):  # from which timm knows how to prepare images
@@ -58,7 +58,7 @@ def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
     Raises:
         UserError: a size or numbers that do not fit the model, or channels that images do not have.
     """
-    with user_errors(f"--model {config.model}"):
+    with reraise_as_user_error(f"--model {config.model}"):
         found: dict[str, Any] = resolve_input_data_config(model, vars(config), **how)
     try:
         str_to_interp_mode(found["interpolation"])
@@ -95,7 +95,7 @@ def for_training(config: Config) -> nn.Module:
     rates["drop_path_rate"] = config.drop_connect if config.drop_path is None else config.drop_path
     with weights_checked(config.pretrained_path) if config.pretrained_path else nullcontext():
         model: Any = create(config, **weights, **rates, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
-    with user_errors(f"--model {config.model}"):
+    with reraise_as_user_error(f"--model {config.model}"):
         _init_head(model, config.head_init_scale, config.head_init_bias)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
@@ -119,7 +119,7 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
         model.get_classifier().bias.fill_(bias)
 
 
-def place(config: Config, model: nn.Module, world: World) -> nn.Module:
+def place(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     """Device, precision of the weights, memory format."""
     model.to(device=world.device, dtype=dtype_of(config.model_dtype))
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -169,16 +169,16 @@ def compiled(config: Config, model: nn.Module) -> nn.Module:
         raise UserError(
             f"--torchcompile-mode reduce-overhead captures CUDA graphs, which --device {device} has not; drop the mode"
         )
-    with user_errors("--torchcompile"):
+    with reraise_as_user_error("--torchcompile"):
         return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
 
 
-def settle_precision(config: Config, world: World) -> Config:
+def settle_precision(config: Config, world: DistInfo) -> Config:
     """--amp-dtype auto decided for this device: bfloat16 if it has instructions for it, else no mixed precision."""
     if not config.amp or config.amp_dtype != "auto":
         return config
     native = native_bfloat16(world.device)
-    if world.primary:
+    if world.is_rank_zero:
         log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
     return config.but(amp=native, amp_dtype="bfloat16")
 

@@ -15,7 +15,7 @@ import torch
 import samon
 from samon.files import write_text
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import program
 
 RECORD = "run.json"
@@ -36,7 +36,7 @@ def cpu_seconds() -> float:
     return round(sum(os.times()[:4]), 2)
 
 
-def write_record(directory: Path, config: Config, world: World, metrics: Mapping[str, Any], seconds: float) -> None:
+def write_record(directory: Path, config: Config, world: DistInfo, metrics: Mapping[str, Any], seconds: float) -> None:
     """The final metrics with command, versions, machine, seconds and rank 0's processor seconds (of this start alone
     where the run was resumed, which `resumed` says)."""
     content = {

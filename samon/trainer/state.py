@@ -254,7 +254,7 @@ def restore(run: Run, source: Path, checkpoints: Checkpoints) -> tuple[Progress,
     content = parts.loaded(source, partial(_like, run)) if source.suffix == PARTS else checkpoint.read(source)
     config = run.config
     changed = differences(run, content)
-    if changed and run.world.primary:
+    if changed and run.world.is_rank_zero:
         told = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         log.warning("Other settings than in %s: %s", source, told)
     try:
@@ -345,7 +345,7 @@ def _restore_readers(run: Run, progress: Progress, was: Mapping[str, Any], proce
     last = Layout(processes, was["batch_size"], max(1, was["workers"]), was["shuffle_buffer"])
     if last != stream.layout and given:
         layouts.append(last._replace(samples=given))
-        say = log.warning if run.world.primary else log.debug
+        say = log.warning if run.world.is_rank_zero else log.debug
         say("The epoch's shards were read by other readers before; those of now share what is left of it")
     progress.layouts = [list(layout) for layout in layouts]
     stream.layouts = (progress.epoch, layouts)

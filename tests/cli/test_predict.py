@@ -18,7 +18,8 @@ from timm.data import create_transform
 from torch import nn
 
 from samon.cli import export, predict
-from samon.errors import RunError, UserError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError, UserError
 from samon.trainer import main as train
 
 GRAYS = {"dark": 30, "light": 220, "middle": 120}

@@ -13,9 +13,9 @@ from samon.errors import UserError
 from samon.evals import main as program
 from samon.evals.main import build, main, parse
 from samon.evals.model import create, model_names
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 
-CPU = World(torch.device("cpu"), 0, 1)
+CPU = DistInfo(torch.device("cpu"), 0, 1)
 FASHION = ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--num-samples", "20"]
 PLAIN = [*FASHION, "--workers", "0", "--device", "cpu"]
 RANDOM = ["--no-pretrained", "--num-classes", "10"]

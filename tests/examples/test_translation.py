@@ -34,7 +34,7 @@ from examples.translation.model import Translator, beam_search, token_loss
 from examples.translation.settings import Settings, checked, load_settings
 from examples.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError
-from samon.errors import run_script
+from samon.cli.program import run_script
 
 TINY = {"d_model": 16, "heads": 2, "layers": 1, "ffn": 16, "share_all": True}
 RHO = 0.3

@@ -19,7 +19,7 @@ from samon.plan.step import Cost, Planned, loss, measured, pretended, update
 from samon.plan.watch import REST, Watch
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.model import create
 from tests.processes import run_ranks
 
@@ -37,7 +37,7 @@ def settings(opt: str, **values: Any) -> Config:
 def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     """[FLOPs, memory, bytes by collective] of each method's second update."""
     found = []
-    world, size = World(torch.device("cpu"), rank, 2), about["img_size"]
+    world, size = DistInfo(torch.device("cpu"), rank, 2), about["img_size"]
     for opt in METHODS:
         config = settings(opt, flags=["--fsdp"] if fsdp else [], **about)
         torch.manual_seed(0)

@@ -12,11 +12,11 @@ from samon.errors import UserError
 from samon.trainer import build, config, loop
 from samon.trainer import main as train
 from samon.trainer.checkpoint import Progress
-from samon.trainer.distributed import World
+from samon.trainer.distributed import DistInfo
 from samon.trainer.state import move_schedule
 from tests.runs import BASE, WATCH, assert_same, run, weights
 
-CPU = World(torch.device("cpu"), 0, 1)
+CPU = DistInfo(torch.device("cpu"), 0, 1)
 
 
 def built(*args: str) -> build.Run:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from samon import errors as cli
+from samon.cli import program as cli
 from samon.errors import UserError
 from samon.trainer import config
 from samon.trainer import main as train
@@ -91,7 +91,7 @@ def test_the_configuration_is_frozen() -> None:
 
 
 def test_the_documentation_is_current() -> None:
-    assert markdown(TRAIN).strip() in (ROOT / "docs/flags.md").read_text(), "run: python -m samon.cli.train.flag_rows"
+    assert markdown(TRAIN).strip() in (ROOT / "docs/flags.md").read_text(), "run: python -m samon.trainer.flag_rows"
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

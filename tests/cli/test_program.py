@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from samon.cli import report
-from samon.errors import RunError, Stopped, UserError, run_script
+from samon.cli.program import run_script
+from samon.errors import RunError, Stopped, UserError
 from samon.evals import main as validate
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def test_one_line_and_a_status(error: BaseException, status: int, line: str, cap
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
-    code = "from samon.errors import run_script\nrun_script(lambda: print('line\\n' * 100_000))"
+    code = "from samon.cli.program import run_script\nrun_script(lambda: print('line\\n' * 100_000))"
     command = f'{sys.executable} -c "$CODE" | head -n 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env={"CODE": code}, capture_output=True, text=True, check=False
