@@ -55,7 +55,7 @@ def test_code_is_not_cut_at_the_right(site: Path) -> None:
 
 def test_validates_flags_are_current() -> None:
     text = (ROOT / "docs/flags_validate.md").read_text()
-    assert markdown(VALIDATE).strip() in text, "run: python -m samon.cli.train.flag_rows"
+    assert markdown(VALIDATE).strip() in text, "run: python -m samon.trainer.flag_rows"
 
 
 def test_the_default_rho_of_each_name_is_documented() -> None:
