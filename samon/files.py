@@ -1,4 +1,4 @@
-"""Atomic file writes, and errors of writing that say what to do."""
+"""Atomic file writes, and write errors that say what to do."""
 
 import csv
 import errno
@@ -12,77 +12,82 @@ from typing import BinaryIO
 
 from samon.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_OF_WRITES = (*_FULL, errno.EFBIG, errno.EIO)  # these name no file
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITE_ERRORS = (*_DISK_FULL, errno.EFBIG, errno.EIO)  # these name no file
 
 
 @contextmanager
-def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, fsynced; after an exception `path` is as it was. A device or a
-    pipe, such as /dev/stdout, is written to directly.
+def atomic_write(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` after an fsync; on an exception `path` stays as it was. Devices and
+    pipes such as /dev/stdout are written directly.
 
     Args:
-        size: bytes that it will have, for the error of a full disk; 0 if that is not known.
+        size: expected bytes, for the message of a full disk; 0 if unknown.
 
     Raises:
-        OSError: naming `path`, as `writing` says.
+        OSError: see `name_write_errors`.
     """
-    part = _part(path)
-    with writing(path, size):
+    temporary = _temporary(path)
+    with name_write_errors(path, size):
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 yield file
             return
         try:
-            with open(part, "wb") as file:
+            with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync_directory(path.parent)
+            os.replace(temporary, path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def writing(path: Path, size: int = 0) -> Iterator[None]:
-    """Errors of writing `path` name it and, where its disk is full, how many bytes are needed and free.
+def name_write_errors(path: Path, size: int = 0) -> Iterator[None]:
+    """Reraise errors of writing `path` with its name and, if the disk is full, the bytes needed and free.
 
     Raises:
-        OSError: also where a library hides it behind an error of its own, as torch.save does.
+        OSError: also where a library hides it in an error of its own, as torch.save does.
     """
     try:
         yield
     except Exception as error:
-        first: BaseException | None = error
-        while first is not None and not isinstance(first, OSError):
-            first = first.__context__
-        own = first is not None and (first.filename in (str(path), str(_part(path))) or first.errno in _OF_WRITES)
-        if first is None or first.errno is None or not own:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno is None:
             raise
-        reason = os.strerror(first.errno)
-        if first.errno in _FULL:
+        if cause.filename not in (str(path), str(_temporary(path))) and cause.errno not in _WRITE_ERRORS:
+            raise
+        reason = os.strerror(cause.errno)
+        if cause.errno in _DISK_FULL:
             needed = f"{size:,} bytes are needed, " if size else ""
             reason += f" ({needed}{shutil.disk_usage(path.parent).free:,} bytes are free)"
-        raise OSError(first.errno, reason, str(path)) from error
+        raise OSError(cause.errno, reason, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step; names of files that are not UTF-8 keep their bytes."""
+    """Write a text file atomically; file names in it that are not UTF-8 keep their bytes."""
     content = text.encode("utf-8", "surrogateescape")
-    with replacing(path, len(content)) as file:
+    with atomic_write(path, len(content)) as file:
         file.write(content)
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Make the directory of a file to write where it is missing.
+    """Create the parent directory of an output file.
 
     Raises:
-        UserError: it cannot be made or written to, or the file is a directory.
+        UserError: the directory cannot be created or written to, or `path` is a directory.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.lstat(_part(path))  # refuses a name that is too long
+        os.lstat(_temporary(path))  # fails if the name is too long
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -98,24 +103,16 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return text.getvalue()
 
 
-def same_content(source: Path, target: Path) -> None:
-    """`target` becomes `source`'s content, without writing it again where the file system has hard links."""
-    part = _part(target)
-    part.unlink(missing_ok=True)
+def link_or_copy(source: Path, target: Path) -> None:
+    """Replace `target` by a hard link to `source`, or by a copy where the file system has no hard links."""
+    temporary = _temporary(target)
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, part)
+        os.link(source, temporary)
     except OSError:
-        shutil.copy2(source, part)
-    os.replace(part, target)
+        shutil.copy2(source, temporary)
+    os.replace(temporary, target)
 
 
-def _part(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from samon.errors import UserError
-from samon.files import check_writable, replacing, write_text, writing
+from samon.files import atomic_write, check_writable, name_write_errors, write_text
 from tests.disks import small_disk
 
 
@@ -36,16 +36,16 @@ def test_a_full_disk_says_what_is_needed_and_free(small: Path) -> None:
 def test_what_a_library_makes_of_it_is_told_as_well(small: Path) -> None:
     """torch.save turns a full disk into "unexpected pos 704 vs 598"."""
     path = small / "state.pth.tar"
-    with pytest.raises(OSError, match=r"No space left on device \(65,536 bytes are free\)"), replacing(path) as file:
+    with pytest.raises(OSError, match=r"No space left on device \(65,536 bytes are free\)"), atomic_write(path) as file:
         torch.save({"a": torch.zeros(100_000)}, file)
-    with pytest.raises(OSError, match=f"No space left.*{path}"), writing(path):
+    with pytest.raises(OSError, match=f"No space left.*{path}"), name_write_errors(path):
         path.write_bytes(bytes(100_000))
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="elsewhere"), replacing(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_write(tmp_path / "x"):
         Path("elsewhere").read_text()
-    with pytest.raises(RuntimeError, match="other"), replacing(tmp_path / "x"):
+    with pytest.raises(RuntimeError, match="other"), atomic_write(tmp_path / "x"):
         raise RuntimeError("other")
 
 

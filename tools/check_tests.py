@@ -22,10 +22,10 @@ from pathlib import Path
 
 import yaml
 
-from samon.bars import bar
 from samon.cli.program import run_script
 from samon.errors import RunError, UserError
 from samon.files import write_text
+from samon.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "output", "*.egg-info", "__pycache__", ".*_cache")
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     known = json.loads(args.results.read_text()) if args.results.exists() and not args.again else {}
     left = [change for change in every if change.key not in known]
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, bar("wrong changes", len(left), "change") as shown:
+    with tempfile.TemporaryDirectory() as folder, progress_bar("wrong changes", len(left), "change") as shown:
         places = [Path(folder) / str(job) for job in range(args.jobs)]
         for place in places:
             shutil.copytree(ROOT, place, ignore=LEFT_OUT, symlinks=True)

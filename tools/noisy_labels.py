@@ -15,7 +15,7 @@ import numpy as np
 from samon.cli.program import run_script
 from samon.data.arrays import read_npz
 from samon.errors import UserError
-from samon.files import replacing
+from samon.files import atomic_write
 
 
 def with_noise(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     x_train, y_train = read_npz(args.source.name, str(args.source), "train")
     x_test, y_test = read_npz(args.source.name, str(args.source), "validation")
     noisy = with_noise(y_train, args.fraction, args.seed)
-    with replacing(args.target) as file:
+    with atomic_write(args.target) as file:
         np.savez(file, x_train=x_train, y_train=noisy, x_test=x_test, y_test=y_test)
     print(f"{args.target}: {int((noisy != y_train).sum())} of {len(noisy)} training labels are wrong")
 

@@ -30,7 +30,7 @@ from examples.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError, rng
 from samon.cli.program import run_script
 from samon.errors import RunError
-from samon.files import replacing
+from samon.files import atomic_write
 
 
 class Run:
@@ -173,7 +173,7 @@ def make_optimizer(model: Translator, s: Settings) -> Optimizer:
 def write_atomically(content: dict[str, Any], path: Path) -> None:
     """`path` holds the old content or all of the new, whatever happens in between."""
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -25,7 +25,7 @@ from samon.cli.program import run_script
 from samon.errors import RunError, UserError
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
-from samon.files import check_writable, replacing, write_text, writing
+from samon.files import atomic_write, check_writable, name_write_errors, write_text
 from samon.trainer.checkpoint import PARTS, load, read, settings_of
 from samon.trainer.dcp import to_file
 from samon.trainer.distributed import DistInfo, console
@@ -75,7 +75,7 @@ def to_onnx(target: Target, path: Path) -> float:
     off = float((torch.from_numpy(found) - right).abs().max())
     if not off <= TOLERANCE * float(right.abs().max()):
         raise RunError(f"{path} is not written: onnxruntime's logits of {target.config.model} differ by {off:.2g}")
-    with replacing(path, len(content)) as file:
+    with atomic_write(path, len(content)) as file:
         file.write(content)
     return off
 
@@ -114,7 +114,7 @@ def to_folder(model: nn.Module, folder: Path, about: dict[str, Any], how: dict[s
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parts:
         made = Path(parts, "made")
-        with writing(folder):
+        with name_write_errors(folder):
             save_for_hf(model, str(made), safe_serialization=True, **how)
         write_text(made / "README.md", generate_readme(about, folder.resolve().name))
         made.replace(folder)  # an empty folder is replaced

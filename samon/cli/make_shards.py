@@ -24,7 +24,6 @@ from typing import IO, Any
 
 from PIL import Image
 
-from samon.bars import bar
 from samon.cli.layouts import Split, find_splits
 from samon.cli.program import run_script
 from samon.data import urls
@@ -33,7 +32,8 @@ from samon.data.decode import decode_pil, open_image
 from samon.data.folders import Item
 from samon.data.shards import ShardReader, load_split
 from samon.errors import UserError
-from samon.files import replacing, write_text
+from samon.files import atomic_write, write_text
+from samon.progress import progress_bar
 
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
 SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
@@ -73,7 +73,7 @@ def write_shard(task: Task, resize: int, quality: int) -> str:
     """Write one shard unless it is there already; its SHA-256."""
     path, samples = task
     if not path.exists():
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for key, item, label in samples:
                 suffix, data = prepared(item, resize, quality)
                 for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
@@ -149,7 +149,7 @@ def convert(args: argparse.Namespace) -> None:
     job = partial(write_shard, resize=args.resize, quality=args.quality)
     with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
         for name, parts in tasks.items():
-            sums = list(bar(name, len(parts), "shard", pool.map(job, parts)))
+            sums = list(progress_bar(name, len(parts), "shard", pool.map(job, parts)))
             files, lengths = [path.name for path, _ in parts], [len(samples) for _, samples in parts]
             entry = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
             written[name] = entry | {"sha256": sums}
@@ -199,7 +199,7 @@ def verify(args: argparse.Namespace) -> None:
             shards = load_split(str(args.output), name)
             sums = entry.get("sha256") or [None] * len(shards.urls)
             tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
-            results = list(bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)))
+            results = list(progress_bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)))
             found = [fault for _, some in results for fault in some]
             good = sum(decoded for decoded, _ in results)
             print(f"{name}: {good} of {entry['num_samples']} images good, {len(found)} faults")

@@ -31,7 +31,7 @@ from samon.data.source import Source
 from samon.errors import UserError
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
-from samon.files import check_writable, writing
+from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import processes
 
 log = logging.getLogger("samon")
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         output: Any = nullcontext(sys.stdout)
         if args.output:
             output = args.output.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="")
-        with writing(args.output or Path("standard output")), output as file:
+        with name_write_errors(args.output or Path("standard output")), output as file:
             table = csv.writer(file, lineterminator="\n")
             numbers = range(1, topk + 1)
             table.writerow(["file", *(f"{what}_{k}" for k in numbers for what in ("label", "probability"))])

@@ -32,13 +32,12 @@ from typing import Any
 import yaml
 
 from samon import UserError, is_sam_name
-from samon.bars import bar, on_terminal
 from samon.cli.dashes import parse_up_to_dashes
 from samon.cli.program import run_script
 from samon.cli.tables import Cell, write_tables
 from samon.errors import RunError, Stopped
 from samon.files import write_text
-from samon.format import metric_format
+from samon.progress import is_terminal, metric_format, progress_bar
 from samon.registry import VARIANTS
 from samon.trainer.checkpoint import newest
 from samon.trainer.config import RECIPES, Config, load_yaml, parse, recipe
@@ -233,7 +232,9 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
     states: dict[str, str] = {}
     processes = Processes()
     before = sum(finished(job, args) is not None for job in jobs)
-    shown = bar("sweep", len(jobs), "run", initial=before, show=on_terminal())  # elsewhere the lines below are enough
+    shown = progress_bar(
+        "sweep", len(jobs), "run", initial=before, show=is_terminal()
+    )  # elsewhere the lines below are enough
 
     def one(job: Job) -> None:
         state = run_job(job, args, gpus, processes)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from samon.files import csv_text, write_text
-from samon.format import metric_format
 from samon.geometry import GEOMETRIES
+from samon.progress import metric_format
 from samon.registry import VARIANTS
 from samon.report.paper import paper_figures
 from samon.scope import SCOPES

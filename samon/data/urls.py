@@ -19,7 +19,7 @@ from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
 from samon.data.corrupt import DataError
 from samon.errors import UserError
-from samon.files import replacing
+from samon.files import atomic_write
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class ShardCache:
         with _locked(path.with_name(f"{path.name}.lock")):
             if (copy := self._copy(path)) is not None:  # another process fetched it meanwhile
                 return copy
-            with replacing(path) as target:
+            with atomic_write(path) as target:
                 # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
                 with open_url(url) as source:
                     shutil.copyfileobj(source, target, 1 << 20)

@@ -15,7 +15,6 @@ from timm.data.loader import fast_collate
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from samon import bars
 from samon.data.classes import check_label, check_ranks
 from samon.data.corrupt import ImageError, SampleError, from_worker
 from samon.data.decode import decode_pil, open_image
@@ -25,6 +24,7 @@ from samon.data.source import ShardSource, Source
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals import shifts
+from samon.progress import progress_bar
 
 log = logging.getLogger("samon")
 _warn = cache(log.warning)  # once in a run, however often the set is opened
@@ -296,7 +296,7 @@ def batches(
         exact = create_transform(data["input_size"], crop_pct=1.0, **same)
         part.transform = partial(_unless_sized, exact, part.transform, data["input_size"][:0:-1])
     try:
-        with bars.bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:
+        with progress_bar(bar, len(mine), "image", show=bool(bar) and target.rank == 0) as shown:
             for k, (x, y) in enumerate(loader):
                 index = torch.tensor(mine[k * size : (k + 1) * size])
                 yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)

@@ -20,9 +20,9 @@ from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evalua
 from samon.evals.norm_params import new_figure
 from samon.evals.results import Row
 from samon.evals.sharpness import restored, scoped
-from samon.files import writing
-from samon.format import wrapped
+from samon.files import name_write_errors
 from samon.geometry import global_norm
+from samon.progress import wrap_path
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # each call gives the same (images, label) again
 Total = Callable[[Tensor], Tensor]  # sum over the processes
@@ -119,13 +119,13 @@ def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     drawn = axis.contourf(at, at, plane.T, levels, norm="log")
     axis.plot(0, 0, "k+")
     axis.set(xlabel="first direction", ylabel="second direction", xticks=at[[0, len(at) // 2, -1]])
-    axis.set_title(wrapped(title, 50), fontsize="small")
+    axis.set_title(wrap_path(title, 50), fontsize="small")
     ticks = (
         ticker.MaxNLocator(6) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,))
     )
     figure.colorbar(drawn, label="loss", ticks=ticks, format="{x:.4g}").minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path):
+    with name_write_errors(path):
         figure.savefig(path, dpi=120)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from samon.errors import UserError, require_matplotlib
 from samon.evals.entry import Entry, Target
 from samon.evals.results import Row
-from samon.files import writing
-from samon.format import wrapped
+from samon.files import name_write_errors
+from samon.progress import wrap_path
 from samon.scope import norm_modules
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def draw(models: dict[str, Values]) -> "Figure":
         for axis, (name, found) in zip(panels[row], models.items(), strict=True):
             axis.stairs(bins(found, role, edges).numpy(), edges.numpy(), fill=True)
             axis.set(xlabel=f"$\\{role}$")
-            axis.set_title(wrapped(name, 34), fontsize="small")
+            axis.set_title(wrap_path(name, 34), fontsize="small")
         panels[row][0].set_ylabel("parameters")
     return figure
 
@@ -104,10 +104,10 @@ def plot(models: dict[str, Values], path: Path) -> None:
     """Figure 5 under the name asked for and as PDF beside it, and `draw_magnitudes` as NAME-magnitudes."""
     figure = draw(models)
     for wanted in {path, path.with_suffix(".pdf")}:
-        with writing(wanted):
+        with name_write_errors(wanted):
             figure.savefig(wanted, dpi=150)
     magnitudes = path.with_name(f"{path.stem}-magnitudes{path.suffix}")
-    with writing(magnitudes):
+    with name_write_errors(magnitudes):
         draw_magnitudes(models).savefig(magnitudes, dpi=120)
 
 
@@ -122,7 +122,7 @@ def draw_magnitudes(models: dict[str, Values]) -> "Figure":
         longest = max((float(w.abs().max()) for entries in layers.values() for _, w in entries), default=0.0)
         for i, (name, entries) in enumerate(layers.items()):
             if entries:
-                look = {"color": f"C{i}", "label": wrapped(name, 50)}
+                look = {"color": f"C{i}", "label": wrap_path(name, 50)}
                 magnitudes = torch.cat([w.abs() for _, w in entries]).numpy()
                 top.hist(magnitudes, bins=60, range=(0, longest or 1.0), histtype="step", log=True, **look)
                 bottom.plot([float(w.abs().mean()) for _, w in entries], marker=".", **look)

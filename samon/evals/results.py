@@ -9,7 +9,7 @@ from typing import Any
 
 from samon.errors import UserError
 from samon.files import csv_text, write_text
-from samon.format import metric_format
+from samon.progress import metric_format
 
 Row = dict[str, Any]
 _SINGLE = ("checkpoint", "value", "low", "high", "clean_top1", "note")  # belong to one checkpoint

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from samon import bars
 from samon.errors import UserError
 from samon.evals import autoattack
 from samon.evals.attacks import VANISHED, Batch, Normalized, Threat, attack, check_classes, seeded_noise, unmarked
@@ -19,7 +18,8 @@ from samon.evals.batch_size import fastest, gradient_rate
 from samon.evals.calibration import bounds
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, share
 from samon.evals.results import Row
-from samon.files import replacing
+from samon.files import atomic_write
+from samon.progress import progress_bar
 
 log = logging.getLogger("samon")
 
@@ -53,7 +53,7 @@ def robust_outcomes(
                     parts.append(_outcome(model, (index, images, label), threat, bar))
                     if path:
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        with replacing(path) as file:
+                        with atomic_write(path) as file:
                             np.save(file, parts[-1].numpy())
                 if bar is not None:
                     bar.update(sum(len(p) for ps in outcomes.values() for p in ps) - bar.n)
@@ -142,7 +142,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
     data = ((index, x, y) for _, index, x, y in batches(target, images, chosen, size, raw=True))
     state = Path(config.apgd_state) if config.apgd_state else None
     mine = len(share(chosen, size, target.rank, target.world))
-    with bars.bar(f"apgd {entry.name}", mine * len(balls), "image", show=target.rank == 0) as bar:
+    with progress_bar(f"apgd {entry.name}", mine * len(balls), "image", show=target.rank == 0) as bar:
         outcomes = robust_outcomes(model, data, balls, state, bar)
     found: list[Row] = []
     for threat, outcome in outcomes.items():

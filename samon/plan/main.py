@@ -21,9 +21,9 @@ import yaml
 
 from samon.errors import UserError
 from samon.files import check_writable, write_text
-from samon.format import quantity
 from samon.plan.step import Cost, Planned, pretended
 from samon.plan.watch import KINDS
+from samon.progress import format_quantity
 from samon.registry import variant_of
 from samon.trainer.config import Config, check
 from samon.trainer.distributed import handled
@@ -149,13 +149,13 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     how = "FSDP" if args.fsdp else "DDP"
     plain = rows[0]
     lines: list[tuple[str, list[str]]] = [
-        ("FLOPs", [f"{quantity(row['flops'], 'FLOP')} ({row['flops'] / plain['flops']:.2f})" for row in rows]),
-        ("peak memory", [quantity(row["peak"], "B", 1024) for row in rows]),
+        ("FLOPs", [f"{format_quantity(row['flops'], 'FLOP')} ({row['flops'] / plain['flops']:.2f})" for row in rows]),
+        ("peak memory", [format_quantity(row["peak"], "B", 1024) for row in rows]),
     ]
-    lines += [(f"- {kind}", [quantity(row["memory"].get(kind, 0), "B", 1024) for row in rows]) for kind in KINDS]
+    lines += [(f"- {kind}", [format_quantity(row["memory"].get(kind, 0), "B", 1024) for row in rows]) for kind in KINDS]
     sent = sorted({name for row in rows for name in row["wire"]})
-    lines += [(f"{name}, sent", [quantity(row["wire"].get(name, 0), "B") for row in rows]) for name in sent]
-    lines.append(("sent", [quantity(sum(row["wire"].values()), "B") for row in rows]))
+    lines += [(f"{name}, sent", [format_quantity(row["wire"].get(name, 0), "B") for row in rows]) for name in sent]
+    lines.append(("sent", [format_quantity(sum(row["wire"].values()), "B") for row in rows]))
     if "milliseconds" in plain:
         spans = [f"{row['milliseconds'][0]:.1f} to {row['milliseconds'][1]:.1f}" for row in rows]
         lines.append((f"ms on {args.device}, estimate", spans))

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from samon.files import replacing, write_text
-from samon.format import wrapped
+from samon.files import atomic_write, write_text
+from samon.progress import wrap_path
 from samon.report.content import Content
 from samon.report.figures import Figure, Series, figures
 
@@ -66,14 +66,14 @@ def write_figures(content: Content, directory: Path) -> None:
     for figure in itertools.chain.from_iterable(figures(content).values()):
         for theme in ("light", "dark"):
             write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, content.looks(), theme) + "\n")
-        with replacing(directory / f"{figure.name}.pdf") as file:
+        with atomic_write(directory / f"{figure.name}.pdf") as file:
             save(figure, content.looks(), file, "pdf", THEMES["light"])
 
 
 def canvas(figure: Figure, looks: dict[str, int]) -> Canvas:
     """matplotlib's figure: axes, and below them the legend, which covers nothing however many methods there are."""
     methods = sorted({series.method for series in figure.series}, key=looks.__getitem__)
-    names = {method: wrapped(method, 56) for method in methods}
+    names = {method: wrap_path(method, 56) for method in methods}
     longest = max(max(map(len, name.splitlines())) for name in names.values())
     columns = max(1, min(len(methods), int(72 * WIDTH / (5.5 * longest + 40))))  # points: text, and its line with gaps
     rows = sum(name.count("\n") + 1 for name in names.values()) / columns

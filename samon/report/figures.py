@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from samon.format import quantity
+from samon.progress import format_quantity
 from samon.report.content import Content, Run, Score, label
 
 COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
@@ -83,7 +83,7 @@ def cost(content: Content, kind: str) -> Figure:
 def absolute(score: Score, kind: str) -> str:
     """A score's mean cost with its unit."""
     mean = statistics.fmean(score.costs[kind])
-    return quantity(mean, "FLOP") if kind == "flops" else f"{mean:,.0f} s"
+    return format_quantity(mean, "FLOP") if kind == "flops" else f"{mean:,.0f} s"
 
 
 def measure(content: Content) -> str:

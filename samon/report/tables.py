@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samon.files import csv_text
-from samon.format import metric_format
+from samon.progress import metric_format
 from samon.report.content import Content, Score, differing, label
 from samon.report.figures import COST_NAMES, absolute
 from samon.report.paper import paper_figures

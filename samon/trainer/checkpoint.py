@@ -12,7 +12,7 @@ import timm
 import torch
 
 from samon.errors import RunError, UserError
-from samon.files import replacing, same_content
+from samon.files import atomic_write, link_or_copy
 
 SUFFIX = ".pth.tar"
 PARTS, REST = ".parts", "state.pt"  # a state as a directory (samon.trainer.dcp), and its file of all but tensors
@@ -113,7 +113,7 @@ class Checkpoints:
     def _publish(self, path: Path, names: list[str]) -> None:
         try:
             for name in names:
-                same_content(path, self.directory / f"{name}{SUFFIX}")
+                link_or_copy(path, self.directory / f"{name}{SUFFIX}")
         except OSError as error:
             raise self._fault(path, error) from error
         self.last_good = self.directory / f"last{SUFFIX}"
@@ -135,7 +135,7 @@ class Checkpoints:
 
     def _write(self, state: TrainState, path: Path) -> None:
         try:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 torch.save(state.as_dict(), file)
         except OSError as error:
             raise self._fault(path, error) from error

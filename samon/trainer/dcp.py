@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as sharded_empty
 
 from samon.errors import UserError
-from samon.files import replacing
+from samon.files import atomic_write
 from samon.trainer.checkpoint import PARTS, REST, SUFFIX, Checkpoints, TrainState, load, remove
 
 ALONE = "torch.distributed is disabled"  # how PyTorch begins to warn of a single process
@@ -126,7 +126,7 @@ class Parts(Checkpoints):
         if self.is_rank_zero:
             remove(path)
             path.mkdir(parents=True)
-            with replacing(path / REST) as file:
+            with atomic_write(path / REST) as file:
                 torch.save(rest.as_dict() | {"names": list(tensors)}, file)
         if self.group is not None:
             dist.barrier(self.group)
@@ -167,5 +167,5 @@ class Parts(Checkpoints):
 def to_file(path: Path, target: Path) -> None:
     """A state in parts as one file of timm's."""
     content = loaded(path)
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         torch.save(content, file)

@@ -22,9 +22,9 @@ from timm import utils
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from samon.bars import Console
 from samon.data.corrupt import DataError
 from samon.errors import Stopped, UserError, reraise_as_user_error
+from samon.progress import ConsoleHandler
 from samon.trainer.config import Config
 
 URL = "samon://"
@@ -159,7 +159,7 @@ def shut_down() -> None:
 @contextmanager
 def console(world: DistInfo) -> Iterator[None]:
     """Log lines on stderr: all of rank 0's, warnings of the others."""
-    handler = Console(sys.stderr)
+    handler = ConsoleHandler(sys.stderr)
     handler.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     logging.getLogger("samon").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)

@@ -18,10 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from samon.bars import bar, on_terminal
 from samon.errors import os_error_text
 from samon.files import write_text
-from samon.format import metric_format
+from samon.progress import is_terminal, metric_format, progress_bar
 from samon.scope import norm_parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import Progress
@@ -122,9 +121,9 @@ class Report:
 
     def begin_epoch(self, run: Run, progress: Progress) -> None:
         self._started = self._started or time.monotonic()
-        if self.is_rank_zero and self._bar is None and on_terminal():
+        if self.is_rank_zero and self._bar is None and is_terminal():
             total, before = run.stop * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
-            self._bar = self._open.enter_context(bar("", total, "update", initial=before + progress.updates))
+            self._bar = self._open.enter_context(progress_bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
             self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
 

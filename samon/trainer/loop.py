@@ -14,7 +14,6 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from samon import rng as generators
-from samon.bars import bar
 from samon.data import DataError
 from samon.data.corrupt import WorkerError
 from samon.engines.cuda_graph import begin, own_gradients
@@ -23,6 +22,7 @@ from samon.engines.fsdp import average_gradients
 from samon.errors import RunError, UserError, os_error_text
 from samon.evals.accuracy import accuracy
 from samon.geometry import wide
+from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_bad, parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import Progress
@@ -352,7 +352,9 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
     metrics = accuracy(
         model,
-        bar(f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.is_rank_zero),
+        progress_bar(
+            f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.is_rank_zero
+        ),
         device=run.world.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
