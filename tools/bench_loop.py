@@ -29,7 +29,7 @@ from samon.trainer import config, loop
 from samon.trainer.build import Hooks, build
 from samon.trainer.checkpoint import Checkpoints, Progress
 from samon.trainer.control import Control
-from samon.trainer.distributed import DistInfo, start
+from samon.trainer.distributed import DistInfo, init_distributed
 from samon.trainer.logging import Report
 from samon.trainer.state import Keeper
 
@@ -113,7 +113,7 @@ def main() -> None:
     chosen, rest = parser.parse_known_args()
     argv = ["-c", str(ROOT / "hparams/quickstart.yaml"), "--opt", "sgd", "--data-dir", str(ROOT / "data/fashion-mnist")]
     c = config.parse([*argv, "--epochs", "1000", "--log-interval", "50", "--val-split", "", *rest])
-    world = start(c)
+    world = init_distributed(c)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         loops = {"bare": bare(c, world.device), "samon": ours(c, world, Path(folder))}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}

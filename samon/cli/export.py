@@ -28,7 +28,7 @@ from samon.evals.main import Job, build, parse
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
 from samon.trainer.checkpoint import PARTS, load, read, settings_of
 from samon.trainer.dcp import to_file
-from samon.trainer.distributed import DistInfo, console
+from samon.trainer.distributed import DistInfo, console_logging
 
 # In timm's configuration of a model: whose weights its own pretrained ones are, which ours are not.
 ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.after]
     (job,) = parse([*words, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
     world = DistInfo(torch.device("cpu"), 0, 1)
-    with console(world):
+    with console_logging(world):
         target = build(replace(job, config=job.config.but(channels_last=False)), world)  # files hold plain tensors
     content = {} if job.path.endswith(".safetensors") else load(Path(job.path), "CHECKPOINT")
     if args.onnx:

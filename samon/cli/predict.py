@@ -32,7 +32,7 @@ from samon.errors import UserError
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
 from samon.files import check_writable, name_write_errors
-from samon.trainer.distributed import processes
+from samon.trainer.distributed import distributed_session
 
 log = logging.getLogger("samon")
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     words = [word for flag, value in given.items() if value for word in (flag, value)]
     words += ["--pretrained"] * args.pretrained
     (job,) = parse([*words, *args.after, "--dataset", "", "--data-dir", "."])  # no data set is read
-    with processes(job.config) as world:
+    with distributed_session(job.config) as world:
         if world.size > 1:
             raise UserError("predictions are made by one process; start it without torchrun")
         target, damaged = build(job, world), 0

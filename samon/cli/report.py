@@ -20,7 +20,7 @@ from samon.files import check_writable, write_text
 from samon.report.content import export
 from samon.report.read import gather
 from samon.report.tables import tables
-from samon.trainer.distributed import handled
+from samon.trainer.distributed import log_handler
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     from samon.report.draw import write_figures
     from samon.report.page import render
 
-    with handled(logging.StreamHandler()):
+    with log_handler(logging.StreamHandler()):
         content = gather(args.sources)
     if args.export:
         export(content, args.export)

@@ -17,8 +17,8 @@ from samon.evals.calibration import COLUMNS, bounds, confusion, expected_calibra
 from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, predict, share
 from samon.evals.results import Row
 from samon.evals.shifts import Scoring
-from samon.trainer.fsdp import evened
-from samon.trainer.model import compiled
+from samon.trainer.fsdp import pad_batches
+from samon.trainer.model import compile_model
 
 _log = logging.getLogger("samon")
 
@@ -168,7 +168,7 @@ def _scored(
     """
     config, size = target.config, target.config.batch_size
     dtype = next(target.model.parameters()).dtype
-    net = compiled(config, target.model)
+    net = compile_model(config, target.model)
     options = {"amp_autocast": target.autocast, "channels_last": config.channels_last, "log_every": config.log_freq}
     while True:
         kept: list[Tensor] = []
@@ -176,7 +176,7 @@ def _scored(
         if config.fsdp:
             mine = -(-len(share(chosen, size, target.rank, target.world)) // size)
             image = torch.zeros(1, *target.data_config["input_size"], device=target.device, dtype=dtype)
-            loader = evened(loader, mine, target.model, image, target.autocast)
+            loader = pad_batches(loader, mine, target.model, image, target.autocast)
         try:
             scores = score(net, loader, images.scorings, device=target.device, kept=kept, **options)
             break

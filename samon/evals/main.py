@@ -26,7 +26,7 @@ from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.trainer.config import Config, check_sharding, load_yaml
-from samon.trainer.distributed import DistInfo, processes, rank_zero_only
+from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key, nearest, parse_command_line
 
@@ -146,7 +146,7 @@ def settle(given: dict[str, Any], path: str) -> Job:
     if values["model"] is None:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
-    models.check_name(config)
+    models.check_model_name(config)
     entries = data_sets(config, first)
     wanted = {name for entry in entries for name in entry.evals}
     if config.test_pool and "feature_rank" in wanted:
@@ -240,26 +240,28 @@ def _suite_entry(item: dict[str, Any], where: str, config: Config, names: list[s
 
 def build(job: Job, world: DistInfo) -> Target:
     """The model with its weights on the device, and how its images are prepared."""
-    config = models.settle_precision(job.config, world)
+    config = models.resolve_precision(job.config, world)
     utils.random_seed(config.seed)  # without weights to load, every process makes the same ones
     model = create(config, pretrained=config.pretrained and not job.path)
     if job.path:
         load_weights(model, job.path, job.average)
         which = "averaged weights" if job.average else "weights"
         log.info("%s: the %s of %s", config.model, which, job.path)
-    data_config = models.data_config(config, model, use_test_size=not config.use_train_size)
+    data_config = models.resolve_data_config(config, model, use_test_size=not config.use_train_size)
     if config.reparam:
         model = utils.reparameterize_model(model)
     if config.test_pool:
         model = test_time_pooling(config, model, data_config)
     mesh = sharding.make_mesh(config, world) if config.fsdp else None
-    model = models.place(config, model, world if mesh is None else replace(world, device=torch.device("cpu"))).eval()
+    model = models.place_model(
+        config, model, world if mesh is None else replace(world, device=torch.device("cpu"))
+    ).eval()
     size = data_config["input_size"]
-    if text := models.refusal(model, size):  # told before any data is read
+    if text := models.input_size_error(model, size):  # told before any data is read
         raise UserError(f"{config.model} does not take images of {list(size)} ({text}); give another --img-size")
     if mesh is not None:
-        sharding.shard(config, model, world, mesh)
-    autocast = models.autocast(config, world.device)
+        sharding.shard_model(config, model, world, mesh)
+    autocast = models.make_autocast(config, world.device)
     return Target(config, model, data_config, world.device, world.rank, world.size, autocast, job.name, job.class_names)
 
 
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     if config.group and len(jobs) < 2:
         raise UserError("--group: give several checkpoints of one model, --checkpoint A B C")
     try:
-        with processes(config) as world:
+        with distributed_session(config) as world:
             evaluate(jobs, world, results)
             if world.is_rank_zero:
                 results.finish()

@@ -50,7 +50,7 @@ def create(config: Config, pretrained: bool) -> nn.Module:
             what = f"the pretrained weights of {config.model} have {known.num_classes}, its classifier would be random"
             raise UserError(f"--num-classes {config.num_classes}: {what}; {otherwise}")
     try:
-        return models.create(config, pretrained=pretrained)
+        return models.create_model(config, pretrained=pretrained)
     except UserError as error:
         if pretrained and isinstance(error.__cause__, OSError):
             raise UserError(f"{error}; {otherwise}") from error

@@ -26,10 +26,10 @@ from samon.plan.watch import KINDS
 from samon.progress import format_quantity
 from samon.registry import variant_of
 from samon.trainer.config import Config, check
-from samon.trainer.distributed import handled
+from samon.trainer.distributed import log_handler
 from samon.trainer.flag_rows import TRAIN
 from samon.trainer.flags import by_key, kwargs
-from samon.trainer.model import check_name
+from samon.trainer.model import check_model_name
 
 DEVICES: dict[str, dict[str, Any]] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
 
@@ -84,7 +84,7 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     shared_out = args.fsdp and variant is not None and not variant.norms_only
     values["m_sharpness"] = "global" if shared_out else args.m_sharpness
     config = Config(**values)
-    check_name(config)
+    check_model_name(config)
     check(config, {key: values[key] for key in ("fsdp_reshard", "fsdp_replicate") if args.fsdp})
     return config
 
@@ -170,7 +170,7 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argv)
     logging.getLogger("samon").setLevel(logging.INFO)
-    with warnings.catch_warnings(), handled(logging.StreamHandler()):  # large models are counted for minutes
+    with warnings.catch_warnings(), log_handler(logging.StreamHandler()):  # large models are counted for minutes
         warnings.simplefilter("ignore")  # of PyTorch's, about running without devices
         torch.set_num_threads(1)
         rows = plan(args)

@@ -24,7 +24,7 @@ from samon.plan.watch import GRADIENTS, OPTIMIZER, PARAMETERS, Watch
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.model import autocast, create, data_config
+from samon.trainer.model import create_model, make_autocast, resolve_data_config
 
 log = logging.getLogger("samon")
 
@@ -64,7 +64,7 @@ class Planned:
     def __init__(self, config: Config, world: DistInfo) -> None:
         self.config, self.world = config, world
         with torch.device("meta"):
-            model: Any = create(config)
+            model: Any = create_model(config)
             if config.grad_checkpointing:
                 model.set_grad_checkpointing(enable=True)
         self.model = model
@@ -73,9 +73,9 @@ class Planned:
         with self.fake:
             self.model.to_empty(device="cpu")
             if mesh is not None:
-                sharding.shard(config, self.model, world, mesh)
+                sharding.shard_model(config, self.model, world, mesh)
             self.optimizer = create_optimizer_v2(self.model, config.opt, lr=0.1, momentum=0.9, weight_decay=0.05)
-        self.image = data_config(config, self.model)["input_size"]
+        self.image = resolve_data_config(config, self.model)["input_size"]
         self.started = False
 
     def cost(self, batch_size: int) -> Cost:
@@ -90,7 +90,7 @@ class Planned:
 
 
 def loss(net: nn.Module, x: Tensor, y: Tensor, config: Config) -> Tensor:
-    with autocast(config, x.device)():
+    with make_autocast(config, x.device)():
         output = net(x)
         return F.cross_entropy(output[0] if isinstance(output, tuple) else output, y)
 

@@ -64,7 +64,7 @@ def counted(text: str) -> tuple[float, float]:
     """`step_flops` of settings as JSON."""
     config = resolve({}, json.loads(text))
     with torch.device("meta"):
-        model: Any = models.create(config).train()
+        model: Any = models.create_model(config).train()
         size = config.input_size or [config.in_chans or 3, *[config.img_size or 224] * 2]
         x = torch.empty(config.batch_size, *size)
         y = torch.zeros(config.batch_size, dtype=torch.long)

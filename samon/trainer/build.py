@@ -110,10 +110,10 @@ def build(config: Config, world: DistInfo, hooks: Hooks | None = None, class_nam
     Args:
         class_names: of the run that is resumed, in the order of the model's outputs.
     """
-    config = without_counts(models.settle_precision(config, world), world)
-    model = models.for_training(config.but(num_classes=data_classes(config)))
+    config = without_counts(models.resolve_precision(config, world), world)
+    model = models.create_train_model(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
-    data_config = models.data_config(config, model)
+    data_config = models.resolve_data_config(config, model)
     check_ascent_size(config, model, data_config["input_size"])
     check_batch_norm(config, model, data_config["input_size"])
     mesh = sharding.make_mesh(config, world) if config.fsdp else None
@@ -121,7 +121,7 @@ def build(config: Config, world: DistInfo, hooks: Hooks | None = None, class_nam
     ema = build_ema(config, model)
     if mesh is not None:
         for one in (model, *([ema.module] if ema is not None else [])):
-            sharding.shard(config, one, world, mesh)
+            sharding.shard_model(config, one, world, mesh)
     lr = learning_rate(config, world.size)
     optimizer = build_optimizer(config.but(lr=lr), model)
     sam = samon.sam_of(optimizer)
@@ -152,7 +152,7 @@ def build(config: Config, world: DistInfo, hooks: Hooks | None = None, class_nam
         sam=sam,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
-        autocast=models.autocast(config, world.device),
+        autocast=models.make_autocast(config, world.device),
         ema=ema,
         loss=build_loss(config).to(world.device),
         **read._asdict(),
@@ -175,7 +175,7 @@ def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int
         return
     if config.ascent_size >= min(input_size[1:]):
         raise UserError(f"--ascent-size {config.ascent_size} is to be smaller than the images, {input_size[1:]}")
-    if text := models.refusal(model, [input_size[0], config.ascent_size, config.ascent_size]):
+    if text := models.input_size_error(model, [input_size[0], config.ascent_size, config.ascent_size]):
         raise UserError(
             f"--ascent-size {config.ascent_size}: {config.model} does not take such images; drop the flag, or add "
             f"--model-kwargs dynamic_img_size=True where it has that argument ({text})"
@@ -186,7 +186,7 @@ def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]
     """BatchNorm needs more than one value a channel, in the smallest part of a batch that a pass goes over."""
     m = config.m_sharpness
     images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
-    if images == 1 and (layer := models.one_value_norm(model, input_size)):
+    if images == 1 and (layer := models.find_single_value_norm(model, input_size)):
         raise UserError(
             f"{layer} normalizes over the batch and sees one value a channel of an image of {list(input_size)}: passes "
             "over single images have no variance there; raise --m-sharpness or --batch-size, or take larger images"
@@ -198,7 +198,7 @@ def lay_out(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     if config.split_bn:
         model = convert_splitbn_model(model, max(config.aug_splits, 2))
     # FSDP takes a model from the CPU, block by block: it need not fit on one device.
-    model = models.place(config, model, replace(world, device=torch.device("cpu")) if config.fsdp else world)
+    model = models.place_model(config, model, replace(world, device=torch.device("cpu")) if config.fsdp else world)
     if config.sync_bn and world.size > 1:
         if world.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
@@ -251,7 +251,7 @@ def build_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
         decay=config.model_ema_decay,
         use_warmup=config.model_ema_warmup,
         device=torch.device("cpu") if config.model_ema_force_cpu else None,
-        dtype=torch.float32 if models.dtype_of(config.model_dtype) in HALF else None,
+        dtype=torch.float32 if models.parse_dtype(config.model_dtype) in HALF else None,
         foreach=not config.fsdp,  # no foreach of both kinds
     )
 
@@ -283,7 +283,7 @@ def build_schedule(config: Config, optimizer: Any, updates: int, metric: str) ->
 
 def wrap(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     """Compile, then DistributedDataParallel; a sharded model is called as it is."""
-    net = models.compiled(config, model)
+    net = models.compile_model(config, model)
     if world.size > 1 and not config.fsdp:
         ids = [world.device] if world.device.type != "cpu" else None
         ddp = nn.parallel.DistributedDataParallel

@@ -87,7 +87,7 @@ class DistInfo:
         return self.rank == 0
 
 
-def start(config: Config) -> DistInfo:
+def init_distributed(config: Config) -> DistInfo:
     """Start the processes' group (gloo or nccl by device), or find that there is one process."""
     for module in config.device_modules or []:
         with reraise_as_user_error("--device-modules"):
@@ -134,41 +134,41 @@ def _waiting() -> Iterator[None]:
 
 
 @contextmanager
-def processes(config: Config) -> Iterator[DistInfo]:
+def distributed_session(config: Config) -> Iterator[DistInfo]:
     """The entrance of every program: processes, log lines on stderr, and at the end the group's shutdown.
 
     After a fault, or one in the data, the group is left to the end of the process: shutting it down could wait for a
     process that is gone or still trains.
     """
-    world = start(config)
-    with console(world):
+    world = init_distributed(config)
+    with console_logging(world):
         try:
             yield world
         except (Stopped, UserError) as error:
             if not isinstance(error, DataError):
-                shut_down()
+                shutdown()
             raise
-    shut_down()
+    shutdown()
 
 
-def shut_down() -> None:
+def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def console(world: DistInfo) -> Iterator[None]:
+def console_logging(world: DistInfo) -> Iterator[None]:
     """Log lines on stderr: all of rank 0's, warnings of the others."""
     handler = ConsoleHandler(sys.stderr)
     handler.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     logging.getLogger("samon").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    with handled(handler):
+    with log_handler(handler):
         yield
 
 
 @contextmanager
-def handled(handler: logging.Handler) -> Iterator[None]:
+def log_handler(handler: logging.Handler) -> Iterator[None]:
     """What this project and timm log goes to the handler inside."""
     for name in LOGGERS:
         logging.getLogger(name).addHandler(handler)

@@ -20,7 +20,7 @@ from samon.errors import UserError
 from samon.scope import norm_parameters
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.model import dtype_of
+from samon.trainer.model import parse_dtype
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -61,14 +61,14 @@ def make_mesh(config: Config, world: DistInfo) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceMesh) -> None:
+def shard_model(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceMesh) -> None:
     """Share the model out, in place: the weights of rank 0, a block at a time on the device."""
     _agree(model, world)
     whole = set(norm_parameters(model).values())
     how: dict[str, Any] = {"mesh": mesh, "ignored_params": whole}
     if config.amp:
         # Activations keep the types that autocast gives them, as without sharding.
-        precision = {"param_dtype": dtype_of(config.amp_dtype), "reduce_dtype": torch.float32}
+        precision = {"param_dtype": parse_dtype(config.amp_dtype), "reduce_dtype": torch.float32}
         how["mp_policy"] = MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
     if config.fsdp_reshard == "never":
         how["reshard_after_forward"] = False
@@ -122,7 +122,7 @@ def _part(value: Any, like: Tensor) -> Any:
 
 
 @torch.no_grad()
-def evened(batches: Iterator[Any], length: int, model: nn.Module, image: Tensor, autocast: Any) -> Iterator[Any]:
+def pad_batches(batches: Iterator[Any], length: int, model: nn.Module, image: Tensor, autocast: Any) -> Iterator[Any]:
     """This process's `length` batches, and then as many forwards of one image [1, C, H, W] as the longest process has
     more: each gathers parameters together with all others."""
     longest = torch.tensor([length], device=image.device)

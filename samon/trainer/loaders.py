@@ -17,7 +17,7 @@ from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.model import dtype_of
+from samon.trainer.model import parse_dtype
 
 log = logging.getLogger("samon")
 
@@ -119,7 +119,7 @@ def build_data(
     shared = {
         **{key: data_config[key] for key in ("input_size", "mean", "std")},
         "pin_memory": config.pin_mem,
-        "img_dtype": dtype_of(config.model_dtype) or torch.float32,
+        "img_dtype": parse_dtype(config.model_dtype) or torch.float32,
         "device": world.device,
         "use_prefetcher": not config.no_prefetcher,
     }

@@ -25,7 +25,7 @@ from samon.scope import norm_parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import Progress
 from samon.trainer.config import Config
-from samon.trainer.distributed import DistInfo, handled
+from samon.trainer.distributed import DistInfo, log_handler
 from samon.trainer.flags import program
 from samon.trainer.record import write_record
 
@@ -76,7 +76,7 @@ class Report:
         self._open.callback(file.close)
         for record in early:
             file.handle(record)
-        self._open.enter_context(handled(file))
+        self._open.enter_context(log_handler(file))
         self._tensorboard = self._open.enter_context(SummaryWriter(str(directory / "tb"), purge_step=None))
         self._wandb = self._start_wandb() if config.log_wandb else None
 

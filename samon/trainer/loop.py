@@ -27,10 +27,10 @@ from samon.trainer.apply import apply_gradient, count_bad, parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import Progress
 from samon.trainer.flag_rows import steps_or_minutes
-from samon.trainer.fsdp import evened
+from samon.trainer.fsdp import pad_batches
 from samon.trainer.logging import Report
 from samon.trainer.meter import Clock, Meter
-from samon.trainer.model import captured, data_config, dtype_of
+from samon.trainer.model import parse_dtype, resolve_data_config, uses_cuda_graphs
 from samon.trainer.state import Keeper
 from samon.two_pass import two_pass
 
@@ -184,7 +184,7 @@ def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
     """The batch as the model takes it; without the prefetcher the mixing happens here."""
     config, device = run.config, run.world.device
     if config.no_prefetcher:
-        images = images.to(device, dtype_of(config.model_dtype))
+        images = images.to(device, parse_dtype(config.model_dtype))
         target = target.to(device)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
@@ -244,7 +244,7 @@ def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, T
     """The base step's gradient."""
     if run.sam is not None:
         run.sam.plainly()
-    graphs = captured(run.config)
+    graphs = uses_cuda_graphs(run.config)
     begin(graphs)
     with own_gradients(graphs, parameters(run.optimizer)):
         loss = forward(run, images, target)()
@@ -347,9 +347,9 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     dtype = next(model.parameters()).dtype  # float32 for the average of a model in half precision
     batches: Iterator[Batch] = ((images.to(dtype), target) for images, target in control.until_signal(run.eval_loader))
     if run.config.fsdp:
-        size = data_config(run.config, run.model)["input_size"]
+        size = resolve_data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype)
-        batches = evened(batches, len(run.eval_loader), model, image, run.autocast)
+        batches = pad_batches(batches, len(run.eval_loader), model, image, run.autocast)
     metrics = accuracy(
         model,
         progress_bar(

@@ -15,7 +15,7 @@ from samon.trainer.checkpoint import Checkpoints, Progress, class_names
 from samon.trainer.config import Config, dump, parse
 from samon.trainer.control import Control
 from samon.trainer.dcp import Parts
-from samon.trainer.distributed import DistInfo, handled, processes, rank_zero_only
+from samon.trainer.distributed import DistInfo, distributed_session, log_handler, rank_zero_only
 from samon.trainer.flag_rows import steps_or_minutes
 from samon.trainer.logging import Report
 from samon.trainer.loop import fit
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> dict[str,
         print(dump(config), end="")
         return {}
     check_name(config.dataset, config.data_dir)
-    with processes(config) as world:
+    with distributed_session(config) as world:
         return train(config, world, hooks)
 
 
@@ -58,7 +58,7 @@ def train(config: Config, world: DistInfo, hooks: Hooks | None = None) -> dict[s
     control = Control(steps_or_minutes(config.checkpoint_interval)[1])
     with ExitStack() as at_end:
         at_end.callback(control.close)
-        with handled(early):
+        with log_handler(early):
             run = build(config, world, hooks, class_names(place.source) if place.source else None)
             kind = Parts if config.checkpoint_format == "parts" else Checkpoints
             checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")

@@ -30,7 +30,7 @@ log = logging.getLogger("samon")
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def check_name(config: Config) -> None:
+def check_model_name(config: Config) -> None:
     """Raises:
     UserError: timm does not know the model.
     """
@@ -39,9 +39,9 @@ def check_name(config: Config) -> None:
         raise UserError(f"--model: unknown model {config.model!r}{known}")
 
 
-def create(config: Config, **factory: Any) -> nn.Module:
+def create_model(config: Config, **factory: Any) -> nn.Module:
     """The model by timm's factory, on the CPU; `factory` are further arguments of timm's."""
-    check_name(config)
+    check_model_name(config)
     set_fast_norm(config.fast_norm)
     factory |= {"num_classes": config.num_classes, "global_pool": config.gp}
     with reraise_as_user_error(f"--model {config.model}"):
@@ -52,7 +52,7 @@ def create(config: Config, **factory: Any) -> nn.Module:
     return model
 
 
-def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
+def resolve_data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
     """How images are prepared, as timm finds it: input_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Raises:
@@ -79,7 +79,7 @@ def data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
     return found
 
 
-def for_training(config: Config) -> nn.Module:
+def create_train_model(config: Config) -> nn.Module:
     """The model to train: initial weights, regularization, the head's initial scale and bias, frozen parameters."""
     for key in ("initial_checkpoint", "pretrained_path"):
         if path := getattr(config, key):
@@ -94,7 +94,7 @@ def for_training(config: Config) -> nn.Module:
     rates = {"drop_rate": config.drop, "drop_block_rate": config.drop_block}
     rates["drop_path_rate"] = config.drop_connect if config.drop_path is None else config.drop_path
     with weights_checked(config.pretrained_path) if config.pretrained_path else nullcontext():
-        model: Any = create(config, **weights, **rates, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
+        model: Any = create_model(config, **weights, **rates, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
     with reraise_as_user_error(f"--model {config.model}"):
         _init_head(model, config.head_init_scale, config.head_init_bias)
         if config.grad_checkpointing:
@@ -119,14 +119,14 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
         model.get_classifier().bias.fill_(bias)
 
 
-def place(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
+def place_model(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
     """Device, precision of the weights, memory format."""
-    model.to(device=world.device, dtype=dtype_of(config.model_dtype))
+    model.to(device=world.device, dtype=parse_dtype(config.model_dtype))
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 @torch.no_grad()
-def refusal(model: nn.Module, size: Sequence[int]) -> str:
+def input_size_error(model: nn.Module, size: Sequence[int]) -> str:
     """Why the model does not take an image of this size [C, H, W], in one line; '' if it does."""
     like, training = next(model.parameters()), model.training
     try:
@@ -139,7 +139,7 @@ def refusal(model: nn.Module, size: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def one_value_norm(model: nn.Module, size: Sequence[int]) -> str:
+def find_single_value_norm(model: nn.Module, size: Sequence[int]) -> str:
     """The name of a BatchNorm layer that sees one value a channel of an image of this size [C, H, W], or ''."""
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
@@ -150,17 +150,17 @@ def one_value_norm(model: nn.Module, size: Sequence[int]) -> str:
 
     handle = register_module_forward_pre_hook(look)
     try:
-        refusal(model, size)
+        input_size_error(model, size)
     finally:
         handle.remove()
     return found[0] if found else ""
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
+def parse_dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def compiled(config: Config, model: nn.Module) -> nn.Module:
+def compile_model(config: Config, model: nn.Module) -> nn.Module:
     """The model as it is called: compiled where asked."""
     if not config.torchcompile:
         return model
@@ -173,17 +173,17 @@ def compiled(config: Config, model: nn.Module) -> nn.Module:
         return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
 
 
-def settle_precision(config: Config, world: DistInfo) -> Config:
+def resolve_precision(config: Config, world: DistInfo) -> Config:
     """--amp-dtype auto decided for this device: bfloat16 if it has instructions for it, else no mixed precision."""
     if not config.amp or config.amp_dtype != "auto":
         return config
-    native = native_bfloat16(world.device)
+    native = has_native_bfloat16(world.device)
     if world.is_rank_zero:
         log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
     return config.but(amp=native, amp_dtype="bfloat16")
 
 
-def native_bfloat16(device: torch.device) -> bool:
+def has_native_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -193,16 +193,16 @@ def native_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def captured(config: Config) -> bool:
+def uses_cuda_graphs(config: Config) -> bool:
     """Whether the compiled model's graphs are captured as CUDA graphs, on a GPU."""
     return bool(config.torchcompile) and config.torchcompile_mode in CAPTURING
 
 
-def autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes the context of a forward pass under --amp; without it one that does nothing."""
     if not config.amp:
         return nullcontext
-    return partial(torch.autocast, device_type=device.type, dtype=dtype_of(config.amp_dtype))
+    return partial(torch.autocast, device_type=device.type, dtype=parse_dtype(config.amp_dtype))
 
 
 # --- starting from pretrained weights ---------------------------------------------------------------------------------

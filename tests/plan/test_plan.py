@@ -20,7 +20,7 @@ from samon.plan.watch import REST, Watch
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.model import create
+from samon.trainer.model import create_model
 from tests.processes import run_ranks
 
 MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 2}, "img_size": 64}
@@ -41,9 +41,9 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     for opt in METHODS:
         config = settings(opt, flags=["--fsdp"] if fsdp else [], **about)
         torch.manual_seed(0)
-        model = create(config)
+        model = create_model(config)
         if fsdp:
-            sharding.shard(config, model, world, sharding.make_mesh(config, world))
+            sharding.shard_model(config, model, world, sharding.make_mesh(config, world))
         net = model if fsdp else DistributedDataParallel(model)
         optimizer = create_optimizer_v2(model, opt, lr=0.1, momentum=0.9, weight_decay=0.05)
         x, y = torch.randn(BATCH, 3, size, size), torch.zeros(BATCH, dtype=torch.long)

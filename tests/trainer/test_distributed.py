@@ -33,7 +33,7 @@ def test_a_process_that_waits_for_others_says_so(
     leftover.setattr(world, "PATIENCE", patience)
     leftover.setattr(utils, "init_distributed_device", waits)
     with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: nobody came"):
-        world.start(CONFIG)
+        world.init_distributed(CONFIG)
     said = "process 0 of 2, waiting for the others at host:29500 (unset WORLD_SIZE for a single process)"
     assert (said in capfd.readouterr().err) is shown
 
@@ -42,10 +42,10 @@ def test_slurms_variables_alone_are_no_way_to_start(monkeypatch: pytest.MonkeyPa
     for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"^SLURM_NTASKS=2 .* torchrun, or unset SLURM_NTASKS for a single process"):
-        world.start(CONFIG)
+        world.init_distributed(CONFIG)
 
 
 def test_a_rank_that_is_no_number_is_one_line(leftover: pytest.MonkeyPatch) -> None:
     leftover.setenv("WORLD_SIZE", "x")
     with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: invalid literal"):
-        world.start(CONFIG)
+        world.init_distributed(CONFIG)

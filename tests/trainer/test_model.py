@@ -14,7 +14,7 @@ from samon import UserError
 from samon.trainer import config
 from samon.trainer.build import build_optimizer
 from samon.trainer.main import main
-from samon.trainer.model import for_training
+from samon.trainer.model import create_train_model
 from tests import efficientnet_lite0
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(*argv: str) -> tuple[config.Config, nn.Module]:
     c = config.parse(["--model", MODEL, "--num-classes", "10", "--data-dir", "x", *argv])
     torch.manual_seed(0)
-    return c, for_training(c)
+    return c, create_train_model(c)
 
 
 @needs_weights

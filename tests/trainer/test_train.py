@@ -25,7 +25,7 @@ from samon.trainer import build, config
 from samon.trainer import main as train
 from samon.trainer import model as model_of
 from samon.trainer.build import Hooks
-from samon.trainer.model import for_training
+from samon.trainer.model import create_train_model
 from tests.graph_memory import Pool
 from tests.runs import BASE, WATCH, assert_same, last, last_line, run, weights
 
@@ -401,7 +401,7 @@ def test_head_initialization() -> None:
     heads = []
     for args in ([], ["--head-init-scale", "0.5", "--head-init-bias", "-3"]):
         torch.manual_seed(0)
-        model: Any = for_training(config.parse(["--model", "test_vit", "--num-classes", "10", *args]))
+        model: Any = create_train_model(config.parse(["--model", "test_vit", "--num-classes", "10", *args]))
         heads.append(model.get_classifier())
     assert torch.equal(heads[0].weight * 0.5, heads[1].weight)
     assert (heads[1].bias == -3).all()
@@ -524,7 +524,7 @@ def test_micro_batches_on_captured_graphs(opt: str, tmp_path: Path, monkeypatch:
     pool = Pool()
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", pool.begin)
     monkeypatch.setattr(
-        "samon.trainer.model.compiled", lambda config, model: torch.compile(model, backend=pool.backend)
+        "samon.trainer.model.compile_model", lambda config, model: torch.compile(model, backend=pool.backend)
     )
     how = ["--torchcompile", "eager", "--torchcompile-mode", "max-autotune"]
     _, captured = run(tmp_path, *args, *how, name="captured")
@@ -563,7 +563,7 @@ def test_precision_that_the_device_has(
     native: bool, tmp_path: Path, jobs: list[build.Run], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """--amp-dtype auto: told in the log, and args.yaml says what ran; the loss is float32 either way."""
-    monkeypatch.setattr(model_of, "native_bfloat16", lambda device: native)
+    monkeypatch.setattr(model_of, "has_native_bfloat16", lambda device: native)
     seen: list[torch.dtype] = []
 
     def built(job: build.Run) -> None:
