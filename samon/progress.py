@@ -57,8 +57,8 @@ class LineProgress(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs |= {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
-        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-        super().__init__(*args, **kwargs, file=io.StringIO(), bar_format=line)
+        kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+        super().__init__(*args, **kwargs | {"file": io.StringIO()})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # '' clears the line at the end

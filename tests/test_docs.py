@@ -67,7 +67,7 @@ def test_the_default_rho_of_each_name_is_documented() -> None:
 
 def test_documented_commands_can_run_beside_others() -> None:
     """Without --standalone two runs on one host meet at torchrun's default port."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "samon/hparams").rglob("*.yaml")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "hparams").rglob("*.yaml")]
     lines = [line for page in pages for line in page.read_text().splitlines() if "torchrun --n" in line]
     assert lines
     assert [line for line in lines if "--nnodes" not in line] == []

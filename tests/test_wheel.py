@@ -1,4 +1,4 @@
-"""The wheel, installed into a clean environment: commands, recipes and types come along, and a run works anywhere."""
+"""The package installed in a clean environment: commands, recipes and types are there, and a run works."""
 
 import json
 import os
@@ -24,41 +24,49 @@ def call(*words: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def install(base: Path, *flags: str) -> Path:
     """The bin directory of an environment that sees the libraries of this one, but not the checkout."""
-    base = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
-        source, target = ROOT / name, base / "source" / name
+        target = base / "source" / name
         target.parent.mkdir(exist_ok=True)
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, target, **({"symlinks": True} if source.is_dir() else {}))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    call(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", base, base / "source", cwd=base)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
     venv.create(base / "env")
     packages = next((base / "env/lib").glob("python*/site-packages"))
-    # Lines of a .pth add folders but do not run the .pth files there, so an editable install of samon is not seen.
+    # Lines of a .pth file add folders but do not run the .pth files there, so an editable install of samon is not seen.
     (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()))
-    wheel = next(base.glob("*.whl"))
-    call(*pip, "--python", base / "env/bin/python", "install", "-q", "--no-deps", "--no-index", wheel, cwd=base)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", base / "env/bin/python"]
+    call(*pip, "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", *flags, base / "source", cwd=base)
     return base / "env/bin"
 
 
-def test_what_is_in_it(installed: Path, tmp_path: Path) -> None:
-    code = "import samon, pathlib; print(samon.__version__, pathlib.Path(samon.__file__).parent)"
-    version, where = call(installed / "python", "-c", code, cwd=tmp_path).split()
-    assert where.startswith(str(installed.parent))
-    assert version.count(".") == 2
-    assert (Path(where) / "py.typed").exists()
-    packed = {str(path.relative_to(ROOT / "hparams")) for path in (ROOT / "hparams").rglob("*.yaml")}
-    there = Path(where) / "hparams"
-    assert packed == {str(path.relative_to(there)) for path in there.rglob("*.yaml")}
-    printed = call(installed / "samon-train", "-c", "imagenet/resnet50", "--print-config", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_holds_types_and_all_recipes(installed: Path, tmp_path: Path) -> None:
+    code = "import importlib.util; print(importlib.util.find_spec('samon').origin)"
+    package = Path(call(installed / "python", "-c", code, cwd=tmp_path).strip()).parent
+    assert package.is_relative_to(installed.parent)
+    assert (package / "py.typed").exists()
+    recipes = {str(path.relative_to(ROOT / "hparams")) for path in (ROOT / "hparams").rglob("*.yaml")}
+    assert recipes == {str(path.relative_to(package / "hparams")) for path in (package / "hparams").rglob("*.yaml")}
+    sources = {str(path.relative_to(ROOT / "samon")) for path in (ROOT / "samon").rglob("*.*")}
+    missing = [name for name in sources if not (package / name).exists() and "__pycache__" not in name]
+    assert not missing, "not listed in pyproject.toml: tool.setuptools.packages"
+
+
+def test_an_editable_install_finds_the_recipes_of_its_checkout(tmp_path: Path) -> None:
+    """By name, as the wheel does below and the checkout itself in every other test."""
+    commands = install(tmp_path, "--editable")
+    printed = call(commands / "samon-train", "-c", "imagenet/resnet50", "--print-config", cwd=tmp_path)
     assert yaml.safe_load(printed)["model"] == "resnet50"
 
 
-def test_commands_are_there(installed: Path, tmp_path: Path) -> None:
-    """Every one starts the program it is named after; samon-train and samon-report run in the test below."""
+def test_every_command_starts_the_program_it_is_named_after(installed: Path, tmp_path: Path) -> None:
     code = """
 from importlib.metadata import entry_points
 from samon.cli import installed
@@ -78,7 +86,7 @@ for entry in entry_points(group="console_scripts"):
     assert all((installed / name).exists() for name in found)
 
 
-def test_an_epoch_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_an_epoch_and_its_report_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     size = ["--epochs", "1", "--warmup-epochs", "0", "--train-num-samples", "100", "--val-num-samples", "50"]
     data = ["--data-dir", ROOT / "data/fashion-mnist", "-j", "0"]
     where = ["--output", "out", "--experiment", "one"]

@@ -19,7 +19,9 @@ from samon.registry import BASES, variant_of
 from samon.trainer.flag_rows import SAM, TRAIN
 from samon.trainer.flags import Flag, by_key, nearest, parse_command_line
 
-RECIPES = Path(__file__).parents[1] / "hparams"  # hparams/ of the repository; the wheel holds a copy
+_PACKAGE = Path(__file__).parents[1]
+# A wheel holds the recipes inside the package; a checkout and an editable install have them beside it.
+RECIPES = next((path for path in (_PACKAGE / "hparams", _PACKAGE.parent / "hparams") if path.is_dir()), _PACKAGE)
 FLAGS: dict[str, Flag] = by_key(TRAIN)
 _IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # as in timm's args.yaml
 AUTO = "auto"  # --resume: from where --experiment stands, if there is anything
