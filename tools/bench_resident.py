@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samon.data import create_dataset, create_loader, create_resident_loader
+from samon.data import create_dataset, create_in_memory_loader, create_loader
 
 
 def images_per_second(loader: Any, epoch: int, device: torch.device) -> float:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             whole = create_dataset("npz/random", root=root, split="train", rank=0, world_size=1)
             stream = create_dataset("npz/random", root=root, split="train", is_training=True, batch_size=128)
             loaders = {
-                "resident": create_resident_loader(whole, (3, 32, 32), 128, True, **kwargs),
+                "resident": create_in_memory_loader(whole, (3, 32, 32), 128, True, **kwargs),
                 "by image": create_loader(stream, (3, 32, 32), 128, True, num_workers=args.workers, **kwargs),
             }
             speeds: dict[str, list[float]] = {name: [] for name in loaders}

@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from samon.data.arrays import read_npz
 from samon.data.classes import class_order
-from samon.data.folders import Item, find_images
-from samon.data.splits import EVAL_SPLITS, TRAIN_SPLITS
+from samon.data.sources import EVAL_SPLITS, TRAIN_SPLITS, ImageEntry, find_images, read_npz
 from samon.errors import UserError, require_package
 from samon.evals.shifts import SETS, label_table, validation_number
 
@@ -16,17 +14,17 @@ from samon.evals.shifts import SETS, label_table, validation_number
 class Split(NamedTuple):
     """Images with their labels, and what the labels are called."""
 
-    items: list[tuple[Item, int]]
+    items: list[tuple[ImageEntry, int]]
     class_names: list[str]
 
 
-def numbered(items: list[Item], classes: list[str], names: list[str]) -> Split:
+def numbered(items: list[ImageEntry], classes: list[str], names: list[str]) -> Split:
     """Images whose labels are the places of their classes in `names`."""
     index = {name: label for label, name in enumerate(names)}
     return Split([(item, index[name]) for item, name in zip(items, classes, strict=True)], names)
 
 
-def by_folder(items: list[Item], names: list[str] | None = None) -> Split:
+def by_folder(items: list[ImageEntry], names: list[str] | None = None) -> Split:
     """Labels in timm's order of the class folders' names, or in that of `names`."""
     folders = [item.folder for item in items]
     return numbered(items, folders, names or sorted(set(folders), key=class_order))
@@ -149,7 +147,7 @@ def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
     splits = {}
     for split, pair in arrays.items():
         pairs = enumerate(zip(*pair, strict=True))
-        items = [(Item(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs]
+        items = [(ImageEntry(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs]
         splits[split] = Split(items, names)
     return splits
 

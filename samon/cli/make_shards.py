@@ -26,18 +26,17 @@ from PIL import Image
 
 from samon.cli.layouts import Split, find_splits
 from samon.cli.program import run_script
-from samon.data import urls
 from samon.data.corrupt import SampleError
 from samon.data.decode import decode_pil, open_image
-from samon.data.folders import Item
-from samon.data.shards import ShardReader, load_split
+from samon.data.shards import ShardReader, load_split, open_url
+from samon.data.sources import ImageEntry
 from samon.errors import UserError
 from samon.files import atomic_write, write_text
 from samon.progress import progress_bar
 
 FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
 SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
-Task = tuple[Path, list[tuple[str, Item, int]]]  # a shard to write: its (key, image, label) samples
+Task = tuple[Path, list[tuple[str, ImageEntry, int]]]  # a shard to write: its (key, image, label) samples
 MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their format; timm reads jpg, png, webp
 
 
@@ -52,7 +51,7 @@ def member_key(path: str, split: str, taken: set[str]) -> str:
     return unique
 
 
-def prepared(item: Item, resize: int, quality: int) -> tuple[str, bytes]:
+def prepared(item: ImageEntry, resize: int, quality: int) -> tuple[str, bytes]:
     """(suffix, bytes) of one image: as it is, or its shorter edge resized (never enlarged)."""
     data = item.read()
     try:
@@ -166,7 +165,7 @@ def verify_shard(task: tuple[str, int, str | None, int | None]) -> tuple[int, li
     url, length, digest, classes = task
     faults: list[str] = []
     if digest:
-        with urls.open_url(url) as file:
+        with open_url(url) as file:
             if sha256(file) != digest:
                 faults.append(f"{url}: its SHA-256 is not the one in _info.json")
     good = 0

@@ -25,9 +25,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from samon.cli.dashes import parse_up_to_dashes
 from samon.cli.program import run_script
 from samon.data.corrupt import ImageError, SampleError
-from samon.data.folders import is_hidden
-from samon.data.shards import Record
-from samon.data.source import Source
+from samon.data.shards import RawSample, is_hidden
+from samon.data.sources import Source
 from samon.errors import UserError
 from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
 from samon.evals.main import build, parse
@@ -46,13 +45,13 @@ class Files(Source):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, indices: Sequence[int]) -> list[Record | SampleError]:
+    def read(self, indices: Sequence[int]) -> list[RawSample | SampleError]:
         """Each file's bytes."""
         return [self._read(self.paths[index]) for index in indices]
 
-    def _read(self, path: Path) -> Record | SampleError:
+    def _read(self, path: Path) -> RawSample | SampleError:
         try:
-            return Record(str(path), path.read_bytes(), 0)
+            return RawSample(str(path), path.read_bytes(), 0)
         except OSError as error:
             return ImageError(f"{path}: {error.strerror}")
 
@@ -60,7 +59,7 @@ class Files(Source):
 class TolerantImages(EvalImages):
     """Images of which a damaged one is logged and comes as a black one with label -1."""
 
-    def load(self, record: Record | SampleError) -> tuple[Any, int]:
+    def load(self, record: RawSample | SampleError) -> tuple[Any, int]:
         """The transformed image and 0, or -1 if it is damaged."""
         try:
             return self.decode(record)

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from timm.data.readers.class_map import load_class_map as load_timm_class_map
 
 from samon.data.corrupt import DataError, LabelError
-from samon.errors import UserError
-from samon.trainer.flags import nearest
+from samon.errors import UserError, nearest
 
 
 def class_order(name: str) -> tuple[list[int | str], str]:

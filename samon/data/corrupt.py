@@ -42,7 +42,7 @@ class WorkerError(RunError):
     """A loader worker was killed or could not hand over its batch; nothing is wrong with the data."""
 
 
-def from_worker(error: Exception) -> Exception:
+def explain_worker_error(error: Exception) -> Exception:
     """What ended a loader, in one line: without a worker's traceback, and with what to do where a worker was lost."""
     text = str(error)
     if isinstance(error, UserError):
@@ -63,7 +63,7 @@ def from_worker(error: Exception) -> Exception:
     return error
 
 
-class FaultCount:
+class CorruptSampleCounter:
     """Faulty samples of one process, counted over its loader workers in shared memory.
 
     ``limit`` is the fraction of ``samples`` (this process's samples per epoch) that may be faulty in one epoch.

@@ -3,16 +3,19 @@
 The tensor path decodes JPEGs with simplejpeg (libjpeg-turbo, as in Pillow: the same pixels) and runs timm's own
 random choices on the tensor, so a seed gives the same crop box, flip and interpolation on both paths. Only the
 resampling differs: bilinear by one level of 255 at most; bicubic by more in about one value of a thousand, where its
-overshoot is cut off. Where the transform begins with a random crop, `samon.data.regions` decodes that part alone.
+overshoot is cut off. Where the transform begins with a random crop, `samon.data.decode` decodes that part alone.
 """
 
 import io
 import logging
+import os
 import random
+import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,87 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 from torchvision.transforms.v2 import functional as F
 
-from samon.data import regions
 from samon.data.corrupt import ImageError, ImageTooLargeError
 from samon.errors import UserError
+
+
+def available() -> bool:
+    """Whether the package is installed (`pip install 'samon-timm[decode]'`); nothing is imported."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.nvimgcodec") is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries for formats other than JPEG say on file descriptor 2 that they miss their CUDA parts."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+@cache
+def _decoder(_process: int) -> tuple[Any, Any, Any]:
+    """The package, a decoder that touches no GPU and starts no thread, its settings; one a process."""
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it cannot decode, the caller says
+    with _quiet():
+        from nvidia import nvimgcodec
+
+        cpu = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
+        decoder = nvimgcodec.Decoder(nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=cpu)
+    # As timm and Pillow: the camera's orientation is not applied.
+    return nvimgcodec, decoder, nvimgcodec.DecodeParams(apply_exif_orientation=False)
+
+
+class Jpeg:
+    """A JPEG that is not decoded yet."""
+
+    def __init__(self, data: bytes, height: int, width: int) -> None:
+        self.data, self.height, self.width = data, height, width
+
+    @property
+    def like(self) -> Tensor:
+        """What it will be, [3, H, W] without any memory, for those who only want to know its size."""
+        return torch.empty((3, self.height, self.width), dtype=torch.uint8, device="meta")
+
+    def region(self, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """uint8 RGB [3, height, width], equal to that part of the whole image; None where it cannot be decoded."""
+        package, decoder, params = _decoder(os.getpid())
+        part = package.Region(top, left, top + height, left + width)
+        image = decoder.decode(package.CodeStream(self.data).get_sub_code_stream(region=part), params=params)
+        return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+
+    def scaled(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor | None:
+        """About the same part, of the smallest 1/2^k of the image in which it has ``size`` or more (height, width).
+
+        None where that is the image itself, or where it is damaged.
+        """
+        factor = next((f for f in (8, 4, 2) if box[2] >= f * size[0] and box[3] >= f * size[1]), 1)
+        if factor == 1:
+            return None
+        smaller = [-(-side // factor) for side in (self.height, self.width)]
+        try:
+            whole = simplejpeg.decode_jpeg(self.data, min_height=smaller[0], min_width=smaller[1])
+        except ValueError:
+            return None
+        top, left, height, width = (round(side / factor) for side in box)
+        return torch.from_numpy(whole[top : top + height, left : left + width]).permute(2, 0, 1)
+
+
+def parse(data: bytes, max_pixels: int) -> Jpeg | None:
+    """The JPEG in ``data``; None for anything else (CMYK or damaged headers too) or more than ``max_pixels``."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return Jpeg(data, height, width) if colors in ("YCbCr", "Gray", "RGB") and height * width <= max_pixels else None
+
 
 _logger = logging.getLogger(__name__)
 
@@ -91,15 +172,15 @@ def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
 
 def decode_tensor(data: bytes | Image.Image) -> Tensor:
     """Decode to uint8 RGB [3, H, W]: JPEGs by simplejpeg, what it does not take (or CMYK) by Pillow."""
-    if isinstance(data, bytes) and regions.parse(data, MAX_PIXELS):
+    if isinstance(data, bytes) and parse(data, MAX_PIXELS):
         with suppress(ValueError):  # it is stricter than Pillow, which decides whether the file is damaged
             return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     return pil_to_tensor(decode_pil(data, "RGB"))
 
 
-def decode_later(data: bytes | Image.Image) -> regions.Jpeg | Tensor:
+def decode_later(data: bytes | Image.Image) -> Jpeg | Tensor:
     """A JPEG as it is, for `TensorCrop` to decode what it needs; anything else as `decode_tensor` gives it."""
-    parsed = regions.parse(data, MAX_PIXELS) if isinstance(data, bytes) else None
+    parsed = parse(data, MAX_PIXELS) if isinstance(data, bytes) else None
     return parsed or decode_tensor(data)
 
 
@@ -112,15 +193,15 @@ class TensorCrop:
         modes = crop.interpolation
         self.modes = tuple(modes) if isinstance(modes, (tuple, list)) else (modes,)
 
-    def __call__(self, image: Tensor | regions.Jpeg) -> Tensor:
+    def __call__(self, image: Tensor | Jpeg) -> Tensor:
         """uint8 [C, *size]; draws in timm's order."""
-        whole = image.like if isinstance(image, regions.Jpeg) else image
+        whole = image.like if isinstance(image, Jpeg) else image
         top, left, height, width = box = self.crop.get_params(whole, self.crop.scale, self.crop.ratio)
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
         part = None
-        if isinstance(image, regions.Jpeg):
+        if isinstance(image, Jpeg):
             part = image.scaled(box, self.crop.size) if self.scaled else None
-            part = image.region(*box) if part is None and regions.available() else part
+            part = image.region(*box) if part is None and available() else part
             image = decode_tensor(image.data) if part is None else whole
         part = image[:, top : top + height, left : left + width] if part is None else part
         return F.resize_image(part, list(self.crop.size), mode)
@@ -186,7 +267,7 @@ def choose_decoder(decoder: str, transform: Any, mode: str, quiet: bool = False)
     """
     if decoder not in DECODERS:
         raise UserError(f"--decoder {decoder}: choose {', '.join(DECODERS)}")
-    if decoder == "crop" and not regions.available():
+    if decoder == "crop" and not available():
         raise UserError("--decoder crop needs nvImageCodec: pip install 'samon-timm[decode]', or use --decoder auto")
 
     log = _logger.debug if quiet else _logger.info
@@ -201,7 +282,7 @@ def choose_decoder(decoder: str, transform: Any, mode: str, quiet: bool = False)
         return partial(decode_pil, mode=mode), transform
     chosen = [equal for _, equal in converted]
     first = chosen[0]
-    if decoder == "torch" or not isinstance(first, TensorCrop) or not (decoder == "scaled" or regions.available()):
+    if decoder == "torch" or not isinstance(first, TensorCrop) or not (decoder == "scaled" or available()):
         log("training images are decoded and augmented as tensors")
         return decode_tensor, transforms.Compose(chosen)
     first.scaled = decoder == "scaled"

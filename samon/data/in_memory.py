@@ -15,15 +15,15 @@ import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from samon.data.cifar_augment import Augment
 from samon.data.classes import check_label
-from samon.data.source import PairSource
+from samon.data.loader import Augment
+from samon.data.sources import PairSource
 from samon.data.stream import SampleStream
 from samon.errors import UserError, refuse
 
 
 @dataclass(eq=False)
-class ResidentLoader:
+class InMemoryLoader:
     """Batches of a data set held as uint8 [N, C, H, W] and labels [N] on the device."""
 
     images: Tensor
@@ -40,7 +40,7 @@ class ResidentLoader:
     img_dtype: torch.dtype = torch.float32
 
     mixup_enabled = False
-    bad_samples = epoch = samples_consumed = 0
+    corrupt_samples = epoch = samples_consumed = 0
     worker_error = None  # there are no workers
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
     if transform is None and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
         pixels, labels = (array[: stream.size] for array in arrays)
         for label in np.unique(labels):
-            check_label(label, stream.num_classes, source.place)
+            check_label(label, stream.num_classes, source.location)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.int64)
 
     resizing: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
@@ -105,7 +105,7 @@ def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callab
     return images, targets
 
 
-def create_resident_loader(
+def create_in_memory_loader(
     dataset: SampleStream,
     input_size: tuple[int, int, int],
     batch_size: int,
@@ -123,7 +123,7 @@ def create_resident_loader(
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     **rest: Any,
-) -> ResidentLoader:
+) -> InMemoryLoader:
     """`samon.data.create_loader` for `--data-resident`: the same arguments, of which it takes what it can do.
 
     Args:
@@ -146,7 +146,7 @@ def create_resident_loader(
     ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if grouped else {}
     look: dict[str, Any] = {"mean": mean, "std": std, "augment": augment, "img_dtype": img_dtype, **ranks}
     images, labels = images.to(device), labels.to(device)
-    return ResidentLoader(images, labels, batch_size, is_training=is_training, seed=dataset.seed, **look)
+    return InMemoryLoader(images, labels, batch_size, is_training=is_training, seed=dataset.seed, **look)
 
 
 # What is done image by image on the CPU and has no counterpart on the device: argument and flag.

@@ -6,26 +6,146 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import timm.data
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torchvision import transforms
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op
 
 from samon import rng
-from samon.data.cifar_augment import create_transform
-from samon.data.corrupt import DataError, WorkerError, from_worker
+from samon.data.corrupt import DataError, WorkerError, explain_worker_error
 from samon.data.decode import choose_decoder, decode_pil
-from samon.data.sizes import SizedTransform, SizeSchedule
-from samon.data.source import ShardSource
-from samon.data.sources import open_source
-from samon.data.stream import IndexedStream, SampleStream, ShardStream, sample_seed
+from samon.data.sources import ShardSource, open_source
+from samon.data.stream import IndexedStream, SampleStream, ShardStream, SizedTransform, SizeSchedule, sample_seed
 from samon.errors import UserError
+
+GREY = 128  # fills what AutoAugment moves in from outside, as in the paper's public code
+
+
+def padding(size: int) -> int:
+    """Pixels to pad each side with before the random crop: an eighth of the image, 4 for CIFAR's 32."""
+    return max(1, size // 8)
+
+
+def create_transform(
+    input_size: int | tuple[int, int] | tuple[int, int, int], *, is_training: bool = False, **kwargs: Any
+) -> Any:
+    """timm's `create_transform`, which also knows `train_crop_mode='pad'` and `auto_augment='cifar10'`.
+
+    The pad crop stands where timm's random crop does (an image of another size is resized first), the policy
+    behind the flips, in place of colour jitter as with timm's own policies.
+    """
+    pad, policy = kwargs.get("train_crop_mode") == "pad", kwargs.get("auto_augment") == "cifar10"
+    if not is_training or kwargs.get("no_aug") or not (pad or policy):
+        made = timm.data.create_transform(input_size, is_training=is_training, **kwargs)
+        first = (made[0] if isinstance(made, tuple) else made).transforms[0]
+        if isinstance(first, RandomResizedCropAndInterpolation):
+            first.get_params = partial(_whole_pixels, first.get_params)  # type: ignore[method-assign]
+        return made
+    if kwargs.get("separate"):
+        raise UserError("--train-crop-mode pad and --aa cifar10 do not go with --aug-splits")
+    kwargs |= {"train_crop_mode": None} if pad else {}
+    kwargs |= {"auto_augment": None, "color_jitter": None} if policy else {}
+    steps = timm.data.create_transform(input_size, is_training=True, **kwargs).transforms
+    size = steps[0].size
+    if pad:
+        resize = transforms.Resize(size, InterpolationMode.BICUBIC)
+        steps[:1] = [resize, transforms.RandomCrop(size, padding=padding(min(size)))]
+    if policy:
+        flips = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+        behind = max((i for i, step in enumerate(steps) if isinstance(step, flips)), default=1 if pad else 0)
+        steps.insert(behind + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GREY))
+    return transforms.Compose(steps)
+
+
+def _whole_pixels(get_params: Callable[..., tuple[int, ...]], image: Any, *ranges: Any) -> tuple[int, ...]:
+    """timm's random box, at least 1 pixel wide and high: of thin images a small share can round to none."""
+    top, left, height, width = get_params(image, *ranges)
+    if height == 0:  # then top may be just below the image
+        top, height = max(top - 1, 0), 1
+    if width == 0:
+        left, width = max(left - 1, 0), 1
+    return top, left, height, width
+
+
+@dataclass
+class Draws:
+    """One epoch's decisions, first axis the sample index of the whole data set."""
+
+    order: Tensor  # [N] permutation
+    corner: Tensor  # [N, 2] top and left corner of the crop in the padded image
+    flip: Tensor  # [N] bool
+    policy: Tensor  # [N] AutoAugment sub-policy
+    chance: Tensor  # [N, 2] uniform numbers that decide whether each operation is applied
+    negative: Tensor  # [N, 2] bool, direction of signed operations
+
+
+class Augment:
+    """Pad-and-crop, flip and AutoAugment of uint8 batches [B, C, H, W], all on the batch's device."""
+
+    def __init__(self, size: tuple[int, int], hflip: float = 0.5, policy: bool = False) -> None:
+        self.size, self.hflip, self.pad = size, hflip, padding(min(size))
+        self.auto = AutoAugment(AutoAugmentPolicy.CIFAR10) if policy else None
+
+    def draw(self, count: int, seed: int, epoch: int) -> Draws:
+        """All decisions of an epoch for `count` samples."""
+        g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return Draws(
+            order=torch.randperm(count, generator=g),
+            corner=torch.randint(2 * self.pad + 1, (count, 2), generator=g),
+            flip=torch.rand(count, generator=g) < self.hflip,
+            policy=torch.randint(25, (count,), generator=g),
+            chance=torch.rand(count, 2, generator=g),
+            negative=torch.randint(2, (count, 2), generator=g).bool(),
+        )
+
+    def __call__(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
+        """uint8 [B, C, H, W] of the samples `index` [B] (on the CPU) -> the same shape, augmented."""
+        device = images.device
+        images = self._crop(images, draws.corner[index].to(device, non_blocking=True))
+        flip = draws.flip[index].to(device, non_blocking=True)
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.auto is not None:
+            for step in (0, 1):
+                self._auto(images, step, index, draws)
+        return images
+
+    def _crop(self, images: Tensor, corner: Tensor) -> Tensor:
+        height, width = self.size
+        windows = F.pad(images, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, by corner
+        batch = torch.arange(len(images), device=images.device)
+        return windows[batch, :, corner[:, 0], corner[:, 1]].contiguous()  # [B, C, H, W]
+
+    def _auto(self, images: Tensor, step: int, index: Tensor, draws: Draws) -> None:
+        """Apply each sample's operation number `step` in place, one call per operation, strength and direction."""
+        assert self.auto is not None
+        space = self.auto._augmentation_space(10, self.size)
+        fill = [float(GREY)] * images.shape[1]
+        groups: dict[tuple[str, float], list[int]] = {}
+        drawn = (draws.policy[index], draws.chance[index, step], draws.negative[index, step])
+        picks = zip(*(values.tolist() for values in drawn), strict=True)
+        for row, (policy, chance, negative) in enumerate(picks):
+            name, probability, level = self.auto.policies[policy][step]
+            if chance <= probability:
+                magnitudes, signed = space[name]
+                size = float(magnitudes[level]) if level is not None else 0.0
+                groups.setdefault((name, -size if signed and negative else size), []).append(row)
+        for (name, magnitude), rows in groups.items():
+            where = torch.tensor(rows, device=images.device)
+            images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
+
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +164,7 @@ def create_dataset(
     repeats: float = 0,
     sample_split: bool = False,
     shuffle_buffer: int = 2048,
-    max_bad_fraction: float = 0.001,
+    max_corrupt_fraction: float = 0.001,
     rank: int | None = None,
     world_size: int | None = None,
     **opening: Any,
@@ -57,7 +177,7 @@ def create_dataset(
         repeats: an epoch is so many passes over the split; below 1 it is one.
         sample_split: allow fewer shards than processes x workers.
         shuffle_buffer: encoded samples each worker holds for shuffling shards.
-        max_bad_fraction: of an epoch's training samples may be bad; evaluation stops at the first.
+        max_corrupt_fraction: of an epoch's training samples may be bad; evaluation stops at the first.
         rank, world_size: default to torch.distributed's.
         **opening: timm's class_map, input_key, target_key, download and trust_remote_code; for remote shards
             shard_cache, a directory for copies, shard_cache_size, their bytes at most (200 GiB), and allow_shell_urls,
@@ -75,7 +195,7 @@ def create_dataset(
         raise UserError(f"{num_samples} evaluation samples asked for, the split holds {held}")
     size = num_samples or (int(held * max(1, repeats)) if is_training else held)
     common: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "rank": rank}
-    common |= {"world_size": world_size, "max_bad_fraction": max_bad_fraction, "image_mode": input_img_mode}
+    common |= {"world_size": world_size, "max_corrupt_fraction": max_corrupt_fraction, "image_mode": input_img_mode}
     common |= {"num_classes": num_classes or source.num_classes, "decode": partial(decode_pil, mode=input_img_mode)}
     if isinstance(source, ShardSource):
         return ShardStream(source, size, **common, buffer=shuffle_buffer, sample_split=sample_split)
@@ -129,7 +249,7 @@ def _end_when_trainer_says(trainer: int) -> None:
             os._exit(0)
 
 
-class SharedBatch:
+class SharedMemoryCollate:
     """A collate function that moves a worker's batch to shared memory.
 
     PyTorch does so later, in a thread of the worker, where too little shared memory is an error that reaches nobody:
@@ -197,7 +317,7 @@ class Loader:
         return self.dataset.size
 
     @property
-    def bad_samples(self) -> int:
+    def corrupt_samples(self) -> int:
         """Bad samples that this process skipped so far."""
         return self.dataset.faults.total
 
@@ -235,7 +355,7 @@ class Loader:
                     yield images.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
                 break
             except (RuntimeError, OSError, UserError) as error:
-                reason = from_worker(error)
+                reason = explain_worker_error(error)
                 if attempt or not isinstance(reason, WorkerError):
                     raise reason from None
                 self.worker_error = reason
@@ -294,7 +414,7 @@ def create_loader(
     dataset.set_loader_cfg(num_workers)
     workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers and num_workers > 0}
     workers |= {"pin_memory": pin_memory and device.type == "cuda", "drop_last": is_training}
-    workers |= {"collate_fn": SharedBatch(dataset.collate), "worker_init_fn": leave_signals_to_trainer}
+    workers |= {"collate_fn": SharedMemoryCollate(dataset.collate), "worker_init_fn": leave_signals_to_trainer}
     # The generator: its base seed would be drawn from the global one.
     batches: Any = _Batches(dataset, batch_size, generator=torch.Generator(), **workers)
     if use_prefetcher:

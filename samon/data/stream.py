@@ -4,22 +4,195 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate, islice
-from typing import Any
+from itertools import accumulate, islice, product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import IterableDataset, SequentialSampler, get_worker_info
 
 from samon import rng
-from samon.data import plan
 from samon.data.classes import check_label
-from samon.data.corrupt import DataError, FaultCount, ImageError, SampleError
-from samon.data.shards import Record
-from samon.data.sizes import SizedTransform
-from samon.data.source import ShardSource, Source
+from samon.data.corrupt import CorruptSampleCounter, DataError, ImageError, SampleError
+from samon.data.shards import RawSample
+from samon.data.sources import ShardSource, Source
 from samon.errors import UserError
+
+
+class ShardSlice(NamedTuple):
+    """Samples ``start`` to ``stop`` (exclusive) of one shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class ReadRange(NamedTuple):
+    """Samples ``start`` to ``start + size`` of an epoch's sequence, and the batches they make."""
+
+    start: int
+    size: int
+    batches: int
+
+
+class ReaderLayout(NamedTuple):
+    """How readers share an epoch's samples, and how many of them they gave (all ranks together) before a restart."""
+
+    world: int
+    batch: int
+    workers: int
+    buffer: int
+    samples: int = 0
+
+
+def epoch_pieces(lengths: Sequence[int], size: int, *, seed: int | None, epoch: int = 0) -> list[ShardSlice]:
+    """The epoch's sequence of ``size`` samples: every shard once in an order drawn from (seed, epoch).
+
+    Where ``size`` exceeds the data set, further passes follow, each in an order of its own; ``seed=None`` keeps the
+    order given.
+    """
+    pieces: list[ShardSlice] = []
+    left, turn = size, 0
+    while left > 0:
+        order = list(range(len(lengths)))
+        if seed is not None:
+            random.Random(f"shards {seed} {epoch} {turn}").shuffle(order)
+        for shard in order:
+            take = min(left, lengths[shard])
+            if take:
+                pieces.append(ShardSlice(shard, 0, take))
+            left -= take
+        turn += 1
+    return pieces
+
+
+def cut(pieces: Sequence[ShardSlice], start: int, count: int) -> list[ShardSlice]:
+    """The pieces that hold samples ``start`` to ``start + count`` of a sequence."""
+    kept, at = [], 0
+    for shard, first, last in pieces:
+        low, high = max(start, at), min(start + count, at + last - first)
+        if low < high:
+            kept.append(ShardSlice(shard, first + low - at, first + high - at))
+        at += last - first
+    return kept
+
+
+def worker_batches(batches: int, worker: int, num_workers: int) -> int:
+    """How many of a rank's batches a worker makes; the loader takes them from the workers in turn."""
+    return batches // num_workers + (worker < batches % num_workers)
+
+
+def stretch(
+    size: int, batch: int, rank: int, world: int, worker: int, num_workers: int, *, is_training: bool
+) -> ReadRange:
+    """The stretch of a reader.
+
+    Training has whole batches, as many on every rank; fewer than world x batch samples are left. Evaluation has every
+    sample once; only a rank's last batch is smaller.
+    """
+    if is_training:
+        size -= size % (world * batch)
+    low, high = size * rank // world, size * (rank + 1) // world
+    batches = -(-(high - low) // batch)
+    before = sum(worker_batches(batches, w, num_workers) for w in range(worker))
+    mine = worker_batches(batches, worker, num_workers)
+    start = min(low + before * batch, high)
+    return ReadRange(start, min(mine * batch, high - start), mine)
+
+
+def reader_order(count: int, buffer: int, *draw: int) -> list[int]:
+    """Positions 0 to ``count`` as a training reader gives them; ``draw`` is its (seed, epoch, start)."""
+    return shuffle_order(count, buffer, random.Random(" ".join(map(str, ("samples", *draw)))))
+
+
+def left_over(places: np.ndarray, layout: ReaderLayout, seed: int, epoch: int) -> np.ndarray:
+    """The places of an epoch's sequence, of those that ``layout``'s readers shared, that they have not given."""
+    given = np.zeros(len(places), dtype=bool)
+    batches = layout.samples // (layout.world * layout.batch)
+    for rank, worker in product(range(layout.world), range(layout.workers)):
+        place = rank, layout.world, worker, layout.workers
+        start, count, _ = stretch(len(places), layout.batch, *place, is_training=True)
+        done = worker_batches(batches, worker, layout.workers) * layout.batch
+        order = reader_order(count, layout.buffer, seed, epoch, start)
+        given[[start + position for position in order[:done]]] = True
+    return places[~given]
+
+
+def shuffle_order(count: int, buffer: int, rng: random.Random) -> list[int]:
+    """Positions 0 to ``count`` in the order in which a shuffle buffer of ``buffer`` samples gives them out.
+
+    Two samples come in for each that goes out until the buffer is full, so the first batch does not wait for a
+    full buffer. Deciding on positions, without the samples, is what lets a resumed reader skip what was used.
+    """
+    held: list[int] = []
+    order: list[int] = []
+    arriving = iter(range(count))
+    initial = buffer // 4
+    for position in arriving:
+        held.append(position)
+        if len(held) < initial:
+            continue
+        if len(held) < buffer and (extra := next(arriving, None)) is not None:
+            held.append(extra)
+        chosen = rng.randrange(len(held))
+        held[chosen], held[-1] = held[-1], held[chosen]
+        order.append(held.pop())
+    rng.shuffle(held)
+    return order + held
+
+
+@dataclass(frozen=True)
+class SizeSchedule:
+    """Which size each batch of an epoch has, the same on all processes and known without history.
+
+    Args:
+        sizes: side lengths in pixels; weights: their probabilities (uniform if None).
+        progressive: the choice moves from the first size to the last over `epochs`, a window of width `spread` (in
+            choices) around it, with a share `random_mix` of uniform choice.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    batches: int  # per epoch
+    seed: int
+    progressive: bool
+    epochs: int
+    spread: float
+    random_mix: float
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one or two schedules live as long as the process
+    def choices(self, epoch: int) -> tuple[int, ...]:
+        """Index into `sizes` of each of the epoch's batches."""
+        sampler = ScheduledBatchSampler(
+            SequentialSampler(range(self.batches)),
+            batch_sizes=[1] * len(self.sizes),
+            choice_weights=self.weights,
+            seed=self.seed,
+            num_batches=self.batches,
+            choice_schedule="progressive" if self.progressive else "constant",
+            schedule_epochs=self.epochs,
+            schedule_spread=self.spread,
+            schedule_random_mix=self.random_mix,
+        )
+        sampler.set_epoch(epoch)
+        return tuple(choice for [(_, choice)] in sampler)
+
+
+class SizedTransform:
+    """The transform of the current batch's size; the stream says which batch begins."""
+
+    def __init__(self, transforms: Sequence[Callable[[Any], Any]], schedule: SizeSchedule) -> None:
+        self.transforms, self.schedule, self.current = transforms, schedule, 0
+
+    def begin_batch(self, epoch: int, batch: int) -> None:
+        self.current = self.schedule.choices(epoch)[batch]
+
+    def __call__(self, image: Any) -> Any:
+        return self.transforms[self.current](image)
+
 
 _SPARES = 8  # samples before and after one in the stream, of which the nearest stands in for it if it is bad
 
@@ -58,7 +231,7 @@ class SampleStream(IterableDataset):
     rank: int = 0
     world_size: int = 1
     num_classes: int | None = None
-    max_bad_fraction: float = 0.001
+    max_corrupt_fraction: float = 0.001
     image_mode: str = "RGB"
     decode: Callable[[Any], Any] | None = None
     transform: Callable[[Any], Any] | None = None
@@ -67,7 +240,7 @@ class SampleStream(IterableDataset):
     repeats: int = 0
 
     def __post_init__(self) -> None:
-        self.faults = FaultCount(self.max_bad_fraction)
+        self.faults = CorruptSampleCounter(self.max_corrupt_fraction)
         # Shared with persistent workers, which are told of a new epoch in no other way: epoch, first batch, mixup.
         self.state = torch.tensor([0, 0, 1]).share_memory_()
 
@@ -95,10 +268,10 @@ class SampleStream(IterableDataset):
         self.state[0], self.state[1] = epoch, first_batch
         self.faults.new_epoch()
 
-    def stretch(self, worker: int, num_workers: int) -> plan.Stretch:
+    def stretch(self, worker: int, num_workers: int) -> ReadRange:
         """What that worker of this rank reads."""
         place = self.rank, self.world_size, worker, num_workers
-        return plan.stretch(self.size, self.batch_size, *place, is_training=self.is_training)
+        return stretch(self.size, self.batch_size, *place, is_training=self.is_training)
 
     def __len__(self) -> int:
         """Samples that this process gives in a whole epoch."""
@@ -122,7 +295,7 @@ class SampleStream(IterableDataset):
         first = max(0, first - before)
         # The loader asks its workers in turn, beginning with worker 0: so that one takes over whose turn it was.
         stream = (me + first) % workers
-        done = plan.worker_batches(first, stream, workers) * self.batch_size
+        done = worker_batches(first, stream, workers) * self.batch_size
         spared = min(done, _SPARES)
         items = with_spares(self.records(epoch, stream, workers, done - spared))
         for count, ((place, record), spares) in enumerate(islice(items, spared, None), start=done):
@@ -147,7 +320,7 @@ class SampleStream(IterableDataset):
                 continue
         raise DataError(f"{len(spares) + 1} samples in a row are bad; the log names the first ones")
 
-    def _finish(self, record: Record | SampleError) -> tuple[Any, Any]:
+    def _finish(self, record: RawSample | SampleError) -> tuple[Any, Any]:
         if isinstance(record, SampleError):
             raise record
         image, target = record.image, check_label(record.label, self.num_classes, record.where)
@@ -174,12 +347,12 @@ class ShardStream(SampleStream):
     source: ShardSource
     buffer: int = 2048
     sample_split: bool = False
-    layouts: tuple[int, Sequence[plan.Layout]] = (-1, ())  # an epoch, and the readers that gave its first samples
+    layouts: tuple[int, Sequence[ReaderLayout]] = (-1, ())  # an epoch, and the readers that gave its first samples
 
     @property
-    def layout(self) -> plan.Layout:
+    def layout(self) -> ReaderLayout:
         """The present readers."""
-        return plan.Layout(self.world_size, self.batch_size, self.num_workers, self.buffer)
+        return ReaderLayout(self.world_size, self.batch_size, self.num_workers, self.buffer)
 
     def _samples_before(self, epoch: int) -> int:
         return sum(layout.samples for layout in self.layouts[1]) if epoch == self.layouts[0] else 0
@@ -194,7 +367,7 @@ class ShardStream(SampleStream):
             return range(self.size)
         every = left = np.arange(self.size)
         for layout in self.layouts[1]:
-            left = plan.left_over(left, layout, self.seed, epoch)
+            left = left_over(left, layout, self.seed, epoch)
         step = self.batch_size * self.world_size
         missing = (self.size // step - before // step) * step - len(left)  # for whole steps some come again
         return np.sort(np.append(left, np.setdiff1d(every, left)[: max(missing, 0)]))
@@ -217,13 +390,13 @@ class ShardStream(SampleStream):
         """The stretch's samples in shuffled order (training) or as they lie; passes over what is not needed."""
         seed, places = self.seed if self.is_training else None, self.places(epoch)
         reader = self.rank, self.world_size, stream, num_streams
-        start, count, _ = plan.stretch(len(places), self.batch_size, *reader, is_training=self.is_training)
+        start, count, _ = stretch(len(places), self.batch_size, *reader, is_training=self.is_training)
         if not count:
             return
         first, last = int(places[start]), int(places[start + count - 1])
-        pieces = plan.epoch_pieces(self.source.shards.lengths, self.size, seed=seed, epoch=epoch)
-        pieces = plan.cut(pieces, first, last + 1 - first)
-        drawn = plan.reader_order(count, self.buffer, self.seed, epoch, start) if self.is_training else range(count)
+        pieces = epoch_pieces(self.source.shards.lengths, self.size, seed=seed, epoch=epoch)
+        pieces = cut(pieces, first, last + 1 - first)
+        drawn = reader_order(count, self.buffer, self.seed, epoch, start) if self.is_training else range(count)
         order = [int(places[start + position]) - first for position in drawn]
         held: dict[int, Any] = {}
         arriving = self._arriving(pieces, frozenset(order[skip:]))
@@ -234,7 +407,7 @@ class ShardStream(SampleStream):
             yield first + position, held.pop(position)
         next(arriving, None)  # lets the reader see whether the last shard ends where it should
 
-    def _arriving(self, pieces: Sequence[plan.Piece], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:
+    def _arriving(self, pieces: Sequence[ShardSlice], needed: frozenset[int]) -> Iterator[tuple[int, Any]]:
         """(position in the stretch, record) of the needed samples, in the order in which they lie in the shards."""
         shards, reader = self.source.shards, self.source.reader
         starts = accumulate((piece.stop - piece.start for piece in pieces), initial=0)

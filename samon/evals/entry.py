@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from samon.data.classes import check_label, check_ranks
-from samon.data.corrupt import ImageError, SampleError, from_worker
+from samon.data.corrupt import ImageError, SampleError, explain_worker_error
 from samon.data.decode import decode_pil, open_image
-from samon.data.loader import SharedBatch
-from samon.data.shards import Record
-from samon.data.source import ShardSource, Source
-from samon.data.sources import open_source
+from samon.data.loader import SharedMemoryCollate
+from samon.data.shards import RawSample
+from samon.data.sources import ShardSource, Source, open_source
 from samon.errors import UserError
 from samon.evals import shifts
 from samon.progress import progress_bar
@@ -76,7 +75,7 @@ class EvalImages(Dataset):
         wanted = indices if self.chosen is None else [self.chosen[i] for i in indices]
         return [self.load(record) for record in self.source.read(wanted)]
 
-    def load(self, record: Record | SampleError) -> tuple[Any, int]:
+    def load(self, record: RawSample | SampleError) -> tuple[Any, int]:
         """The transformed image and its label.
 
         Raises:
@@ -87,7 +86,7 @@ class EvalImages(Dataset):
         except SampleError as error:
             raise UserError(f"{error}; repair the data set, evaluation skips nothing") from error
 
-    def decode(self, record: Record | SampleError) -> tuple[Any, int]:
+    def decode(self, record: RawSample | SampleError) -> tuple[Any, int]:
         """`load`, with a SampleError that names the sample."""
         if isinstance(record, SampleError):
             raise record
@@ -105,7 +104,7 @@ class EvalImages(Dataset):
         except Exception as error:  # a transform can raise anything on sizes that it does not expect
             raise ImageError(f"{record.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
-    def _label(self, record: Record) -> int:
+    def _label(self, record: RawSample) -> int:
         label = record.label if self.row_of is None else self.row_of(record.where)
         label = check_label(label, self.num_labels, record.where)
         return label if self.class_of is None else self.class_of[label]
@@ -137,7 +136,7 @@ class Entry:
             flag = "--valid-labels" if config.valid_labels else "--real-labels"
             raise UserError(f"{self.name}: {self.kind} decides by itself which labels count; drop {flag}")
         images = self._open(target, self.split if split is None else split)
-        check_ranks(images.source.class_names, len(images), images.source.place)
+        check_ranks(images.source.class_names, len(images), images.source.location)
         if self.kind:
             named, counted = shifts.SETS[self.kind].named, {}
             table = shifts.label_table(self.kind, images.source.class_names)
@@ -288,7 +287,7 @@ def batches(
         options |= {"mean": (0.0,) * len(data["mean"]), "std": (1.0,) * len(data["std"])}
     options |= {"num_workers": config.workers, "pin_memory": config.pin_mem, "use_prefetcher": not config.no_prefetcher}
     options |= {"persistent_workers": False, "device": target.device}
-    options["collate_fn"] = SharedBatch(fast_collate if options["use_prefetcher"] else default_collate)
+    options["collate_fn"] = SharedMemoryCollate(fast_collate if options["use_prefetcher"] else default_collate)
     part: Any = replace(images, chosen=mine)  # timm types its own data sets
     loader = create_loader(part, data["input_size"], size, **options)
     if images.keeps_size:
@@ -302,7 +301,7 @@ def batches(
                 yield target.rank + k * target.world, index, x.to(target.device), y.to(target.device)
                 shown.update(len(x))
     except (RuntimeError, OSError, UserError) as error:
-        raise from_worker(error) from None
+        raise explain_worker_error(error) from None
 
 
 def _unless_sized(exact: Any, transform: Any, size: tuple[int, int], image: Image.Image) -> Any:

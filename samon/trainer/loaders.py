@@ -9,11 +9,8 @@ from timm.data import FastCollateMixup, Mixup
 
 from samon import data
 from samon.data.classes import check_ranks
-from samon.data.sizes import SizeSchedule
-from samon.data.source import Source
-from samon.data.sources import in_order_of_classes, open_source
-from samon.data.splits import overlap
-from samon.data.stream import SampleStream
+from samon.data.sources import Source, find_overlap, in_order_of_classes, open_source
+from samon.data.stream import SampleStream, SizeSchedule
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
@@ -22,7 +19,7 @@ from samon.trainer.model import parse_dtype
 log = logging.getLogger("samon")
 
 
-Batches = data.Loader | data.ResidentLoader
+Batches = data.Loader | data.InMemoryLoader
 
 
 class Data(NamedTuple):
@@ -70,7 +67,7 @@ def check_splits(config: Config, train: Source, held: Source, say: Callable[[str
     Raises:
         UserError: the same images, or a class that is not trained.
     """
-    if shared := overlap(train.extents, held.extents):
+    if shared := find_overlap(train.extents, held.extents):
         raise UserError(
             f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
             "give --data-dir the directory above the splits, name two of them, two parts such as "
@@ -79,7 +76,7 @@ def check_splits(config: Config, train: Source, held: Source, say: Callable[[str
     names, others = train.class_names, held.class_names
     if names and others and names != others:
         held.renumber(names)
-        say(f"{held.place} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
+        say(f"{held.location} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
 
 
 def _set_classes(stream: SampleStream, classes: int, say: Callable[[str], Any]) -> None:
@@ -88,7 +85,7 @@ def _set_classes(stream: SampleStream, classes: int, say: Callable[[str], Any]) 
     Raises:
         UserError: the data have more classes.
     """
-    place, found = stream.source.place, stream.source.num_classes
+    place, found = stream.source.location, stream.source.num_classes
     if found and found > classes:
         raise UserError(f"{place} has {found} classes, the model {classes}; use --num-classes {found}")
     if found and found < classes:
@@ -105,7 +102,7 @@ def follow_classes(source: Source, trained: list[str] | None, say: Callable[[str
     names = source.class_names
     if trained and names and names != trained:
         source.renumber(trained)
-        say(f"{source.place}: its classes are not those of the run that is resumed, its labels are numbered as there")
+        say(f"{source.location}: its classes differ from the resumed run's; labels are numbered as there")
 
 
 def build_data(
@@ -124,16 +121,16 @@ def build_data(
         "use_prefetcher": not config.no_prefetcher,
     }
     say = log.warning if world.is_rank_zero else log.debug  # once
-    make: Any = data.create_resident_loader if config.data_resident else data.create_loader
+    make: Any = data.create_in_memory_loader if config.data_resident else data.create_loader
     with reraise_as_user_error("data"):
         mixup, collate = _mixing(config, classes)
         train = _dataset(config, data_config, config.train_split, world)
         source = train.source
         if config.train_num_samples and train.size > len(source):
             asked = f"--train-num-samples {config.train_num_samples}"
-            say(f"{asked}: an epoch passes more than once over the {len(source)} samples of {source.place}")
+            say(f"{asked}: an epoch passes more than once over the {len(source)} samples of {source.location}")
         follow_classes(source, trained, say)
-        check_ranks(source.class_names, len(source), source.place)
+        check_ranks(source.class_names, len(source), source.location)
         _set_classes(train, classes, say)
         training = _train_kwargs(config, data_config, len(train) // config.batch_size)
         train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
@@ -144,7 +141,7 @@ def build_data(
             held = _dataset(config, data_config, config.val_split, None)
             check_splits(config, source, held.source, say)
             _set_classes(held, classes, log.debug)
-            check_ranks(held.source.class_names, len(held.source), held.source.place)
+            check_ranks(held.source.class_names, len(held.source), held.source.location)
             # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
             eval_loader = make(
                 held,
@@ -193,7 +190,7 @@ def _dataset(config: Config, data_config: dict[str, Any], split: str, training: 
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
         repeats=config.epoch_repeats,  # counts in training alone
-        max_bad_fraction=config.max_bad_samples,
+        max_corrupt_fraction=config.max_bad_samples,
         **{key: getattr(config, key) for key in _DATASET},
         **_opening(config),
         **ranks,

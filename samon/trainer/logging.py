@@ -153,7 +153,7 @@ class Report:
             "train/images_per_second": speed,
             "train/data_wait": waited,
             "train/skipped_steps": progress.skipped,
-            "train/skipped_samples": run.train_loader.bad_samples,
+            "train/skipped_samples": run.train_loader.corrupt_samples,
         }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)

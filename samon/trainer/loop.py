@@ -82,7 +82,7 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
         progress.layouts = []
     best = keeper.checkpoints.best
-    bad = torch.tensor([run.train_loader.bad_samples])
+    bad = torch.tensor([run.train_loader.corrupt_samples])
     keeper.control.reduce(bad)
     return final | {
         "best_metric": best["metric"],

@@ -15,8 +15,7 @@ from timm.models import clean_state_dict, safe_model_name
 from torch import nn
 
 from samon import rng as generators
-from samon.data.plan import Layout
-from samon.data.stream import ShardStream
+from samon.data.stream import ReaderLayout, ShardStream
 from samon.errors import UserError
 from samon.files import check_writable, write_text
 from samon.trainer import checkpoint
@@ -340,9 +339,9 @@ def _restore_readers(run: Run, progress: Progress, was: Mapping[str, Any], proce
     stream = getattr(run.train_loader, "dataset", None)
     if not isinstance(stream, ShardStream) or not progress.samples or not processes:
         return
-    layouts = [Layout(*layout) for layout in progress.layouts]
+    layouts = [ReaderLayout(*layout) for layout in progress.layouts]
     given = progress.samples - sum(layout.samples for layout in layouts)
-    last = Layout(processes, was["batch_size"], max(1, was["workers"]), was["shuffle_buffer"])
+    last = ReaderLayout(processes, was["batch_size"], max(1, was["workers"]), was["shuffle_buffer"])
     if last != stream.layout and given:
         layouts.append(last._replace(samples=given))
         say = log.warning if run.world.is_rank_zero else log.debug

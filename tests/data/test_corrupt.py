@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from samon.data import DataError, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError, shards
-from samon.data.corrupt import WorkerError, from_worker
+from samon.data.corrupt import WorkerError, explain_worker_error
 from samon.errors import UserError
 from tests.sets import flat, jpeg, make_loader, same, tar_of, targets, write_set
 
-SOME = {"max_bad_fraction": 0.5}
+SOME = {"max_corrupt_fraction": 0.5}
 
 
 def png_bomb():
@@ -69,7 +69,7 @@ def test_bad_samples_are_skipped_in_training_and_stop_evaluation(
     seen = flat(loader)
     assert len(seen) == 8, "no rank may run short"
     assert set(seen) == set(range(8)) - {4}
-    assert loader.bad_samples == 1
+    assert loader.corrupt_samples == 1
     if not workers:  # a worker's log goes to the terminal
         assert "bad sample skipped" in caplog.text
         assert kind.__name__ in caplog.text
@@ -112,7 +112,7 @@ def test_truncated_shards(tmp_path, cut, compress):
     assert set(range(10)) | set(range(20, 30)) <= set(seen)
     lost = set(range(10, 20)) - set(seen)
     assert lost, "the cut shard lost samples"
-    assert loader.bad_samples == len(lost)
+    assert loader.corrupt_samples == len(lost)
     with pytest.raises(SampleError, match=r"of 10 cannot be read|no label") as caught:
         flat(make_loader(root, training=False))
     assert path in str(caught.value)
@@ -127,14 +127,14 @@ def test_bytes_that_are_no_tar(tmp_path):
 
 def test_too_many_bad_samples_stop_training(tmp_path):
     root = write_set(tmp_path / "set", [10, 10], {i: {"jpg": b"broken"} for i in (2, 5, 13)})
-    one_fourth = flat(make_loader(root, workers=2, dataset={"max_bad_fraction": 0.15}))
+    one_fourth = flat(make_loader(root, workers=2, dataset={"max_corrupt_fraction": 0.15}))
     assert len(one_fourth) == 20
     with pytest.raises(DataError, match=r"3 bad samples in this epoch, more than 0.1 of the 20.*--max-bad-samples"):
-        flat(make_loader(root, workers=2, dataset={"max_bad_fraction": 0.1}))
+        flat(make_loader(root, workers=2, dataset={"max_corrupt_fraction": 0.1}))
     with pytest.raises(DataError, match="1 bad samples in this epoch"):
         flat(make_loader(root))
     with pytest.raises(UserError, match="between 0 and 1"):
-        make_loader(root, dataset={"max_bad_fraction": 2})
+        make_loader(root, dataset={"max_corrupt_fraction": 2})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -142,24 +142,24 @@ def test_a_label_outside_the_classes_is_no_bad_sample_but_a_wrong_setting(tmp_pa
     root = write_set(tmp_path / "set", [4, 4])
     info = json.loads(Path(root, "_info.json").read_text())
     Path(root, "_info.json").write_text(json.dumps(info | {"num_classes": None}))
-    loader = make_loader(root, workers=workers, dataset={"max_bad_fraction": 1, "num_classes": 7})
+    loader = make_loader(root, workers=workers, dataset={"max_corrupt_fraction": 1, "num_classes": 7})
     with pytest.raises(
         DataError, match=r"s0007: label 7, but there are 7 classes.*--num-classes or give --class-map"
     ) as caught:
         flat(loader)
     assert not isinstance(caught.value, SampleError)
-    assert loader.bad_samples == 0
+    assert loader.corrupt_samples == 0
     with pytest.raises(UserError, match="has 8 classes, the model 7; use --num-classes 8"):
         make_loader(write_set(tmp_path / "told", [8]), dataset={"num_classes": 7})
 
 
 def test_the_limit_holds_for_each_epoch_and_the_total_goes_on(tmp_path):
     root = write_set(tmp_path / "set", [10, 10], {2: {"jpg": b"broken"}})
-    loader = make_loader(root, workers=2, dataset={"max_bad_fraction": 0.05})
+    loader = make_loader(root, workers=2, dataset={"max_corrupt_fraction": 0.05})
     for epoch in range(3):
         loader.set_epoch(epoch)
         flat(loader)
-        assert loader.bad_samples == epoch + 1
+        assert loader.corrupt_samples == epoch + 1
 
 
 def test_bad_samples_do_not_disturb_resuming(tmp_path):
@@ -176,7 +176,7 @@ def test_bad_samples_do_not_disturb_resuming(tmp_path):
 def test_all_samples_bad(tmp_path):
     root = write_set(tmp_path / "set", [20], {i: {"jpg": b"broken"} for i in range(20)})
     with pytest.raises(DataError, match="9 samples in a row are bad"):
-        flat(make_loader(root, dataset={"max_bad_fraction": 1}))
+        flat(make_loader(root, dataset={"max_corrupt_fraction": 1}))
 
 
 def test_nothing_in_a_shard_is_executed(tmp_path):
@@ -253,7 +253,7 @@ def test_labels_from_json_and_class_maps(tmp_path):
     root = write_set(tmp_path / "set", [6], meta)
     loader = make_loader(root, batch=1, dataset=SOME | {"target_key": "label/fine"})
     assert set(flat(loader)) == set(range(5))
-    assert loader.bad_samples == 1
+    assert loader.corrupt_samples == 1
     mapped = {i: (i + 1) % 6 for i in range(5)}
     plain = write_set(tmp_path / "plain", [6])
     with pytest.raises(LabelError, match="label 5 is not in the class map"):
@@ -290,7 +290,7 @@ def test_damaged_files_in_folders(tmp_path):
     root = str(tmp_path)
     loader = make_loader(root, name="", dataset=SOME)
     assert set(flat(loader)) == set(range(8)) - {3}
-    assert loader.bad_samples == 1
+    assert loader.corrupt_samples == 1
     with pytest.raises(ImageError, match=r"c3/image\.jpg: not an image"):
         flat(make_loader(root, name="", training=False))
 
@@ -324,7 +324,13 @@ def test_images_one_pixel_wide_or_high_train(tmp_path, size, decoder):
     Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/0.png")
     Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/1.jpg")
     loader = make_loader(
-        str(tmp_path), name="", batch=2, decoder=decoder, dataset={"max_bad_fraction": 0}, mean=(0,) * 3, std=(1,) * 3
+        str(tmp_path),
+        name="",
+        batch=2,
+        decoder=decoder,
+        dataset={"max_corrupt_fraction": 0},
+        mean=(0,) * 3,
+        std=(1,) * 3,
     )
     for epoch in range(40):
         loader.set_epoch(epoch)
@@ -398,6 +404,6 @@ def kill_workers() -> None:
     ],
 )
 def test_what_ends_a_loader_is_one_line(error: Exception, kind: type[Exception], line: str) -> None:
-    found = from_worker(error)
+    found = explain_worker_error(error)
     assert type(found) is kind
     assert re.search(line, str(found))

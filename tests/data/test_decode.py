@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
 from samon.cli import make_shards
-from samon.data import regions
+from samon.data import decode as regions
 from samon.data.corrupt import ImageError
 from samon.data.decode import (
     DECODERS,

@@ -12,8 +12,8 @@ from torchvision import transforms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from samon import UserError
-from samon.data import ResidentLoader, create_dataset, create_loader, create_resident_loader
-from samon.data.cifar_augment import GREY, Augment, create_transform, padding
+from samon.data import InMemoryLoader, create_dataset, create_in_memory_loader, create_loader
+from samon.data.loader import GREY, Augment, create_transform, padding
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SHARDS = Path(__file__).parents[2] / "data/fashion-mnist"
@@ -33,7 +33,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def resident(npz: Path, is_training: bool, batch_size: int = 8, **kwargs: Any) -> ResidentLoader:
+def resident(npz: Path, is_training: bool, batch_size: int = 8, **kwargs: Any) -> InMemoryLoader:
     stream = create_dataset(
         "npz/tiny",
         root=str(npz),
@@ -43,10 +43,10 @@ def resident(npz: Path, is_training: bool, batch_size: int = 8, **kwargs: Any) -
         world_size=1,
     )
     options = {"train_crop_mode": "pad", "mean": MEAN, "std": STD, "device": "cpu", "color_jitter": 0.0} | kwargs
-    return create_resident_loader(stream, (3, 32, 32), batch_size, is_training, **options)
+    return create_in_memory_loader(stream, (3, 32, 32), batch_size, is_training, **options)
 
 
-def on_rank(npz: Path, rank: int, world: int, is_training: bool, batch_size: int = 4) -> ResidentLoader:
+def on_rank(npz: Path, rank: int, world: int, is_training: bool, batch_size: int = 4) -> InMemoryLoader:
     loader = resident(npz, is_training, batch_size)
     loader.rank, loader.world_size = rank, world
     return loader
@@ -157,7 +157,7 @@ def test_labels_follow_their_images(npz: Path) -> None:
 
 def test_shards_become_resident_and_are_resized_once() -> None:
     stream = create_dataset("wds/fashion-mnist", root=str(SHARDS), split="validation", rank=0, world_size=1)
-    loader = create_resident_loader(stream, (3, 32, 32), 500, mean=MEAN, std=STD, device="cpu")
+    loader = create_in_memory_loader(stream, (3, 32, 32), 500, mean=MEAN, std=STD, device="cpu")
     plain = create_dataset("wds/fashion-mnist", root=str(SHARDS), split="validation", batch_size=500)
     other = create_loader(
         plain,
@@ -280,10 +280,10 @@ def test_torchvisions_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         split: create_dataset("torch/cifar10", root=str(tmp_path), split=split, rank=0, world_size=1)
         for split in ("train", "validation")
     }
-    train = create_resident_loader(
+    train = create_in_memory_loader(
         streams["train"], (3, 32, 32), 2, True, train_crop_mode="pad", color_jitter=0, mean=MEAN, std=STD, device="cpu"
     )
     assert torch.equal(train.images, torch.from_numpy(pixels[:5].reshape(10, 3, 32, 32)))
     assert train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
-    test = create_resident_loader(streams["validation"], (3, 32, 32), 2, mean=MEAN, std=STD, device="cpu")
+    test = create_in_memory_loader(streams["validation"], (3, 32, 32), 2, mean=MEAN, std=STD, device="cpu")
     assert test.labels.tolist() == [5, 9]

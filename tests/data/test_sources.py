@@ -10,9 +10,7 @@ from PIL import Image
 
 from samon.data import ShardError, create_dataset, create_loader
 from samon.data.decode import decode_pil
-from samon.data.folders import find_images
-from samon.data.sources import SOURCES, check_name, open_source
-from samon.data.splits import overlap
+from samon.data.sources import SOURCES, check_name, find_images, find_overlap, open_source
 from samon.errors import UserError
 from tests.sets import jpeg, tar_of, write_set
 
@@ -198,7 +196,7 @@ def test_a_tar_of_class_folders_is_read_as_the_folders_are(tmp_path):
         assert found[0] == found[1]
         assert len(folder) == len(tar) == 4
     train, held = (open_source("", str(tmp_path / "set.tar"), split) for split in ("train", "val"))
-    assert not overlap(train.extents, held.extents)
+    assert not find_overlap(train.extents, held.extents)
     with pytest.raises(UserError, match="no folder for split 'test', it has train, val"):
         open_source("", str(tmp_path / "set.tar"), "test")
 
@@ -237,8 +235,8 @@ def test_a_part_of_a_folder_has_as_many_images_of_each_class(name, folder):
     whole = [record.where for record in open_source(name, folder, "train").read(range(6))]
     parts = [record.where for part in (first, second) for record in part.read(range(len(part)))]
     assert sorted(parts) == sorted(whole)
-    assert not overlap(first.extents, second.extents)
-    assert overlap(first.extents, open_source(name, folder, "train[3:]").extents)
+    assert not find_overlap(first.extents, second.extents)
+    assert find_overlap(first.extents, open_source(name, folder, "train[3:]").extents)
     with pytest.raises(UserError, match="is empty, it has 6 images"):
         open_source(name, folder, "train[6:]")
 
@@ -316,15 +314,15 @@ def test_splits_that_share_samples_are_known(mnist, tmp_path, first, second, sha
     pixels = np.zeros((5, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=range(5), x_test=pixels, y_test=range(5))
     for name in ("torch/mnist", "npz/tiny"):
-        assert bool(overlap(*(open_source(name, mnist, split).extents for split in (first, second)))) == shared
+        assert bool(find_overlap(*(open_source(name, mnist, split).extents for split in (first, second)))) == shared
 
 
 def test_lists_of_shards_that_share_one_are_known(tmp_path):
     root = write_set(tmp_path / "set", [2, 2, 2])
     lists = "train-{0000..0001}.tar", "train-{0001..0002}.tar", "train-0002.tar"
     first, second, third = (open_source("wds/x", root, names).extents for names in lists)
-    assert overlap(first, second).endswith("train-0001.tar")
-    assert not overlap(first, third)
+    assert find_overlap(first, second).endswith("train-0001.tar")
+    assert not find_overlap(first, third)
 
 
 def test_torchvisions_imagenet_counts_classes_not_synonyms(tmp_path):
@@ -442,4 +440,4 @@ def test_text_labels_of_the_hub_are_classes(hub):
 def test_samples_of_the_hub_without_image_or_label_are_bad_samples(hub):
     hub(image=PICTURES, label=("ClassLabel", [0, None, 1]))
     kinds = [type(r).__name__ for r in open_source("hfds/x", None, "train").read(range(3))]
-    assert kinds == ["Record", "LabelError", "ImageError"]
+    assert kinds == ["RawSample", "LabelError", "ImageError"]

@@ -9,7 +9,8 @@ import timm.data
 import torch
 from timm.data.mixup import FastCollateMixup
 
-from samon.data import create_dataset, plan
+from samon.data import create_dataset
+from samon.data import stream as plan
 from samon.data.classes import check_ranks
 from samon.data.stream import with_spares
 from samon.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samon.data import ShardError, urls
+from samon.data import ShardError
+from samon.data import shards as urls
 from samon.errors import UserError
 from samon.evals.main import main
 from tests.sets import flat, make_loader, write_set
