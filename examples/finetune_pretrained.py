@@ -1,7 +1,7 @@
 """Fine-tune a pretrained timm model with SAM-ON: python examples/finetune_pretrained.py [MODEL] [WEIGHTS]
 
-WEIGHTS is a local file under timm's names; without it timm fetches the model's weights. Layer-wise decay, a frozen
-stem and a new classifier, as train.py's --layer-decay, --freeze and --num-classes do.
+WEIGHTS is a local file with timm's parameter names; without it, timm downloads the model's weights. Uses layer-wise
+learning rate decay, a frozen stem and a new classifier, like train.py's --layer-decay, --freeze and --num-classes.
 """
 
 import sys
@@ -18,10 +18,10 @@ import samon
 from samon.cli.program import run_script
 from samon.errors import reraise_as_user_error
 
-SIZE = 48  # the images are 28 px, too small for an ImageNet network; a network of fixed size takes its own
+SIZE = 48  # upsampled from 28 px, which is too small for an ImageNet model; models of fixed input size use their own
 
 
-def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x), y)
 
 
@@ -29,24 +29,24 @@ def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2
     overlay = {"file": weights} if weights else None
     with reraise_as_user_error(f"pretrained weights of {name}"):
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
-    about: Any = model.pretrained_cfg
-    model.get_submodule(about["first_conv"]).requires_grad_(False)
-    size = about["input_size"][-1] if about.get("fixed_input_size") else SIZE
-    how: Any = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "layer_decay": 0.75, "rho": 0.1}
-    optimizer = timm.optim.create_optimizer_v2(model, "samon", **how)
-    sam = samon.sam_of(optimizer)
-    assert sam is not None
-    print(sam.selection.summary())
+    config: Any = model.pretrained_cfg
+    model.get_submodule(config["first_conv"]).requires_grad_(False)
+    size = config["input_size"][-1] if config.get("fixed_input_size") else SIZE
+    optimizer: Any = timm.optim.create_optimizer_v2(
+        model, "samon", lr=0.02, momentum=0.9, weight_decay=1e-4, layer_decay=0.75, rho=0.1
+    )
+    perturbed = optimizer.perturbed_parameters().values()
+    print(f"{sum(p.numel() for p in perturbed):,} parameters in {len(perturbed)} tensors are perturbed")
     loader = batches("train", 20, samples, size)
     for _ in range(epochs):
         model.train()
         for x, y in loader:
             optimizer.zero_grad()
-            samon.two_pass(optimizer, partial(loss, model, x, y))
+            samon.two_pass(optimizer, partial(loss_fn, model, x, y))
             optimizer.step()
     return accuracy(model, samples=samples, size=size)
 
 
 if __name__ == "__main__":
-    given: Any = dict(zip(("name", "weights"), sys.argv[1:], strict=False))
-    run_script(lambda: print(f"{main(**given):.1f} % of the test images"))
+    arguments = dict(zip(("name", "weights"), sys.argv[1:], strict=False))
+    run_script(lambda: print(f"test accuracy {main(**arguments):.1f} %"))  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""SAM-ON under Lightning: python examples/lightning_module.py
+"""SAM-ON with Lightning: python examples/lightning_module.py
 
-Automatic optimization calls `optimizer.step(closure)`, so nothing but the optimizer's name changes. The closure takes
-full gradients in both passes (a step costs 2.00 plain ones, not 1.66); under DDP it averages the ascent gradient too.
-With `accumulate_grad_batches` the step is refused: set `automatic_optimization = False` and call `samon.two_pass` for
-each micro-batch instead.
+Automatic optimization calls `optimizer.step(closure)`, so only the optimizer's name changes. The closure computes full
+gradients in both passes (a step costs 2.00 plain ones, not 1.66); under DDP it also averages the ascent gradient.
+`accumulate_grad_batches` is refused: set `automatic_optimization = False` and call `samon.two_pass` per micro-batch.
 """
 
 from typing import Any
@@ -33,11 +32,18 @@ class Classifier(lightning.LightningModule):
 
 def main(epochs: int = 3, samples: int | None = None) -> float:
     module = Classifier(rho=0.05)
-    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, batches("train", samples=samples))
     return accuracy(module.model)
 
 
 if __name__ == "__main__":
-    print(f"{main():.1f} % of the test images")
+    print(f"test accuracy {main():.1f} %")

@@ -1,4 +1,4 @@
-"""SAM-ON in a loop of your own: python examples/plain_loop.py"""
+"""SAM-ON in a plain training loop: python examples/plain_loop.py"""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from fashion import accuracy, batches, small_resnet
 import samon  # registers the optimizers with timm
 
 
-def loss_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def loss_fn(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x), y)
 
 
@@ -21,11 +21,11 @@ def main(epochs: int = 3, samples: int | None = None) -> float:
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            loss = samon.two_pass(optimizer, partial(loss_of, model, x, y))
+            loss = samon.two_pass(optimizer, partial(loss_fn, model, x, y))  # in place of loss.backward()
             optimizer.step()
         print(f"loss of the last batch {loss:.3f}")
     return accuracy(model)
 
 
 if __name__ == "__main__":
-    print(f"{main():.1f} % of the test images")
+    print(f"test accuracy {main():.1f} %")
