@@ -1,7 +1,7 @@
 """A trained model for elsewhere: ONNX, timm's single file, or its folder with a model card, also on the hub.
 
     samon-export output/train/RUN --onnx model.onnx        # checked against onnxruntime
-    samon-export output/train/RUN/checkpoint-3.parts --file weights.pth.tar   # of --checkpoint-format parts
+    samon-export output/train/RUN/checkpoint-3.parts --file weights.pth.tar   # of --checkpoint-format dcp
     samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
     samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
 

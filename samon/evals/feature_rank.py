@@ -102,8 +102,8 @@ def feature_matrix(
 def prepare(target: Target, entry: Entry) -> EvalImages:
     """The images; every mistake in the settings is found here, before any work."""
     config = target.config
-    if set(config.feature_centring.split(",")) - set(CENTRINGS):
-        raise UserError(f"--feature-centring {config.feature_centring}: use {', '.join(CENTRINGS)}")
+    if set(config.feature_centering.split(",")) - set(CENTRINGS):
+        raise UserError(f"--feature-centering {config.feature_centering}: use {', '.join(CENTRINGS)}")
     for layer in set(config.feature_layer) - {"", "pre_logits"}:
         named_layer(target.model, layer)
     return entry.images(target, config.feature_split or None)
@@ -123,7 +123,7 @@ def rows(target: Target, entry: Entry) -> list[Row]:
         parts = ((torch.arange(k * size, k * size + len(x)), x) for k, _, x, _ in data)
         phi = target.total(feature_matrix(target.model, parts, len(chosen), layer, config.feature_token))
         about |= {"features": phi.shape[1], "metric": "feature_rank", "num_samples": len(chosen)}
-        for centring in config.feature_centring.split(","):
+        for centring in config.feature_centering.split(","):
             setting = {"centring": centring, "setting": f"{about['layer']} {centring}-centred"}
             found.append({**about, **setting, "value": rank_of(energies(phi, centring))})
     return found

@@ -46,7 +46,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--opt", default="samon", help="one of samon's optimizers; its base alone and sam stand beside it")
     add("--m-sharpness", default="device", choices=("device", "global"))
     add("--fsdp", action="store_true", help="sharded (FSDP2) instead of DistributedDataParallel")
-    add("--fsdp-reshard", default="always", choices=("always", "never"))
+    add("--fsdp-reshard-after-forward", default="always", choices=("always", "never"))
     add("--fsdp-replicate", type=int, default=1)
     add("--amp", action="store_true", help="bfloat16")
     add("--grad-checkpointing", action="store_true")
@@ -77,7 +77,8 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     """train.py's, for one method. SAM of sharded weights is one for all processes."""
     values: dict[str, Any] = {key: flag.default for key, flag in by_key(TRAIN).items()}
     values |= {"model": args.model, "num_classes": args.num_classes, "img_size": args.img_size, "opt": opt}
-    values |= {"fsdp": args.fsdp, "fsdp_reshard": args.fsdp_reshard, "fsdp_replicate": args.fsdp_replicate}
+    sharding = ("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate")
+    values |= {key: getattr(args, key) for key in sharding}
     values |= {"amp": args.amp, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
     values["model_kwargs"] = kwargs(args.model_kwargs)
     variant = variant_of(opt)
@@ -85,7 +86,7 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     values["m_sharpness"] = "global" if shared_out else args.m_sharpness
     config = Config(**values)
     check_model_name(config)
-    check(config, {key: values[key] for key in ("fsdp_reshard", "fsdp_replicate") if args.fsdp})
+    check(config, {key: values[key] for key in ("fsdp_reshard_after_forward", "fsdp_replicate") if args.fsdp})
     return config
 
 

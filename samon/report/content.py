@@ -12,6 +12,7 @@ from samon.errors import UserError
 from samon.files import write_text
 from samon.registry import variant_of
 from samon.trainer.config import FLAGS
+from samon.trainer.flags import rename_old
 
 FORMAT = "samon-report 1"
 COSTS = ("cpu_seconds", "seconds", "flops")
@@ -165,7 +166,8 @@ def load(found: dict[str, Any], path: Path) -> Content:
     if found.get("format") != FORMAT:
         raise UserError(f"{path} is {found.get('format')!r}, this program reads {FORMAT!r}; export it again")
     try:
-        runs, scores = [Run(**run) for run in found["runs"]], [Score(**score) for score in found["scores"]]
+        runs = [Run(**run | {"settings": rename_old(run["settings"], FLAGS)}) for run in found["runs"]]
+        scores = [Score(**score) for score in found["scores"]]
         return Content(runs, scores, list(found["evaluations"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no export of samon-report: {error}; export it again") from None

@@ -16,6 +16,7 @@ from samon.errors import UserError
 from samon.report.content import Content, Run, Score, load, name_methods, scores_of
 from samon.report.cost import add_flops
 from samon.trainer.config import FLAGS
+from samon.trainer.flags import rename_old
 
 KEPT = ("train/loss", "train/loss_perturbed", "train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 POINTS = 150  # of a curve
@@ -129,7 +130,7 @@ def read_run(folder: Path, root: Path) -> Run:
     name = folder.name if folder == root else str(folder.relative_to(root))
     settings = yaml.safe_load((folder / "args.yaml").read_text()) or {}
     if "model" in settings:  # train.py's, and what an earlier version of it did not know yet
-        settings = {key: flag.default for key, flag in FLAGS.items()} | settings
+        settings = {key: flag.default for key, flag in FLAGS.items()} | rename_old(settings, FLAGS)
     settings = {key: value for key, value in settings.items() if key not in PLACE}
     settings.setdefault("opt", "unknown optimizer")
     summary = folder / "summary.csv"

@@ -143,7 +143,7 @@ def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool 
     for applied in flags:
         progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
         progress.skipped += not applied
-        if progress.bad_in_a_row >= run.config.max_bad_steps:
+        if progress.bad_in_a_row >= run.config.max_nonfinite_steps:
             where = f"epoch {progress.epoch}, update {progress.updates}"
             raise RunError(
                 f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "

@@ -13,6 +13,8 @@ import torch
 
 from samon.errors import RunError, UserError
 from samon.files import atomic_write, link_or_copy
+from samon.trainer.config import FLAGS
+from samon.trainer.flags import rename_old
 
 SUFFIX = ".pth.tar"
 PARTS, REST = ".parts", "state.pt"  # a state as a directory (samon.trainer.dcp), and its file of all but tensors
@@ -203,9 +205,9 @@ def class_names(path: Path) -> list[str] | None:
 
 
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a training state was made with; empty for bare weights."""
+    """The settings that a training state was made with, by today's names; empty for bare weights."""
     stored = content.get("args") or {}
-    return dict(stored) if isinstance(stored, Mapping) else dict(vars(stored))
+    return rename_old(stored if isinstance(stored, Mapping) else vars(stored), FLAGS)
 
 
 def averaged(content: Mapping[str, Any]) -> bool:

@@ -17,13 +17,14 @@ from samon.errors import UserError, refuse
 from samon.geometry import GEOMETRIES
 from samon.registry import BASES, variant_of
 from samon.trainer.flag_rows import SAM, TRAIN
-from samon.trainer.flags import Flag, by_key, nearest, parse_command_line
+from samon.trainer.flags import Flag, by_key, nearest, parse_command_line, rename_old
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel holds the recipes inside the package; a checkout and an editable install have them beside it.
 RECIPES = next((path for path in (_PACKAGE / "hparams", _PACKAGE.parent / "hparams") if path.is_dir()), _PACKAGE)
 FLAGS: dict[str, Flag] = by_key(TRAIN)
 _IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # as in timm's args.yaml
+STORED = "configuration"  # what messages call the settings that a run has stored
 AUTO = "auto"  # --resume: from where --experiment stands, if there is anything
 DESCRIPTION = "Train a timm model, plainly or with a sharpness-aware optimizer (--opt samon-layerl2)."
 
@@ -62,7 +63,7 @@ def parse(argv: list[str] | None = None, stored: Callable[[str], dict[str, Any]]
 def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     """Merge the four layers; `file` may hold `per_opt: {opt name: {key: value}}`."""
     file = dict(file)
-    where = given.get("config", "configuration")
+    where = given.get("config", STORED)
     per_opt = _per_opt(file.pop("per_opt", None) or {}, where)
     values = {key: flag.default for key, flag in FLAGS.items()}
     values |= _typed(file, where)
@@ -139,7 +140,7 @@ def _per_opt(table: Any, where: str) -> dict[str, dict[str, Any]]:
 
 def _typed(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     typed = {}
-    for key, value in settings.items():
+    for key, value in rename_old(settings, FLAGS, warn=where != STORED).items():
         if key in _IGNORED_KEYS:
             continue
         if key not in FLAGS or key == "config":
@@ -196,8 +197,8 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
     _check_schedule(config)
     if config.resume == AUTO and not config.experiment:
         raise UserError("--resume auto continues what --experiment names; add it")
-    if config.save_epochs and config.checkpoint_format == "parts":
-        raise UserError("--save-epochs keeps single files; drop it, or --checkpoint-format parts")
+    if config.save_epochs and config.checkpoint_format == "dcp":
+        raise UserError("--save-epochs keeps single files; drop it, or --checkpoint-format dcp")
     if not config.print_config:
         _check_global_batch(config)
 
@@ -254,7 +255,7 @@ def _check_norm(config: Config) -> None:
 def check_sharding(config: Config, given: Mapping[str, Any], without: Mapping[str, bool]) -> None:
     """What train.py and validate.py refuse beside --fsdp; `without`: more of it, each with whether it is asked for."""
     if not config.fsdp:
-        if extra := [key for key in ("fsdp_reshard", "fsdp_replicate") if key in given]:
+        if extra := [key for key in ("fsdp_reshard_after_forward", "fsdp_replicate") if key in given]:
             raise UserError(f"--{extra[0].replace('_', '-')} is for --fsdp; add it, or drop this one")
         return
     without = {

@@ -1,4 +1,4 @@
-"""Training states in parts (--checkpoint-format parts): every process writes what it holds, while training goes on.
+"""Training states in parts (--checkpoint-format dcp): every process writes what it holds, while training goes on.
 
 A state is a directory NAME.parts of `torch.distributed.checkpoint` with all tensors, and `state.pt` beside them with
 the rest. It can be continued on another number of processes, sharded or not. `.metadata` is written last: a directory

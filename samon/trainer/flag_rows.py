@@ -13,10 +13,13 @@ from samon.trainer.flags import Flag, Groups, markdown, of_program
 
 # Texts that do not fit into their row.
 PERTURBATIONS = "device: each process its own perturbation; global: one for all; a number m: sub-batches of m"
-FORMATS = "file: timm's single file; parts: each process writes its part while training goes on"
+FORMATS = "file: timm's single file; dcp: a sharded checkpoint, written by all processes while training continues"
 SETTINGS = "YAML of settings, keys as the flags with _ for -, or a recipe: imagenet/resnet50"
 FSDP = "share the model out among the processes (FSDP2), block by block (validate.py: accuracy)"
 OVERWRITE = "replace the run in the directory when the first state is saved (validate.py: the --results-file)"
+NONFINITE = "stop after this many updates in a row with a non-finite gradient"
+RESHARD = "free a block's parameters after its forward pass"
+CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
 UNREADABLE = "share of unreadable samples to pass over before stopping"
 
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # as samon.data.decode's
@@ -84,13 +87,13 @@ GROUPS: Groups = {
     "Run": (
         T("global-batch-size", int, None, "stop at once unless processes x batch x accumulation is this", range=">= 1"),
         T("checkpoint-interval", interval, "", "save within an epoch every so many updates (500) or minutes (10m)"),
-        T("checkpoint-format", str, "file", FORMATS, choices=("file", "parts")),
+        T("checkpoint-format", str, "file", FORMATS, choices=("file", "dcp"), old_values={"parts": "dcp"}),
         B("overwrite", bool, False, OVERWRITE),
-        T("max-bad-steps", int, 20, "stop after so many updates in a row with a non-finite gradient", range=">= 1"),
+        T("max-nonfinite-steps", int, 20, NONFINITE, range=">= 1", old_name="max-bad-steps"),
     ),
     "Sharded models": (
         B("fsdp", bool, False, FSDP),
-        B("fsdp-reshard", str, "always", "free a block's parameters after its forward", choices=("always", "never")),
+        B("fsdp-reshard-after-forward", str, "always", RESHARD, choices=("always", "never"), old_name="fsdp-reshard"),
         B("fsdp-replicate", int, 1, "so many replicas, each shared out among its part of the processes", range=">= 1"),
     ),
     "Normalization layers (the paper's B.7 to B.9)": (
@@ -147,7 +150,7 @@ GROUPS: Groups = {
     "Feature rank and normalization parameters": (
         V("feature-layer", str, [""], "layers by name; `pre_logits`, or none for the last before pooling", nargs="+"),
         V("feature-token", str, "auto", "tokens kept", choices=("auto", "cls", "all")),
-        V("feature-centring", str, "row,column", "mean taken off each image, each feature, or none"),
+        V("feature-centering", str, "row,column", CENTERING, old_name="feature-centring"),
         V("feature-samples", int, 10_000, "images, drawn by --seed", range="> 0"),
         V("feature-split", str, "train", "split, as in the public code; --split if empty"),
         V("norm-figure", str, "", "PNG, and PDF beside it, of gamma's and beta's distributions"),

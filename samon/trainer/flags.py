@@ -5,14 +5,19 @@ The rows are in `rows_timm.py` (timm's names and meaning) and `rows.py` (what th
 
 import argparse
 import ast
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from timm.utils.distributed import world_info_from_env
+
 from samon.errors import UserError, nearest
+
+log = logging.getLogger("samon")
 
 TRAIN_ONLY, VALIDATE_ONLY, BOTH = ("train",), ("validate",), ("train", "validate")
 
@@ -62,6 +67,8 @@ class Flag:
     programs: tuple[str, ...] = TRAIN_ONLY
     in_validate: Any = ...  # the default of validate.py, where it is another one
     aliases: tuple[str, ...] = ()  # timm's other names
+    old_name: str = ""  # earlier name, hidden; accepted for one release
+    old_values: Mapping[str, str] = field(default_factory=dict)  # earlier values (up to a colon) -> new ones
 
     @property
     def key(self) -> str:
@@ -140,6 +147,25 @@ def by_key(groups: Groups) -> dict[str, Flag]:
     return {flag.key: flag for rows in groups.values() for flag in rows}
 
 
+def rename_old(settings: Mapping[str, Any], flags: Mapping[str, Flag], warn: bool = False) -> dict[str, Any]:
+    """The settings with the names and values of earlier releases replaced by today's."""
+    old_keys = {flag.old_name.replace("-", "_"): key for key, flag in flags.items() if flag.old_name}
+    renamed = {}
+    for old, value in settings.items():
+        key = old_keys.get(old, old)
+        new = value
+        if key in flags and isinstance(value, str):
+            head, colon, tail = value.partition(":")
+            new = flags[key].old_values.get(head, head) + colon + tail
+        renamed[key] = new
+        if warn and (key, new) != (old, value) and world_info_from_env()[1] == 0:
+            before, after = f"--{old.replace('_', '-')}", flags[key].flag
+            if new != value:
+                before, after = f"{before} {value}", f"{after} {new}"
+            log.warning("deprecated: %s is now %s; the old spelling goes with the next release", before, after)
+    return renamed
+
+
 def program() -> str:
     """The command that started this process, without directories: `python train.py`, `samon-train`, `python -m ...`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -171,6 +197,9 @@ def parser(groups: Groups, description: str) -> Parser:
         group = result.add_argument_group(title)
         for flag in rows:
             _add(group, flag)
+            if flag.old_name:
+                dest = flag.old_name.replace("-", "_")
+                group.add_argument(f"--{flag.old_name}", dest=dest, nargs=flag.nargs, help=argparse.SUPPRESS)
             off = f"no-{flag.name}"
             if flag.type is bool and not flag.name.startswith("no-") and off not in names:  # takes back a file's
                 group.add_argument(f"--{off}", action="store_false", dest=flag.key, help=argparse.SUPPRESS)
@@ -198,6 +227,7 @@ def parse_command_line(groups: Groups, argv: list[str] | None, description: str)
     """`{key: value}` of what the command line gives; an unknown flag is an error naming the nearest one."""
     given, rest = parser(groups, description).parse_known_args(argv)
     known = by_key(groups)
+    given = argparse.Namespace(**rename_old(vars(given), known, warn=True))
     if rest:
         word = next((item for item in rest if item.startswith("-")), rest[0])
         names = [flag.flag for flag in known.values()]

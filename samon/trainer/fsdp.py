@@ -70,7 +70,7 @@ def shard_model(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceM
         # Activations keep the types that autocast gives them, as without sharding.
         precision = {"param_dtype": parse_dtype(config.amp_dtype), "reduce_dtype": torch.float32}
         how["mp_policy"] = MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
-    if config.fsdp_reshard == "never":
+    if config.fsdp_reshard_after_forward == "never":
         how["reshard_after_forward"] = False
     for block in blocks(model).values():
         fully_shard(block, **how)

@@ -60,7 +60,7 @@ def train(config: Config, world: DistInfo, hooks: Hooks | None = None) -> dict[s
         at_end.callback(control.close)
         with log_handler(early):
             run = build(config, world, hooks, class_names(place.source) if place.source else None)
-            kind = Parts if config.checkpoint_format == "parts" else Checkpoints
+            kind = Parts if config.checkpoint_format == "dcp" else Checkpoints
             checkpoints = kind(place.directory, config.checkpoint_hist, lower_is_better=run.metric == "loss")
             progress, rng = Progress(epoch=config.start_epoch or 0), None
             if place.source:

@@ -37,7 +37,7 @@ INDIFFERENT = {*OF_A_START, "config", "data", "output", "experiment", "data_dir"
 INDIFFERENT |= {"workers", "pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist"}
 INDIFFERENT |= {"print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"}
 INDIFFERENT |= {"val_interval", "save_epochs", "validation_batch_size", "no_replay", "dataset_download"}
-INDIFFERENT |= {"fsdp", "fsdp_reshard", "fsdp_replicate", "checkpoint_format"}
+INDIFFERENT |= {"fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "checkpoint_format"}
 READERS = {"workers"}  # which decide the order in which shards are read
 
 
@@ -211,7 +211,7 @@ class Keeper:
         }
         weights, averages = run.model.state_dict(), None if run.ema is None else run.ema.module.state_dict()
         optimizer = run.optimizer.state_dict()
-        in_parts = run.config.checkpoint_format == "parts"
+        in_parts = run.config.checkpoint_format == "dcp"
         if run.config.fsdp and not in_parts:
             weights, averages, optimizer = sharding.taken([weights, averages, optimizer], run.world)
         ranks = self.control.gather(mine)

@@ -74,6 +74,21 @@ def test_aliases_of_timm() -> None:
     assert parse(*argv).train_batches_per_epoch == 7
 
 
+def test_the_names_of_earlier_releases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On the command line and in a file with a warning of one line each; in what a run has stored without one."""
+    (tmp_path / "old.yaml").write_text("max_bad_steps: 7\nper_opt: {sgd: {checkpoint_format: parts}}\n")
+    old = parse("-c", str(tmp_path / "old.yaml"), "--fsdp", "--fsdp-reshard=never")
+    assert (old.max_nonfinite_steps, old.checkpoint_format, old.fsdp_reshard_after_forward) == (7, "dcp", "never")
+    assert len(caplog.messages) == 3
+    assert "deprecated: --fsdp-reshard is now --fsdp-reshard-after-forward" in caplog.text
+    caplog.clear()
+    stored = {"max_bad_steps": 7, "fsdp_reshard": "always", "checkpoint_format": "parts"}
+    resumed = config.parse(["--resume", "x"], lambda resume: stored)
+    assert (resumed.max_nonfinite_steps, resumed.checkpoint_format) == (7, "dcp")
+    assert not caplog.messages
+    assert not [old for old in ("max-bad-steps", "fsdp-reshard`", "centring") if old in markdown(TRAIN)]
+
+
 def test_a_switch_of_a_file_can_be_taken_back(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("amp: true\nmodel_ema: true\nno_aug: true\n")
     found = config.parse(["-c", str(tmp_path / "recipe.yaml"), "--no-amp"])
@@ -272,7 +287,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "timescale": (["--sched", "wsd", "--lr-stable-timescale", "2"], "is for --sched rsqrt, not wsd"),
     "plateau from an epoch": (["--sched", "plateau", "--start-epoch", "1"], "drop --start-epoch"),
     "auto": (["--resume", "auto"], "--resume auto continues what --experiment names"),
-    "milestones in parts": (["--save-epochs", "1", "--checkpoint-format", "parts"], "--save-epochs keeps single files"),
+    "milestones in parts": (["--save-epochs", "1", "--checkpoint-format", "dcp"], "--save-epochs keeps single files"),
     "multi-label": (["--task", "multilabel"], "--task is not honoured: each image has one label here"),
     "loss": (["--loss", "zlpr"], "--loss: 'zlpr' is not one of"),
     "range": (["--reprob", "1.5"], "must be in [0, 1]"),

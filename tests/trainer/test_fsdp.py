@@ -77,7 +77,7 @@ def test_a_state_continues_without_sharding_and_with_it(sharded: Path, parallel:
         assert "Other settings" not in (directory / "log.txt").read_text()
 
 
-PARTS = ["--checkpoint-format", "parts"]
+PARTS = ["--checkpoint-format", "dcp"]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_validation_sharded_gives_the_same_figure(sharded: Path) -> None:
 
 def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
     """Gathering once more or less changes nothing; weights gathered in bfloat16 are those that autocast would make."""
-    never = launch(sharded.parent / "never", *SHARDED, "--fsdp-reshard", "never")
+    never = launch(sharded.parent / "never", *SHARDED, "--fsdp-reshard-after-forward", "never")
     assert_same(weights(sharded), weights(never))
     bfloat16 = ["--amp", "--amp-dtype", "bfloat16"]
     one = launch(sharded.parent / "bf16", *SHARDED, *bfloat16)
@@ -180,7 +180,7 @@ def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
         (["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"], "--clip-mode agc"),
         (["--fsdp", "--opt", "ssam-f"], "--opt ssam-f"),
         (["--fsdp", "--opt", "sam"], "add --m-sharpness global"),
-        (["--fsdp-reshard", "never"], "--fsdp-reshard is for --fsdp"),
+        (["--fsdp-reshard-after-forward", "never"], "--fsdp-reshard-after-forward is for --fsdp"),
     ],
 )
 def test_refusals(args: list[str], said: str, tmp_path: Path) -> None:

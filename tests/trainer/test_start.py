@@ -89,7 +89,7 @@ def test_a_run_can_start_from_the_one_that_it_replaces(whole: Path) -> None:
     assert settings(whole)["lr"] == 1e-9
 
 
-@pytest.mark.parametrize("form", ["file", "parts"])
+@pytest.mark.parametrize("form", ["file", "dcp"])
 def test_the_old_run_is_given_up_for_the_first_state_of_the_new(whole: Path, form: str) -> None:
     """A failure before it, such as a batch that does not fit into memory, brings the old run back."""
     before, seen = files(whole), list[list[str]]()

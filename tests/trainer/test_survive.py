@@ -242,7 +242,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_pa
             images.fill_(float("nan"))
 
     with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
-        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-bad-steps", "3", *extra, hooks=Hooks(batch=batch))
+        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-nonfinite-steps", "3", *extra, hooks=Hooks(batch=batch))
     assert last(tmp_path / "run")["epoch"] == 0
 
 
