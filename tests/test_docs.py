@@ -1,7 +1,8 @@
-"""The documentation builds without a warning, its tables of flags are current, and runnable commands are found."""
+"""The documentation builds without warnings, its flag tables are current, and its commands use existing flags."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,28 @@ import pytest
 import yaml
 
 from samon.geometry import GEOMETRIES
-from samon.trainer.flag_rows import VALIDATE
-from samon.trainer.flags import markdown
+from samon.trainer.flag_rows import TRAIN, VALIDATE
+from samon.trainer.flags import markdown, parse_command_line
 from tests.browser import chromium
 from tests.runs import ROOT
 from tools.runnable import commands, small
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {"train": TRAIN, "validate": VALIDATE}
+
+
+def documented_commands() -> list[tuple[str, str]]:
+    """(train or validate, its arguments) of the commands in shell blocks; those that contain `...` are left out."""
+    blocks = [
+        block
+        for page in PAGES
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        if language in ("", "bash")
+    ]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
+    program = re.compile(r"(?: |samon-|samon\.cli\.|^)(train|validate)(?:\.py)? (-.*)")
+    matches = [program.search(re.sub(r"\s#.*| &$", "", line)) for line in lines]
+    return [(match[1], match[2]) for match in matches if match and "..." not in match[2]]
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +41,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]  # --quiet hides warnings
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement of the theme
-    done = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     return tmp_path
 
 
@@ -32,14 +50,13 @@ def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
     reference = (site / "api.html").read_text()
     assert "samon.two_pass" in reference
     assert "m-sharpness inside the batch" in reference  # the docstring's own words
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert pages <= {path.stem for path in site.glob("*.html")}
+    assert {path.stem for path in PAGES[1:]} <= {path.stem for path in site.glob("*.html")}
     links = dict(
         re.findall(
             r'href="([^"#]*)" class="md-nav__link">\s*<span[^>]*>\s*([^<]*?)\s*<', (site / "data.html").read_text()
         )
     )
-    assert links["results/fashion_mnist/index.html"] == "Fashion-MNIST"  # once the whole Guide's first page
+    assert links["results/fashion_mnist/index.html"] == "Fashion-MNIST"
     assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (site / "index.html").read_text())
 
 
@@ -61,14 +78,18 @@ def test_validates_flags_are_current() -> None:
 def test_the_default_rho_of_each_name_is_documented() -> None:
     text = (ROOT / "docs/flags.md").read_text()
     for name, row in GEOMETRIES.items():
-        first = f"`{name}`" if name else "none (`sam`, `samon`, ...)"
-        assert f"| {first} | {row.rho[0]:g} | {row.rho[1]:g} | {row.eta:g} |" in text
+        label = f"`{name}`" if name else "none (`sam`, `samon`, ...)"
+        assert f"| {label} | {row.rho[0]:g} | {row.rho[1]:g} | {row.eta:g} |" in text
 
 
 def test_documented_commands_can_run_beside_others() -> None:
-    """Without --standalone two runs on one host meet at torchrun's default port."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "hparams").rglob("*.yaml")]
-    lines = [line for page in pages for line in page.read_text().splitlines() if "torchrun --n" in line]
+    """Without --standalone two runs on one host use the same default port of torchrun."""
+    lines = [
+        line
+        for page in [*PAGES, *(ROOT / "hparams").rglob("*.yaml")]
+        for line in page.read_text().splitlines()
+        if "torchrun --n" in line
+    ]
     assert lines
     assert [line for line in lines if "--nnodes" not in line] == []
     text = (ROOT / "docs/multi_node.md").read_text()
@@ -86,9 +107,19 @@ def test_runnable_commands_are_joined_and_scaled_down() -> None:
 
 
 def test_there_are_runnable_commands() -> None:
-    found = [command for page in (ROOT / "docs").glob("*.md") for command in commands(page.read_text())]
-    assert any("train" in command for command in found)
-    assert any("report" in command for command in found)
+    runnable = [command for page in PAGES for command in commands(page.read_text())]
+    assert any("train" in command for command in runnable)
+    assert any("report" in command for command in runnable)
+
+
+@pytest.mark.parametrize(("program", "arguments"), documented_commands())
+def test_documented_flags_exist(program: str, arguments: str) -> None:
+    assert parse_command_line(PROGRAMS[program], shlex.split(arguments), "")
+
+
+def test_every_program_is_documented() -> None:
+    assert {program for program, _ in documented_commands()} == set(PROGRAMS)
+    assert len(documented_commands()) > 20
 
 
 def test_citation_and_version_agree() -> None:
