@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a stranger does: clone into an empty directory, run the README's two commands, then every command of README and
-# docs that is marked as runnable, scaled down (tools/runnable.py). Prints the seconds of each; ends at the first that fails.
+# The first steps of a new user: clone into an empty directory, run `make train` and `make test`, then every runnable command
+# of README and docs, scaled down (tools/runnable.py). Prints the seconds of each and stops at the first failure.
 #
-#   tools/check_fresh_clone.sh                 # the committed state of this checkout
+#   tools/check_fresh_clone.sh                 # the last commit of this checkout
 #   SKIP_TEST=1 tools/check_fresh_clone.sh     # installs what `make test` needs without running it
 set -euo pipefail
 source=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)

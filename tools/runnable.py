@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The commands of README and docs that stand in a block behind `<!-- runnable -->`, one per line.
+"""Print the commands in README and docs code blocks that follow `<!-- runnable -->`, one per line.
 
-python tools/runnable.py            # as they stand
+python tools/runnable.py            # unchanged
 python tools/runnable.py --small    # scaled down: one epoch, a few samples
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- runnable -->\s*```bash\n(.*?)```", re.DOTALL)
-SMALL = {  # program -> what is added
+SMALL = {  # pattern of the program: flags to add
     r"samon-train|\btrain\.py": "--epochs 1 --train-num-samples 200 --val-num-samples 100",
     r"samon-validate|\bvalidate\.py": "--num-samples 50",
     r"samon-sweep|sweep\.py": "--epochs 1 --train-num-samples 200 --val-num-samples 100",
@@ -19,13 +19,13 @@ SMALL = {  # program -> what is added
 
 
 def commands(text: str) -> list[str]:
-    """Commands of the marked blocks, continued lines joined, comments and empty lines left out."""
+    """Commands of the marked blocks, with continued lines joined and without comments and empty lines."""
     lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     return [command for line in lines if (command := re.sub(r"\s+#.*$|^#.*$", "", line).strip())]
 
 
 def small(command: str) -> str:
-    """The same command over in seconds; those of other programs as they stand."""
+    """The command with the flags of SMALL that apply, so that it ends in seconds."""
     for program, flags in SMALL.items():
         if re.search(program, command):
             sweep = "sweep" in program
@@ -35,7 +35,7 @@ def small(command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="scaled down, over in seconds")
+    parser.add_argument("--small", action="store_true", help="scaled down to a few seconds each")
     args = parser.parse_args()
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for command in commands(page.read_text()):
