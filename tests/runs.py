@@ -12,7 +12,7 @@ import torch
 from samon.errors import Stopped
 from samon.trainer import main as train
 from samon.trainer.build import Hooks, Run
-from samon.trainer.checkpoint import Progress
+from samon.trainer.state import Progress
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--data-dir", str(ROOT / "data/fashion-mnist"), "--dataset", "wds/fashion-mnist", "--num-classes", "10"]

@@ -27,11 +27,12 @@ from timm.optim import create_optimizer_v2
 
 from samon.trainer import config, loop
 from samon.trainer.build import Hooks, build
-from samon.trainer.checkpoint import Checkpoints, Progress
+from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.control import Control
 from samon.trainer.distributed import DistInfo, init_distributed
 from samon.trainer.logging import Report
-from samon.trainer.state import Keeper
+from samon.trainer.run_dir import RunDir
+from samon.trainer.state import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,11 +94,11 @@ def ours(c: config.Config, world: DistInfo, folder: Path) -> Iterator[None]:
         go.acquire()
 
     run = build(c, world, Hooks(updated=pause))
-    keeper, report = Keeper(run, Checkpoints(folder, 1, False), Control(), ""), Report(c, folder, world)
+    checkpoints, report = CheckpointManager(run, RunDir(folder)), Report(c, folder, world)
 
     def work() -> None:
         go.acquire()
-        loop.fit(run, Progress(), keeper, report, None)
+        loop.fit(run, Progress(), checkpoints, Control(), report, None)
 
     threading.Thread(target=work, daemon=True).start()
     while True:

@@ -29,8 +29,8 @@ import torch
 from samon.cli.program import run_script
 from samon.trainer import checkpoint
 from samon.trainer.build import Hooks
-from samon.trainer.checkpoint import Progress
 from samon.trainer.main import main as main_of_training
+from samon.trainer.state import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT: Any = multiprocessing.get_context("forkserver")

@@ -1,7 +1,7 @@
 """A trained model for elsewhere: ONNX, timm's single file, or its folder with a model card, also on the hub.
 
     samon-export output/train/RUN --onnx model.onnx        # checked against onnxruntime
-    samon-export output/train/RUN/checkpoint-3.parts --file weights.pth.tar   # of --checkpoint-format dcp
+    samon-export output/train/RUN/checkpoint-3.dcp --file weights.pth.tar   # of --checkpoint-format dcp
     samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
     samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
 
@@ -26,9 +26,9 @@ from samon.errors import RunError, UserError
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
-from samon.trainer.checkpoint import PARTS, load, read, settings_of
-from samon.trainer.dcp import to_file
+from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging
+from samon.trainer.state import DCP_SUFFIXES, load_file, load_state, stored_args
 
 # In timm's configuration of a model: whose weights its own pretrained ones are, which ours are not.
 ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -82,7 +82,7 @@ def to_onnx(target: Target, path: Path) -> float:
 
 def card(job: Job, content: dict[str, Any], license_name: str) -> dict[str, Any]:
     """timm's model card: what it is, how it was trained, what it reached, how it is used."""
-    stored = settings_of(content)
+    stored = stored_args(content)
     details = {"Model Type": "Image classification", "Architecture": job.config.model}
     for name, key in {"Dataset": "dataset", "Optimizer": "opt", "rho": "rho", "Learning rate": "lr"}.items():
         if stored.get(key):
@@ -135,8 +135,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parse_up_to_dashes(parser, argv, "samon-validate")
     if not (args.onnx or args.timm or args.push or args.file):
         raise UserError("nothing to make: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
-    if (args.file is not None) != (Path(args.checkpoint).suffix == PARTS):
-        raise UserError("--file is for a state in parts (NAME.parts), and a state in parts for --file: make it first")
+    if (args.file is not None) != (Path(args.checkpoint).suffix in DCP_SUFFIXES):
+        raise UserError("--file is for a sharded checkpoint (NAME.dcp), and those need --file: convert it first")
     for flag, path in {"--onnx": args.onnx, "--file": args.file}.items():
         if path:
             check_writable(flag, path)
@@ -153,8 +153,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.file:
-        read(Path(args.checkpoint), "CHECKPOINT")  # says what is wrong with it
-        to_file(Path(args.checkpoint), args.file)
+        load_state(Path(args.checkpoint), "CHECKPOINT")  # says what is wrong with it
+        convert_to_file(Path(args.checkpoint), args.file)
         print(f"{args.file}: samon-validate --checkpoint {args.file}")
         return
     words = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.after]
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     world = DistInfo(torch.device("cpu"), 0, 1)
     with console_logging(world):
         target = build(replace(job, config=job.config.but(channels_last=False)), world)  # files hold plain tensors
-    content = {} if job.path.endswith(".safetensors") else load(Path(job.path), "CHECKPOINT")
+    content = {} if job.path.endswith(".safetensors") else load_file(Path(job.path), "CHECKPOINT")
     if args.onnx:
         off = to_onnx(target, args.onnx)
         print(f"{args.onnx}: onnxruntime's logits differ by at most {off:.1e}")

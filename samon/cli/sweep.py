@@ -39,8 +39,8 @@ from samon.errors import RunError, Stopped
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.registry import VARIANTS
-from samon.trainer.checkpoint import newest
 from samon.trainer.config import RECIPES, Config, load_yaml, parse, recipe
+from samon.trainer.state import find_newest
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def command(job: Job, args: argparse.Namespace) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
     start = start if args.nproc > 1 else [sys.executable]
     directory = args.output / job.name
-    resume = ["--resume", str(directory)] if newest(directory)[0] else ["--overwrite"]
+    resume = ["--resume", str(directory)] if find_newest(directory)[0] else ["--overwrite"]
     return [*start, "-m", "samon.cli.train", *job.arguments(args), *resume]
 
 

@@ -24,11 +24,11 @@ from samon.evals.shifts import SETS
 from samon.files import check_writable
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
-from samon.trainer.checkpoint import SUFFIX, averaged, load, load_weights, settings_of
 from samon.trainer.config import Config, check_sharding, load_yaml
 from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key, nearest, parse_command_line
+from samon.trainer.state import SUFFIX, load_file, load_weights, stored_args, validated_with_ema
 
 log = logging.getLogger("samon")
 DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sharpness, feature rank."
@@ -139,7 +139,7 @@ def different(paths: list[str]) -> list[str]:
 
 def settle(given: dict[str, Any], path: str) -> Job:
     """Settings for one checkpoint: defaults < what its run was made with < command line."""
-    content = load(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
+    content = load_file(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
     stored, first = from_run(given, content)
     defaults = {key: flag.default for key, flag in by_key(VALIDATE).items()}
     values = defaults | {"pretrained": not path} | stored | given
@@ -163,7 +163,7 @@ def settle(given: dict[str, Any], path: str) -> Job:
     check_sharding(config, given, {f"--evals {name}": True for name in sorted(wanted - {"accuracy"})})
     if config.use_ema and not {"state_dict_ema", "model_ema"} & content.keys():
         raise UserError(f"--use-ema: {path or 'the model as it is created'} has no averaged weights; drop it")
-    average = not config.no_ema and (config.use_ema or averaged(content))
+    average = not config.no_ema and (config.use_ema or validated_with_ema(content))
     return Job(path, config, average, entries, content.get("class_names"), float32=float32)
 
 
@@ -172,7 +172,7 @@ def from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict
 
     A checkpoint of another model than the command line names brings nothing.
     """
-    stored = settings_of(content)
+    stored = stored_args(content)
     model = content.get("arch") or stored.get("model")
     if not isinstance(model, str) or given.get("model", model) != model:
         return {}, None

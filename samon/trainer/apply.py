@@ -24,8 +24,8 @@ from samon.errors import RunError
 from samon.geometry import global_norm
 from samon.sam import SAM, sam_of
 from samon.trainer.build import Run
-from samon.trainer.checkpoint import Progress
-from samon.trainer.state import Keeper
+from samon.trainer.checkpoint import CheckpointManager
+from samon.trainer.state import Progress
 
 
 def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | Tensor]:
@@ -136,7 +136,7 @@ def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]
     return found
 
 
-def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool | Tensor]) -> None:
+def count_bad(run: Run, progress: Progress, checkpoints: CheckpointManager, outcomes: list[bool | Tensor]) -> None:
     """Count the skipped updates among those since the last call, in one transfer; too many in a row end the run."""
     flags = torch.stack([torch.as_tensor(outcome) for outcome in outcomes]).tolist() if outcomes else []
     outcomes.clear()
@@ -147,5 +147,5 @@ def count_bad(run: Run, progress: Progress, keeper: Keeper, outcomes: list[bool 
             where = f"epoch {progress.epoch}, update {progress.updates}"
             raise RunError(
                 f"non-finite gradients in {progress.bad_in_a_row} updates in a row ({where}); lower --lr or --rho; "
-                f"{keeper.checkpoints.describe_last_good()}"
+                f"{checkpoints.describe_last_good()}"
             )

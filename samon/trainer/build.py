@@ -26,10 +26,10 @@ from samon.geometry import HALF
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
-from samon.trainer.checkpoint import Progress
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
 from samon.trainer.loaders import Batches, build_data, data_classes, mixing, without_counts
+from samon.trainer.state import Progress
 
 log = logging.getLogger("samon")
 

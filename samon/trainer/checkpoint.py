@@ -1,258 +1,187 @@
-"""Checkpoints in timm's format that hold all a run needs, written atomically, read without unpickling code."""
+"""Checkpoints of a run: which are written, atomically, and which are kept."""
 
-import argparse
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from samon.errors import RunError, UserError
+from samon import rng
+from samon.errors import RunError
 from samon.files import atomic_write, link_or_copy
-from samon.trainer.config import FLAGS
-from samon.trainer.flags import rename_old
-
-SUFFIX = ".pth.tar"
-PARTS, REST = ".parts", "state.pt"  # a state as a directory (samon.trainer.dcp), and its file of all but tensors
-OVERWRITTEN = "overwritten"  # directory of the run that --overwrite replaces, until there is a state of the new one
-FORMAT = 1  # of the keys beyond timm's
-_DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)  # found while looking into a state
+from samon.trainer.build import Run
+from samon.trainer.dcp import convert_to_file, save_sharded
+from samon.trainer.fsdp import gather_full
+from samon.trainer.resume import describe_optimizer, restore_run
+from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
+from samon.trainer.state import DCP_SUFFIXES, SUFFIX, Progress, TrainState, Tree
 
 
-@dataclass
-class Progress:
-    """Where a run is. `epoch` is in progress, or complete if `epoch_done`."""
+class CheckpointManager:
+    """Writes and restores the checkpoints of a run; all processes call its methods together.
 
-    epoch: int = 0
-    updates: int = 0  # optimizer steps done in this epoch, skipped ones included
-    samples: int = 0  # samples of this epoch consumed by all processes
-    epoch_done: bool = False
-    skipped: int = 0  # optimizer steps skipped so far for a non-finite gradient
-    bad_in_a_row: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # running sums behind this epoch's training metrics
-    layouts: list[list[int]] = field(default_factory=list)  # plan.Layouts by which shards were read in this epoch
+    A directory holds the best `--checkpoint-hist` epochs (`checkpoint-N`), `last`, `model_best`, milestones, and the
+    two newest states within an epoch (`recovery-EPOCH-UPDATES`). Sharded checkpoints are written in the background;
+    what they replace is deleted once they are complete, and the run ends by converting `last` and `model_best`.
 
-
-@dataclass
-class TrainState:
-    """Everything saved: tensors and plain types only, so `weights_only=True` reads it.
-
-    The first block are the keys of timm's checkpoints, with timm's meaning.
+    Attributes:
+        best: metric and epoch of the best epoch, and the `kept` [file, metric] pairs, best first.
+        last_good: the newest complete checkpoint that this process knows of.
     """
 
-    state_dict: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    epoch: int
-    arch: str
-    args: dict[str, Any]  # the resolved configuration, seeds of the workers among it
-    metric: float | None
-    state_dict_ema: dict[str, torch.Tensor] | None
-    amp_scaler: dict[str, Any] | None
+    def __init__(self, run: Run, run_dir: RunDir) -> None:
+        self.run, self.directory, self.started = run, run_dir.path, run_dir.started
+        self.best: Tree = {"metric": None, "epoch": None, "kept": []}
+        self.last_good: Path | None = None
+        self.sharded = run.config.checkpoint_format == "dcp"
+        self.suffix = DCP_SUFFIXES[0] if self.sharded else SUFFIX
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._writing: tuple[Future[object], Path] | None = None
+        self._outdated: list[Path] = []
 
-    scheduler: dict[str, Any] | None
-    progress: dict[str, Any]  # a Progress
-    ranks: list[dict[str, Any]]  # of each process: `rng` and BatchNorm buffers of model and EMA (`buffers`)
-    best: dict[str, Any]  # metric and epoch of the best, and the kept [file, metric] pairs
-    started: str  # identifies the run: states of another run in the same directory are not this run's
-    optimizer_layout: dict[str, Any] = field(default_factory=dict)  # which optimizer, over which groups of parameters
-    class_names: list[str] | None = None  # in the order of the outputs, where the data told them
-    version: int = 2  # of timm's format
-    samon: int = FORMAT
+    def save_epoch(self, progress: Progress, metric: float | None) -> None:
+        """Save after an epoch and its validation, and delete the worst epochs beyond --checkpoint-hist."""
+        config, epoch = self.run.config, progress.epoch
+        path = self.directory / f"checkpoint-{epoch}{self.suffix}"
+        pairs = [pair for pair in self.best["kept"] if pair[0] != path.name] + [[path.name, metric]]
+        pairs.sort(key=lambda pair: self._loss(pair[1]))
+        kept, dropped = pairs[: config.checkpoint_hist], pairs[config.checkpoint_hist :]
+        aliases = ["last"]
+        if metric is not None and self._loss(metric) < self._loss(self.best["metric"]):
+            self.best = {"metric": metric, "epoch": epoch}
+            aliases.append("model_best")
+        self.best = self.best | {"kept": kept}
+        if epoch + 1 in config.save_epochs:
+            aliases.append(f"milestone-{epoch + 1}")
+        outdated = [*(self.directory / name for name, _ in dropped), *self.directory.glob("recovery-*")]
+        self._save(path, replace(progress, epoch_done=True), metric, aliases)
+        self._delete(outdated)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Without absent parts: timm looks for keys, not for None."""
-        return {key: value for key, value in vars(self).items() if value is not None}
+    def save_recovery(self, progress: Progress) -> None:
+        """Save within an epoch; the state before it is kept until the next one."""
+        path = self.directory / f"recovery-{progress.epoch}-{progress.updates}{self.suffix}"
+        self._save(path, progress, None, [])
+        self._delete(sorted(self.directory.glob("recovery-*"), key=_numbers)[:-2])
 
+    def restore(self, source: Path) -> tuple[Progress, Tree | None]:
+        """Restore the run from a checkpoint.
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+        Returns:
+            The position to resume at, and this process's random state, to be set before the next update.
+        """
+        state, progress, random_state = restore_run(self.run, source)
+        if source.parent.resolve() == self.directory.resolve():
+            self.best, self.last_good = state.best or self.best, source
+        return progress, random_state
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and delete what it replaces.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._writing is not None:
+            (future, path), self._writing = self._writing, None
+            try:
+                future.result()
+            except Exception as error:  # from a thread of PyTorch's
+                raise self._write_error(path, error) from error
+            self.last_good = path
+        outdated, self._outdated = self._outdated, []
+        for path in outdated:
+            remove_state(path)
+
+    def finish(self) -> None:
+        """Complete the run's checkpoints; of sharded ones write the last and the best as timm's single files too."""
+        self.wait()
+        if self.sharded and self.run.world.is_rank_zero and self.best["kept"]:
+            best = self.directory / f"checkpoint-{self.best['epoch']}{self.suffix}"
+            for name, path in (("last", self.last_good), ("model_best", best)):
+                if path is not None and path.is_dir():
+                    convert_to_file(path, self.directory / f"{name}{SUFFIX}")
+
+    def describe_last_good(self) -> str:
+        """The checkpoint to resume from after a failure, for error messages."""
+        path = self.last_good or max(self.directory.glob(f"*{self.suffix}"), key=_numbers, default=None)
+        if path is None or not path.exists():
+            return "no checkpoint was written before it"
+        return f"the last good checkpoint is {path}; remove the cause and use --resume {self.directory}"
+
+    def _save(self, path: Path, progress: Progress, metric: float | None, aliases: list[str]) -> None:
+        self.wait()
+        state = self._take_state(progress, metric)
+        try:
+            if self.sharded:
+                self._writing = save_sharded(state, path, self.group), path
+            elif self.run.world.is_rank_zero:
+                with atomic_write(path) as file:
+                    torch.save(state.to_dict(), file)
+                for name in aliases:
+                    link_or_copy(path, self.directory / f"{name}{SUFFIX}")
+                self.last_good = self.directory / f"last{SUFFIX}" if aliases else path
+        except OSError as error:
+            raise self._write_error(path, error) from error
+
+    def _take_state(self, progress: Progress, metric: float | None) -> TrainState:
+        """This run's state, complete on rank 0; FSDP's shards are gathered there unless each process writes its own."""
+        run = self.run
+        trees: list[Tree | None] = [run.model.state_dict(), run.optimizer.state_dict()]
+        trees.append(None if run.ema is None else run.ema.module.state_dict())
+        if run.config.fsdp and not self.sharded:
+            trees = gather_full(trees, run.world)
+        ema_buffers = {} if run.ema is None else _running_statistics(run.ema.module)
+        rank: Tree = {"rng": rng.take(run.world.device), "buffers": {}, "ema_buffers": {}}
+        ranks = [rank]
+        if self.group is not None:
+            rank |= {"buffers": _running_statistics(run.model), "ema_buffers": ema_buffers}
+            ranks = [{} for _ in range(run.world.size)]
+            dist.gather_object(rank, ranks if run.world.is_rank_zero else None, dst=0, group=self.group)
+        # Only timm's plateau schedule has a state of its own; the others follow from the number of updates.
+        plateau = getattr(run.scheduler, "lr_scheduler", None)
+        return TrainState(
+            state_dict=trees[0] or {},
+            optimizer=trees[1],
+            state_dict_ema=trees[2],
+            optimizer_layout=describe_optimizer(run),
+            epoch=progress.epoch,
+            arch=run.config.model,
+            args={key: value for key, value in vars(without_launch_flags(run.effective)).items() if key != "config"},
+            metric=metric,
+            amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
+            scheduler=plateau and {"inner": plateau.state_dict(), "restore_lr": vars(run.scheduler)["restore_lr"]},
+            progress=progress,
+            ranks=ranks,
+            best=self.best,
+            started=self.started,
+            class_names=run.class_names,
+        )
+
+    def _delete(self, outdated: list[Path]) -> None:
+        """Delete replaced files on rank 0: now, or once a checkpoint that is being written is complete."""
+        if self.run.world.is_rank_zero:
+            self._outdated += [*outdated, self.directory / OVERWRITTEN]
+        if not self.sharded:
+            self.wait()
+
+    def _loss(self, metric: float | None) -> float:
+        """The metric as a number of which less is better."""
+        if metric is None or metric != metric:
+            return float("inf")
+        return metric if self.run.metric == "loss" else -metric
+
+    def _write_error(self, path: Path, error: Exception) -> RunError:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return RunError(f"cannot write {path}: {reason}; {self.describe_last_good()}")
 
 
 def _numbers(path: Path) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", path.name)]
 
 
-class Checkpoints:
-    """The files of one run in its directory: kept history, last, best, and the two newest mid-epoch states."""
-
-    suffix = SUFFIX
-
-    def __init__(self, directory: Path, keep: int, lower_is_better: bool) -> None:
-        self.directory, self.keep, self.lower_is_better = directory, keep, lower_is_better
-        self.best: dict[str, Any] = {"metric": None, "epoch": None, "kept": []}
-        self.last_good: Path | None = None
-
-    def save_epoch(self, state: TrainState) -> None:
-        """Write `checkpoint-N`, also as `last` and, where due, `model_best` and `milestone-N`; drop the worst ones."""
-        epoch, metric = state.epoch, state.metric
-        name = f"checkpoint-{epoch}{self.suffix}"
-        pairs = [pair for pair in self.best["kept"] if pair[0] != name] + [[name, metric]]
-        pairs.sort(key=lambda pair: self._rank(pair[1]))
-        improved = metric is not None and self._rank(metric) < self._rank(self.best["metric"])
-        best = {"metric": metric, "epoch": epoch} if improved else {}
-        self.best = state.best = {**self.best, **best, "kept": pairs[: self.keep]}
-        path = self.directory / name
-        self._write(state, path)
-        milestone = epoch + 1 in state.args.get("save_epochs", ())
-        self._publish(path, ["last"] + ["model_best"] * improved + [f"milestone-{epoch + 1}"] * milestone)
-        recoveries = self.directory.glob(f"recovery-*{self.suffix}")
-        outdated = [self.directory / old for old, _ in pairs[self.keep :]]
-        self._discard([*outdated, *recoveries, self.directory / OVERWRITTEN])
-
-    def save_recovery(self, state: TrainState) -> None:
-        """A mid-epoch state; the one before it is kept until the next."""
-        state.best = self.best
-        progress = state.progress
-        path = self.directory / f"recovery-{progress['epoch']}-{progress['updates']}{self.suffix}"
-        self._write(state, path)
-        outdated = sorted(self.directory.glob(f"recovery-*{self.suffix}"), key=_numbers)[:-2]
-        self._discard([*outdated, self.directory / OVERWRITTEN])
-        self.last_good = path
-
-    def _publish(self, path: Path, names: list[str]) -> None:
-        try:
-            for name in names:
-                link_or_copy(path, self.directory / f"{name}{SUFFIX}")
-        except OSError as error:
-            raise self._fault(path, error) from error
-        self.last_good = self.directory / f"last{SUFFIX}"
-
-    def _discard(self, paths: list[Path]) -> None:
-        for path in paths:
-            remove(path)
-
-    def settle(self) -> None:
-        """Wait for what is being written; here nothing is."""
-
-    def finish(self) -> None:
-        """The end of a run."""
-
-    def _rank(self, metric: float | None) -> float:
-        if metric is None or metric != metric:
-            return float("inf")
-        return metric if self.lower_is_better else -metric
-
-    def _write(self, state: TrainState, path: Path) -> None:
-        try:
-            with atomic_write(path) as file:
-                torch.save(state.as_dict(), file)
-        except OSError as error:
-            raise self._fault(path, error) from error
-
-    def _fault(self, path: Path, error: Exception) -> RunError:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return RunError(f"cannot write {path}: {reason}; {self.describe_last_good()}")
-
-    def describe_last_good(self) -> str:
-        """What to resume from; the processes that do not write look for it."""
-        written = self.last_good or max(self.directory.glob(f"*{self.suffix}"), key=_numbers, default=None)
-        if written is None or not written.exists():
-            return "no checkpoint was written before it"
-        return f"the last good checkpoint is {written}; free the cause and use --resume {self.directory}"
-
-
-def remove(path: Path) -> None:
-    """A state, file or directory; one that is cut off in the middle is not complete."""
-    if path.is_dir():
-        (path / ".metadata").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path, flag: str = "--resume") -> dict[str, Any]:
-    """A checkpoint's content, tensors mapped from the file; UserError naming the file if it is damaged or foreign."""
-    if path.suffix == PARTS:
-        if not (path / ".metadata").is_file():
-            raise UserError(f"{path} is not complete: it was being written when its run ended; use another one")
-        path = path / REST
-    content = load(path, flag)
-    if "state_dict" not in content:
-        raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
-    return content
-
-
-def load(path: Path, flag: str) -> dict[str, Any]:
-    """What a file of weights or of a training state holds, tensors mapped from it; nothing in it is executed."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints hold one
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; check {flag}") from None
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        named = f"{flag} {path}".strip()
-        with open(path, "rb") as file:
-            start = file.read(60)
-        if start.isascii() and not start.startswith(b"PK"):
-            said = " ".join(start.decode().split())[:30]
-            raise UserError(f"{named} is text ({said!r} ...), no checkpoint; name a .pth.tar file") from None
-        raise UserError(f"{named} is damaged or no checkpoint ({reason[:90]}); use another one") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path} holds no weights but a {type(content).__name__}; use another one")
-    return content
-
-
-def class_names(path: Path) -> list[str] | None:
-    """Return the classes that a training state was trained on, in the order of the outputs; None if it has no names."""
-    return read(path).get("class_names")
-
-
-def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a training state was made with, by today's names; empty for bare weights."""
-    stored = content.get("args") or {}
-    return rename_old(stored if isinstance(stored, Mapping) else vars(stored), FLAGS)
-
-
-def averaged(content: Mapping[str, Any]) -> bool:
-    """Whether the run was validated, and its best chosen, by the averaged weights."""
-    stored = settings_of(content)
-    chosen = stored.get("model_ema") and not stored.get("model_ema_force_cpu") and stored.get("val_split", True)
-    return "state_dict_ema" in content and bool(chosen)
-
-
-def load_weights(model: torch.nn.Module, path: str, use_ema: bool) -> None:
-    """Load a file of weights or a checkpoint into the model, strictly."""
-    try:
-        timm.models.load_checkpoint(model, path, use_ema)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"--checkpoint {path}: {type(error).__name__}: {text}") from error
-
-
-def progress_of(content: Mapping[str, Any]) -> Progress:
-    """Where a checkpoint stops; one of timm's own stops after a whole epoch."""
-    if "progress" in content:
-        return Progress(**content["progress"])
-    return Progress(epoch=int(content.get("epoch", 0)) - (content.get("version", 1) < 2), epoch_done=True)
-
-
-def newest(directory: Path, started: str | None = None) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest complete state of a directory: (file, content, what was passed over and why).
-
-    `started`: only states of that run count, so that files of an earlier run there are not taken for it.
-    """
-    found: tuple[tuple[int, bool, int], Path, dict[str, Any]] | None = None
-    passed: list[str] = []
-    for path in sorted([*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*{PARTS}")]):
-        try:
-            content = read(path, "")
-            if content.get("samon") != FORMAT:
-                raise UserError(f"{path} is not a training state of this program")
-            if started is not None and content["started"] != started:
-                continue
-            progress = progress_of(content)
-            order = (progress.epoch, progress.epoch_done, progress.updates)
-            if found is None or order > found[0]:
-                found = (order, path, content)
-        except UserError as error:
-            passed.append(str(error))
-        except _DAMAGED as error:
-            passed.append(f"{path} is damaged ({error})")
-    return (None, {}, passed) if found is None else (*found[1:], passed)
+def _running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """BatchNorm buffers, which differ between processes unless DDP or --dist-bn has shared them."""
+    return {name: buffer.cpu() for name, buffer in model.named_buffers() if "running_" in name or "num_batches" in name}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from samon.data.corrupt import WorkerError
 from samon.errors import RunError, Stopped
-from samon.trainer.checkpoint import Checkpoints
+from samon.trainer.checkpoint import CheckpointManager
 
 FAULT = signal.SIGCHLD  # stands for a fault among the signals, which the processes tell each other
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -42,7 +42,7 @@ class Control:
         self.fault = error
         self.signum = self.signum or FAULT
 
-    def reason(self, signum: int, checkpoints: Checkpoints) -> Exception:
+    def reason(self, signum: int, checkpoints: CheckpointManager) -> Exception:
         """What a run that ends for `signum` raises; its state is saved."""
         if signum != FAULT:
             return Stopped(signum, f"continue with --resume {checkpoints.directory}")

@@ -33,20 +33,20 @@ LOGGERS = ("samon", "timm")
 T = TypeVar("T")
 
 
-def restartable() -> bool:
+def is_restartable() -> bool:
     """Whether torchrun would start these processes again (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def run_id() -> str:
+def torchrun_id() -> str:
     """What torchrun calls this run in all of its attempts (--rdzv-id, random with --standalone); '' if nothing."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if restartable() and name != "none" else ""
+    return name if is_restartable() and name != "none" else ""
 
 
-def word() -> str:
+def restart_id() -> str:
     """By what a restart knows its run: torchrun's name for it, or else the process that starts it again."""
-    return (run_id() or f"{socket.gethostname()}-{os.getppid()}") if restartable() else ""
+    return (torchrun_id() or f"{socket.gethostname()}-{os.getppid()}") if is_restartable() else ""
 
 
 def _living_processes(url: str, timeout: timedelta, **kwargs: object) -> Iterator[tuple[dist.Store, int, int]]:
@@ -93,7 +93,7 @@ def init_distributed(config: Config) -> DistInfo:
         with reraise_as_user_error("--device-modules"):
             importlib.import_module(module)
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = argparse.Namespace(device=name, dist_backend=None, dist_url=URL if restartable() else None)
+    settings = argparse.Namespace(device=name, dist_backend=None, dist_url=URL if is_restartable() else None)
     with reraise_as_user_error("--device"):
         torch.device(name)
     with _waiting():

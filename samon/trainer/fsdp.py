@@ -87,7 +87,7 @@ def _agree(model: nn.Module, world: DistInfo) -> None:
         tensor.copy_(on_device)
 
 
-def taken(state: Any, world: DistInfo) -> Any:
+def gather_full(state: Any, world: DistInfo) -> Any:
     """A tree of tensors with the sharded ones whole, on rank 0; all processes take part."""
 
     def whole(tensor: DTensor) -> Tensor | None:
@@ -97,13 +97,12 @@ def taken(state: Any, world: DistInfo) -> Any:
     return tree_map_only(DTensor, whole, state)
 
 
-def given(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def shard_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's whole state as this process holds it, for `load_state_dict`."""
-    own = model.state_dict()
     return {name: _part(value, own[name]) if name in own else value for name, value in state.items()}
 
 
-def given_to(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's whole state as this process holds it: what is shaped like a sharded parameter is cut as it is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     held = {

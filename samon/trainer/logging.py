@@ -23,11 +23,11 @@ from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.scope import norm_parameters
 from samon.trainer.build import Run
-from samon.trainer.checkpoint import Progress
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo, log_handler
 from samon.trainer.flags import program
 from samon.trainer.record import write_record
+from samon.trainer.state import Progress
 
 log = logging.getLogger("samon")
 VALIDATE = {

@@ -25,13 +25,14 @@ from samon.geometry import wide
 from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_bad, parameters
 from samon.trainer.build import Run
-from samon.trainer.checkpoint import Progress
+from samon.trainer.checkpoint import CheckpointManager
+from samon.trainer.control import Control
 from samon.trainer.flag_rows import steps_or_minutes
 from samon.trainer.fsdp import pad_batches
 from samon.trainer.logging import Report
 from samon.trainer.meter import Clock, Meter
 from samon.trainer.model import parse_dtype, resolve_data_config, uses_cuda_graphs
-from samon.trainer.state import Keeper
+from samon.trainer.state import Progress
 from samon.two_pass import two_pass
 
 log = logging.getLogger("samon")
@@ -39,16 +40,22 @@ Batch = tuple[Tensor, Tensor]
 Update = tuple[Iterator[Batch], int]
 
 
-def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+def fit(
+    run: Run,
+    progress: Progress,
+    checkpoints: CheckpointManager,
+    control: Control,
+    report: Report,
+    rng: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Epochs from `progress` to the end; returns the final metrics. `rng`: random state to set before the next update.
 
     Raises:
         UserError: the data do not fit the settings, or too many samples are unreadable.
         RunError: too many non-finite updates, a loader worker was killed, or a file cannot be written.
     """
-    checkpoints = keeper.checkpoints
     try:
-        return _fit(run, progress, keeper, report, rng)
+        return _fit(run, progress, checkpoints, control, report, rng)
     except DataError as error:
         if checkpoints.last_good is None:
             raise
@@ -60,30 +67,37 @@ def fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[
         raise RunError(f"{os_error_text(error)}; {checkpoints.describe_last_good()}") from error
 
 
-def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict[str, Any] | None) -> dict[str, Any]:
+def _fit(
+    run: Run,
+    progress: Progress,
+    checkpoints: CheckpointManager,
+    control: Control,
+    report: Report,
+    rng: dict[str, Any] | None,
+) -> dict[str, Any]:
     final = report.told() if progress.epoch >= run.stop else {}
     while progress.epoch < run.stop:
-        train = train_epoch(run, progress, keeper, report, rng)
+        train = train_epoch(run, progress, checkpoints, control, report, rng)
         rng = None
         share_running_statistics(run, run.model)
         done = progress.epoch + 1
         due = done % run.config.val_interval == 0 or done == run.stop or done in run.config.save_epochs
         evaluated = decisive = None
         if due:
-            evaluated = validate(run, progress, keeper)
+            evaluated = validate(run, progress, checkpoints, control)
             decisive = (train if evaluated is None else evaluated)[run.metric]
             report.end_epoch(run, progress, train, evaluated)
         if run.scheduler is not None:
             run.scheduler.step(progress.epoch + 1, decisive)
         if due:
-            keeper.epoch(progress, decisive)
+            checkpoints.save_epoch(progress, decisive)
         final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
         final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
         progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
         progress.layouts = []
-    best = keeper.checkpoints.best
+    best = checkpoints.best
     bad = torch.tensor([run.train_loader.corrupt_samples])
-    keeper.control.reduce(bad)
+    control.reduce(bad)
     return final | {
         "best_metric": best["metric"],
         "best_epoch": best["epoch"],
@@ -92,7 +106,9 @@ def _fit(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: dict
     }
 
 
-def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rng: Any) -> dict[str, float | None]:
+def train_epoch(
+    run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control, report: Report, rng: Any
+) -> dict[str, float | None]:
     """The updates of an epoch that are left; returns the mean losses over all of its samples."""
     run.hooks.begun(run, progress)
     renew_mask(run, progress)
@@ -105,16 +121,16 @@ def train_epoch(run: Run, progress: Progress, keeper: Keeper, report: Report, rn
         values["grad_norm"], applied = apply_gradient(run)
         meter.add(samples, values, applied)
         if isinstance(applied, bool):
-            count_bad(run, progress, keeper, meter.outcomes)
+            count_bad(run, progress, checkpoints, meter.outcomes)
         progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
         after_update(run, progress)
         run.hooks.updated(run, progress, perturb)
         report.advance()
         last = progress.updates == run.updates_per_epoch
         if progress.updates % run.config.log_interval == 0 or last:
-            count_bad(run, progress, keeper, meter.outcomes)
-            report.update(run, progress, meter.read(keeper.control.reduce), *clock.read())
-        save_or_stop(run, progress, keeper, meter, last)
+            count_bad(run, progress, checkpoints, meter.outcomes)
+            report.update(run, progress, meter.read(control.reduce), *clock.read())
+        save_or_stop(run, progress, checkpoints, control, meter, last)
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
@@ -307,21 +323,23 @@ def after_update(run: Run, progress: Progress) -> None:
         torch.cuda.synchronize()
 
 
-def save_or_stop(run: Run, progress: Progress, keeper: Keeper, meter: Meter, last: bool) -> None:
+def save_or_stop(
+    run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control, meter: Meter, last: bool
+) -> None:
     """A state within the epoch where one is due; on a signal also the end."""
     for loader in (run.train_loader, run.eval_loader):
         if loader is not None and loader.worker_error is not None:
-            keeper.control.fail(loader.worker_error)
-    signum, due = keeper.control.poll()
+            control.fail(loader.worker_error)
+    signum, due = control.poll()
     steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and not last):
-        count_bad(run, progress, keeper, meter.outcomes)
-        meter.read(keeper.control.reduce)
-        keeper.recovery(progress)
+        count_bad(run, progress, checkpoints, meter.outcomes)
+        meter.read(control.reduce)
+        checkpoints.save_recovery(progress)
     if signum:
-        keeper.checkpoints.settle()
-        raise keeper.control.reason(signum, keeper.checkpoints)
+        checkpoints.wait()
+        raise control.reason(signum, checkpoints)
 
 
 # --- after an epoch -------------------------------------------------------------------------------------------------
@@ -332,7 +350,7 @@ def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
         distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
 
 
-def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] | None:
+def validate(run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control) -> dict[str, float] | None:
     """Metrics of the model, or of its average where one is kept; None without validation data.
 
     A signal meanwhile ends the run, with the epoch's training saved.
@@ -340,7 +358,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
     if run.eval_loader is None:
         return None
     run.hooks.validating(run, progress)
-    control, model = keeper.control, run.model
+    model = run.model
     if run.ema is not None and not run.config.model_ema_force_cpu:
         model = run.ema.module
         share_running_statistics(run, model)
@@ -360,7 +378,7 @@ def validate(run: Run, progress: Progress, keeper: Keeper) -> dict[str, float] |
         channels_last=run.config.channels_last,
     )
     if signum := control.agree():
-        keeper.recovery(progress)
-        keeper.checkpoints.settle()
-        raise keeper.control.reason(signum, keeper.checkpoints)
+        checkpoints.save_recovery(progress)
+        checkpoints.wait()
+        raise control.reason(signum, checkpoints)
     return metrics

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from samon.trainer.checkpoint import Progress
+from samon.trainer.state import Progress
 
 
 class Meter:

@@ -21,10 +21,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 from samon.engines.perturb import CAPTURING
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer import ablations
-from samon.trainer.checkpoint import load
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import nearest
+from samon.trainer.state import load_file
 
 log = logging.getLogger("samon")
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -86,7 +86,7 @@ def create_train_model(config: Config) -> nn.Module:
             if not Path(path).exists():
                 raise UserError(f"--{key.replace('_', '-')}: no file {path}")
             if not path.endswith((".safetensors", ".npz", ".npy")):
-                load(Path(path), f"--{key.replace('_', '-')}")  # says what is wrong with it, where timm would guess
+                load_file(Path(path), f"--{key.replace('_', '-')}")  # names what is wrong; timm would guess
     weights: dict[str, Any] = {"pretrained": config.pretrained, "checkpoint_path": config.initial_checkpoint}
     if config.pretrained_path:
         overlay = {"file": config.pretrained_path, "num_classes": -1}

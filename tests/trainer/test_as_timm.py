@@ -11,9 +11,9 @@ from timm.scheduler import create_scheduler_v2
 from samon.errors import UserError
 from samon.trainer import build, config, loop
 from samon.trainer import main as train
-from samon.trainer.checkpoint import Progress
 from samon.trainer.distributed import DistInfo
-from samon.trainer.state import move_schedule
+from samon.trainer.resume import fast_forward_scheduler
+from samon.trainer.state import Progress
 from tests.runs import BASE, WATCH, assert_same, run, weights
 
 CPU = DistInfo(torch.device("cpu"), 0, 1)
@@ -64,7 +64,7 @@ def test_schedule_flags_of_timm() -> None:
     own = {"num_epochs": 8, "decay_epochs": 3.0, "warmup_epochs": 2, "warmup_lr": 1e-5}
     timms, _ = create_scheduler_v2(other, "rsqrt", decay_fn="cosine", stable_timescale=1.5, **own)
     for epoch in range(8):
-        move_schedule(made, Progress(epoch=epoch))
+        fast_forward_scheduler(made, Progress(epoch=epoch))
         timms.step(epoch)
         assert rates(made)[0] == other.param_groups[0]["lr"], epoch
 

@@ -14,9 +14,9 @@ import torch
 from samon import UserError
 from samon.evals.main import main as validate
 from samon.evals.main import parse
-from samon.trainer.checkpoint import averaged, read
 from samon.trainer.main import main as train
-from tests.runs import BASE, ROOT, run
+from samon.trainer.state import load_state, validated_with_ema
+from tests.runs import BASE, ROOT, last, run
 
 OLD = Path(__file__).parent / "runs_of_format_1"  # written before training and evaluation shared their entrance
 QUIET = ["--workers", "0", "--device", "cpu"]
@@ -73,9 +73,9 @@ def test_the_average_is_scored_where_it_decided(tmp_path: Path, caplog: pytest.L
 
 def test_an_average_that_was_not_validated_is_not_scored(tmp_path: Path) -> None:
     _, directory = run(tmp_path, "--opt", "sgd", "--model-ema", "--model-ema-force-cpu")
-    content = read(directory / "last.pth.tar")
+    content = last(directory)
     assert "state_dict_ema" in content
-    assert not averaged(content)
+    assert not validated_with_ema(content)
     (job,) = parse(["--checkpoint", str(directory)])
     assert (job.average, job.path) == (False, str(directory / "model_best.pth.tar"))
 
@@ -106,7 +106,7 @@ def test_args_yaml_says_what_ran(tmp_path: Path) -> None:
     assert written["no_replay"] is True
     again = train(["-c", str(tmp_path / "a/args.yaml"), "--experiment", "b"])
     assert again["train_loss"] == metrics["train_loss"]
-    assert read(tmp_path / "a/last.pth.tar")["args"]["lr"] == written["lr"]
+    assert load_state(tmp_path / "a/last.pth.tar").args["lr"] == written["lr"]
 
 
 def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

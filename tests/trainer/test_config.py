@@ -358,8 +358,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "mode": (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2: Pillow knows no such mode"),
     "interpolation": (["--train-interpolation", "cubic"], "--train-interpolation: 'cubic' is not one of 'random', '"),
     "crop mode": (["--train-crop-mode", "foo"], "--train-crop-mode: 'foo' is not one of 'rrc', 'rkrc', 'rkrr', 'pad'"),
-    "text as weights": (["--initial-checkpoint", "LICENSE"], "--initial-checkpoint LICENSE is text"),
-    "text as pretrained": (["--pretrained-path", "LICENSE"], "--pretrained-path LICENSE is text"),
+    "text as weights": (["--initial-checkpoint", "LICENSE"], "--initial-checkpoint LICENSE is a text file"),
+    "text as pretrained": (["--pretrained-path", "LICENSE"], "--pretrained-path LICENSE is a text file"),
 }
 
 

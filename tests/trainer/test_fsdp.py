@@ -19,9 +19,9 @@ from samon import UserError
 from samon.cli import export
 from samon.evals import main as evals
 from samon.trainer import main as train
-from samon.trainer.checkpoint import read
-from samon.trainer.dcp import loaded
+from samon.trainer.dcp import load_sharded
 from samon.trainer.fsdp import blocks
+from samon.trainer.state import load_state
 from tests.runs import BASE, ROOT, assert_same, last, weights
 from tools import check_interruptions as matrix
 
@@ -91,8 +91,8 @@ def test_states_in_parts_end_as_the_same_files(sharded: Path, in_parts: Path, tm
         one, two = (torch.load(d / f"{name}.pth.tar", weights_only=True) for d in (sharded, in_parts))
         assert matrix._equal(one["optimizer"], two["optimizer"])
         assert one["metric"] == two["metric"]
-    states = sorted(path.name for path in in_parts.glob("*.parts"))
-    assert states == ["checkpoint-0.parts", "checkpoint-1.parts"]  # those within the epoch have gone
+    states = sorted(path.name for path in in_parts.glob("*.dcp"))
+    assert states == ["checkpoint-0.dcp", "checkpoint-1.dcp"]  # those within the epoch have gone
     export.main([str(in_parts / states[-1]), "--file", str(tmp_path / "one.pth.tar")])
     made = torch.load(tmp_path / "one.pth.tar", weights_only=True)
     assert matrix._equal(made["state_dict"], last(in_parts)["state_dict"])
@@ -116,24 +116,24 @@ def test_states_in_parts_continue_elsewhere(in_parts: Path, parallel: Path) -> N
     launch(back, *SHARDED, "--resume", str(back))
     assert apart(back, parallel) < 1e-4
     alone = ["--no-fsdp", "--output", str(in_parts.parent), "--experiment", "alone", "--resume"]
-    alone.append(str(in_parts / "checkpoint-0.parts"))
+    alone.append(str(in_parts / "checkpoint-0.dcp"))
     metrics = train.main([*matrix.ARGS, *COMMON, *SHARDED[1:], *alone])
     assert metrics["epoch"] == 1
 
 
 def test_metadata_of_strangers_is_not_executed(in_parts: Path, tmp_path: Path) -> None:
-    state = tmp_path / "checkpoint-0.parts"
-    shutil.copytree(in_parts / "checkpoint-0.parts", state)
+    state = tmp_path / "checkpoint-0.dcp"
+    shutil.copytree(in_parts / "checkpoint-0.dcp", state)
     for name in ("os system", "torch load", "torch.distributed.checkpoint.filesystem io"):
         module, _, what = name.partition(" ")
         words = f"c{module}\n{what}\n(S'touch {tmp_path / 'owned'}'\ntR."
         (state / ".metadata").write_bytes(words.encode())
-        with pytest.raises(UserError, match=f"{module}.{what} has no place in a checkpoint"):
-            loaded(state)
+        with pytest.raises(UserError, match=f"{module}.{what} is not allowed in a checkpoint"):
+            load_sharded(state)
     assert not (tmp_path / "owned").exists()
     (state / ".metadata").unlink()
-    with pytest.raises(UserError, match="is not complete"):
-        read(state)
+    with pytest.raises(UserError, match="is incomplete"):
+        load_state(state)
 
 
 def test_sharded_weights_are_perturbed_alike_on_all_processes(sharded: Path) -> None:

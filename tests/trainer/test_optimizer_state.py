@@ -8,7 +8,7 @@ import torch
 
 from samon.errors import UserError
 from samon.trainer.build import Hooks, Run
-from samon.trainer.checkpoint import Progress
+from samon.trainer.state import Progress
 from tests.runs import run
 
 
@@ -73,7 +73,7 @@ def test_groups_of_the_same_sizes_are_told_apart_by_name(done: Path) -> None:
     names = content["optimizer_layout"]["groups"][0]
     names[0], names[-1] = "frozen.bias", names[0]
     torch.save(content, path := done / "other.pth.tar")
-    with pytest.raises(UserError, match=r"other groups of parameters .* changed theirs"):
+    with pytest.raises(UserError, match=r"other groups of parameters .* moved"):
         run(done.parent, "--opt", "samon", "--weight-decay", "0.1", "--resume", str(path), name="other")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from samon.errors import UserError
-from samon.trainer.checkpoint import newest
+from samon.trainer.state import find_newest
 from tests.runs import BASE, assert_same, run, run_stopped, weights
 
 CASES = {
@@ -53,7 +53,7 @@ def test_stopped_within_an_epoch(case: str, tmp_path: Path, monkeypatch: pytest.
     args = [*CASES[case], "--epochs", "2"]
     _, whole = run(tmp_path, *args, name="whole")
     stopped = run_stopped(tmp_path, 1, 2, *args)
-    assert newest(stopped)[0] == stopped / "recovery-1-2.pth.tar"
+    assert find_newest(stopped)[0] == stopped / "recovery-1-2.pth.tar"
     metrics, _ = run(tmp_path, *args, "--resume", str(stopped), name="stopped")
     assert metrics["epoch"] == 1
     assert_same(weights(whole), weights(stopped))

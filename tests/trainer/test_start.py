@@ -107,7 +107,7 @@ def test_the_old_run_is_given_up_for_the_first_state_of_the_new(whole: Path, for
     with pytest.raises(Stopped):
         train.main([*BASE, "--output", str(whole.parent), "--experiment", "run", *words], stopped)
     assert not (whole / "overwritten").exists()
-    (state,) = whole.glob("*.p*t*")
+    (state,) = whole.glob("recovery-*")
     assert state.name.startswith("recovery-0-2")
 
 
@@ -117,7 +117,7 @@ def test_a_run_killed_before_its_first_state_leaves_the_old_one(whole: Path) -> 
     for path in [path for path in whole.iterdir() if path.name != "overwritten"]:
         path.rename(whole / "overwritten" / path.name)
     (whole / "args.yaml").write_text("# started later \nlr: 1\n")
-    with pytest.raises(UserError, match=r"overwritten is the run that --overwrite .* move its files to .*run, or give"):
+    with pytest.raises(UserError, match=r"overwritten holds the run that --overwrite .* move its files back"):
         start(whole.parent)
     assert files(whole / "overwritten") == before
     start(whole.parent, "--overwrite")

@@ -22,8 +22,8 @@ from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.trainer import main as train
 from samon.trainer.build import Hooks
-from samon.trainer.checkpoint import newest, read
-from samon.trainer.state import Keeper
+from samon.trainer.checkpoint import CheckpointManager
+from samon.trainer.state import find_newest, load_state
 from tests.disks import fill, small_disk
 from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
 from tests.sets import write_set
@@ -63,9 +63,9 @@ def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tupl
         ("update", 1, 3),
         "kill-all",
     )
-    path, content, _ = newest(directory)
+    path, _ = find_newest(directory)
     assert path is not None
-    assert (content["progress"]["epoch"], content["progress"]["samples"]) == (1, 64)
+    assert ((progress := load_state(path).progress).epoch, progress.samples) == (1, 64)
     log = directory.with_suffix(".1.log")
     argv = [*matrix.ARGS, "--output", str(whole.parent), "--experiment", "shrunk", "--resume", str(directory)]
     assert matrix.launch(argv, 1, log) == [0]
@@ -77,7 +77,7 @@ def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tupl
 def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     """The first one is waiting for the update to end, which here takes a minute."""
     code = (
-        "import sys, time\nfrom samon.errors import run_script\nfrom samon.trainer.build import Hooks\n"
+        "import sys, time\nfrom samon.cli.program import run_script\nfrom samon.trainer.build import Hooks\n"
         "from samon.trainer.main import main\n"
         "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
         "    while time.time() < end: time.sleep(0.05)\n"
@@ -114,7 +114,7 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, signal, sys\nfrom samon.errors import run_script\nfrom samon.trainer.build import Hooks\n"
+        "import os, signal, sys\nfrom samon.cli.program import run_script\nfrom samon.trainer.build import Hooks\n"
         "from samon.trainer.main import main\n"
         "def updated(run, p, perturbed):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
@@ -156,8 +156,10 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
 def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--checkpoint-interval in minutes: here a thousandth of a second, so after every update."""
     saved: list[int] = []
-    original = Keeper.recovery
-    monkeypatch.setattr(Keeper, "recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1])
+    original = CheckpointManager.save_recovery
+    monkeypatch.setattr(
+        CheckpointManager, "save_recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1]
+    )
     run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
     assert saved == [1, 2, 3]
     assert not list((tmp_path / "run").glob("recovery-*"))  # the epoch's checkpoint replaces them
@@ -172,7 +174,7 @@ def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pth.tar"))
     assert names == ["recovery-0-6.pth.tar", "recovery-0-7.pth.tar"]
     for name in names:
-        assert read(tmp_path / "run" / name)["samon"] == 1
+        assert load_state(tmp_path / "run" / name).samon == 1
 
 
 def test_disk_full(tmp_path: Path) -> None:

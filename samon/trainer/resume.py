@@ -1,0 +1,201 @@
+"""Restoring a run from a checkpoint: weights, optimizer, schedule, random state, and the position in the data."""
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from timm.models import clean_state_dict
+from timm.utils import random_seed
+from torch import Tensor, nn
+
+from samon.data.stream import ReaderLayout, ShardStream
+from samon.errors import UserError
+from samon.registry import base_of
+from samon.trainer import fsdp
+from samon.trainer.build import Run
+from samon.trainer.dcp import load_sharded
+from samon.trainer.run_dir import LAUNCH_FLAGS, without_launch_flags
+from samon.trainer.state import DCP_SUFFIXES, Progress, TrainState, Tree, load_state
+
+log = logging.getLogger("samon")
+# Settings that change no weight: where and how often things are read and written. Resuming does not mention them.
+NON_SEMANTIC_FLAGS = {
+    *LAUNCH_FLAGS,
+    *("config", "data", "output", "experiment", "data_dir", "shard_cache", "shard_cache_size", "dataset_download"),
+    *("pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist", "checkpoint_format"),
+    *("print_config", "save_images", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "device"),
+    *("val_interval", "save_epochs", "validation_batch_size", "no_replay"),
+    *("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate"),
+}
+# Keys of a parameter group that training itself changes; the others are options.
+TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
+START_ANEW = "use what it was made with, or --no-resume-opt to start with a new optimizer state"
+
+
+def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | None]:
+    """Restore a run from a checkpoint.
+
+    Returns:
+        The checkpoint's content, the position to resume at, and this process's random state, which is to be set before
+        the next update (None if the checkpoint has none for this number of processes).
+
+    Raises:
+        UserError: the checkpoint does not fit the model or the optimizer.
+    """
+    config = run.config
+    state = load_sharded(source, _sharded_layout(run)) if source.suffix in DCP_SUFFIXES else load_state(source)
+    changed = changed_settings(run, state.args)
+    if changed and run.world.is_rank_zero:
+        text = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+        log.warning("Other settings than in %s: %s", source, text)
+    try:
+        _load_model(run, run.model, state.state_dict)
+        if run.ema is not None:
+            _load_model(run, run.ema.module, state.state_dict_ema or state.state_dict)
+        if not config.no_resume_opt:
+            if state.optimizer is not None:
+                load_optimizer(run, source, state, changed)
+            if run.scaler is not None and state.amp_scaler is not None:
+                run.scaler.load_state_dict(state.amp_scaler)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by --model "
+            f"{state.args.get('model')} --opt {state.args.get('opt')}): {' '.join(str(error).split())[:300]}"
+        ) from None
+    progress = state.progress
+    if config.start_epoch is not None:
+        progress = Progress(epoch=config.start_epoch)
+    elif progress.epoch_done:
+        progress = Progress(progress.epoch + 1, skipped=progress.skipped, bad_in_a_row=progress.bad_in_a_row)
+    random_state = _restore_rank(run, progress, state.ranks)
+    _restore_stream(run, progress, state)
+    fast_forward_scheduler(run, progress, state.scheduler)
+    log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
+    return state, progress, random_state
+
+
+def _sharded_layout(run: Run) -> dict[str, Tensor]:
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    layout = {f"optimizer/{index}": p for index, p in enumerate(parameters)}
+    for tree, model in (("state_dict", run.model), ("state_dict_ema", run.ema and run.ema.module)):
+        layout |= {f"{tree}/{name}": t for name, t in model.state_dict().items()} if model is not None else {}
+    return layout
+
+
+def _load_model(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    state = clean_state_dict(dict(state))
+    model.load_state_dict(fsdp.shard_state(state, model.state_dict()) if run.config.fsdp else state)
+
+
+def changed_settings(run: Run, stored: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """{setting: (in the checkpoint, in this run)} of the settings that differ and affect the result."""
+    ignored = NON_SEMANTIC_FLAGS
+    if not isinstance(getattr(run.train_loader, "dataset", None), ShardStream):
+        ignored = ignored | {"workers"}  # their number decides the order in which shards are read
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
+    current = {k: v for k, v in vars(without_launch_flags(run.effective)).items() if k in stored and k not in ignored}
+    return {key: (stored[key], value) for key, value in current.items() if plain(stored[key]) != plain(value)}
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def describe_optimizer(run: Run) -> Tree:
+    """What an optimizer state fits: `base`, timm's name of the base optimizer, and `groups` of parameter names."""
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in run.optimizer.param_groups]
+    return {"base": base_of(run.config.opt, run.config.base_opt), "groups": groups}
+
+
+def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collection[str]) -> None:
+    """Load the optimizer's state. Options of its groups (weight decay, betas, lr_scale) stay those of this run.
+
+    Args:
+        changed: the settings that differ from those of the checkpoint.
+
+    Raises:
+        UserError: the state is of another optimizer, or of other groups of parameters.
+    """
+    optimizer, stored, current = state.optimizer or {}, state.optimizer_layout, describe_optimizer(run)
+    base = stored.get("base") or current["base"]  # timm's checkpoints and earlier versions do not name it
+    if "base" not in stored and state.args.get("opt"):
+        base = base_of(state.args["opt"], state.args.get("base_opt"))
+    if base != current["base"]:
+        raise UserError(f"{source} has the optimizer state of {base}, and {current['base']} is asked for; {START_ANEW}")
+    old_groups, groups = optimizer["param_groups"], run.optimizer.param_groups
+    same_sizes = [len(group["params"]) for group in old_groups] == [len(group["params"]) for group in groups]
+    if stored.get("groups", current["groups"]) != current["groups"] or not same_sizes:
+        raise UserError(
+            f"{source} has an optimizer state of other groups of parameters{_first_change(stored, current)}, as "
+            f"--freeze, --layer-decay or the weight decay make them; {START_ANEW}"
+        )
+    trained = TRAINED_KEYS - {"lr"} if "lr" in changed else TRAINED_KEYS
+    merged = [
+        old | {key: value for key, value in group.items() if key not in trained}
+        for old, group in zip(old_groups, groups, strict=True)
+    ]
+    optimizer = {**optimizer, "param_groups": merged}
+    run.optimizer.load_state_dict(fsdp.shard_optimizer(optimizer, run.optimizer) if run.config.fsdp else optimizer)
+
+
+def _first_change(stored: Tree, current: Tree) -> str:
+    old, new = ({n: i for i, names in enumerate(tree.get("groups", [])) for n in names} for tree in (stored, current))
+    moved = [name for name in new | old if old.get(name) != new.get(name)]
+    return f" ({moved[0]} and {len(moved) - 1} others moved)" if old and moved else ""
+
+
+# --- position ---------------------------------------------------------------------------------------------------------
+
+
+def _restore_rank(run: Run, progress: Progress, ranks: list[Tree]) -> Tree | None:
+    """Restore this process's running statistics; returns its random state."""
+    world = run.world
+    if len(ranks) == world.size:
+        own = ranks[world.rank]
+        run.model.load_state_dict(own["buffers"], strict=False)
+        if run.ema is not None:
+            run.ema.module.load_state_dict(own["ema_buffers"], strict=False)
+        random_state: Tree = own["rng"]
+        return random_state
+    if ranks:
+        log.warning(
+            f"The state was saved by {len(ranks)} processes and continues on {world.size}: the epoch resumes after its "
+            f"{progress.samples} samples, but the order of samples and the random numbers differ"
+        )
+        progress.updates = progress.samples // (world.size * run.config.batch_size * run.config.grad_accum_steps)
+    random_seed(run.config.seed + progress.epoch, world.rank)
+    return None
+
+
+def _restore_stream(run: Run, progress: Progress, state: TrainState) -> None:
+    """Tell a stream of shards which samples of the epoch were read, and by how many readers."""
+    stream = getattr(run.train_loader, "dataset", None)
+    if not isinstance(stream, ShardStream) or not progress.samples or not state.ranks:
+        return
+    args, layouts = state.args, [ReaderLayout(*layout) for layout in progress.layouts]
+    samples = progress.samples - sum(layout.samples for layout in layouts)
+    last = ReaderLayout(len(state.ranks), args["batch_size"], max(1, args["workers"]), args["shuffle_buffer"])
+    if last != stream.layout and samples:
+        layouts.append(last._replace(samples=samples))
+        write = log.warning if run.world.is_rank_zero else log.debug
+        write("The epoch's shards were read by other readers before; those of now share what is left of it")
+    progress.layouts = [list(layout) for layout in layouts]
+    stream.layouts = (progress.epoch, layouts)
+
+
+def fast_forward_scheduler(run: Run, progress: Progress, plateau: Tree | None = None) -> None:
+    """Set the learning rate of the update after `progress`; `plateau` is the state of timm's plateau schedule."""
+    if run.scheduler is None:
+        return
+    if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
+        run.scheduler.lr_scheduler.load_state_dict(plateau["inner"])
+        vars(run.scheduler)["restore_lr"] = plateau["restore_lr"]
+    elif run.config.sched_on_updates:
+        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.updates)
+    elif progress.epoch > 0 or run.config.start_epoch is not None:  # otherwise the rate is the checkpoint's
+        run.scheduler.step(progress.epoch)
