@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Images per second that a training loader gives at CIFAR's size: resident on the device, and image by image.
+"""Images per second of a training loader at CIFAR's size: in-memory data set on the device, and image by image.
 
     python tools/bench_resident.py [--device cuda] [--workers 2] [--images 10000]
 
-Random images of 32 px, batch 128, the paper's two augmentations. Each pair of loaders is timed in turns in one process,
+Random images of 32 px, batch 128, the paper's two augmentations. The loaders of each pair alternate in one process,
 three times; medians are printed.
 """
 

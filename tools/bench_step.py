@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What a step costs, all variants side by side in one run: exact FLOPs, paired times, peak memory.
+"""Cost of a step for all variants, side by side in one run: exact FLOPs, paired times, peak memory.
 
     python tools/bench_step.py --model resnet50 --img-size 128 --batch-size 16
     python tools/bench_step.py --model vit_tiny_patch16_224 --img-size 64 --batch-size 32
-    python tools/bench_step.py --model small_blocks --batch-size 8 --m 8 --no-memory --rounds 60     # overhead alone
+    python tools/bench_step.py --model small_blocks --batch-size 8 --m 8 --no-memory --rounds 60     # overhead
     python tools/bench_step.py --model resnet50 --batch-size 128 --device cuda --amp --channels-last
 
-Every round runs each variant once, in turn; a ratio is taken within its round, so drift of the machine cancels. Times
-are of forward, backward and optimizer step, by CUDA events on a GPU. Peak memory is the growth of the largest resident
-size during two steps in a fresh process (CPU), or the allocator's peak above what model and optimizer hold (GPU). The
-learning rate is zero and the batch always the same, so `ascent adaptive` makes its ascent pass at every update here.
+Every round runs each variant once, and ratios are taken within a round, so drift of the machine cancels. Times cover
+forward, backward and optimizer step (CUDA events on a GPU). Peak memory is the growth of the largest resident size
+during two steps in a fresh process (CPU), or the allocator's peak above what model and optimizer hold (GPU). The
+learning rate is zero and the batch is always the same, so `ascent aesam` makes its ascent pass in every update here.
 """
 
 import argparse
@@ -40,18 +40,18 @@ Step = Callable[[], Any]
 
 
 SMALL = "small_blocks"
-# What the FLOPs of a row may be over a plain step's, by how its name begins; time is wanted within a tenth of it.
+# Largest FLOPs relative to a plain step, by prefix of the row's name. The time should be within 10 % of it.
 TARGETS = {
     "SAM-ON layer4, replay": 1.11,
     "SAM-ON, m": 1.67,
     "SAM-ON, ascent previous": 1.01,
     "SAM-ON, ascent momentum": 1.01,
 }
-SMALL_TIME = 1.75  # of `small_blocks`, where a step is Python and dispatch
+SMALL_TIME = 1.75  # target for `small_blocks`, where Python and dispatch dominate
 
 
 class SmallBlocks(nn.Module):
-    """200 LayerNorm blocks so small that a step is all Python and dispatch: what looking up 400 tensors costs."""
+    """200 tiny LayerNorm blocks: measures the Python and dispatch overhead of 400 tensors."""
 
     num_classes = 10
 
@@ -70,11 +70,11 @@ class SmallBlocks(nn.Module):
 
 
 class Bench:
-    """One model and one batch on the device, and the variants as functions that do a whole step."""
+    """A model, a batch and the variants, each a function that runs a full step."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device(args.device)
-        self.updates_of: dict[Step, int] = {}  # updates that a step makes, where they are several
+        self.updates_of: dict[Step, int] = {}  # updates per step, if more than one
         torch.manual_seed(0)
         if args.model == SMALL:
             self.place(SmallBlocks(), 8)
@@ -92,7 +92,7 @@ class Bench:
         self.model = model.to(self.device, memory_format=layout).train()
         self.x = torch.randn(args.batch_size, 3, size, size, device=self.device).to(memory_format=layout)
         self.y = torch.randint(model.num_classes, (args.batch_size,), device=self.device)
-        torch._dynamo.config.recompile_limit = 64  # every variant has graphs of its own, where a training has two
+        torch._dynamo.config.recompile_limit = 64  # every variant compiles its own graphs; a training has two
         self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if args.compile else self.model
 
     def loss(self, x: Tensor | None = None, y: Tensor | None = None, model: Any = None) -> Tensor:
@@ -119,7 +119,7 @@ class Bench:
         return step
 
     def ascending(self, updates: int = 1, **how: Any) -> Step:
-        """SAM-ON with another source of the direction (`samon.engines.ascent`), the mean of some updates."""
+        """SAM-ON with an ascent source (`samon.engines.ascent`), averaged over `updates`."""
         opt = self.optimizer("samon-momentum", momentum=0.9, **how)
 
         def step() -> None:
@@ -133,7 +133,7 @@ class Bench:
 
     def two_pass(self, name: str, perturb: str | None = None, **kwargs: Any) -> Step:
         opt = self.optimizer(name, perturb=perturb)
-        model = self.model if perturb else None  # replay replaces layers, so it runs the model itself
+        model = self.model if perturb else None  # replay replaces layer outputs, so it runs the uncompiled model
 
         def step() -> None:
             opt.zero_grad()
@@ -143,7 +143,7 @@ class Bench:
         return step
 
     def naive(self) -> Step:
-        """SAM-ON as other code does it: full gradients in both passes, all weights saved."""
+        """SAM-ON as in other implementations: full gradients in both passes, all weights saved."""
         opt = self.optimizer("samon")
         sam = samon.sam_of(opt)
         assert sam is not None
@@ -201,7 +201,7 @@ class Bench:
         for source, updates in (("previous", 1), ("momentum", 1), ("friendly", 1), ("every:5", 5), ("adaptive", 1)):
             found[f"SAM-ON, ascent {source}"] = partial(self.ascending, updates, ascent=source)
         found["SAM-ON, GSAM"] = partial(self.ascending, gsam_alpha=0.4)
-        if not self.args.compile:  # other tensors at every update
+        if not self.args.compile:  # it perturbs different tensors in every update
             found["SAM-ON, ESAM's half"] = partial(self.ascending, esam_beta=0.5)
         norms = norm_modules(self.model).values()
         coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
@@ -216,7 +216,7 @@ class Bench:
         return found
 
     def timed(self, step: Step) -> float:
-        """Milliseconds."""
+        """Milliseconds per update."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -244,7 +244,7 @@ def late_layers(model: nn.Module) -> str:
 
 
 def gpu_memory(bench: Bench, step: Step) -> float:
-    """MiB above what is held between steps."""
+    """Peak in MiB above the memory held between steps."""
     bench.model.zero_grad()
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
@@ -257,7 +257,7 @@ def gpu_memory(bench: Bench, step: Step) -> float:
 
 
 def cpu_memory(variant: str) -> float:
-    """MiB, from a fresh process that runs this variant alone."""
+    """`resident_growth` in MiB, measured in a fresh process that runs only this variant."""
     command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--only", variant]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(run.stdout.splitlines()[-1])
@@ -282,7 +282,7 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
             for _ in range(2):  # warm-up: replay plans, compilation, allocator
                 step()
             steps[name] = step
-        except ValueError as error:  # such as one value a channel in a BatchNorm layer: this row cannot be
+        except ValueError as error:  # such as one value per channel in a BatchNorm layer
             refused[name] = " ".join(str(error).split())
     eager = not bench.args.compile
     each = {name: bench.updates_of.get(step, 1) for name, step in steps.items()}
@@ -336,12 +336,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="torch.compile where it combines")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the model, in the variants that support it"
+    )
     parser.add_argument("--perturb", help="late layers for the replay rows (default: the last stage)")
     parser.add_argument("--m", type=int, nargs="*", help="sub-batch sizes (default: batch, 16, 4, 1)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     bench = Bench(args)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Is the step still bit-identical? Hashes of many short trainings, before and after a change.
+"""Check that a change keeps the step bit-identical, by hashes of many short trainings before and after it.
 
     python tools/check_bit_identical.py --write before.json       # on the old commit
-    python tools/check_bit_identical.py --compare before.json     # on the new one; exits with 1 if anything moved
+    python tools/check_bit_identical.py --compare before.json     # on the new one; exits with 1 if a hash differs
 
 Each case trains a small network for three updates and hashes its weights, its buffers, the base optimizer's state and
 the statistics of the last step. The cases cover every registered name, and for SAM-ON every ascent source, groups,
 replay, accumulation, both precisions and the closure. Bits depend on the machine and the torch version, so compare
-files of one machine only. It uses the public interface alone, so that it outlives a redesign of what lies below.
+files of one machine only. Only the public interface is used, so that the script works on both sides of a redesign.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Would the tests notice? Each small wrong change of tools/wrong_changes.yaml, made alone in a copy of the checkout.
+"""Mutation test: apply each wrong change of tools/wrong_changes.yaml to a copy of the checkout and run its tests.
 
     python tools/check_tests.py [--jobs 2] [--only samon/evals] [--again]
 
-A change is noticed if one of the tests named beside it fails, and survives if all of them pass. Results are kept in
-output/check_tests.json by what decides them (the change, its file, the tests): started again, the command goes on with
-what is new. Exits with 1 if a change survives.
+A change is noticed if one of its tests fails, and survives if all pass. Results are cached in output/check_tests.json
+under a hash of the change, its file and its tests, so a second start tests only what is new. Exits with 1 if a change
+survives.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NOTICED, SURVIVES = "noticed", "SURVIVES"
 
 @dataclass(frozen=True)
 class Change:
-    """One line of one file, wrong."""
+    """A wrong edit of one file, and the tests that should notice it."""
 
     file: str
     old: str
@@ -43,7 +43,7 @@ class Change:
 
     @property
     def key(self) -> str:
-        """Changes with whatever could change the answer."""
+        """Hash of everything that can change the result."""
         parts = [self.file, self.old, self.new, (ROOT / self.file).read_text()]
         for name in self.tests:
             files = [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).rglob("*.py"))
@@ -55,33 +55,33 @@ class Change:
 
 
 def changes(path: Path, only: str) -> list[Change]:
-    """The kept list.
+    """The listed changes of files whose path starts with `only`.
 
     Raises:
-        UserError: a text that is not in its file exactly once, or a test that is not there.
+        UserError: a text is not in its file exactly once, or a test does not exist.
     """
-    found = [Change(**{**row, "tests": tuple(row["tests"])}) for row in yaml.safe_load(path.read_text())]
-    for change in found:
+    listed = [Change(**{**row, "tests": tuple(row["tests"])}) for row in yaml.safe_load(path.read_text())]
+    for change in listed:
         count = (ROOT / change.file).read_text().count(change.old)
         if count != 1:
-            raise UserError(f"{change}: the text is {count} times in the file; renew {path.name}")
+            raise UserError(f"{change}: the text is {count} times in the file; update {path.name}")
         missing = [name for name in change.tests if not (ROOT / name).exists()]
         if missing or not change.tests:
             raise UserError(f"{change}: no such tests: {', '.join(missing) or 'none named'}")
-    return [change for change in found if change.file.startswith(only)]
+    return [change for change in listed if change.file.startswith(only)]
 
 
 def pytest(place: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """(its exit status, its last line)."""
+    """(exit code of pytest, its failed tests or last error)."""
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     env = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=1800)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode, "; ".join(lines) or done.stderr.strip()[-300:]
+    result = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=1800)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return result.returncode, "; ".join(lines) or result.stderr.strip()[-300:]
 
 
-def answer(change: Change, place: Path) -> str:
-    """Make the change, ask the tests, undo it."""
+def run_change(change: Change, place: Path) -> str:
+    """Apply the change, run its tests, undo it."""
     path = place / change.file
     before = path.read_text()
     path.write_text(before.replace(change.old, change.new))
@@ -97,15 +97,15 @@ def answer(change: Change, place: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--list", type=Path, default=ROOT / "tools/wrong_changes.yaml", help="the changes")
-    add("--only", default="", help="changes of files below this path")
-    add("--jobs", type=int, default=2, help="changes at a time, each in a copy of its own")
-    add("--results", type=Path, default=ROOT / "output/check_tests.json", help="what is known already")
-    add("--again", action="store_true", help="ask again about all")
+    add("--list", type=Path, default=ROOT / "tools/wrong_changes.yaml", help="YAML list of changes")
+    add("--only", default="", help="only changes of files under this path")
+    add("--jobs", type=int, default=2, help="changes tested in parallel, each in its own copy")
+    add("--results", type=Path, default=ROOT / "output/check_tests.json", help="cache of results")
+    add("--again", action="store_true", help="ignore the cache")
     args = parser.parse_args(argv)
-    every = changes(args.list, args.only)
+    listed = changes(args.list, args.only)
     known = json.loads(args.results.read_text()) if args.results.exists() and not args.again else {}
-    left = [change for change in every if change.key not in known]
+    left = [change for change in listed if change.key not in known]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, progress_bar("wrong changes", len(left), "change") as shown:
         places = [Path(folder) / str(job) for job in range(args.jobs)]
@@ -114,22 +114,22 @@ def main(argv: list[str] | None = None) -> None:
         if left:
             status, why = pytest(places[0], tuple(sorted({name for change in left for name in change.tests})))
             if status:
-                raise RunError(f"the tests do not pass without any change: {why}")
+                raise RunError(f"the tests fail without any change: {why}")
 
-        def ask(change: Change) -> None:
+        def test(change: Change) -> None:
             place = places.pop()
-            known[change.key] = answer(change, place)
+            known[change.key] = run_change(change, place)
             places.append(place)
             print(f"{known[change.key]:10} {change}", flush=True)
             write_text(args.results, json.dumps(known, indent=1))
             shown.update()
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(ask, left))
-    wrong = [change for change in every if known[change.key] != NOTICED]
-    print(f"{len(every)} wrong changes, {len(every) - len(wrong)} noticed")
-    if wrong:
-        raise RunError(f"{len(wrong)} not noticed: {'; '.join(map(str, wrong))}")
+            list(pool.map(test, left))
+    survivors = [change for change in listed if known[change.key] != NOTICED]
+    print(f"{len(listed)} wrong changes, {len(listed) - len(survivors)} noticed")
+    if survivors:
+        raise RunError(f"{len(survivors)} not noticed: {'; '.join(map(str, survivors))}")
 
 
 if __name__ == "__main__":
