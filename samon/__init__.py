@@ -1,4 +1,15 @@
-"""Sharpness-aware minimization for timm. Importing registers the optimizers and networks with timm."""
+"""Sharpness-aware minimization for timm: SAM, SAM-ON and their variants, with exact two-pass steps.
+
+    import samon                                                   # registers the optimizers with timm
+    optimizer = timm.optim.create_optimizer_v2(model, "samon-layerl2", lr=0.1, weight_decay=1e-4, rho=0.05)
+    optimizer.zero_grad()
+    loss = samon.two_pass(optimizer, lambda: loss_fn(model(x), y))  # instead of loss.backward()
+    optimizer.step()
+
+Optimizer names are `<scope>[-<geometry>][-<base>]`. Scope: `sam` perturbs all parameters, `samon` only those of
+normalization layers, `samnn` all others. Geometry: a row of the paper's Table 9, plain l2 by default. Base: the
+optimizer that applies the gradient, SGD by default.
+"""
 
 from samon import models
 from samon.errors import UserError

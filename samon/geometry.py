@@ -1,37 +1,36 @@
-"""The weight-space ball of a sharpness-aware step: scales T, ascent and projection (Eq. 5, Table 9).
+"""The ball of a perturbation (Eq. 5, Table 9): maximize the linearized loss over ||T^-1 eps||_p <= rho.
 
-Every function treats a list of tensors as one vector. With `grouped=True` the gradients carry a leading dimension
-[G, *shape] and each of the G rows is a vector of its own; weights never do. Nothing here reads a value on the host.
+Every function treats a list of tensors as one vector. If `grouped`, gradients have a leading dimension, [G, *shape],
+and each of the G rows is a vector of its own; weights never have it. Nothing here reads a value on the host.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from samon.errors import UserError
 
-HALF = (torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 Tensors = Sequence[Tensor]
-Norms = Callable[[Tensor], Tensor] | None  # 2-norms [T] of parts of tensors to those of the tensors; None: no parts
+NormReduction = Callable[[Tensor], Tensor] | None  # 2-norms [T] of local shards to those of the full tensors
 Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A row of Table 9: eps maximises the linearised loss over ||T^-1 eps||_p <= rho.
+    """A row of Table 9.
 
     Attributes:
         label: its name in the paper's Table 1.
-        rho: radius to start from, and for SAM-ON: middle values of the paper's Tables 7 and 8, not tuned ones.
-        scale: T from (weights, gradients, eta, which tensors are weights), one tensor per weight that broadcasts
-            against its gradient; None stands for T = 1.
-        of_norms: T consists of the tensors' 2-norms, and not of numbers for single entries.
-        by_kind: T differs between weights and the rest, so it takes the parameters' names.
+        rho: default radius, and that for SAM-ON: middle values of the paper's Tables 7 and 8, not tuned.
+        scale: T from (weights, gradients, eta, is_weight), one tensor per weight that broadcasts against its gradient;
+            None for T = 1.
+        per_tensor: T is one number per tensor, its 2-norm.
+        by_name: T differs between weights and other parameters, so it needs their names.
     """
 
     p: float
@@ -40,19 +39,19 @@ class Geometry:
     description: str
     rho: tuple[float, float]
     scale: Scale | None = None
-    of_norms: bool = False
-    by_kind: bool = False
+    per_tensor: bool = False
+    by_name: bool = False
 
 
-def _entry_sizes(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+def _elementwise(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
     return list(torch._foreach_abs(list(weights)))
 
 
-def _weight_sizes(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+def _elementwise_original(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
     return [w.abs() + eta if weight else torch.ones_like(w) for w, weight in zip(weights, is_weight, strict=True)]
 
 
-def _tensor_norms(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
+def _layerwise(weights: Tensors, grads: Tensors, eta: float, is_weight: Sequence[bool]) -> list[Tensor]:
     return list(torch._foreach_norm(list(weights)))
 
 
@@ -64,47 +63,41 @@ _ORIGINAL = "elementwise l2, T = |w| + eta for weights, 1 for the rest"
 _LAYERWISE = "layerwise l2, T = ||tensor||_2"
 GEOMETRIES: dict[str, Geometry] = {
     "": Geometry(2, 0.0, "SAM", "l2 ball, T = 1", (0.05, 0.5)),
-    "eleml2": Geometry(2, 0.0, "el. l2", "elementwise l2, T = |w|", (1.0, 1.0), _entry_sizes),
-    "eleml2orig": Geometry(2, 0.01, "el. l2, orig.", _ORIGINAL, (0.5, 0.5), _weight_sizes, by_kind=True),
-    "elemlinf": Geometry(math.inf, 0.0, "el. linf", "elementwise l_inf, T = |w|", (0.001, 0.005), _entry_sizes),
-    "layerl2": Geometry(2, 0.0, "layer. l2", _LAYERWISE, (0.005, 0.05), _tensor_norms, of_norms=True),
+    "eleml2": Geometry(2, 0.0, "el. l2", "elementwise l2, T = |w|", (1.0, 1.0), _elementwise),
+    "eleml2orig": Geometry(2, 0.01, "el. l2, orig.", _ORIGINAL, (0.5, 0.5), _elementwise_original, by_name=True),
+    "elemlinf": Geometry(math.inf, 0.0, "el. linf", "elementwise l_inf, T = |w|", (0.001, 0.005), _elementwise),
+    "layerl2": Geometry(2, 0.0, "layer. l2", _LAYERWISE, (0.005, 0.05), _layerwise, per_tensor=True),
     "fisher": Geometry(2, 1.0, "Fisher", "Fisher l2, T = (1 + eta g^2)^-1/2", (0.05, 0.5), _fisher),
 }
 
 
-def radius(name: str, value: Any) -> float:
-    """A rho or an eta.
+def validate_radius(name: str, value: object) -> float:
+    """Return rho or eta as a float.
 
     Raises:
         UserError: it is not a finite number >= 0.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise UserError(f"{name} must be a finite number, zero or positive, got {value!r}")
+        raise UserError(f"{name} must be a finite number >= 0, got {value!r}")
     return float(value)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Dense, and float32 or wider: norms of half-precision gradients overflow."""
+def to_float32(tensor: Tensor) -> Tensor:
+    """The tensor dense, and in float32 if its precision is lower: norms of float16 gradients overflow."""
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return tensor.float() if tensor.dtype in HALF else tensor
+    return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
 
 
-def widened(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """`wide` of each."""
-    return [wide(t) for t in tensors]
-
-
-def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, whole: Norms = None) -> Tensor:
-    """The norm of this order of all tensors as one vector: shape [], or [G] when they are grouped. `whole`: for parts
-    of tensors and order 2."""
+def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, reduce: NormReduction = None) -> Tensor:
+    """The norm of all tensors as one vector: shape [], or [G] if grouped."""
     if grouped:
-        parts = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
-        return torch.linalg.vector_norm(torch.stack(parts), order, dim=0)
+        per_tensor = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
+        return torch.linalg.vector_norm(torch.stack(per_tensor), order, dim=0)
     norms = torch.stack(torch._foreach_norm(list(tensors), order))
-    return torch.linalg.vector_norm(norms if whole is None else whole(norms), order)
+    return torch.linalg.vector_norm(norms if reduce is None else reduce(norms), order)
 
 
-def ascend(
+def ascent_step(
     geometry: str,
     weights: Tensors,
     grads: Tensors,
@@ -112,44 +105,85 @@ def ascend(
     eta: float = 0.0,
     is_weight: Sequence[bool] = (),
     grouped: bool = False,
-    whole: Norms = None,
+    reduce: NormReduction = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """One ascent step (Eq. 5): `(eps, ||T g||_2)`, eps shaped like the gradients, in their dtype.
+    """The maximizer of the linearized loss (Eq. 5).
 
-    p = 2: eps = rho T^2 g / ||T g||_2, zero where ||T g|| is zero; p = inf: eps = rho T sign(g), for complex g
-    g / |g|.
+    p = 2: eps = rho T^2 g / ||T g||_2, zero if ||T g|| is zero. p = inf: eps = rho T sign(g), with g / |g| for
+    complex g.
 
     Args:
-        is_weight: for a geometry `by_kind`, which tensors are weights: |w| + eta; the others get 1 (section 3.2).
-        whole: for weights and gradients of which this process has a part: makes norms whole (`sharded.whole_norms`).
+        is_weight: which tensors are weights, for a geometry `by_name` (section 3.2: T = |w| + eta for these, else 1).
+        reduce: for sharded tensors (`samon.engines.fsdp.shard_norms`).
+
+    Returns:
+        `(eps, ||T g||_2)`, eps in the gradients' shapes and dtypes.
     """
     row = GEOMETRIES[geometry]
     scales = None if row.scale is None else row.scale(weights, grads, eta, is_weight)
-    if scales is not None and row.of_norms and whole is not None:
-        scales = list(whole(torch.stack(scales)).unbind())
+    if scales is not None and row.per_tensor and reduce is not None:
+        scales = list(reduce(torch.stack(scales)).unbind())
 
     def scaled(tensors: Tensors) -> list[Tensor]:
-        return list(tensors) if scales is None else [a * x for a, x in zip(scales, tensors, strict=True)]
+        return list(tensors) if scales is None else [t * x for t, x in zip(scales, tensors, strict=True)]
 
-    steep = scaled(grads)
-    norm = global_norm(steep, grouped=grouped, whole=whole)
+    scaled_grads = scaled(grads)  # T g
+    norm = global_norm(scaled_grads, grouped=grouped, reduce=reduce)
     if row.p == math.inf:
         return [rho * x for x in scaled([g.sgn() for g in grads])], norm
-    # One division, exact for rho = 0 too (x / inf = 0); where the norm is zero, so is every direction.
+    # One division, exact for rho = 0 too (x / inf = 0). If the norm is zero, so is every numerator.
     divisor = torch.where(norm > 0, norm, 1) / rho
     if grouped:
-        return [x / divisor.view(-1, *[1] * (x.dim() - 1)) for x in scaled(steep)], norm
-    return list(torch._foreach_div(scaled(steep), divisor)), norm
+        return [x / divisor.view(-1, *[1] * (x.dim() - 1)) for x in scaled(scaled_grads)], norm
+    return list(torch._foreach_div(scaled(scaled_grads), divisor)), norm
+
+
+def perturbation(
+    geometry: str,
+    weights: Tensors,
+    grads: Tensors,
+    rho: float,
+    eta: float,
+    is_weight: Sequence[bool],
+    grouped: bool,
+    keep_probability: float,
+    reduce: NormReduction = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`ascent_step` divided by ESAM's `keep_probability`, and zero if the gradient is not finite.
+
+    Returns:
+        `(eps, ||T g||_2, whether that is finite)`. If all tensors have the same dtype and device, eps is one flat
+        tensor, [N] or [G, N] (see `FlatTensors`): hundreds of small kernels would cost as much as the arithmetic.
+    """
+    low = [to_float32(w) for w in weights]
+    eps, norm = ascent_step(geometry, low, grads, rho, eta, is_weight, grouped, reduce)
+    eps = eps if keep_probability == 1 else list(torch._foreach_div(eps, keep_probability))
+    finite = norm.isfinite()
+    if len({(t.dtype, t.device) for t in eps}) > 1:
+        masks = [finite.view(-1, *[1] * (t.dim() - 1)) if grouped else finite for t in eps]
+        return [torch.where(mask, t, 0) for mask, t in zip(masks, eps, strict=True)], norm, finite
+    if grouped:
+        return [torch.cat([t.flatten(1) for t in eps], 1).masked_fill_(~finite[:, None], 0)], norm, finite
+    return [torch.cat([t.reshape(-1) for t in eps]).masked_fill_(~finite, 0)], norm, finite
+
+
+class FlatTensors(list[Tensor]):
+    """Views of one tensor `flat`, [N] or [G, N], in the shapes of `like`."""
+
+    def __init__(self, flat: Tensor, like: Tensors) -> None:
+        self.flat = flat
+        sizes = [t.numel() for t in like] if flat.dim() == 1 else [t[0].numel() for t in like]
+        super().__init__(part.view_as(t) for part, t in zip(flat.split(sizes, -1), like, strict=True))
 
 
 def project(deltas: Tensors, scales: Tensors, rho: float, order: float) -> list[Tensor]:
-    """The deltas on or inside ||T^-1 delta||_order <= rho: clipped for infinity, scaled back for 2.
+    """Project the deltas onto the ball ||T^-1 delta||_order <= rho: clipped for infinity, rescaled for 2.
 
     Where T (`scales`) is zero the ball has no extent, so delta is zero there.
     """
     if order == math.inf:
-        return [torch.clamp(d, -rho * a, rho * a) for d, a in zip(deltas, scales, strict=True)]
-    inside = [torch.where(a > 0, d, 0) for d, a in zip(deltas, scales, strict=True)]
-    radius = global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(inside, scales, strict=True)])
+        return [torch.clamp(d, -rho * t, rho * t) for d, t in zip(deltas, scales, strict=True)]
+    inside = [torch.where(t > 0, d, 0) for d, t in zip(deltas, scales, strict=True)]
+    radius = global_norm([torch.where(t > 0, d / t, 0) for d, t in zip(inside, scales, strict=True)])
     factor = torch.where(radius > rho, rho / radius, 1)
     return list(torch._foreach_mul(inside, factor))

@@ -1,4 +1,4 @@
-"""The names `<scope>[-<geometry>][-<base>]` in timm's optimizer factory. The only module that touches that factory."""
+"""The names `<scope>[-<geometry>][-<base>]` in timm's optimizer factory. No other module touches that factory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from timm.optim._optim_factory import OptimizerRegistry, default_registry
 from torch import nn
 from torch.optim import Optimizer
 
-from samon.engines.ascent import Ascent
+from samon.engines.ascent import make_ascent
 from samon.engines.masks import KINDS, Mask
 from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.geometry import GEOMETRIES
@@ -24,7 +24,7 @@ MASKED = {"sam-random": "random", "ssam-f": "fisher", "ssam-d": "dynamic"}  # na
 
 @dataclass(frozen=True)
 class Variant:
-    """What an optimizer name stands for."""
+    """What an optimizer name means."""
 
     name: str
     scope: str
@@ -58,12 +58,12 @@ VARIANTS: dict[str, Variant] = {v.name: v for v in _variants()}
 
 
 def variant_of(opt: str) -> Variant | None:
-    """The variant behind a timm optimizer name, timm's `lookahead_` prefix allowed; None for other optimizers."""
+    """The variant of this optimizer name, with or without timm's `lookahead_` prefix; None for other optimizers."""
     return VARIANTS.get(opt.lower().removeprefix("lookahead_"))
 
 
 def base_of(opt: str, base_opt: str | None = None) -> str:
-    """timm's name of the optimizer that applies the gradient, the same for all its aliases."""
+    """timm's name of the optimizer that applies the gradient, its aliases resolved."""
     variant = variant_of(opt)
     name = opt.lower().removeprefix("lookahead_") if variant is None else (base_opt or variant.base).lower()
     info = default_registry._optimizers.get(name)
@@ -71,19 +71,19 @@ def base_of(opt: str, base_opt: str | None = None) -> str:
 
 
 def is_sam_name(opt: str) -> bool:
-    """Whether the optimizer name is one of this package's."""
+    """Whether the optimizer name is one of samon's."""
     return variant_of(opt) is not None
 
 
 class VariantSAM(SAM):
-    """The optimizer of one variant, as timm's factory calls it: with parameters, it makes the base optimizer itself.
+    """The optimizer of one variant, as timm's factory calls it. It creates the base optimizer from `params`.
 
     Args:
-        selection: made from the model by the wrapped factory; without it `params` are bare.
-        base_kwargs: for the base optimizer; timm drops those its base does not know (eps, betas, momentum).
+        selection: from the model, by the wrapped factory; without it `params` are bare.
+        base_kwargs: for the base optimizer; timm drops those that it does not accept (eps, betas, momentum).
 
     Raises:
-        UserError: naming the argument that does not fit, or why timm cannot make the base optimizer here.
+        UserError: naming the argument that is wrong, or why timm cannot create the base optimizer.
     """
 
     variant: ClassVar[Variant]
@@ -118,32 +118,34 @@ class VariantSAM(SAM):
             base = create_optimizer_v2(params, base_opt, **base_kwargs)
         if selection is None:
             selection = select_bare(base.param_groups, variant.scope, perturb)
-            if GEOMETRIES[variant.geometry].by_kind and not all("param_names" in g for g in base.param_groups):
+            if GEOMETRIES[variant.geometry].by_name and not all("param_names" in g for g in base.param_groups):
                 raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
-        share = 0.5 if sparsity is None else sparsity
+        mask = None
+        if variant.mask is not None:
+            mask = Mask(variant.mask, 0.5 if sparsity is None else sparsity, mask_every)
         super().__init__(
             base,
             selection,
             rho=variant.rho if rho is None else rho,
             geometry=variant.geometry,
             eta=eta,
-            mask=None if variant.mask is None else Mask(variant.mask, share, mask_every),
-            ascent=Ascent(ascent, gsam_alpha),
+            mask=mask,
+            ascent=make_ascent(ascent, gsam_alpha),
             esam_beta=esam_beta,
         )
 
 
 def _class_of(variant: Variant) -> type[VariantSAM]:
-    about = {"variant": variant, "__doc__": variant.description, "__module__": __name__}
-    return type(variant.name, (VariantSAM,), about)
+    attributes = {"variant": variant, "__doc__": variant.description, "__module__": __name__}
+    return type(variant.name, (VariantSAM,), attributes)
 
 
 CLASSES = {name: _class_of(variant) for name, variant in VARIANTS.items()}
-globals().update(CLASSES)  # pickle looks a class up by its name in its module
+globals().update(CLASSES)  # pickle finds a class by its name in its module
 
 
 def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """timm hands an optimizer only parameter groups; for our names the model's selection is made first."""
+    """timm passes an optimizer only parameter groups; for our names the model's selection is made first."""
 
     @wraps(create)
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
@@ -159,12 +161,12 @@ def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer
 
 
 def register(registry: OptimizerRegistry = default_registry) -> None:
-    """Add our names to timm's registry. Importing samon does it, once."""
+    """Add our names to timm's registry, once. Importing samon does it."""
     if "samon" in registry._optimizers:
         return
     for variant in VARIANTS.values():
-        # All arguments pass through: the base optimizer, which base_opt may change, drops what it does not know.
-        made = CLASSES[variant.name]
-        info = OptimInfo(variant.name, made, variant.description, has_eps=True, has_momentum=True, has_betas=True)
+        # All arguments pass through: base_opt may change the base optimizer, and timm drops what that does not accept.
+        cls = CLASSES[variant.name]
+        info = OptimInfo(variant.name, cls, variant.description, has_eps=True, has_momentum=True, has_betas=True)
         registry.register(info)
     registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

@@ -1,34 +1,107 @@
-"""The sharpness-aware optimizer: a shell around any base optimizer that knows how to perturb the weights."""
+"""SAM: a base optimizer, the parameters to perturb, and how far (Eqs. 2 to 5)."""
 
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from timm.optim import Lookahead
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from samon.engines.ascent import Ascent
-from samon.engines.closure import run_passes
-from samon.engines.masks import Mask
-from samon.engines.norm_stats import modules_of
-from samon.engines.perturb import CAPTURING, Arithmetic, Parts
-from samon.engines.sharded_tensors import local, refuse_flat, refuse_sharded, whole_norms
-from samon.errors import UserError, refuse
-from samon.geometry import GEOMETRIES, HALF, Norms, global_norm, radius, widened
-from samon.scope import SCOPES, Selection, select, select_bare
+from samon import contexts, geometry
+from samon.errors import UserError
+from samon.geometry import (
+    GEOMETRIES,
+    LOW_PRECISION,
+    FlatTensors,
+    NormReduction,
+    global_norm,
+    to_float32,
+    validate_radius,
+)
+from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
 
-# What a copy takes along.
-STATE = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults", "distributed"}
-Grads = Sequence[Tensor | None]  # in the order of `perturbed_parameters`
+if TYPE_CHECKING:
+    from samon.engines.masks import Mask
+
+Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
+COPIED = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults", "sharded"}
+
+
+class AscentSource:
+    """Where the direction of the perturbation comes from. This one is SAM (Eq. 3): g, this batch's gradient at w.
+
+    h below is the gradient at w + eps as it is applied: averaged over micro-batches and processes, unscaled, clipped.
+    Subclasses are in `samon.engines.ascent`.
+
+    Attributes:
+        name: its value of `ascent=`; `former_name` is found in older checkpoints.
+        single_pass: no update makes an ascent pass.
+        needs_clean_grad: g is used when the optimizer steps.
+        has_state: tensors are carried from update to update.
+        counts_updates: what comes next depends on the number of updates.
+        updates: two-pass updates applied.
+        used: the current update has been perturbed (or would have been, by a step at w).
+    """
+
+    name = former_name = "batch"
+    single_pass = needs_clean_grad = has_state = counts_updates = False
+
+    def __init__(self) -> None:
+        self.updates, self.used = 0, False
+        self.clean: list[Tensor] = []  # g of the current update
+        self.state: dict[str, Tensor] = {}  # by parameter name
+        self.moments: list[Tensor] = []
+        self.total: int | None = None  # updates of the whole training, if known
+
+    def needs_ascent_pass(self) -> bool:
+        """Whether the current update takes the gradient at w first."""
+        return not self.single_pass
+
+    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+        """The direction from g, or without an ascent pass (None) from the state; None for a step at w."""
+        return grads
+
+    def accumulate_clean_grad(self, grads: Sequence[Tensor], weight: float) -> None:
+        """Add a micro-batch's g, which counts for `weight` in the update's mean."""
+        terms = [weight * to_float32(g) for g in grads]
+        self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
+
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        """Change `.grad` if the method says so, and keep what the next update needs. `clean` is the mean over the
+        update's samples on all processes, empty if no ascent pass was made."""
+
+    def finish_update(self, sam: "SAM") -> None:
+        """End the current update, just before the base optimizer's step."""
+        if self.needs_clean_grad or self.has_state:
+            if self.clean and dist.is_available() and dist.is_initialized():
+                self.clean = all_reduce_mean(self.clean)
+            self.before_step(sam.perturbed_parameters(), sam.state)
+        self.updates += self.used
+        self.discard_update()
+
+    def discard_update(self) -> None:
+        """Forget an update that is not applied."""
+        self.used, self.clean = False, []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self.name, "updates": self.updates, "kept": dict(self.state), "moments": list(self.moments)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Load the state of the same source; that of another one is ignored."""
+        if state["source"] in (self.name, self.former_name):
+            self.updates = state["updates"]
+            self.state = {name: tensor.to(device) for name, tensor in state["kept"].items()}
+            self.moments = [tensor.to(device) for tensor in state["moments"]]
 
 
 def _of_base(name: str) -> property:
@@ -36,30 +109,29 @@ def _of_base(name: str) -> property:
 
 
 class SAM(Optimizer):
-    """Sharpness-aware minimization over a selection of parameters (Eqs. 2 to 5).
+    """Sharpness-aware minimization over a selection of parameters.
 
-    The base optimizer applies the gradient; this one shares its `param_groups`, `state` and `defaults`, so schedulers,
+    The base optimizer applies the gradient; SAM shares its `param_groups`, `state` and `defaults`, so schedulers,
     gradient scalers, checkpoints and Lookahead see a plain optimizer. `samon.two_pass` is the fast way to fill `.grad`
-    with the gradient at w + eps; `step(closure)` does the same for any trainer that passes a standard closure.
+    with the gradient at w + eps; `step(closure)` does the same in any trainer that passes a standard closure.
 
     Args:
         base: optimizer over all trained parameters.
         selection: the parameters to perturb.
-        geometry: row of Table 9; `rho` radius of its ball; `eta` its constant (the row's own by default).
-        mask: sparse perturbation of section 5.1.
-        ascent: where the direction of the perturbation comes from, and what is made of the final gradient.
-        esam_beta: each update perturbs every tensor with this probability and scales the perturbation by its inverse:
-            the stochastic weight perturbation of ESAM (Du et al. 2022, Eq. 6). The draw depends on the number of the
-            update alone, so it is the same on all processes and after a restart.
+        geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own).
+        mask: sparse perturbation (section 5.1).
+        ascent: where the direction of the perturbation comes from.
+        esam_beta: each update perturbs every tensor with this probability and divides the perturbation by it: the
+            stochastic weight perturbation of ESAM (Du et al. 2022, Eq. 6). The sample depends only on the number of the
+            update, so it is the same on all processes and after a restart.
 
     Attributes:
-        stats: of the last step, as 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm,
-            the length of the perturbation that the weights took (the mean over groups). With half-precision weights
-            also eps_lost: the length of what rounding kept from them, as a share of the intended one.
+        stats: of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm, the
+            length of the applied perturbation (the mean over groups). With half-precision weights also eps_lost, the
+            fraction of the perturbation lost to rounding.
 
     Raises:
-        UserError: rho or eta is not a finite number >= 0, the base optimizer needs second derivatives or a closure, or
-            esam_beta is not in (0, 1] or combined with a mask, another ascent or gsam_alpha.
+        UserError: an argument is out of range, or the base optimizer cannot be used.
     """
 
     def __init__(
@@ -70,49 +142,31 @@ class SAM(Optimizer):
         rho: float,
         geometry: str = "",
         eta: float | None = None,
-        mask: Mask | None = None,
-        ascent: Ascent | None = None,
+        mask: "Mask | None" = None,
+        ascent: AscentSource | None = None,
         esam_beta: float = 1.0,
     ):
-        if isinstance(base, SAM | Lookahead):
-            name = f"lookahead_{selection.scope}"
-            raise UserError(f"{type(base).__name__} cannot be the base optimizer; Lookahead goes around it: use {name}")
-        closure = inspect.signature(base.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise UserError(
-                f"{type(base).__name__} evaluates the loss several times in its step, which two passes do not cover; "
-                "choose a base optimizer that applies a gradient, such as adamw"
-            )
-        ascent = ascent or Ascent()
-        mistakes = {
-            f"{type(base).__name__} needs second derivatives, which neither pass computes; choose a first-order base "
-            "optimizer such as adamw": getattr(base, "is_second_order", False),
-            f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor": not 0 < esam_beta <= 1,
-            "esam_beta draws other tensors at every update and combines with ascent='batch' alone": (
-                esam_beta < 1 and (mask is not None or ascent.kind != "batch" or ascent.gsam_alpha)
-            ),
-        }
-        refuse(mistakes)
+        _check_base(base, selection.scope)
+        ascent = ascent or AscentSource()
+        if not 0 < esam_beta <= 1:
+            raise UserError(f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor")
+        if esam_beta < 1 and (mask is not None or type(ascent) is not AscentSource):
+            raise UserError("esam_beta samples other tensors at every update and combines only with ascent='batch'")
         self.base, self.geometry, self.mask, self.ascent, self.esam_beta = base, geometry, mask, ascent, esam_beta
-        self.rho, self.eta = radius("rho", rho), radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
+        self.rho = validate_radius("rho", rho)
+        self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
         self.selection, self.defaults = selection, base.defaults
-        self._start()
+        self._init_instance()
 
-    def _start(self) -> None:
-        """What a new instance and a copy begin with. `Optimizer.__init__` would empty the base's state and groups."""
+    def _init_instance(self) -> None:
+        """Initialize a new instance or a copy. `Optimizer.__init__` would empty the base's state and groups."""
         super().__setstate__({})
         vars(self).update({name: hooks for name, hooks in vars(self.base).items() if "state_dict" in name})
         self.stats: dict[str, Tensor] = {}
-        self.plan: Any = None  # the replay plan that samon.step keeps between steps
-        self.grouped: list[Any] = []  # the layers of m-sharpness that samon.step keeps between steps
-        self.found: set[torch.nn.Module] | None = None  # without a model: the modules that ran in the first step
-        self.replicas_ran: list[bool] = []  # not empty: samon.step has seen how DistributedDataParallel was made
-        self.unused: set[int] = set()  # ids of perturbed parameters found to be in no loss, and rightly so
-        self.arithmetic, self.captured = Arithmetic(), False
-        self._rounding_checked = self._warned = self._plain = False
-        self._drawn: dict[str, Parameter] | None = None  # inside a step
+        self.arithmetic = Arithmetic()
+        self._in_step = self._expect_plain = self._warned_plain = self._checked_rounding = False
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
     param_groups: Any = _of_base("param_groups")
@@ -123,54 +177,53 @@ class SAM(Optimizer):
         return self.selection.scope
 
     @property
-    def model(self) -> torch.nn.Module | None:
+    def model(self) -> Module | None:
         return self.selection.model
 
     @cached_property
-    def distributed(self) -> bool:
-        """Whether processes share parameters out among them (FSDP), perturbed ones or others."""
+    def sharded(self) -> bool:
+        """Whether any parameter, perturbed or not, is sharded across processes (FSDP2)."""
         return any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"])
 
     @property
     def can_group(self) -> bool:
-        """Whether each group of a batch can carry a perturbation of its own (`groups` of `samon.two_pass`)."""
+        """Whether each group of a batch can have its own perturbation (`groups` of `samon.two_pass`)."""
         return SCOPES[self.scope].norms_only and self.model is not None and self.mask is None
 
     def __repr__(self) -> str:
         eta = f", eta={self.eta:g}" if self.eta else ""
-        ascent = "" if self.ascent.source == "batch" else f", ascent={self.ascent.source}"
-        about = f"{self.scope}, geometry={self.geometry or 'l2'}, rho={self.rho:g}{eta}{ascent}"
-        return f"SAM({about}, {len(self.selection.parameters)} tensors perturbed)\n{self.base!r}"
+        ascent = "" if self.ascent.name == "batch" else f", ascent={self.ascent.name}"
+        settings = f"{self.scope}, geometry={self.geometry or 'l2'}, rho={self.rho:g}{eta}{ascent}"
+        return f"SAM({settings}, {len(self.selection.parameters)} tensors perturbed)\n{self.base!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the group to the base; those of its parameters that fall into the scope are perturbed from now on."""
+        """Add the group to the base; those of its parameters that are in the scope are perturbed from now on."""
         self.base.add_param_group(param_group)
         old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
-        again = partial(select_bare, self.base.param_groups) if old.model is None else partial(select, old.model)
-        found = again(old.scope, old.perturb)
+        reselect = partial(select_bare, self.base.param_groups) if old.model is None else partial(select, old.model)
         known = {id(p) for p in old.parameters.values()}
-        if new := {n: p for n, p in found.parameters.items() if id(p) in added - known}:
-            old.parameters |= new
+        selected = reselect(old.scope, old.perturb).parameters
+        old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> None:
-        """Beside a model compiled like this: the arithmetic of the perturbation in compiled functions too. Where the
-        mode captures CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of
-        their memory. A copy of this optimizer is not compiled.
+        """Compile the arithmetic of the perturbation, for a model compiled with these arguments. In the modes that
+        capture CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of their
+        memory. A copy of this optimizer is not compiled.
 
         Raises:
-            UserError: esam_beta below 1.
+            UserError: esam_beta is below 1.
         """
         if self.esam_beta < 1:
             raise UserError(
                 "esam_beta (--esam-beta) perturbs other tensors at every update, for which a compiled model would be "
-                "compiled anew each time; drop it or --torchcompile"
+                "recompiled each time; drop it or --torchcompile"
             )
-        self.arithmetic, self.captured = Arithmetic(backend), mode in CAPTURING
+        self.arithmetic = Arithmetic(backend, mode)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's own state, which it can load alone, with that of the ascent and the mask beside it."""
+        """The base optimizer's own state, which it can load alone, plus that of the ascent source and the mask."""
         state = self.base.state_dict()
-        if self.ascent.source != "batch" or self.esam_beta < 1:
+        if self.ascent.name != "batch" or self.esam_beta < 1:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
@@ -178,7 +231,7 @@ class SAM(Optimizer):
         """Load a state written by this class or by the base optimizer alone."""
         self.base.load_state_dict(state_dict)
         if self.mask is not None and "mask" in state_dict:
-            self.mask.load_state_dict(state_dict["mask"], self.perturbed_weights())
+            self.mask.load_state_dict(state_dict["mask"], _local(self.perturbed_parameters()))
         if "ascent" in state_dict:
             device = next(iter(self.selection.parameters.values())).device  # of frozen ones too
             self.ascent.load_state_dict(state_dict["ascent"], device)
@@ -186,121 +239,109 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; outside a step this also ends an update that was skipped."""
         super().zero_grad(set_to_none)
-        self._forget()
+        self._discard_update()
 
-    def _forget(self) -> None:
-        """Discard what a skipped update has recorded."""
-        if self._drawn is None:  # a closure that clears the gradients is a part of the update
-            self.ascent.clean, self.ascent.used = [], False
+    def _discard_update(self) -> None:
+        if not self._in_step:  # a closure that clears the gradients is a part of the update
+            self.ascent.discard_update()
         if self.mask is not None:
             self.mask.stale = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in STATE}
+        return {k: v for k, v in self.__dict__.items() if k in COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._start()
-
-    # -- modules -----------------------------------------------------------------------------------------------------
-    def modules(self) -> list[torch.nn.Module]:
-        """All modules of the model, or those that ran in the first step where the optimizer was made without one."""
-        return list(self.found or ()) if self.model is None else list(modules_of(self.model))
-
-    def others(self) -> list[Parameter]:
-        """The model's trainable parameters that another optimizer may hold."""
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        found = {id(p): p for m in self.modules() for p in m._parameters.values() if p is not None and p.requires_grad}
-        return [p for key, p in found.items() if key not in own]
-
-    @contextmanager
-    def finding_modules(self) -> Iterator[None]:
-        """Around a first pass: without a model, note in the first step which modules run (compiled ones eagerly)."""
-        if self.model is not None or self.found is not None:
-            yield
-            return
-        found = set[torch.nn.Module]()
-        note = register_module_forward_pre_hook(lambda module, args: found.add(module))
-        with note, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
-            yield
-        self.found = found or None  # a closure that does nothing is no first pass
+        self._init_instance()
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters that are trainable now, by qualified name."""
-        if self._drawn is not None:
-            return self._drawn
         return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
 
-    def perturbed_weights(self) -> list[Tensor]:
-        """What this process holds of the perturbed parameters: all of them, or its parts where they are sharded."""
-        return [local(p) for p in self.perturbed_parameters().values()]
-
-    def whole_norms(self) -> Norms:
-        return whole_norms(list(self.perturbed_parameters().values())) if self.distributed else None
-
     @contextmanager
-    def drawn(self) -> Iterator[None]:
-        """A step: inside, `perturbed_parameters` stays what it is at the begin, and with `esam_beta` only this update's
-        random part of it is perturbed, at least one tensor.
+    def sampled_parameters(self) -> Iterator[Named]:
+        """Around a step: the parameters that this update perturbs, all of them or with `esam_beta` a random subset.
 
         Raises:
-            UserError: there is none to perturb, or FSDP hides which part of one a process holds.
+            UserError: all are frozen, or FSDP does not let them be perturbed.
         """
         named = self.perturbed_parameters()
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         if all(p.grad is None for p in named.values()):  # cleared by the model or by Lookahead, not by `zero_grad`
-            self._forget()
+            self._discard_update()
         if self.esam_beta < 1:
-            chance = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
-            limit = max(self.esam_beta, min(chance, default=0) + 1e-12)
-            named = {name: p for (name, p), number in zip(named.items(), chance, strict=True) if number < limit}
-        refuse_flat(named.values())
-        if self.distributed:
-            refuse_sharded(named.values(), self.ascent, self.mask)
-        self._drawn = named
-        try:
-            yield
-        finally:
-            self._drawn = None
+            samples = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
+            limit = max(self.esam_beta, min(samples, default=0) + 1e-12)  # at least one tensor
+            named = {name: p for (name, p), sample in zip(named.items(), samples, strict=True) if sample < limit}
+        refuse_fsdp1(named.values())
+        if self.sharded:
+            from samon.engines import fsdp
 
-    def is_weight(self) -> list[bool]:
-        """For `eleml2orig`: which perturbed tensors are weights, by their own name as in the authors' code."""
-        return [name.rpartition(".")[2] == "weight" for name in self.perturbed_parameters()]
+            fsdp.check_sharded_parameters(self, named)
+        outer, self._in_step = self._in_step, True
+        try:
+            yield named
+        finally:
+            self._in_step = outer
 
     @torch.no_grad()
-    def perturbation(self, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
-        """`(eps, ||T g||_2, finite)` for ascent gradients in the order of `perturbed_parameters`; a missing gradient
-        counts as zero, and a non-finite one anywhere makes eps zero and `finite` (bool, []) false. With `grouped` the
-        gradients have a leading dimension [G], and so has everything else."""
-        weights = self.perturbed_weights()
+    def perturbation(self, named: Named, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The perturbation from ascent gradients in the order of `named` (Eq. 5): `(eps, ||T g||_2, finite)`.
+
+        A missing gradient counts as zero. A non-finite one anywhere makes eps zero and `finite` (bool, []) false. If
+        `grouped`, gradients and results have a leading dimension [G].
+        """
+        weights = _local(named)
         if len(devices := {str(w.device) for w in weights}) > 1:
             raise UserError(
                 f"the perturbed parameters are on {' and '.join(sorted(devices))}, but a perturbation needs all of "
                 "them on one device; move the model to one, or let perturb=... choose parameters of one"
             )
         pairs = zip(weights, grads, strict=True)
-        dense = widened([torch.zeros_like(w) if g is None else local(g) for w, g in pairs])
-        dense = dense if self.mask is None else self.mask(dense)
-        is_weight = self.is_weight() if GEOMETRIES[self.geometry].by_kind else []
-        settings = (self.rho, self.eta, is_weight, grouped, self.esam_beta, self.whole_norms())
-        eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
-        return Parts(eps[0], dense) if len(eps) == 1 else eps, norm, finite
+        dense = [to_float32(torch.zeros_like(w) if g is None else to_local(g)) for w, g in pairs]
+        if self.mask is not None:
+            dense = self.mask(dense)
+        # For `eleml2orig`: weights by their own name, as in the authors' code.
+        is_weight = [n.rpartition(".")[2] == "weight" for n in named] if GEOMETRIES[self.geometry].by_name else []
+        eps, norm, finite = self.arithmetic.perturbation(
+            self.geometry,
+            weights,
+            dense,
+            self.rho,
+            self.eta,
+            is_weight,
+            grouped,
+            self.esam_beta,
+            self.norm_reduction(named),
+        )
+        return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
-    def displacement(self, grads: Grads | None, grouped: bool = False) -> tuple[list[Tensor] | None, Tensor | None]:
-        """`(eps, whether the gradients are finite)` along what the ascent makes of gradients at w or, without any, has
-        kept; `(None, None)` for a step at w."""
-        ascent, named = self.ascent, self.perturbed_parameters()
-        ascent.used = True
-        direction = ascent.stored(named, self.state) if grads is None else ascent.direction(named, grads)
+    def ascend(
+        self, named: Named, grads: Grads | None, grouped: bool = False
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """The perturbation along the ascent source's direction: `(eps, finite)`, or `(None, None)` for a step at w.
+
+        Args:
+            grads: gradients at w in the order of `named`; None if the update makes no ascent pass.
+        """
+        self.ascent.used = True
+        direction = self.ascent.direction(named, grads, self.state)
         if direction is None:
             self.stats = {}
             return None, None
-        eps, norm, finite = self.perturbation(direction, grouped)
+        eps, norm, finite = self.perturbation(named, direction, grouped)
         self.stats = {"ascent_grad_norm": norm.mean() if grouped else norm}
         return eps, finite.all() if grouped else finite
+
+    def norm_reduction(self, named: Named) -> NormReduction:
+        """For `geometry.global_norm`: what completes norms of sharded parameters; None if none is sharded."""
+        if not self.sharded:
+            return None
+        from samon.engines import fsdp
+
+        return fsdp.norm_reduction(list(named.values()))
 
     @contextmanager
     def perturbed(self, grads: Mapping[str, Tensor | None] | Grads) -> Iterator[None]:
@@ -311,101 +352,160 @@ class SAM(Optimizer):
         """
         if not isinstance(grads, Mapping):
             grads = dict(zip(self.perturbed_parameters(), grads, strict=True))
-        with self.drawn():
+        with self.sampled_parameters() as named:
             self.ascent.used = True
-            eps, _, _ = self.perturbation([grads.get(name) for name in self.perturbed_parameters()])
-            with self.moved(eps), torch.enable_grad():
+            eps, _, _ = self.perturbation(named, [grads.get(name) for name in named])
+            with self.add_perturbation(named, eps), torch.enable_grad():
                 yield
 
     @contextmanager
-    def moved(self, eps: Sequence[Tensor]) -> Iterator[None]:
-        """w + eps inside, w outside: the saved values are copied back, since (w + eps) - eps is not w."""
-        weights = self.perturbed_weights()
-        half = any(w.dtype in HALF for w in weights)
-        saved = self.arithmetic.shift(weights, list(eps))
-        torch.clear_autocast_cache()  # of an autocast context around the step: half-precision copies of other weights
+    def add_perturbation(self, named: Named, eps: Sequence[Tensor]) -> Iterator[None]:
+        """w + eps inside, w outside: saved values are copied back, since (w + eps) - eps is not w."""
+        weights = _local(named)
+        saved = self.arithmetic.add(weights, list(eps))
+        torch.clear_autocast_cache()  # an autocast context around the step caches half-precision copies of the weights
         try:
             with torch.no_grad():
-                triples = zip(weights, saved, eps, strict=True)
-                took = [n.float() - o.float() if n.dtype in HALF else e for n, o, e in triples] if half else eps
-                self.measure(eps, took)
+                applied = eps
+                if any(w.dtype in LOW_PRECISION for w in weights):
+                    triples = zip(weights, saved, eps, strict=True)
+                    applied = [w.float() - s.float() if w.dtype in LOW_PRECISION else e for w, s, e in triples]
+                self.record_perturbation(named, eps, applied)
             yield
         finally:
             self.arithmetic.restore(weights, saved)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def measure(self, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False) -> None:
-        """Into the step's `stats` the size of the perturbation: intended, and as the weights really took it."""
-        norms = self.whole_norms()
-        vectors = [applied.flat] if isinstance(applied, Parts) and norms is None else applied
-        self.stats["eps_norm"] = global_norm(vectors, grouped=grouped, whole=norms).mean()
-        if not any(p.dtype in HALF for p in self.perturbed_parameters().values()):
+    def record_perturbation(
+        self, named: Named, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False
+    ) -> None:
+        """Record in `stats` the length of the perturbation, as intended and as the weights took it."""
+        reduce = self.norm_reduction(named)
+        vectors = [applied.flat] if isinstance(applied, FlatTensors) and reduce is None else applied
+        self.stats["eps_norm"] = global_norm(vectors, grouped=grouped, reduce=reduce).mean()
+        if not any(p.dtype in LOW_PRECISION for p in named.values()):
             return
-        missed = global_norm([e - a for e, a in zip(eps, applied, strict=True)], whole=norms)
-        lost = missed / global_norm(eps, whole=norms).clamp(min=torch.finfo(missed.dtype).tiny)
-        self.stats["eps_lost"] = lost
-        if self._rounding_checked or lost.is_meta or isinstance(lost, FakeTensor):
+        lost = global_norm([e - a for e, a in zip(eps, applied, strict=True)], reduce=reduce)
+        fraction = lost / global_norm(eps, reduce=reduce).clamp(min=torch.finfo(lost.dtype).tiny)
+        self.stats["eps_lost"] = fraction
+        if self._checked_rounding or fraction.is_meta or isinstance(fraction, FakeTensor):
             return
-        self._rounding_checked = True  # one read on the host, in the first step
-        if lost.item() > 0.5:
+        self._checked_rounding = True  # one read on the host, in the first step
+        if fraction.item() > 0.5:
             warnings.warn(
-                f"rounding to half-precision weights loses {lost.item():.0%} of the perturbation (rho={self.rho}); "
+                f"rounding to half-precision weights loses {fraction.item():.0%} of the perturbation (rho={self.rho}); "
                 "keep float32 weights (--amp instead of --model-dtype) or raise rho",
                 stacklevel=2,
             )
 
+    # -- the step ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The base step with the gradients that are there; with a closure, first the two passes that fill them.
+        """The base step with the current gradients; with a closure, first the two passes that compute them.
 
         Args:
             closure: the standard one (zero the gradients, forward, backward, return the loss). It runs twice; the
-                second run, at w + eps, leaves the gradient and does not update BatchNorm statistics. Where `two_pass`
+                second run, at w + eps, leaves the gradient and does not update BatchNorm statistics. After `two_pass`
                 has filled the gradients, a trainer may still pass a closure that computes none: it runs once.
 
         Returns:
             The loss at w, or None without a closure.
 
         Raises:
-            UserError: the closure computes no gradients, or there are some, not zero, that it does not clear.
+            UserError: the closure computes no gradients, or does not clear old ones that are not zero.
         """
         loss = None
         if closure is None:
-            self._expect_perturbed()
+            self._warn_if_plain()
         else:
-            filled, self._plain = self.ascent.used or self._plain, False
-            with self.drawn():
-                loss = run_passes(self, torch.enable_grad()(closure), filled)
-        self.ascent.update(self.perturbed_parameters, self.state)
+            from samon.engines.closure import run_closure
+
+            filled, self._expect_plain = self.ascent.used or self._expect_plain, False
+            with self.sampled_parameters() as named:
+                loss = run_closure(self, named, torch.enable_grad()(closure), filled)
+        self.ascent.finish_update(self)
         if self.mask is not None:
             self.mask.advance()
         result = self.base.step()
         torch.clear_autocast_cache()
         return result if closure is None else loss
 
-    def plainly(self) -> None:
-        """The next step is a plain one on purpose: no warning that nothing was perturbed."""
-        if (sam := sam_of(self)) is not None:  # the one inside where Lightning or Fabric lend their wrapper this method
-            sam._plain, sam.ascent.used = True, False  # an update that was skipped may have left it
+    def expect_plain_step(self) -> None:
+        """Say that the next step is a plain one on purpose: no warning that nothing was perturbed."""
+        if (sam := sam_of(self)) is not None:  # Lightning and Fabric give their wrappers this method
+            sam._expect_plain, sam.ascent.used = True, False  # a skipped update may have left `used` set
 
-    def _expect_perturbed(self) -> None:
+    def _warn_if_plain(self) -> None:
         """Without two passes before it, a step is silently the base optimizer's, bit for bit."""
-        if not (self.ascent.used or self._plain or self._warned):
-            self._warned = True
+        if not (self.ascent.used or self._expect_plain or self._warned_plain):
+            self._warned_plain = True
             warnings.warn(
                 "this step's gradient was taken at w, so nothing is sharpness-aware about it; call "
                 "samon.two_pass(optimizer, forward) instead of loss.backward(), or optimizer.step(closure)",
                 stacklevel=4,
             )
-        self._plain = False
+        self._expect_plain = False
+
+
+class Arithmetic:
+    """The functions of tensors in a step, eager or compiled.
+
+    Attributes:
+        cuda_graphs: the model's graphs are captured as CUDA graphs, whose outputs the next run overwrites.
+    """
+
+    def __init__(self, backend: Any = None, mode: str | None = None):
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if backend is None else torch.compile(function, backend=backend)
+
+        self.perturbation = compiled(geometry.perturbation)
+        self.add, self.restore = compiled(contexts.add_perturbation), compiled(contexts.restore_weights)
+        self.cuda_graphs = mode in CUDA_GRAPH_MODES
 
 
 def sam_of(optimizer: Any) -> SAM | None:
-    """The SAM optimizer inside `optimizer` (itself, or inside wrappers: timm's Lookahead, Accelerate's, Lightning's and
-    Fabric's optimizers); None where there is none."""
-    # The last two imitate the class of what they wrap, attributes included, so `vars` tells them from it.
+    """The SAM optimizer inside `optimizer`: itself, or inside timm's Lookahead, Accelerate's, Lightning's and Fabric's
+    wrappers. None if there is none."""
+    # The last two imitate the class of what they wrap, including its attributes; only `vars` distinguishes them.
     names = ("_optimizer", "optimizer", "_base_optimizer")
     while inner := next((vars(optimizer)[name] for name in names if name in getattr(optimizer, "__dict__", {})), None):
         optimizer = inner
     return optimizer if isinstance(optimizer, SAM) else None
+
+
+def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The tensors averaged over the processes, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def _check_base(base: Optimizer, scope: str) -> None:
+    name = type(base).__name__
+    if isinstance(base, SAM | Lookahead):
+        raise UserError(f"{name} cannot be the base optimizer; Lookahead goes around it: use lookahead_{scope}")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{name} evaluates the loss several times in its step, which two passes do not cover; choose a base "
+            "optimizer that applies a gradient, such as adamw"
+        )
+    if getattr(base, "is_second_order", False):
+        raise UserError(
+            f"{name} needs second derivatives, which neither pass computes; choose a first-order base optimizer such "
+            "as adamw"
+        )
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, sharing its memory; any other tensor unchanged."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def _local(named: Named) -> list[Tensor]:
+    return [to_local(p) for p in named.values()]

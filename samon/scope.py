@@ -1,4 +1,4 @@
-"""Which parameters are perturbed: by the type of the module that owns them, never by name."""
+"""Which parameters are perturbed. Normalization layers are recognized by the type of the module, never by its name."""
 
 import re
 import warnings
@@ -11,12 +11,11 @@ from typing import TypeVar
 import torch
 from timm import layers
 from timm.layers.grn import GlobalResponseNorm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from samon.engines.sharded_tensors import refuse_flat
 from samon.errors import UserError
 
 Named = dict[str, Parameter]
@@ -25,13 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scope:
-    """Which parameters are perturbed.
+    """A set of parameters.
 
     Attributes:
         label: its column in the paper's Table 1.
-        choose: those of a model by qualified name, from (all of them, those of normalization layers).
-        norms_only: no others than normalization parameters: few enough for a copy for each group of samples, and whole
-            on every process where the rest is sharded.
+        choose: from (all parameters, normalization parameters), both by qualified name.
+        norms_only: only normalization parameters: few enough for a copy per group of samples, and replicated if the
+            rest is sharded.
     """
 
     label: str
@@ -40,15 +39,15 @@ class Scope:
     norms_only: bool = False
 
 
-def _others(everything: Named, norms: Named) -> Named:
-    norm_ids = {id(p) for p in norms.values()}
-    return {name: p for name, p in everything.items() if id(p) not in norm_ids}
+def _without_norms(everything: Named, norms: Named) -> Named:
+    ids = {id(p) for p in norms.values()}
+    return {name: p for name, p in everything.items() if id(p) not in ids}
 
 
 SCOPES = {
     "sam": Scope("all", "all parameters", lambda everything, norms: everything),
     "samon": Scope("ON", "only normalization parameters (SAM-ON)", lambda everything, norms: norms, norms_only=True),
-    "samnn": Scope("no-norm", "all but normalization parameters (no-norm)", _others),
+    "samnn": Scope("no-norm", "all but normalization parameters (no-norm)", _without_norms),
 }
 
 # timm's normalization layers that differ from the torch class they derive from, or derive from none.
@@ -59,9 +58,9 @@ _TIMM: dict[int | None, str] = {
     None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
     "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
 }
-# Modules whose `weight` and `bias` are the affine gamma and beta of Eq. 1, and the first dimension they run along;
-# None where one module cannot carry several gammas (see step/groups.py). Not every timm exports all of its own.
-# Gates and scales that normalise nothing (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
+# Modules whose `weight` and `bias` are gamma and beta of Eq. 1, and the first dimension these run along; None if one
+# module cannot carry several gammas (engines/groups.py). Not every timm exports all of its own. Gates and scales that
+# do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
 NORM_TYPES: dict[type[nn.Module], int | None] = {
     _BatchNorm: 1,
     nn.SyncBatchNorm: None,
@@ -76,60 +75,55 @@ NOT_NORMS: tuple[type[nn.Module], ...] = (GlobalResponseNorm,)  # "norm" by name
 
 
 def register_norm(cls: type[nn.Module], dim: int | None) -> None:
-    """Make a class of your own a normalization layer: the parameters that its modules own themselves are gamma and
-    beta. Register it before the optimizer is created.
+    """Register a normalization layer class of your own; the parameters that its modules own directly are gamma and
+    beta. Call it before the optimizer is created.
 
     Args:
-        cls: the class; subclasses follow it.
-        dim: the first dimension of the input that the parameters run along: 1 for channels first ([B, C, ...]), -1 for
-            the last ones ([B, ..., C]). None where `groups` of `samon.two_pass` cannot be used: samples of a batch
-            influence each other (batch statistics), or the output is not `normalized(x) * weight + bias` with
-            parameters of these names. The first step with `groups` checks it.
+        cls: the class; subclasses are included.
+        dim: first dimension of the input that the parameters run along: 1 for channels first ([B, C, ...]), -1 for
+            channels last ([B, ..., C]). None if `groups` of `samon.two_pass` cannot work: samples of a batch influence
+            each other (batch statistics), or the output is not `normalized(x) * weight + bias` with parameters of
+            these names. The first step with `groups` checks it.
 
     Raises:
-        UserError: `cls` is not a class of modules, or `dim` is something else.
+        UserError: `cls` is not an `nn.Module` class, or `dim` has another value.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UserError(f"register_norm takes a class of modules such as LlamaRMSNorm, got {cls!r}")
+        raise UserError(f"register_norm takes an nn.Module class such as LlamaRMSNorm, got {cls!r}")
     if dim not in (1, -1, None):
-        raise UserError(f"dim must be 1 (channels first), -1 (last) or None (no groups), got {dim!r}")
+        raise UserError(f"dim must be 1 (channels first), -1 (channels last) or None (no groups), got {dim!r}")
     NORM_TYPES[cls] = dim
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return _unique((name, m) for name, m in named_modules(model) if is_norm(m))
+    return _by_unique_name((name, m) for name, m in named_modules(model) if is_norm(m))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module's class, or one that it derives from, is known as a normalization layer."""
+    """Whether the module's class, or a base class of it, is a known normalization layer."""
     return not NORM_TYPES.keys().isdisjoint(type(module).__mro__)
 
 
 def affine_dim(module: nn.Module) -> int | None:
-    """NORM_TYPES's entry for the closest class of this normalization module."""
-    return NORM_TYPES[_closest(module)]
+    """The entry of NORM_TYPES for the closest class of this normalization module."""
+    return NORM_TYPES[_closest_norm_type(module)]
 
 
-def _closest(module: nn.Module) -> type[nn.Module]:
+def _closest_norm_type(module: nn.Module) -> type[nn.Module]:
     return next(t for t in type(module).__mro__ if t in NORM_TYPES)
 
 
-def norm_parameters(model: nn.Module) -> dict[str, Parameter]:
-    """The affine normalization parameters by qualified name; shared ones once, under their first name."""
-    seen: dict[Parameter, str] = {}
+def norm_parameters(model: nn.Module) -> Named:
+    """Affine normalization parameters by qualified name; shared ones once, under their first name."""
+    names: dict[Parameter, str] = {}
     for prefix, module in norm_modules(model).items():
         # FRN and EvoNorm own further parameters, which are not affine.
-        names = ("weight", "bias") if _closest(module) in BUILT_IN else module._parameters
-        for name in names:
+        own = ("weight", "bias") if _closest_norm_type(module) in BUILT_IN else module._parameters
+        for name in own:
             if isinstance(parameter := getattr(module, name, None), Parameter):
-                seen.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
-    return {name: parameter for parameter, name in seen.items()}
-
-
-def unknown_norms(model: nn.Module) -> list[str]:
-    """Names of the classes of the model that look like normalization layers and are not known as such."""
-    return sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)})
+                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in names.items()}
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -139,8 +133,8 @@ def looks_like_norm(module: nn.Module) -> bool:
     return any(p.dim() == 1 for p in module.parameters(recurse=False))
 
 
-def _wrapped(module: nn.Module) -> str | None:
-    """The attribute in which a wrapper (DDP, DataParallel, torch.compile) holds its model; None for other modules."""
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute in which DDP, DataParallel and torch.compile wrappers hold their model; None for other modules."""
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return "module"
     return "_orig_mod" if isinstance(module, torch._dynamo.OptimizedModule) else None
@@ -148,111 +142,113 @@ def _wrapped(module: nn.Module) -> str | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The bare model inside DistributedDataParallel and torch.compile wrappers."""
-    attribute = _wrapped(model)
+    attribute = _wrapped_attribute(model)
     return model if attribute is None else unwrap(getattr(model, attribute))
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` by the names in the bare model: without those that wrappers add, around any part."""
+    """`model.named_modules()` without the names that wrappers add around any part of the model."""
     names, hidden = {"": ""}, set[str]()
     for path, module in model.named_modules():
         parent, _, attribute = path.rpartition(".")
         names[path] = names[parent] if path in hidden else f"{names[parent]}.{attribute}".lstrip(".")
-        if (held := _wrapped(module)) is not None:
-            hidden.add(f"{path}.{held}".lstrip("."))
+        if (wrapped := _wrapped_attribute(module)) is not None:
+            hidden.add(f"{path}.{wrapped}".lstrip("."))
         yield names[path], module
 
 
 def named_parameters(model: nn.Module) -> Named:
     """Parameters by their names in the bare model; shared ones once, under their first name."""
-    seen: dict[Parameter, str] = {}
+    names: dict[Parameter, str] = {}
     for prefix, module in named_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
-            seen.setdefault(parameter, f"{prefix}.{name}".lstrip("."))
-    return _unique((name, parameter) for parameter, name in seen.items())
+            names.setdefault(parameter, f"{prefix}.{name}".lstrip("."))
+    return _by_unique_name((name, parameter) for parameter, name in names.items())
 
 
-def _unique(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """Raises:
-    UserError: a name stands for two things, of which a dictionary would drop one.
-    """
-    found: dict[str, T] = {}
+def _by_unique_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    result: dict[str, T] = {}
     for name, value in pairs:
-        if name in found:
+        if name in result:
             raise UserError(f"{name!r} names two parameters or layers; rename one, since perturbations go by name")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 @dataclass
 class Selection:
-    """The perturbed parameters by qualified name, and how they were chosen. Frozen ones are among them: what is
-    perturbed is decided anew at every step, by `requires_grad`."""
+    """The perturbed parameters by qualified name. Frozen ones are included: `requires_grad` decides at every step.
+
+    Attributes:
+        narrowed: `perturb` excludes a part of the scope, so only some layers are perturbed.
+    """
 
     scope: str
-    parameters: dict[str, Parameter]
+    parameters: Named
     perturb: str | None = None
     model: nn.Module | None = field(default=None, repr=False)
-    narrowed: bool = False  # `perturb` leaves out a part of the scope, so only some layers are perturbed
+    narrowed: bool = False
 
     @property
     def names(self) -> list[str]:
-        """Of those that are trainable now."""
+        """Names of the parameters that are trainable now."""
         return [name for name, p in self.parameters.items() if p.requires_grad]
 
     def summary(self) -> str:
-        """Log text: how much of the model is perturbed, and in which types of layer."""
+        """Text for the log: how much of the model is perturbed, and in which types of layer."""
         perturbed = [self.parameters[name] for name in self.names]
         count = sum(p.numel() for p in perturbed)
         line = f"{self.scope} perturbs {count:,} parameters in {len(perturbed)} tensors"
         if self.model is None:
             return line
         total = sum(p.numel() for p in self.model.parameters())
-        tensors, numbers = Counter[str](), Counter[str]()
-        modules = reversed(list(self.model.modules()))  # a shared parameter counts where it is met first
-        kinds = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
-        for parameter in perturbed:
-            tensors[kinds[id(parameter)]] += 1
-            numbers[kinds[id(parameter)]] += parameter.numel()
-        rows = [f"  {kind}: {numbers[kind]:,} in {tensors[kind]} tensors" for kind, _ in numbers.most_common()]
+        modules = reversed(list(self.model.modules()))  # a shared parameter counts for its first owner
+        owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
+        tensors = Counter(owners[id(p)] for p in perturbed)
+        sizes = Counter[str]()
+        for p in perturbed:
+            sizes[owners[id(p)]] += p.numel()
+        rows = [f"  {owner}: {size:,} in {tensors[owner]} tensors" for owner, size in sizes.most_common()]
         return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
 
 
 def model_name(model: nn.Module) -> str:
-    """The timm architecture where there is one, else the class."""
+    """The timm architecture if there is one, else the class name."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") or type(model).__name__
 
 
 def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selection:
-    """The parameters of `scope` whose qualified name matches the regular expression `perturb`.
+    """Select the parameters of `scope` whose qualified name matches the regular expression `perturb`.
 
     Raises:
         UserError: none of them is trainable, or `perturb` is not a regular expression.
     """
     model = unwrap(model)
-    refuse_flat(model.parameters())
-    everything, norms = named_parameters(model), norm_parameters(model)
-    candidates = SCOPES[scope].choose(everything, norms)
-    unknown = ", ".join(unknown_norms(model)) if scope != "sam" else ""
-    advice = (
-        f"not known as normalization layers, though their names say so: {unknown}; add each by "
-        "samon.register_norm(cls, dim=...) before the optimizer is created"
-    )
-    if not any(p.requires_grad for p in candidates.values()):
-        found = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
-        raise UserError(
-            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope].description}; "
-            f"normalization layers found: {', '.join(found)}); take a scope that has some (sam perturbs all "
-            f"parameters), unfreeze them, or choose another model{'; ' + advice if unknown else ''}"
+    refuse_fsdp1(model.parameters())
+    norms = norm_parameters(model)
+    candidates = SCOPES[scope].choose(named_parameters(model), norms)
+    unknown = ", ".join(sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)}))
+    advice = ""
+    if unknown and scope != "sam":
+        advice = (
+            f"not known as normalization layers, though their names say so: {unknown}; register each by "
+            "samon.register_norm(cls, dim=...) before the optimizer is created"
         )
-    if unknown:
+    if not any(p.requires_grad for p in candidates.values()):
+        types = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
+        raise UserError(
+            f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope].description}; its "
+            f"normalization layers: {', '.join(types)}); use another scope (sam perturbs all parameters), unfreeze "
+            f"them, or choose another model{advice and '; ' + advice}"
+        )
+    if advice:
         warnings.warn(f"{scope}: {model_name(model)} has layers that are {advice}", stacklevel=4)
-    return _narrowed(candidates, scope, perturb, model)
+    return _matching(candidates, scope, perturb, model)
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
-    """Scope `sam` over an optimizer's own parameter groups, when no model is at hand."""
+    """Select from an optimizer's own parameter groups (scope `sam` only), if it was created without a model."""
     if scope != "sam":
         raise UserError(
             f"{scope} must know which parameters belong to normalization layers, but was given bare parameters; "
@@ -263,21 +259,33 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
         for i, group in enumerate(param_groups)
     ]
     parameters = [p for group in param_groups for p in group["params"]]
-    refuse_flat(parameters)
-    return _narrowed(_unique(zip(chain.from_iterable(names), parameters, strict=True)), scope, perturb)
+    refuse_fsdp1(parameters)
+    pairs = zip(chain.from_iterable(names), parameters, strict=True)
+    return _matching(_by_unique_name(pairs), scope, perturb)
 
 
-def _narrowed(candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None) -> Selection:
-    """Those whose name the regular expression is found in; without one, all."""
+def _matching(candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None) -> Selection:
+    """Parameters whose name matches `perturb` (all if None)."""
     try:
-        chosen = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
+        matching = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
     except re.error as e:
         raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
-    if not any(p.requires_grad for p in chosen.values()):
+    if not any(p.requires_grad for p in matching.values()):
         where = "the parameter groups" if model is None else model_name(model)
         trainable = [name for name, p in candidates.items() if p.requires_grad]
         raise UserError(
             f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters of scope {scope} in "
             f"{where}; the first of them is {next(iter(trainable), None)!r}"
         )
-    return Selection(scope, chosen, perturb, model, narrowed=len(chosen) < len(candidates))
+    return Selection(scope, matching, perturb, model, narrowed=len(matching) < len(candidates))
+
+
+def refuse_fsdp1(parameters: Iterable[Tensor]) -> None:
+    """Raises:
+    UserError: FSDP1 has flattened a parameter, so which part of it a process holds is unknown.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in parameters):
+        raise UserError(
+            "FullyShardedDataParallel (FSDP1) hides which part of a parameter a process holds; shard the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )

@@ -18,10 +18,9 @@ from timm.task.task import TrainingTask
 from torch import Tensor
 
 from samon.cli.program import run_script
-from samon.engines.replay import Plain
 from samon.errors import UserError
 from samon.sam import SAM
-from samon.two_pass import climb
+from samon.two_pass import WholeBatch
 
 _sams: list[weakref.ref] = []  # in the order they were made
 _scalers: list[weakref.ref] = []
@@ -44,15 +43,20 @@ class Perturbed:
     def losses(self, plain: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The task's result at w + eps, from its `plain` call."""
         self.restore()
-        sam, scaler, climbs = self.sam, _latest(_scalers), self.sam.ascent.climbs()
-        self.undo.enter_context(sam.drawn())  # zero_grad() before backward() is a part of the step
-        passes = Plain(sam, "first" if climbs else "second")
+        sam, scaler, ascends = self.sam, _latest(_scalers), self.sam.ascent.needs_ascent_pass()
+        named = self.undo.enter_context(sam.sampled_parameters())  # zero_grad() before backward() belongs to the step
+        engine = WholeBatch(sam, named, "first" if ascends else "second")
+        engine.no_sync, engine.scaler = self.no_sync, scaler
+        clean = grads = None
         self.inside = True
         try:
-            forwards = [lambda: plain()["loss"]] if climbs else []
-            clean, eps, finite = climb(passes, forwards, self.no_sync, scaler)
+            if ascends:
+                clean, grads = engine.ascent_gradient([lambda: plain()["loss"]])
+                if sam.ascent.needs_clean_grad:
+                    sam.ascent.accumulate_clean_grad(grads, 1.0)
+            eps, finite = sam.ascend(named, grads)
             if eps is not None:
-                self.undo.enter_context(passes.second(eps))
+                self.undo.enter_context(engine.perturbed(eps))
             result = plain()
         except BaseException:
             self.restore()
@@ -62,7 +66,7 @@ class Perturbed:
         loss = result["loss"]
         last = loss.detach()
         sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
-        if scaler is not None:  # it skips the step; without one the script gets the gradient at w, for eps is zero
+        if scaler is not None and finite is not None:  # else eps is zero: the gradient at w
             loss = loss * torch.where(finite, 1.0, torch.nan)
         loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.restore))
         return {**result, "loss": loss}

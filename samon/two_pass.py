@@ -1,28 +1,30 @@
-"""The two-pass step: where the gradient is taken. How it is applied stays with the optimizer (Eqs. 3 and 5)."""
+"""The two-pass step: where the gradient is taken. How it is applied stays with the optimizer (Eqs. 3 and 5).
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+g = dL/dw at w, with respect to the perturbed parameters only
+eps = rho T^2 g / ||T g||
+h = dL/dw at w + eps, accumulated into `.grad`
+w is restored bit for bit; the base optimizer applies h there
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from samon import rng
-from samon.engines import fsdp as sharded
-from samon.engines.ascent import Ascent, all_reduce_mean
-from samon.engines.closure import raise_no_gradient
-from samon.engines.cuda_graph import begin, own_gradients, owned
-from samon.engines.groups import Grouped
-from samon.engines.norm_stats import BN_STATS
-from samon.engines.passes import backward_errors, explain_missing, losses_of, refuse_static_graph
-from samon.engines.replay import Plain
-from samon.engines.sharded_tensors import is_cut
-from samon.errors import UserError, refuse
-from samon.sam import SAM, sam_of
+from samon.contexts import frozen, modules_of, preserve_buffers, record_modules
+from samon.errors import UserError
+from samon.sam import SAM, all_reduce_mean, sam_of
+from samon.scope import Named, refuse_fsdp1
 
 Forward = Callable[[], Tensor]
-Context = Callable[[], AbstractContextManager]
-Passes = Plain | Grouped
+Context = Callable[[], AbstractContextManager[Any]]
+BN_STATS = ("first", "second", "both")  # the pass that updates running statistics
 
 
 @torch.enable_grad()
@@ -39,185 +41,320 @@ def two_pass(
     replay: bool = True,
     ascent_forward: Forward | None = None,
     loss_scale: float = 1.0,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | None = None,
     ascent: str | None = None,
 ) -> Tensor:
-    """Accumulate the gradient at w + eps into `.grad`; the weights end bit-exactly as they were.
+    """Accumulate the gradient at w + eps into `.grad`, leave w bit-exactly as it was, return the loss at w.
 
-    The ascent gradient is taken with respect to the perturbed parameters only, everything else frozen, and never
-    touches `.grad`. Nothing is read on the host (with half-precision weights once, in the first step). A non-finite
-    ascent gradient leaves the weights unperturbed and makes the final gradient NaN, so that a gradient scaler, or any
-    check of its norm, skips the step on all processes.
+    Nothing is read on the host (with half-precision weights once, in the first step). A non-finite ascent gradient
+    gives NaN in `.grad`, so that a GradScaler or a check of the gradient norm skips the step on all processes.
 
     Args:
-        optimizer: a SAM optimizer, or one around it: timm's Lookahead, Accelerate's, Lightning's or Fabric's.
-        forward: returns the mean loss over its batch, a tensor of one element, without running backward. A sequence of
-            forwards is one batch in micro-batches that share one perturbation (their mean is taken).
-        groups: m-sharpness inside the batch: that many equal sub-batches of consecutive samples, each with its own
-            perturbation (scope `samon`).
-        reduce: whose ascent gradient makes the perturbation: this process's (`device`) or the mean over all
-            processes (`global`).
-        no_sync: DistributedDataParallel's; the ascent pass runs inside, so a step sends the gradients once. A model
-            sharded by FSDP2 needs none.
-        scaler: GradScaler; both losses are scaled, the ascent gradient is unscaled before it is used.
+        optimizer: a SAM optimizer, or a wrapper around it (Lookahead, Accelerate's, Lightning's, Fabric's).
+        forward: returns the mean loss, a tensor of one element, without running backward; or a sequence of forwards,
+            micro-batches that share one perturbation (their losses are averaged).
+        groups: m-sharpness: that many equal sub-batches of consecutive samples, each with its own perturbation.
+        reduce: whose ascent gradient counts: this process's (`device`), or the mean over all processes (`global`).
+        no_sync: DistributedDataParallel's method, for the ascent pass. FSDP2 needs none.
+        scaler: GradScaler; the ascent gradient is unscaled before use.
         bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`.
-        same_noise: the second pass draws the same dropout and stochastic-depth masks as the first.
-        replay: where `perturb` left only late layers, keep what the first pass computed in front of them.
-        ascent_forward: the loss for the first pass, over a part of the batch.
-        loss_scale: factor on the gradient, 1/K for K accumulated calls. The ascent gradient is never scaled by it,
-            since the Fisher geometry depends on its size.
+        same_noise: use the same dropout and stochastic-depth masks in both passes.
+        replay: if `perturb` selects only late layers, reuse the activations before the first of them.
+        ascent_forward: the loss for the ascent pass, over a part of the batch.
+        loss_scale: factor on the final gradient, 1/K for K accumulated calls.
         process_group: for `reduce='global'`.
-        ascent: where the direction of the perturbation comes from (`samon.engines.ascent`), from now on; the
-            optimizer's own if not given. `previous` and `momentum` make one pass, at w + eps.
+        ascent: the source of the ascent direction (`samon.engines.ascent`) from now on; default: the optimizer's own.
 
     Returns:
-        The clean loss, at w, detached; where no pass is made there, the one at w + eps. `SAM.stats` holds more.
+        The detached loss at w; at w + eps if the ascent source makes a single pass. `SAM.stats` has more.
 
     Raises:
-        UserError: naming what this model or combination cannot honour.
+        UserError: naming what this model or combination does not support.
     """
+    sam = _prepare_optimizer(optimizer, ascent)
+    forwards = _as_losses(forward)
+    ascent_forwards = forwards if ascent_forward is None else _as_losses(ascent_forward)
+    _check_arguments(sam, forwards, groups, reduce, bn_stats, ascent_forward)
+    with sam.sampled_parameters() as named, _explained_errors(sam):
+        if not sam.ascent.needs_ascent_pass():
+            groups, bn_stats, ascent_forwards = 1, "second", []  # the only pass
+        replay = replay and ascent_forwards is forwards and len(forwards) == 1 and sam.esam_beta == 1
+        engine = _make_engine(sam, named, groups, reduce, bn_stats, replay, same_noise, scaler)
+        engine.no_sync, engine.scaler = no_sync or engine.no_sync, scaler
+        average = partial(all_reduce_mean, group=process_group) if reduce == "global" else None
+        return _two_pass(engine, forwards, ascent_forwards, loss_scale, average, same_noise)
+
+
+def _two_pass(
+    engine: "WholeBatch",
+    forwards: list[Forward],
+    ascent_forwards: list[Forward],
+    loss_scale: float,
+    average: Callable[[list[Tensor]], list[Tensor]] | None,
+    same_noise: bool,
+) -> Tensor:
+    sam, loss, grads = engine.sam, None, None
+    noise = rng.get_torch_state(engine.device) if same_noise else None
+    if ascent_forwards:
+        # The ascent gradient: g = dL/dw at w (Eq. 3).
+        loss, grads = engine.ascent_gradient(ascent_forwards)
+        if average is not None and dist.is_initialized() and not engine.averages_gradients:
+            grads = average(grads)
+        if sam.ascent.needs_clean_grad:
+            mean = [g.mean(0) for g in grads] if engine.groups > 1 else grads
+            sam.ascent.accumulate_clean_grad(mean, loss_scale)
+    # The perturbation: eps = rho T^2 g / ||T g|| (Eq. 5).
+    eps, finite = sam.ascend(engine.named, grads, grouped=engine.groups > 1)
+    if noise is not None:
+        rng.set_torch_state(noise, engine.device)
+    # The descent gradient: h = dL/dw at w + eps, added to `.grad`. The weights are restored when the context ends.
+    with nullcontext() if eps is None else engine.perturbed(eps):
+        last = engine.descent_gradient(forwards, loss_scale, finite)
+    if loss is None and all(p.grad is None for p in engine.named.values()):
+        raise_no_gradient(sam)
+    sam.stats |= {"loss": last} if loss is None else {"loss": loss, "loss_perturbed": last}
+    return sam.stats["loss"]
+
+
+class WholeBatch:
+    """Both passes of a step, with one perturbation for the whole batch. The other engines derive from it.
+
+    Args:
+        named: the parameters that this step perturbs.
+
+    Attributes:
+        inputs: what the ascent gradient is taken with respect to.
+        groups: perturbations per batch.
+        averages_gradients: the ascent gradient is the mean over all processes already.
+    """
+
+    groups = 1
+    averages_gradients = False
+    no_sync: Context = nullcontext
+    scaler: Any = None
+
+    def __init__(self, sam: SAM, named: Named, bn_stats: str = "first"):
+        self.sam, self.named, self.bn_stats = sam, named, bn_stats
+        self.inputs: list[Tensor] = list(named.values())
+        self.device = self.inputs[0].device
+        self.modules = modules_of(sam, sam.model)
+        # The next run of a CUDA graph overwrites the outputs of this one.
+        self.keep: Callable[[Tensor], Tensor] = torch.clone if sam.arithmetic.cuda_graphs else _identity
+
+    # -- the algorithm -----------------------------------------------------------------------------------------------
+    def ascent_gradient(self, forwards: Sequence[Forward]) -> tuple[Tensor, list[Tensor]]:
+        """The first pass: the mean loss at w, [] and detached, and its unscaled gradients with respect to `inputs`,
+        zero for those that it does not depend on."""
+        losses: list[Tensor] = []
+        total: list[Tensor] = []
+        incomplete: list[tuple[list[Tensor | None], Tensor, Forward]] = []
+        with self.ascent_pass():
+            for forward in forwards:
+                with self.no_sync(), self.each_ascent():
+                    loss = forward()
+                    grads = self.gradients(loss)
+                if any(g is None for g in grads):
+                    incomplete.append((grads, loss, forward))
+                losses.append(self.keep(loss.detach()))
+                pairs = zip(self.inputs, grads, strict=True)
+                dense = [torch.zeros_like(x) if g is None else self.keep(g) for x, g in pairs]
+                total = [a + b for a, b in zip(total, dense, strict=True)] if total else dense
+        for grads, loss, forward in incomplete:
+            from samon.engines.diagnostics import explain_missing_gradients
+
+            with self.no_sync():
+                explain_missing_gradients(self.sam, self.named, grads, loss, forward)
+        if len(losses) > 1:
+            torch._foreach_div_(total, len(losses))
+        if self.groups > 1:  # the loss is the mean over groups; each group's own loss depends on its offsets alone
+            torch._foreach_mul_(total, self.groups)
+        return torch.stack(losses).mean(), total
+
+    def descent_gradient(self, forwards: Sequence[Forward], loss_scale: float, finite: Tensor | None) -> Tensor:
+        """The second pass: accumulate into `.grad`, NaN if the ascent gradient was not finite; the mean loss, [] and
+        detached."""
+        losses = []
+        for i, forward in enumerate(forwards):
+            # Gradients are sent with the last one. The backward is inside: checkpointed layers rerun their forward.
+            sync = nullcontext() if i + 1 == len(forwards) else self.no_sync()
+            with sync, self.each_descent():
+                loss = forward()
+                if not loss.requires_grad:
+                    raise_no_gradient(self.sam)
+                factor = torch.full_like(loss, loss_scale / len(forwards))
+                scaled = loss * (factor if finite is None else torch.where(finite, factor, torch.nan))
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            losses.append(self.keep(loss.detach()))
+        return torch.stack(losses).mean()
+
+    # -- what other engines override ---------------------------------------------------------------------------------
+    def gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """Unscaled gradients of a loss of the first pass with respect to `inputs`."""
+        return unscaled_gradients(loss, self.inputs, self.scaler)
+
+    def frozen_parameters(self) -> list[Parameter]:
+        """Parameters without a gradient in the first pass."""
+        return unperturbed_parameters(self.sam, self.named, self.modules)
+
+    @contextmanager
+    def ascent_pass(self) -> Iterator[None]:
+        """Around the first pass."""
+        with frozen(self.frozen_parameters()), preserve_buffers(self.modules if self.bn_stats == "second" else []):
+            yield
+
+    @contextmanager
+    def perturbed(self, eps: list[Tensor]) -> Iterator[None]:
+        """Around the second pass: the weights are at w + eps."""
+        modules = self.modules or modules_of(self.sam, self.sam.model)
+        with preserve_buffers(modules if self.bn_stats == "first" else []), self.sam.add_perturbation(self.named, eps):
+            yield
+
+    def each_ascent(self) -> AbstractContextManager[None]:
+        """Around each forward of the first pass."""
+        if self.sam.arithmetic.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        return record_modules(self.sam, self.sam.model)
+
+    def each_descent(self) -> AbstractContextManager[None]:
+        """Around each forward and backward of the second pass."""
+        if not self.sam.arithmetic.cuda_graphs:
+            return nullcontext()
+        from samon.engines.cuda_graph import own_gradients
+
+        torch.compiler.cudagraph_mark_step_begin()
+        return own_gradients(p for group in self.sam.param_groups for p in group["params"])
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _make_engine(
+    sam: SAM, named: Named, groups: int, reduce: str, bn_stats: str, replay: bool, same_noise: bool, scaler: Any
+) -> WholeBatch:
+    if sam.sharded:
+        from samon.engines import fsdp
+
+        return fsdp.make_engine(sam, named, groups, reduce, bn_stats, replay, scaler)
+    if groups > 1:
+        from samon.engines.groups import PerGroup
+
+        return PerGroup(sam, named, groups, bn_stats)
+    # Buffers are written by a pass that runs, so the second pass must not be the one that updates them.
+    if replay and sam.selection.narrowed and bn_stats == "first" and sam.model is not None:
+        from samon.engines.replay import Replay
+
+        return Replay(sam, named, same_noise)
+    return WholeBatch(sam, named, bn_stats)
+
+
+def _prepare_optimizer(optimizer: Any, ascent: str | None) -> SAM:
     sam = sam_of(optimizer)
     if sam is None:
         raise UserError(
             f"two_pass needs one of samon's optimizers, got {type(optimizer).__name__}; create one with "
             "timm.optim.create_optimizer_v2(model, 'samon-layerl2', ...)"
         )
-    if ascent is not None and ascent != sam.ascent.source:
-        sam.ascent = Ascent(ascent, sam.ascent.gsam_alpha)
-    if no_sync is None:
-        no_sync = sharded.no_sync(sam.model) if sam.distributed and sam.model is not None else nullcontext
-    forwards = losses_of(forward)
-    ascents = forwards if ascent_forward is None else losses_of(ascent_forward)
-    _check(sam, forwards, groups, reduce, bn_stats, ascent_forward)
-    if sam.distributed:
-        sharded.check(sam, reduce=reduce, groups=groups, replay=replay, scaler=scaler)
-    unseen = not sam.replicas_ran and torch.distributed.is_available() and torch.distributed.is_initialized()
-    with sam.drawn(), backward_errors(), refuse_static_graph(sam.replicas_ran) if unseen else nullcontext():
-        passes: Passes
-        climbs = sam.ascent.climbs()
-        if groups > 1 and climbs:
-            passes = Grouped(sam, groups, bn_stats)
-        else:
-            single = climbs and len(forwards) == 1 and ascent_forward is None and sam.esam_beta == 1
-            statistics = bn_stats if climbs else "second"  # the only pass that there is
-            passes = Plain(sam, statistics, replay=replay and single, same_noise=same_noise)
-        noise = rng.take_torch(passes.device) if same_noise else None
-        how = {"reduce": reduce, "process_group": process_group, "loss_scale": loss_scale}
-        clean, eps, finite = climb(passes, ascents if climbs else [], no_sync, scaler, **how)
-        if noise is not None:
-            rng.put_torch(noise, passes.device)
-        with nullcontext() if eps is None else passes.second(eps):
-            last = descend(passes, forwards, no_sync, scaler, loss_scale, finite)
-        if clean is None and all(p.grad is None for p in sam.perturbed_parameters().values()):
-            raise_no_gradient(sam)
-    sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
-    return sam.stats["loss"]
+    if ascent is not None and ascent != sam.ascent.name:
+        from samon.engines.ascent import replace_ascent
+
+        replace_ascent(sam, ascent)
+    return sam
 
 
-def _check(
+@contextmanager
+def _explained_errors(sam: SAM) -> Iterator[None]:
+    """Errors of PyTorch that a wrong `forward` causes, as UserError."""
+    check: AbstractContextManager[None] = nullcontext()
+    if dist.is_available() and dist.is_initialized():
+        from samon.engines.diagnostics import refuse_static_graph
+
+        check = refuse_static_graph(sam)
+    try:
+        with check:
+            yield
+    except RuntimeError as error:
+        from samon.engines.diagnostics import explain_error
+
+        explain_error(error)
+        raise
+
+
+def _check_arguments(
     sam: SAM, forwards: list[Forward], groups: int, reduce: str, bn_stats: str, ascent_forward: Forward | None
 ) -> None:
-    grouped = f"groups={groups} gives each sub-batch its own perturbation and does not combine with "
-    mistakes = {
-        "two_pass cannot run under torch.inference_mode(); call it outside": torch.is_inference_mode_enabled(),
-        "forward is an empty sequence": not forwards,
-        f"reduce must be 'device' or 'global', got {reduce!r}": reduce not in ("device", "global"),
-        f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}": bn_stats not in BN_STATS,
-        f"groups must be at least 1, got {groups}": groups < 1,
-        grouped + "reduce='global', which makes one for all": groups > 1 and reduce == "global",
-        grouped + "several forwards that share one": groups > 1 and len(forwards) > 1,
-        grouped + "ascent_forward over a part of the batch": groups > 1 and ascent_forward is not None,
-        f"ascent={sam.ascent.source!r} makes no ascent pass; drop groups, reduce='global' and ascent_forward": (
-            sam.ascent.passless and (groups > 1 or reduce == "global" or bool(ascent_forward))
-        ),
-        "ascent_forward takes a single forward beside it": len(forwards) > 1 and ascent_forward is not None,
-        f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model": (
-            bn_stats != "first" and sam.model is None
-        ),
-    }
-    refuse(mistakes)
+    if torch.is_inference_mode_enabled():
+        raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
+    if not forwards:
+        raise UserError("forward is an empty sequence")
+    if reduce not in ("device", "global"):
+        raise UserError(f"reduce must be 'device' or 'global', got {reduce!r}")
+    if bn_stats not in BN_STATS:
+        raise UserError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+    if groups < 1:
+        raise UserError(f"groups must be at least 1, got {groups}")
+    if groups > 1 and (reduce == "global" or len(forwards) > 1 or ascent_forward is not None):
+        raise UserError(
+            f"groups={groups} gives each sub-batch its own perturbation, so it does not combine with reduce='global', "
+            "several forwards or ascent_forward, where sub-batches share one"
+        )
+    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or ascent_forward is not None):
+        raise UserError(
+            f"ascent={sam.ascent.name!r} makes no ascent pass; drop groups, reduce='global' and ascent_forward"
+        )
+    if len(forwards) > 1 and ascent_forward is not None:
+        raise UserError("ascent_forward requires a single forward")
+    if bn_stats != "first" and sam.model is None:
+        raise UserError(f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model")
 
 
-def climb(
-    passes: Passes,
-    forwards: Sequence[Forward],
-    no_sync: Context,
-    scaler: Any,
-    *,
-    reduce: str = "device",
-    process_group: Any = None,
-    loss_scale: float = 1.0,
-) -> tuple[Tensor | None, list[Tensor] | None, Tensor]:
-    """The perturbation, by an ascent pass over `forwards` where there are some, else from what the optimizer has kept:
-    `(the loss at w or None, eps or None for a step at w, whether the ascent gradient is finite)`."""
-    sam, named = passes.sam, passes.sam.perturbed_parameters()
-    clean: Tensor | None = None
-    grads: list[Tensor] | None = None
-    if forwards:
-        if sam.distributed and any(is_cut(p) for p in named.values()):
-            with passes.first(), passes.each_first():
-                clean, grads = sharded.climbing_gradients(sam, forwards, no_sync)
-        else:
-            with sharded.ascending(sam.model) if sam.distributed else nullcontext():
-                clean, grads = first_pass(passes, forwards, no_sync, scaler)
-            if reduce == "global" and torch.distributed.is_initialized():
-                grads = all_reduce_mean(grads, process_group)
-        sam.ascent.note(named, [g.mean(0) for g in grads] if passes.groups > 1 else grads, loss_scale)
-    eps, finite = sam.displacement(grads, grouped=passes.groups > 1)
-    return clean, eps, torch.ones((), dtype=torch.bool, device=passes.device) if finite is None else finite
+def _as_losses(forward: Any) -> list[Forward]:
+    """Each of the forwards, checked to return a loss."""
+    forwards = [forward] if callable(forward) or not isinstance(forward, Sequence) else list(forward)
+    for f in forwards:
+        if not callable(f):
+            raise UserError(
+                "forward must be a function that two_pass calls in each pass, such as lambda: loss_fn(model(x), y), "
+                f"got {type(f).__name__}"
+            )
+    return [partial(_call_loss, f) for f in forwards]
 
 
-def first_pass(
-    passes: Passes, forwards: Sequence[Forward], no_sync: Context, scaler: Any
-) -> tuple[Tensor, list[Tensor]]:
-    """The first pass: the mean loss at w, [] and detached, and its unscaled gradients with respect to `passes.inputs`,
-    zeros where it does not depend on one.
-
-    Raises:
-        UserError: a gradient got lost in reentrant checkpointing.
-    """
-    sam = passes.sam
-    losses: list[Tensor] = []
-    total: list[Tensor] = []
-    missing: list[tuple[list[Tensor | None], Tensor, Forward]] = []
-    with passes.first():
-        for forward in forwards:
-            with no_sync(), passes.each_first():
-                begin(sam.captured)
-                loss = forward()
-                found = passes.gradients(loss, scaler)
-            if any(g is None for g in found):
-                missing.append((found, loss, forward))
-            losses.append(owned(sam.captured, loss.detach()))
-            pairs = zip(passes.inputs, found, strict=True)
-            grads = [torch.zeros_like(x) if g is None else owned(sam.captured, g) for x, g in pairs]
-            total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
-    for incomplete in missing:
-        with no_sync():
-            explain_missing(sam, *incomplete)
-    if len(losses) > 1:
-        torch._foreach_div_(total, len(losses))
-    if passes.groups > 1:  # the loss is the mean over equal groups, each group's own depends on its offsets alone
-        torch._foreach_mul_(total, passes.groups)
-    return torch.stack(losses).mean(), total
+def _call_loss(forward: Callable[[], Any]) -> Tensor:
+    loss = forward()
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise UserError(f"forward must return the mean loss and nothing else, a tensor of one element, got {got}")
 
 
-def descend(
-    passes: Passes, forwards: Sequence[Forward], no_sync: Context, scaler: Any, loss_scale: float, finite: Tensor
-) -> Tensor:
-    """The second pass: accumulate into `.grad`, NaN where the ascent gradient was not finite; the mean loss, [] and
-    detached."""
-    losses, sam = [], passes.sam
-    parameters = [p for group in sam.param_groups for p in group["params"]]
-    for i, forward in enumerate(forwards):
-        # Gradients are sent with the last one. The backward is inside: checkpointed parts run their forward in it.
-        sync = nullcontext() if i + 1 == len(forwards) else no_sync()
-        with sync, passes.each_second(), own_gradients(sam.captured, parameters):
-            begin(sam.captured)
-            loss = forward()
-            if not loss.requires_grad:
-                raise_no_gradient(sam)
-            scaled = loss * torch.where(finite, torch.full_like(loss, loss_scale / len(forwards)), torch.nan)
-            (scaled if scaler is None else scaler.scale(scaled)).backward()
-        losses.append(owned(sam.captured, loss.detach()))
-    return torch.stack(losses).mean()
+def raise_no_gradient(sam: SAM) -> NoReturn:
+    """Raise the error for a loss without a gradient for any perturbed parameter."""
+    if sam.model is not None:
+        refuse_fsdp1(sam.model.parameters())
+    raise UserError(
+        f"the loss depends on no parameter that {sam.scope} perturbs: return it with its graph attached (a closure "
+        "clears the gradients, then runs backward), and create the optimizer after the model's last change"
+    )
+
+
+def unscaled_gradients(loss: Tensor, inputs: Sequence[Tensor], scaler: Any = None) -> list[Tensor | None]:
+    """Dense, unscaled gradients of the loss; None for inputs that it does not depend on."""
+    if not loss.requires_grad:
+        return [None] * len(inputs)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    grads = torch.autograd.grad(scaled, list(inputs), allow_unused=True)
+    dense: list[Tensor | None] = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+    if scaler is not None:
+        torch._foreach_div_([g for g in dense if g is not None], scaler.scale(torch.ones((), device=loss.device)))
+    return dense
+
+
+def unperturbed_parameters(sam: SAM, named: Named, modules: Iterable[Module]) -> list[Parameter]:
+    """All parameters of the optimizer and the modules that this step does not perturb."""
+    perturbed = {id(p) for p in named.values()}
+    parameters = {id(p): p for group in sam.param_groups for p in group["params"]}
+    for module in modules:
+        if module._parameters:
+            parameters |= {id(p): p for p in module._parameters.values() if p is not None}
+    return [p for key, p in parameters.items() if key not in perturbed]

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.geometry import GEOMETRIES, Geometry, ascend, global_norm, project
+from samon.geometry import GEOMETRIES, Geometry, ascent_step, global_norm, project
 from samon.registry import Variant
 from tests import reference
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
 IS_WEIGHT = [n.endswith("weight") for n in NAMES]
 RHO = 0.7
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def vectors() -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_against_reference(geometry: str, vectors) -> None:
     weights, grads = vectors
-    eps, _ = ascend(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
+    eps, _ = ascent_step(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
     named = [dict(zip(NAMES, tensors, strict=True)) for tensors in (weights, grads)]
     expected = reference.perturbation(geometry, *named, RHO)
     for name, e in zip(NAMES, eps, strict=True):
@@ -45,7 +45,7 @@ def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
     """||T^-1 eps||_p = rho."""
     weights, grads = vectors
     row = GEOMETRIES[geometry]
-    eps, _ = ascend(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
+    eps, _ = ascent_step(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
     ones = [torch.ones_like(w) for w in weights]
     t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
     radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
@@ -63,10 +63,10 @@ def test_groups_are_independent_vectors(geometry: str, vectors) -> None:
     weights, grads = vectors
     stacked = [torch.stack([g, 3 * g.flip(0), g.square()]) for g in grads]
     eta = GEOMETRIES[geometry].eta
-    eps, norm = ascend(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True)
+    eps, norm = ascent_step(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True)
     assert norm.shape == (3,)
     for i in range(3):
-        single, one = ascend(geometry, weights, [g[i] for g in stacked], RHO, eta, IS_WEIGHT)
+        single, one = ascent_step(geometry, weights, [g[i] for g in stacked], RHO, eta, IS_WEIGHT)
         torch.testing.assert_close(norm[i], one, rtol=1e-12, atol=0)
         for e, s in zip(eps, single, strict=True):
             torch.testing.assert_close(e[i], s, rtol=1e-12, atol=0)
@@ -77,20 +77,20 @@ def test_zero_gradients_and_zero_radius_do_not_move(geometry: str, vectors) -> N
     weights, grads = vectors
     zeros = [torch.zeros_like(g) for g in grads]
     for g, rho in ((zeros, RHO), (grads, 0.0)):
-        eps, _ = ascend(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT)
+        eps, _ = ascent_step(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT)
         assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
 
 
 @pytest.mark.parametrize("size", [1e-18, 1e18])  # their squares are still float32 numbers
 def test_radius_does_not_depend_on_the_size_of_the_gradient(size: float) -> None:
-    eps, _ = ascend("", [torch.ones(4)], [torch.full((4,), size)], 0.1)
+    eps, _ = ascent_step("", [torch.ones(4)], [torch.full((4,), size)], 0.1)
     assert math.isclose(global_norm(eps).item(), 0.1, rel_tol=1e-5)
 
 
 def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:
     weights, grads = vectors
     weights[2].zero_()
-    eps, _ = ascend("layerl2", weights, grads, RHO)
+    eps, _ = ascent_step("layerl2", weights, grads, RHO)
     assert torch.equal(eps[2], torch.zeros_like(eps[2]))
     assert eps[1].abs().min() > 0
 
@@ -114,14 +114,14 @@ def test_a_new_row_is_ascended(vectors, monkeypatch: pytest.MonkeyPatch) -> None
     weights, grads = vectors
     rho = (0.2, 0.1)
     monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "linf", "l_inf ball, T = 1", rho))
-    eps, _ = ascend("linf", weights, grads, RHO)
+    eps, _ = ascent_step("linf", weights, grads, RHO)
     assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
     twice = Geometry(
         2, 0.5, "twice", "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w]
     )
     monkeypatch.setitem(GEOMETRIES, "twice", twice)
-    doubled, norm = ascend("twice", weights, grads, RHO, twice.eta)
-    single, one = ascend("", weights, grads, RHO)
+    doubled, norm = ascent_step("twice", weights, grads, RHO, twice.eta)
+    single, one = ascent_step("", weights, grads, RHO)
     assert norm == 2 * one
     for a, b in zip(doubled, single, strict=True):
         torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
@@ -173,7 +173,7 @@ def test_complex_entries_have_a_modulus_and_a_direction(geometry: str) -> None:
     torch.manual_seed(0)
     w, g = (torch.randn(7, dtype=torch.complex128) for _ in range(2))
     row, eta, rho = GEOMETRIES[geometry], reference.ETA[geometry], 0.3
-    (eps,), _ = ascend(geometry, [w], [g], rho, eta, [True])
+    (eps,), _ = ascent_step(geometry, [w], [g], rho, eta, [True])
     t = reference.scale(geometry, "weight", w.abs(), g.abs(), eta) if geometry != "layerl2" else w.norm().expand(7)
     dual = 1 if row.p == math.inf else 2
     gain = (eps.conj() * g).real.sum()

@@ -110,7 +110,7 @@ def test_bare_parameters(model) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rho": -1}, "rho must be a finite number, zero or positive, got -1"),
+        ({"rho": -1}, "rho must be a finite number >= 0, got -1"),
         ({"rho": float("nan")}, "rho must be a finite number"),
         ({"rho": float("inf")}, "rho must be a finite number.*got inf"),
         ({"rho": "0.1"}, "rho must be a finite number.*got '0.1'"),

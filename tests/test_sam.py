@@ -83,7 +83,7 @@ def test_groups_and_state_are_shared_with_the_base() -> None:
     assert opt.param_groups is opt.base.param_groups
     assert opt.state is opt.base.state
     schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.1)
-    opt.plainly()
+    opt.expect_plain_step()
     opt.step()
     schedule.step()
     assert opt.base.param_groups[0]["lr"] == pytest.approx(0.005)
@@ -172,7 +172,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float, dtype: torch.dt
     grads[1].view(-1)[0] = bad
     with opt.perturbed(grads):
         assert all(torch.equal(p, before[n]) for n, p in opt.perturbed_parameters().items())
-    eps, _, finite = opt.perturbation([g[None].expand(3, *g.shape) for g in grads], grouped=True)
+    rows = [g[None].expand(3, *g.shape) for g in grads]
+    eps, _, finite = opt.perturbation(opt.perturbed_parameters(), rows, grouped=True)
     assert not finite.any()
     assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
 
@@ -217,16 +218,20 @@ def test_a_state_is_loaded_while_everything_is_frozen() -> None:
     for norm in model.norms:
         norm.requires_grad_(False)
     opt.load_state_dict(state)
-    assert opt.ascent.kept.keys() == state["ascent"]["kept"].keys() != set()
+    assert opt.ascent.state.keys() == state["ascent"]["kept"].keys() != set()
 
 
 def test_half_precision_weights() -> None:
     """Norms and scales are computed in float32: squares of half-precision gradients overflow."""
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16()
     opt = create_optimizer_v2(model, "sam", lr=0.1, rho=0.5)
-    eps, _, finite = opt.perturbation([torch.full_like(p, 1e30) for p in opt.perturbed_parameters().values()])
+    eps, _, finite = opt.perturbation(
+        opt.perturbed_parameters(), [torch.full_like(p, 1e30) for p in opt.perturbed_parameters().values()]
+    )
     assert not finite
-    eps, _, finite = opt.perturbation([torch.full_like(p, 1e15) for p in opt.perturbed_parameters().values()])
+    eps, _, finite = opt.perturbation(
+        opt.perturbed_parameters(), [torch.full_like(p, 1e15) for p in opt.perturbed_parameters().values()]
+    )
     assert finite
     assert {e.dtype for e in eps} == {torch.float32}
     before = copy.deepcopy(model.state_dict())
@@ -279,7 +284,7 @@ def test_a_step_that_is_meant_does_not_warn(way: str) -> None:
                 closure()
         elif way == "plainly":
             closure()
-            opt.plainly()
+            opt.expect_plain_step()
         opt.step(closure) if way == "closure" else opt.step()
     if way == "plainly":
         closure()

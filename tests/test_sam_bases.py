@@ -41,7 +41,7 @@ def step(model: nn.Module, opt: torch.optim.Optimizer, t: int) -> None:
 
 def make(model: nn.Module, base: str, **how: Any) -> samon.SAM:
     opt = create_optimizer_v2(model, "sam", lr=0.01, weight_decay=0.01, base_opt=base, **how)
-    opt._warned = True  # the gradients here are arbitrary ones
+    opt._warned_plain = True  # the gradients here are arbitrary ones
     return opt
 
 

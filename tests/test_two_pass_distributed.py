@@ -223,7 +223,7 @@ def sharded_closure(rank: int) -> dict:
     try:
         gsam.step(lambda: (gsam.zero_grad(), backward()))
     except UserError as error:
-        found["fsdp gsam False"] = "gsam_alpha need them whole" in str(error)
+        found["fsdp gsam False"] = "gsam_alpha need full tensors" in str(error)
     return found
 
 

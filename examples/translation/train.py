@@ -138,7 +138,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": [self.epoch, self.done, self.updates, self.best, *self.sums],
-            "random": rng.take_torch(self.device),
+            "random": rng.get_torch_state(self.device),
         }
         write_atomically(content, self.directory / name)
 
@@ -146,7 +146,7 @@ class Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.done, self.updates, self.best, *self.sums = content["progress"]
-        rng.put_torch(content["random"], self.device)
+        rng.set_torch_state(content["random"], self.device)
 
 
 def make_optimizer(model: Translator, s: Settings) -> Optimizer:

@@ -217,7 +217,7 @@ class SeededErasing:
         """Erase in place, [B, C, H, W]."""
         seed = sample_seed(self.stream.seed, int(self.stream.state[0]), self.batch, self.stream.rank, 1)
         self.batch += 1
-        with rng.kept(self.device):
+        with rng.fork(self.device):
             rng.seed(seed, self.device)
             return self.erasing(images)
 
@@ -278,7 +278,7 @@ class _Batches(DataLoader):
                 # without it the death is noticed when the next batch is due.
                 signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
             while True:
-                with nullcontext() if self.num_workers else rng.kept():
+                with nullcontext() if self.num_workers else rng.fork():
                     batch = next(iterator, None)
                 if batch is None:
                     return

@@ -1,211 +1,243 @@
-"""Where the direction of the perturbation comes from (`ascent=`), and what is made of the gradient at w + eps.
+"""Sources of the ascent direction (`ascent=`), one class per paper.
 
-Below, g is the gradient at w and h the one at w + eps, both with respect to the perturbed parameters. What one update
-hands to the next is taken when the optimizer steps: from h as it is applied (mean over micro-batches and processes,
-unscaled, clipped) and from the mean of g over the same samples. So it is the same on all processes, and a checkpoint
-of one of them serves all.
+g is the gradient at w and h the one at w + eps, both with respect to the perturbed parameters. What one update hands to
+the next is computed when the optimizer steps: from h as it is applied (averaged over micro-batches and processes,
+unscaled, clipped) and from the mean of g over the same samples. So it is the same on all processes, and a checkpoint of
+one process serves all.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from samon.errors import UserError
-from samon.geometry import global_norm, wide
+from samon.geometry import global_norm, to_float32
+from samon.sam import SAM, AscentSource, Grads
+from samon.scope import Named
 
 SOURCES = {
     "batch": "this batch's gradient at w",
     "previous": "the last update's gradient: no ascent pass",
-    "momentum": "against the base optimizer's momentum: no ascent pass",
-    "friendly": "this batch's gradient minus its running mean",
-    "every:k": "this batch's gradient at each k-th update; between, a part of the last one's is reused at w",
-    "adaptive": "this batch's gradient where the gradient norm is large; a plain step elsewhere",
+    "msam": "against the base optimizer's momentum: no ascent pass",
+    "fsam": "this batch's gradient minus its running mean",
+    "looksam:k": "this batch's gradient at every k-th update; in between, a part of the last one is reused at w",
+    "aesam": "this batch's gradient if the gradient norm is large; otherwise a plain step",
 }
-FRIENDLY_SIGMA, FRIENDLY_LAMBDA = 1.0, 0.9
-LOOK_ALPHA = 0.7
-ADAPTIVE_DELTA, ADAPTIVE_LAMBDA_1, ADAPTIVE_LAMBDA_2 = 0.9, -1.0, 1.0
-MOMENTUM = 0.9  # of the running sum where the base optimizer keeps none
-
-Named = Mapping[str, Parameter]
+_FORMER = {"momentum": "msam", "friendly": "fsam", "adaptive": "aesam"}
 Tensors = list[Tensor]
 
 
-class Ascent:
-    """The source of the direction and what it keeps from update to update.
+class PreviousGradient(AscentSource):
+    """Direction h of the last update. The first update is a plain step."""
 
-    `batch`      d = g: SAM (Eq. 3).
-    `previous`   d = h of the last update.
-    `momentum`   d = -v with the base optimizer's momentum v: MSAM (Becker et al. 2024, Algorithm 1). v sums gradients
-                 and the step goes along -v, so the perturbation lies ahead on the path. Where the base keeps no
-                 momentum, v <- 0.9 v + h is kept here.
-    `friendly`   d = g - sigma m, m <- lambda m + (1 - lambda) g, sigma = 1, lambda = 0.9: F-SAM (Li et al. 2024), with
-                 m before this batch; with m after it d is shorter by lambda and points the same way.
-    `every:k`    each k-th update is SAM and keeps h_v = h - (h.g / g.g) g; between, g + alpha ||g|| h_v / ||h_v|| is
-                 applied, alpha = 0.7: LookSAM (Liu et al. 2022, Algorithm 1), for the perturbed parameters.
-    `adaptive`   SAM where n >= mu + c sigma, a plain step elsewhere; n is ||h||^2 of the last update, mu and sigma^2
-                 its running mean and variance (delta = 0.9), c falls from 1 to -1 over `total` updates (0 without):
-                 AE-SAM (Jiang et al. 2023). There n is this batch's own, which costs the pass that is to be saved.
-    `gsam_alpha` h - alpha (g - (g.h / h.h) h) is applied: GSAM (Zhuang et al. 2022, Algorithm 1), for the perturbed
-                 parameters.
+    name = former_name = "previous"
+    single_pass = has_state = True
 
-    Where nothing is kept yet, `previous` and `momentum` make a plain step.
+    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+        return _stored(self.state, named)
 
-    Attributes:
-        notes: whether g is needed when the optimizer steps.
-        passless: whether no update makes an ascent pass.
-        counts: whether what comes next depends on how many updates were applied.
-        keeps: whether tensors are handed from update to update.
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        self.state = _by_name(named, [h.clone() for h in final_gradients(named)])
 
-    Raises:
-        UserError: an unknown source, or gsam_alpha where there is not an ascent pass at every update.
+
+class MSAM(AscentSource):
+    """Direction -v with the base optimizer's momentum v: MSAM (Becker et al. 2024, Algorithm 1).
+
+    v sums gradients and the step goes along -v, so the perturbation lies ahead on the path. For a base without
+    momentum, v <- 0.9 v + h is kept here. Without a momentum yet, the update is a plain step.
     """
 
-    def __init__(self, source: str = "batch", gsam_alpha: float = 0.0) -> None:
-        found = re.fullmatch(r"(batch|previous|momentum|friendly|adaptive)|every:([1-9]\d*)", str(source))
-        if found is None:
-            raise UserError(f"ascent must be one of {', '.join(SOURCES)} (k a number), got {source!r}")
-        self.source, self.kind, self.k = str(source), found[1] or "every", int(found[2] or 1)
-        self.gsam_alpha = gsam_alpha
-        self.notes = self.kind in ("friendly", "every") or gsam_alpha > 0
-        self.passless = self.kind in ("previous", "momentum")
-        self.counts = self.kind in ("friendly", "every", "adaptive")
-        self.keeps = self.kind != "batch"
-        if gsam_alpha and self.kind not in ("batch", "friendly"):
-            raise UserError(
-                f"gsam_alpha needs the gradient at w of every update, which ascent={source!r} does not take"
-            )
-        self.updates = 0  # two-pass updates that were applied
-        self.total: int | None = None  # updates of the whole training, where that is known
-        self.kept: dict[str, Tensor] = {}
-        self.moments: Tensors = []  # of `adaptive`: n, mu, sigma^2, each []
-        self.clean: Tensors = []  # g of the update under way
-        self.used = False  # whether the update under way asked for a direction
+    name, former_name = "msam", "momentum"
+    single_pass = has_state = True
+    decay = 0.9
 
-    # -- within an update --------------------------------------------------------------------------------------------
-    def climbs(self) -> bool:
-        """Whether this update makes an ascent pass. `adaptive` reads a number on the host here."""
-        if self.kind == "every":
-            return self.updates % self.k == 0
-        if self.kind != "adaptive" or not self.moments:
-            return not self.passless
+    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+        momenta = base_momenta(named.values(), base_state) or _stored(self.state, named)
+        return None if momenta is None else list(torch._foreach_neg(momenta))
+
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        if base_momenta(named.values(), base_state) is not None:
+            self.state = {}
+            return
+        before, final = _stored(self.state, named), final_gradients(named)
+        new = [h.clone() for h in final] if before is None else _mix(self.decay, before, 1.0, final)
+        self.state = _by_name(named, new)
+
+
+class FriendlySAM(AscentSource):
+    """Direction d = g - sigma m, m <- lambda m + (1 - lambda) g: F-SAM (Li et al. 2024), sigma = 1, lambda = 0.9.
+
+    m is the mean before this batch; with the mean after it, d is shorter by lambda and has the same direction.
+    """
+
+    name, former_name = "fsam", "friendly"
+    needs_clean_grad = has_state = counts_updates = True
+    sigma, decay = 1.0, 0.9
+
+    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+        mean = _stored(self.state, named)
+        if mean is None or grads is None:
+            return grads
+        dense = [m.new_zeros(()) if g is None else to_float32(g) for m, g in zip(mean, grads, strict=True)]
+        return [g - self.sigma * m for g, m in zip(dense, mean, strict=True)]
+
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        if self.clean:
+            before = _stored(self.state, named)
+            new = self.clean if before is None else _mix(self.decay, before, 1 - self.decay, self.clean)
+            self.state = _by_name(named, new)
+
+
+class LookSAM(AscentSource):
+    """LookSAM (Liu et al. 2022, Algorithm 1), for the perturbed parameters, alpha = 0.7.
+
+    Every k-th update is SAM and keeps h_v = h - (h.g / g.g) g. In between, h + alpha ||h|| h_v / ||h_v|| is applied,
+    with h taken at w.
+    """
+
+    needs_clean_grad = has_state = counts_updates = True
+    alpha = 0.7
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k, self.name, self.former_name = k, f"looksam:{k}", f"every:{k}"
+
+    def needs_ascent_pass(self) -> bool:
+        return self.updates % self.k == 0
+
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        final, before = final_gradients(named), _stored(self.state, named)
+        if self.clean:
+            self.state = _by_name(named, orthogonal_part(final, self.clean))
+        elif self.used and before is not None:
+            scale = self.alpha * global_norm(final) * _inverse(global_norm(before))
+            _add_to_gradients(named, [scale * v for v in before])
+
+
+class AESAM(AscentSource):
+    """SAM if n >= mu + c sigma, otherwise a plain step: AE-SAM (Jiang et al. 2023).
+
+    n is ||h||^2 of the last update, mu and sigma^2 its running mean and variance (delta = 0.9); c falls from 1 to -1
+    over `total` updates (0 if unknown). In the paper n is this batch's own, which costs the pass that it would save.
+    """
+
+    name, former_name = "aesam", "adaptive"
+    has_state = counts_updates = True
+    delta, lambda_1, lambda_2 = 0.9, -1.0, 1.0
+
+    def needs_ascent_pass(self) -> bool:
+        """Reads a number on the host."""
+        if not self.moments:
+            return True
         size, mean, variance = self.moments
-        done = 0.5 if self.total is None else min(1.0, self.updates / self.total)
-        c = done * ADAPTIVE_LAMBDA_1 + (1 - done) * ADAPTIVE_LAMBDA_2
+        progress = 0.5 if self.total is None else min(1.0, self.updates / self.total)
+        c = progress * self.lambda_1 + (1 - progress) * self.lambda_2
         return bool(size >= mean + c * variance.sqrt())
 
-    def stored(self, named: Named, state: Mapping[Parameter, Any]) -> Tensors | None:
-        """The direction of an update without ascent pass; None for one that is made at w."""
-        if self.kind == "momentum":
-            buffers = momenta(named.values(), state) or self._of(named)
-            return None if buffers is None else list(torch._foreach_neg(buffers))
-        return self._of(named) if self.kind == "previous" else None
-
-    def direction(self, named: Named, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The direction from this batch's gradients at w, shaped as they are (groups included)."""
-        mean = self._of(named) if self.kind == "friendly" else None
-        if mean is None:
-            return list(grads)
-        zeros = [m.new_zeros(()) if g is None else wide(g) for m, g in zip(mean, grads, strict=True)]
-        return [g - FRIENDLY_SIGMA * m for g, m in zip(zeros, mean, strict=True)]
-
-    @torch.no_grad()
-    def note(self, named: Named, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        """Add a micro-batch's g, which counts for `weight` in the update's mean."""
-        if self.notes:
-            pairs = zip(named.values(), grads, strict=True)
-            parts = [wide(torch.zeros_like(p)) if g is None else weight * wide(g) for p, g in pairs]
-            self.clean = [a + b for a, b in zip(self.clean, parts, strict=True)] if self.clean else parts
-
-    # -- at the end of it --------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def update(self, parameters: Callable[[], Named], state: Mapping[Parameter, Any]) -> None:
-        """Before the base step: change `.grad` where the source says so, and keep what the next update needs."""
-        used, clean, self.used, self.clean = self.used, self.clean, False, []
-        if self.kind == "batch" and not self.gsam_alpha:
-            self.updates += used
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        if not self.used:
             return
-        named = parameters()
-        final = [wide(torch.zeros_like(p) if p.grad is None else p.grad) for p in named.values()]
-        if clean and dist.is_available() and dist.is_initialized():
-            clean = all_reduce_mean(clean)
-        before, new = self._of(named), None
-        if self.kind == "previous":
-            new = [h.clone() for h in final]
-        elif self.kind == "momentum" and momenta(named.values(), state) is not None:
-            self.kept = {}
-        elif self.kind == "momentum":
-            new = [h.clone() for h in final] if before is None else _mix(MOMENTUM, before, 1.0, final)
-        elif self.kind == "friendly" and clean:
-            new = clean if before is None else _mix(FRIENDLY_LAMBDA, before, 1 - FRIENDLY_LAMBDA, clean)
-        elif self.kind == "every" and clean:
-            new = orthogonal(final, clean)
-        elif self.kind == "every" and used and before is not None:
-            size = LOOK_ALPHA * global_norm(final) * _inverse(global_norm(before))
-            _add(named, [size * v for v in before])
-        elif self.kind == "adaptive" and used:
-            self._observe(global_norm(final).square())
-        if new is not None:
-            self.kept = dict(zip(named, new, strict=True))
-        if self.gsam_alpha and clean:
-            _add(named, [-self.gsam_alpha * v for v in orthogonal(clean, final)])
-        self.updates += used
-
-    def _observe(self, size: Tensor) -> None:
+        size = global_norm(final_gradients(named)).square()
         if not self.moments:
             self.moments = [size, size, torch.zeros_like(size)]
             return
         _, mean, variance = self.moments
-        mean = ADAPTIVE_DELTA * mean + (1 - ADAPTIVE_DELTA) * size
-        self.moments = [size, mean, ADAPTIVE_DELTA * variance + (1 - ADAPTIVE_DELTA) * (size - mean).square()]
-
-    def _of(self, named: Named) -> Tensors | None:
-        """What is kept of these parameters, zero for those that were not there; None before anything is."""
-        if not self.kept:
-            return None
-        return [self.kept[n] if n in self.kept else torch.zeros_like(wide(p.detach())) for n, p in named.items()]
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        return {"source": self.source, "updates": self.updates, "kept": dict(self.kept), "moments": list(self.moments)}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """A state of the same source; another one's is left aside."""
-        if state["source"] == self.source:
-            self.updates = state["updates"]
-            self.kept = {name: tensor.to(device) for name, tensor in state["kept"].items()}
-            self.moments = [tensor.to(device) for tensor in state["moments"]]
+        mean = self.delta * mean + (1 - self.delta) * size
+        self.moments = [size, mean, self.delta * variance + (1 - self.delta) * (size - mean).square()]
 
 
-def momenta(parameters: Iterable[Parameter], state: Mapping[Parameter, Any]) -> Tensors | None:
-    """The base optimizer's momentum (its sum or mean of gradients) of each parameter, zero where it has none yet; None
-    where it has none at all."""
-    found: list[Tensor | None] = []
+class GSAM(AscentSource):
+    """h - alpha (g - (g.h / h.h) h) is applied: GSAM (Zhuang et al. 2022, Algorithm 1), for the perturbed parameters.
+
+    Args:
+        inner: the source of the direction, with an ascent pass at every update.
+    """
+
+    needs_clean_grad = True
+
+    def __init__(self, inner: AscentSource, alpha: float) -> None:
+        if alpha and type(inner) not in (AscentSource, FriendlySAM):
+            raise UserError(
+                f"gsam_alpha needs the gradient at w of every update, which ascent={inner.name!r} does not take"
+            )
+        self.inner, self.alpha = inner, alpha
+        super().__init__()
+        self.name, self.former_name = inner.name, inner.former_name
+        self.has_state, self.counts_updates = inner.has_state, inner.counts_updates
+
+    state = property(lambda self: self.inner.state, lambda self, value: setattr(self.inner, "state", value))
+
+    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+        return self.inner.direction(named, grads, base_state)
+
+    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+        final, self.inner.clean = final_gradients(named), self.clean
+        self.inner.before_step(named, base_state)
+        if self.clean:
+            _add_to_gradients(named, [-self.alpha * v for v in orthogonal_part(self.clean, final)])
+
+
+def make_ascent(source: str = "batch", gsam_alpha: float = 0.0) -> AscentSource:
+    """The ascent source of this name, today's or a former one (`momentum`, `friendly`, `every:k`, `adaptive`).
+
+    Raises:
+        UserError: an unknown source, or `gsam_alpha` with one that does not take g at every update.
+    """
+    name = _FORMER.get(str(source), str(source))
+    simple = {cls.name: cls for cls in (AscentSource, PreviousGradient, MSAM, FriendlySAM, AESAM)}
+    if name in simple:
+        ascent = simple[name]()
+    elif match := re.fullmatch(r"(?:looksam|every):([1-9]\d*)", name):
+        ascent = LookSAM(int(match[1]))
+    else:
+        raise UserError(f"ascent must be one of {', '.join(SOURCES)} (k a number), got {source!r}")
+    return GSAM(ascent, gsam_alpha) if gsam_alpha else ascent
+
+
+def replace_ascent(sam: SAM, source: str) -> None:
+    """Change the ascent source of an optimizer; nothing happens if it is the same one by a former name."""
+    ascent = make_ascent(source, sam.ascent.alpha if isinstance(sam.ascent, GSAM) else 0.0)
+    if ascent.name != sam.ascent.name:
+        sam.ascent = ascent
+
+
+def base_momenta(parameters: Iterable[Parameter], base_state: Mapping[Parameter, Any]) -> Tensors | None:
+    """The base optimizer's momentum (sum or mean of gradients) of each parameter, zero if it has none yet; None if it
+    has none at all."""
+    momenta: list[Tensor | None] = []
     for p in (parameters := list(parameters)):
-        own = state.get(p, {})
-        found.append(next((own[key] for key in ("momentum_buffer", "exp_avg") if own.get(key) is not None), None))
-    if all(v is None for v in found):
+        own = base_state.get(p, {})
+        momenta.append(next((own[key] for key in ("momentum_buffer", "exp_avg") if own.get(key) is not None), None))
+    if all(v is None for v in momenta):
         return None
-    return [wide(torch.zeros_like(p) if v is None else v) for p, v in zip(parameters, found, strict=True)]
+    return [to_float32(torch.zeros_like(p) if v is None else v) for p, v in zip(parameters, momenta, strict=True)]
 
 
-def orthogonal(x: Tensors, y: Tensors) -> Tensors:
+def final_gradients(named: Named) -> Tensors:
+    """h as it is applied, zero for parameters without a gradient."""
+    return [to_float32(torch.zeros_like(p) if p.grad is None else p.grad) for p in named.values()]
+
+
+def orthogonal_part(x: Tensors, y: Tensors) -> Tensors:
     """The part of x orthogonal to y, both as one real vector: x - (x.y / y.y) y."""
     product = torch.stack([(a.conj() * b).real.sum() for a, b in zip(x, y, strict=True)]).sum()
     share = product * _inverse(global_norm(y).square())
     return [a - share * b for a, b in zip(x, y, strict=True)]
 
 
-def all_reduce_mean(tensors: Tensors, group: dist.ProcessGroup | None = None) -> Tensors:
-    """The tensors averaged over the processes, in one message."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+def _stored(state: Mapping[str, Tensor], named: Named) -> Tensors | None:
+    """The state of these parameters, zero for new ones; None if there is no state yet."""
+    if not state:
+        return None
+    return [state[n] if n in state else torch.zeros_like(to_float32(p.detach())) for n, p in named.items()]
+
+
+def _by_name(named: Named, tensors: Tensors) -> dict[str, Tensor]:
+    return dict(zip(named, tensors, strict=True))
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -217,7 +249,7 @@ def _mix(a: float, x: Tensors, b: float, y: Tensors) -> Tensors:
     return [a * u + b * v for u, v in zip(x, y, strict=True)]
 
 
-def _add(named: Named, changes: Tensors) -> None:
+def _add_to_gradients(named: Named, changes: Tensors) -> None:
     for p, change in zip(named.values(), changes, strict=True):
         if p.grad is not None:
             change = change.to(p.grad.dtype)

@@ -1,96 +1,171 @@
 """Two-pass steps of models that FSDP2 shards (`torch.distributed.fsdp.fully_shard`).
 
-Where the perturbed parameters lie whole on every process (`ignored_params=`; `train.py --fsdp` does so for scope
-`samon`), a step is what it is elsewhere, with three differences. Nothing is frozen: FSDP2 fixes `requires_grad` of the
-gathered parameters when it first gathers them, and `torch.autograd.grad(inputs=...)` skips the weight gradients anyway.
-The ascent pass sends no gradient and leaves gathered what its backward has gathered, so the second forward does not
-gather it again. And nobody averages the gradients of whole parameters, which `average_gradients` does.
+If the perturbed parameters are replicated (`ignored_params=`; `train.py --fsdp` does so for scope `samon`), a step
+differs from others in three ways. Nothing is frozen: FSDP2 fixes `requires_grad` of the gathered parameters when it
+first gathers them, and `torch.autograd.grad(inputs=...)` skips the weight gradients anyway. The ascent pass sends no
+gradient, and its backward does not reshard, so the second forward gathers nothing again. FSDP does not average the
+gradients of replicated parameters; `average_gradients` does.
 
-Where perturbed parameters are sharded, one perturbation is common to all processes: the ascent gradient is FSDP's own
-averaged one, from a full backward pass.
+If perturbed parameters are sharded, all processes share one perturbation: the ascent gradient is FSDP's own averaged
+one, from a full backward pass. The arithmetic is elementwise and runs on the shards; only norms need communication.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from samon.compat import fsdp_param_groups
-from samon.engines.ascent import all_reduce_mean
-from samon.engines.closure import raise_no_gradient
-from samon.engines.norm_stats import modules_of
-from samon.engines.passes import changed
-from samon.engines.sharded_tensors import is_cut
-from samon.errors import refuse
-from samon.sam import SAM
+from samon.contexts import iterate_modules, override_attrs
+from samon.engines.groups import PerGroup
+from samon.errors import UserError
+from samon.geometry import NormReduction
+from samon.sam import SAM, all_reduce_mean
+from samon.scope import Named
+from samon.two_pass import Forward, WholeBatch, raise_no_gradient
+
+SHARDED = "perturbed parameters are sharded (FSDP): "
 
 
 def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None]:
-    """Around what FSDP's parameter groups do like this. Its setters are public; what they were set to is not."""
-    modules = [] if model is None else modules_of(model)
+    """Temporarily set attributes of FSDP's parameter groups. Its setters are public; the values before are not."""
+    modules = [] if model is None else iterate_modules(model)
     states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
-    return changed({group: values for state in states for group in fsdp_param_groups(state)})
+    return override_attrs({group: values for state in states for group in fsdp_param_groups(state)})
 
 
-def ascending(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Around an ascent pass that differentiates with respect to whole parameters only."""
-    return _set(model, reduce_grads=False, all_reduce_grads=False, reshard_after_backward=False)
-
-
-def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """As DistributedDataParallel's: gradients are added up here and sent with those of the next backward outside."""
+def no_sync(model: nn.Module | None) -> Callable[[], AbstractContextManager[None]]:
+    """Like DistributedDataParallel's: gradients accumulate inside and are sent with the next backward outside."""
     return lambda: _set(model, reduce_grads=False, all_reduce_grads=False)
 
 
 def average_gradients(parameters: Iterable[Tensor], group: Any = None) -> None:
-    """`.grad` of the parameters that lie whole on every process of a sharded model becomes the mean over them, in one
-    message. Call it once an update, before clipping; FSDP averages the sharded ones itself."""
+    """Average `.grad` of the replicated parameters of a sharded model over the processes, in one message. Call it once
+    per update, before clipping; FSDP averages the sharded ones itself."""
     if grads := [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]:
         torch._foreach_copy_(grads, all_reduce_mean(grads, group))
 
 
-def check(sam: SAM, *, reduce: str, groups: int, replay: bool, scaler: Any) -> None:
+class Replicated(WholeBatch):
+    """Replicated perturbed parameters in a model whose other parameters are sharded."""
+
+    def __init__(self, sam: SAM, *args: Any) -> None:
+        super().__init__(sam, *args)
+        self.no_sync = no_sync(sam.model)
+
+    def frozen_parameters(self) -> list[Parameter]:
+        return []
+
+    @contextmanager
+    def ascent_pass(self) -> Iterator[None]:
+        with (
+            _set(self.sam.model, reduce_grads=False, all_reduce_grads=False, reshard_after_backward=False),
+            super().ascent_pass(),
+        ):
+            yield
+
+
+class ReplicatedPerGroup(Replicated, PerGroup):
+    """m-sharpness with replicated perturbed parameters."""
+
+
+class Sharded(Replicated):
+    """Sharded perturbed parameters: a full backward pass, whose gradients FSDP averages and shards."""
+
+    averages_gradients = True
+
+    def ascent_gradient(self, forwards: Sequence[Forward]) -> tuple[Tensor, list[Tensor]]:
+        """The mean loss at w, [] and detached, and the gradients of the mean over processes, sharded as the parameters
+        are. `.grad` is unchanged at the end."""
+        parameters = [p for group in self.sam.param_groups for p in group["params"]]
+        before = [p.grad for p in parameters]
+        losses = []
+        try:
+            for p in parameters:
+                p.grad = None
+            with WholeBatch.ascent_pass(self), self.each_ascent():
+                for i, forward in enumerate(forwards):
+                    with nullcontext() if i + 1 == len(forwards) else self.no_sync():
+                        loss = forward()
+                        (loss / len(forwards)).backward()
+                    losses.append(loss.detach())
+            perturbed = self.named.values()
+            if all(p.grad is None for p in perturbed):
+                raise_no_gradient(self.sam)
+            average_gradients(perturbed)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in perturbed]
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+        return torch.stack(losses).mean(), grads
+
+
+def make_engine(
+    sam: SAM, named: Named, groups: int, reduce: str, bn_stats: str, replay: bool, scaler: Any
+) -> WholeBatch:
     """Raises:
-    UserError: what a sharded model cannot honour, by name.
+    UserError: naming what a sharded model does not support.
     """
-    cut = any(is_cut(p) for p in sam.perturbed_parameters().values())
-    sharded = "perturbed parameters are sharded (FSDP): "
-    mistakes = {
-        "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
-        "replay=False (--no-replay)": replay and sam.selection.narrowed and sam.model is not None,
-        f"{sharded}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or leave "
-        "them whole by fully_shard(ignored_params=...)": cut and (reduce != "global" or groups > 1),
-        f"{sharded}float16 with a GradScaler is not supported; use bfloat16": cut and scaler is not None,
-    }
-    refuse(mistakes)
+    if replay and sam.selection.narrowed and sam.model is not None:
+        raise UserError(
+            "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
+            "replay=False (--no-replay)"
+        )
+    if not any(map(is_sharded, named.values())):
+        return Replicated(sam, named, bn_stats) if groups == 1 else ReplicatedPerGroup(sam, named, groups, bn_stats)
+    if reduce != "global" or groups > 1:
+        raise UserError(
+            f"{SHARDED}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or "
+            "replicate them with fully_shard(ignored_params=...)"
+        )
+    if scaler is not None:
+        raise UserError(f"{SHARDED}float16 with a GradScaler is not supported; use bfloat16")
+    return Sharded(sam, named, bn_stats)
 
 
-def climbing_gradients(
-    sam: SAM, forwards: Sequence[Callable[[], Tensor]], sync: Callable[[], AbstractContextManager]
-) -> tuple[Tensor, list[Tensor]]:
-    """The first pass over sharded perturbed parameters: (the mean loss at w, [] and detached; the gradients of the mean
-    over processes, sharded as the parameters are). `.grad` is as it was afterwards."""
-    parameters = [p for group in sam.param_groups for p in group["params"]]
-    before = [p.grad for p in parameters]
-    losses = []
-    try:
-        for p in parameters:
-            p.grad = None
-        for i, forward in enumerate(forwards):
-            with nullcontext() if i + 1 == len(forwards) else sync():
-                loss = forward()
-                (loss / len(forwards)).backward()
-            losses.append(loss.detach())
-        perturbed = sam.perturbed_parameters().values()
-        if all(p.grad is None for p in perturbed):
-            raise_no_gradient(sam)
-        average_gradients(perturbed)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in perturbed]
-    finally:
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
-    return torch.stack(losses).mean(), grads
+def check_sharded_parameters(sam: SAM, named: Named) -> None:
+    """Raises:
+    UserError: the ascent source or the mask needs full tensors, and a perturbed parameter is sharded.
+    """
+    needs_full = sam.ascent.has_state or sam.ascent.needs_clean_grad or sam.mask is not None
+    if needs_full and any(map(is_sharded, named.values())):
+        what = f"ascent={sam.ascent.name!r} and gsam_alpha need" if sam.mask is None else "sparse perturbations need"
+        raise UserError(f"{SHARDED}{what} full tensors")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return bool(_shard_groups(tensor))
+
+
+def _shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
+    """The process groups across which a tensor is sharded; none for a replicated one."""
+    if not isinstance(tensor, DTensor):
+        return []
+    mesh, placements = tensor.device_mesh, enumerate(tensor.placements)
+    return [mesh.get_group(dim) for dim, placement in placements if placement.is_shard()]
+
+
+def norm_reduction(tensors: Iterable[Tensor]) -> NormReduction:
+    """The function from 2-norms [T] of local shards to those of the full tensors, in one message; None if no tensor is
+    sharded.
+
+    Args:
+        tensors: [T]; those that are sharded, across the same processes.
+    """
+    groups = [_shard_groups(t) for t in tensors]
+    across = next(filter(None, groups), None)
+    return None if across is None else partial(_reduce_norms, [bool(g) for g in groups], across)
+
+
+def _reduce_norms(sharded: Sequence[bool], groups: Sequence[dist.ProcessGroup], norms: Tensor) -> Tensor:
+    squares = norms.square()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    return torch.where(torch.tensor(sharded, device=norms.device), squares.sqrt(), norms)

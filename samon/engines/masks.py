@@ -1,30 +1,33 @@
 """Sparse perturbations that the paper compares SAM-ON with (section 5.1, Tables 5 and 12).
 
-A mask keeps the share 1 - sparsity of all perturbed entries, counted over all tensors together and exactly. `random`
-draws it once; `fisher` (SSAM-F) keeps the entries with the largest diagonal of the empirical Fisher; `dynamic` (SSAM-D)
-starts at random and at each renewal gives up a share of its entries, those with the smallest gradients, for random
-others; the share falls by a cosine from a half to nothing (Mi et al. 2022, Algorithms 1 and 2).
+A mask keeps the fraction 1 - sparsity of all perturbed entries, exactly, counted over all tensors together. `random`
+samples it once; `fisher` (SSAM-F) keeps the entries with the largest diagonal of the empirical Fisher; `dynamic`
+(SSAM-D) starts at random and at each renewal replaces a fraction of its entries, those with the smallest gradients, by
+random others; the fraction falls from 1/2 to 0 by a cosine (Mi et al. 2022, Algorithms 1 and 2).
 
-In train.py masks are renewed every `--mask-epochs`, SSAM-F from `--fisher-samples` images. Without it nobody tells
-epochs or holds the data: both are renewed every `every` steps, SSAM-F from that step's squared gradient, SSAM-D by a
-half. Gradients are averaged over the processes, so all of them hold the same mask and a checkpoint of one serves all.
+In train.py masks are renewed every `--mask-epochs`, SSAM-F from `--fisher-samples` images. In other loops both are
+renewed every `every` steps, SSAM-F from that step's squared gradient, SSAM-D with the fraction 1/2. Gradients are
+averaged over the processes, so all of them have the same mask and a checkpoint of one process serves all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from samon.errors import UserError
+from samon.geometry import to_float32
+from samon.sam import SAM
 
 KINDS = {
-    "random": "a random mask, drawn once",
+    "random": "a random mask, sampled once",
     "fisher": "a Fisher mask (SSAM-F)",
     "dynamic": "a dynamic mask (SSAM-D)",
 }
-EXCHANGED = 0.5  # share of the kept entries that SSAM-D gives up at its first renewal
+REPLACED = 0.5  # fraction of the kept entries that SSAM-D replaces at its first renewal
 
 
 class Mask:
@@ -39,11 +42,11 @@ class Mask:
         if not 0 <= sparsity < 1:
             raise UserError(f"sparsity must be in [0, 1), got {sparsity}; 0.5 keeps half of the entries")
         self.kind, self.sparsity, self.every, self.seed = kind, sparsity, every, seed
-        self.step, self.rate = 0, EXCHANGED
-        self.epoch, self.due = -1, False  # as `begin_epoch` was told last, and whether it asked for a renewal
+        self.step, self.rate = 0, REPLACED
+        self.epoch, self.due = -1, False  # of the last `begin_epoch`, and whether it requested a renewal
         self.masks: list[Tensor] = []
-        self.upcoming: list[Tensor] = []  # of the update under way, which may be skipped
-        self.stale = False  # whether the next call belongs to another update
+        self.upcoming: list[Tensor] = []  # of the current update, which may be skipped
+        self.stale = False  # the next call belongs to another update
 
     def begin_epoch(self, epoch: int, epochs: int, every: int) -> bool:
         """From the first call on, epochs renew the mask: SSAM-D with the next gradient, SSAM-F by `renew_fisher`.
@@ -54,7 +57,7 @@ class Mask:
         if self.kind == "random" or epoch == self.epoch:
             return False
         self.every, self.epoch, due = 0, epoch, epoch % every == 0
-        self.rate = EXCHANGED * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        self.rate = REPLACED * (1 + math.cos(math.pi * epoch / epochs)) / 2
         self.due = due and self.kind == "dynamic"
         return due and self.kind == "fisher"
 
@@ -63,11 +66,11 @@ class Mask:
         self.masks = self._renewed(diagonal, "fisher", summed=True)
 
     def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients with the dropped entries zeroed; renews the mask first when it is due, once in an update."""
+        """The gradients with the dropped entries zeroed. Renews the mask first if it is due, once per update."""
         shapes = [g.shape for g in grads]
         if self.stale or [m.shape for m in self.upcoming] != shapes:
             self.upcoming, self.stale = self.masks, False
-            if [m.shape for m in self.masks] != shapes:  # none yet, or others are perturbed now
+            if [m.shape for m in self.masks] != shapes:  # none yet, or other parameters are perturbed now
                 self.upcoming = self._renewed(grads, "fisher" if self.kind == "fisher" else "random")
             elif self.kind != "random" and self.every and self.step % self.every == 0:
                 self.upcoming = self._renewed(grads, self.kind)
@@ -76,7 +79,7 @@ class Mask:
         return [g * m for g, m in zip(grads, self.upcoming, strict=True)]
 
     def advance(self) -> None:
-        """The update is applied: its mask stays. That of a skipped one, made from a gradient that is not finite, is
+        """Keep the mask of an update that is applied. That of a skipped one, from a gradient that is not finite, is
         never used again."""
         if self.upcoming:
             self.masks, self.upcoming, self.due = self.upcoming, [], False
@@ -90,9 +93,9 @@ class Mask:
         size = self._random(flat) if kind == "random" else flat.abs()
         if kind == "dynamic":
             old = torch.cat([m.flatten() for m in self.upcoming])
-            exchanged = min(round(self.rate * keep), flat.numel() - keep)  # there must be others to take
-            stay = _largest(size.masked_fill(~old, -1), keep - exchanged)
-            mask = stay | _largest(self._random(flat).masked_fill(old, -1), exchanged)
+            replaced = min(round(self.rate * keep), flat.numel() - keep)  # no more than there are others
+            stay = _largest(size.masked_fill(~old, -1), keep - replaced)
+            mask = stay | _largest(self._random(flat).masked_fill(old, -1), replaced)
         else:
             mask = _largest(size, keep)
         return [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
@@ -102,20 +105,16 @@ class Mask:
         generator = torch.Generator().manual_seed(self.seed + self.step)
         return torch.rand(like.numel(), generator=generator, dtype=torch.float32).to(like.device)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         names = ("step", "epoch", "due", "rate", "every", "kind", "sparsity")
         return {name: getattr(self, name) for name in names} | {"masks": list(self.masks)}
 
-    def load_state_dict(self, state: dict, like: Sequence[Tensor]) -> None:
-        """Also a state that was written before masks knew epochs. One of another kind or sparsity, or of other tensors
-        than `like`, is left aside: a new mask is drawn.
-
-        Args:
-            like: the tensors that are masked.
-        """
-        ours = (state.get("kind", self.kind), state.get("sparsity", self.sparsity)) == (self.kind, self.sparsity)
-        if ours and [m.shape for m in state["masks"]] in ([], [t.shape for t in like]):
-            self.masks = [m.to(t.device) for m, t in zip(state["masks"], like)]  # noqa: B905 none before the first step
+    def load_state_dict(self, state: dict[str, Any], like: Sequence[Tensor]) -> None:
+        """Load a state, also one from before masks knew epochs. One of another kind or sparsity, or for tensors other
+        than `like`, is ignored: a new mask is made."""
+        same = (state.get("kind", self.kind), state.get("sparsity", self.sparsity)) == (self.kind, self.sparsity)
+        if same and [m.shape for m in state["masks"]] in ([], [t.shape for t in like]):
+            self.masks = [m.to(t.device) for m, t in zip(state["masks"], like)]  # noqa: B905 empty before the first step
             vars(self).update({name: value for name, value in state.items() if name != "masks"})
 
 
@@ -124,3 +123,17 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[scores.topk(count).indices] = True
     return mask
+
+
+def fisher_diagonal(sam: SAM, losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
+    """The diagonal of the empirical Fisher matrix: the sum over samples, of all processes, of the squared gradient of
+    each one's loss, shaped like the perturbed parameters."""
+    parameters = list(sam.perturbed_parameters().values())
+    total = [to_float32(torch.zeros_like(p)) for p in parameters]
+    for loss in losses:
+        grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+        total = [t + to_float32(g).abs().square() for t, g in zip(total, grads, strict=True)]
+    if dist.is_available() and dist.is_initialized():
+        for part in total:
+            dist.all_reduce(part)
+    return total

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from samon.engines.fsdp import average_gradients
-from samon.engines.sharded_tensors import local
 from samon.plan.watch import GRADIENTS, OPTIMIZER, PARAMETERS, Watch
+from samon.sam import to_local
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
@@ -113,9 +113,9 @@ def measured(model: nn.Module, optimizer: Any, config: Config, x: Tensor, y: Ten
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     optimizer.zero_grad()
-    watch.hold(map(local, model.parameters()), PARAMETERS)
-    watch.hold(map(local, model.buffers()), PARAMETERS)
-    watch.hold(map(local, states), OPTIMIZER)
+    watch.hold(map(to_local, model.parameters()), PARAMETERS)
+    watch.hold(map(to_local, model.buffers()), PARAMETERS)
+    watch.hold(map(to_local, states), OPTIMIZER)
     gc.collect()  # what an earlier update left in cycles
     sync = {"no_sync": net.no_sync} if hasattr(net, "no_sync") else {}
     with watch.watch_gradients(parameters), FlopCounterMode(display=False) as flops, watch:

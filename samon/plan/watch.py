@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samon.engines.sharded_tensors import local
+from samon.sam import to_local
 
 PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST = "parameters", "gathered", "gradients", "optimizer", "activations"
 KINDS = (PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST)
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         """These tensors are there, and of this kind."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                self._note(local(tensor).untyped_storage(), kind)
+                self._note(to_local(tensor).untyped_storage(), kind)
 
     def watch_gradients(self, parameters: Iterable[Tensor]) -> ExitStack:
         """While it is open, what is accumulated for these parameters counts as gradients."""

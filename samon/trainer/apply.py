@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from samon.compat import foreach_clone
-from samon.engines.sharded_tensors import local, whole_norms
+from samon.engines.fsdp import norm_reduction
 from samon.errors import RunError
 from samon.geometry import global_norm
-from samon.sam import SAM, sam_of
+from samon.sam import SAM, sam_of, to_local
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.state import Progress
@@ -43,12 +43,12 @@ def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | 
     if scaler is not None:
         scaler.unscale_(optimizer)
     grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
-    norm = global_norm([*map(local, grads)], whole=whole_norms(grads)) if config.fsdp else get_total_norm(grads)
+    norm = global_norm([*map(to_local, grads)], reduce=norm_reduction(grads)) if config.fsdp else get_total_norm(grads)
     finite = norm.isfinite()
     if reads and scaler is None and not bool(finite):
         return norm, False
     if config.clip_grad is not None and config.fsdp:
-        clip_parts([*map(local, grads)], norm, config.clip_grad, config.clip_mode)
+        clip_parts([*map(to_local, grads)], norm, config.clip_grad, config.clip_mode)
     elif config.clip_grad is not None:
         clipped = model_parameters(run.model, exclude_head="agc" in config.clip_mode)
         dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
@@ -82,7 +82,7 @@ def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
     if sam is None:
         return isinstance(optimizer, Lookahead)
     renewed = sam.mask is not None and sam.mask.kind != "random"
-    return isinstance(optimizer, Lookahead) or sam.ascent.counts or sam.esam_beta < 1 or renewed
+    return isinstance(optimizer, Lookahead) or sam.ascent.counts_updates or sam.esam_beta < 1 or renewed
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -99,7 +99,7 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         return
     sam = sam_of(optimizer)
     base: Any = optimizer if sam is None else sam.base
-    if getattr(base, "_step_supports_amp_scaling", False) and (sam is None or not sam.ascent.keeps):
+    if getattr(base, "_step_supports_amp_scaling", False) and (sam is None or not sam.ascent.has_state):
         base.grad_scale, base.found_inf = None, (~finite).float()
         try:
             optimizer.step()
@@ -126,12 +126,12 @@ def held(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[Any, Tensor]
     """Every tensor that a step may change, by what it is: parameters, their state, and what the ascent keeps."""
     found: dict[Any, Tensor] = {}
     for i, p in enumerate(parameters(optimizer)):
-        found[i, ""] = local(p)
+        found[i, ""] = to_local(p)
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor) and value.device == p.device:
-                found[i, name] = local(value)
+                found[i, name] = to_local(value)
     if sam is not None:
-        found |= {("kept", name): value for name, value in sam.ascent.kept.items()}
+        found |= {("kept", name): value for name, value in sam.ascent.state.items()}
         found |= {("moments", i): value for i, value in enumerate(sam.ascent.moments)}
     return found
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import samon
 from samon.engines.fsdp import no_sync
 from samon.errors import UserError, reraise_as_user_error
-from samon.geometry import HALF
+from samon.geometry import LOW_PRECISION
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
@@ -251,7 +251,7 @@ def build_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
         decay=config.model_ema_decay,
         use_warmup=config.model_ema_warmup,
         device=torch.device("cpu") if config.model_ema_force_cpu else None,
-        dtype=torch.float32 if models.parse_dtype(config.model_dtype) in HALF else None,
+        dtype=torch.float32 if models.parse_dtype(config.model_dtype) in LOW_PRECISION else None,
         foreach=not config.fsdp,  # no foreach of both kinds
     )
 

@@ -134,7 +134,7 @@ class CheckpointManager:
         if run.config.fsdp and not self.sharded:
             trees = gather_full(trees, run.world)
         ema_buffers = {} if run.ema is None else _running_statistics(run.ema.module)
-        rank: Tree = {"rng": rng.take(run.world.device), "buffers": {}, "ema_buffers": {}}
+        rank: Tree = {"rng": rng.get_state(run.world.device), "buffers": {}, "ema_buffers": {}}
         ranks = [rank]
         if self.group is not None:
             rank |= {"buffers": _running_statistics(run.model), "ema_buffers": ema_buffers}

@@ -12,7 +12,7 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 import samon
-from samon.engines.ascent import Ascent
+from samon.engines.ascent import make_ascent
 from samon.errors import UserError, refuse
 from samon.geometry import GEOMETRIES
 from samon.registry import BASES, variant_of
@@ -299,9 +299,9 @@ def _check_schedule(config: Config) -> None:
 
 
 def _check_ascent(config: Config) -> None:
-    source = Ascent(config.ascent, config.gsam_alpha)
+    source = make_ascent(config.ascent, config.gsam_alpha)
     several = config.m_sharpness != "device"
-    if source.passless:
+    if source.single_pass:
         if several or config.ascent_fraction < 1 or config.ascent_size:
             raise UserError(
                 f"--ascent {config.ascent} makes no ascent pass and perturbs all processes alike; drop --m-sharpness, "

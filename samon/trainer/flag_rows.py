@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Any
 
-from samon.engines.ascent import SOURCES, Ascent
+from samon.engines.ascent import SOURCES, make_ascent
 from samon.evals import EVALS
 from samon.trainer.flag_rows_timm import TIMM, B, T, V
 from samon.trainer.flags import Flag, Groups, markdown, of_program
@@ -36,7 +36,7 @@ def m_sharpness(value: Any) -> str | int:
 
 def ascent(value: Any) -> str:
     """A source of the direction, checked and left as text."""
-    return Ascent(str(value)).source
+    return make_ascent(str(value)).name
 
 
 def interval(value: Any) -> str:

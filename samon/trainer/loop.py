@@ -16,12 +16,12 @@ from torch import Tensor
 from samon import rng as generators
 from samon.data import DataError
 from samon.data.corrupt import WorkerError
-from samon.engines.cuda_graph import begin, own_gradients
-from samon.engines.fisher import fisher_diagonal
+from samon.engines.cuda_graph import own_gradients
 from samon.engines.fsdp import average_gradients
+from samon.engines.masks import fisher_diagonal
 from samon.errors import RunError, UserError, os_error_text
 from samon.evals.accuracy import accuracy
-from samon.geometry import wide
+from samon.geometry import to_float32
 from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_bad, parameters
 from samon.trainer.build import Run
@@ -148,7 +148,7 @@ def renew_mask(run: Run, progress: Progress) -> None:
     if not sam.mask.begin_epoch(progress.epoch, run.epochs, config.mask_epochs):
         return
     share = -(-config.fisher_samples // run.world.size)
-    with generators.kept(run.world.device):
+    with generators.fork(run.world.device):
         run.model.eval()
         run.train_loader.set_epoch(progress.epoch, 0)
         diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
@@ -189,7 +189,7 @@ def updates(run: Run, progress: Progress, clock: "Clock", rng: Any, report: Repo
         report.images(first[0], progress.epoch * run.updates_per_epoch, progress.updates % run.config.log_interval == 0)
         source = chain([first], source)
     if rng is not None:  # after the loader has started, which may draw too
-        generators.put(rng, run.world.device)
+        generators.set_state(rng, run.world.device)
     while left > 0:
         count = min(accumulate, left)
         yield (to_device(run, *batch) for batch in islice(source, count)), count
@@ -251,7 +251,7 @@ def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
             if not isinstance(logits, Tensor):
                 what = f"--model {run.config.model} returns a {type(logits).__name__} in training, not logits alone"
                 raise UserError(f"{what}; drop aux_logits or the like from --model-kwargs")
-            return run.loss(wide(logits), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
+            return run.loss(to_float32(logits), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
 
     return loss
 
@@ -259,10 +259,11 @@ def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
 def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
     """The base step's gradient."""
     if run.sam is not None:
-        run.sam.plainly()
+        run.sam.expect_plain_step()
     graphs = uses_cuda_graphs(run.config)
-    begin(graphs)
-    with own_gradients(graphs, parameters(run.optimizer)):
+    if graphs:
+        torch.compiler.cudagraph_mark_step_begin()
+    with own_gradients(parameters(run.optimizer)) if graphs else nullcontext():
         loss = forward(run, images, target)()
         scaled = loss * scale
         scaled = scaled if run.scaler is None else run.scaler.scale(scaled)

@@ -18,8 +18,8 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 
-from samon.engines.perturb import CAPTURING
 from samon.errors import UserError, reraise_as_user_error
+from samon.sam import CUDA_GRAPH_MODES
 from samon.trainer import ablations
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
@@ -195,7 +195,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 def uses_cuda_graphs(config: Config) -> bool:
     """Whether the compiled model's graphs are captured as CUDA graphs, on a GPU."""
-    return bool(config.torchcompile) and config.torchcompile_mode in CAPTURING
+    return bool(config.torchcompile) and config.torchcompile_mode in CUDA_GRAPH_MODES
 
 
 def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

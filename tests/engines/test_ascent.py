@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from samon import UserError
-from samon.engines.ascent import Ascent, momenta, orthogonal
+from samon.engines.ascent import base_momenta, make_ascent, orthogonal_part
 from tests import reference
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from tests.processes import run_ranks
@@ -137,7 +137,7 @@ def test_a_state_of_another_source_is_left_aside() -> None:
     train(opt, losses(model)[:2])
     other = optimizer(copy.deepcopy(model), ascent="friendly")
     other.load_state_dict(opt.state_dict())
-    assert (other.ascent.updates, other.ascent.kept) == (0, {})
+    assert (other.ascent.updates, other.ascent.state) == (0, {})
 
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if s != "batch"])
@@ -240,7 +240,7 @@ def test_momentum_is_the_base_optimizers_own(base: str) -> None:
     opt = create_optimizer_v2(model, "samon", base_opt=base, lr=1e-3, rho=RHO, ascent="momentum")
     train(opt, losses(model)[:2])
     named, key = opt.perturbed_parameters(), "momentum_buffer" if base in ("sgd", "momentum") else "exp_avg"
-    found = opt.ascent.stored(named, opt.state)
+    found = opt.ascent.direction(named, None, opt.state)
     for p, direction in zip(named.values(), found, strict=True):
         assert torch.equal(direction, -opt.state[p][key])
     [forward] = losses(model)[2]
@@ -263,19 +263,19 @@ def test_a_running_sum_stands_in_where_the_base_keeps_no_momentum() -> None:
         samon.two_pass(opt, forward)
         grads.append([p.grad.clone() for p in opt.perturbed_parameters().values()])
         opt.step()
-    assert momenta(opt.perturbed_parameters().values(), opt.state) is None
-    for i, got in enumerate(opt.ascent.stored(opt.perturbed_parameters(), opt.state)):
+    assert base_momenta(opt.perturbed_parameters().values(), opt.state) is None
+    for i, got in enumerate(opt.ascent.direction(opt.perturbed_parameters(), None, opt.state)):
         torch.testing.assert_close(got, -(0.81 * grads[0][i] + 0.9 * grads[1][i] + grads[2][i]), rtol=1e-12, atol=1e-14)
 
 
 def test_adaptive_threshold_falls_over_the_training() -> None:
     """At mu + sigma it is a SAM step late in training and a plain one early on."""
-    source = Ascent("adaptive")
+    source = make_ascent("adaptive")
     source.moments = [torch.tensor(4.5), torch.tensor(4.0), torch.tensor(1.0)]
     source.total = 100
-    assert not source.climbs()  # 4.5 < 4 + 1
+    assert not source.needs_ascent_pass()  # 4.5 < 4 + 1
     source.updates = 100
-    assert source.climbs()  # 4.5 >= 4 - 1
+    assert source.needs_ascent_pass()  # 4.5 >= 4 - 1
 
 
 def test_esam_perturbs_a_random_part_anew_each_update() -> None:
@@ -285,10 +285,9 @@ def test_esam_perturbs_a_random_part_anew_each_update() -> None:
     seen = []
     for [forward] in losses(model, updates=20):
         opt.zero_grad()
-        with opt.drawn():
-            chosen = opt.perturbed_parameters()
+        with opt.sampled_parameters() as chosen:
             grads = torch.autograd.grad(forward(), list(chosen.values()), allow_unused=True)
-            eps, _, _ = opt.perturbation(grads)
+            eps, _, _ = opt.perturbation(chosen, grads)
             expected = reference.perturbation(
                 "",
                 dict(chosen),
@@ -321,8 +320,8 @@ def test_esam_draws_go_on_after_a_restart() -> None:
 
 def test_orthogonal_part_by_hand() -> None:
     x, y = [torch.tensor([3.0, 1.0]), torch.tensor([2.0])], [torch.tensor([1.0, 0.0]), torch.tensor([0.0])]
-    assert [part.tolist() for part in orthogonal(x, y)] == [[0.0, 1.0], [2.0]]
-    assert [part.tolist() for part in orthogonal(x, [torch.zeros(2), torch.zeros(1)])] == [[3.0, 1.0], [2.0]]
+    assert [part.tolist() for part in orthogonal_part(x, y)] == [[0.0, 1.0], [2.0]]
+    assert [part.tolist() for part in orthogonal_part(x, [torch.zeros(2), torch.zeros(1)])] == [[3.0, 1.0], [2.0]]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +331,7 @@ def test_orthogonal_part_by_hand() -> None:
         ({"ascent": "every:0"}, "ascent must be one of"),
         ({"ascent": "previous", "gsam_alpha": 0.1}, "gsam_alpha needs the gradient at w"),
         ({"esam_beta": 0.0}, "esam_beta must be in"),
-        ({"esam_beta": 0.5, "ascent": "friendly"}, "esam_beta draws other tensors"),
+        ({"esam_beta": 0.5, "ascent": "friendly"}, "esam_beta samples other tensors"),
     ],
 )
 def test_what_does_not_exist_is_refused(how: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-from samon.engines.fisher import fisher_diagonal
+from samon.engines.masks import fisher_diagonal
 from tests.nets import LayerNormNet, batch, randomized
 from tests.processes import run_ranks
 

@@ -65,7 +65,9 @@ def test_a_non_finite_gradient_perturbs_nothing() -> None:
     model = randomized(BatchNormNet())
     opt = create_optimizer_v2(model, "samon", lr=0.1)
     opt.compile("aot_eager")
-    eps, _, finite = opt.perturbation([torch.full_like(p, torch.inf) for p in opt.perturbed_parameters().values()])
+    eps, _, finite = opt.perturbation(
+        opt.perturbed_parameters(), [torch.full_like(p, torch.inf) for p in opt.perturbed_parameters().values()]
+    )
     assert not finite
     assert not any(e.any() for e in eps)
 
@@ -73,5 +75,5 @@ def test_a_non_finite_gradient_perturbs_nothing() -> None:
 def test_a_random_part_is_refused() -> None:
     """Another ascent graph at each update: one step took 40 times a plain one's time."""
     opt = create_optimizer_v2(randomized(BatchNormNet()), "samon", lr=0.1, esam_beta=0.5)
-    with pytest.raises(ValueError, match=r"--esam-beta.* would be compiled anew each time; drop it or --torchcompile"):
+    with pytest.raises(ValueError, match=r"--esam-beta.* would be recompiled each time; drop it or --torchcompile"):
         opt.compile()

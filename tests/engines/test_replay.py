@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
+from samon.engines.replay import PLANS
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 # One of each way to be built: plain and fused norms, class tokens, relative positions, windows, dense and multi-branch
@@ -83,7 +84,7 @@ def test_timm_models(name: str) -> None:
         assert_equal(got, want)
         for a, b in zip(model.buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    assert opt.plan.front
+    assert PLANS[opt].prefix
 
 
 @pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
@@ -132,9 +133,9 @@ def test_awkward_model() -> None:
     for _ in range(4):
         got = step(model, opt, lambda: F.cross_entropy(model(x), y))
         assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-    assert {model.first, model.twice, model.early} <= set(opt.plan.front)
-    assert opt.plan.cloned == {model.early}
-    assert model.tied not in opt.plan.front
+    assert {model.first, model.twice, model.early} <= set(PLANS[opt].prefix)
+    assert PLANS[opt].cloned == {model.early}
+    assert model.tied not in PLANS[opt].prefix
 
 
 class Overwriting(nn.Module):
@@ -164,7 +165,7 @@ def test_an_output_overwritten_after_it_was_kept_is_not_used() -> None:
     for _ in range(4):  # recorded, found out, replayed with a copy
         got = step(model, opt, lambda: F.cross_entropy(model(x), y))
         assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-    assert opt.plan.cloned == {model.early}
+    assert PLANS[opt].cloned == {model.early}
 
 
 def test_changed_order_is_noticed() -> None:
@@ -259,5 +260,5 @@ def test_parameters_unfrozen_in_front_of_the_cut_move_it() -> None:
             m.blocks[0].requires_grad_(not frozen)
         got = step(model, opt, lambda: F.cross_entropy(model(x), y))
         assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-        assert opt.plan.front
-        assert (model.blocks[0] in opt.plan.front) == frozen
+        assert PLANS[opt].prefix
+        assert (model.blocks[0] in PLANS[opt].prefix) == frozen
