@@ -130,8 +130,7 @@ class VariantSAM(SAM):
             geometry=variant.geometry,
             eta=eta,
             mask=mask,
-            ascent=make_ascent(ascent, gsam_alpha),
-            esam_beta=esam_beta,
+            ascent=make_ascent(ascent, gsam_alpha, esam_beta),
         )
 
 

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-COPIED = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "esam_beta", "defaults", "sharded"}
+COPIED = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "defaults", "sharded"}
 
 
 class AscentSource:
@@ -49,12 +50,14 @@ class AscentSource:
         needs_clean_grad: g is used when the optimizer steps.
         has_state: tensors are carried from update to update.
         counts_updates: what comes next depends on the number of updates.
+        keep_probability: fraction of the tensors that an update perturbs.
         updates: two-pass updates applied.
         used: the current update has been perturbed (or would have been, by a step at w).
     """
 
     name = former_name = "batch"
     single_pass = needs_clean_grad = has_state = counts_updates = False
+    keep_probability = 1.0
 
     def __init__(self) -> None:
         self.updates, self.used = 0, False
@@ -66,6 +69,10 @@ class AscentSource:
     def needs_ascent_pass(self) -> bool:
         """Whether the current update takes the gradient at w first."""
         return not self.single_pass
+
+    def sample(self, named: Named) -> Named:
+        """The parameters that the current update perturbs."""
+        return named
 
     def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
         """The direction from g, or without an ascent pass (None) from the state; None for a step at w."""
@@ -121,9 +128,6 @@ class SAM(Optimizer):
         geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own).
         mask: sparse perturbation (section 5.1).
         ascent: where the direction of the perturbation comes from.
-        esam_beta: each update perturbs every tensor with this probability and divides the perturbation by it: the
-            stochastic weight perturbation of ESAM (Du et al. 2022, Eq. 6). The sample depends only on the number of the
-            update, so it is the same on all processes and after a restart.
 
     Attributes:
         stats: of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm, the
@@ -144,15 +148,11 @@ class SAM(Optimizer):
         eta: float | None = None,
         mask: "Mask | None" = None,
         ascent: AscentSource | None = None,
-        esam_beta: float = 1.0,
     ):
         _check_base(base, selection.scope)
-        ascent = ascent or AscentSource()
-        if not 0 < esam_beta <= 1:
-            raise UserError(f"esam_beta must be in (0, 1], got {esam_beta}; 1 perturbs every tensor")
-        if esam_beta < 1 and (mask is not None or type(ascent) is not AscentSource):
-            raise UserError("esam_beta samples other tensors at every update and combines only with ascent='batch'")
-        self.base, self.geometry, self.mask, self.ascent, self.esam_beta = base, geometry, mask, ascent, esam_beta
+        self.base, self.geometry, self.mask, self.ascent = base, geometry, mask, ascent or AscentSource()
+        if self.mask is not None and self.ascent.keep_probability < 1:
+            raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
@@ -211,19 +211,25 @@ class SAM(Optimizer):
         memory. A copy of this optimizer is not compiled.
 
         Raises:
-            UserError: esam_beta is below 1.
+            UserError: the ascent source is ESAM.
         """
-        if self.esam_beta < 1:
+        if self.ascent.keep_probability < 1:
             raise UserError(
                 "esam_beta (--esam-beta) perturbs other tensors at every update, for which a compiled model would be "
                 "recompiled each time; drop it or --torchcompile"
             )
-        self.arithmetic = Arithmetic(backend, mode)
+        compiled = partial(torch.compile, backend=backend)
+        self.arithmetic = Arithmetic(
+            compiled(geometry.perturbation),
+            compiled(contexts.add_perturbation),
+            compiled(contexts.restore_weights),
+            cuda_graphs=mode in CUDA_GRAPH_MODES,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's own state, which it can load alone, plus that of the ascent source and the mask."""
         state = self.base.state_dict()
-        if self.ascent.name != "batch" or self.esam_beta < 1:
+        if self.ascent.has_state or self.ascent.counts_updates:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
@@ -261,7 +267,7 @@ class SAM(Optimizer):
 
     @contextmanager
     def sampled_parameters(self) -> Iterator[Named]:
-        """Around a step: the parameters that this update perturbs, all of them or with `esam_beta` a random subset.
+        """Around a step: the parameters that this update perturbs.
 
         Raises:
             UserError: all are frozen, or FSDP does not let them be perturbed.
@@ -271,10 +277,7 @@ class SAM(Optimizer):
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         if all(p.grad is None for p in named.values()):  # cleared by the model or by Lookahead, not by `zero_grad`
             self._discard_update()
-        if self.esam_beta < 1:
-            samples = torch.rand(len(named), generator=torch.Generator().manual_seed(self.ascent.updates)).tolist()
-            limit = max(self.esam_beta, min(samples, default=0) + 1e-12)  # at least one tensor
-            named = {name: p for (name, p), sample in zip(named.items(), samples, strict=True) if sample < limit}
+        named = self.ascent.sample(named)
         refuse_fsdp1(named.values())
         if self.sharded:
             from samon.engines import fsdp
@@ -305,17 +308,8 @@ class SAM(Optimizer):
             dense = self.mask(dense)
         # For `eleml2orig`: weights by their own name, as in the authors' code.
         is_weight = [n.rpartition(".")[2] == "weight" for n in named] if GEOMETRIES[self.geometry].by_name else []
-        eps, norm, finite = self.arithmetic.perturbation(
-            self.geometry,
-            weights,
-            dense,
-            self.rho,
-            self.eta,
-            is_weight,
-            grouped,
-            self.esam_beta,
-            self.norm_reduction(named),
-        )
+        settings = (self.rho, self.eta, is_weight, grouped, self.ascent.keep_probability, self.norm_reduction(named))
+        eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def ascend(
@@ -448,6 +442,7 @@ class SAM(Optimizer):
         self._expect_plain = False
 
 
+@dataclass
 class Arithmetic:
     """The functions of tensors in a step, eager or compiled.
 
@@ -455,13 +450,10 @@ class Arithmetic:
         cuda_graphs: the model's graphs are captured as CUDA graphs, whose outputs the next run overwrites.
     """
 
-    def __init__(self, backend: Any = None, mode: str | None = None):
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return function if backend is None else torch.compile(function, backend=backend)
-
-        self.perturbation = compiled(geometry.perturbation)
-        self.add, self.restore = compiled(contexts.add_perturbation), compiled(contexts.restore_weights)
-        self.cuda_graphs = mode in CUDA_GRAPH_MODES
+    perturbation: Callable[..., tuple[list[Tensor], Tensor, Tensor]] = geometry.perturbation
+    add: Callable[[list[Tensor], list[Tensor]], list[Tensor]] = contexts.add_perturbation
+    restore: Callable[[list[Tensor], list[Tensor]], None] = contexts.restore_weights
+    cuda_graphs: bool = False
 
 
 def sam_of(optimizer: Any) -> SAM | None:

@@ -78,7 +78,7 @@ def two_pass(
     with sam.sampled_parameters() as named, _explained_errors(sam):
         if not sam.ascent.needs_ascent_pass():
             groups, bn_stats, ascent_forwards = 1, "second", []  # the only pass
-        replay = replay and ascent_forwards is forwards and len(forwards) == 1 and sam.esam_beta == 1
+        replay = replay and ascent_forwards is forwards and len(forwards) == 1 and sam.ascent.keep_probability == 1
         engine = _make_engine(sam, named, groups, reduce, bn_stats, replay, same_noise, scaler)
         engine.no_sync, engine.scaler = no_sync or engine.no_sync, scaler
         average = partial(all_reduce_mean, group=process_group) if reduce == "global" else None
@@ -109,10 +109,10 @@ def _two_pass(
         rng.set_torch_state(noise, engine.device)
     # The descent gradient: h = dL/dw at w + eps, added to `.grad`. The weights are restored when the context ends.
     with nullcontext() if eps is None else engine.perturbed(eps):
-        last = engine.descent_gradient(forwards, loss_scale, finite)
+        perturbed_loss = engine.descent_gradient(forwards, loss_scale, finite)
     if loss is None and all(p.grad is None for p in engine.named.values()):
         raise_no_gradient(sam)
-    sam.stats |= {"loss": last} if loss is None else {"loss": loss, "loss_perturbed": last}
+    sam.stats |= {"loss": perturbed_loss} if loss is None else {"loss": loss, "loss_perturbed": perturbed_loss}
     return sam.stats["loss"]
 
 

@@ -181,12 +181,36 @@ class GSAM(AscentSource):
             _add_to_gradients(named, [-self.alpha * v for v in orthogonal_part(self.clean, final)])
 
 
-def make_ascent(source: str = "batch", gsam_alpha: float = 0.0) -> AscentSource:
+class ESAM(AscentSource):
+    """Each update perturbs every tensor with probability beta and divides the perturbation by it: the stochastic weight
+    perturbation of ESAM (Du et al. 2022, Eq. 6). The sample depends only on the number of the update, so it is the
+    same on
+    all processes and after a restart."""
+
+    counts_updates = True
+
+    def __init__(self, beta: float) -> None:
+        if not 0 < beta < 1:
+            raise UserError(f"esam_beta must be in (0, 1], got {beta}; 1 perturbs every tensor")
+        super().__init__()
+        self.keep_probability = beta
+
+    def sample(self, named: Named) -> Named:
+        samples = torch.rand(len(named), generator=torch.Generator().manual_seed(self.updates)).tolist()
+        limit = max(self.keep_probability, min(samples, default=0) + 1e-12)  # at least one tensor
+        return {name: p for (name, p), sample in zip(named.items(), samples, strict=True) if sample < limit}
+
+
+def make_ascent(source: str = "batch", gsam_alpha: float = 0.0, esam_beta: float = 1.0) -> AscentSource:
     """The ascent source of this name, today's or a former one (`momentum`, `friendly`, `every:k`, `adaptive`).
 
     Raises:
-        UserError: an unknown source, or `gsam_alpha` with one that does not take g at every update.
+        UserError: an unknown source, a constant out of range, or a combination that no method has.
     """
+    if esam_beta != 1:
+        if source != "batch" or gsam_alpha:
+            raise UserError("esam_beta samples other tensors at every update and combines only with ascent='batch'")
+        return ESAM(esam_beta)
     name = _FORMER.get(str(source), str(source))
     simple = {cls.name: cls for cls in (AscentSource, PreviousGradient, MSAM, FriendlySAM, AESAM)}
     if name in simple:

@@ -84,7 +84,7 @@ class ClosureGradients:
                 "trainer accumulates micro-batches (Lightning's accumulate_grad_batches), optimize manually: "
                 "samon.two_pass(..., loss_scale=1/K) for each of the K micro-batches, then step()"
             )
-        if sam.esam_beta == 1 and not any(map(self.received, named.values())):
+        if sam.ascent.keep_probability == 1 and not any(map(self.received, named.values())):
             raise_no_gradient(sam)
 
     def clear(self) -> None:

@@ -48,7 +48,7 @@ def explain_missing_gradients(sam: SAM, named: Named, grads: Grads, loss: Tensor
         UserError: a gradient got lost, or the loss depends on no perturbed parameter.
     """
     missing = {id(p): n for (n, p), g in zip(named.items(), grads, strict=True) if g is None}
-    unrelated = not loss.requires_grad or (len(missing) == len(grads) and sam.esam_beta == 1)
+    unrelated = not loss.requires_grad or (len(missing) == len(grads) and sam.ascent.keep_probability == 1)
     unused = _unused.setdefault(sam, set())
     if not unrelated and missing.keys() <= unused:
         return

@@ -82,7 +82,7 @@ def counts_updates(optimizer: torch.optim.Optimizer) -> bool:
     if sam is None:
         return isinstance(optimizer, Lookahead)
     renewed = sam.mask is not None and sam.mask.kind != "random"
-    return isinstance(optimizer, Lookahead) or sam.ascent.counts_updates or sam.esam_beta < 1 or renewed
+    return isinstance(optimizer, Lookahead) or sam.ascent.counts_updates or renewed
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
