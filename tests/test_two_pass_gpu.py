@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 
 import samon
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 
 
 OPTIONS = ({}, {"groups": 4}, {"bn_stats": "both", "same_noise": True}, {"perturb": "layer4"})

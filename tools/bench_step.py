@@ -45,7 +45,7 @@ TARGETS = {
     "SAM-ON layer4, replay": 1.11,
     "SAM-ON, m": 1.67,
     "SAM-ON, ascent previous": 1.01,
-    "SAM-ON, ascent momentum": 1.01,
+    "SAM-ON, ascent msam": 1.01,
 }
 SMALL_TIME = 1.75  # target for `small_blocks`, where Python and dispatch dominate
 
@@ -198,11 +198,11 @@ class Bench:
             f"SAM-ON {late}, no replay": lambda: self.two_pass("samon", late, replay=False),
             f"SAM-ON {late}, replay": lambda: self.two_pass("samon", late),
         }
-        for source, updates in (("previous", 1), ("momentum", 1), ("friendly", 1), ("every:5", 5), ("adaptive", 1)):
+        for source, updates in (("previous", 1), ("msam", 1), ("fsam", 1), ("looksam:5", 5), ("aesam", 1)):
             found[f"SAM-ON, ascent {source}"] = partial(self.ascending, updates, ascent=source)
         found["SAM-ON, GSAM"] = partial(self.ascending, gsam_alpha=0.4)
         if not self.args.compile:  # it perturbs different tensors in every update
-            found["SAM-ON, ESAM's half"] = partial(self.ascending, esam_beta=0.5)
+            found["SAM-ON, ESAM, beta = 0.5"] = partial(self.ascending, esam_beta=0.5)
         norms = norm_modules(self.model).values()
         coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
         for m in self.args.m or sorted({batch, 16, 4, 1}, reverse=True):
@@ -277,6 +277,8 @@ def resident_growth(bench: Bench, step: Step) -> float:
 def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
     steps, refused = {}, {}
     for name, make in bench.variants().items():
+        if bench.args.rows and name != "plain SGD" and not re.search(bench.args.rows, name):
+            continue
         try:
             step = make()
             for _ in range(2):  # warm-up: replay plans, compilation, allocator
@@ -344,6 +346,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--rows", help="regular expression: measure only the variants that match, and plain SGD")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     bench = Bench(args)
