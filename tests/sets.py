@@ -40,6 +40,14 @@ def tar_of(members):
     return out.getvalue()
 
 
+def write_images(root, *paths):
+    """An image for each path, its bytes those of `jpeg(number)`."""
+    for number, name in enumerate(paths):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(number))
+    return str(root)
+
+
 def write_set(root: Path, lengths=UNEVEN, replace=None, num_classes=None):
     """A split `train` with shards of these lengths; ``replace[i]`` gives sample i other members by suffix."""
     root.mkdir(parents=True, exist_ok=True)
@@ -56,6 +64,14 @@ def write_set(root: Path, lengths=UNEVEN, replace=None, num_classes=None):
     info = {"num_classes": num_classes or index, "splits": {"train": split}}
     (root / "_info.json").write_text(json.dumps(info))
     return str(root)
+
+
+def change_info(root, split=None, **changes):
+    """Change the split's entry and the top level of a set's `_info.json`."""
+    path = Path(root, "_info.json")
+    info = json.loads(path.read_text()) | changes
+    info["splits"]["train"] |= split or {}
+    path.write_text(json.dumps(info))
 
 
 def make_loader(root, *, training=True, batch=2, workers=0, world=1, rank=0, name="wds/test", dataset=None, **loading):

@@ -115,7 +115,7 @@ def make_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
     }
     if kind == "timm":
         return timm.data.create_loader(timm.data.create_dataset("wds/bench", **common), **loading).loader
-    return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading).batches.loader
+    return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading).loader
 
 
 def epoch_rate(loader: Any, clock: Callable[[], float]) -> float:

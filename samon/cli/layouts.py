@@ -1,72 +1,65 @@
-"""Where the images of a data set lie and what their labels are, for the layouts that `make_shards.py` knows."""
+"""The layouts of image data sets that `samon-shards` knows: where the images lie and what their labels are."""
 
 import argparse
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from samon.data.classes import class_order
-from samon.data.sources import EVAL_SPLITS, TRAIN_SPLITS, ImageEntry, find_images, read_npz
+from samon.data.classes import class_order, validation_number
+from samon.data.images import ImageEntry, find_images
+from samon.data.sources import EVAL_SPLITS, TRAIN_SPLITS, read_npz
 from samon.errors import UserError, require_package
-from samon.evals.shifts import SETS, label_table, validation_number
+
+# Sets that are distributed as class folders of one validation split. Evaluation checks their classes.
+SHIFT_SETS = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
+FORMATS = ("folder", "imagenet", "cifar", *SHIFT_SETS)
 
 
-class Split(NamedTuple):
-    """Images with their labels, and what the labels are called."""
+class LabeledImages(NamedTuple):
+    """Images with their labels, and the names of the classes in the order of the labels."""
 
     items: list[tuple[ImageEntry, int]]
     class_names: list[str]
 
 
-def numbered(items: list[ImageEntry], classes: list[str], names: list[str]) -> Split:
-    """Images whose labels are the places of their classes in `names`."""
-    index = {name: label for label, name in enumerate(names)}
-    return Split([(item, index[name]) for item, name in zip(items, classes, strict=True)], names)
+def label_by_name(entries: list[ImageEntry], classes: list[str], names: list[str]) -> LabeledImages:
+    """Label each image by the index of its class in `names`."""
+    labels = {name: label for label, name in enumerate(names)}
+    return LabeledImages([(entry, labels[name]) for entry, name in zip(entries, classes, strict=True)], names)
 
 
-def by_folder(items: list[ImageEntry], names: list[str] | None = None) -> Split:
-    """Labels in timm's order of the class folders' names, or in that of `names`."""
-    folders = [item.folder for item in items]
-    return numbered(items, folders, names or sorted(set(folders), key=class_order))
+def label_by_folder(entries: list[ImageEntry], names: list[str] | None = None) -> LabeledImages:
+    """Label images by their class folders, in timm's order of the folders' names or in that of `names`."""
+    folders = [entry.folder for entry in entries]
+    return label_by_name(entries, folders, names or sorted(set(folders), key=class_order))
 
 
-def folder_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """`<split>/<class>/<image>`, or `<class>/<image>` as the one split that --split names."""
-    found = find_images(args.source, tars=True)
-    first = {item.path.split("/")[0] for item in found}
-    deep = min(item.path.count("/") for item in found)
-    if deep == 0:
+def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
+    """Read `<split>/<class>/<image>`, or `<class>/<image>` as the only split, which --split names."""
+    entries = find_images(args.source, tars=True)
+    tops = {entry.path.split("/")[0] for entry in entries}
+    depth = min(entry.path.count("/") for entry in entries)
+    if depth == 0:
         raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
-    if not (deep >= 2 or first <= TRAIN_SPLITS | EVAL_SPLITS) or args.split:
-        return {args.split or "train": by_folder(found)}
-    if deep == 1:
-        flat = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
-        raise UserError(f"--source {args.source}: images of a split lie in no class folder; {flat}")
-    names = by_folder(found).class_names  # for all splits, so that a class which one lacks does not shift the others
-    parts = {name: [item for item in found if item.path.split("/")[0] == name] for name in sorted(first)}
-    return {name: by_folder(items, names) for name, items in parts.items()}
+    if not (depth >= 2 or tops <= TRAIN_SPLITS | EVAL_SPLITS) or args.split:
+        return {args.split or "train": label_by_folder(entries)}
+    if depth == 1:
+        do = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
+        raise UserError(f"--source {args.source}: images of a split lie in no class folder; {do}")
+    names = label_by_folder(entries).class_names  # of all splits: a class missing from one must not shift the others
+    parts = {name: [entry for entry in entries if entry.path.split("/")[0] == name] for name in sorted(tops)}
+    return {name: label_by_folder(part, names) for name, part in parts.items()}
 
 
-def shift_split(args: argparse.Namespace) -> dict[str, Split]:
-    """A shift set as distributed; its class names decide the labels, so they are checked here."""
-    split = by_folder(find_images(args.source, tars=True))
-    kind = args.format.replace("imagenet-v2", "imagenetv2-matched-frequency")
-    label_table(kind, split.class_names)
-    known = SETS[kind]
-    found = (len(split.class_names), len(split.items))
-    if args.format != "objectnet" and found != (known.classes, known.images):
-        print(f"{args.format}: {found[0]} classes, {found[1]} images; published: {known.classes}, {known.images}")
-    return {args.split or "validation": split}
+def read_validation_synsets(path: Path) -> dict[int, str]:
+    """Return {0-based number of an ImageNet validation image: its synset}.
 
-
-def validation_synsets(path: Path) -> dict[int, str]:
-    """{0-based number of an ImageNet validation image: its synset}.
-
-    From lines `SYNSET` in the order of the images, lines `ILSVRC2012_val_00000001.JPEG SYNSET`, `LOC_val_solution.csv`
-    or the devkit's directory.
+    Args:
+        path: lines `SYNSET` in the order of the images, lines `ILSVRC2012_val_00000001.JPEG SYNSET`,
+            `LOC_val_solution.csv`, or the devkit's directory.
 
     Raises:
-        UserError: no such file, or a line that is none of these.
+        UserError: no such file, or a line of another form.
     """
     if path.is_dir():
         scipy_io = require_package("scipy.io", f"--val-labels {path}: the devkit needs scipy; run: pip install scipy")
@@ -92,40 +85,38 @@ def validation_synsets(path: Path) -> dict[int, str]:
     return labels
 
 
-def imagenet_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """ImageNet's layouts: tars or folders of classes for training, flat or sorted images for validation."""
+def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
+    """Read ImageNet: tars or folders of classes for training, flat or sorted images for validation."""
     training, validation = [], []
-    for item in find_images(args.source, tars=True):
-        if re.search(r"ILSVRC2012_val_\d{8}", item.path):
-            validation.append(item)
-        elif re.search(r"n\d{8}/[^/]*$", item.path) and not re.search(r"(^|/)(val|validation|test)/", item.path):
-            training.append(item)
-    splits = {"train": by_folder(training)} if training else {}
-    if validation:
-        sorted_in = re.search(r"n\d{8}/[^/]*$", validation[0].path)
-        if sorted_in:
-            splits["validation"] = by_folder(validation)
-        elif args.val_labels is None:
-            known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
-            raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
-        else:
-            synsets = validation_synsets(args.val_labels)
-            numbers = [validation_number(item.path) for item in validation]
-            for item, number in zip(validation, numbers, strict=True):
-                if number not in synsets:
-                    raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, none for {item.path}")
-            splits["validation"] = numbered(validation, [synsets[n] for n in numbers], sorted(set(synsets.values())))
+    for entry in find_images(args.source, tars=True):
+        if re.search(r"ILSVRC2012_val_\d{8}", entry.path):
+            validation.append(entry)
+        elif re.search(r"n\d{8}/[^/]*$", entry.path) and not re.search(r"(^|/)(val|validation|test)/", entry.path):
+            training.append(entry)
+    splits = {"train": label_by_folder(training)} if training else {}
+    if validation and re.search(r"n\d{8}/[^/]*$", validation[0].path):
+        splits["validation"] = label_by_folder(validation)
+    elif validation and args.val_labels is None:
+        known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
+        raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
+    elif validation:
+        synsets = read_validation_synsets(args.val_labels)
+        numbers = [validation_number(entry.path) for entry in validation]
+        for entry, number in zip(validation, numbers, strict=True):
+            if number not in synsets:
+                raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, none for {entry.path}")
+        names = sorted(set(synsets.values()))
+        splits["validation"] = label_by_name(validation, [synsets[number] for number in numbers], names)
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
-    both = [split.class_names for split in splits.values()]
-    if len(both) == 2 and both[0] != both[1]:
-        raise UserError(f"training has {len(both[0])} classes, validation {len(both[1])}: they do not match")
+    names_of = [images.class_names for images in splits.values()]
+    if names_of[0] != names_of[-1]:
+        raise UserError(f"training has {len(names_of[0])} classes, validation {len(names_of[-1])}: they do not match")
     return splits
 
 
-def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """CIFAR-10/100 from torchvision's directories or an `.npz` with x_train, y_train, x_test, y_test."""
-    arrays: dict[str, tuple[Any, Any]] = {}
+def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
+    """Read CIFAR-10/100 from torchvision's directories or an `.npz` with x_train, y_train, x_test, y_test."""
     if args.source.suffix == ".npz":
         arrays = {split: read_npz(args.source.stem, str(args.source), split) for split in ("train", "validation")}
         names = [str(label) for label in range(int(arrays["train"][1].max()) + 1)]
@@ -145,14 +136,15 @@ def cifar_splits(args: argparse.Namespace) -> dict[str, Split]:
         arrays = {split: (data.data, data.targets) for split, data in sets.items()}
         names = sets["train"].classes
     splits = {}
-    for split, pair in arrays.items():
-        pairs = enumerate(zip(*pair, strict=True))
-        items = [(ImageEntry(f"{split}-{i:05d}", array=image), int(y)) for i, (image, y) in pairs]
-        splits[split] = Split(items, names)
+    for split, (images, labels) in arrays.items():
+        entries = [ImageEntry(f"{split}-{i:05d}", array=image) for i, image in enumerate(images)]
+        splits[split] = LabeledImages([(e, int(label)) for e, label in zip(entries, labels, strict=True)], names)
     return splits
 
 
-def find_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """The splits of `args.source` by `args.format`."""
-    known = {"folder": folder_splits, "imagenet": imagenet_splits, "cifar": cifar_splits}
-    return known.get(args.format, shift_split)(args)
+def find_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
+    """Return the images of each split of `args.source`, whose layout is `args.format`."""
+    if args.format in SHIFT_SETS:
+        return {args.split or "validation": label_by_folder(find_images(args.source, tars=True))}
+    known = {"folder": find_folder_splits, "imagenet": find_imagenet_splits, "cifar": find_cifar_splits}
+    return known[args.format](args)

@@ -5,7 +5,7 @@
     samon-shards --source DIR --output DIR --format imagenet --val-labels FILE
     samon-shards --verify --output DIR
 
-Images keep their bytes unless --resize is given. Run the same command again to continue one that was interrupted.
+Images keep their bytes unless --resize is given. Repeat the same command to resume one that was interrupted.
 """
 
 import argparse
@@ -15,175 +15,177 @@ import json
 import os
 import random
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from webdataset.writer import TarWriter
 
-from samon.cli.layouts import Split, find_splits
+from samon.cli.layouts import FORMATS, LabeledImages, find_splits
 from samon.cli.program import run_script
-from samon.data.corrupt import SampleError
+from samon.data.classes import check_label
+from samon.data.corrupt import DataError, ImageError, SampleError
 from samon.data.decode import decode_pil, open_image
+from samon.data.images import ImageEntry
 from samon.data.shards import ShardReader, load_split, open_url
-from samon.data.sources import ImageEntry
 from samon.errors import UserError
 from samon.files import atomic_write, write_text
 from samon.progress import progress_bar
 
-FORMATS = ("folder", "imagenet", "cifar", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
-SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; and so many at least, to feed several workers
-Task = tuple[Path, list[tuple[str, ImageEntry, int]]]  # a shard to write: its (key, image, label) samples
-MEMBER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their format; timm reads jpg, png, webp
+SHARD_BYTES, MIN_SHARDS = 100_000_000, 16  # default size; the minimum feeds several workers
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their format; timm reads jpg, png, webp
 
 
-def member_key(path: str, split: str, taken: set[str]) -> str:
-    """`<class>/<name>`, unique and without a dot, at which webdataset would cut it."""
+class ShardTask(NamedTuple):
+    """A shard to write, and its (key, image, label) samples."""
+
+    path: Path
+    samples: list[tuple[str, ImageEntry, int]]
+
+
+def sample_key(path: str, split: str, used: set[str]) -> str:
+    """Return `<class>/<name>`, unique and without a dot, at which webdataset would cut it."""
     parts = os.path.splitext(path)[0].replace(".", "_").split("/")[-2:]
     key = "/".join(parts[parts[0] == split :]).lstrip("_") or "image"  # readers skip names like __this__
     unique, number = key, 2
-    while unique in taken:
+    while unique in used:
         unique, number = f"{key}-{number}", number + 1
-    taken.add(unique)
+    used.add(unique)
     return unique
 
 
-def prepared(item: ImageEntry, resize: int, quality: int) -> tuple[str, bytes]:
-    """(suffix, bytes) of one image: as it is, or its shorter edge resized (never enlarged)."""
-    data = item.read()
+def encode_image(entry: ImageEntry, resize: int, quality: int) -> tuple[str, bytes]:
+    """Return (suffix, bytes) of one image: as stored, or with its shorter edge reduced to `resize`."""
+    data = entry.read()
     try:
         image = open_image(data)
         if resize and min(image.size) > resize:
             scale = resize / min(image.size)
             size = (round(image.width * scale), round(image.height * scale))
-            small = decode_pil(data).resize(size, Image.Resampling.BICUBIC)
             out = io.BytesIO()
-            small.save(out, "JPEG", quality=quality)
+            decode_pil(data).resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
             return "jpg", out.getvalue()
     except SampleError as error:
-        raise UserError(f"{item.path}: {error}; remove or repair it") from error
-    return MEMBER_NAMES.get(image.format or "", (image.format or "").lower()), data
+        raise UserError(f"{entry.path}: {error}; remove or repair it") from error
+    return SUFFIXES.get(image.format or "", (image.format or "").lower()), data
 
 
-def write_shard(task: Task, resize: int, quality: int) -> str:
-    """Write one shard unless it is there already; its SHA-256."""
-    path, samples = task
-    if not path.exists():
-        with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for key, item, label in samples:
-                suffix, data = prepared(item, resize, quality)
-                for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    with open(path, "rb") as file:
-        return sha256(file)
+def write_shard(task: ShardTask, resize: int, quality: int) -> str:
+    """Write one shard unless it exists, and return its SHA-256."""
+    if not task.path.exists():
+        with atomic_write(task.path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for key, entry, label in task.samples:
+                suffix, data = encode_image(entry, resize, quality)
+                tar.write({"__key__": key, suffix: data, "cls": str(label).encode()})
+    return sha256(str(task.path))
 
 
-def sha256(file: IO[bytes]) -> str:
-    """The hexadecimal digest of what is left to read. (`hashlib.file_digest` begins with Python 3.11.)"""
+def sha256(url: str) -> str:
+    """Return the hexadecimal digest of a file. (`hashlib.file_digest` needs Python 3.11.)"""
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open_url(url) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def shard_tasks(name: str, split: Split, args: argparse.Namespace) -> list[Task]:
-    """The split's samples in an order drawn from --seed, cut into shards of about equal length."""
-    order, size = list(split.items), len(split.items)
-    random.Random(f"{args.seed} {name}").shuffle(order)
+def plan_shards(split: str, images: LabeledImages, args: argparse.Namespace) -> list[ShardTask]:
+    """Shuffle the split's samples by --seed and divide them into shards of about equal length."""
+    order, size = list(images.items), len(images.items)
+    random.Random(f"{args.seed} {split}").shuffle(order)
     if args.samples_per_shard:
         bounds = [*range(0, size, args.samples_per_shard), size]
     else:
-        total = sum(item.nbytes for item, _ in order)
+        total = sum(entry.num_bytes for entry, _ in order)
         count = min(size, max(MIN_SHARDS, -(-total // args.shard_bytes)))
         bounds = [i * size // count for i in range(count + 1)]
-    taken: set[str] = set()
-    keyed = [(member_key(item.path, name, taken), item, label) for item, label in order]
+    used: set[str] = set()
+    samples = [(sample_key(entry.path, split, used), entry, label) for entry, label in order]
     digits = max(4, len(str(len(bounds) - 1)))
-    parts = enumerate(pairwise(bounds))
-    return [(args.output / f"{name}-{i:0{digits}d}.tar", keyed[low:high]) for i, (low, high) in parts]
+    ranges = enumerate(pairwise(bounds))
+    return [ShardTask(args.output / f"{split}-{i:0{digits}d}.tar", samples[low:high]) for i, (low, high) in ranges]
 
 
-def digest_of(tasks: dict[str, list[Task]], args: argparse.Namespace) -> str:
-    """What an interrupted conversion must have in common with the one that continues it."""
+def hash_plan(tasks: dict[str, list[ShardTask]], args: argparse.Namespace) -> str:
+    """Return a digest of what an interrupted conversion must have in common with the one that resumes it."""
     digest = hashlib.sha256(f"{args.resize} {args.quality}".encode())
     for path, samples in chain.from_iterable(tasks.values()):
         digest.update(path.name.encode())
-        for key, item, label in samples:
-            digest.update(f"{key} {item.nbytes} {label}".encode("utf-8", "surrogateescape"))
+        for key, entry, label in samples:
+            digest.update(f"{key} {entry.num_bytes} {label}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def may_write(output: Path, splits: dict[str, Split], tasks: dict[str, list[Task]], digest: str) -> dict[str, Any]:
-    """What the directory's `_info.json` says so far, refusing to touch what another conversion made."""
+def check_output(output: Path, names: list[str], tasks: dict[str, list[ShardTask]], digest: str) -> dict[str, Any]:
+    """Return the splits that the directory's `_info.json` lists so far.
+
+    Raises:
+        UserError: the directory has files of another conversion.
+    """
     info_path, unfinished = output / "_info.json", output / "_unfinished.json"
-    info: dict[str, Any] = json.loads(info_path.read_text()) if info_path.is_file() else {}
-    there = sorted(set(splits) & set(info.get("splits", {})))
-    if there:
-        raise UserError(f"{info_path}: has split {', '.join(there)} already; choose another --output or remove it")
-    continued = unfinished.is_file() and unfinished.read_text() == digest
-    if unfinished.is_file() and not continued:
+    info = json.loads(info_path.read_text()) if info_path.is_file() else {}
+    if existing := sorted(set(tasks) & set(info.get("splits", {}))):
+        raise UserError(f"{info_path}: has split {', '.join(existing)} already; choose another --output or remove it")
+    resumes = unfinished.is_file() and unfinished.read_text() == digest
+    if unfinished.is_file() and not resumes:
         what = "another conversion was interrupted here"
         raise UserError(f"{unfinished}: {what}; repeat its command or empty the directory")
-    present = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
-    if present and not continued:
-        raise UserError(f"{output}: {present[0]} exists already; choose another --output")
-    if info and info.get("class_names") != next(iter(splits.values())).class_names:
+    shards = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
+    if shards and not resumes:
+        raise UserError(f"{output}: {shards[0]} exists already; choose another --output")
+    if info and info.get("class_names") != names:
         raise UserError(f"{info_path}: its splits have other classes; choose another --output")
-    return info
+    return info.get("splits", {})
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Find, plan, write in parallel, and only at the end the `_info.json` that makes the set readable."""
+    """Write the shards in parallel, and at the end the `_info.json` that makes the set readable."""
     splits = find_splits(args)
-    tasks = {name: shard_tasks(name, split, args) for name, split in splits.items()}
-    digest = digest_of(tasks, args)
-    written = may_write(args.output, splits, tasks, digest).get("splits", {})
+    class_names = next(iter(splits.values())).class_names
+    tasks = {split: plan_shards(split, images, args) for split, images in splits.items()}
+    digest = hash_plan(tasks, args)
+    entries = check_output(args.output, class_names, tasks, digest)
     args.output.mkdir(parents=True, exist_ok=True)
     write_text(args.output / "_unfinished.json", digest)
-    job = partial(write_shard, resize=args.resize, quality=args.quality)
-    with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 all let other threads run
-        for name, parts in tasks.items():
-            sums = list(progress_bar(name, len(parts), "shard", pool.map(job, parts)))
-            files, lengths = [path.name for path, _ in parts], [len(samples) for _, samples in parts]
-            entry = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
-            written[name] = entry | {"sha256": sums}
-    names = next(iter(splits.values())).class_names
-    info = {"name": args.output.resolve().name, "num_classes": len(names), "class_names": names, "splits": written}
-    write_text(args.output / "_info.json", json.dumps(info, indent=1) + "\n")
+    write = partial(write_shard, resize=args.resize, quality=args.quality)
+    with ThreadPoolExecutor(args.workers) as pool:  # files, Pillow and SHA-256 release the interpreter lock
+        for split, shards in tasks.items():
+            digests = list(progress_bar(split, len(shards), "shard", pool.map(write, shards)))
+            entries[split] = {
+                "name": split,
+                "num_samples": sum(len(task.samples) for task in shards),
+                "filenames": [task.path.name for task in shards],
+                "shard_lengths": [len(task.samples) for task in shards],
+                "sha256": digests,
+            }
+    info = {"name": args.output.resolve().name, "num_classes": len(class_names), "class_names": class_names}
+    write_text(args.output / "_info.json", json.dumps(info | {"splits": entries}, indent=1) + "\n")
     (args.output / "_unfinished.json").unlink()
-    made = [f"{name} {len(split.items)} images in {len(tasks[name])} shards" for name, split in splits.items()]
-    print(f"{args.output}: {', '.join(made)}")
+    summary = [f"{split} {len(images.items)} images in {len(tasks[split])} shards" for split, images in splits.items()]
+    print(f"{args.output}: {', '.join(summary)}")
 
 
-def verify_shard(task: tuple[str, int, str | None, int | None]) -> tuple[int, list[str]]:
-    """(images decoded, faults) of one shard."""
-    url, length, digest, classes = task
-    faults: list[str] = []
-    if digest:
-        with open_url(url) as file:
-            if sha256(file) != digest:
-                faults.append(f"{url}: its SHA-256 is not the one in _info.json")
-    good = 0
+def find_faults(url: str, length: int, digest: str | None, num_classes: int | None) -> list[str]:
+    """Return what is wrong with one shard: its checksum, images that cannot be decoded, labels that are not classes."""
+    faults = [f"{url}: its SHA-256 is not the one in _info.json"] if digest and sha256(url) != digest else []
     try:
-        for _, record in ShardReader(None, None).read(url, length, range(length)):
+        for _, sample in ShardReader(None, None).read(url, length, range(length)):
+            if isinstance(sample, SampleError):
+                faults.append(f"{type(sample).__name__}: {sample}")
+                continue
             try:
-                if isinstance(record, SampleError):
-                    raise record
-                decode_pil(record.image)
-                if not 0 <= record.label < (classes or record.label + 1):
-                    raise SampleError(f"label {record.label} of {classes} classes")
-                good += 1
-            except SampleError as error:
-                where = "" if isinstance(record, SampleError) else f"{record.where}: "
-                faults.append(f"{where}{type(error).__name__}: {error}")
+                check_label(sample.label, num_classes, sample.where)
+                decode_pil(sample.image)
+            except ImageError as error:
+                faults.append(f"{sample.where}: {type(error).__name__}: {error}")
+            except DataError as error:
+                faults.append(f"{type(error).__name__}: {error}")
     except UserError as error:
         faults.append(str(error))
-    return good, faults
+    return faults
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -191,17 +193,14 @@ def verify(args: argparse.Namespace) -> None:
     path = args.output / "_info.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; the conversion is not finished")
-    entries = json.loads(path.read_text())["splits"]
     faults: list[str] = []
     with ThreadPoolExecutor(args.workers) as pool:
-        for name, entry in entries.items():
-            shards = load_split(str(args.output), name)
-            sums = entry.get("sha256") or [None] * len(shards.urls)
-            tasks = [(*each, shards.num_classes) for each in zip(shards.urls, shards.lengths, sums, strict=True)]
-            results = list(progress_bar(name, len(tasks), "shard", pool.map(verify_shard, tasks)))
-            found = [fault for _, some in results for fault in some]
-            good = sum(decoded for decoded, _ in results)
-            print(f"{name}: {good} of {entry['num_samples']} images good, {len(found)} faults")
+        for split, entry in json.loads(path.read_text())["splits"].items():
+            shards = load_split(str(args.output), split)
+            digests = entry.get("sha256") or [None] * len(shards.urls)
+            results = pool.map(find_faults, shards.urls, shards.lengths, digests, repeat(shards.num_classes))
+            found = [fault for some in progress_bar(split, len(digests), "shard", results) for fault in some]
+            print(f"{split}: {entry['num_samples']} images, {len(found)} faults")
             faults += found
     for line in faults[:20]:
         print(line, file=sys.stderr)
@@ -209,34 +208,34 @@ def verify(args: argparse.Namespace) -> None:
         raise UserError(f"{args.output}: {len(faults)} faults, the first: {faults[0]}")
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, number = parser.add_argument, partial(parser.add_argument, type=int)
-    least = f"size of a shard, but {MIN_SHARDS} shards at least (default %(default)s)"
-    add("--source", type=Path, help="directory, plain tar or .npz")
+    add = parser.add_argument
+    add("--source", type=Path, help="directory, uncompressed tar or .npz")
     add("--output", type=Path, required=True, help="directory of the shards")
-    add("--format", choices=FORMATS, default="folder", help="layout of the source (default folder)")
-    add("--split", help="name of the one split in the source")
+    add("--format", choices=FORMATS, default="folder", help="layout of the source (default %(default)s)")
+    add("--split", help="name of the only split in the source")
     add("--val-labels", type=Path, help="labels of ImageNet's flat validation images")
-    number("--samples-per-shard", default=0, help="samples in each shard but the last")
-    number("--shard-bytes", default=SHARD_BYTES, help=least)
-    number("--resize", default=0, help="re-encode images with a longer shorter edge to this")
-    number("--quality", default=95, help="JPEG quality for --resize (default %(default)s)")
-    number("--seed", default=0, help="of the samples' order (default %(default)s)")
-    number("--workers", default=os.cpu_count() or 1, help="threads (default: all cores)")
+    add("--samples-per-shard", type=int, default=0, help="samples in each shard except the last")
+    shard_bytes = f"size of a shard, with at least {MIN_SHARDS} shards (default %(default)s)"
+    add("--shard-bytes", type=int, default=SHARD_BYTES, help=shard_bytes)
+    add("--resize", type=int, default=0, help="re-encode images with a longer shorter edge to this")
+    add("--quality", type=int, default=95, help="JPEG quality for --resize (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the samples' order (default %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
     add("--verify", action="store_true", help="check a finished set instead of writing one")
     args = parser.parse_args(argv)
     if args.samples_per_shard < 0 or args.shard_bytes < 1 or args.workers < 1 or args.resize < 0:
         raise UserError("--samples-per-shard, --resize, --shard-bytes and --workers must be positive")
     if not args.verify and args.source is None:
-        raise UserError("--source is missing: what to pack?")
+        raise UserError("--source is missing: the images to pack")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, convert or verify."""
-    args = arguments(argv)
+    """Pack or verify."""
+    args = parse_args(argv)
     verify(args) if args.verify else convert(args)
 
 

@@ -1,4 +1,13 @@
-"""Data: shards and folders as streams that lose nothing, and the loader that feeds a device from them."""
+"""Streaming is our own reader on top of webdataset's tar and URL parts, because a `wds.WebDataset` pipeline cannot give
+equal batches on every rank, each validation sample exactly once, and a resume at the exact next sample.
+
+- `shards`: opening shards wherever they lie, and reading chosen samples out of one;
+- `sources`: samples by number, for every kind of `--dataset`; `images` finds image files; `classes` decides labels;
+- `stream`: which samples a loader worker reads, in which order;
+- `decode`: from bytes to augmented tensors;
+- `loader`, `in_memory`: batches on the device;
+- `corrupt`: errors in samples, which are counted.
+"""
 
 from samon.data.corrupt import (
     CorruptSampleCounter,

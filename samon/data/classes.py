@@ -1,11 +1,4 @@
-"""Classes and labels: the one place that decides them, for every kind of data set, in training and in evaluation.
-
-- `class_order` sorts class names and files alike on every process.
-- `load_class_map` and `map_labels` apply --class-map to any data set whose classes have names or numbers.
-- `renumbering` says which label a class has among the names that a model was trained on (`Source.renumber`).
-- `check_label` decides whether a label can be used: training skips and counts a `LabelError`, evaluation stops at it.
-- `check_ranks` makes sure that all processes read the same data with the same labels.
-"""
+"""Labels and classes: the rules for every kind of data set, in training and in evaluation."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,13 +12,28 @@ from timm.data.readers.class_map import load_class_map as load_timm_class_map
 from samon.data.corrupt import DataError, LabelError
 from samon.errors import UserError, nearest
 
+LabelMap = Mapping[Any, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
+
 
 def class_order(name: str) -> tuple[list[int | str], str]:
-    """Return timm's natural key, then the name itself: `A` and `a`, `1` and `01` always come in the same order."""
+    """Return timm's natural sort key, then the name itself, so that `A` and `a`, `1` and `01` never tie."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))], name
 
 
-def check_label(label: Any, num_classes: int | None, where: str) -> int:
+def validation_number(name: str) -> int:
+    """Return the 0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG or that key.
+
+    Raises:
+        UserError: another name.
+    """
+    match = re.search(r"ILSVRC2012_val_(\d{8})", name)
+    if match is None or not 1 <= int(match[1]) <= 50_000:
+        names = "ILSVRC2012_val_00000001.JPEG ... 00050000.JPEG"
+        raise UserError(f"{name}: labels of ImageNet's validation images go by their own file names, {names}")
+    return int(match[1]) - 1
+
+
+def check_label(label: object, num_classes: int | None, where: str) -> int:
     """Return a sample's label as an int in [0, num_classes).
 
     Args:
@@ -33,81 +41,82 @@ def check_label(label: Any, num_classes: int | None, where: str) -> int:
         where: names the sample in the message.
 
     Raises:
-        LabelError: no integer, or negative: a fault of this sample.
+        LabelError: not an integer, or negative: this sample is corrupt.
         DataError: `num_classes` or more: the settings do not fit the data.
     """
     if not isinstance(label, (int, np.integer)):
-        raise LabelError(f"{where}: label {label!r:.40} is no integer")
+        raise LabelError(f"{where}: label {label!r:.40} is not an integer")
     if label < 0:
         raise LabelError(f"{where}: label {label} is not in 0..{(num_classes or 1) - 1}")
     if num_classes and label >= num_classes:
-        there = f"there are {num_classes} classes (0..{num_classes - 1})"
-        raise DataError(f"{where}: label {label}, but {there}; raise --num-classes or give --class-map")
+        known = f"there are {num_classes} classes (0..{num_classes - 1})"
+        raise DataError(f"{where}: label {label}, but {known}; raise --num-classes or use --class-map")
     return int(label)
 
 
-def map_label(label_map: Mapping[Any, int] | None, label: Any, where: str) -> Any:
-    """Return what a stored label stands for.
+def map_label(label_map: LabelMap | None, label: object, where: str) -> object:
+    """Return the label that `label_map` has for a stored label.
 
     Raises:
-        LabelError: the map does not have it.
+        LabelError: it has none.
     """
     if label_map is None:
         return label
     try:
         return label_map[label]
-    except (KeyError, TypeError):  # TypeError: a label that is no key at all, such as a list
+    except (KeyError, TypeError):  # TypeError: a label that cannot be a key, such as a list
         raise LabelError(f"{where}: label {label!r:.40} is not in the class map") from None
 
 
-def load_class_map(class_map: str | Mapping[Any, int], root: str) -> dict[Any, int]:
+def load_class_map(class_map: str | LabelMap, root: str) -> dict[Any, int]:
     """Return {class name or stored label: label} of --class-map, a .txt of names (one per line) or a .pkl of a dict.
 
     Raises:
-        UserError: no such file, or one that maps nothing to labels.
+        UserError: no such file, or its content is not a class map.
     """
     try:
-        loaded = dict(load_timm_class_map(class_map, root))
-    except Exception as error:  # bytes that are no pickle can raise anything
+        labels = dict(load_timm_class_map(class_map, root))
+    except Exception as error:  # unpickling arbitrary bytes can raise anything
         raise UserError(f"--class-map {class_map}: {' '.join(str(error).split())}") from None
-    last_line_is_empty = loaded.get("") == len(loaded) - 1
-    if last_line_is_empty:
-        del loaded[""]
-    if str(class_map).endswith(".txt") and set(loaded.values()) != set(range(len(loaded))):
-        raise UserError(f"--class-map {class_map}: a class is named twice; write each on a line of its own")
-    wrong = [name for name, label in loaded.items() if type(label) is not int or label < 0]
-    if wrong or not loaded:
-        raise UserError(f"--class-map {class_map}: no label for {wrong[0]!r}" if wrong else f"{class_map} is empty")
-    return loaded
+    if labels.get("") == len(labels) - 1:  # an empty last line
+        del labels[""]
+    if not labels:
+        raise UserError(f"--class-map {class_map} is empty")
+    if str(class_map).endswith(".txt") and set(labels.values()) != set(range(len(labels))):
+        raise UserError(f"--class-map {class_map}: a class is listed twice; write each on a line of its own")
+    for name, label in labels.items():
+        if type(label) is not int or label < 0:
+            raise UserError(f"--class-map {class_map}: {label!r} of {name!r} is not a label; use integers from 0")
+    return labels
 
 
-def map_labels(
-    class_map: Mapping[Any, int], names: Sequence[str] | None, where: str
+def apply_class_map(
+    class_map: LabelMap, names: Sequence[str] | None, where: str
 ) -> tuple[dict[Any, int], list[str] | None]:
-    """Return ({stored label: label}, class names in the order of the new labels, if each has one).
+    """Return ({stored label: label}, class names in the order of the new labels, None if a label has not one name).
 
     Args:
         class_map: labels by class name or by stored label.
         names: the classes in the order of the stored labels, None if they have no names.
 
     Raises:
-        UserError: the map names classes and the data set has none of these.
+        UserError: the map has class names and the data set has none of these.
     """
-    by_name = not all(isinstance(key, int) for key in class_map)
-    if not by_name:
+    if all(isinstance(key, int) for key in class_map):
         return dict(class_map), None
     if names is None:
-        raise UserError(f"{where}: its classes have no names, --class-map can only number its labels anew (.pkl)")
+        raise UserError(f"{where}: its classes have no names; --class-map must map stored labels (.pkl of integers)")
     label_map = {label: class_map[name] for label, name in enumerate(names) if name in class_map}
     if not label_map:
-        example = next(iter(class_map))
-        raise UserError(f"{where}: --class-map has none of its classes; it says {example!r}, here is {names[0]!r}")
+        raise UserError(
+            f"{where}: --class-map has none of its classes; it lists {next(iter(class_map))!r}, the data {names[0]!r}"
+        )
     ordered = sorted(class_map, key=class_map.__getitem__)
     return label_map, ordered if [class_map[name] for name in ordered] == list(range(len(ordered))) else None
 
 
-def renumbering(names: Sequence[str] | None, trained: Sequence[str], where: str) -> dict[int, int]:
-    """Return {label: its class's label among `trained`}.
+def match_classes(names: Sequence[str] | None, trained: Sequence[str], where: str) -> dict[int, int]:
+    """Return {label: label of the same class among `trained`}.
 
     Args:
         names: the classes of the data in the order of their labels.
@@ -117,44 +126,41 @@ def renumbering(names: Sequence[str] | None, trained: Sequence[str], where: str)
         UserError: a class that was not trained, or classes without names.
     """
     if names is None:
-        raise UserError(f"{where}: its classes have no names, so its labels cannot follow the trained classes")
+        raise UserError(f"{where}: its classes have no names, so they cannot be matched with the trained classes")
     labels = {name: label for label, name in enumerate(trained)}
-    unknown = [name for name in names if name not in labels]
-    if unknown:
+    if unknown := [name for name in names if name not in labels]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        like = nearest(unknown[0], trained)
-        raise UserError(f"{where}: class {unknown[0]!r}{more} is not among the {len(trained)} trained{like}")
+        hint = nearest(unknown[0], trained)
+        raise UserError(f"{where}: class {unknown[0]!r}{more} is not among the {len(trained)} trained{hint}")
     return {label: labels[name] for label, name in enumerate(names)}
 
 
-def unique_names(names: Sequence[Any], num_classes: Any, where: str) -> list[str]:
+def check_names(names: Sequence[object], num_classes: int | None, where: str) -> list[str]:
     """Return class names as text.
 
     Raises:
-        UserError: two classes of one name, or another number of them than `num_classes`.
+        UserError: two classes of one name, or a number of names other than `num_classes`.
     """
     texts = [str(name) for name in names]
     if len(set(texts)) < len(texts):
-        twice = next(name for name in texts if texts.count(name) > 1)
-        raise UserError(f"{where}: two classes are called {twice!r}")
-    if isinstance(num_classes, int) and num_classes != len(texts):
+        raise UserError(f"{where}: two classes are called {next(n for n in texts if texts.count(n) > 1)!r}")
+    if num_classes is not None and num_classes != len(texts):
         raise UserError(f"{where}: {num_classes} classes, but {len(texts)} class_names")
     return texts
 
 
 def check_ranks(names: Sequence[str] | None, num_samples: int, where: str) -> None:
-    """Compare a split's classes and number of samples over all processes; does nothing without a process group.
+    """Check that all processes see the same classes and number of samples; does nothing without a process group.
 
     Raises:
-        UserError: they differ (on all processes).
+        UserError: they differ (raised on all processes).
     """
     if not dist.is_available() or not dist.is_initialized():
         return
     text = "\0".join(names or ()).encode("utf-8", "surrogateescape")
-    mine = (blake2b(text, digest_size=8).hexdigest(), len(names or ()), num_samples)
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, mine)
-    other = next((rank for rank, theirs in enumerate(seen) if theirs != seen[0]), None)
-    if other is not None:
-        counts = [f"process {rank} sees {seen[rank][2]} samples of {seen[rank][1]} classes" for rank in (0, other)]
-        raise UserError(f"{where}: {', '.join(counts)}; the classes or files differ, copy the data set anew")
+    seen: list[tuple[str, int, int]] = [("", 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(seen, (blake2b(text, digest_size=8).hexdigest(), len(names or ()), num_samples))
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            counts = [f"process {r} sees {seen[r][2]} samples of {seen[r][1]} classes" for r in (0, rank)]
+            raise UserError(f"{where}: {', '.join(counts)}; the classes or files differ, copy the data set again")

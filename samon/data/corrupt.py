@@ -1,4 +1,4 @@
-"""What can go wrong while data are read: faulty samples, which are counted, and loader workers that die."""
+"""Errors in the data: corrupt samples, which training skips and counts, and loader workers that die."""
 
 import errno
 import logging
@@ -10,12 +10,12 @@ from samon.errors import RunError, UserError
 
 _logger = logging.getLogger(__name__)
 
-_LOGGED = 5  # faults named in the log, per process and epoch; the rest is only counted
-_SLOTS = 512  # most workers a process can have
+_MAX_LOGGED = 5  # corrupt samples logged per process and epoch; the others are only counted
+_MAX_WORKERS = 512  # per process
 
 
 class DataError(UserError):
-    """The data cannot be used as it is; the message says which file and what to do."""
+    """The data cannot be used as they are; the message names the file and says what to do."""
 
 
 class SampleError(DataError):
@@ -23,11 +23,11 @@ class SampleError(DataError):
 
 
 class ShardError(SampleError):
-    """A shard is damaged: samples that its index promises cannot be read."""
+    """A shard is damaged: samples that its index lists cannot be read."""
 
 
 class ImageError(SampleError):
-    """The bytes are no image that can be decoded."""
+    """The bytes are not an image that can be decoded."""
 
 
 class ImageTooLargeError(ImageError):
@@ -35,7 +35,7 @@ class ImageTooLargeError(ImageError):
 
 
 class LabelError(SampleError):
-    """The label is missing, no integer, or not a class."""
+    """The label is missing, not an integer, or not a class."""
 
 
 class WorkerError(RunError):
@@ -43,16 +43,16 @@ class WorkerError(RunError):
 
 
 def explain_worker_error(error: Exception) -> Exception:
-    """What ended a loader, in one line: without a worker's traceback, and with what to do where a worker was lost."""
+    """Return the error that ended a loader as one line: without the worker's traceback, and with what to do."""
     text = str(error)
     if isinstance(error, UserError):
-        _, _, said = text.strip().rpartition("\n")[2].partition("Error: ")
-        return type(error)(said if said and "Traceback" in text else text)
-    full = "shared memory" in text and "No space left" in text  # PyTorch's words; Python's semaphores have a number
+        _, _, message = text.strip().rpartition("\n")[2].partition("Error: ")
+        return type(error)(message if message and "Traceback" in text else text)
+    full = "shared memory" in text and "No space left" in text  # PyTorch's words; Python's semaphores set errno
     if full or "Bus error" in text or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         size = shutil.disk_usage("/dev/shm").total >> 20
         return WorkerError(
-            f"/dev/shm, {size} MiB, is full: loader workers hand over their batches through it; give it more "
+            f"/dev/shm, {size} MiB, is full: loader workers hand over their batches through it; enlarge it "
             "(docker run --shm-size 8g), or use --workers 0"
         )
     if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
@@ -64,39 +64,42 @@ def explain_worker_error(error: Exception) -> Exception:
 
 
 class CorruptSampleCounter:
-    """Faulty samples of one process, counted over its loader workers in shared memory.
+    """Counts the corrupt samples of one process over its loader workers, in shared memory.
 
-    ``limit`` is the fraction of ``samples`` (this process's samples per epoch) that may be faulty in one epoch.
+    Args:
+        limit: largest fraction of `samples` that may be corrupt in one epoch.
+        samples: samples that this process reads per epoch.
     """
 
     def __init__(self, limit: float, samples: int = 0) -> None:
         if not 0 <= limit <= 1:
-            raise UserError(f"the fraction of bad samples allowed is {limit}; give one between 0 and 1")
+            raise UserError(f"the fraction of corrupt samples allowed is {limit}; it must be between 0 and 1")
         self.limit = limit
         self.samples = samples
-        # One row per worker, so that no two processes write the same number. Columns: in this epoch, ever.
-        self._counts = torch.zeros(_SLOTS, 2, dtype=torch.int64).share_memory_()
+        # One row per worker, so that no two processes write the same number. Columns: this epoch, the whole run.
+        self._counts = torch.zeros(_MAX_WORKERS, 2, dtype=torch.int64).share_memory_()
 
-    def new_epoch(self) -> None:
-        """Start the epoch's count again."""
+    def start_epoch(self) -> None:
+        """Reset the epoch's count."""
         self._counts[:, 0] = 0
 
     @property
     def total(self) -> int:
-        """Faulty samples met so far."""
+        """Corrupt samples of the whole run."""
         return int(self._counts[:, 1].sum())
 
     def add(self, worker: int, error: SampleError) -> None:
-        """Count one faulty sample, name the first few in the log.
+        """Count a corrupt sample, and log it if it is one of the epoch's first.
 
         Raises:
-            DataError: more than the fraction allowed.
+            DataError: the limit is exceeded.
         """
         self._counts[worker] += 1
         count = int(self._counts[:, 0].sum())
-        if count <= _LOGGED:
-            _logger.warning("bad sample skipped: %s: %s", type(error).__name__, error)
+        if count <= _MAX_LOGGED:
+            _logger.warning("corrupt sample skipped: %s: %s", type(error).__name__, error)
         if count > self.limit * self.samples:
-            allowed = f"{self.limit:g} of the {self.samples} that this process reads"
-            last = f"{type(error).__name__}: {error}; repair the data or raise --max-bad-samples"
-            raise DataError(f"{count} bad samples in this epoch, more than {allowed}; last: {last}")
+            raise DataError(
+                f"{count} corrupt samples in this epoch, more than {self.limit:g} of the {self.samples} that this "
+                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise --max-bad-samples"
+            )

@@ -1,10 +1,10 @@
-"""The whole data set resident on the device, augmented there in batches (`--data-resident`).
+"""Data sets kept in the device's memory and augmented there in batches (`--data-resident`).
 
-For sets that fit (CIFAR: 150 MB): no worker processes, no copies, nothing to wait for. Same interface as the other
-loaders: len, set_epoch(epoch, samples_consumed), (input, target) on the device, normalised. Every rank holds the
-whole set and takes its part of each global batch."""
+For sets that fit (CIFAR: 150 MB): no worker processes, no copies, no waiting. Every rank keeps the whole set and takes
+its part of each global batch. The random numbers of an epoch are drawn at once on the CPU from (seed, epoch), by sample
+index, so a sample's augmentation depends on neither its batch nor the device, the processes or a restart."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -12,19 +12,88 @@ import numpy as np
 import timm.data
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+
+# Private in torchvision: what its AutoAugment does to one image, here to a batch. AutoAugment itself, called with one
+# operation at a time, takes 1.4 times as long on a CPU.
+from torchvision.transforms.autoaugment import _apply_op
 
 from samon.data.classes import check_label
-from samon.data.loader import Augment
+from samon.data.decode import Transform
+from samon.data.loader import GRAY, pad_pixels
 from samon.data.sources import PairSource
 from samon.data.stream import SampleStream
-from samon.errors import UserError, refuse
+from samon.errors import UserError
+
+
+@dataclass
+class AugmentDraws:
+    """One epoch's random numbers; the first axis is the sample index of the whole data set."""
+
+    order: Tensor  # [N] permutation
+    corner: Tensor  # [N, 2] top and left corner of the crop in the padded image
+    flip: Tensor  # [N] bool
+    policy: Tensor  # [N] AutoAugment sub-policy
+    chance: Tensor  # [N, 2] uniform numbers that decide whether each operation is applied
+    negative: Tensor  # [N, 2] bool, direction of signed operations
+
+
+class Augment:
+    """Pad-and-crop, flip and AutoAugment of uint8 batches [B, C, H, W], all on the batch's device."""
+
+    def __init__(self, size: tuple[int, int], hflip: float = 0.5, policy: bool = False) -> None:
+        self.size, self.hflip, self.pad = size, hflip, pad_pixels(min(size))
+        self.auto = AutoAugment(AutoAugmentPolicy.CIFAR10) if policy else None
+
+    def draw(self, count: int, seed: int, epoch: int) -> AugmentDraws:
+        """Draw an epoch's random numbers for `count` samples."""
+        g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return AugmentDraws(
+            order=torch.randperm(count, generator=g),
+            corner=torch.randint(2 * self.pad + 1, (count, 2), generator=g),
+            flip=torch.rand(count, generator=g) < self.hflip,
+            policy=torch.randint(25, (count,), generator=g),
+            chance=torch.rand(count, 2, generator=g),
+            negative=torch.randint(2, (count, 2), generator=g).bool(),
+        )
+
+    def __call__(self, images: Tensor, index: Tensor, draws: AugmentDraws) -> Tensor:
+        """Return the augmented uint8 [B, C, H, W] of the samples `index` [B] (on the CPU)."""
+        device, (height, width) = images.device, self.size
+        corner = draws.corner[index].to(device, non_blocking=True)
+        flip = draws.flip[index].to(device, non_blocking=True)
+        windows = F.pad(images, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, by corner
+        batch = torch.arange(len(images), device=device)
+        images = windows[batch, :, corner[:, 0], corner[:, 1]].contiguous()
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.auto is not None:
+            for step in (0, 1):
+                self._apply_policies(self.auto, images, step, index, draws)
+        return images
+
+    def _apply_policies(self, auto: AutoAugment, images: Tensor, step: int, index: Tensor, draws: AugmentDraws) -> None:
+        """Apply each sample's operation number `step` in place, one call per operation, strength and direction."""
+        space = auto._augmentation_space(10, self.size)
+        groups: dict[tuple[str, float], list[int]] = {}
+        numbers = (draws.policy[index], draws.chance[index, step], draws.negative[index, step])
+        for row, (policy, chance, negative) in enumerate(zip(*(n.tolist() for n in numbers), strict=True)):
+            name, probability, level = auto.policies[policy][step]
+            if chance <= probability:
+                magnitudes, signed = space[name]
+                magnitude = float(magnitudes[level]) if level is not None else 0.0
+                groups.setdefault((name, -magnitude if signed and negative else magnitude), []).append(row)
+        fill = [float(GRAY)] * images.shape[1]
+        for (name, magnitude), rows in groups.items():
+            where = torch.tensor(rows, device=images.device)
+            images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
 
 
 @dataclass(eq=False)
 class InMemoryLoader:
-    """Batches of a data set held as uint8 [N, C, H, W] and labels [N] on the device."""
+    """Normalized batches (input, target) of a data set kept as uint8 [N, C, H, W] and labels [N] on the device."""
 
     images: Tensor
     labels: Tensor
@@ -52,13 +121,13 @@ class InMemoryLoader:
         self.shift, self.scale = torch.tensor(pixels, device=self.images.device).view(2, 1, -1, 1, 1)
 
     def __len__(self) -> int:
-        """Batches of this process in a full epoch; a last incomplete global batch is left out in training."""
+        """Batches of this rank in a whole epoch; training leaves out a last incomplete global batch."""
         if self.is_training:
             return self.num_samples // (self.batch_size * self.world_size)
         return -(-len(range(self.rank, self.num_samples, self.world_size)) // self.batch_size)
 
     def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None:
-        """Which epoch the next iteration is, and how many of its samples, over all ranks, are behind it."""
+        """Set the epoch of the next iteration, and how many of its samples (over all ranks) to skip."""
         self.epoch, self.samples_consumed = epoch, samples_consumed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,35 +148,34 @@ class InMemoryLoader:
             yield images.to(self.img_dtype).sub_(self.shift).div_(self.scale), self.labels[where]
 
 
-def read_all(stream: SampleStream, size: tuple[int, int, int], transform: Callable[[Any], Any] | None) -> Any:
-    """Every sample of a one-rank evaluation stream: uint8 [N, C, H, W] and labels [N], on the CPU.
+def _read_all(stream: SampleStream, size: tuple[int, int, int], transform: Transform | None) -> tuple[Tensor, Tensor]:
+    """Return every sample of an evaluation stream of one rank: uint8 [N, C, H, W] and labels [N], on the CPU.
 
     Args:
-        size: channels, height and width that all images end up with.
-        transform: PIL image -> uint8 [C, H, W]; None resizes to `size` and no more.
+        size: channels, height and width of all images.
+        transform: PIL image -> uint8 [C, H, W]; None only resizes to `size`.
     """
     channels, height, width = size
     source = stream.source
-    # torchvision's CIFAR and our npz: no need to go through PIL
     arrays = source.arrays() if isinstance(source, PairSource) and source.label_map is None else None
     if transform is None and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
         pixels, labels = (array[: stream.size] for array in arrays)
         for label in np.unique(labels):
             check_label(label, stream.num_classes, source.location)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.int64)
-
-    resizing: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
-    stream.transform = transform or timm.data.create_transform(size, use_prefetcher=True, **resizing)
+    stream.transform = transform or timm.data.create_transform(
+        size, use_prefetcher=True, interpolation="bicubic", crop_pct=1.0, crop_mode="squash"
+    )
     stream.set_loader_cfg(0)
     images, targets = torch.empty((stream.size, *size), dtype=torch.uint8), torch.empty(stream.size, dtype=torch.int64)
     for i, (image, label) in enumerate(stream):
-        images[i], targets[i] = image, int(label)
+        images[i], targets[i] = torch.as_tensor(image), label
     return images, targets
 
 
 def create_in_memory_loader(
     dataset: SampleStream,
-    input_size: tuple[int, int, int],
+    input_size: Sequence[int],
     batch_size: int,
     is_training: bool = False,
     *,
@@ -122,49 +190,59 @@ def create_in_memory_loader(
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
     crop_mode: str | None = None,
-    **rest: Any,
+    **others: Any,
 ) -> InMemoryLoader:
-    """`samon.data.create_loader` for `--data-resident`: the same arguments, of which it takes what it can do.
+    """Return the loader for `--data-resident`; the arguments are those of `samon.data.create_loader`.
 
     Args:
         dataset: an evaluation stream with rank 0 of 1: every rank reads the whole set.
 
     Raises:
-        UserError: an augmentation that is made image by image, or images of mixed sizes that cannot be one array.
+        UserError: an augmentation that works image by image.
     """
-    size = (int(input_size[0]), int(input_size[1]), int(input_size[2]))
-    device = torch.device(device)
+    channels, height, width = input_size
+    size = (channels, height, width)
     augment = transform = None
     if is_training:
-        check_augmentation(train_crop_mode, no_aug, auto_augment, rest)
-        augment = None if no_aug else Augment(size[1:], hflip, policy=auto_augment == "cifar10")
+        _check_augmentation(train_crop_mode, no_aug, auto_augment, others)
+        augment = None if no_aug else Augment((height, width), hflip, policy=auto_augment == "cifar10")
     elif (crop_pct or 1.0) != 1.0 or crop_mode not in (None, "center"):
-        crop: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
-        transform = timm.data.create_transform(size, use_prefetcher=True, **crop)
-    images, labels = read_all(dataset, size, transform)
-    grouped = dist.is_available() and dist.is_initialized()
-    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if grouped else {}
-    look: dict[str, Any] = {"mean": mean, "std": std, "augment": augment, "img_dtype": img_dtype, **ranks}
-    images, labels = images.to(device), labels.to(device)
-    return InMemoryLoader(images, labels, batch_size, is_training=is_training, seed=dataset.seed, **look)
+        transform = timm.data.create_transform(
+            size, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
+        )
+    images, labels = _read_all(dataset, size, transform)
+    distributed = dist.is_available() and dist.is_initialized()
+    return InMemoryLoader(
+        images.to(device),
+        labels.to(device),
+        batch_size,
+        is_training=is_training,
+        mean=mean,
+        std=std,
+        augment=augment,
+        seed=dataset.seed,
+        rank=dist.get_rank() if distributed else 0,
+        world_size=dist.get_world_size() if distributed else 1,
+        img_dtype=img_dtype,
+    )
 
 
-# What is done image by image on the CPU and has no counterpart on the device: argument and flag.
-_BY_IMAGE = {"vflip": "vflip", "color_jitter": "color-jitter", "grayscale_prob": "grayscale-prob", "re_prob": "reprob"}
-_BY_IMAGE |= {"gaussian_blur_prob": "gaussian-blur-prob", "num_aug_splits": "aug-splits"}
-_BY_IMAGE |= {"num_aug_repeats": "aug-repeats", "size_schedule": "train-img-sizes"}
+# Augmentation that works image by image on the CPU only: arguments of `create_loader`, and their flags if different.
+_PER_IMAGE: tuple[str, ...] = ("vflip", "color_jitter", "grayscale_prob", "gaussian_blur_prob")
+_PER_IMAGE += ("re_prob", "num_aug_splits", "num_aug_repeats", "size_schedule")
+_FLAGS = {"re_prob": "reprob", "size_schedule": "train-img-sizes"}
 
 
-def check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, rest: dict[str, Any]) -> None:
-    """Say which flag asks for what cannot be done on the device."""
-    mistakes = {
-        "--data-resident needs --train-crop-mode pad (or --no-aug)": crop_mode != "pad" and not no_aug,
-        f"--data-resident does not go with --aa {policy}; use --aa cifar10 or none": policy
-        not in (None, "", "cifar10"),
-        "--data-resident: mix on the device instead, with --no-prefetcher": rest.get("collate_fn") is not None,
-    }
-    for key, flag in _BY_IMAGE.items():
+def _check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, others: dict[str, Any]) -> None:
+    """Raise a UserError that names the flag of an augmentation that cannot be done on the device."""
+    if crop_mode != "pad" and not no_aug:
+        raise UserError("--data-resident needs --train-crop-mode pad (or --no-aug)")
+    if policy not in (None, "", "cifar10"):
+        raise UserError(f"--data-resident cannot be combined with --aa {policy}; use --aa cifar10 or none")
+    if others.get("collate_fn") is not None:
+        raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
+    for key in _PER_IMAGE:
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
-        message = f"--data-resident does not go with --{flag}; leave it out or set it to 0"
-        mistakes[message] = bool(rest.get(key)) and not no_aug and not jitter_is_off
-    refuse(mistakes)
+        if others.get(key) and not no_aug and not jitter_is_off:
+            flag = _FLAGS.get(key, key.removeprefix("num_").replace("_", "-"))
+            raise UserError(f"--data-resident cannot be combined with --{flag}; leave it out or set it to 0")

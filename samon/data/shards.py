@@ -1,4 +1,4 @@
-"""WebDataset shards: which there are and how long (`_info.json`), and reading chosen samples out of one."""
+"""WebDataset shards: opening them wherever they lie, what `_info.json` says about them, and reading chosen samples."""
 
 import atexit
 import fcntl
@@ -12,9 +12,8 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from itertools import groupby
 from operator import itemgetter
@@ -22,99 +21,167 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
+from PIL import Image
+from webdataset.cache import FileCache, LRUCleanup
 from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 from webdataset.tariterators import base_plus_ext
 
-from samon.data.classes import map_label, unique_names
+from samon.data.classes import LabelMap, check_names, map_label
 from samon.data.corrupt import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
 from samon.data.decode import IMAGE_KEYS
-from samon.errors import UserError
-from samon.files import atomic_write
+from samon.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # tries per shard; between them 1, 2, 4 and 8 seconds
+MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
+MAX_ATTEMPTS = 5  # per shard; the waits between them are 1, 2, 4 and 8 seconds
+_INFO_NAMES = ("_info.json", "info.json")
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
 _SHELL = frozenset({"pipe"})
-# webdataset fetches these by running curl, gsutil or ais with the URL as ONE argument, no shell in between; the
-# argument starts with the scheme, so it cannot be taken for an option either.
+# webdataset fetches these by running curl, gsutil or ais with the URL as ONE argument and no shell; the argument
+# starts with the scheme, so it cannot be taken for an option either.
 _REMOTE = frozenset(gopen_schemes) - _SHELL - {"__default__"}
 
 
-def scheme(url: str) -> str:
-    """The URL's scheme if it is one that can be opened; '' for a local path."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
-    name = found[1].lower() if found else ""
-    if name in _SHELL | _REMOTE or name == "file":
-        return name
-    if found and url[found.end() :].startswith("//"):
+class RawSample(NamedTuple):
+    """One sample as stored, not decoded."""
+
+    where: str  # shard and key, or file, for messages
+    image: bytes | Image.Image  # a PIL image if the data set holds no encoded ones
+    label: Any  # an integer unless the data set is wrong
+
+
+SampleOrError = RawSample | SampleError
+
+
+def split_synonyms(name: str) -> tuple[str, ...]:
+    """Return the names by which timm also looks for a split, its own included; () if it has no others."""
+    return next((group for group in _SYNONYMS if name in group), ())
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a relative path contains a hidden name or the folder that macOS adds to archives."""
+    parts = path.split("/")
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------------
+
+
+def url_scheme(url: str) -> str:
+    """Return the URL's scheme, '' for a local path.
+
+    Raises:
+        UserError: a scheme that webdataset cannot open.
+    """
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    scheme = match[1].lower() if match else ""
+    if scheme in _SHELL | _REMOTE or scheme == "file":
+        return scheme
+    if match and url[match.end() :].startswith("//"):
         known = ", ".join(sorted(_REMOTE))
-        raise UserError(f"{url}: no way to open {name}:// URLs; use a local path or one of {known}")
+        raise UserError(f"{url}: {scheme}:// URLs cannot be opened; use a local path or one of {known}")
     return ""
 
 
-def checked_url(url: str, allow_shell: bool = False) -> str:
-    """The URL as it will be opened: rewritten as the environment asks, local paths made absolute.
+def resolve_url(url: str, allow_shell: bool = False) -> str:
+    """Return the URL as it will be opened: rewritten as GOPEN_REWRITE says, local paths made absolute.
 
     Raises:
-        UserError: it would run a shell command and that is not allowed, or nothing can open it.
+        UserError: it would run a shell command and that is not allowed, or it cannot be opened.
     """
     url = rewrite_url(url)
-    kind = scheme(url)
-    if kind in _SHELL and not allow_shell:
-        raise UserError(f"{url}: runs a shell command; if you trust where it comes from, add --allow-shell-urls")
-    if kind == "file":
+    scheme = url_scheme(url)
+    if scheme in _SHELL and not allow_shell:
+        raise UserError(f"{url}: runs a shell command; if you trust its source, add --allow-shell-urls")
+    if scheme == "file":
         return os.path.abspath(re.sub("^file:(//)?", "", url))
-    return url if kind else os.path.abspath(url)
+    return url if scheme else os.path.abspath(url)
 
 
-def join(root: str, name: str, allow_shell: bool = False) -> str:
-    """A file beside others under a root that is a directory or a URL; a name that is a URL stays as it is."""
-    if scheme(name):
-        return checked_url(name, allow_shell)
-    return checked_url(f"{root.rstrip('/')}/{name}" if scheme(root) else os.path.join(root, name), allow_shell)
+def join_url(root: str, name: str, allow_shell: bool = False) -> str:
+    """Return the resolved URL of a file below a directory or URL; a name that is a URL itself ignores `root`."""
+    if not url_scheme(name):
+        name = f"{root.rstrip('/')}/{name}" if url_scheme(root) else os.path.join(root, name)
+    return resolve_url(name, allow_shell)
 
 
 def is_local(url: str) -> bool:
-    """Whether a checked URL is a file on this machine."""
-    return not scheme(url)
+    """Whether a resolved URL is a file on this machine."""
+    return not url_scheme(url)
 
 
 def open_url(url: str) -> BinaryIO:
-    """Open a checked URL for reading."""
+    """Open a resolved URL for reading."""
     return open(url, "rb") if is_local(url) else gopen(url)
 
 
-def attempts(url: str, faults: list[Any]) -> Iterator[int]:
-    """0, 1, ...: one attempt at a local file; `ATTEMPTS` at a remote one, with waits between them that double.
+def iterate_attempts(url: str, failures: list[str]) -> Iterator[int]:
+    """Yield attempt numbers: one for a local file, `MAX_ATTEMPTS` for a remote one, with waits that double.
 
-    The caller appends to ``faults`` why an attempt failed; the last one is logged before the next attempt.
+    The caller appends the reason of each failed attempt to `failures`.
     """
-    for attempt in range(1 if is_local(url) else ATTEMPTS):
+    for attempt in range(1 if is_local(url) else MAX_ATTEMPTS):
         if attempt:
             wait = 2 ** (attempt - 1)
-            _logger.warning("%s: %s; trying again in %d s", url, faults[-1], wait)
+            _logger.warning("%s: %s; next attempt in %d s", url, failures[-1], wait)
             time.sleep(wait)
         yield attempt
 
 
-def read_url(url: str, limit: int) -> bytes:
-    """The first ``limit`` bytes of a checked URL, tried as often as `attempts` says.
+@cache
+def temporary_directory() -> str:
+    """Return a directory for copies that this process and its workers share; removed when the process ends."""
+    path = tempfile.mkdtemp(prefix="samon-shards-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)  # not run by workers
+    return path
 
-    Raises:
-        DataError: the last attempt failed too.
+
+class ShardCache:
+    """Local copies of remote shards, shared by processes: webdataset's cache with a lock per shard and a strict size.
+
+    The least recently opened copies are removed. Removing a copy that a process is reading leaves it readable there.
     """
-    faults: list[Exception] = []
-    for _ in attempts(url, faults):
-        try:
-            with open_url(url) as file:
-                return file.read(limit)
-        except (OSError, EOFError) as error:
-            faults.append(error)
-    raise DataError(f"{url}: {faults[-1]}" + f", {len(faults)} attempts" * (len(faults) > 1)) from faults[-1]
+
+    def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
+        self.directory, self.max_bytes = Path(directory), max_bytes
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._files = FileCache(str(directory), url_to_name=lambda url: self.path(url).name, validator=None)
+        self._cleaner = LRUCleanup(str(directory), max_bytes, interval=None)  # goes by ctime, which utime sets
+
+    def path(self, url: str) -> Path:
+        """Return the path of the copy, a different one for each URL."""
+        tail = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])[-80:]
+        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
+
+    def open(self, url: str) -> BinaryIO:
+        """Open the copy, fetching it first if necessary.
+
+        Raises:
+            DataError: the shard is larger than the cache.
+        """
+        path = self.path(url)
+        with _lock(path.with_name(f"{path.name}.lock")):
+            is_new = not path.exists()
+            # A failed command raises when its stream is closed, so an incomplete copy never gets its final name.
+            self._files.get_file(url)
+            if (size := path.stat().st_size) > self.max_bytes:
+                path.unlink()
+                limit = f"the shard cache of {self.max_bytes} bytes; raise --shard-cache-size"
+                raise DataError(f"{url}: its {size} bytes do not fit {limit}")
+            file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+            os.utime(path)
+        if is_new:
+            self._cleaner.cleanup()
+        return file
+
+    def remove(self, url: str) -> None:
+        """Remove a copy that proved to be damaged."""
+        self.path(url).unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """Hold a lock file that other processes wait for; it is removed afterwards."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -124,107 +191,12 @@ def _locked(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-@cache
-def temporary_directory() -> str:
-    """A directory for copies that this process and its workers share, removed when it ends."""
-    path = tempfile.mkdtemp(prefix="samon-shards-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)  # not run by workers
-    return path
-
-
-class ShardCache:
-    """Local copies of remote shards in one directory, the least recently used removed to keep under ``max_bytes``.
-
-    Processes may share the directory: copies appear under their final name only when complete, and removing one
-    that another process has open leaves it readable there.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
-        self.directory = Path(directory)
-        self.max_bytes = max_bytes
-        self.directory.mkdir(parents=True, exist_ok=True)
-
-    def path(self, url: str) -> Path:
-        """The file that caches ``url``; two URLs with the same last part do not meet."""
-        tail = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])[-80:]
-        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
-
-    def open(self, url: str) -> BinaryIO:
-        """Open the copy, fetching it first if need be."""
-        path = self.path(url)
-        if (copy := self._copy(path)) is not None:
-            return copy
-        with _locked(path.with_name(f"{path.name}.lock")):
-            if (copy := self._copy(path)) is not None:  # another process fetched it meanwhile
-                return copy
-            with atomic_write(path) as target:
-                # gopen's close() raises when the command that fetched failed, so an incomplete copy is never kept.
-                with open_url(url) as source:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                self._make_room(target.tell())
-                return open(target.name, "rb")  # stays readable should another process remove the file at once
-
-    def _copy(self, path: Path) -> BinaryIO | None:
-        with suppress(FileNotFoundError):
-            os.utime(path)  # last use, which the removal goes by
-            return open(path, "rb")
-        return None
-
-    def forget(self, url: str) -> None:
-        """Remove a copy that turned out to be damaged."""
-        self.path(url).unlink(missing_ok=True)
-
-    def _make_room(self, size: int) -> None:
-        if size > self.max_bytes:
-            limit = f"the shard cache of {self.max_bytes} bytes; raise --shard-cache-size"
-            raise UserError(f"a shard of {size} bytes does not fit {limit}")
-        entries = []
-        for path in self.directory.iterdir():
-            with suppress(FileNotFoundError):  # another process was quicker
-                status = path.stat()
-                # A part is being written by someone, unless it was left behind long ago.
-                if path.suffix not in (".part", ".lock") or time.time() - status.st_mtime > 3600:
-                    entries.append((status.st_mtime_ns, status.st_size, path))
-        used = sum(entry[1] for entry in entries)
-        for _, entry_size, path in sorted(entries):
-            if used + size <= self.max_bytes:
-                return
-            path.unlink(missing_ok=True)
-            used -= entry_size
-
-
-_logger = logging.getLogger(__name__)
-
-MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
-_INFO_NAMES = ("_info.json", "info.json")
-_TOOL = "samon-shards"
-
-
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a relative path leads through a hidden name or the folder that macOS adds to archives."""
-    parts = path.split("/")
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
-
-
-def synonyms(name: str) -> tuple[str, ...]:
-    """Return the names by which timm also looks for a split, its own included; () if it has no others."""
-    return next((group for group in _SYNONYMS if name in group), ())
-
-
-class RawSample(NamedTuple):
-    """One sample as it lies in its shard or file, nothing decoded."""
-
-    where: str  # shard and key, for messages
-    image: Any  # bytes; a PIL image where a data set has no files
-    label: Any
+# --- _info.json -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A split: its shards' URLs, how many samples each holds, and the classes if they are written down."""
+    """A split: the URLs of its shards, their numbers of samples, and the classes if `_info.json` lists them."""
 
     urls: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -234,32 +206,39 @@ class ShardSet:
 
 
 def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
-    """The first info file there is and its content; an empty one when there is none in a local directory."""
-    tried = [join(root, name, allow_shell) for name in _INFO_NAMES]
-    for url in tried:
-        if is_local(url) and not os.path.isfile(url):
-            continue
-        content = read_url(url, MAX_BYTES)
+    """Return the URL and content of the info file; an empty content if a local directory has none."""
+    urls = [join_url(root, name, allow_shell) for name in _INFO_NAMES]
+    url = next((url for url in urls if not is_local(url) or os.path.isfile(url)), None)
+    if url is None:
+        return urls[0], {}
+    failures: list[str] = []
+    for _ in iterate_attempts(url, failures):
         try:
-            info = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{url}: not JSON: {error}") from error
-        if not isinstance(info, dict):
-            raise UserError(f"{url}: holds no JSON object; write it with {_TOOL}")
-        return url, info
-    return tried[0], {}
+            with open_url(url) as file:
+                content = file.read(MAX_BYTES)
+            break
+        except (OSError, EOFError) as error:
+            failures.append(str(error))
+    else:
+        raise DataError(f"{url}: {failures[-1]}" + f", {len(failures)} attempts" * (len(failures) > 1))
+    try:
+        info = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{url}: not JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise UserError(f"{url}: not a JSON object; write it with samon-shards")
+    return url, info
 
 
-def _split_entry(where: str, split: str, entry: Any) -> tuple[list[str], list[int]]:
-    """File names and lengths of one split of an info file, checked against each other."""
+def _check_split(where: str, split: str, entry: object) -> tuple[list[str], list[int]]:
+    """Return file names and lengths of one split of an info file."""
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: split {split} is no object")
-    names, lengths = entry.get("filenames"), entry.get("shard_lengths")
+        raise UserError(f"{where}: split {split} is not an object")
+    names, lengths, total = (entry.get(key) for key in ("filenames", "shard_lengths", "num_samples"))
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         raise UserError(f"{where}: split {split} has no list of filenames")
     if not (isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)):
         raise UserError(f"{where}: split {split} has no list of shard_lengths (integers)")
-    total = entry.get("num_samples")
     if len(names) != len(lengths) or total != sum(lengths):
         counts = f"{len(names)} filenames, {len(lengths)} shard_lengths that add up to {sum(lengths)}"
         raise UserError(f"{where}: split {split} contradicts itself: {counts}, num_samples {total}; write it again")
@@ -267,10 +246,9 @@ def _split_entry(where: str, split: str, entry: Any) -> tuple[list[str], list[in
 
 
 def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
-    """Find a split's shards: by name in the info file under ``root``, or as a brace pattern (`a-{00..15}.tar|5000`).
+    """Find a split's shards: by its name in the info file of `root`, or by a brace pattern (`a-{00..15}.tar|5000`).
 
-    A pattern's lengths come from the info file too if it lists those files; local shards that it does not list are
-    counted by reading their headers.
+    The info file also gives the lengths of a pattern's files; local shards that it does not list are counted.
 
     Raises:
         UserError: no such split or file, or an info file that contradicts itself.
@@ -278,57 +256,65 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     where, info = _load_info(root, allow_shell)
     splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
-    split = next((name for name in (split, *synonyms(split)) if name in splits), split)
+    split = next((name for name in (split, *split_synonyms(split)) if name in splits), split)
+    expected = ""
     if split in splits:
-        names, lengths = _split_entry(where, split, splits[split])
+        names, lengths = _check_split(where, split, splits[split])
     elif ".tar" in split or ".." in split:
-        names = [name for part in split.split("|")[0].split("::") for name in braceexpand(part)]
-        entries = [_split_entry(where, other, entry) for other, entry in splits.items()]
+        pattern, _, expected = split.partition("|")
+        names = [name for part in pattern.split("::") for name in braceexpand(part)]
+        entries = [_check_split(where, other, entry) for other, entry in splits.items()]
         known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
         lengths = [known.get(name, -1) for name in names]
     elif splits:
-        near = [f"; did you mean {name!r}?" for name in get_close_matches(split, list(splits), 1)]
-        raise UserError(f"{where}: no split {split!r}{''.join(near) or ';'} it has {', '.join(sorted(splits))}")
+        raise UserError(f"{where}: no split {split!r}{nearest(split, splits)}; it has {', '.join(sorted(splits))}")
     else:
-        what = f"write it with {_TOOL}, or name the shards instead of split {split!r}, like"
-        raise UserError(f'{where}: not found or without splits; {what} "train-{{0000..0127}}.tar"')
-    paths = [join(root, name, allow_shell) for name in names]
-    missing = [path for path in paths if is_local(path) and not os.path.isfile(path)]
-    if missing:
-        raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} are missing)")
-    lengths = [_count(path) if n < 0 else n for path, n in zip(paths, lengths, strict=True)]
-    expected = split.partition("|")[2] if split not in splits else ""
+        raise UserError(
+            f"{where}: not found or without splits; write it with samon-shards, or name the shards instead of split "
+            f'{split!r}, like "train-{{0000..0127}}.tar"'
+        )
+    urls = [join_url(root, name, allow_shell) for name in names]
+    if missing := [url for url in urls if is_local(url) and not os.path.isfile(url)]:
+        raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} are missing)")
+    lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    classes, class_names = info.get("num_classes"), info.get("class_names")
-    classes = classes if isinstance(classes, int) else None
-    class_names = unique_names(class_names, classes, where) if isinstance(class_names, list) else None
-    classes = len(class_names) if class_names else classes
+    num_classes = info["num_classes"] if isinstance(info.get("num_classes"), int) else None
+    class_names = None
+    if isinstance(info.get("class_names"), list):
+        class_names = check_names(info["class_names"], num_classes, where)
+        num_classes = len(class_names) or None
     label_key = str(splits[split].get("alt_label", "")) if split in splits else ""
-    return ShardSet(tuple(paths), tuple(lengths), classes, class_names, label_key)
+    return ShardSet(tuple(urls), tuple(lengths), num_classes, class_names, label_key)
 
 
-def _count(path: str) -> int:
-    if not is_local(path):
-        raise UserError(f"{path}: its number of samples is not known; list it in _info.json beside it")
-    _logger.info("counting the samples of %s", path)
-    with open_url(path) as file:
-        return sum(1 for _ in members_by_key(file, path, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
+def _count_samples(url: str) -> int:
+    if not is_local(url):
+        raise UserError(f"{url}: its number of samples is unknown; list it in _info.json beside it")
+    _logger.info("counting the samples of %s", url)
+    with open_url(url) as file:
+        return sum(1 for _ in read_members(file, url, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
 
 
-def members_by_key(
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def read_members(
     file: BinaryIO, url: str, wanted: range | frozenset[int], suffixes: frozenset[str]
 ) -> Iterator[tuple[str, dict[str, bytes | SampleError]]]:
-    """Each sample of a tar: its key, and for those whose position is wanted its members by suffix.
+    """Yield each sample of a tar: its key, and its members by suffix if its position is in `wanted`.
 
     A sample is a run of members with one key (webdataset's rule: the name up to the first dot). Other samples are
-    passed over unread, which webdataset's own iterator cannot do. Names are never used as paths, links and devices
-    are ignored, and no more than `MAX_BYTES` of a member is read.
+    skipped unread, which webdataset's own iterator cannot do. Names are never used as paths, links and devices are
+    ignored, and at most `MAX_BYTES` of a member are read.
+
+    Raises:
+        DataError: a sample that webdataset's rule would lose.
     """
     seekable = getattr(file, "seekable", lambda: False)()
     with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:
         position = 0
-        for key, members in groupby(_members(tar, suffixes), itemgetter(0)):
+        for key, members in groupby(_iterate_members(tar, suffixes), itemgetter(0)):
             fields: dict[str, bytes | SampleError] = {}
             dotted, is_sample = [], False
             for _, suffix, member in members:
@@ -345,19 +331,19 @@ def members_by_key(
                 else:
                     data = tar.extractfile(member)
                     fields[suffix] = b"" if data is None else data.read()
-            # `a.seg.png` beside a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a sample that got lost.
+            # `a.seg.png` beside a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a lost sample.
             if lost := [name for name in dotted if not is_sample or name.endswith(".cls")]:
-                rename = "a sample's name ends at its first dot; rename it, or pack the set by samon-shards"
-                raise DataError(f"{url} {lost[0]}: {rename}")
+                do = "a sample's name ends at its first dot; rename it, or pack the data with samon-shards"
+                raise DataError(f"{url} {lost[0]}: {do}")
             if is_sample:
                 yield key, fields
                 position += 1
 
 
-def _members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, suffix and header of each file whose name ends in one of ``suffixes``, also after a suffix with dots."""
+def _iterate_members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, suffix and header of each file whose name ends in one of `suffixes`, possibly after other suffixes."""
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header in memory
         key, suffix = base_plus_ext(member.name)
         suffix = (suffix or "").lower()
         hidden = is_hidden(member.name) or re.match("__[^/]*__(/|$)", member.name)
@@ -366,82 +352,88 @@ def _members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[s
 
 
 class ShardReader:
-    """Reads chosen samples of shards, with retries for remote ones and a local cache if asked."""
+    """Reads chosen samples of shards, with retries for remote ones and a local cache if given.
+
+    Args:
+        image_keys: suffixes of images, separated by semicolons (default `IMAGE_KEYS`).
+        label_key: field of the .json member that holds the label (default: the .cls member is the label).
+    """
 
     def __init__(self, image_keys: str | None, label_key: str | None, cache: ShardCache | None = None) -> None:
         self.image_keys = (image_keys or IMAGE_KEYS).lower().split(";")
         if label_key and "," in label_key:
-            raise UserError(f"--target-key {label_key}: several fields at once are not supported; name one")
+            raise UserError(f"--target-key {label_key}: several fields are not supported; name one")
         self.label_key = label_key
-        self.suffixes = frozenset(self.image_keys) | {"json" if label_key else "cls"}
+        self.label_suffix = "json" if label_key else "cls"
+        self.suffixes = frozenset({*self.image_keys, self.label_suffix})
         self.cache = cache
-        self.label_map: Mapping[Any, int] | None = None
+        self.label_map: LabelMap | None = None
 
-    def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, RawSample | SampleError]]:
-        """(position, sample) for each wanted position, ascending; what cannot be read comes as its error.
+    def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, SampleOrError]]:
+        """Yield (position, sample) for each wanted position, ascending; the error in place of an unreadable sample.
 
         Raises:
-            DataError: the shard holds more samples than ``length``.
+            DataError: the shard holds more samples than `length`.
         """
-        done, faults = 0, [""]
-        for attempt in attempts(url, faults):
+        done, failures = 0, [""]
+        for attempt in iterate_attempts(url, failures):
             if attempt and self.cache:
-                self.cache.forget(url)
+                self.cache.remove(url)
             try:
                 for item in self._scan(url, length, wanted[done:]):
                     yield item
                     done += 1
-                faults.append(f"ends before sample {length}")
+                failures.append(f"ends before sample {length}")
             except DataError:
                 raise
             except Exception as error:  # a damaged archive can make tarfile and the decompressors raise anything
-                faults.append(f"{type(error).__name__}: {error}")
+                failures.append(f"{type(error).__name__}: {error}")
             if done == len(wanted):
                 return
         for position in wanted[done:]:
-            yield position, ShardError(f"{url}: {faults[-1]}; sample {position} of {length} cannot be read")
+            yield position, ShardError(f"{url}: {failures[-1]}; sample {position} of {length} cannot be read")
 
-    def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, RawSample | SampleError]]:
+    def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, SampleOrError]]:
         if not wanted:
             return
-        chosen = frozenset(wanted)
-        cached = self.cache is not None and not is_local(url)
-        with self.cache.open(url) if cached and self.cache else open_url(url) as file:
-            for position, (key, fields) in enumerate(members_by_key(file, url, chosen, self.suffixes)):
+        positions = frozenset(wanted)
+        with self.cache.open(url) if self.cache and not is_local(url) else open_url(url) as file:
+            for position, (key, fields) in enumerate(read_members(file, url, positions, self.suffixes)):
                 if position >= length:
                     more = f"holds more than the {length} samples that _info.json states"
                     raise DataError(f"{url}: {more}; write _info.json again")
-                if position in chosen:
+                if position in positions:
                     printable = key.encode("unicode_escape").decode()[:200]  # it goes into logs
-                    yield position, self._record(f"{url} {printable}", fields)
+                    yield position, self._make_sample(f"{url} {printable}", fields)
                 if position == wanted[-1] and position + 1 < length:
                     return
 
-    def _record(self, where: str, fields: Mapping[str, bytes | SampleError]) -> RawSample | SampleError:
+    def _make_sample(self, where: str, fields: Mapping[str, bytes | SampleError]) -> SampleOrError:
         image = next((fields[key] for key in self.image_keys if key in fields), None)
         if image is None:
             return ShardError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
-        label = fields.get("json" if self.label_key else "cls")
+        label = fields.get(self.label_suffix)
         if label is None:
-            return LabelError(f"{where}: no label, no {'json' if self.label_key else 'cls'} member")
-        for value in (image, label):
-            if isinstance(value, SampleError):
-                return value
+            return LabelError(f"{where}: no label, no {self.label_suffix} member")
+        if isinstance(image, SampleError):
+            return image
+        if isinstance(label, SampleError):
+            return label
         try:
-            return RawSample(where, image, map_label(self.label_map, self._label(label), where))
+            return RawSample(where, image, map_label(self.label_map, self._parse_label(label), where))
         except LabelError as error:
             return error
         except Exception as error:  # JSON of any depth and type; int() of any bytes
             return LabelError(f"{where}: {type(error).__name__}: {error}")
 
-    def _label(self, raw: Any) -> int:
+    def _parse_label(self, raw: bytes) -> int:
         if self.label_key:
-            value: Any = json.loads(raw)
+            value = json.loads(raw)
             for part in [self.label_key] if self.label_key in value else self.label_key.split("/"):
                 value = value[part]
             if type(value) is not int:
-                raise TypeError(f"{self.label_key} is {value!r:.40}, no integer")
+                raise TypeError(f"{self.label_key} is {value!r:.40}, not an integer")
             return value
         if not re.fullmatch(rb"\s*-?\d{1,18}\s*", raw):
-            raise ValueError(f"label {raw[:40]!r} is no integer")
+            raise ValueError(f"label {raw[:40]!r} is not an integer")
         return int(raw)

@@ -1,54 +1,51 @@
-"""Where samples come from: a row per kind of data set, opened here for training and for evaluation alike."""
+"""Where samples come from: one row per kind of data set, opened here for training and for evaluation alike."""
 
 import bisect
-import io
-import logging
 import os
-import posixpath
 import re
-import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data
 import torch
 from PIL import Image
 from timm.data.dataset_factory import _search_split
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.targets import get_field, has_field
 from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from samon.data.classes import class_order, load_class_map, map_label, map_labels, renumbering
+from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, map_label, match_classes
 from samon.data.corrupt import ImageError, LabelError, SampleError
-from samon.data.decode import IMAGE_KEYS
+from samon.data.images import ImageEntry, find_images
 from samon.data.shards import (
     RawSample,
+    SampleOrError,
     ShardCache,
     ShardReader,
     ShardSet,
-    is_hidden,
     is_local,
     load_split,
-    synonyms,
+    split_synonyms,
     temporary_directory,
 )
 from samon.errors import UserError, require_package
 
 TRAIN_SPLITS = {"train", "training"}
 EVAL_SPLITS = {"validation", "val", "valid", "eval", "evaluation", "test"}
+_SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
+
+# --- splits and parts of them -----------------------------------------------------------------------------------------
 
 
 class Extent(NamedTuple):
-    """Samples `start` to `stop` (exclusive) of a place on disk: how two splits are known to share samples."""
+    """Samples `start` to `stop` (exclusive) of a location; tells whether two splits share samples."""
 
     location: str
     start: int
@@ -56,20 +53,20 @@ class Extent(NamedTuple):
 
 
 def find_overlap(first: Sequence[Extent], second: Sequence[Extent]) -> str:
-    """Return the place of which both have some sample, or ''."""
-    places: dict[str, list[Extent]] = {}
+    """Return a location of which both have some sample, or ''."""
+    by_location: dict[str, list[Extent]] = {}
     for extent in second:
-        places.setdefault(extent.location, []).append(extent)
-    pairs = ((a, b) for a in first for b in places.get(a.location, ()))
+        by_location.setdefault(extent.location, []).append(extent)
+    pairs = ((a, b) for a in first for b in by_location.get(a.location, ()))
     return next((a.location for a, b in pairs if max(a.start, b.start) < min(a.stop, b.stop)), "")
 
 
 def parse_split(text: str) -> tuple[str, slice]:
     """Return the split's name and the part of it: `train[:45000]` is ('train', slice(None, 45000))."""
-    found = re.fullmatch(r"([^\[\]]*)(?:\[(\d*):(\d*)\])?", text)
-    if found is None:
+    match = re.fullmatch(r"([^\[\]]*)(?:\[(\d*):(\d*)\])?", text)
+    if match is None:
         raise UserError(f"unknown split {text!r}; a part is written as train[:45000] or train[45000:]")
-    name, *ends = found.groups()
+    name, *ends = match.groups()
     return name, slice(*(int(end) if end else None for end in ends))
 
 
@@ -84,16 +81,15 @@ def train_or_test(name: str, where: str) -> str:
     return "train" if name in TRAIN_SPLITS else "test"
 
 
-def part_of(size: int, part: slice, where: str) -> range:
-    """Return the indices of a part of `size` samples.
-
-    Raises:
-        UserError: there are none.
-    """
+def _part_range(size: int, part: slice, location: str) -> range:
+    """Return the indices of a part of `size` samples; an empty one is an error."""
     indices = range(size)[part]
     if not indices:
-        raise UserError(f"{where} is empty, it has {size} images")
+        raise UserError(f"the part of {location} is empty, it has {size} images")
     return indices
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 def npz_path(name: str, root: str | None) -> Path:
@@ -106,235 +102,89 @@ def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.nd
     """Return images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split of `npz/NAME`.
 
     Raises:
-        UserError: no such file or split, or arrays that are no images with one class each.
+        UserError: no such file or split, or arrays that are not images with one class each.
     """
     path = npz_path(name, root)
     if not path.is_file():
         raise UserError(f"{path} does not exist; --dataset npz/NAME reads NAME.npz in --data-dir")
-    kind = train_or_test(split, str(path))
+    split = train_or_test(split, str(path))
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {key: file.get(key) for key in (f"x_{kind}", f"y_{kind}")}
+            arrays = {key: file[key] for key in (f"x_{split}", f"y_{split}") if key in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as arrays: {error}") from None
-    if missing := [key for key, array in arrays.items() if array is None]:
-        raise UserError(f"{path} holds no {' and no '.join(missing)}; it needs x_train, y_train, x_test and y_test")
+    for key in (f"x_{split}", f"y_{split}"):
+        if key not in arrays:
+            raise UserError(f"{path} has no {key}; it needs x_train, y_train, x_test and y_test")
     images, labels = arrays.values()
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
-        transpose = f"; write x_{kind}.transpose(0, 2, 3, 1)" if images.ndim == 4 and images.shape[1] == 3 else ""
-        raise UserError(f"{path}: x_{kind} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]{transpose}")
-    return images, _integers(labels, len(images), f"{path}: y_{kind}")
-
-
-def _integers(labels: np.ndarray, count: int, where: str) -> np.ndarray:
-    """Labels int64 [N]; whole numbers of another type, or [N, 1], are taken as these."""
-    shape = list(labels.shape)
-    if shape not in ([count], [count, 1]) or labels.dtype.kind not in "buif":
-        raise UserError(f"{where} is {labels.dtype} {shape}, not one class number for each of the {count} images")
+        transpose = f"; write x_{split}.transpose(0, 2, 3, 1)" if images.ndim == 4 and images.shape[1] == 3 else ""
+        raise UserError(f"{path}: x_{split} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]{transpose}")
+    if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "buif":
+        kind = f"{labels.dtype} {list(labels.shape)}"
+        raise UserError(f"{path}: y_{split} is {kind}, not one class number for each of the {len(images)} images")
     labels = labels.reshape(-1)
     with np.errstate(invalid="ignore"):
-        whole = labels.astype(np.int64)
-    wrong = np.flatnonzero((whole != labels) | (whole < 0))
+        integers = labels.astype(np.int64)
+    wrong = np.flatnonzero((integers != labels) | (integers < 0))
     if len(wrong):
-        raise UserError(f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is no class number")
-    return whole
+        raise UserError(f"{path}: y_{split}: label {labels[wrong[0]]} of image {wrong[0]} is not a class number")
+    return images, integers
 
 
-class ArrayDataset(Dataset):
-    """Images in memory, read as PIL images; map-style, arrays named as torchvision's CIFAR names them."""
-
-    def __init__(self, data: np.ndarray, targets: np.ndarray) -> None:
-        self.data, self.targets = data, targets
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.data[index]), int(self.targets[index])
-
-
-_log_once = cache(logging.getLogger("samon").warning)  # a set is opened several times in a run
-
-# Endings of images that can be decoded, of which timm reads .png, .jpg and .jpeg.
-KNOWN_ENDINGS = frozenset(f".{key}" for key in IMAGE_KEYS.split(";"))
-
-
-class ImageEntry(NamedTuple):
-    """One image.
-
-    - path: relative to the source, for people and class names;
-    - file: the directory that it lies in, or the tar if there is an `offset`;
-    - array: pixels [H, W, C] or [H, W] instead of a file.
-    """
-
-    path: str
-    file: str = ""
-    offset: int = -1
-    size: int = -1
-    array: Any = None
-
-    @property
-    def where(self) -> str:
-        return os.path.join(self.file, self.path)
-
-    @property
-    def folder(self) -> str:
-        """Name of the innermost folder, '' if there is none: timm's rule for classes."""
-        return os.path.basename(os.path.dirname(self.path))
-
-    @property
-    def nbytes(self) -> int:
-        if self.array is not None:
-            return int(self.array.nbytes)
-        return os.path.getsize(self.where) if self.offset < 0 else self.size
-
-    def read(self) -> bytes:
-        """Return the image's own bytes; a PNG of an array."""
-        if self.array is not None:
-            png = io.BytesIO()
-            Image.fromarray(self.array).save(png, "PNG")
-            return png.getvalue()
-        with open(self.where if self.offset < 0 else self.file, "rb") as file:
-            file.seek(max(self.offset, 0))
-            return file.read(self.size)
-
-
-def tar_items(file: str, prefix: str = "", offset: int = 0) -> Iterator[ImageEntry]:
-    """Yield the files of a plain tar (that may lie inside another one at `offset`) and of tars inside it.
-
-    Raises:
-        UserError: no plain tar.
-    """
-    with open(file, "rb") as raw:
-        raw.seek(offset)
-        try:
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
-                for member in tar:
-                    path = prefix + posixpath.normpath(member.name)
-                    if member.isreg() and path.endswith(".tar") and not is_hidden(path):
-                        yield from tar_items(file, f"{path.removesuffix('.tar')}/", member.offset_data)
-                    elif member.isreg():
-                        yield ImageEntry(path, file, member.offset_data, member.size)
-        except tarfile.TarError as error:
-            raise UserError(f"{file}: no plain tar archive ({error}); extract it and give the directory") from error
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _directory_items(root: str, tars: bool) -> Iterator[ImageEntry]:
-    """Yield the files below a directory; hidden directories by their name alone."""
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
-        relative = os.path.relpath(folder, root).removeprefix(".").lstrip("/")
-        for name in names:
-            path = os.path.join(relative, name)
-            if tars and name.endswith(".tar") and not is_hidden(path):
-                yield from tar_items(os.path.join(root, path), f"{path.removesuffix('.tar')}/")
-            else:
-                yield ImageEntry(path, root)
-        for name in filter(is_hidden, folders):
-            yield ImageEntry(os.path.join(relative, name), root)
-        folders[:] = [name for name in folders if not is_hidden(name)]
-
-
-def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tars: bool = False) -> list[ImageEntry]:
-    """Return the images below a directory or in a plain tar, in natural order of their paths.
-
-    Hidden names and images of other formats are left out and counted in the log.
-
-    Args:
-        endings: of the files' names, with the dot (default: timm's, .png .jpg .jpeg).
-        tars: also look into the tars of a directory.
-
-    Raises:
-        UserError: no such place, or no image there.
-    """
-    source = str(source)
-    if not os.path.exists(source):
-        raise UserError(f"{source}: no such file or directory")
-    wanted = frozenset(ending.lower() for ending in endings or get_img_extensions())
-    found: list[ImageEntry] = []
-    hidden: list[str] = []
-    other: Counter[str] = Counter()
-    seen = ""
-    for item in tar_items(source) if os.path.isfile(source) else _directory_items(source, tars):
-        ending = os.path.splitext(item.path)[1].lower()
-        if is_hidden(item.path):
-            hidden.append(item.path)
-        elif ending in wanted:
-            found.append(item)
-        else:
-            other[ending] += ending in KNOWN_ENDINGS
-            seen = item.path if ending == ".tar" or not seen else seen
-    more = ", ".join(f"{count} {ending}" for ending, count in sorted(other.items()) if count)
-    if not found:
-        raise UserError(f"{source}: no images found ({', '.join(sorted(wanted))}){_instead(source, more, seen)}")
-    if hidden:
-        _log_once(f"{source}: {len(hidden)} hidden files or folders are left out, such as {hidden[0]}")
-    if more:
-        _log_once(f"{source}: images with other endings are left out ({more}); --input-key names those to read")
-    return sorted(found, key=lambda item: class_order(item.path))
-
-
-def _instead(source: str, more: str, seen: str) -> str:
-    """What a place without images has."""
-    if more:
-        return f"; it has {more}"
-    if seen.endswith(".tar"):
-        return "; it has tar files: shards are read with --dataset wds/NAME, others must be extracted"
-    return f"; it has {seen}" if seen else "; it is empty"
+# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 class Source:
-    """Samples by number, as they lie: encoded bytes (a PIL image where there are no files) and the label.
+    """Samples by number, as stored: encoded bytes (or a PIL image) and the label.
 
-    `class_names` are in the order of the labels; they and `num_classes` are None where nothing says.
+    `class_names` are in the order of the labels; they and `num_classes` are None if unknown.
     """
 
     class_names: list[str] | None = None
     num_classes: int | None = None
-    location: str = ""  # what the samples are, for messages
-    extents: Sequence[Extent] = ()  # where they lie: splits whose extents overlap share samples
-    label_map: Mapping[Any, int] | None = None  # stored label -> label, None if they are the same
+    location: str = ""  # for messages
+    extents: Sequence[Extent] = ()  # splits whose extents overlap share samples
+    label_map: LabelMap | None = None  # stored label -> label, None if they are the same
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, indices: Sequence[int]) -> list[RawSample | SampleError]:
-        """The samples in the order asked for; the error in place of one that cannot be read."""
-        return [self._guarded(index) for index in indices]
+    def read(self, indices: Sequence[int]) -> list[SampleOrError]:
+        """Return the samples in the order of `indices`; the error in place of an unreadable one."""
+        return [self._read_or_error(index) for index in indices]
 
-    def read_one(self, index: int) -> RawSample:
-        """One sample with its stored label; whatever it raises becomes the error in place of the sample."""
-        raise NotImplementedError
-
-    def _guarded(self, index: int) -> RawSample | SampleError:
+    def _read_or_error(self, index: int) -> SampleOrError:
         try:
-            record = self.read_one(index)
-            return record._replace(label=map_label(self.label_map, record.label, record.where))
+            sample = self.read_one(index)
+            return sample._replace(label=map_label(self.label_map, sample.label, sample.where))
         except SampleError as error:
             return error
         except Exception as error:  # libraries raise anything on damaged samples
             return ImageError(f"{self.location} sample {index}: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    def relabel(self, label_map: Mapping[Any, int], names: list[str] | None, num_classes: int) -> None:
+    def read_one(self, index: int) -> RawSample:
+        """Return one sample with its stored label; may raise anything."""
+        raise NotImplementedError
+
+    def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
         """Replace each label by what `label_map` has for it; `names` are the classes in the new order."""
-        before = self.label_map
-        self.label_map = dict(label_map) if before is None else _chained(before, label_map)
-        self.class_names, self.num_classes = names, num_classes
+        if self.label_map is not None:
+            pairs = self.label_map.items()
+            label_map = {stored: label_map[label] for stored, label in pairs if label in label_map}
+        self.label_map, self.class_names, self.num_classes = dict(label_map), names, num_classes
 
     def renumber(self, names: Sequence[str]) -> None:
-        """Number the labels as the classes `names`, which hold all of `class_names`.
+        """Number the labels as the classes `names`, which contain all of `class_names`.
 
         Raises:
             UserError: a class is not among them, or the classes of this source have no names.
         """
-        self.relabel(renumbering(self.class_names, names, self.location), list(names), len(names))
+        self.relabel(match_classes(self.class_names, names, self.location), list(names), len(names))
 
-    def take_classes(self, labels: Mapping[str, int] | None) -> None:
+    def set_classes(self, labels: Mapping[str, int] | None) -> None:
         """Set class names and their number from {name: label}; of several names for one label, the first counts."""
         names: dict[int, str] = {}
         for name, label in (labels or {}).items():
@@ -342,10 +192,6 @@ class Source:
         if names:
             self.num_classes = max(names) + 1
             self.class_names = [names[k] for k in range(len(names))] if len(names) == self.num_classes else None
-
-
-def _chained(first: Mapping[Any, int], second: Mapping[Any, int]) -> dict[Any, int]:
-    return {stored: second[label] for stored, label in first.items() if label in second}
 
 
 class ShardSource(Source):
@@ -361,88 +207,108 @@ class ShardSource(Source):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def read(self, indices: Sequence[int]) -> list[RawSample | SampleError]:
-        """One pass over each shard that holds some of them."""
-        found: dict[int, RawSample | SampleError] = {}
+    def read(self, indices: Sequence[int]) -> list[SampleOrError]:
+        """Return the samples, in one pass over each shard that contains some of them."""
+        samples: dict[int, SampleOrError] = {}
         for shard, group in groupby(sorted(set(indices)), lambda index: bisect.bisect_right(self.ends, index)):
             length = self.shards.lengths[shard]
             first = self.ends[shard] - length
-            for position, record in self.reader.read(self.shards.urls[shard], length, [i - first for i in group]):
-                found[first + position] = record
-        return [found[index] for index in indices]
+            for position, sample in self.reader.read(self.shards.urls[shard], length, [i - first for i in group]):
+                samples[first + position] = sample
+        return [samples[index] for index in indices]
 
-    def relabel(self, label_map: Mapping[Any, int], names: list[str] | None, num_classes: int) -> None:
+    def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
         super().relabel(label_map, names, num_classes)
         self.reader.label_map = self.label_map
 
 
 class FileSource(Source):
-    """Image files, each with the number of its class."""
+    """A part of image files, each with the number of its class.
 
-    def __init__(self, items: Sequence[ImageEntry], labels: Iterable[int], location: str) -> None:
-        self.items, self.labels, self.location = list(items), list(labels), location
-        self.extents = [Extent(location, 0, len(self.items))]
+    The part is counted in turns around the classes, so their numbers of images differ by one at most.
+    """
+
+    def __init__(self, entries: Sequence[ImageEntry], labels: Sequence[int], location: str, part: slice) -> None:
+        turns: Counter[int] = Counter()
+        order = []
+        for index, label in enumerate(labels):
+            order.append((turns[label], index))
+            turns[label] += 1
+        chosen = _part_range(len(entries), part, location)
+        indices = sorted(index for _, index in sorted(order)[chosen.start : chosen.stop])
+        self.entries, self.labels = [entries[i] for i in indices], [labels[i] for i in indices]
+        self.location, self.extents = location, [Extent(location, chosen.start, chosen.stop)]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.entries)
 
     def read_one(self, index: int) -> RawSample:
-        """The file's bytes."""
-        item = self.items[index]
+        entry = self.entries[index]
         try:
-            return RawSample(item.where, item.read(), self.labels[index])
+            return RawSample(entry.where, entry.read(), self.labels[index])
         except OSError as error:
-            raise ImageError(f"{item.where}: {error.strerror or error}") from None
+            raise ImageError(f"{entry.where}: {error.strerror or error}") from None
 
-    def relabel(self, label_map: Mapping[Any, int], names: list[str] | None, num_classes: int) -> None:
-        """Files of a class that the map does not have are left out, as timm does."""
-        pairs = zip(self.items, self.labels, strict=True)
-        kept = [(item, label_map[label]) for item, label in pairs if label in label_map]
-        self.items, self.labels = [item for item, _ in kept], [label for _, label in kept]
+    def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
+        """Leave out the files of classes that the map does not have, as timm does."""
+        pairs = [(e, label_map[k]) for e, k in zip(self.entries, self.labels, strict=True) if k in label_map]
+        self.entries, self.labels = [entry for entry, _ in pairs], [label for _, label in pairs]
         self.class_names, self.num_classes = names, num_classes
 
 
+class _ArrayDataset(Dataset):
+    """Images [N, H, W, C] in memory as a map-style data set, its arrays named as in torchvision's CIFAR."""
+
+    def __init__(self, data: np.ndarray, targets: np.ndarray) -> None:
+        self.data, self.targets = data, targets
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.data[index]), int(self.targets[index])
+
+
 class PairSource(Source):
-    """A map-style data set of (PIL image, label), such as torchvision's and our arrays, or a part of it."""
+    """A part of a map-style data set of (PIL image, label), such as torchvision's and our arrays."""
 
     def __init__(self, pairs: Any, part: slice, location: str) -> None:
         self.pairs, self.location = pairs, location
-        self.indices = part_of(len(pairs), part, f"the part of {location}")
+        self.indices = _part_range(len(pairs), part, location)
         self.extents = [Extent(location, self.indices.start, self.indices.stop)]
-        self.take_classes(getattr(pairs, "class_to_idx", None))
+        self.set_classes(getattr(pairs, "class_to_idx", None))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read_one(self, index: int) -> RawSample:
-        """The image that the data set makes."""
         number = self.indices[index]
         return RawSample(f"{self.location} sample {number}", *self.pairs[number])
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return images [N, H, W, C] and stored labels [N] of a data set that holds them so, such as CIFAR."""
+        """Return images [N, H, W, C] and stored labels [N] if the data set stores them as arrays, like CIFAR."""
         images, part = getattr(self.pairs, "data", None), slice(self.indices.start, self.indices.stop)
         return (images[part], np.asarray(self.pairs.targets)[part]) if isinstance(images, np.ndarray) else None
 
 
 class HubSource(Source):
-    """A Hugging Face data set: its images are not decoded, its labels are a column of classes or integers."""
+    """A Hugging Face data set: its images are not decoded, its labels are a column of classes, text or integers."""
 
     def __init__(self, dataset: Any, image_key: str, label_key: str, location: str) -> None:
         self.dataset, self.image_key, self.label_key, self.location = dataset, image_key, label_key, location
         self.extents = [Extent(location, 0, len(dataset))]
         feature = get_field(dataset.features, label_key)
         names = getattr(feature, "names", None)
-        if kind_of(feature) == "string":
+        if _column_type(feature) == "string":
             names = sorted(set(dataset.unique(label_key)) - {None}, key=class_order)
             self.label_map = {name: label for label, name in enumerate(names)}
-        self.take_classes({name: label for label, name in enumerate(names)} if names else None)
+        self.set_classes({name: label for label, name in enumerate(names)} if names else None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read_one(self, index: int) -> RawSample:
-        """The file's bytes, from the data set itself or from where it points to."""
+        """Return the file's bytes, from the data set itself or from the path that it stores."""
         row, where = self.dataset[index], f"{self.location} sample {index}"
         image, label = row[self.image_key], get_field(row, self.label_key)
         if image is None:
@@ -452,30 +318,23 @@ class HubSource(Source):
         return RawSample(where, image["bytes"] or ImageEntry(image["path"]).read(), label)
 
 
-def kind_of(feature: Any) -> str:
-    """Return what a column of a Hugging Face data set holds: a feature's name, or the type of its values."""
+def _column_type(feature: Any) -> str:
+    """Return the type of a Hugging Face column: a feature's name, or the type of its values."""
     kind = type(feature).__name__
     return str(feature.dtype) if kind == "Value" else kind
 
 
-_SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
+# --- opening ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be opened: timm's arguments of `create_dataset`, and
+    """Which data set to open: the arguments of `samon.data.create_dataset`, and three for evaluation."""
 
-    - keep: the class folders to take, the others are left out (labels stay as they are);
-    - random_access: samples are read in any order, so remote shards are copied first, without `shard_cache` to a
-      temporary directory;
-    - unlabeled: labels are known otherwise, images may lie in no class folder;
-    - allow_shell_urls, shard_cache, shard_cache_size: see `samon.data.create_dataset`.
-    """
-
-    name: str  # as `--dataset` has it
+    name: str  # as --dataset gives it
     root: str | None
     split: str
-    class_map: str | dict[Any, int] = ""
+    class_map: str | LabelMap = ""
     input_key: str | None = None
     target_key: str | None = None
     download: bool = False
@@ -484,20 +343,16 @@ class Request:
     allow_shell_urls: bool = False
     shard_cache: str | None = None
     shard_cache_size: int = 200 << 30
-    keep: set[str] | None = None
-    unlabeled: bool = False
-    random_access: bool = False
-
-    @property
-    def flat(self) -> bool:
-        """Whether images may lie in no class folder."""
-        return bool(self.class_map) or self.unlabeled
+    keep: set[str] | None = None  # class folders to read, the others are left out (labels stay as they are)
+    unlabeled: bool = False  # labels come from elsewhere, images need no class folder
+    random_access: bool = False  # samples are read in any order: remote shards are copied to a directory first
 
 
 def _open_shards(request: Request) -> Source:
     shards = load_split(request.root or "", request.split, allow_shell=request.allow_shell_urls)
-    copied = request.random_access and not all(map(is_local, shards.urls))
-    directory = request.shard_cache or (temporary_directory() if copied else None)
+    directory = request.shard_cache
+    if directory is None and request.random_access and not all(map(is_local, shards.urls)):
+        directory = temporary_directory()
     cache = ShardCache(directory, request.shard_cache_size) if directory else None
     return ShardSource(shards, ShardReader(request.input_key, request.target_key or shards.label_key or None, cache))
 
@@ -505,53 +360,43 @@ def _open_shards(request: Request) -> Source:
 def _open_folder(request: Request) -> Source:
     endings = [f".{key.lstrip('.')}" for key in request.input_key.split(";")] if request.input_key else None
     split, part = parse_split(request.split)
-    folder = _split_folder(request.root or "", split)
-    items, place = find_images(folder, endings), os.path.realpath(folder)
+    folder = _find_split_folder(request.root or "", split)
+    entries, location = find_images(folder, endings), os.path.realpath(folder)
     if os.path.isfile(folder):
-        items, name = _split_of_tar(items, split)
-        place = os.path.join(place, name)
-    names = sorted({item.folder for item in items if item.folder}, key=class_order)
-    source = _by_class(items, [item.folder for item in items], names, place, part, request.flat)
+        entries, name = _select_split_of_tar(entries, split)
+        location = os.path.join(location, name)
+    names = sorted({entry.folder for entry in entries if entry.folder}, key=class_order)
+    source = _label_by_class(entries, [entry.folder for entry in entries], names, location, part, request)
     if request.keep is not None:
         source.relabel({k: k for k, name in enumerate(names) if name in request.keep}, names, len(names))
-        if not source.items:
-            raise UserError(f"{folder}: holds no images of this set in class folders; check --data-dir and --split")
+        if not source.entries:
+            raise UserError(f"{folder}: no images of this set in class folders; check --data-dir and --split")
     return source
 
 
-def _by_class(
-    items: Sequence[ImageEntry], classes: Sequence[str], names: list[str], place: str, part: slice, flat: bool
+def _label_by_class(
+    entries: Sequence[ImageEntry],
+    classes: Sequence[str],
+    names: list[str],
+    location: str,
+    part: slice,
+    request: Request,
 ) -> FileSource:
-    """Files labeled by their class's place among `names`, -1 in no class folder if `flat` allows that."""
-    stray = [item.where for item, name in zip(items, classes, strict=True) if not name]
-    if stray and not flat:
-        form = "images lie in CLASS/IMAGE; move it, or pack flat ImageNet validation images by samon-shards"
-        raise UserError(f"{stray[0]} lies in no class folder ({len(stray)} of {len(items)} images do not): {form}")
+    """Label files by the index of their class in `names`, -1 without a class folder if the request allows that."""
+    stray = [entry.where for entry, name in zip(entries, classes, strict=True) if not name]
+    if stray and not (request.class_map or request.unlabeled):
+        raise UserError(
+            f"{stray[0]} lies in no class folder ({len(stray)} of {len(entries)} images do not): images lie in "
+            "CLASS/IMAGE; move it, or pack flat ImageNet validation images by samon-shards"
+        )
     labels = {name: label for label, name in enumerate(names)} | {"": -1}
-    source = _evenly(items, [labels[name] for name in classes], part, place)
+    source = FileSource(entries, [labels[name] for name in classes], location, part)
     source.class_names, source.num_classes = names or None, len(names) or None
     return source
 
 
-def _evenly(items: Sequence[ImageEntry], labels: Sequence[int], part: slice, place: str) -> FileSource:
-    """A part of files that lie class by class.
-
-    It is counted in turns around the classes, so that it has as many images of each class as of any other, or one more.
-    """
-    turns: Counter[int] = Counter()
-    order = []
-    for index, label in enumerate(labels):
-        order.append((turns[label], index))
-        turns[label] += 1
-    chosen = part_of(len(items), part, f"the part of {place}")
-    kept = sorted(index for _, index in sorted(order)[chosen.start : chosen.stop])
-    source = FileSource([items[index] for index in kept], [labels[index] for index in kept], place)
-    source.extents = [Extent(place, chosen.start, chosen.stop)]
-    return source
-
-
-def _split_folder(root: str, split: str) -> str:
-    """The folder of a split below `root`, by timm's synonyms; `root` itself where it has no folders of splits."""
+def _find_split_folder(root: str, split: str) -> str:
+    """Return the folder of a split below `root`, by timm's synonyms; `root` itself if it has no folders of splits."""
     if not os.path.exists(root):
         raise UserError(f"--data-dir {root}: no such directory")
     folder = _search_split(root, split) if split and os.path.isdir(root) else root
@@ -559,64 +404,60 @@ def _split_folder(root: str, split: str) -> str:
     if split and folder == root and others:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
     if not split and len(others) > 1:
-        raise UserError(f"--data-dir {root}: holds the splits {', '.join(others)}; name one of them")
+        raise UserError(f"--data-dir {root}: it has the splits {', '.join(others)}; name one of them")
     if folder == root and os.path.isfile(os.path.join(root, "_info.json")):
-        raise UserError(f"--data-dir {root}: holds shards; read them with --dataset wds/NAME")
+        raise UserError(f"--data-dir {root}: it has shards; read them with --dataset wds/NAME")
     return folder
 
 
-def _split_of_tar(items: list[ImageEntry], split: str) -> tuple[list[ImageEntry], str]:
-    """The images of a split in a tar and its folder's name; all and '' where no such folders are above its classes."""
-    parts = [set(os.path.dirname(item.path).split("/")[:-1]) for item in items]
-    held = {name for names in parts for name in names} & set(_SPLIT_FOLDERS)
-    if len(held) > 1 and not split:
-        raise UserError(f"{items[0].file}: holds the splits {', '.join(sorted(held))}; name one of them")
-    if not held or not split:
-        return items, ""
-    name = next((name for name in (split, *synonyms(split)) if name in held), None)
+def _select_split_of_tar(entries: list[ImageEntry], split: str) -> tuple[list[ImageEntry], str]:
+    """Return the images of a split in a tar and its folder's name; all and '' if it has no folders of splits."""
+    parents = [set(os.path.dirname(entry.path).split("/")[:-1]) for entry in entries]
+    present = {name for names in parents for name in names} & set(_SPLIT_FOLDERS)
+    if len(present) > 1 and not split:
+        raise UserError(f"{entries[0].file}: it has the splits {', '.join(sorted(present))}; name one of them")
+    if not present or not split:
+        return entries, ""
+    name = next((name for name in (split, *split_synonyms(split)) if name in present), None)
     if name is None:
-        raise UserError(f"{items[0].file}: no folder for split {split!r}, it has {', '.join(sorted(held))}")
-    return [item for item, names in zip(items, parts, strict=True) if name in names], name
+        raise UserError(f"{entries[0].file}: no folder for split {split!r}, it has {', '.join(sorted(present))}")
+    return [entry for entry, names in zip(entries, parents, strict=True) if name in names], name
 
 
 def _open_arrays(request: Request) -> Source:
     name, part = parse_split(request.split)
     images, labels = read_npz(request.name, request.root, name)
-    place = f"{npz_path(request.name, request.root).resolve()} {train_or_test(name, request.name)}"
-    source = PairSource(ArrayDataset(images, labels), part, place)
+    location = f"{npz_path(request.name, request.root).resolve()} {train_or_test(name, request.name)}"
+    source = PairSource(_ArrayDataset(images, labels), part, location)
     source.num_classes = int(labels.max(initial=-1)) + 1
     return source
 
 
-_OWN_SPLITS = ("imagenet", "places365", "inaturalist", "inat")  # more splits than train and test
-
-
-def _open_torch(request: Request) -> Source:
+def _open_torchvision(request: Request) -> Source:
     root, kind = request.root or ".", request.name.rpartition("/")[2].lower()
     name, part = parse_split(request.split)
     if kind in ("folder", "image_folder"):  # torchvision's numbering: by the outer folders, in the order of characters
-        folder = _split_folder(root, name)
-        items = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda item: item.path)
-        classes = [item.path.partition("/")[0] if "/" in item.path else "" for item in items]
-        return _by_class(items, classes, sorted({*classes} - {""}), os.path.realpath(folder), part, request.flat)
-    if kind in _OWN_SPLITS:
+        folder = _find_split_folder(root, name)
+        entries = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda entry: entry.path)
+        classes = [entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries]
+        return _label_by_class(entries, classes, sorted({*classes} - {""}), os.path.realpath(folder), part, request)
+    if kind in ("imagenet", "places365", "inaturalist", "inat"):  # these have other splits than train and test
         name = "train" if name == "training" else name
     else:
         name = "train" if train_or_test(name, request.name) == "train" else "validation"
     try:
-        pairs: Any = timm.data.create_dataset(request.name, root, name, download=request.download)
+        dataset: Any = timm.data.create_dataset(request.name, root, name, download=request.download)
     except RuntimeError as error:
         if request.download or "download" not in str(error):
             raise
-        missing = f"{root} does not hold it, or only in part; add --dataset-download or name the directory that does"
-        raise UserError(f"--dataset {request.name} --data-dir {root}: {missing}") from None
-    place = f"{request.name} in {os.path.realpath(root)}, split {name}"
-    if not isinstance(pairs, DatasetFolder):
-        return PairSource(pairs, part, place)
-    source = _evenly(
-        [ImageEntry(path) for path, _ in pairs.samples], [label for _, label in pairs.samples], part, place
-    )
-    source.take_classes(getattr(pairs, "wnid_to_idx", pairs.class_to_idx))  # ImageNet's classes have several names
+        do = f"{root} does not contain it, or only in part; add --dataset-download or name the directory that does"
+        raise UserError(f"--dataset {request.name} --data-dir {root}: {do}") from None
+    location = f"{request.name} in {os.path.realpath(root)}, split {name}"
+    if not isinstance(dataset, DatasetFolder):
+        return PairSource(dataset, part, location)
+    paths, labels = zip(*dataset.samples, strict=True)
+    source = FileSource([ImageEntry(path) for path in paths], labels, location, part)
+    source.set_classes(getattr(dataset, "wnid_to_idx", dataset.class_to_idx))  # ImageNet's classes have several names
     return source
 
 
@@ -628,71 +469,70 @@ def _open_hub(request: Request) -> Source:
     image_key, label_key = request.input_key or "image", request.target_key or "label"
     for flag, key in (("--input-key", image_key), ("--target-key", label_key)):
         if not has_field(dataset.features, key):
-            there = ", ".join(f"{name} ({kind_of(feature)})" for name, feature in dataset.features.items())
-            raise UserError(f"--dataset {request.name}: no column {key!r}; it has {there}: give {flag}")
-    kind = kind_of(get_field(dataset.features, label_key))
+            columns = ", ".join(f"{name} ({_column_type(feature)})" for name, feature in dataset.features.items())
+            raise UserError(f"--dataset {request.name}: no column {key!r}; it has {columns}: give {flag}")
+    kind = _column_type(get_field(dataset.features, label_key))
     if kind not in ("ClassLabel", "string", "bool") and "int" not in kind:
         raise UserError(f"--dataset {request.name}: labels in {label_key!r} are {kind}; name another with --target-key")
     dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
     source = HubSource(dataset, image_key, label_key, f"{request.name} split {request.split}")
     if dataset.info.splits:
-        instruction = datasets.ReadInstruction.from_spec(request.split)
         lengths = {name: split.num_examples for name, split in dataset.info.splits.items()}
-        parts = instruction.to_absolute(lengths)
+        parts = datasets.ReadInstruction.from_spec(request.split).to_absolute(lengths)
         source.extents = [Extent(f"{request.name} {part.splitname}", part.from_, part.to) for part in parts]
     return source
 
 
-class Kind(NamedTuple):
-    """How data sets of a prefix are opened, and what --data-dir must be for them; '' if it may be missing."""
+class SourceKind(NamedTuple):
+    """How data sets of a prefix are opened, and what --data-dir must be for them; '' if it is optional."""
 
     open: Callable[[Request], Source]
-    needs: str
+    root: str
 
 
 SOURCES = {
-    "wds": Kind(_open_shards, "the directory or URL of its shards"),
-    "": Kind(_open_folder, "the directory of its class folders"),
-    "npz": Kind(_open_arrays, "the directory of NAME.npz"),
-    "torch": Kind(_open_torch, ""),
-    "hfds": Kind(_open_hub, ""),
+    "wds": SourceKind(_open_shards, "the directory or URL of its shards"),
+    "": SourceKind(_open_folder, "the directory of its class folders"),
+    "npz": SourceKind(_open_arrays, "the directory of NAME.npz"),
+    "torch": SourceKind(_open_torchvision, ""),
+    "hfds": SourceKind(_open_hub, ""),
 }
-_REFUSED = ("tfds", "hfids")
+_UNSUPPORTED = ("tfds", "hfids")
 
 
-def in_order_of_classes(name: str) -> bool:
-    """Whether the first samples of such a data set may be all of one class: its files or rows lie as they were made."""
-    return _kind(name) in ("", "hfds") or name.lower() in ("torch/folder", "torch/image_folder", "torch/imagenet")
+def is_sorted_by_class(name: str) -> bool:
+    """Whether the first samples of such a data set may all be of one class."""
+    return _get_kind(name) in ("", "hfds") or name.lower() in ("torch/folder", "torch/image_folder", "torch/imagenet")
 
 
-def _kind(name: str) -> str:
+def _get_kind(name: str) -> str:
     prefix, slash, _ = name.partition("/")
-    return prefix.lower() if slash or prefix.lower() in (*SOURCES, *_REFUSED) else ""
+    return prefix.lower() if slash or prefix.lower() in (*SOURCES, *_UNSUPPORTED) else ""
 
 
 def check_name(dataset: str, data_dir: str | None) -> None:
-    """Refuse what cannot be opened whatever the disk holds.
+    """Check what can be checked without reading the disk.
 
     Raises:
-        UserError: an unknown prefix, one that timm only streams, or no --data-dir where one is needed.
+        UserError: an unknown prefix, one that timm only streams, or no --data-dir although it is required.
     """
-    kind = _kind(dataset)
-    if kind in _REFUSED:
-        better = "use wds/, hfds/, torch/ or an image folder"
-        raise UserError(f"--dataset {dataset}: {kind}/ cannot be resumed or counted exactly; {better}")
+    kind = _get_kind(dataset)
+    if kind in _UNSUPPORTED:
+        do = "use wds/, hfds/, torch/ or an image folder"
+        raise UserError(f"--dataset {dataset}: {kind}/ cannot be resumed or counted exactly; {do}")
     if kind not in SOURCES:
         known = ", ".join(f"{prefix}/" for prefix in SOURCES if prefix)
         raise UserError(f"--dataset {dataset}: no such kind of data set; use {known}, or no prefix for image folders")
-    if SOURCES[kind].needs and not data_dir:
+    if SOURCES[kind].root and not data_dir:
         what = f"--dataset {dataset} needs" if dataset else "no data set; give"
-        raise UserError(f"{what} --data-dir, {SOURCES[kind].needs}")
+        raise UserError(f"{what} --data-dir, {SOURCES[kind].root}")
 
 
 def open_source(name: str, root: str | None, split: str, **options: Any) -> Source:
-    """The samples of a split.
+    """Open the samples of a split.
 
     Args:
-        name, root: as `--dataset` and `--data-dir` have them.
+        name, root: as `--dataset` and `--data-dir` give them.
         **options: the other fields of `Request`.
 
     Raises:
@@ -702,10 +542,10 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
     request = Request(name, root, split, **options)
     where = f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}"
     try:
-        source = SOURCES[_kind(name)].open(request)
+        source = SOURCES[_get_kind(name)].open(request)
         if request.class_map:
             class_map = load_class_map(request.class_map, root or "")
-            label_map, names = map_labels(class_map, source.class_names, source.location)
+            label_map, names = apply_class_map(class_map, source.class_names, source.location)
             source.relabel(label_map, names, max(class_map.values()) + 1)
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -715,7 +555,9 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not len(source):
         raise UserError(f"{where}: no sample of the classes in --class-map" if request.class_map else f"{where}: empty")
-    found, given = source.num_classes, request.num_classes
-    if given and found and found > given:
-        raise UserError(f"{root}: split {split!r} has {found} classes, the model {given}; use --num-classes {found}")
+    classes, limit = source.num_classes, request.num_classes
+    if limit and classes and classes > limit:
+        raise UserError(
+            f"{root}: split {split!r} has {classes} classes, the model {limit}; use --num-classes {classes}"
+        )
     return source

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import SequentialSampler
 
 from samon import data
 from samon.data.classes import check_ranks
-from samon.data.sources import Source, find_overlap, in_order_of_classes, open_source
-from samon.data.stream import SampleStream, SizeSchedule
+from samon.data.sources import Source, find_overlap, is_sorted_by_class, open_source
+from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
@@ -53,7 +55,7 @@ def data_classes(config: Config) -> int | None:
 def without_counts(config: Config, world: DistInfo) -> Config:
     """Drop --train-num-samples and --val-num-samples where the first samples may be all of one class, as timm does."""
     counts = {key: None for key in ("train_num_samples", "val_num_samples") if getattr(config, key)}
-    if not counts or not in_order_of_classes(config.dataset):
+    if not counts or not is_sorted_by_class(config.dataset):
         return config
     if world.is_rank_zero:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
@@ -217,16 +219,18 @@ def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> 
         "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
     }
     if config.train_img_sizes:
-        kwargs["size_schedule"] = SizeSchedule(
-            sizes=tuple(config.train_img_sizes),
-            weights=tuple(config.train_size_probs) if config.train_size_probs else None,
-            batches=batches,
+        sampler = ScheduledBatchSampler(
+            SequentialSampler(range(batches)),
+            batch_sizes=[1] * len(config.train_img_sizes),
+            choice_weights=config.train_size_probs or None,
             seed=config.seed,
-            progressive=config.train_size_schedule == "progressive",
-            epochs=config.epochs,
-            spread=config.train_size_schedule_spread,
-            random_mix=config.train_size_random_mix,
+            num_batches=batches,
+            choice_schedule="progressive" if config.train_size_schedule == "progressive" else "constant",
+            schedule_epochs=config.epochs,
+            schedule_spread=config.train_size_schedule_spread,
+            schedule_random_mix=config.train_size_random_mix,
         )
+        kwargs["size_schedule"] = config.train_img_sizes, sampler
     return kwargs
 
 

@@ -6,83 +6,76 @@ import numpy as np
 import pytest
 
 from samon.data import DataError, LabelError
-from samon.data.classes import check_label, class_order, load_class_map, renumbering, unique_names
+from samon.data.classes import check_label, check_names, class_order, load_class_map, match_classes
 from samon.data.sources import open_source
 from samon.errors import UserError
-from tests.sets import jpeg, write_set
+from tests.sets import write_images, write_set
 
 
-def test_names_that_tie_in_natural_order_have_one_order():
+def test_names_that_tie_in_natural_order_have_one_order(tmp_path):
+    """Sixteen folders, so that an order by hashes, another one in each process, would not come out by chance."""
     expected = ["001", "01", "1", "A9", "a9", "a10", "B", "b"]
-    for names in (["b", "a10", "A9", "a9", "01", "1", "001", "B"], ["1", "01", "001", "B", "a9", "A9", "b", "a10"]):
+    for names in (expected[::-1], ["1", "01", "001", "B", "a9", "A9", "b", "a10"]):
         assert sorted(names, key=class_order) == expected
-
-
-def test_folders_that_tie_are_numbered_by_their_characters(tmp_path):
-    """Sixteen of them, so that an order by hashes, another one in each process, would not come out by chance."""
     names = sorted("".join(letters) for letters in product("aA", "bB", "cC", "1", ["2", "02"]))
-    for name in names:
-        for file in ("1", "01"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / f"{file}.jpg").write_bytes(jpeg(0))
+    write_images(tmp_path, *(f"{name}/{file}.jpg" for name in names for file in ("1", "01")))
     source = open_source("", str(tmp_path), "")
-    expected = [name for number in ("102", "12") for name in names if name.endswith(number)]
-    assert source.class_names == sorted(expected, key=lambda name: (int(name[3:]), name))
-    assert [item.path.rpartition("/")[2] for item in source.items[:4]] == ["01.jpg", "1.jpg", "01.jpg", "1.jpg"]
+    assert source.class_names == sorted(names, key=lambda name: (int(name[3:]), name))
+    assert [entry.path.rpartition("/")[2] for entry in source.entries[:4]] == ["01.jpg", "1.jpg", "01.jpg", "1.jpg"]
 
 
-def test_labels_that_can_be_used():
+def test_labels_are_integers_below_the_number_of_classes():
     assert check_label(np.int64(2), 3, "x") == 2
     assert check_label(7, None, "x") == 7
-    for label, said in ((-1, r"here: label -1 is not in 0\.\.2"), (1.5, "1.5 is no integer"), (None, "None is no")):
-        with pytest.raises(LabelError, match=said):
+    for label, message in ((-1, r"here: label -1 is not in 0\.\.2"), (1.5, "1.5 is not"), (None, "None is not")):
+        with pytest.raises(LabelError, match=message):
             check_label(label, 3, "here")
     with pytest.raises(DataError, match=r"here: label 3, but there are 3 classes \(0\.\.2\)"):
         check_label(3, 3, "here")
 
 
-def test_labels_follow_the_names_that_were_trained():
-    assert renumbering(["cat", "ant"], ["ant", "bee", "cat"], "set") == {0: 2, 1: 0}
+def test_labels_follow_the_trained_classes():
+    assert match_classes(["cat", "ant"], ["ant", "bee", "cat"], "set") == {0: 2, 1: 0}
     with pytest.raises(UserError, match="set: class 'beee' and 1 more is not among the 2 trained; did you mean 'bee'"):
-        renumbering(["beee", "dog"], ["ant", "bee"], "set")
+        match_classes(["beee", "dog"], ["ant", "bee"], "set")
     with pytest.raises(UserError, match="set: its classes have no names"):
-        renumbering(None, ["ant"], "set")
+        match_classes(None, ["ant"], "set")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        ("map.txt", "a\nb\na\n", "a class is named twice"),
+        ("map.txt", "a\nb\na\n", "listed twice"),
         ("map.csv", "a,b\n", "Unsupported class map file extension"),
         ("map.pkl", "no pickle", "--class-map .*map.pkl"),
         ("map.txt", "", "is empty"),
     ],
 )
-def test_class_maps_that_are_none(tmp_path, name, content, said):
+def test_files_that_are_not_class_maps(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_class_map(str(tmp_path / name), "")
 
 
 def test_class_maps(tmp_path):
     (tmp_path / "map.txt").write_text("a\nb\n\n")
     assert load_class_map("map.txt", str(tmp_path)) == {"a": 0, "b": 1}
-    with pytest.raises(UserError, match="no label for 'a'"):
+    with pytest.raises(UserError, match=r"1\.5 of 'a' is not a label"):
         load_class_map({"a": 1.5}, "")
 
 
-def test_names_of_classes_are_unique_and_as_many_as_classes():
-    assert unique_names(["a", 1], 2, "x") == ["a", "1"]
-    for names, said in ((["a", "a"], "two classes are called 'a'"), (["a"], "2 classes, but 1 class_names")):
-        with pytest.raises(UserError, match=said):
-            unique_names(names, 2, "x")
+def test_class_names_are_unique_and_as_many_as_classes():
+    assert check_names(["a", 1], 2, "x") == ["a", "1"]
+    for names, message in ((["a", "a"], "two classes are called 'a'"), (["a"], "2 classes, but 1 class_names")):
+        with pytest.raises(UserError, match=message):
+            check_names(names, 2, "x")
 
 
 def test_a_permuted_set_of_shards_follows_the_trained_classes(tmp_path):
     source = open_source("wds/x", write_set(tmp_path / "set", [3]), "train")
     source.class_names = ["c", "a", "b"]
     source.renumber(["a", "b", "c"])
-    assert [record.label for record in source.read(range(3))] == [2, 0, 1]
+    assert [sample.label for sample in source.read(range(3))] == [2, 0, 1]
     assert source.class_names == ["a", "b", "c"]
     source.renumber(["z", "c", "b", "a"])  # once more, as after a class map
-    assert [record.label for _, record in source.reader.read(source.shards.urls[0], 3, range(3))] == [1, 3, 2]
+    assert [sample.label for _, sample in source.reader.read(source.shards.urls[0], 3, range(3))] == [1, 3, 2]

@@ -10,22 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
-from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
 from samon.cli import make_shards
 from samon.data import decode as regions
 from samon.data.corrupt import ImageError
-from samon.data.decode import (
-    DECODERS,
-    MAX_PIXELS,
-    choose_decoder,
-    decode_later,
-    decode_pil,
-    decode_tensor,
-    jitter_tensor,
-)
+from samon.data.decode import DECODERS, choose_decoder, decode_later, decode_pil, decode_tensor
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.trainer.flag_rows import TRAIN as TRAIN_FLAGS
@@ -82,19 +73,6 @@ def test_training_makes_the_same_choices(interpolation):
             assert difference.float().mean() < 0.25
 
 
-def test_colour_jitter_is_pillows():
-    jitter = ColorJitter(0.4, 0.4, 0.4)
-    for photo in PHOTOS:
-        image = decode_pil(photo.read_bytes())
-        for seed in range(10):
-            torch.manual_seed(seed)
-            expected = pil_to_tensor(jitter(image)).to(torch.int16)
-            torch.manual_seed(seed)
-            difference = (jitter_tensor(pil_to_tensor(image), jitter).to(torch.int16) - expected).abs()
-            assert difference.max() <= 1  # where float32 rounds the other way
-            assert difference.float().mean() < 1e-3
-
-
 def test_timms_default_training_stays_close():
     for photo in PHOTOS:
         for seed in range(10):
@@ -102,7 +80,7 @@ def test_timms_default_training_stays_close():
             pil, tensor = both_paths(photo.read_bytes(), (3, 96, 96), options, seed)
             difference = (pil - tensor).abs()
             assert (difference > 2).float().mean() < 2e-2
-            assert difference.float().mean() < 0.5
+            assert difference.float().mean() < 1.5  # torchvision's jitter rounds otherwise on tensors
 
 
 def test_normalised_output_without_the_prefetcher():
@@ -225,7 +203,7 @@ def enlarged(photo, factor, **options):
     return encoded(image.resize((image.width * factor, image.height * factor)), format="JPEG", **options)
 
 
-partial = pytest.mark.skipif(not regions.available(), reason="nvImageCodec is not installed")
+partial = pytest.mark.skipif(not regions.can_decode_regions(), reason="nvImageCodec is not installed")
 
 
 @partial
@@ -235,12 +213,12 @@ def test_a_region_has_the_pixels_of_the_whole(options):
     for photo in PHOTOS[:3]:
         data = enlarged(photo, 2, quality=90, **options)
         whole = decode_tensor(data)
-        jpeg = regions.parse(data, MAX_PIXELS)
-        assert jpeg.like.shape == whole.shape
+        jpeg = regions.parse_jpeg(data)
+        assert jpeg.meta().shape == whole.shape
         for _ in range(40):
             top, left = draw.randrange(whole.shape[1] - 1), draw.randrange(whole.shape[2] - 1)
             height, width = draw.randint(1, whole.shape[1] - top), draw.randint(1, whole.shape[2] - left)
-            part = jpeg.region(top, left, height, width)
+            part = jpeg.decode_region(top, left, height, width)
             assert torch.equal(part, whole[:, top : top + height, left : left + width])
 
 
@@ -249,7 +227,7 @@ def test_regions_leave_orientation_alone_and_make_grey_three_channels():
     exif = Image.Exif()
     exif[0x0112] = 6
     for data in (encoded(Image.open(PHOTOS[0]), format="JPEG", exif=exif), _modes_jpeg("L")):
-        assert torch.equal(regions.parse(data, MAX_PIXELS).region(3, 5, 20, 16), decode_tensor(data)[:, 3:23, 5:21])
+        assert torch.equal(regions.parse_jpeg(data).decode_region(3, 5, 20, 16), decode_tensor(data)[:, 3:23, 5:21])
 
 
 def _modes_jpeg(mode):
@@ -276,10 +254,10 @@ def test_decoding_the_crop_alone_changes_nothing(interpolation, caplog):
 @partial
 def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
     data = PHOTOS[0].read_bytes()
-    jpeg = regions.parse(data[: len(data) // 2], MAX_PIXELS)
-    height, width = jpeg.like.shape[1:]
-    assert torch.equal(jpeg.region(0, 0, height // 8, width), decode_tensor(data)[:, : height // 8])
-    assert jpeg.region(0, 0, height, width) is None
+    jpeg = regions.parse_jpeg(data[: len(data) // 2])
+    height, width = jpeg.meta().shape[1:]
+    assert torch.equal(jpeg.decode_region(0, 0, height // 8, width), decode_tensor(data)[:, : height // 8])
+    assert jpeg.decode_region(0, 0, height, width) is None
     step = choose_decoder("auto", create_transform((3, 32, 32), scale=(1, 1), ratio=(1, 1), **TRAIN), "RGB")[1]
     with pytest.raises(ImageError, match="cannot be decoded"):
         step(jpeg)
@@ -308,7 +286,7 @@ def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_
                 decoded.clear()
                 pixels.append(step(decode(data)).float())
             rng.seed(seed)
-            like = regions.parse(data, MAX_PIXELS).like
+            like = regions.parse_jpeg(data).meta()
             *_, crop_height, crop_width = step.transforms[0].crop.get_params(like, (0.08, 1), (3 / 4, 4 / 3))
             factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(crop_height, crop_width) >= 32 * f)
             if factor > 1:
@@ -321,14 +299,14 @@ def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_
 
 def test_a_file_without_pixels_to_spare_is_not_scaled():
     data = PHOTOS[0].read_bytes()
-    assert regions.parse(data, MAX_PIXELS).scaled((0, 0, 63, 64), (32, 32)) is None
-    assert regions.parse(data, MAX_PIXELS).scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
+    assert regions.parse_jpeg(data).decode_scaled((0, 0, 63, 64), (32, 32)) is None
+    assert regions.parse_jpeg(data).decode_scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
 
 
 def test_the_decoders_are_those_of_the_flag(monkeypatch):
     flags = [flag for rows in TRAIN_FLAGS.values() for flag in rows]
     assert next(flag for flag in flags if flag.name == "decoder").choices == DECODERS
-    monkeypatch.setattr(regions, "available", lambda: False)
+    monkeypatch.setattr(regions, "can_decode_regions", lambda: False)
     transform = create_transform((3, 32, 32), **TRAIN)
     with pytest.raises(UserError, match=r"pip install 'samon-timm\[decode\]'"):
         choose_decoder("crop", transform, "RGB")
@@ -350,14 +328,13 @@ def test_unknown_decoders_and_modes():
 def test_newer_formats_open_and_are_packed_under_names_that_reading_knows(tmp_path, kind, ending):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     (tmp_path / "in/a").mkdir(parents=True)
-    for i in range(2):
-        Image.fromarray(pixels).save(tmp_path / f"in/a/{i}.png", kind)
+    Image.fromarray(pixels).save(tmp_path / "in/a/0.png", kind)
     assert decode_pil((tmp_path / "in/a/0.png").read_bytes()).size == (30, 20)
     make_shards.main(["--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--split", "train"])
     source = open_source("wds/x", str(tmp_path / "out"), "train")
-    assert source.read([0, 1])[0].image == (tmp_path / "in/a/0.png").read_bytes()
+    assert source.read([0])[0].image == (tmp_path / "in/a/0.png").read_bytes()
     with tarfile.open(tmp_path / "out/train-0000.tar") as tar:
-        assert tar.getnames()[0].endswith(f".{ending}")
+        assert f"a/0.{ending}" in tar.getnames()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])

@@ -1,7 +1,5 @@
 """Data sources: which names are accepted, and random access that gives what the streams give."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +8,19 @@ from PIL import Image
 
 from samon.data import ShardError, create_dataset, create_loader
 from samon.data.decode import decode_pil
-from samon.data.sources import SOURCES, check_name, find_images, find_overlap, open_source
+from samon.data.sources import SOURCES, check_name, find_overlap, open_source
 from samon.errors import UserError
-from tests.sets import jpeg, tar_of, write_set
+from tests.sets import change_info, jpeg, tar_of, write_images, write_set
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two images in each of the classes a9, a10 and b, whose natural order is not the alphabetical one."""
-    for number, name in enumerate(["a9", "a10", "b"]):
-        for i in range(2):
-            path = tmp_path / f"set/train/{name}/{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(2 * number + i))
-    return str(tmp_path / "set")
+    return write_images(tmp_path / "set", *(f"train/{name}/{i}.jpg" for name in ("a9", "a10", "b") for i in range(2)))
 
 
 def labels_of(source):
     return [record.label for record in source.read(range(len(source)))]
-
-
-def write_images(root, *paths):
-    for number, name in enumerate(paths):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(jpeg(number))
-    return str(root)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +47,9 @@ def test_names_that_are_refused(name, root, said):
 
 def test_names_that_are_accepted():
     for kind, row in SOURCES.items():
-        check_name(f"{kind}/x" if kind else "", "there" if row.needs else None)
+        check_name(f"{kind}/x" if kind else "", "there" if row.root else None)
     check_name("imagenet", "there")
-    assert [kind for kind, row in SOURCES.items() if not row.needs] == ["torch", "hfds"]
+    assert [kind for kind, row in SOURCES.items() if not row.root] == ["torch", "hfds"]
 
 
 def test_shards_are_read_in_any_order_one_pass_each(tmp_path, monkeypatch):
@@ -88,7 +74,7 @@ def test_folders_keep_timms_order_and_chosen_classes(folder):
     assert source.read([2])[0].where == f"{folder}/train/a10/0.jpg"
     some = open_source("", folder, "train", keep={"b", "z"})
     assert [record.label for record in some.read(range(len(some)))] == [2, 2]
-    with pytest.raises(UserError, match="holds no images of this set"):
+    with pytest.raises(UserError, match="no images of this set"):
         open_source("", folder, "train", keep={"z"})
     with pytest.raises(UserError, match="no such directory"):
         open_source("", f"{folder}/gone", "train")
@@ -104,7 +90,7 @@ def test_folders_by_a_class_map(folder, tmp_path):
             open_source(name, folder, "train", class_map="gone.txt")
 
 
-def test_arrays_come_as_images(tmp_path):
+def test_arrays_come_as_images_and_in_parts(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=[3, 1, 2, 0])
     source = open_source("npz/tiny", str(tmp_path), "train")
@@ -112,25 +98,20 @@ def test_arrays_come_as_images(tmp_path):
     assert (first.label, second.label) == (2, 3)
     assert isinstance(first.image, Image.Image)
     assert (np.asarray(first.image) == pixels[2]).all()
-    with pytest.raises(UserError, match="has 4 classes, the model 3; use --num-classes 4"):
-        open_source("npz/tiny", str(tmp_path), "train", num_classes=3)
+    assert labels_of(open_source("npz/tiny", str(tmp_path), "train[:3]")) == [3, 1, 2]
+    (last,) = open_source("npz/tiny", str(tmp_path), "train[3:]").read([0])
+    assert (np.asarray(last.image) == pixels[3]).all()
+    for split, options, message in (
+        ("train", {"num_classes": 3}, "has 4 classes, the model 3; use --num-classes 4"),
+        ("train[4:]", {}, r"the part of .*tiny.npz train is empty, it has 4 images"),
+        ("train[3]", {}, r"unknown split 'train\[3\]'"),
+        ("trian", {}, "unknown split 'trian'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source("npz/tiny", str(tmp_path), split, **options)
 
 
-def test_a_part_of_an_array_split_holds_out_the_rest(tmp_path):
-    pixels = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1).repeat(3, -1)
-    np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=[3, 1, 2, 0])
-    source = open_source("npz/tiny", str(tmp_path), "train[:3]")
-    records = source.read(range(3))
-    assert [r.image.getpixel((0, 0))[0] for r in records] == [0, 1, 2]
-    assert [r.label for r in records] == [3, 1, 2]
-    assert labels_of(open_source("npz/tiny", str(tmp_path), "train[3:]")) == [0]
-    with pytest.raises(UserError, match=r"the part of .*tiny.npz train is empty, it has 4 images"):
-        open_source("npz/tiny", str(tmp_path), "train[4:]")
-    with pytest.raises(UserError, match=r"unknown split 'train\[3\]'"):
-        open_source("npz/tiny", str(tmp_path), "train[3]")
-
-
-def test_hub_data_sets_are_read_by_timms_reader(tmp_path, monkeypatch):
+def test_hub_data_sets_train(tmp_path, monkeypatch):
     """The real library on a local set: its names of classes, every sample, and the class map."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -151,28 +132,6 @@ def test_hub_data_sets_are_read_by_timms_reader(tmp_path, monkeypatch):
 
 
 # --- folders and tars -------------------------------------------------------------------------------------------------
-
-
-def test_hidden_names_are_left_out_with_a_count(tmp_path, caplog):
-    shown = ["cat/1.jpg", "dog/1.jpg"]
-    hidden = [".ipynb_checkpoints/1.jpg", "cat/._1.jpg", "cat/.ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg"]
-    root = write_images(tmp_path / "set", *shown, *hidden)
-    source = open_source("", root, "")
-    assert (source.class_names, len(source)) == (["cat", "dog"], 2)
-    assert "4 hidden files or folders are left out, such as " in caplog.text
-    (tmp_path / "set.tar").write_bytes(tar_of([(f"./{name}", jpeg(0)) for name in (*shown, *hidden)]))
-    assert open_source("", str(tmp_path / "set.tar"), "").class_names == ["cat", "dog"]
-    torch = open_source("torch/image_folder", root, "")
-    assert (torch.class_names, len(torch)) == (["cat", "dog"], 2)
-
-
-def test_images_of_other_formats_are_counted_and_can_be_named(tmp_path, caplog):
-    root = write_images(tmp_path, "a/1.jpg", "a/2.WEBP", "b/3.gif")
-    assert open_source("", root, "").class_names == ["a"]
-    assert "images with other endings are left out (1 .gif, 1 .webp)" in caplog.text
-    assert labels_of(open_source("", root, "", input_key="jpg;.webp;.gif")) == [0, 0, 1]
-    with pytest.raises(UserError, match=r"no images found \(.png\); it has 1 .gif, 1 .jpg, 1 .webp"):
-        find_images(root, [".png"])
 
 
 @pytest.mark.parametrize("paths", [["flat.jpg", "other.jpg"], ["a/1.jpg", "b/1.jpg", "stray.jpg"]])
@@ -201,31 +160,6 @@ def test_a_tar_of_class_folders_is_read_as_the_folders_are(tmp_path):
         open_source("", str(tmp_path / "set.tar"), "test")
 
 
-def test_places_that_hold_something_else_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds shards; read them with --dataset wds/NAME"):
-        open_source("", write_set(tmp_path / "shards", [2]), "train")
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/a.tar").write_bytes(tar_of([("a.jpg", jpeg(0))]))
-    with pytest.raises(UserError, match="it has tar files: shards are read with --dataset wds/NAME"):
-        open_source("", str(tmp_path / "tars"), "")
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match="no plain tar archive"):
-        open_source("", str(tmp_path / "a.zip"), "")
-
-
-def test_a_class_folder_that_cannot_be_read_is_no_missing_class(tmp_path, monkeypatch):
-    root = write_images(tmp_path, "a/1.jpg", "b/1.jpg")
-
-    def scandir(path, scan=os.scandir):
-        if path.endswith("/a"):
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match="Permission denied"):
-        open_source("", root, "")
-
-
 @pytest.mark.parametrize("name", ["", "torch/folder"])
 def test_a_part_of_a_folder_has_as_many_images_of_each_class(name, folder):
     first, second = open_source(name, folder, "train[:4]"), open_source(name, folder, "train[4:]")
@@ -245,22 +179,21 @@ def test_a_part_of_a_folder_has_as_many_images_of_each_class(name, folder):
 
 
 def test_a_class_map_applies_to_every_kind_that_names_its_classes(tmp_path, folder):
-    root = Path(write_set(tmp_path / "shards", [3]))
-    info = json.loads((root / "_info.json").read_text())
-    (root / "_info.json").write_text(json.dumps(info | {"class_names": ["x", "y", "z"]}))
-    source = open_source("wds/x", str(root), "train", class_map={"z": 0, "y": 1, "x": 2})
+    root = write_set(tmp_path / "shards", [3])
+    change_info(root, class_names=["x", "y", "z"])
+    source = open_source("wds/x", root, "train", class_map={"z": 0, "y": 1, "x": 2})
     assert (labels_of(source), source.class_names) == ([2, 1, 0], ["z", "y", "x"])
-    both = open_source("wds/x", str(root), "train", class_map={"z": 0, "y": 1, "x": 1})
+    both = open_source("wds/x", root, "train", class_map={"z": 0, "y": 1, "x": 1})
     assert (labels_of(both), both.class_names, both.num_classes) == ([1, 1, 0], None, 2)
     torch = open_source("torch/folder", folder, "train", class_map={"b": 0, "a9": 1})
     assert labels_of(torch) == [1, 1, 0, 0]
-    with pytest.raises(UserError, match="--class-map has none of its classes; it says 'n0', here is 'x'"):
-        open_source("wds/x", str(root), "train", class_map={"n0": 0})
+    with pytest.raises(UserError, match="--class-map has none of its classes; it lists 'n0', the data 'x'"):
+        open_source("wds/x", root, "train", class_map={"n0": 0})
 
 
 def test_a_class_map_of_names_is_refused_where_classes_have_none(tmp_path):
     np.savez(tmp_path / "tiny.npz", x_train=np.zeros((2, 4, 4, 3), np.uint8), y_train=[3, 1])
-    with pytest.raises(UserError, match="its classes have no names, --class-map can only number its labels anew"):
+    with pytest.raises(UserError, match="its classes have no names; --class-map must map stored labels"):
         open_source("npz/tiny", str(tmp_path), "train", class_map={"cat": 0})
     assert labels_of(open_source("npz/tiny", str(tmp_path), "train", class_map={3: 0, 1: 1})) == [0, 1]
 
@@ -299,7 +232,7 @@ def test_other_splits_of_torchvisions_sets_are_refused(mnist, tmp_path):
     for split in ("trian", "train[x]", "train[5:]"):
         with pytest.raises(UserError, match=r"unknown split|is empty"):
             open_source("torch/mnist", mnist, split)
-    with pytest.raises(UserError, match="does not hold it, or only in part; add --dataset-download or name"):
+    with pytest.raises(UserError, match="does not contain it, or only in part; add --dataset-download or name"):
         open_source("torch/cifar10", str(tmp_path), "train")
 
 
@@ -370,10 +303,10 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
     [
         (IMAGES, np.eye(2), r"y_train is float64 \[2, 2\], not one class number for each of the 2 images"),
         (IMAGES, np.zeros((2, 1, 1)), r"y_train is float64 \[2, 1, 1\], not one"),
-        (IMAGES, [0.5, 1], "y_train: label 0.5 of image 0 is no class number"),
-        (IMAGES, [0, np.nan], "y_train: label nan of image 1 is no class number"),
-        (IMAGES, [0, np.inf], "y_train: label inf of image 1 is no class number"),
-        (IMAGES, [0, -1], "y_train: label -1 of image 1 is no class number"),
+        (IMAGES, [0.5, 1], "y_train: label 0.5 of image 0 is not a class number"),
+        (IMAGES, [0, np.nan], "y_train: label nan of image 1 is not a class number"),
+        (IMAGES, [0, np.inf], "y_train: label inf of image 1 is not a class number"),
+        (IMAGES, [0, -1], "y_train: label -1 of image 1 is not a class number"),
         (IMAGES, ["a", "b"], r"y_train is <U1 \[2\]"),
         (IMAGES, [0], r"\[1\], not one class number for each of the 2 images"),
         (IMAGES.transpose(0, 3, 1, 2), [0, 1], r"uint8 \[2, 3, 4, 4\], .* write x_train.transpose\(0, 2, 3, 1"),
@@ -385,6 +318,17 @@ def test_arrays_that_are_no_images_with_a_class_each(tmp_path, images, labels, s
     np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels)
     with pytest.raises(UserError, match=said):
         open_source("npz/tiny", str(tmp_path), "train")
+
+
+def test_files_that_are_not_such_arrays(tmp_path):
+    with pytest.raises(UserError, match=r"other\.npz does not exist"):
+        open_source("npz/other", str(tmp_path), "train")
+    np.savez(tmp_path / "bad.npz", x_train=IMAGES)
+    with pytest.raises(UserError, match="has no y_train"):
+        open_source("npz/bad", str(tmp_path), "train")
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read as arrays"):
+        open_source("npz/bad", str(tmp_path), "train")
 
 
 def test_arrays_that_are_images_with_a_class_each(tmp_path):

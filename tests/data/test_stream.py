@@ -1,21 +1,19 @@
 """Every sample once, equal steps on all ranks, and continuing where a run was interrupted."""
 
-import os
 import random
 
 import numpy as np
 import pytest
-import timm.data
 import torch
 from timm.data.mixup import FastCollateMixup
 
 from samon.data import create_dataset
-from samon.data import stream as plan
+from samon.data import stream as streams
 from samon.data.classes import check_ranks
-from samon.data.stream import with_spares
+from samon.data.stream import with_fallbacks
 from samon.errors import UserError
 from tests.processes import run_ranks
-from tests.sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
+from tests.sets import UNEVEN, flat, make_loader, same, targets, write_images, write_set
 
 TOTAL = sum(UNEVEN)
 # The tests may have fewer cores than workers; how the work is shared is what they are about.
@@ -27,16 +25,14 @@ def root(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("uneven") / "set")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch", [1, 4, 50])
-def test_stretches_cover_each_sample_once(world, workers, batch):
+@pytest.mark.parametrize(("world", "workers", "batch"), [(1, 1, 1), (1, 7, 4), (2, 2, 1), (3, 3, 4), (3, 7, 50)])
+def test_read_ranges_cover_each_sample_once(world, workers, batch):
     cells = [(rank, worker) for rank in range(world) for worker in range(workers)]
     for size in (0, 1, 29, 100):
-        evaluation = [plan.stretch(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
+        evaluation = [streams.read_range(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
         covered = [i for s in evaluation for i in range(s.start, s.start + s.size)]
         assert sorted(covered) == list(range(size))
-        training = [plan.stretch(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
+        training = [streams.read_range(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
         covered = [i for s in training for i in range(s.start, s.start + s.size)]
         assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
         steps = {
@@ -46,7 +42,7 @@ def test_stretches_cover_each_sample_once(world, workers, batch):
 
 
 def test_shuffle_order_is_a_permutation_held_in_the_buffer():
-    order = plan.shuffle_order(1000, 64, random.Random(0))
+    order = streams.shuffle_order(1000, 64, 0, 0, 0)
     assert sorted(order) == list(range(1000))
     newest = 0
     for given, position in enumerate(order):
@@ -57,7 +53,7 @@ def test_shuffle_order_is_a_permutation_held_in_the_buffer():
 
 
 def test_shards_come_in_another_order_each_epoch():
-    orders = [[p.shard for p in plan.epoch_pieces([4] * 8, 32, seed=1, epoch=epoch)] for epoch in (0, 1, 2, 0)]
+    orders = [[p.shard for p in streams.shard_slices([4] * 8, 0, 32, seed=1, epoch=epoch)] for epoch in (0, 1, 2, 0)]
     assert sorted(orders[0]) == list(range(8))
     assert orders[0] == orders[3]
     assert len({*map(tuple, orders)}) == 3
@@ -77,23 +73,19 @@ def test_every_sample_of_every_epoch_has_draws_of_its_own(root):
 
 
 def test_files_come_in_another_order_each_epoch(tmp_path):
-    for k in range(12):
-        path = tmp_path / "train" / f"class{k % 2}" / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(k))
+    write_images(tmp_path, *(f"train/class{k % 2}/{k}.jpg" for k in range(12)))
     stream = create_dataset("", root=str(tmp_path), split="train", is_training=True, rank=0, world_size=1)
-    orders = [tuple(stream._order(epoch).tolist()) for epoch in (0, 1, 0)]
+    orders = [stream.epoch_order(epoch) for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(12))
 
 
-def test_spares_are_the_nearest_neighbours():
-    windows = dict(with_spares(range(6), reach=2))
+def test_fallbacks_are_the_nearest_neighbors():
+    windows = dict(with_fallbacks(range(6), reach=2))
     assert windows == {0: [1, 2], 1: [0, 2, 3], 2: [1, 0, 3, 4], 3: [2, 1, 4, 5], 4: [3, 2, 5], 5: [4, 3]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (3, 0), (3, 3)])
 def test_evaluation_sees_every_sample_once(root, world, workers):
     seen = []
     for rank in range(world):
@@ -105,7 +97,7 @@ def test_evaluation_sees_every_sample_once(root, world, workers):
     assert sorted(seen) == list(range(TOTAL))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_training_sees_samples_at_most_once_with_equal_steps(root, world):
     epochs = []
     for epoch in range(2):
@@ -129,8 +121,8 @@ def test_whole_shards_stay_with_one_reader(tmp_path):
         stream = create_dataset("wds/x", root, "train", is_training=True, batch_size=2, rank=rank, world_size=2)
         stream.set_loader_cfg(4)
         for worker in range(4):
-            start, size, _ = stream.stretch(worker, 4)
-            pieces = plan.cut(plan.epoch_pieces([4] * 8, 32, seed=42), start, size)
+            start, size, _ = stream.read_range(worker, 4)
+            pieces = streams.shard_slices([4] * 8, start, start + size, seed=42)
             assert [(p.start, p.stop) for p in pieces] == [(0, 4)]
 
 
@@ -140,14 +132,14 @@ def _augmented(root, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_continues_bit_identically_from_10_random_points(root, workers):
+def test_resumes_bit_identically_at_random_points(root, workers):
     options = {"workers": workers, "world": 2, "rank": 1, "dataset": {"shuffle_buffer": 4}}
     whole = _augmented(root, **options)
     whole.set_epoch(3)
     expected = list(whole)
     again = _augmented(root, **options)
     points = random.Random(0)
-    for _ in range(10):
+    for _ in range(4):
         step = points.randrange(len(expected))
         torch.manual_seed(points.randrange(1000))  # what happened before must not matter
         random.seed(points.randrange(1000))
@@ -158,22 +150,7 @@ def test_continues_bit_identically_from_10_random_points(root, workers):
     assert not same(list(again), expected)
 
 
-def test_partial_steps_are_rounded_down_and_said(root, caplog):
-    loader = make_loader(root, world=2)
-    loader.set_epoch(0, samples_consumed=10)
-    assert len(targets(loader)) == len(loader) - 2
-    assert "the last 2 of them come again" in caplog.text
-
-
-def test_without_workers_the_process_keeps_its_random_state(root):
-    loader = _augmented(root)
-    before = random.getstate(), torch.get_rng_state()
-    for _ in loader:
-        assert random.getstate() == before[0]
-        assert torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_fewer_shards_than_readers_is_refused_with_numbers(root):
+def test_fewer_shards_than_readers_is_an_error(root):
     with pytest.raises(UserError, match=r"8 shards, but 3 processes x 4 workers = 12 readers; use --workers 2"):
         make_loader(root, workers=4, world=3)
     seen = []
@@ -182,7 +159,7 @@ def test_fewer_shards_than_readers_is_refused_with_numbers(root):
     assert len(set(seen)) == len(seen) == TOTAL // 6 * 6
 
 
-def test_too_few_samples_for_a_batch_is_refused(root):
+def test_too_few_samples_for_a_batch_is_an_error(root):
     with pytest.raises(UserError, match="29 training samples do not fill one batch of 16 on each of 2"):
         make_loader(root, batch=16, world=2)
 
@@ -191,67 +168,25 @@ def test_longer_epochs_pass_over_the_data_again(root):
     assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2}))) == 2 * TOTAL
     counted = flat(make_loader(root, batch=1, dataset={"num_samples": 10}))
     assert len(set(counted)) == len(counted) == 10
-    with pytest.raises(UserError, match="holds 29"):
+    with pytest.raises(UserError, match="the split has 29"):
         make_loader(root, training=False, dataset={"num_samples": 30})
 
 
-def test_mixup_is_switched_off_inside_living_workers(root):
-    loader = make_loader(root, workers=1, collate_fn=FastCollateMixup(num_classes=TOTAL, label_smoothing=0.0))
-    assert loader.mixup_enabled
-    assert any(((target > 0).sum(1) > 1).any() for _, target in loader)
-    loader.mixup_enabled = False
-    assert not loader.mixup_enabled
-    assert all(((target > 0).sum(1) == 1).all() for _, target in loader)
-
-
-def test_timms_own_loader_takes_the_stream(root):
-    stream = create_dataset("wds/x", root, "train", is_training=False, batch_size=4)
-    loader = timm.data.create_loader(stream, (3, 12, 12), 4, num_workers=2, device=torch.device("cpu"))
-    assert sorted(flat(loader)) == list(range(TOTAL))
-
-
 def test_image_folders_behave_like_shards(tmp_path):
-    for i in range(11):
-        path = tmp_path / f"folder/train/c{i:02d}/image.jpg"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(jpeg(i))
-    root = str(tmp_path / "folder")
-    for world in (1, 2, 3):
-        seen = [
-            targets(make_loader(root, name="", training=False, batch=2, workers=2, world=world, rank=rank))
-            for rank in range(world)
-        ]
-        assert sorted(i for batches in seen for batch in batches for i in batch) == list(range(11))
-        trained = [
-            targets(make_loader(root, name="", batch=2, workers=2, world=world, rank=rank)) for rank in range(world)
-        ]
-        seen = [i for batches in trained for batch in batches for i in batch]
+    write_images(tmp_path, *(f"train/c{i:02d}/image.jpg" for i in range(11)))
+    root = str(tmp_path)
+    for world in (1, 3):
+        options = [{"name": "", "workers": 0, "world": world, "rank": rank} for rank in range(world)]
+        assert sorted(i for o in options for i in flat(make_loader(root, training=False, **o))) == list(range(11))
+        seen = [i for o in options for i in flat(make_loader(root, **o))]
         assert len(set(seen)) == len(seen) == 11 // (2 * world) * 2 * world
-    whole = make_loader(root, name="", workers=2)
-    expected = list(whole)
-    whole.set_epoch(0, samples_consumed=6)
-    assert same(list(whole), expected[3:])
-    repeated = targets(make_loader(root, name="", world=2, num_aug_repeats=2))
-    assert len(repeated) == 2
-    with pytest.raises(UserError, match="no folder for split 'test', it has train"):
-        create_dataset("", root, "test")
+    loader = make_loader(root, name="", workers=2)
+    expected = list(loader)
+    loader.set_epoch(0, samples_consumed=6)
+    assert same(list(loader), expected[3:])
+    assert len(targets(make_loader(root, name="", world=2, num_aug_repeats=2))) == 2
     with pytest.raises(UserError, match="has 11 classes, the model 5"):
         create_dataset("", root, "train", num_classes=5)
-
-
-def test_augmix_splits_come_clean_part_first(root):
-    images, target = next(
-        iter(make_loader(root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2", no_aug=False, decoder="auto"))
-    )
-    assert images.shape == (6, 3, 12, 12)
-    assert target.tolist() == target[:2].tolist() * 3
-
-
-def test_unknown_readers_are_refused(root):
-    with pytest.raises(UserError, match="tfds/"):
-        create_dataset("tfds/mnist", root, "train")
-    with pytest.raises(UserError, match="aug-repeats"):
-        make_loader(root, num_aug_repeats=3)
 
 
 def _one_process(rank, root):
@@ -305,19 +240,3 @@ def test_two_real_processes(root):
     assert first == second, "processes that see other data end together"
     assert len(first) == 2
     assert "process 0 sees 5 samples of 1 classes, process 1 sees 6 samples of 1 classes" in first[1]
-
-
-def test_memory_stays_flat_over_three_epochs(tmp_path):
-    root = write_set(tmp_path / "set", [40] * 4, {i: {"jpg": jpeg(i, (200, 150))} for i in range(160)})
-    loader = make_loader(root, batch=8, dataset={"shuffle_buffer": 32})
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    used = []
-    for epoch in range(4):
-        loader.set_epoch(epoch)
-        targets(loader)
-        used.append(resident())
-    assert max(used[1:]) - used[0] < 8, used

@@ -1,6 +1,5 @@
-"""Remote shards: what may be opened, trying again, and a cache that stays in bounds."""
+"""Shards: what may be opened, repeated attempts, a cache that stays in bounds, `_info.json`, keys of samples."""
 
-import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from samon.data import ShardError
-from samon.data import shards as urls
+from samon.data import DataError, ShardError, shards
 from samon.errors import UserError
 from samon.evals.main import main
-from tests.sets import flat, make_loader, write_set
+from tests.sets import RANDOM_MODEL, change_info, flat, jpeg, make_loader, tar_of, write_set
 
 
 class Server(ThreadingHTTPServer):
@@ -96,7 +94,7 @@ def test_cache_keeps_copies_and_stays_in_bounds(server, tmp_path):
     assert sorted(flat(make_loader(server.url, training=False, dataset=small))) == list(range(18))
     assert sum(path.stat().st_size for path in cache.iterdir()) <= 2 * size
     assert {path.name.split("-", 1)[1] for path in cache.iterdir()} == {"train-0001.tar", "train-0002.tar"}
-    with pytest.raises(ShardError, match="does not fit the shard cache"):
+    with pytest.raises(DataError, match="do not fit the shard cache"):
         flat(make_loader(server.url, training=False, dataset=options | {"shard_cache_size": 10}))
 
 
@@ -111,33 +109,19 @@ def test_broken_transfers_and_damaged_copies_are_fetched_again(server, tmp_path)
     assert not [path for path in cache.iterdir() if path.suffix == ".part"]
 
 
-def test_two_urls_with_one_name_do_not_share_a_copy(tmp_path):
-    cache = urls.ShardCache(tmp_path, 1 << 30)
-    assert cache.path("http://a/train/0000.tar") != cache.path("http://a/val/0000.tar")
-
-
-@pytest.mark.parametrize("root", ["pipe:touch executed; cat x", "PIPE:touch executed", "pipe:touch executed #"])
+@pytest.mark.parametrize("root", ["pipe:touch executed; cat x", "PIPE:touch executed"])
 def test_shell_commands_need_permission(tmp_path, monkeypatch, root):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--allow-shell-urls"):
         make_loader(root)
     with pytest.raises(UserError, match="--allow-shell-urls"):
-        urls.join(str(tmp_path), root)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_rewriting_to_a_shell_command_needs_permission_too(monkeypatch):
+        shards.join_url(str(tmp_path), root)
     monkeypatch.setenv("GOPEN_REWRITE", "http://data/=pipe:touch executed ")
     with pytest.raises(UserError, match="--allow-shell-urls"):
-        urls.checked_url("http://data/train.tar")
-
-
-@pytest.mark.parametrize("url", [" pipe:touch executed", "\tpipe:touch executed", "-", "x pipe:touch executed"])
-def test_what_only_looks_like_a_command_is_a_local_path(tmp_path, monkeypatch, url):
-    monkeypatch.chdir(tmp_path)
-    assert urls.checked_url(url) == str(tmp_path / url)
-    with pytest.raises(FileNotFoundError):
-        urls.open_url(urls.checked_url(url))
+        shards.resolve_url("http://data/train.tar")
+    for path in (f" {root}", f"\t{root}", "-", f"x {root}"):  # these only look like a command
+        with pytest.raises(FileNotFoundError):
+            shards.open_url(shards.resolve_url(path))
     assert not (tmp_path / "executed").exists()
 
 
@@ -150,25 +134,15 @@ def test_commands_run_when_they_are_allowed(tmp_path):
 
 
 def test_unknown_schemes_name_the_known_ones():
-    with pytest.raises(UserError, match=r"no way to open s3:// URLs.*gs.*hf.*https"):
-        urls.checked_url("s3://bucket/train.tar")
-    assert urls.checked_url("gs://bucket/train.tar") == "gs://bucket/train.tar"
-    assert urls.checked_url("file:/data/x.tar") == urls.checked_url("file:///data/x.tar") == "/data/x.tar"
+    with pytest.raises(UserError, match=r"s3:// URLs cannot be opened.*gs.*hf.*https"):
+        shards.resolve_url("s3://bucket/train.tar")
+    assert shards.resolve_url("gs://bucket/train.tar") == "gs://bucket/train.tar"
+    assert shards.resolve_url("file:/data/x.tar") == shards.resolve_url("file:///data/x.tar") == "/data/x.tar"
 
 
 def validate(*words):
-    flags = [
-        "--model",
-        "test_resnet",
-        "--no-pretrained",
-        "--num-classes",
-        "18",
-        "--img-size",
-        "32",
-        "--batch-size",
-        "4",
-    ]
-    return main([*flags, "--split", "train", "--workers", "2", "--device", "cpu", *words])
+    words += ("--num-classes", "18", "--batch-size", "4", "--split", "train", "--workers", "2")
+    return main([*RANDOM_MODEL, *words])
 
 
 def test_evaluation_fetches_each_shard_once(server):
@@ -181,10 +155,8 @@ def test_evaluation_fetches_each_shard_once(server):
 
 def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
     root, log = tmp_path / "set", tmp_path / "log"
-    info = json.loads((root / "_info.json").read_text())
-    names = info["splits"]["train"]["filenames"]
-    info["splits"]["train"]["filenames"] = [f"pipe:echo {name} >> {log}; cat {root}/{name}" for name in names]
-    (root / "_info.json").write_text(json.dumps(info))
+    names = [f"train-{i:04d}.tar" for i in range(3)]
+    change_info(root, {"filenames": [f"pipe:echo {name} >> {log}; cat {root}/{name}" for name in names]})
     set_of = ["--dataset", "wds/x", "--data-dir", str(root)]
     with pytest.raises(UserError, match="add --allow-shell-urls"):
         validate(*set_of)
@@ -193,3 +165,78 @@ def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
         assert rows[0]["num_samples"] == 18
     assert sorted(log.read_text().split()) == names
     assert len(list((tmp_path / "copies").iterdir())) == 3, "no lock or part stays behind"
+
+
+# --- _info.json and samples -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 9}, "contradicts itself"),
+        ({"shard_lengths": [4]}, "contradicts itself"),
+        ({"filenames": []}, "no list of filenames"),
+        ({"filenames": "x.tar"}, "no list of filenames"),
+        ({"shard_lengths": ["4", "4"]}, "no list of shard_lengths"),
+        ({"shard_lengths": [-4, 12]}, "shard_lengths"),
+        ({"filenames": ["train-0000.tar", "gone.tar"]}, "gone.tar: no such shard"),
+        ({"filenames": ["train-0000.tar", "pipe:touch executed"]}, "runs a shell command"),
+    ],
+)
+def test_wrong_info_files(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    root = write_set(tmp_path / "set", [4, 4])
+    change_info(root, change)
+    with pytest.raises(UserError, match=message):
+        make_loader(root)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_shard_longer_than_stated_is_an_error(tmp_path):
+    root = write_set(tmp_path / "set", [4, 4])
+    change_info(root, {"shard_lengths": [4, 3], "num_samples": 7})
+    for training in (True, False):
+        with pytest.raises(DataError, match=r"train-0001\.tar: holds more than the 3 samples"):
+            flat(make_loader(root, training=training, batch=1))
+
+
+def test_unknown_splits_name_the_nearest(tmp_path):
+    root = write_set(tmp_path / "set", [6])
+    with pytest.raises(UserError, match="no split 'trian'; did you mean 'train'"):
+        shards.load_split(root, "trian")
+    with pytest.raises(UserError, match="not found or without splits"):
+        shards.load_split(str(tmp_path), "train")
+    assert shards.load_split(root, "training").lengths == (6,)
+
+
+def test_shards_can_be_named_without_an_index(tmp_path):
+    root = write_set(tmp_path / "set", [6, 3])
+    expected = shards.load_split(root, "train")
+    assert shards.load_split(root, "train-{0000..0001}.tar|9").lengths == expected.lengths
+    Path(root, "_info.json").unlink()
+    counted = shards.load_split(root, "train-{0000..0001}.tar")
+    assert (counted.urls, counted.lengths) == (expected.urls, expected.lengths)
+    with pytest.raises(UserError, match="says 10 samples, its shards hold 9"):
+        shards.load_split(root, "train-{0000..0001}.tar|10")
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        (["cat.v2.jpg", "cat.v2.cls"], "cat.v2.jpg"),
+        (["0.jpg", "0.cls", "img.v2.JPG", "img.v2.cls"], "img.v2.JPG"),
+        (["cat.jpg", "cat.cls", "cat.2.jpg", "cat.2.cls"], "cat.2.cls"),
+    ],
+)
+def test_a_sample_with_a_dot_in_its_name_is_an_error(tmp_path, names, lost):
+    content = {"jpg": jpeg(0), "cls": b"0"}
+    (tmp_path / "a.tar").write_bytes(tar_of([(f"x/{name}", content[name[-3:].lower()]) for name in names]))
+    with pytest.raises(DataError, match=rf"a.tar x/{lost}: a sample's name ends at its first dot"):
+        shards.load_split(str(tmp_path), "a.tar")
+
+
+def test_other_members_of_a_sample_are_not_samples(tmp_path):
+    names = ["0.depth.png", "0.jpg", "0.cls", "0.seg.png", "._0.jpg", "x/._1.jpg", "1.jpg", "1.cls"]
+    content = {"png": jpeg(9), "jpg": jpeg(0), "cls": b"1"}
+    (tmp_path / "a.tar").write_bytes(tar_of([(name, content[name[-3:]]) for name in names]))
+    assert shards.load_split(str(tmp_path), "a.tar").lengths == (2,)
