@@ -381,7 +381,7 @@ def test_text_labels_of_the_hub_are_classes(hub):
     assert [r.label for r in mapped.read([0, 1])] == [0, 5]
 
 
-def test_samples_of_the_hub_without_image_or_label_are_bad_samples(hub):
+def test_samples_of_the_hub_without_image_or_label_are_corrupt(hub):
     hub(image=PICTURES, label=("ClassLabel", [0, None, 1]))
     kinds = [type(r).__name__ for r in open_source("hfds/x", None, "train").read(range(3))]
     assert kinds == ["RawSample", "LabelError", "ImageError"]
