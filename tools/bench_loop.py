@@ -14,7 +14,6 @@ import contextlib
 import io
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,12 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from samon.trainer import config, loop
-from samon.trainer.build import Hooks, build
+from samon.trainer.build import build
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.control import Control
 from samon.trainer.distributed import DistInfo, init_distributed
-from samon.trainer.logging import Report
+from samon.trainer.logging import RunLogger
 from samon.trainer.run_dir import RunDir
+from samon.trainer.signals import SignalHandler
 from samon.trainer.state import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,25 +84,11 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
 
 def ours(c: config.Config, world: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-
-    def pause(*_: Any) -> None:
+    run = build(c, world)
+    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(c, folder, world)
+    for _ in loop.fit(run, Progress(), checkpoints, SignalHandler(), logger):
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        done.release()
-        go.acquire()
-
-    run = build(c, world, Hooks(updated=pause))
-    checkpoints, report = CheckpointManager(run, RunDir(folder)), Report(c, folder, world)
-
-    def work() -> None:
-        go.acquire()
-        loop.fit(run, Progress(), checkpoints, Control(), report, None)
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        go.release()
-        done.acquire()
         yield
 
 

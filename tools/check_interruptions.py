@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from samon.cli.program import run_script
-from samon.trainer import checkpoint
-from samon.trainer.build import Hooks
-from samon.trainer.main import main as main_of_training
+from samon.trainer import checkpoint, loop
+from samon.trainer.build import Run
+from samon.trainer.config import parse
+from samon.trainer.main import train
+from samon.trainer.run_dir import load_run_settings
 from samon.trainer.state import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,8 +123,7 @@ def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment
     faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
     multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
     vars(torch.utils.data._utils)["MP_STATUS_CHECK_INTERVAL"] = 0.2  # seconds after which dead workers are looked for
-    hooks = None if moment is None else _armed(moment, lambda: _signal_group(number) if number else _kill_workers())
-    run_script(lambda: main_of_training(argv, hooks))
+    run_script(lambda: _train(argv, moment, lambda: _signal_group(number) if number else _kill_workers()))
 
 
 def _signal_group(number: int) -> None:
@@ -136,16 +137,22 @@ def _kill_workers() -> None:
         worker.kill()
 
 
-def _armed(moment: tuple[str, int, int], fire: Callable[[], None]) -> Hooks:
-    """Hooks that call `fire` when training reaches the moment."""
-    where, epoch, update = moment
-    at = {"epoch": -1, "update": -1}
+def _train(argv: list[str], moment: tuple[str, int, int] | None, fire: Callable[[], None]) -> None:
+    """Train, and call `fire` when training reaches the moment."""
+    where, epoch, update = moment or ("", -1, -1)
 
-    def reach(kind: str, progress: Progress | None = None) -> None:
-        if progress is not None:
-            at.update(epoch=progress.epoch, update=progress.updates)
-        if where == kind and (at["epoch"], at["update"]) == (epoch, update):
+    def reach(kind: str, progress: Progress) -> None:
+        if where == kind and (progress.epoch, progress.updates) == (epoch, update):
             fire()
+
+    def reach_before(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(run, progress, ...)` that reaches the moment first."""
+
+        def reaching(run: Run, progress: Progress, *args: Any) -> Any:
+            reach(kind, progress)
+            return function(run, progress, *args)
+
+        return reaching
 
     def on_write(content: Any, file: Any) -> None:
         done = content["progress"]["epoch_done"]
@@ -156,12 +163,12 @@ def _armed(moment: tuple[str, int, int], fire: Callable[[], None]) -> Hooks:
             fire()
         torch.save(content, file)
 
-    vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))  # a fault in the writer
-    return Hooks(
-        begun=lambda run, progress: reach("start", progress),
-        updated=lambda run, progress, perturbed: reach("update", progress),
-        validating=lambda run, progress: reach("validate"),
-    )
+    if moment is not None:
+        vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))  # a fault in the writer
+        for kind, name in (("start", "renew_mask"), ("validate", "validate")):
+            vars(loop)[name] = reach_before(kind, vars(loop)[name])
+    for _, progress, _ in train(parse(argv, load_run_settings)):
+        reach("update", progress)
 
 
 def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str = "") -> list[int]:

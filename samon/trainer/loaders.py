@@ -1,4 +1,4 @@
-"""Configuration -> the loaders of a run: what is read, how it is mixed and augmented."""
+"""The data loaders of a run: which samples are read, and how they are mixed and augmented."""
 
 import logging
 from collections.abc import Callable
@@ -19,134 +19,93 @@ from samon.trainer.distributed import DistInfo
 from samon.trainer.model import parse_dtype
 
 log = logging.getLogger("samon")
-
-
 Batches = data.Loader | data.InMemoryLoader
+Log = Callable[[str], None]
+# create_loader's arguments for training whose settings have another name, and those with the same one.
+_RENAMED = {"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit"}
+_RENAMED |= {"auto_augment": "aa", "num_aug_splits": "aug_splits", "num_workers": "workers"}
+_AUGMENTATION = ["no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter", "color_jitter_prob"]
+_AUGMENTATION += ["grayscale_prob", "gaussian_blur_prob", "worker_seeding"]
+_SOURCE = ("class_map", "input_key", "target_key", "allow_shell_urls", "shard_cache")
 
 
 class Data(NamedTuple):
-    """What a run reads, by the names that `build.Run` has for it."""
+    """The loaders of a run and what else is known from its data."""
 
     train_loader: Batches
-    eval_loader: Batches | None  # to validate on
-    mixup: Mixup | None  # host-side, where the loader does not mix
+    eval_loader: Batches | None
+    mixup: Mixup | None  # on the host, where the loader does not mix
     class_names: list[str] | None  # in the order of the labels
 
 
-# Arguments of create_loader for training, and the settings that fill them; then those of create_dataset.
-_AUGMENTATION = {
-    **{"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit", "auto_augment": "aa"},
-    **{"num_aug_splits": "aug_splits", "num_workers": "workers"},
-    **{key: key for key in ("no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter")},
-    **{key: key for key in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "worker_seeding")},
-}
-_DATASET = ("sample_split", "shuffle_buffer", "seed")
+def mixes(config: Config) -> bool:
+    """Whether images are mixed (mixup or cutmix)."""
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
 def data_classes(config: Config) -> int | None:
-    """--num-classes; where nothing is said and no pretrained head is kept, the number in the training data."""
-    kept = config.pretrained and not config.pretrained_path
-    if config.num_classes is not None or kept or config.initial_checkpoint:
+    """--num-classes, or the number in the training data unless a pretrained head is kept."""
+    pretrained_head = (config.pretrained and not config.pretrained_path) or config.initial_checkpoint
+    if config.num_classes is not None or pretrained_head:
         return config.num_classes
     with reraise_as_user_error("data"):
-        return open_source(config.dataset, config.data_dir, config.train_split, **_opening(config)).num_classes
+        return open_source(config.dataset, config.data_dir, config.train_split, **_source_kwargs(config)).num_classes
 
 
 def without_counts(config: Config, world: DistInfo) -> Config:
-    """Drop --train-num-samples and --val-num-samples where the first samples may be all of one class, as timm does."""
+    """Drop --train-num-samples and --val-num-samples if the first samples may all be of one class, as timm does."""
     counts = {key: None for key in ("train_num_samples", "val_num_samples") if getattr(config, key)}
     if not counts or not is_sorted_by_class(config.dataset):
         return config
     if world.is_rank_zero:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
-        log.warning("%s: no effect on image folders and hfds/; a split may be a part, such as 'train[:5000]'", flags)
+        log.warning("%s: no effect on image folders and hfds/; name a part of a split, such as 'train[:5000]'", flags)
     return config.but(**counts)
 
 
-def check_splits(config: Config, train: Source, held: Source, say: Callable[[str], Any]) -> None:
-    """Validation must be of other images than training, and its labels must mean what training's mean.
-
-    Raises:
-        UserError: the same images, or a class that is not trained.
-    """
-    if shared := find_overlap(train.extents, held.extents):
-        raise UserError(
-            f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
-            "give --data-dir the directory above the splits, name two of them, two parts such as "
-            "train[:45000] and train[45000:], or --val-split '' for no validation"
-        )
-    names, others = train.class_names, held.class_names
-    if names and others and names != others:
-        held.renumber(names)
-        say(f"{held.location} has {len(others)} of the {len(names)} classes: its labels are numbered as in training")
-
-
-def _set_classes(stream: SampleStream, classes: int, say: Callable[[str], Any]) -> None:
-    """Let no label reach the model's number of classes.
-
-    Raises:
-        UserError: the data have more classes.
-    """
-    place, found = stream.source.location, stream.source.num_classes
-    if found and found > classes:
-        raise UserError(f"{place} has {found} classes, the model {classes}; use --num-classes {found}")
-    if found and found < classes:
-        say(f"{place} has {found} classes, the model {classes}; --num-classes {found} fits")
-    stream.num_classes = classes
-
-
-def follow_classes(source: Source, trained: list[str] | None, say: Callable[[str], Any]) -> None:
-    """Number the labels of a resumed run's training data as when it was started.
-
-    Raises:
-        UserError: a class that the run was not trained on.
-    """
-    names = source.class_names
-    if trained and names and names != trained:
-        source.renumber(trained)
-        say(f"{source.location}: its classes differ from the resumed run's; labels are numbered as there")
-
-
 def build_data(
-    config: Config, classes: int, data_config: dict[str, Any], world: DistInfo, trained: list[str] | None = None
+    config: Config, classes: int, data_config: dict[str, Any], world: DistInfo, class_names: list[str] | None = None
 ) -> Data:
-    """Loaders over both splits, checked against each other.
+    """Build the loaders of both splits and check them against each other.
 
     Args:
-        trained: the classes of the run that is resumed, in the order of the model's outputs.
+        classes: number of the model's outputs.
+        data_config: preprocessing, from `model.data_config`.
+        class_names: of the run that is resumed, in the order of the model's outputs.
     """
-    shared = {
-        **{key: data_config[key] for key in ("input_size", "mean", "std")},
+    log_once: Log = log.warning if world.is_rank_zero else log.debug
+    create = data.create_in_memory_loader if config.data_resident else data.create_loader
+    shared = {key: data_config[key] for key in ("input_size", "mean", "std")} | {
         "pin_memory": config.pin_mem,
         "img_dtype": parse_dtype(config.model_dtype) or torch.float32,
         "device": world.device,
         "use_prefetcher": not config.no_prefetcher,
     }
-    say = log.warning if world.is_rank_zero else log.debug  # once
-    make: Any = data.create_in_memory_loader if config.data_resident else data.create_loader
     with reraise_as_user_error("data"):
         mixup, collate = _mixing(config, classes)
         train = _dataset(config, data_config, config.train_split, world)
         source = train.source
         if config.train_num_samples and train.size > len(source):
-            asked = f"--train-num-samples {config.train_num_samples}"
-            say(f"{asked}: an epoch passes more than once over the {len(source)} samples of {source.location}")
-        follow_classes(source, trained, say)
+            count = f"--train-num-samples {config.train_num_samples}"
+            log_once(f"{count}: an epoch passes more than once over the {len(source)} samples of {source.location}")
+        if class_names and source.class_names and source.class_names != class_names:
+            source.renumber(class_names)
+            log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
         check_ranks(source.class_names, len(source), source.location)
-        _set_classes(train, classes, say)
-        training = _train_kwargs(config, data_config, len(train) // config.batch_size)
-        train_loader: Batches = make(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
+        _set_classes(train, classes, log_once)
+        training = _training_kwargs(config, data_config, len(train) // config.batch_size)
+        train_loader = create(train, collate_fn=collate, decoder=config.decoder, **shared, **training)
         if len(train_loader) == 0:
             raise UserError(f"--train-split {config.train_split} holds less than one batch; lower --batch-size")
-        eval_loader: Batches | None = None
+        eval_loader = None
         if config.val_split:
-            held = _dataset(config, data_config, config.val_split, None)
-            check_splits(config, source, held.source, say)
-            _set_classes(held, classes, log.debug)
-            check_ranks(held.source.class_names, len(held.source), held.source.location)
-            # Decoded as validate.py and timm decode, so that the same weights give the same figure there.
-            eval_loader = make(
-                held,
+            validation = _dataset(config, data_config, config.val_split, None)
+            check_splits(config, source, validation.source, log_once)
+            _set_classes(validation, classes, log.debug)
+            check_ranks(validation.source.class_names, len(validation.source), validation.source.location)
+            # Decoded as validate.py and timm decode, so that the same weights give the same figures there.
+            eval_loader = create(
+                validation,
                 is_training=False,
                 batch_size=config.validation_batch_size or config.batch_size,
                 num_workers=config.workers,
@@ -157,32 +116,65 @@ def build_data(
     return Data(train_loader, eval_loader, mixup, source.class_names)
 
 
-def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Any]:
-    """(host-side Mixup, collate function that mixes): one of them, or neither."""
-    if not mixing(config):
+def check_splits(config: Config, train: Source, validation: Source, log_once: Log) -> None:
+    """Check that the splits share no images; number the labels of validation as those of training.
+
+    Raises:
+        UserError: they share images, or validation has a class that training has not.
+    """
+    if shared := find_overlap(train.extents, validation.extents):
+        raise UserError(
+            f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
+            "give --data-dir the directory above the splits, name two splits or two parts such as train[:45000] and "
+            "train[45000:], or --val-split '' for no validation"
+        )
+    names, others = train.class_names, validation.class_names
+    if names and others and names != others:
+        validation.renumber(names)
+        count = f"{len(others)} of the {len(names)} classes"
+        log_once(f"{validation.location} has {count}: its labels are numbered as in training")
+
+
+def _set_classes(stream: SampleStream, classes: int, log_once: Log) -> None:
+    """Limit the labels to the model's classes.
+
+    Raises:
+        UserError: the data have more classes.
+    """
+    place, count = stream.source.location, stream.source.num_classes
+    if count and count > classes:
+        raise UserError(f"{place} has {count} classes, the model {classes}; use --num-classes {count}")
+    if count and count < classes:
+        log_once(f"{place} has {count} classes, the model {classes}; --num-classes {count} fits")
+    stream.num_classes = classes
+
+
+def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Mixup | None]:
+    """`(host-side Mixup, collate function that mixes)`: one of them, or neither."""
+    if not mixes(config):
         return None, None
-    kwargs = {
-        "mixup_alpha": config.mixup,
-        "cutmix_alpha": config.cutmix,
-        "cutmix_minmax": config.cutmix_minmax,
-        "prob": config.mixup_prob,
-        "switch_prob": config.mixup_switch_prob,
-        "mode": config.mixup_mode,
-        "label_smoothing": config.smoothing,
-        "num_classes": classes,
-    }
-    return (Mixup(**kwargs), None) if config.no_prefetcher else (None, FastCollateMixup(**kwargs))
+    mixup = (Mixup if config.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        cutmix_minmax=config.cutmix_minmax,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.smoothing,
+        num_classes=classes,
+    )
+    return (mixup, None) if config.no_prefetcher else (None, mixup)
 
 
 def _dataset(config: Config, data_config: dict[str, Any], split: str, training: DistInfo | None) -> SampleStream:
-    """A split: to train on by the processes of `training`, or None to validate on."""
+    """A split, for training by the processes of `training`, or for validation if None."""
     size, samples = config.batch_size, config.train_num_samples
     if training is None:
         size, samples = config.validation_batch_size or size, config.val_num_samples
     elif config.train_batches_per_epoch:
         samples = config.train_batches_per_epoch * size * training.size
-    # With --data-resident every process reads the whole set once, from front to back.
-    ranks: dict[str, Any] = {"rank": 0, "world_size": 1} if config.data_resident else {}
+    # With --data-resident every process reads the whole set once, in order.
+    ranks = {"rank": 0, "world_size": 1} if config.data_resident else {}
     return data.create_dataset(
         config.dataset,
         root=config.data_dir,
@@ -191,32 +183,35 @@ def _dataset(config: Config, data_config: dict[str, Any], split: str, training: 
         batch_size=size,
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
-        repeats=config.epoch_repeats,  # counts in training alone
+        repeats=config.epoch_repeats,  # has an effect in training only
         max_corrupt_fraction=config.max_bad_samples,
-        **{key: getattr(config, key) for key in _DATASET},
-        **_opening(config),
+        sample_split=config.sample_split,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.seed,
+        **_source_kwargs(config),
         **ranks,
     )
 
 
-def _opening(config: Config) -> dict[str, Any]:
-    """What `open_source` wants to know beside name, root and split."""
-    keys = ("class_map", "input_key", "target_key", "allow_shell_urls", "shard_cache")
-    return {key: getattr(config, key) for key in keys} | {
+def _source_kwargs(config: Config) -> dict[str, Any]:
+    """Arguments of `open_source` besides name, root and split."""
+    return {key: getattr(config, key) for key in _SOURCE} | {
         "download": config.dataset_download,
         "trust_remote_code": config.dataset_trust_remote_code,
         "shard_cache_size": int(config.shard_cache_size * 2**30),
     }
 
 
-def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
-    """create_loader's arguments for training, as timm's script fills them."""
-    plain = config.no_aug or not config.train_interpolation
-    kwargs = {name: getattr(config, key) for name, key in _AUGMENTATION.items()} | {
+def _training_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
+    """create_loader's arguments for training, as timm's script sets them."""
+    default = config.no_aug or not config.train_interpolation
+    kwargs = {name: getattr(config, key) for name, key in _RENAMED.items()}
+    kwargs |= {key: getattr(config, key) for key in _AUGMENTATION}
+    kwargs |= {
         "batch_size": config.batch_size,
         "is_training": True,
         "num_aug_repeats": int(config.aug_repeats),
-        "interpolation": data_config["interpolation"] if plain else config.train_interpolation,
+        "interpolation": data_config["interpolation"] if default else config.train_interpolation,
     }
     if config.train_img_sizes:
         sampler = ScheduledBatchSampler(
@@ -232,7 +227,3 @@ def _train_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> 
         )
         kwargs["size_schedule"] = config.train_img_sizes, sampler
     return kwargs
-
-
-def mixing(config: Config) -> bool:
-    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None

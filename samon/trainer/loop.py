@@ -1,17 +1,17 @@
-"""The training loop: what happens in an update, an epoch, a run."""
+"""The training loop: epochs of updates, each followed by validation and a checkpoint."""
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.utils import distribute_bn
-from torch import Tensor
+from torch import Tensor, nn
 
 from samon import rng as generators
 from samon.data import DataError
@@ -19,128 +19,310 @@ from samon.data.corrupt import WorkerError
 from samon.engines.cuda_graph import own_gradients
 from samon.engines.fsdp import average_gradients
 from samon.engines.masks import fisher_diagonal
-from samon.errors import RunError, UserError, os_error_text
+from samon.errors import RunError, os_error_text
 from samon.evals.accuracy import accuracy
-from samon.geometry import to_float32
 from samon.progress import progress_bar
-from samon.trainer.apply import apply_gradient, count_bad, parameters
+from samon.trainer.apply import apply_gradient, count_skipped, parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.control import Control
 from samon.trainer.flag_rows import steps_or_minutes
 from samon.trainer.fsdp import pad_batches
-from samon.trainer.logging import Report
-from samon.trainer.meter import Clock, Meter
+from samon.trainer.logging import RunLogger
+from samon.trainer.meter import Meter, Timer
 from samon.trainer.model import parse_dtype, resolve_data_config, uses_cuda_graphs
+from samon.trainer.signals import SignalHandler
 from samon.trainer.state import Progress
 from samon.two_pass import two_pass
 
 log = logging.getLogger("samon")
 Batch = tuple[Tensor, Tensor]
-Update = tuple[Iterator[Batch], int]
+Forward = Callable[[], Tensor]
+Values = dict[str, Tensor]  # mean losses and norms of an update, 0-dim tensors on the device
+
+
+class Update(NamedTuple):
+    """What `fit` yields after each update."""
+
+    run: Run
+    progress: Progress
+    two_pass: bool  # whether the gradient was taken at w + eps
 
 
 def fit(
     run: Run,
     progress: Progress,
     checkpoints: CheckpointManager,
-    control: Control,
-    report: Report,
-    rng: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Epochs from `progress` to the end; returns the final metrics. `rng`: random state to set before the next update.
+    signals: SignalHandler,
+    logger: RunLogger,
+    rng: dict[str, Any] | None = None,
+) -> Generator[Update, None, dict[str, Any]]:
+    """Train from `progress` to the last epoch: yield after each update, return the final metrics.
+
+    Args:
+        rng: state of the random generators to set before the first update.
 
     Raises:
-        UserError: the data do not fit the settings, or too many samples are unreadable.
+        UserError: the data do not fit the settings, or too many samples are corrupt.
         RunError: too many non-finite updates, a loader worker was killed, or a file cannot be written.
     """
+    config = run.config
+    metrics = logger.last_epoch() if progress.epoch >= run.stop else {}
+    with naming_last_checkpoint(checkpoints):
+        while progress.epoch < run.stop:
+            renew_mask(run, progress)
+            run.task.trainable_module.train()
+            meter, timer = Meter(progress), Timer(progress)
+            logger.start_epoch(run, progress)
+            for batches, count in updates(run, progress, timer, logger, rng):
+                perturb = takes_two_passes(run, progress)
+                values, samples = compute_gradient(run, batches, count, perturb)
+                values["grad_norm"], applied = apply_gradient(run)
+                meter.add(samples, values, applied)
+                if isinstance(applied, bool):
+                    count_skipped(run, progress, meter.outcomes)
+                progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
+                update_average_and_schedule(run, progress)
+                yield Update(run, progress, perturb)
+                logger.advance()
+                if progress.updates % config.log_interval == 0 or progress.updates == run.updates_per_epoch:
+                    count_skipped(run, progress, meter.outcomes)
+                    logger.log_update(run, progress, meter.read(signals.reduce), *timer.read())
+                save_or_stop(run, progress, checkpoints, signals, meter)
+            rng = None
+            if hasattr(run.optimizer, "sync_lookahead"):
+                run.optimizer.sync_lookahead()
+            share_running_statistics(run, run.model)
+            train = {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
+            done, evaluated, decisive = progress.epoch + 1, None, None
+            due = done % config.val_interval == 0 or done == run.stop or done in config.save_epochs
+            if due:
+                evaluated = validate(run, progress, checkpoints, signals)
+                decisive = (train if evaluated is None else evaluated)[run.metric]
+                logger.log_epoch(run, progress, train, evaluated)
+            if run.scheduler is not None:
+                run.scheduler.step(done, decisive)
+            if due:
+                checkpoints.save_epoch(progress, decisive)
+            metrics = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
+            metrics |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
+            progress.epoch, progress.updates, progress.samples = done, 0, 0
+            progress.sums, progress.layouts = {}, []
+        best, corrupt = checkpoints.best, torch.tensor([run.train_loader.corrupt_samples])
+        signals.reduce(corrupt)
+        metrics |= {"best_metric": best["metric"], "best_epoch": best["epoch"]}
+        return metrics | {"skipped_steps": progress.skipped, "skipped_samples": int(corrupt)}
+
+
+@contextmanager
+def naming_last_checkpoint(checkpoints: CheckpointManager) -> Iterator[None]:
+    """Name the last good checkpoint in errors that end the training."""
     try:
-        return _fit(run, progress, checkpoints, control, report, rng)
+        yield
     except DataError as error:
         if checkpoints.last_good is None:
             raise
         raise DataError(f"{error}; {checkpoints.describe_last_good()}") from error
     except WorkerError as error:
         raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
+    except FloatingPointError as error:
+        raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
     except OSError as error:
         error.filename = error.filename or str(checkpoints.directory)
         raise RunError(f"{os_error_text(error)}; {checkpoints.describe_last_good()}") from error
 
 
-def _fit(
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def updates(
+    run: Run, progress: Progress, timer: Timer, logger: RunLogger, rng: dict[str, Any] | None
+) -> Iterator[tuple[Iterator[Batch], int]]:
+    """For each update from `progress` to the end of the epoch, its micro-batches and their number."""
+    config, loader = run.config, run.train_loader
+    loader.set_epoch(progress.epoch, progress.samples)
+    mixing = not config.mixup_off_epoch or progress.epoch < config.mixup_off_epoch
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = mixing
+    elif not mixing:
+        loader.mixup_enabled = False
+    left = len(loader) - progress.samples // (config.batch_size * run.world.size)
+    batches = timer.timed(loader)
+    while left > 0:
+        count = min(config.grad_accum_steps, left)
+        first = next(batches)
+        if rng is not None:  # after the loader has started, which may draw too
+            generators.set_state(rng, run.world.device)
+            rng = None
+        logger.log_images(run, progress, first[0])
+        yield (to_device(run, *batch) for batch in chain([first], islice(batches, count - 1))), count
+        left -= count
+
+
+def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
+    """The batch as the model takes it. Without the prefetcher the images are mixed here."""
+    config, device = run.config, run.world.device
+    if config.no_prefetcher:
+        images, target = images.to(device, parse_dtype(config.model_dtype)), target.to(device)
+        if run.mixup is not None:
+            images, target = run.mixup(images, target)
+    return images.contiguous(memory_format=torch.channels_last) if config.channels_last else images, target
+
+
+# --- an update ------------------------------------------------------------------------------------------------------
+
+
+def takes_two_passes(run: Run, progress: Progress) -> bool:
+    """Whether the next update perturbs the weights (--sam-start-epoch, --sam-end-epoch, --sam-every)."""
+    config, end = run.config, run.config.sam_end_epoch
+    if run.sam is None or progress.epoch < config.sam_start_epoch or (end is not None and progress.epoch >= end):
+        return False
+    return (progress.epoch * run.updates_per_epoch + progress.updates) % config.sam_every == 0
+
+
+def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[Values, int]:
+    """Leave in `.grad` the gradient of the mean loss over `count` micro-batches, at w + eps if `perturb`.
+
+    Returns:
+        The values of the update, and the number of samples of this process.
+    """
+    run.optimizer.zero_grad()
+    rows, samples = [], 0
+    if perturb and run.config.m_sharpness == "global":
+        held = list(batches)
+        samples = sum(len(images) for images, _ in held)
+        rows.append(perturbed_gradient(run, [forward(run, *batch) for batch in held], reduce="global"))
+    else:
+        for index, (images, target) in enumerate(batches):
+            samples += len(images)
+            with sync_if(run, index + 1 == count):
+                rows.append((sam_gradient if perturb else plain_gradient)(run, images, target, 1 / count))
+    if run.config.fsdp:
+        average_gradients(parameters(run.optimizer))
+    return mean_values(rows), samples
+
+
+def mean_values(rows: Sequence[Values]) -> Values:
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+
+def sync_if(run: Run, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are sent with the last micro-batch only."""
+    return nullcontext() if last else run.no_sync()
+
+
+def forward(run: Run, images: Tensor, target: Tensor) -> Forward:
+    """A function that computes the mean loss of a batch."""
+
+    def loss() -> Tensor:
+        with run.autocast():
+            return run.task(images, target)["loss"]
+
+    return loss
+
+
+def plain_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Values:
+    """Add the gradient at w, times `scale`."""
+    if run.sam is not None:
+        run.sam.expect_plain_step()
+    graphs = uses_cuda_graphs(run.config)
+    if graphs:
+        torch.compiler.cudagraph_mark_step_begin()
+    with own_gradients(parameters(run.optimizer)) if graphs else nullcontext():
+        loss = forward(run, images, target)()
+        scaled = loss * scale
+        scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
+        scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
+    return {"loss": loss.detach()}  # computed outside the CUDA graphs
+
+
+def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Values:
+    """Add the gradient at w + eps, times `scale`; in sub-batches of m, each with its own eps, if --m-sharpness is m."""
+    config, size = run.config, len(images)
+    if config.m_sharpness in ("device", size):
+        part, ascent = math.ceil(config.ascent_fraction * size), None
+        if part < size or config.ascent_size is not None:
+            small, scale_to = images[:part], config.ascent_size
+            if scale_to is not None:
+                small = F.interpolate(small, size=scale_to, mode="bilinear", antialias=True)
+            ascent = forward(run, small, target[:part])
+        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
+    m = int(config.m_sharpness)
+    groups = size // m
+    if run.sam is not None and run.sam.can_group:  # all sub-batches in one pass
+        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, groups=groups)
+    rows = []
+    for index, (x, y) in enumerate(zip(images.split(m), target.split(m), strict=True)):
+        with sync_if(run, index + 1 == groups):
+            rows.append(perturbed_gradient(run, forward(run, x, y), loss_scale=scale / groups))
+    return mean_values(rows)
+
+
+def perturbed_gradient(
     run: Run,
-    progress: Progress,
-    checkpoints: CheckpointManager,
-    control: Control,
-    report: Report,
-    rng: dict[str, Any] | None,
-) -> dict[str, Any]:
-    final = report.told() if progress.epoch >= run.stop else {}
-    while progress.epoch < run.stop:
-        train = train_epoch(run, progress, checkpoints, control, report, rng)
-        rng = None
-        share_running_statistics(run, run.model)
-        done = progress.epoch + 1
-        due = done % run.config.val_interval == 0 or done == run.stop or done in run.config.save_epochs
-        evaluated = decisive = None
-        if due:
-            evaluated = validate(run, progress, checkpoints, control)
-            decisive = (train if evaluated is None else evaluated)[run.metric]
-            report.end_epoch(run, progress, train, evaluated)
-        if run.scheduler is not None:
-            run.scheduler.step(progress.epoch + 1, decisive)
-        if due:
-            checkpoints.save_epoch(progress, decisive)
-        final = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
-        final |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
-        progress.epoch, progress.updates, progress.samples, progress.sums = progress.epoch + 1, 0, 0, {}
-        progress.layouts = []
-    best = checkpoints.best
-    bad = torch.tensor([run.train_loader.corrupt_samples])
-    control.reduce(bad)
-    return final | {
-        "best_metric": best["metric"],
-        "best_epoch": best["epoch"],
-        "skipped_steps": progress.skipped,
-        "skipped_samples": int(bad),
-    }
+    forwards: Forward | Sequence[Forward],
+    *,
+    loss_scale: float = 1.0,
+    groups: int = 1,
+    reduce: str = "device",
+    ascent_forward: Forward | None = None,
+) -> Values:
+    """`samon.two_pass` with the settings of the run."""
+    config = run.config
+    two_pass(
+        run.optimizer,
+        forwards,
+        groups=groups,
+        reduce=reduce,
+        no_sync=run.no_sync,
+        scaler=run.scaler,
+        bn_stats="second" if config.ascent_size else config.bn_stats,  # small images have other statistics
+        same_noise=config.same_noise,
+        replay=not run.resolved.no_replay,
+        ascent_forward=ascent_forward,
+        loss_scale=loss_scale,
+    )
+    return {} if run.sam is None else dict(run.sam.stats)
 
 
-def train_epoch(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control, report: Report, rng: Any
-) -> dict[str, float | None]:
-    """The updates of an epoch that are left; returns the mean losses over all of its samples."""
-    run.hooks.begun(run, progress)
-    renew_mask(run, progress)
-    run.net.train()
-    meter, clock = Meter(progress), Clock(progress)
-    report.begin_epoch(run, progress)
-    for batches, count in updates(run, progress, clock, rng, report):
-        perturb = perturbs(run, progress)
-        values, samples = gradient(run, batches, count, perturb)
-        values["grad_norm"], applied = apply_gradient(run)
-        meter.add(samples, values, applied)
-        if isinstance(applied, bool):
-            count_bad(run, progress, checkpoints, meter.outcomes)
-        progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
-        after_update(run, progress)
-        run.hooks.updated(run, progress, perturb)
-        report.advance()
-        last = progress.updates == run.updates_per_epoch
-        if progress.updates % run.config.log_interval == 0 or last:
-            count_bad(run, progress, checkpoints, meter.outcomes)
-            report.update(run, progress, meter.read(control.reduce), *clock.read())
-        save_or_stop(run, progress, checkpoints, control, meter, last)
-    if hasattr(run.optimizer, "sync_lookahead"):
-        run.optimizer.sync_lookahead()
-    return {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
+def update_average_and_schedule(run: Run, progress: Progress) -> None:
+    """What follows the optimizer's step: weight average, learning rate, --synchronize-step."""
+    count = progress.epoch * run.updates_per_epoch + progress.updates
+    if run.ema is not None:
+        run.ema.update(run.model, step=count)
+    if run.scheduler is not None:
+        run.scheduler.step_update(num_updates=count)
+    if run.config.synchronize_step and run.world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def save_or_stop(
+    run: Run, progress: Progress, checkpoints: CheckpointManager, signals: SignalHandler, meter: Meter
+) -> None:
+    """Save a mid-epoch state if one is due; stop after a signal."""
+    for loader in (run.train_loader, run.eval_loader):
+        if loader is not None and loader.worker_error is not None:
+            signals.fail(loader.worker_error)
+    signum, due = signals.poll()
+    steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
+    due |= bool(steps) and progress.updates % steps == 0
+    if signum or (due and progress.updates < run.updates_per_epoch):
+        count_skipped(run, progress, meter.outcomes)
+        meter.read(signals.reduce)
+        checkpoints.save_recovery(progress)
+    if signum:
+        checkpoints.wait()
+        raise signals.exception(signum, checkpoints)
+
+
+# --- around an epoch ------------------------------------------------------------------------------------------------
 
 
 def renew_mask(run: Run, progress: Progress) -> None:
-    """At the begin of each --mask-epochs-th epoch; a `mask_every` in --opt-kwargs counts steps instead.
+    """Renew a sparse mask at every --mask-epochs-th epoch, unless `mask_every` in --opt-kwargs counts steps.
 
-    The Fisher diagonal is taken over --fisher-samples images in the order and augmentation of the epoch that begins,
-    one by one, in eval mode: BatchNorm has no statistics of a single image. Generators are left as they were.
+    The Fisher diagonal is the sum over --fisher-samples images, one by one, in the order and with the augmentation of
+    the epoch that starts. The model is in eval mode, since BatchNorm has no statistics of one image, and the random
+    generators are left unchanged.
     """
     sam, config = run.sam, run.config
     if sam is None or sam.mask is None or "mask_every" in config.opt_kwargs:
@@ -154,217 +336,42 @@ def renew_mask(run: Run, progress: Progress) -> None:
         diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
         run.model.train()
     sam.mask.renew_fisher(diagonal)
-    log.info("SSAM-F: the mask is renewed from %d images", share * run.world.size)
+    log.info("SSAM-F: new mask from %d images", share * run.world.size)
 
 
-def image_losses(run: Run) -> Iterator[Callable[[], Tensor]]:
-    """The loss of every image by itself, of the model as it is without wrappers."""
+def image_losses(run: Run) -> Iterator[Forward]:
+    """The loss of each training image, by the bare model: not compiled, not wrapped for DDP."""
 
     def loss(image: Tensor, target: Tensor) -> Tensor:
         with run.autocast():
-            return run.loss(run.model(image), target)
+            return run.task.criterion(run.model(image), target)
 
     for batch in run.train_loader:
         images, target = to_device(run, *batch)
         yield from (partial(loss, *one) for one in zip(images.split(1), target.split(1), strict=True))
 
 
-# --- an update ------------------------------------------------------------------------------------------------------
+def share_running_statistics(run: Run, model: nn.Module) -> None:
+    """Average or broadcast the BatchNorm statistics over the processes (--dist-bn)."""
+    if run.world.size > 1 and run.resolved.dist_bn:
+        distribute_bn(model, run.world.size, run.resolved.dist_bn == "reduce")
 
 
-def updates(run: Run, progress: Progress, clock: "Clock", rng: Any, report: Report) -> Iterator[Update]:
-    """(the micro-batches of an update, their number), from where `progress` stands to the end of the epoch."""
-    loader, accumulate = run.train_loader, run.config.grad_accum_steps
-    loader.set_epoch(progress.epoch, progress.samples)
-    off = run.config.mixup_off_epoch
-    on = not off or progress.epoch < off
-    if run.mixup is not None:
-        run.mixup.mixup_enabled = on
-    elif not on:
-        loader.mixup_enabled = False
-    left = len(loader) - progress.samples // (run.config.batch_size * run.world.size)
-    source = clock.timed(loader) if left else iter(())
-    if left:
-        first = next(source)
-        report.images(first[0], progress.epoch * run.updates_per_epoch, progress.updates % run.config.log_interval == 0)
-        source = chain([first], source)
-    if rng is not None:  # after the loader has started, which may draw too
-        generators.set_state(rng, run.world.device)
-    while left > 0:
-        count = min(accumulate, left)
-        yield (to_device(run, *batch) for batch in islice(source, count)), count
-        left -= count
+def validate(
+    run: Run, progress: Progress, checkpoints: CheckpointManager, signals: SignalHandler
+) -> dict[str, float] | None:
+    """Metrics of the model, or of its average if there is one on the device; None without validation data.
 
-
-def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
-    """The batch as the model takes it; without the prefetcher the mixing happens here."""
-    config, device = run.config, run.world.device
-    if config.no_prefetcher:
-        images = images.to(device, parse_dtype(config.model_dtype))
-        target = target.to(device)
-        if run.mixup is not None:
-            images, target = run.mixup(images, target)
-    images = images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
-    run.hooks.batch(images, target)
-    return images, target
-
-
-def perturbs(run: Run, progress: Progress) -> bool:
-    """Whether this update is a two-pass one (--sam-start-epoch, --sam-end-epoch, --sam-every)."""
-    config, end = run.config, run.config.sam_end_epoch
-    if run.sam is None or progress.epoch < config.sam_start_epoch or (end is not None and progress.epoch >= end):
-        return False
-    return (progress.epoch * run.updates_per_epoch + progress.updates) % config.sam_every == 0
-
-
-def gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[dict[str, Tensor], int]:
-    """Leave in `.grad` the gradient of the mean loss over the micro-batches, at w + eps if `perturb`.
-
-    Returns: (mean losses and norms as 0-dim device tensors, samples of this process).
-    """
-    run.optimizer.zero_grad()
-    rows, samples = [], 0
-    if perturb and run.config.m_sharpness == "global":
-        held = list(batches)
-        samples = sum(len(images) for images, _ in held)
-        rows.append(perturbed(run, [forward(run, *batch) for batch in held], reduce="global"))
-    else:
-        for index, (images, target) in enumerate(batches):
-            samples += len(images)
-            with sync_if(run, index + 1 == count):
-                rows.append((sharp if perturb else plain)(run, images, target, 1 / count))
-    if run.config.fsdp:
-        average_gradients(parameters(run.optimizer))
-    names = rows[0].keys()
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in names}, samples
-
-
-def sync_if(run: Run, last: bool) -> Any:
-    """Gradients are sent with the last micro-batch only."""
-    return nullcontext() if last or run.no_sync is None else run.no_sync()
-
-
-def forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        with run.autocast():
-            logits = run.net(images)
-            if not isinstance(logits, Tensor):
-                what = f"--model {run.config.model} returns a {type(logits).__name__} in training, not logits alone"
-                raise UserError(f"{what}; drop aux_logits or the like from --model-kwargs")
-            return run.loss(to_float32(logits), target)  # on the CPU autocast leaves losses in bfloat16: 3 digits
-
-    return loss
-
-
-def plain(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
-    """The base step's gradient."""
-    if run.sam is not None:
-        run.sam.expect_plain_step()
-    graphs = uses_cuda_graphs(run.config)
-    if graphs:
-        torch.compiler.cudagraph_mark_step_begin()
-    with own_gradients(parameters(run.optimizer)) if graphs else nullcontext():
-        loss = forward(run, images, target)()
-        scaled = loss * scale
-        scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
-        scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
-    return {"loss": loss.detach()}  # made outside the graphs
-
-
-def sharp(run: Run, images: Tensor, target: Tensor, scale: float) -> dict[str, Tensor]:
-    """The two-pass gradient of one micro-batch, in sub-batches of m if --m-sharpness is a number."""
-    m, size = run.config.m_sharpness, len(images)
-    if m == "device" or m == size:
-        first = ascent_forward(run, images, target)
-        return perturbed(run, forward(run, images, target), loss_scale=scale, ascent_forward=first)
-    groups, synced = size // int(m), getattr(run.net, "require_backward_grad_sync", False)
-    if run.sam is not None and run.sam.can_group:  # every group's own copy of the perturbed parameters fits in one pass
-        return perturbed(run, forward(run, images, target), loss_scale=scale, groups=groups)
-    rows = []
-    for index, (x, y) in enumerate(zip(images.split(int(m)), target.split(int(m)), strict=True)):
-        with sync_if(run, index + 1 == groups or not synced):
-            rows.append(perturbed(run, forward(run, x, y), loss_scale=scale / groups))
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-
-def ascent_forward(run: Run, images: Tensor, target: Tensor) -> Callable[[], Tensor] | None:
-    """The ascent pass over a part of the batch (--ascent-fraction) or smaller images (--ascent-size), if asked for."""
-    part, size = math.ceil(run.config.ascent_fraction * len(images)), run.config.ascent_size
-    if part == len(images) and size is None:
-        return None
-    images = images[:part]
-    if size is not None:
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-    return forward(run, images, target[:part])
-
-
-def perturbed(run: Run, forwards: Any, **how: Any) -> dict[str, Tensor]:
-    config = run.config
-    two_pass(
-        run.optimizer,
-        forwards,
-        no_sync=run.no_sync,
-        scaler=run.scaler,
-        bn_stats="second" if config.ascent_size else config.bn_stats,  # statistics of small images are others
-        same_noise=config.same_noise,
-        replay=not run.settled.no_replay,
-        **how,
-    )
-    return {} if run.sam is None else dict(run.sam.stats)
-
-
-def after_update(run: Run, progress: Progress) -> None:
-    """What follows the optimizer's step: average, schedule, and --synchronize-step."""
-    count = progress.epoch * run.updates_per_epoch + progress.updates
-    if run.ema is not None:
-        run.ema.update(run.model, step=count)
-    if run.scheduler is not None:
-        run.scheduler.step_update(num_updates=count)
-    if run.config.synchronize_step and run.world.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def save_or_stop(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control, meter: Meter, last: bool
-) -> None:
-    """A state within the epoch where one is due; on a signal also the end."""
-    for loader in (run.train_loader, run.eval_loader):
-        if loader is not None and loader.worker_error is not None:
-            control.fail(loader.worker_error)
-    signum, due = control.poll()
-    steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
-    due |= bool(steps) and progress.updates % steps == 0
-    if signum or (due and not last):
-        count_bad(run, progress, checkpoints, meter.outcomes)
-        meter.read(control.reduce)
-        checkpoints.save_recovery(progress)
-    if signum:
-        checkpoints.wait()
-        raise control.reason(signum, checkpoints)
-
-
-# --- after an epoch -------------------------------------------------------------------------------------------------
-
-
-def share_running_statistics(run: Run, model: torch.nn.Module) -> None:
-    if run.world.size > 1 and run.settled.dist_bn:
-        distribute_bn(model, run.world.size, run.settled.dist_bn == "reduce")
-
-
-def validate(run: Run, progress: Progress, checkpoints: CheckpointManager, control: Control) -> dict[str, float] | None:
-    """Metrics of the model, or of its average where one is kept; None without validation data.
-
-    A signal meanwhile ends the run, with the epoch's training saved.
+    After a signal the run stops, with the epoch's training saved.
     """
     if run.eval_loader is None:
         return None
-    run.hooks.validating(run, progress)
     model = run.model
     if run.ema is not None and not run.config.model_ema_force_cpu:
         model = run.ema.module
         share_running_statistics(run, model)
     dtype = next(model.parameters()).dtype  # float32 for the average of a model in half precision
-    batches: Iterator[Batch] = ((images.to(dtype), target) for images, target in control.until_signal(run.eval_loader))
+    batches: Iterator[Batch] = ((images.to(dtype), target) for images, target in signals.until_signal(run.eval_loader))
     if run.config.fsdp:
         size = resolve_data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.world.device, dtype=dtype)
@@ -378,8 +385,8 @@ def validate(run: Run, progress: Progress, checkpoints: CheckpointManager, contr
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
     )
-    if signum := control.agree():
+    if signum := signals.agree():
         checkpoints.save_recovery(progress)
         checkpoints.wait()
-        raise control.reason(signum, checkpoints)
+        raise signals.exception(signum, checkpoints)
     return metrics

@@ -1,4 +1,4 @@
-"""What an epoch and its windows measure: means over samples, images per second, the time spent waiting."""
+"""Means over the samples of an epoch, images per second, and the time spent waiting for data."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,38 +10,40 @@ from samon.trainer.state import Progress
 
 
 class Meter:
-    """Means of device scalars over the samples of a window and of the epoch.
+    """Means of device scalars over the samples of a log interval and of the epoch.
 
-    Values are kept as tensors and read in one transfer when a line is due, so that no update waits for the device.
+    Values stay tensors until a line is logged and are then read in one transfer, so that no update waits for the
+    device; timm's AverageMeter takes numbers, which would read every value at every update.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
-        self.outcomes: list[bool | Tensor] = []  # whether updates were applied, as far as the host has not looked yet
-        self._window: list[tuple[int | Tensor, dict[str, Tensor]]] = []
+        self.outcomes: list[bool | Tensor] = []  # whether the updates that the host has not counted yet were applied
+        self._interval: list[tuple[int | Tensor, dict[str, Tensor]]] = []
 
     def add(self, samples: int, values: dict[str, Tensor], applied: bool | Tensor = True) -> None:
-        """An update's values; those of one that was not applied do not count."""
+        """Add the values of an update; those of a skipped update do not count."""
         self.outcomes.append(applied)
         if isinstance(applied, Tensor):
             values = {name: torch.where(applied, value, 0) for name, value in values.items()}
-            self._window.append((samples * applied, values))
+            self._interval.append((samples * applied, values))
         elif applied:
-            self._window.append((samples, values))
+            self._interval.append((samples, values))
 
     def read(self, reduce: Callable[[Tensor], None]) -> dict[str, float]:
-        """Means of the window over all processes; adds it to the epoch. Every process must call it.
+        """Means over the log interval and all processes, every one of which must call this; ends the interval.
 
-        reduce: sums a float64 CPU tensor over the processes, in place.
+        Args:
+            reduce: sums a float64 CPU tensor over the processes, in place.
         """
-        names = sorted({name for _, values in self._window for name in values})
+        names = sorted({name for _, values in self._interval for name in values})
         totals = []
         for name in names:
-            rows = [(n, values[name]) for n, values in self._window if name in values]
+            rows = [(n, values[name]) for n, values in self._interval if name in values]
             stacked = torch.stack([value.detach().float() for _, value in rows]).double().cpu()
             weights = torch.stack([torch.as_tensor(n) for n, _ in rows]).double().cpu()
             totals += [(stacked * weights).sum(), weights.sum()]
-        self._window.clear()
+        self._interval.clear()
         if not totals:
             return {}
         both = torch.stack(totals)
@@ -54,16 +56,18 @@ class Meter:
         return means
 
     def epoch_mean(self, name: str) -> float | None:
+        """The mean of a value over the epoch so far; None if it has none."""
         return self.sums[name] / self.sums[f"{name}/n"] if name in self.sums else None
 
 
-class Clock:
-    """Images per second and the share of time spent waiting for data, since the last reading."""
+class Timer:
+    """Images per second and the fraction of time spent waiting for data, since the last reading."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self._samples, self._waited, self._since = progress, progress.samples, 0.0, time.monotonic()
 
     def timed(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches; waiting for them is timed."""
         before = time.monotonic()
         for batch in batches:
             self._waited += time.monotonic() - before
@@ -71,6 +75,7 @@ class Clock:
             before = time.monotonic()
 
     def read(self) -> tuple[float, float]:
+        """`(images per second over all processes, fraction of time spent waiting)`; starts anew."""
         now, samples = time.monotonic(), self.progress.samples
         passed = max(now - self._since, 1e-9)
         result = (samples - self._samples) / passed, self._waited / passed

@@ -11,12 +11,10 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.scope import norm_parameters
-from samon.trainer import main as train
 from samon.trainer.ablations import fix_norm, norm_dropout, train_only_norm, weight_decay_groups
-from samon.trainer.build import Hooks, Run
 from samon.trainer.config import parse
 from tests.nets import NETS, BatchNormNet, randomized
-from tests.runs import BASE, last
+from tests.runs import built, last, run
 
 RECIPES = Path(__file__).parents[2] / "hparams/cifar/ablations"
 
@@ -102,22 +100,19 @@ def test_a_model_without_norms_is_refused() -> None:
 
 @pytest.mark.parametrize("flag", ["--fix-norm", "--train-only-norm"])
 def test_training_keeps_what_is_fixed(flag: str, tmp_path: Path) -> None:
-    starts: dict[str, torch.Tensor] = {}
-
-    def built(run: Run) -> None:
-        starts.update({n: p.detach().clone() for n, p in run.model.named_parameters()})
-        starts["norms"] = torch.tensor([n in norm_parameters(run.model) for n in starts])
-
-    train.main([*BASE, "--opt", "sam", flag, "--output", str(tmp_path), "--experiment", "run"], Hooks(built=built))
-    ends, norms = last(tmp_path / "run")["state_dict"], starts.pop("norms")
+    torch.manual_seed(42)  # --seed's default
+    starts = dict((model := built("--opt", "sam", flag).model).named_parameters())
+    norms = torch.tensor([name in norm_parameters(model) for name in starts])
+    _, directory = run(tmp_path, "--opt", "sam", flag)
+    ends = last(directory)["state_dict"]
     moved = torch.tensor([not torch.equal(ends[n], p) for n, p in starts.items()])
     assert torch.equal(moved, ~norms if flag == "--fix-norm" else norms)
 
 
 def test_training_with_norm_dropout_and_an_average(tmp_path: Path) -> None:
     for opt in ("sgd", "samon"):
-        arguments = ["--opt", opt, "--norm-dropout", "0.3", "--model-ema", "--output", str(tmp_path)]
-        assert train.main([*BASE, *arguments, "--experiment", opt])["train_loss"] > 0
+        metrics, _ = run(tmp_path, "--opt", opt, "--norm-dropout", "0.3", "--model-ema")
+        assert metrics["train_loss"] > 0
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

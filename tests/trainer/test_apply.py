@@ -1,6 +1,7 @@
 """The optimizer's step: skipped on the device without a read on the host, bit for bit as the host would skip it."""
 
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch.utils._pytree import tree_flatten
 import samon
 from samon.registry import VARIANTS
 from samon.trainer.apply import apply_gradient, step_if
+from samon.trainer.build import Task
+from samon.trainer.loop import compute_gradient, to_device
 from samon.trainer.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+from tests.runs import CPU, built
 
 
-def job(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
-    config = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False)
-    world = SimpleNamespace(device=torch.device("cpu"))
-    return SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, config=config, world=world)
+def run_of(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
+    config, task = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False), Task(model, nn.CrossEntropyLoss())
+    return SimpleNamespace(model=model, task=task, optimizer=optimizer, scaler=scaler, config=config, world=CPU)
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,7 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
         how = {"lr": 0.01, "weight_decay": 0.01, **OPTIMIZERS[name]}
         opt = create_optimizer_v2(model, name.split()[0], **how)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if scaled else None
-        run, applied = job(model, opt, scaler, clip=1.0), []
+        run, applied = run_of(model, opt, scaler, clip=1.0), []
         for t in range(6):
             x, y = batch(8, seed=t)
             if t in (0, 3):
@@ -78,6 +81,25 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize(("mode", "value"), [("norm", 0.01), ("value", 0.001), ("agc", 0.01)])
+def test_clipping(mode: str, value: float) -> None:
+    run = built("--clip-grad", str(value), "--clip-mode", mode)
+    batches = (to_device(run, *batch) for batch in run.train_loader)
+    compute_gradient(run, islice(batches, 1), 1, perturb=False)
+    before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    apply_gradient(run)
+    grads = {name: p.grad for name, p in run.model.named_parameters()}
+    if mode == "norm":
+        assert torch.nn.utils.get_total_norm(list(grads.values())) == pytest.approx(value, rel=1e-3)
+    elif mode == "value":
+        assert max(g.abs().max() for g in grads.values()) == pytest.approx(value)
+    else:
+        changed = {name for name, g in grads.items() if not torch.equal(g, before[name])}
+        assert changed
+        assert not changed & {"fc.weight", "fc.bias"}  # timm leaves the head out
+
+
+BASED = ("-momentum", "-adamw", "-lion", "-muon")
 PLAIN = [n for n in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]) if not samon.is_sam_name(n)]
 
 
@@ -131,7 +153,7 @@ def test_a_skipped_update_leaves_no_trace_in_masks_and_ascents(name: str) -> Non
                 x[0] *= torch.nan if bad else 1
                 opt.zero_grad()
                 samon.two_pass(opt, partial(loss_of, model, x, y))
-                assert bool(apply_gradient(job(model, opt), reads=False)[1]) != bad
+                assert bool(apply_gradient(run_of(model, opt), reads=False)[1]) != bad
         if samon.sam_of(opt).mask is not None:
             assert samon.sam_of(opt).mask.step == 6 or name == "sam-random"  # where the count means nothing
         ends.append([p.detach().clone() for p in model.parameters()])
@@ -173,7 +195,7 @@ def update(name: str, **how: Any) -> Any:
             extra |= {"fused": True}
         opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **extra)
         ema.module = net()  # as it would be copied: a fake tensor cannot be
-        run, meter = job(model, opt, clip=1.0), Meter(progress)
+        run, meter = run_of(model, opt, clip=1.0), Meter(progress)
         for step in range(3):
             opt.zero_grad()
             samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
@@ -188,7 +210,11 @@ def update(name: str, **how: Any) -> Any:
         return applied
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.mask is None])
+# Every scope with every geometry, and every base.
+NAMES = [n for n, v in VARIANTS.items() if v.mask is None and (not n.endswith(BASED) or n.startswith("samon-layerl2"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_name_reads_on_the_host(name: str) -> None:
     assert isinstance(update(name), FakeTensor)  # not known to the host
 
@@ -212,7 +238,7 @@ def test_updates_that_were_not_applied_are_not_in_the_mean() -> None:
     means = []
     for form in (bool, torch.tensor):
         meter = Meter(SimpleNamespace(sums={}))
-        for value, applied in ((1.0, True), (float("nan"), False), (4.0, True)):
-            meter.add(10, {"loss": torch.tensor(value)}, form(applied))
+        for samples, value, applied in ((10, 1.0, True), (10, float("nan"), False), (20, 4.0, True)):
+            meter.add(samples, {"loss": torch.tensor(value)}, form(applied))
         means.append((meter.read(lambda both: None), meter.epoch_mean("loss")))
-    assert means[0] == means[1] == ({"loss": 2.5}, 2.5)
+    assert means[0] == means[1] == ({"loss": 3.0}, 3.0)

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from samon.data import DataError
 from samon.errors import RunError, Stopped
-from samon.trainer import main as train
-from samon.trainer.build import Hooks
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.state import find_newest, load_state
 from tests.disks import fill, small_disk
-from tests.runs import BASE, ROOT, assert_same, last, run, stop_at, weights
+from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, train, watch_batches, weights
 from tests.sets import write_set
 from tools import check_interruptions as matrix
 
@@ -77,11 +75,10 @@ def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tupl
 def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     """The first one is waiting for the update to end, which here takes a minute."""
     code = (
-        "import sys, time\nfrom samon.cli.program import run_script\nfrom samon.trainer.build import Hooks\n"
-        "from samon.trainer.main import main\n"
+        "import sys, time\nfrom samon.cli.program import run_script\nfrom tests.runs import train\n"
         "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
         "    while time.time() < end: time.sleep(0.05)\n"
-        "run_script(lambda: main(sys.argv[1:], Hooks(updated=slow)))\n"
+        "run_script(lambda: train(sys.argv[1:], slow))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)],
@@ -104,7 +101,7 @@ def test_second_signal_exits_at_once(tmp_path: Path) -> None:
 def test_status_names_the_signal(number: int, tmp_path: Path) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with pytest.raises(Stopped) as stop:
-        run(tmp_path, "--opt", "samon", hooks=stop_at(0, 2, number))
+        run(tmp_path, "--opt", "samon", on_update=stop_at(0, 2, number))
     assert stop.value.status == 128 + number
     assert str(tmp_path / "run") in str(stop.value)
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
@@ -114,13 +111,12 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, signal, sys\nfrom samon.cli.program import run_script\nfrom samon.trainer.build import Hooks\n"
-        "from samon.trainer.main import main\n"
-        "def updated(run, p, perturbed):\n"
+        "import os, signal, sys\nfrom samon.cli.program import run_script\nfrom tests.runs import train\n"
+        "def on_update(run, p, two_pass):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "    if first and os.environ['RANK'] == '1' and (p.epoch, p.updates) == (1, 3):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run_script(lambda: main(sys.argv[1:], Hooks(updated=updated)))\n"
+        "run_script(lambda: train(sys.argv[1:], on_update))\n"
     )
     argv = [
         *BASE,
@@ -170,7 +166,7 @@ def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        run(tmp_path, "--opt", "sgd", "-b", "8", "--checkpoint-interval", "1", hooks=stop_at(0, 7))
+        run(tmp_path, "--opt", "sgd", "-b", "8", "--checkpoint-interval", "1", on_update=stop_at(0, 7))
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pth.tar"))
     assert names == ["recovery-0-6.pth.tar", "recovery-0-7.pth.tar"]
     for name in names:
@@ -206,12 +202,12 @@ def test_disk_full(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
-def at(epoch: int, updates: int, function: Callable[[], Any]) -> Hooks:
-    def updated(job: Any, progress: Any, perturbed: bool) -> None:
+def at(epoch: int, updates: int, function: Callable[[], Any]) -> OnUpdate:
+    def on_update(job: Any, progress: Any, two_pass: bool) -> None:
         if (progress.epoch, progress.updates) == (epoch, updates):
             function()
 
-    return Hooks(updated=updated)
+    return on_update
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread")
@@ -219,22 +215,24 @@ def at(epoch: int, updates: int, function: Callable[[], Any]) -> Hooks:
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, log_interval: int) -> None:
     (tmp_path / "run").mkdir()
     with small_disk(tmp_path / "run", "20m"):
-        hooks = at(1, 2, lambda: fill(tmp_path / "run/fill"))
+        on_update = at(1, 2, lambda: fill(tmp_path / "run/fill"))
         with pytest.raises(RunError, match=r"run.*: No space left on device.*; the last good checkpoint is .*--resume"):
-            run(tmp_path, "--epochs", "3", "--log-interval", str(log_interval), hooks=hooks)
+            run(tmp_path, "--epochs", "3", "--log-interval", str(log_interval), on_update=on_update)
         assert last(tmp_path / "run")["epoch"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread")
 def test_a_deleted_directory_ends_the_run_with_the_documented_status(tmp_path: Path) -> None:
     """1, as on a full disk; a checkpoint that is gone too is not recommended."""
-    hooks = at(1, 2, lambda: shutil.rmtree(tmp_path / "run"))
+    on_update = at(1, 2, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(RunError, match="No such file or directory; no checkpoint was written before it"):
-        run(tmp_path, "--epochs", "3", hooks=hooks)
+        run(tmp_path, "--epochs", "3", on_update=on_update)
 
 
 @pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
-def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_path: Path) -> None:
+def test_divergence_stops_with_the_last_good_checkpoint(
+    extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""
     seen: list[int] = []
 
@@ -243,8 +241,9 @@ def test_divergence_stops_with_the_last_good_checkpoint(extra: list[str], tmp_pa
         if sum(seen) > 64:  # from the second epoch on
             images.fill_(float("nan"))
 
+    watch_batches(monkeypatch, batch)
     with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
-        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-nonfinite-steps", "3", *extra, hooks=Hooks(batch=batch))
+        run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-nonfinite-steps", "3", *extra)
     assert last(tmp_path / "run")["epoch"] == 0
 
 
@@ -263,7 +262,7 @@ def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
     assert last(tmp_path / "run")["epoch"] == 0
 
 
-def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def batch(images: Tensor, target: Tensor) -> None:
@@ -272,15 +271,16 @@ def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path) -> None:
             images.fill_(float("inf"))
 
     args = ["--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit"]
-    metrics, directory = run(tmp_path, *args, hooks=Hooks(batch=batch))
+    watch_batches(monkeypatch, batch)
+    metrics, directory = run(tmp_path, *args)
     assert metrics["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(directory).values())
     assert metrics["train_loss"] == metrics["train_loss"]  # the skipped update is not in the mean
 
 
 def test_main_can_run_twice_in_a_process(tmp_path: Path) -> None:
-    first = train.main([*BASE, "--output", str(tmp_path), "--experiment", "a"])
-    second = train.main([*BASE, "--output", str(tmp_path), "--experiment", "b"])
+    first = train([*BASE, "--output", str(tmp_path), "--experiment", "a"])
+    second = train([*BASE, "--output", str(tmp_path), "--experiment", "b"])
     assert first["train_loss"] == second["train_loss"]
 
 

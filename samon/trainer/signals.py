@@ -1,4 +1,4 @@
-"""Signals and timed saves, agreed between processes: all of them stop, or save, after the same update."""
+"""Signals and timed saves, agreed between the processes: all of them stop, or save, after the same update."""
 
 import contextlib
 import os
@@ -15,59 +15,59 @@ from samon.data.corrupt import WorkerError
 from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
 
-FAULT = signal.SIGCHLD  # stands for a fault among the signals, which the processes tell each other
+FAULT = signal.SIGCHLD  # the number by which the processes tell each other of a fault
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 
 
-class Control:
+class SignalHandler:
     """Catches the first signal; a second one exits at once.
 
-    What one process knows reaches the others by an all-reduce of two integers on the CPU. It is started after
+    What one process knows reaches the others through an all-reduce of two integers on the CPU. It is started after
     an update and read after the next one, so nothing waits for it and the accelerator never takes part.
     """
 
     def __init__(self, minutes: float = 0.0) -> None:
-        """`minutes`: a save is due that often; 0 for never."""
+        """`minutes`: interval of the timed saves; 0 for none."""
         self.signum = 0
         self.fault: RunError | None = None
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._period = minutes * 60
         self._saved = time.monotonic()
-        self._previous = {number: signal.signal(number, self._caught) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
-    def fail(self, error: RunError) -> None:
-        """Have all processes save and end for a fault of this one, as they do for a signal."""
-        self.fault = error
-        self.signum = self.signum or FAULT
-
-    def reason(self, signum: int, checkpoints: CheckpointManager) -> Exception:
-        """What a run that ends for `signum` raises; its state is saved."""
-        if signum != FAULT:
-            return Stopped(signum, f"continue with --resume {checkpoints.directory}")
-        return RunError(f"{self.fault or 'another process has a fault'}; {checkpoints.describe_last_good()}")
-
-    def _caught(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signum:
             os._exit(128 + number)
         self.signum = number
 
     def close(self) -> None:
-        """Give the signals back; wait for what is under way."""
+        """Restore the previous handlers and wait for the pending all-reduce."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending is not None:
-            with contextlib.suppress(RuntimeError):  # the others may be gone: whatever ends this run says why
+            with contextlib.suppress(RuntimeError):  # the other processes may be gone: another error says why
                 self._pending[1].wait()
 
+    def fail(self, error: RunError) -> None:
+        """Let all processes save and end because of an error of this one, as they do after a signal."""
+        self.fault = error
+        self.signum = self.signum or FAULT
+
+    def exception(self, signum: int, checkpoints: CheckpointManager) -> Exception:
+        """The error that ends a run after `signum`, once its state is saved."""
+        if signum != FAULT:
+            return Stopped(signum, f"continue with --resume {checkpoints.directory}")
+        return RunError(f"{self.fault or 'another process failed'}; {checkpoints.describe_last_good()}")
+
     def poll(self) -> tuple[int, bool]:
-        """(signal to stop for or 0, whether a timed save is due), the same on all processes; call after an update."""
+        """`(signal to stop for or 0, whether a timed save is due)`, the same on all processes; call after an update."""
         signum, save = self.signum, bool(self._period) and time.monotonic() - self._saved > self._period
         if self.group is not None:
             flags = torch.tensor([signum, int(save)])
             before = self._pending
-            self._pending = (flags, dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True))
+            self._pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True)
             if before is None:
                 return 0, False
             before[1].wait()
@@ -77,19 +77,14 @@ class Control:
         return signum, bool(save)
 
     def agree(self) -> int:
-        """The largest of all processes' caught signals; every process must call it."""
+        """The largest signal that any process has caught; every process must call it."""
         flag = torch.tensor([self.signum])
         if self.group is not None:
             dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
         return int(flag)
 
-    def reduce(self, sums: torch.Tensor) -> None:
-        """Sum a CPU tensor over the processes, in place."""
-        if self.group is not None:
-            dist.all_reduce(sums, group=self.group)
-
     def until_signal(self, batches: Iterable[T]) -> Iterator[T]:
-        """`batches`, ending after the current one once this process has a signal; `agree()` tells the others."""
+        """`batches` up to the one in which this process catches a signal; `agree()` tells the others."""
         try:
             for batch in batches:
                 yield batch
@@ -98,10 +93,15 @@ class Control:
         except WorkerError as error:
             self.fail(error)
 
+    def reduce(self, sums: torch.Tensor) -> None:
+        """Sum a CPU tensor over the processes, in place."""
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+
     def gather(self, item: T) -> list[T] | None:
-        """Every process's item, by rank, on rank 0; None elsewhere."""
+        """The items of all processes, by rank, on rank 0; None on the others."""
         if self.group is None:
             return [item]
-        items: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        items: list[T] | None = [item] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(item, items, dst=0, group=self.group)
         return items

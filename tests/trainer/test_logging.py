@@ -1,0 +1,126 @@
+"""What a run writes: files, TensorBoard, wandb, log lines and progress bars."""
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from samon.trainer import config
+from samon.trainer.logging import RunLogger
+from tests.runs import CPU, built, last_line, run
+
+
+def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samon.trainer.logging.program", lambda: "samon-train")
+    args = ["--opt", "samon", "--epochs", "2", "--log-interval", "2", "--save-images", "--log-wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    metrics, directory = run(tmp_path, *args)
+    printed = capfd.readouterr()
+    line = last_line(printed.out)
+    assert line == json.loads(json.dumps(metrics)) | {key: line[key] for key in ("output", "seconds")}
+    assert "tensorboard --logdir" in printed.out
+    assert f"samon-validate --checkpoint {directory}" in printed.out
+    assert printed.err.count(" are decoded ") == 1
+    assert "perturbs 2,080 parameters in 30 tensors" in printed.err
+    assert "wandb is not installed" in printed.err
+    assert "\r" not in printed.err  # no progress bar without a terminal
+    names = "args.yaml summary.csv log.txt tb last.pth.tar model_best.pth.tar checkpoint-0.pth.tar checkpoint-1.pth.tar"
+    images = {f"train-batch-{update}.jpg" for update in (0, 2, 4, 6)}  # one per log interval
+    assert {path.name for path in directory.iterdir()} == {*names.split(), *images, "run.json"}
+    assert "eval_top1" in (directory / "log.txt").read_text()
+    table = list(csv.DictReader((directory / "summary.csv").read_text().splitlines()))
+    columns = "epoch,train_loss,train_loss_perturbed,eval_loss,eval_top1,eval_top5,lr"
+    assert ",".join(table[0]) == columns
+    assert float(table[1]["eval_top1"]) == metrics["eval_top1"]
+    assert float(table[0]["train_loss_perturbed"]) > float(table[0]["train_loss"])
+    saved = yaml.safe_load((directory / "args.yaml").read_text())
+    assert saved["opt"] == "samon"
+    assert saved.keys() >= config.FLAGS.keys() - {"config", "print_config", "data"}
+    check_tensorboard(directory / "tb")
+
+
+def check_tensorboard(directory: Path) -> None:
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    tags = events.Tags()
+    train = "loss loss_perturbed sharpness eps_norm ascent_grad_norm grad_norm lr rho images_per_second data_wait "
+    train += "skipped_steps skipped_samples"
+    evaluated = {f"eval/{name}" for name in ("loss", "top1", "top5", "num_samples")}
+    assert set(tags["scalars"]) == {f"train/{name}" for name in train.split()} | evaluated
+    assert tags["images"] == ["input"]
+    assert sum(tag.startswith("gamma/") for tag in tags["histograms"]) == 15
+    assert sum(tag.startswith("beta/") for tag in tags["histograms"]) == 15
+    names = ("loss", "loss_perturbed", "sharpness", "eps_norm")
+    value = {name: events.Scalars(f"train/{name}")[-1].value for name in names}
+    assert value["sharpness"] == pytest.approx(value["loss_perturbed"] - value["loss"], rel=1e-4)
+    assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in timm: the run's settings once, then each epoch's row."""
+    calls: list[Any] = []
+
+    class Session:
+        log, finish = calls.append, lambda: calls.append("finish")
+
+    fake = types.SimpleNamespace(init=lambda **kwargs: (calls.append(kwargs), Session)[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(tmp_path, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
+    settings, row, end = calls
+    assert (settings["project"], settings["name"], settings["tags"]) == ("p", "run", ["a", "b"])
+    assert settings["config"]["model"] == "test_resnet"
+    assert list(row)[:2] == ["epoch", "train_loss"]
+    assert end == "finish"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bar for the whole run; log.txt has every line as well."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    run(tmp_path, "--opt", "samon", "--log-interval", "1", "--epochs", "2")
+    shown = terminal.getvalue()
+    for part in ("epoch 0: ", "epoch 1: ", "8/8", "at w+eps", "img/s data", "validation 1: "):
+        assert part in shown, part
+    assert "Train 0 [" not in shown  # no plain lines beside it
+    assert "Epoch 1 train_loss" in shown
+    text = (tmp_path / "run/log.txt").read_text()
+    assert len(re.findall(r"Train [01] \[[1-4]/4\] loss .* img/s data \d+% eta \d\d:\d\d\n", text)) == 8
+
+
+def test_a_terminal_without_rows_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = pty.openpty()  # 0 x 0 unless its size is set
+    with open(follower, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert sys.stderr.isatty()
+        run(tmp_path, "--log-interval", "1", "--val-split", "")
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert shown.count("Train 0 [") == 4
+    assert "%|" not in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "warns"), [("--warmup-epochs 1", True), ("--warmup-epochs 1 --warmup-prefix", False), ("", False)]
+)
+def test_a_warm_up_that_never_ends(args: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = built(*args.split())
+    logger = RunLogger(made.config, tmp_path, CPU)
+    logger.log_setup(made)
+    logger.close()
+    said = "--warmup-epochs 1 of 1 epochs: the learning rate never reaches its schedule"
+    assert (said in caplog.text) is warns

@@ -1,0 +1,236 @@
+"""The training loop: which gradient each update takes, when it validates, and what it leaves."""
+
+import csv
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+from torch import Tensor
+
+from samon.engines.masks import Mask
+from samon.evals.accuracy import accuracy
+from samon.trainer import loop
+from samon.trainer.build import Run
+from samon.trainer.state import Progress
+from tests.graph_memory import Pool
+from tests.runs import assert_same, built, last, run, run_stopped, watch_batches, weights
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((directory / "summary.csv").read_text().splitlines()))
+
+
+# --- the gradient of an update ----------------------------------------------------------------------------------------
+
+
+def first_gradient(*args: str) -> dict[str, Tensor]:
+    """The gradients and buffers of the first update."""
+    torch.manual_seed(0)
+    made = built(*args)
+    count = made.config.grad_accum_steps
+    batches = (loop.to_device(made, *batch) for batch in islice(made.train_loader, count))
+    loop.compute_gradient(made, batches, count, loop.takes_two_passes(made, Progress()))
+    grads = {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
+    return grads | dict(made.model.named_buffers())
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of any tensor, as a fraction of its largest value."""
+    assert a.keys() == b.keys()
+    return max(float((a[n].double() - b[n].double()).abs().max() / b[n].double().abs().max().clamp(1e-6)) for n in a)
+
+
+ROUNDING = 1e-3  # float32 sums in another order, through a small network
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--perturb stages|layer", "--m-sharpness 4", "--ascent-fraction 0.5", "--ascent-size 24", "--bn-stats second"],
+)
+def test_sam_flags_change_the_update(args: str) -> None:
+    assert largest_difference(first_gradient("--opt", "samon"), first_gradient("--opt", "samon", *args.split())) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("args", "same"),
+    [
+        ("--perturb layer4|stages.3", "--no-replay"),
+        ("--model test_vit", "--torchcompile eager"),
+        ("--model test_vit --m-sharpness 4", "--torchcompile eager"),
+        ("--model test_vit --perturb blocks.[4-9]|^norm", "--grad-checkpointing"),
+        ("--model test_vit --rho 0", "-b 8 --grad-accum-steps 2"),  # the mean over micro-batches, not their sum
+        ("--model test_vit --m-sharpness global", "-b 8 --grad-accum-steps 2"),  # one perturbation for both
+    ],
+)
+def test_flags_that_change_no_gradient(args: str, same: str) -> None:
+    one, two = (first_gradient("--opt", "samon", *args.split(), *extra) for extra in ([], same.split()))
+    assert largest_difference(one, two) < ROUNDING
+
+
+def test_micro_batches_have_their_own_perturbations() -> None:
+    args = ["--opt", "samon", "--model", "test_vit"]
+    assert largest_difference(first_gradient(*args), first_gradient(*args, "-b", "8", "--grad-accum-steps", "2")) > 1e-2
+
+
+def test_m_sharpness_in_groups_equals_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scope samon runs all sub-batches at once, any other scope one after the other: the same step on one model."""
+    args = ["--opt", "samon", "--m-sharpness", "4", "--model", "test_vit"]
+    groups = first_gradient(*args)
+    monkeypatch.setattr("samon.sam.SAM.can_group", property(lambda self: False))
+    assert largest_difference(groups, first_gradient(*args)) < ROUNDING
+
+
+@pytest.mark.parametrize("opt", ["sgd", "samon"])
+def test_micro_batches_on_cuda_graphs(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients must not be summed in memory that the next backward overwrites."""
+    args, pool = ["--opt", opt, "--model", "test_vit", "--grad-accum-steps", "2"], Pool()
+    eager = first_gradient(*args)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", pool.begin)
+    compiled: Callable[..., Any] = lambda config, model: torch.compile(model, backend=pool.backend)  # noqa: E731
+    monkeypatch.setattr("samon.trainer.model.compile_model", compiled)
+    captured = first_gradient(*args, "--torchcompile", "eager", "--torchcompile-mode", "max-autotune")
+    assert pool.tensors
+    assert largest_difference(eager, captured) < ROUNDING
+
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("--sam-start-epoch 1", [False] * 4 + [True] * 4),
+        ("--sam-end-epoch 1", [True] * 4 + [False] * 4),
+        ("--sam-every 3", [True, False, False, True, False, False, True, False]),
+    ],
+)
+def test_when_the_two_pass_step_is_used(args: str, expected: list[bool], tmp_path: Path) -> None:
+    seen: list[tuple[int, int, bool]] = []
+
+    def on_update(run: Run, progress: Progress, two_pass: bool) -> None:
+        seen.append((progress.epoch, progress.updates, two_pass))
+
+    run(tmp_path, "--opt", "samon", "--epochs", "2", "--val-split", "", *args.split(), on_update=on_update)
+    updates = [(epoch, update) for epoch in (0, 1) for update in (1, 2, 3, 4)]
+    assert seen == [(*update, two_pass) for update, two_pass in zip(updates, expected, strict=True)]
+
+
+def test_rho_zero_is_the_base_optimizer(tmp_path: Path) -> None:
+    _, plain = run(tmp_path, "--opt", "sgd", name="plain")
+    _, sharp = run(tmp_path, "--opt", "samon", "--rho", "0", name="sharp")
+    assert_same(weights(plain), weights(sharp))
+
+
+def test_accumulation_of_a_remainder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 batches in updates of 3: the last update has one, weighted as one."""
+    counts: list[int] = []
+    gradient = loop.compute_gradient
+    monkeypatch.setattr(loop, "compute_gradient", lambda *args: (counts.append(args[2]), gradient(*args))[1])
+    metrics, directory = run(tmp_path, "--opt", "samon", "--grad-accum-steps", "3")
+    assert counts == [3, 1]
+    assert last(directory)["progress"]["updates"] == 2
+    assert metrics["skipped_steps"] == 0
+
+
+# --- after an epoch ---------------------------------------------------------------------------------------------------
+
+
+def test_timm_reads_the_checkpoints(tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "--opt", "samon", "--model-ema", "--model-ema-decay", "0.5")
+    content = last(directory)
+    assert {"epoch", "arch", "state_dict", "state_dict_ema", "optimizer", "args", "version", "metric"} <= content.keys()
+    path = str(directory / "last.pth.tar")
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1, checkpoint_path=path)
+    assert_same(dict(model.state_dict()), content["state_dict_ema"])  # timm takes the average if there is one
+    load_checkpoint(model, path, use_ema=False)
+    assert_same(dict(model.state_dict()), content["state_dict"])
+    load_checkpoint(model, path, use_ema=True)
+    figures = accuracy(model, built().eval_loader, device="cpu")
+    assert (figures["top1"], figures["loss"]) == pytest.approx((metrics["eval_top1"], metrics["eval_loss"]))
+
+
+@pytest.mark.parametrize("metric", ["top1", "loss"])
+def test_validation_interval_and_best_checkpoint(metric: str, tmp_path: Path) -> None:
+    args = ["--epochs", "5", "--val-interval", "2", "--checkpoint-hist", "2", "--eval-metric", metric]
+    metrics, directory = run(tmp_path, "--opt", "adamw", "--lr", "1e-3", *args)
+    values = {int(row["epoch"]): float(row[f"eval_{metric}"]) for row in rows(directory)}
+    assert list(values) == [1, 3, 4]
+    best = min(values, key=lambda epoch: (values[epoch] if metric == "loss" else -values[epoch], epoch))
+    assert (metrics["best_epoch"], metrics["best_metric"]) == (best, values[best])
+    assert torch.load(directory / "model_best.pth.tar", weights_only=True)["epoch"] == best
+    assert last(directory)["epoch"] == 4
+    kept = {int(path.name.split("-")[1].split(".")[0]) for path in directory.glob("checkpoint-*")}
+    assert len(kept) == 2
+    assert best in kept
+
+
+def test_no_validation(tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "--opt", "samon", "--val-split", "", "--epochs", "2")
+    assert "eval_top1" not in metrics
+    assert metrics["best_metric"] == pytest.approx(min(float(row["train_loss"]) for row in rows(directory)))
+
+
+def test_average_on_the_cpu_is_not_validated(tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "--opt", "sgd", "--model-ema", "--model-ema-force-cpu", "--model-ema-decay", "1")
+    average = last(directory)["state_dict_ema"]
+    assert any(not torch.equal(value, average[name]) for name, value in last(directory)["state_dict"].items())
+    plain, _ = run(tmp_path, "--opt", "sgd", name="plain")
+    assert metrics["eval_loss"] == plain["eval_loss"]
+
+
+@pytest.mark.parametrize("extra", [["--model-ema"], []])
+def test_half_precision_is_validated_without_the_prefetcher(extra: list[str], tmp_path: Path) -> None:
+    metrics, _ = run(tmp_path, "--model-dtype", "bfloat16", "--no-prefetcher", *extra)
+    assert 0 < metrics["eval_loss"] < 10
+
+
+# --- sparse masks -----------------------------------------------------------------------------------------------------
+
+MASKED = ["--opt", "ssam-f", "--sparsity", "0.9", "--mask-epochs", "2", "--fisher-samples", "20", "--val-split", ""]
+
+
+def mask_of(run: Run) -> Tensor:
+    assert run.sam is not None
+    assert isinstance(run.sam.mask, Mask)
+    return torch.cat([m.flatten() for m in run.sam.mask.masks])
+
+
+def test_masks_are_renewed_at_their_epochs_from_single_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first mask holds the entries whose squared gradients, summed over 20 images in eval mode, are largest."""
+    masks: dict[tuple[int, int], Tensor] = {}
+    batches: list[tuple[Tensor, Tensor]] = []
+
+    def on_update(run: Run, progress: Progress, two_pass: bool) -> None:
+        masks[progress.epoch, progress.updates] = mask_of(run).clone()
+
+    watch_batches(monkeypatch, lambda images, target: batches.append((images.clone(), target.clone())))
+    run(tmp_path, *MASKED, "--epochs", "3", on_update=on_update)
+    first, renewed = masks[0, 1], masks[2, 1]
+    assert all(torch.equal(mask, first if epoch < 2 else renewed) for (epoch, _), mask in masks.items())
+    assert not torch.equal(first, renewed)
+    torch.manual_seed(42)  # --seed's default
+    made = built(*MASKED)
+    model = made.model.eval()
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    images, target = (torch.cat(parts)[:20] for parts in zip(*batches[:2], strict=True))
+    for x, y in zip(images.split(1), target.split(1), strict=True):
+        model.zero_grad()
+        made.task(x, y)["loss"].backward()
+        total = [t + p.grad.square() for t, p in zip(total, model.parameters(), strict=True)]
+    flat = torch.cat([t.flatten() for t in total])
+    assert first.sum() == round(0.1 * flat.numel())
+    assert flat[first].min() >= flat[~first].max()
+
+
+@pytest.mark.parametrize("opt", ["ssam-f", "ssam-d"])
+def test_a_restart_does_not_renew_the_mask_again(opt: str, tmp_path: Path) -> None:
+    args = ["--opt", opt, "--sparsity", "0.9", "--mask-epochs", "1", "--fisher-samples", "20", "--epochs", "2"]
+    _, whole = run(tmp_path, *args, name="whole")
+    stopped = run_stopped(tmp_path, 1, 2, *args)
+    run(tmp_path, *args, "--resume", str(stopped), name="stopped")
+    assert_same(weights(whole), weights(stopped))
