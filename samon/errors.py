@@ -1,4 +1,4 @@
-"""The errors that a user sees as one line, without a traceback."""
+"""Errors that the programs print as one line, without a traceback."""
 
 import difflib
 import importlib
@@ -12,15 +12,15 @@ import torch
 
 
 class UserError(ValueError):
-    """A user's mistake: one line that says what is wrong, where, and what to do; scripts print it and exit with 2."""
+    """A user's mistake: one line that says what is wrong, where, and what to do. Programs print it and exit with 2."""
 
 
 class RunError(RuntimeError):
-    """A fault while running (disk full, diverged); its one line names the last good checkpoint."""
+    """A failure at run time (disk full, divergence): one line that names the last good checkpoint."""
 
 
 class Stopped(Exception):
-    """A signal asked the program to stop; `how` says how to continue it."""
+    """A signal stopped the program; `how` says how to resume."""
 
     def __init__(self, signum: int, how: str) -> None:
         super().__init__(f"stopped by signal {signum}; {how}")
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 @contextmanager
 def reraise_as_user_error(what: str = "") -> Iterator[None]:
-    """Errors of the libraries that come from a user's settings, as UserError: for the building phase only."""
+    """Reraise library errors as UserError, while a program is built from the user's settings."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -48,20 +48,20 @@ def refuse(mistakes: Mapping[str, Any]) -> None:
             raise UserError(message)
 
 
-def require_package(module: str, otherwise: str) -> Any:
-    """A module of a package that not everybody has installed.
+def require_package(module: str, message: str) -> Any:
+    """Import a module of an optional package.
 
     Raises:
-        UserError: ``otherwise``, if it is not there.
+        UserError: `message`, if it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(otherwise) from None
+        raise UserError(message) from None
 
 
 def require_matplotlib() -> Any:
-    """The package that draws figures, with its module `figure`.
+    """Import matplotlib and its module `figure`.
 
     Raises:
         UserError: it is not installed.
@@ -71,7 +71,7 @@ def require_matplotlib() -> Any:
 
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
-    """`; did you mean 'x'?` for the known word that a wrong one abbreviates or is closest to, or nothing."""
+    """`; did you mean 'x'?` for the known word that starts with `word` or is most similar; '' if none is."""
     words = [str(item) for item in known]
     longer = sorted((item for item in words if len(str(word)) > 2 and item.startswith(str(word))), key=len)
     close = longer or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
@@ -79,7 +79,7 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
 
 
 def os_error_text(error: OSError) -> str:
-    """An error of the operating system in one line: its file first, without the number."""
+    """An operating system error as one line: the file and the reason, without the error number."""
     if error.errno is None or error.strerror is None:
         return str(error) or type(error).__name__
     named = isinstance(error.filename, str | bytes | os.PathLike)
