@@ -1,7 +1,7 @@
 """Streaming is our own reader on top of webdataset's tar and URL parts, because a `wds.WebDataset` pipeline cannot give
 equal batches on every rank, each validation sample exactly once, and a resume at the exact next sample.
 
-- `shards`: opening shards wherever they lie, and reading chosen samples out of one;
+- `shards`: opening local and remote shards, and reading chosen samples from one;
 - `sources`: samples by number, for every kind of `--dataset`; `images` finds image files; `classes` decides labels;
 - `stream`: which samples a loader worker reads, in which order;
 - `decode`: from bytes to augmented tensors;

@@ -264,6 +264,6 @@ def choose_decoder(decoder: str, transform: Transform, mode: str, quiet: bool = 
     if not partly or not isinstance(converted[0], TensorCrop):
         log("training images are decoded and augmented as tensors")
         return decode_tensor, tensor_transform
-    extent = "at the smallest scale that a crop needs" if decoder == "scaled" else "only where the crop lies"
+    extent = "at the smallest scale that a crop needs" if decoder == "scaled" else "only in the region of the crop"
     log("training images are decoded and augmented as tensors, JPEGs %s", extent)
     return decode_later, tensor_transform

@@ -1,4 +1,4 @@
-"""WebDataset shards: opening them wherever they lie, what `_info.json` says about them, and reading chosen samples."""
+"""WebDataset shards: opening local and remote ones, the contents of `_info.json`, and reading chosen samples."""
 
 import atexit
 import fcntl
@@ -290,7 +290,7 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
 
 def _count_samples(url: str) -> int:
     if not is_local(url):
-        raise UserError(f"{url}: its number of samples is unknown; list it in _info.json beside it")
+        raise UserError(f"{url}: its number of samples is unknown; list it in the _info.json of its directory")
     _logger.info("counting the samples of %s", url)
     with open_url(url) as file:
         return sum(1 for _ in read_members(file, url, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
@@ -331,7 +331,7 @@ def read_members(
                 else:
                     data = tar.extractfile(member)
                     fields[suffix] = b"" if data is None else data.read()
-            # `a.seg.png` beside a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a lost sample.
+            # `a.seg.png` next to a.jpg is another image of it; `a.v2.jpg` alone, or a.v2.cls, is a lost sample.
             if lost := [name for name in dotted if not is_sample or name.endswith(".cls")]:
                 do = "a sample's name ends at its first dot; rename it, or pack the data with samon-shards"
                 raise DataError(f"{url} {lost[0]}: {do}")

@@ -1,4 +1,4 @@
-"""Where samples come from: one row per kind of data set, opened here for training and for evaluation alike."""
+"""Sources of samples for training and evaluation: one row per kind of data set."""
 
 import bisect
 import os
@@ -53,7 +53,7 @@ class Extent(NamedTuple):
 
 
 def find_overlap(first: Sequence[Extent], second: Sequence[Extent]) -> str:
-    """Return a location of which both have some sample, or ''."""
+    """Return a location from which both have samples, or ''."""
     by_location: dict[str, list[Extent]] = {}
     for extent in second:
         by_location.setdefault(extent.location, []).append(extent)
@@ -225,7 +225,7 @@ class ShardSource(Source):
 class FileSource(Source):
     """A part of image files, each with the number of its class.
 
-    The part is counted in turns around the classes, so their numbers of images differ by one at most.
+    The part counts images round-robin over the classes, so the numbers of images per class differ by at most one.
     """
 
     def __init__(self, entries: Sequence[ImageEntry], labels: Sequence[int], location: str, part: slice) -> None:
@@ -386,8 +386,8 @@ def _label_by_class(
     stray = [entry.where for entry, name in zip(entries, classes, strict=True) if not name]
     if stray and not (request.class_map or request.unlabeled):
         raise UserError(
-            f"{stray[0]} lies in no class folder ({len(stray)} of {len(entries)} images do not): images lie in "
-            "CLASS/IMAGE; move it, or pack flat ImageNet validation images by samon-shards"
+            f"{stray[0]} is in no class folder ({len(stray)} of {len(entries)} images are not); move images to "
+            "CLASS/IMAGE, or pack flat ImageNet validation images with samon-shards"
         )
     labels = {name: label for label, name in enumerate(names)} | {"": -1}
     source = FileSource(entries, [labels[name] for name in classes], location, part)

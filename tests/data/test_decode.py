@@ -240,7 +240,7 @@ def test_decoding_the_crop_alone_changes_nothing(interpolation, caplog):
     caplog.set_level("INFO")
     transform = create_transform((3, 96, 96), **TRAIN | {"interpolation": interpolation})
     whole, only = choose_decoder("torch", transform, "RGB"), choose_decoder("auto", transform, "RGB")
-    assert caplog.messages[-1].endswith("JPEGs only where the crop lies")
+    assert caplog.messages[-1].endswith("JPEGs only in the region of the crop")
     for data in [photo.read_bytes() for photo in PHOTOS] + [_modes_jpeg("L"), _modes_jpeg("CMYK")]:
         for seed in range(20):
             results = []

@@ -139,7 +139,7 @@ def test_hub_data_sets_train(tmp_path, monkeypatch):
 def test_images_in_no_class_folder_are_refused(tmp_path, name, paths):
     root = write_images(tmp_path / "set", *paths)
     count = sum("/" not in path for path in paths)
-    with pytest.raises(UserError, match=rf"set/(flat|stray).jpg lies in no class folder \({count} of {len(paths)} "):
+    with pytest.raises(UserError, match=rf"set/(flat|stray).jpg is in no class folder \({count} of {len(paths)} "):
         open_source(name, root, "")
 
 
