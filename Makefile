@@ -27,11 +27,11 @@ bench: $(VENV)/.installed-dev
 report: $(VENV)/.installed
 	$(BIN)/python tools/report.py $(or $(RUNS),output) -o report.html
 
-# The page of the committed results, after a new export (samon-report RUNS --export docs/results/NAME/FILE.json)
+# output/results.html and the figures of docs/, from the committed results of the experiments
 results: $(VENV)/.installed
-	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' docs/results/*/*.json) \
-	  --title "Committed results" -o docs/results/report.html
-	$(BIN)/python tools/report.py docs/results/cifar10/tradeoff.json --figures output/figures
+	$(BIN)/python tools/report.py $$(grep -l '"format":"samon-report' experiments/*/results.json) \
+	  --title "Committed results" -o output/results.html
+	$(BIN)/python tools/report.py experiments/tradeoff/results.json --figures output/figures
 	cp output/figures/cost-flops-light.svg output/figures/cost-flops-dark.svg docs/images
 	cp output/figures/cost-cpu_seconds-light.svg output/figures/cost-cpu_seconds-dark.svg docs/images
 

@@ -56,7 +56,7 @@ def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
             r'href="([^"#]*)" class="md-nav__link">\s*<span[^>]*>\s*([^<]*?)\s*<', (site / "data.html").read_text()
         )
     )
-    assert links["results/fashion_mnist/index.html"] == "Fashion-MNIST"
+    assert links["results/fashion_mnist.html"] == "Fashion-MNIST"
     assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (site / "index.html").read_text())
 
 

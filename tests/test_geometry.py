@@ -144,7 +144,8 @@ def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:
         path.write_text(text.replace(table, table + row))
     code = """
 import timm, torch, samon
-from samon.cli.tables import Cell, markdown
+from samon.cli.tables import scope_table
+from samon.report.content import Score
 from samon.trainer.config import parse
 parse(["--data-dir", "data", "--opt", "sambias-linf-adamw"])
 model = timm.create_model("test_vit", num_classes=3).double()
@@ -159,7 +160,8 @@ def forward():
 samon.two_pass(opt, forward)
 moved = torch.cat([d.flatten() for d in seen.values()]).abs()
 assert ((moved - 0.25).abs() < 1e-12).float().mean() > 0.9, moved
-print(markdown([Cell("sambias-linf-adamw", 0.25, [1.0]), Cell("sam", 0.1, [2.0])], {}))
+scores = [Score(opt, rho, [y], opt) for opt, rho, y in (("sambias-linf-adamw", 0.25, 1.0), ("sam", 0.1, 2.0))]
+print(scope_table(scores, {}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

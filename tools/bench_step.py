@@ -33,8 +33,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
-from samon.report.cost import flops
 from samon.scope import norm_modules
+from samon.trainer.flops import count_flops
 
 Step = Callable[[], Any]
 
@@ -288,7 +288,7 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
             refused[name] = " ".join(str(error).split())
     eager = not bench.args.compile
     each = {name: bench.updates_of.get(step, 1) for name, step in steps.items()}
-    counted = {name: flops(step) / each[name] if eager else None for name, step in steps.items()}
+    counted = {name: count_flops(step) / each[name] if eager else None for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -20,8 +20,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
-from samon.cli.dashes import parse_up_to_dashes
-from samon.cli.program import run_script
+from samon.cli.program import parse_before_dashes, run_script
 from samon.errors import RunError, UserError
 from samon.evals.entry import Target, predict
 from samon.evals.main import Job, build, parse
@@ -132,7 +131,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--push", default="", metavar="NAME/REPO", help="repository on the hub to upload the same to")
     add("--private", action="store_true", help="--push: make the repository private")
     add("--license", default="unknown", help="of the weights, for --timm and --push (default %(default)s)")
-    args = parse_up_to_dashes(parser, argv, "samon-validate")
+    args = parse_before_dashes(parser, argv, "samon-validate")
     if not (args.onnx or args.timm or args.push or args.file):
         raise UserError("nothing to make: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
     if (args.file is not None) != (Path(args.checkpoint).suffix in DCP_SUFFIXES):

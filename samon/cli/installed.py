@@ -1,4 +1,4 @@
-"""What pip installs: one function for each command; it imports no other's program."""
+"""Entry points of the installed commands; each imports only its own program."""
 
 from functools import partial
 from importlib import import_module
@@ -7,15 +7,15 @@ from typing import NoReturn
 from samon.cli.program import run_script
 
 
-def _start(program: str) -> NoReturn:
-    run_script(import_module(program).main)
+def _run(module: str) -> NoReturn:
+    run_script(import_module(module).main)
 
 
-train = partial(_start, "samon.trainer.main")
-validate = partial(_start, "samon.evals.main")
-shards = partial(_start, "samon.cli.make_shards")
-sweep = partial(_start, "samon.cli.sweep")
-report = partial(_start, "samon.cli.report")
-predict = partial(_start, "samon.cli.predict")
-export = partial(_start, "samon.cli.export")
-plan = partial(_start, "samon.plan.main")
+train = partial(_run, "samon.trainer.main")
+validate = partial(_run, "samon.evals.main")
+shards = partial(_run, "samon.cli.make_shards")
+sweep = partial(_run, "samon.cli.sweep")
+report = partial(_run, "samon.cli.report")
+predict = partial(_run, "samon.cli.predict")
+export = partial(_run, "samon.cli.export")
+plan = partial(_run, "samon.plan.main")

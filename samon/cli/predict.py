@@ -22,8 +22,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
-from samon.cli.dashes import parse_up_to_dashes
-from samon.cli.program import run_script
+from samon.cli.program import parse_before_dashes, run_script
 from samon.data.corrupt import ImageError, SampleError
 from samon.data.shards import RawSample, is_hidden
 from samon.data.sources import Source
@@ -131,7 +130,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pretrained", action="store_true", help="timm's weights instead of a checkpoint")
     add("--topk", type=int, default=5, help="classes to name for each image (default %(default)s)")
     add("-o", "--output", type=Path, help="CSV file to write (default: standard output)")
-    args = parse_up_to_dashes(parser, argv, "samon-validate")
+    args = parse_before_dashes(parser, argv, "samon-validate")
     if not args.checkpoint and not (args.model and args.pretrained):
         raise UserError("no weights: give --checkpoint RUN, or --model NAME --pretrained")
     if args.topk < 1:

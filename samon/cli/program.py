@@ -1,5 +1,6 @@
 """How commands end. Exit codes: 0 success, 1 runtime error, 2 usage error, 128 + n stopped by signal n."""
 
+import argparse
 import errno
 import io
 import os
@@ -8,44 +9,59 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from samon.errors import RunError, Stopped, UserError, os_error_text
 
-# Of the operating system's errors, those of a path that cannot be used as it was given.
-_PATH_MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+# Errors of the operating system about a path that the user gave.
+_PATH_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 
 
-def run_script(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and exit; user errors and those of the operating system print one `error:` line, no traceback."""
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Call `main` and exit; expected errors print one line on stderr, without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
-    threading.excepthook = _thread_error
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 keep their bytes
+    threading.excepthook = _report_thread_error
+    status, message = 0, ""
     try:
         main()
         sys.stdout.flush()
-        status = 0
     except UserError as error:
-        status = _print_error(str(error), 2)
+        status, message = 2, f"error: {error}"
     except RunError as error:
-        status = _print_error(str(error), 1)
+        status, message = 1, f"error: {error}"
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed():
-            status = 128 + signal.SIGPIPE  # `| head` has seen enough
+            status = 128 + signal.SIGPIPE  # as in `samon-plan ... | head`
         else:
-            status = _print_error(os_error_text(error), 2 if error.errno in _PATH_MISTAKES else 1)
+            status, message = 2 if error.errno in _PATH_ERRORS else 1, f"error: {os_error_text(error)}"
     except Stopped as stop:
-        print(stop, file=sys.stderr)
-        status = stop.status
+        status, message = stop.status, str(stop)
     except KeyboardInterrupt:
-        print(f"stopped by signal {signal.SIGINT:d}", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    sys.stderr.flush()
+        status, message = 128 + signal.SIGINT, f"stopped by signal {signal.SIGINT:d}"
+    if message:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def _thread_error(error: threading.ExceptHookArgs) -> None:
-    """A line for errors of the operating system, such as those of TensorBoard's thread, which the next write raises."""
+def parse_before_dashes(parser: argparse.ArgumentParser, argv: list[str] | None, other: str) -> argparse.Namespace:
+    """Parse the arguments before `--`; those after it are flags of the command `other` and returned as `after`.
+
+    Raises:
+        UserError: an unknown argument before `--`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, unknown = parser.parse_known_args(argv[:end])
+    if unknown:
+        words = " ".join(unknown)
+        raise UserError(f"{words}: no flag of {parser.prog}; flags of {other} go after --, as in `... -- {words}`")
+    args.after = argv[end + 1 :]
+    return args
+
+
+def _report_thread_error(error: threading.ExceptHookArgs) -> None:
+    """One line for OS errors, such as those of TensorBoard's thread, which its next write raises again."""
     if isinstance(error.exc_value, OSError):
         print(f"warning: {os_error_text(error.exc_value)}", file=sys.stderr)
     else:
@@ -53,15 +69,10 @@ def _thread_error(error: threading.ExceptHookArgs) -> None:
 
 
 def _stdout_closed() -> bool:
-    """Whether nothing reads standard output any more; if so, what is left of it goes nowhere."""
+    """Whether the reader of stdout has gone; if so, the remaining output is discarded."""
     poll = select.poll()
     poll.register(1, 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return closed
-
-
-def _print_error(text: str, status: int) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return status

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Train a recipe over optimizers x rho x seeds and tabulate the accuracies as the paper's Table 1 does.
+"""Train a recipe over optimizers x rho x seeds and tabulate the accuracies in the layout of the paper's Table 1.
 
     samon-sweep -c hparams/cifar/cifar100_resnet.yaml --opts sgd,sam,samon --seeds 3 -- --data-dir DIR
     samon-sweep -c hparams/quickstart.yaml --opts sgd,sam,samon --rho 0.05,0.1 --jobs 2 -- --epochs 3
 
-What follows `--` goes to every train.py. rho is taken from the recipe's grid in hparams/rho_grids.yaml (`--grid`),
-from `--rho 0.1,0.5`, or left to the recipe with `--rho recipe`. Every run has its own directory under --output.
-Start it again after an interruption: finished runs are skipped, dead ones continue from their last state, and runs
-that another sweep is doing are left to it.
+Flags after `--` go to every train.py. rho comes from the recipe's grid in hparams/rho_grids.yaml (`--grid`), from
+`--rho 0.1,0.5`, or from the recipe itself with `--rho recipe`. Every run has its own directory under --output. After
+an interruption, start the sweep again: it skips finished runs, resumes interrupted ones from their last checkpoint,
+and leaves runs of another sweep alone.
 """
 
 import argparse
@@ -21,31 +21,34 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from samon import UserError, is_sam_name
-from samon.cli.dashes import parse_up_to_dashes
-from samon.cli.program import run_script
-from samon.cli.tables import Cell, write_tables
-from samon.errors import RunError, Stopped
+from samon.cli.program import parse_before_dashes, run_script
+from samon.cli.tables import write_tables
+from samon.errors import RunError, Stopped, UserError
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
-from samon.registry import VARIANTS
+from samon.registry import VARIANTS, is_sam_name
+from samon.report.content import Score
 from samon.trainer.config import RECIPES, Config, load_yaml, parse, recipe
 from samon.trainer.state import find_newest
+
+T = TypeVar("T")
+METRICS = ("eval_top1", "eval_top5", "eval_loss", "train_loss")
+SWEEP_FLAGS = {"--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run of a sweep."""
 
     opt: str
     rho: float | None
@@ -56,286 +59,288 @@ class Job:
         rho = "" if self.rho is None else f"-rho{self.rho:g}"
         return f"{self.opt}{rho}-seed{self.seed}"
 
-    def arguments(self, args: argparse.Namespace) -> list[str]:
-        rho = [] if self.rho is None else ["--rho", str(self.rho)]
-        given = ["-c", args.config, "--opt", self.opt, *rho, "--seed", str(self.seed), *args.train]
-        return [*given, "--output", str(args.output), "--experiment", self.name]
+
+@dataclass
+class Sweep:
+    """Training runs of a recipe over optimizers, rho and seeds, each in its own directory under `output`.
+
+    Attributes:
+        rhos: values of rho to try for each optimizer; None leaves rho to the recipe.
+        train: further flags of train.py.
+        parallel: runs at a time, distributed over `gpus` if any are given.
+        nproc: processes of each run.
+    """
+
+    config: str
+    rhos: Mapping[str, Sequence[float | None]]
+    seeds: Sequence[int]
+    output: Path
+    train: list[str] = field(default_factory=list)
+    metric: str = "eval_top1"
+    parallel: int = 1
+    gpus: Sequence[str] = ()
+    nproc: int = 1
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        self.output = self.output.resolve()
+        self._process_ids: set[int] = set()
+        self._stopping = False
+        self._devices: queue.Queue[str | None] = queue.Queue()
+        for gpu in islice(cycle(self.gpus or [None]), self.parallel):
+            self._devices.put(gpu)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Seeds are the outer loop, so that a table with all columns exists as early as possible."""
+        return [Job(opt, rho, seed) for seed in self.seeds for opt, rhos in self.rhos.items() for rho in rhos]
+
+    def resolve(self, opt: str) -> Config:
+        """The configuration of an optimizer's runs; a UserError of the recipe or the flags shows before any run."""
+        return parse(["-c", self.config, "--opt", opt, *self.train, "--print-config"])
+
+    def command(self, job: Job) -> list[str]:
+        """The command of a run; it resumes if the run has a checkpoint."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc)]
+        words = [sys.executable, *(launcher if self.nproc > 1 else []), "-m", "samon.cli.train"]
+        words += ["-c", self.config, "--opt", job.opt, *([] if job.rho is None else ["--rho", str(job.rho)])]
+        words += ["--seed", str(job.seed), *self.train, "--output", str(self.output), "--experiment", job.name]
+        directory = self.output / job.name
+        return [*words, *(["--resume", str(directory)] if find_newest(directory)[0] else ["--overwrite"])]
+
+    def fingerprint(self, job: Job) -> str:
+        """Hash of everything that decides a run's result: the text of the recipe and train.py's flags."""
+        content = [_recipe_text(recipe(self.config)), job.opt, str(job.rho), str(job.seed), str(self.nproc)]
+        return hashlib.sha256("\0".join([*content, *self.train]).encode()).hexdigest()[:16]
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """`metrics`, `cpu_seconds` and `resumed` of a finished run, otherwise None.
+
+        Raises:
+            UserError: the run was made with other settings.
+        """
+        path = self.output / job.name / "result.json"
+        if not path.exists():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        if result["fingerprint"] != self.fingerprint(job):
+            raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
+        return result
+
+    def scores(self) -> list[Score]:
+        """Finished runs by optimizer and rho."""
+        scores: dict[tuple[str, float | None], Score] = {}
+        for job in self.jobs:
+            if (result := self.result(job)) is not None:
+                model, stem = self.resolve(job.opt).model, Path(self.config).stem
+                new = Score(job.opt, job.rho, [], job.opt, model, stem, self.metric)
+                score = scores.setdefault((job.opt, job.rho), new)
+                score.values.append(float(result["metrics"][self.metric]))
+                if not result.get("resumed", True):  # a resumed run has spent more than was measured
+                    score.costs.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
+        return list(scores.values())
+
+    def run(self) -> list[str]:
+        """Run all jobs; returns the names of those that failed or were stopped."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        states: dict[str, str] = {}
+        finished = sum(self.result(job) is not None for job in self.jobs)
+        # Without a terminal the lines below are enough.
+        bar = progress_bar("sweep", len(self.jobs), "run", initial=finished, show=is_terminal())
+
+        def run_one(job: Job) -> None:
+            state = self.run_job(job)
+            with bar.external_write_mode(file=sys.stderr):  # one thread at a time
+                states[job.name] = state
+                bar.update(state != "skipped")
+                text = ""
+                if state == "dead":
+                    text = f" ({last_line(self.output / job.name / 'sweep.log')})"
+                elif state in ("done", "skipped") and (result := self.result(job)) is not None:
+                    text = f" {self.metric} {result['metrics'][self.metric]:{metric_format(self.metric)}}"
+                print(f"[{len(states)}/{len(self.jobs)}] {job.name}: {state}{text}", file=sys.stderr, flush=True)
+
+        with bar, ThreadPoolExecutor(self.parallel) as pool:
+            futures = [pool.submit(run_one, job) for job in self.jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:  # Ctrl-C, or a directory that cannot be written
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                with suppress(KeyboardInterrupt):  # another Ctrl-C ends the runs without saving
+                    pool.shutdown()
+                self.stop()
+                raise
+        return [name for name, state in states.items() if state in ("dead", "stopped")]
+
+    def stop(self) -> None:
+        """Send SIGTERM to all runs: they save a checkpoint and end; sent again, they end at once."""
+        self._stopping = True
+        for process_id in tuple(self._process_ids):
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGTERM)
+
+    def run_job(self, job: Job) -> str:
+        """Run with retries. Returns 'done', 'skipped', 'elsewhere' (another sweep runs it), 'stopped' or 'dead'."""
+        directory = self.output / job.name
+        directory.mkdir(parents=True, exist_ok=True)
+        with (self.output / f"{job.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "elsewhere"
+            if self.result(job) is not None:
+                return "skipped"
+            with self._device() as gpu:
+                for _ in range(1 + self.retries):
+                    status, result = self._start(job, gpu, lock.fileno())
+                    if result is not None:
+                        content = {"fingerprint": self.fingerprint(job), **result}
+                        write_text(directory / "result.json", json.dumps(content, indent=1))
+                        return "done"
+                    if status > 128 or self._stopping:
+                        return "stopped"
+        return "dead"
+
+    @contextmanager
+    def _device(self) -> Iterator[str | None]:
+        gpu = self._devices.get()
+        try:
+            yield gpu
+        finally:
+            self._devices.put(gpu)
+
+    def _start(self, job: Job, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+        """Run train.py once: its exit status, and its metrics and cost if it succeeded.
+
+        The run inherits the lock, so it keeps its directory even if the sweep is killed. It gets its own session, so
+        that Ctrl-C reaches it only through `stop`: a second signal would end it before it has saved its state."""
+        words = self.command(job)
+        env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        with (
+            (self.output / job.name / "sweep.log").open("a") as log,
+            subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, pass_fds=[lock], start_new_session=True
+            ) as process,
+        ):
+            self._process_ids.add(process.pid)
+            if self._stopping:
+                process.terminate()
+            assert process.stdout is not None
+            lines = process.stdout.read().strip().splitlines()
+            _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone
+            self._process_ids.remove(process.pid)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode or not lines:
+            return process.returncode, None
+        cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
+        return 0, {"metrics": json.loads(lines[-1]), **cost}
 
 
-# --- what to run ------------------------------------------------------------------------------------------------------
+def _recipe_text(path: Path) -> str:
+    """The text of a recipe and of the recipes it is based on."""
+    text = path.read_text()
+    base = (yaml.safe_load(text) or {}).get("base")
+    return text if base is None else text + _recipe_text(path.parent / base)
 
 
-def split_list(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
+def last_line(path: Path) -> str:
+    """The last line of a failed run's log, which a full disk leaves empty."""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"no message; {shutil.disk_usage(path).free:,} bytes are free for {path}"
+
+
+def rho_grid(opt: str, config: str, rho: str, grid: str, grids_file: str) -> list[float | None]:
+    """Values of rho to try for an optimizer, [None] if it has no rho or the recipe sets it."""
+    if not is_sam_name(opt) or rho == "recipe":
+        return [None]
+    if rho:
+        return list(split_list(rho, float, "--rho"))
+    grids = load_yaml(grids_file, "--grids")
+    stem = Path(config).stem
+    name = grid or max((key for key in grids if stem.startswith(key)), key=len, default="")
+    if name not in grids:
+        raise UserError(f"{grids_file} has no grid {grid or stem!r} but {', '.join(grids)}; use --grid or --rho")
+    variant = VARIANTS[opt]
+    row = "-".join(part for part in (variant.scope, variant.geometry) if part)
+    if row not in grids[name] or variant.mask:
+        raise UserError(f"grid {name} of {grids_file} has no values for {opt}; use --rho")
+    return list(grids[name][row])
+
+
+def split_list(text: str, kind: Callable[[str], T], flag: str) -> list[T]:
     try:
         values = [kind(part) for part in text.split(",") if part]
     except ValueError:
         raise UserError(f"{flag} {text!r} is not a list such as 1,2,3") from None
     if not values or len(set(values)) != len(values):
-        raise UserError(f"{flag} {text!r} is empty or names something twice")
+        raise UserError(f"{flag} {text!r} is empty or repeats a value")
     return values
 
 
-def grid_of(opt: str, args: argparse.Namespace) -> list[float | None]:
-    """The values of rho to try for an optimizer: one None for those that have none, or whose recipe says it."""
-    if not is_sam_name(opt) or args.rho == "recipe":
-        return [None]
-    if args.rho:
-        return list(split_list(args.rho, float, "--rho"))
-    grids = load_yaml(args.grids, "--grids")
-    stem = Path(args.config).stem
-    name = args.grid or max((key for key in grids if stem.startswith(key)), key=len, default="")
-    if name not in grids:
-        raise UserError(f"{args.grids} has no grid {args.grid or stem!r} but {', '.join(grids)}; use --grid or --rho")
-    variant = VARIANTS[opt]
-    row = "-".join(part for part in (variant.scope, variant.geometry) if part)
-    if row not in grids[name] or variant.mask:
-        raise UserError(f"grid {name} of {args.grids} has no values for {opt}; use --rho")
-    return list(grids[name][row])
-
-
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """All runs of the sweep, seeds outermost, so that a table of all columns exists as early as possible."""
-    opts = split_list(args.opts, str, "--opts")
-    seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
-    if not seeds:
-        raise UserError("--seeds 0 leaves nothing to run; give a number of seeds, or a list such as 5,7,")
-    for opt in opts:
-        settings(args, opt)
-    grids = {opt: grid_of(opt, args) for opt in opts}
-    return [Job(opt, rho, seed) for seed in seeds for opt in opts for rho in grids[opt]]
-
-
-def settings(args: argparse.Namespace, opt: str) -> Config:
-    """The resolved configuration of a run: a mistake in recipe or arguments shows before anything is started."""
-    return parse(["-c", args.config, "--opt", opt, *args.train, "--print-config"])
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
-def recipe_text(path: Path) -> str:
-    """The recipe, and the one that it is based on."""
-    text = path.read_text()
-    base = (yaml.safe_load(text) or {}).get("base")
-    return text if base is None else text + recipe_text(path.parent / base)
-
-
-def fingerprint(job: Job, args: argparse.Namespace) -> str:
-    """What decides a run's result: the recipe's text and train.py's arguments, not where it writes."""
-    content = [recipe_text(recipe(args.config)), job.opt, str(job.rho), str(job.seed), str(args.nproc), *args.train]
-    return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-
-
-def finished(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The run's metrics if it has ended; an error if they come from other settings."""
-    result = result_of(job, args)
-    return None if result is None else result["metrics"]
-
-
-def result_of(job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `run_job` has kept of a run: its metrics and what it cost."""
-    path = args.output / job.name / "result.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    if result["fingerprint"] != fingerprint(job, args):
-        raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
-    return result
-
-
-def command(job: Job, args: argparse.Namespace) -> list[str]:
-    """train.py alone, or under torchrun; continuing if a state of this run is there."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
-    start = start if args.nproc > 1 else [sys.executable]
-    directory = args.output / job.name
-    resume = ["--resume", str(directory)] if find_newest(directory)[0] else ["--overwrite"]
-    return [*start, "-m", "samon.cli.train", *job.arguments(args), *resume]
-
-
-class Processes:
-    """Process ids of the runs that are going on, so that all of them can be asked to save and end."""
-
-    def __init__(self) -> None:
-        self.ids: set[int] = set()
-        self.stopping = False
-
-    def stop(self) -> None:
-        """Send SIGTERM: a run saves its state and ends; sent again, it ends at once."""
-        self.stopping = True
-        for process_id in tuple(self.ids):
-            with suppress(ProcessLookupError):
-                os.kill(process_id, signal.SIGTERM)
-
-
-def run_job(job: Job, args: argparse.Namespace, gpus: "queue.Queue[str] | None", processes: Processes) -> str:
-    """Run to the end, with retries. Returns: 'done', 'skipped', 'elsewhere', 'stopped' (by a signal) or 'dead'."""
-    directory = args.output / job.name
-    directory.mkdir(parents=True, exist_ok=True)
-    with (args.output / f"{job.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "elsewhere"
-        if finished(job, args) is not None:
-            return "skipped"
-        gpu = gpus.get() if gpus else None
-        try:
-            for _ in range(1 + args.retries):
-                status, result = attempt(job, args, gpu, lock.fileno(), processes)
-                if result is not None:
-                    content = {"fingerprint": fingerprint(job, args), **result}
-                    write_text(directory / "result.json", json.dumps(content, indent=1))
-                    return "done"
-                if status > 128 or processes.stopping:
-                    return "stopped"
-        finally:
-            if gpus and gpu is not None:
-                gpus.put(gpu)
-    return "dead"
-
-
-def attempt(
-    job: Job, args: argparse.Namespace, gpu: str | None, lock: int, processes: Processes
-) -> tuple[int, dict[str, Any] | None]:
-    """One start of train.py: its exit status, its last line's metrics and what it cost, or None if it died.
-
-    The run inherits the lock, so a sweep that is killed while its run lives on does not free the directory. It has a
-    session of its own: a terminal's Ctrl-C reaches it through `Processes` alone, as a second signal would end it
-    before its state is saved."""
-    env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    words = command(job, args)
-    how: dict[str, Any] = {"text": True, "env": env, "pass_fds": [lock], "start_new_session": True}
-    with (
-        (args.output / job.name / "sweep.log").open("a") as log,
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, **how) as process,
-    ):
-        processes.ids.add(process.pid)
-        if processes.stopping:
-            process.terminate()
-        assert process.stdout is not None
-        lines = process.stdout.read().strip().splitlines()
-        _, status, used = os.wait4(process.pid, 0)  # the processor time of this run alone, however busy the machine is
-        processes.ids.remove(process.pid)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or not lines:
-        return process.returncode, None
-    cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
-    return 0, {"metrics": json.loads(lines[-1]), **cost}
-
-
-def run_all(jobs: list[Job], args: argparse.Namespace) -> list[str]:
-    """Run all jobs, --jobs at a time; returns the names of those that died or were stopped."""
-    gpus: queue.Queue[str] | None = queue.Queue() if args.gpus else None
-    if gpus:
-        for gpu in islice(cycle(args.gpus.split(",")), args.jobs):
-            gpus.put(gpu)
-    states: dict[str, str] = {}
-    processes = Processes()
-    before = sum(finished(job, args) is not None for job in jobs)
-    shown = progress_bar(
-        "sweep", len(jobs), "run", initial=before, show=is_terminal()
-    )  # elsewhere the lines below are enough
-
-    def one(job: Job) -> None:
-        state = run_job(job, args, gpus, processes)
-        with shown.external_write_mode(file=sys.stderr):  # one thread at a time
-            states[job.name] = state
-            shown.update(state != "skipped")
-            metric = finished(job, args) if state in ("done", "skipped") else None
-            value = f" {args.metric} {metric[args.metric]:{metric_format(args.metric)}}" if metric else ""
-            if state == "dead":
-                value = f" ({last_line(args.output / job.name / 'sweep.log')})"
-            print(f"[{len(states)}/{len(jobs)}] {job.name}: {state}{value}", file=sys.stderr, flush=True)
-
-    with shown, ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(one, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:  # Ctrl-C, or a directory that cannot be written to
-            stop(pool, processes)
-            raise
-    return [name for name, state in states.items() if state in ("dead", "stopped")]
-
-
-def stop(pool: ThreadPoolExecutor, processes: Processes) -> None:
-    """Start nothing more and wait until the runs have saved their states; at another Ctrl-C they end at once."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    processes.stop()
-    try:
-        pool.shutdown()
-    except KeyboardInterrupt:
-        processes.stop()
-
-
-def last_line(path: Path) -> str:
-    """Why a run died, from its log; a full disk leaves the log empty."""
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"no message; {shutil.disk_usage(path).free:,} bytes are free for {path}"
-
-
-def collect(jobs: list[Job], args: argparse.Namespace) -> list[Cell]:
-    """Finished runs by optimizer and rho, in the sweep's order."""
-    cells: dict[tuple[str, float | None], Cell] = {}
-    for job in jobs:
-        result = result_of(job, args)
-        if result is not None:
-            cell = cells.setdefault((job.opt, job.rho), Cell(job.opt, job.rho, [], metric=args.metric))
-            cell.values.append(float(result["metrics"][args.metric]))
-            cell.cpu_seconds.append(None if result.get("resumed", True) else result["cpu_seconds"])
-    return list(cells.values())
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> tuple[Sweep, bool]:
+    """The sweep, and whether --dry-run was given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-c", "--config", required=True, help="recipe, as for train.py")
-    add("--opts", required=True, help="optimizer names, with commas")
+    add("--opts", required=True, help="comma-separated optimizer names")
     add("--seeds", default="3", help="number of seeds (0, 1, ...), or a list such as 5,7,")
-    add("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for its own")
-    add("--grid", default="", help="name of a grid; the one the recipe's name begins with if not given")
+    add("--rho", default="", help="values for every sharpness-aware optimizer; `recipe` for the recipe's own")
+    add("--grid", default="", help="name of a grid (default: the grid whose name the recipe's name starts with)")
     add("--grids", default=str(RECIPES / "rho_grids.yaml"), help="file of grids")
     add("--output", type=Path, default=None, help="default: output/sweep/<recipe>")
-    add("--jobs", type=int, default=1, help="runs at a time")
-    add("--gpus", default="", help="GPUs to spread the jobs over, such as 0,1,2,3")
+    add("--jobs", type=int, default=1, help="number of runs at a time")
+    add("--gpus", default="", help="GPUs to distribute the runs over, such as 0,1,2,3")
     add("--nproc", type=int, default=1, help="processes of each run (torchrun)")
-    add("--retries", type=int, default=1, help="further starts of a run that dies")
-    metrics = ("eval_top1", "eval_top5", "eval_loss", "train_loss")
-    add("--metric", default="eval_top1", choices=metrics, help="which of the final metrics to tabulate")
-    add("--dry-run", action="store_true", help="print the commands and which are finished")
-    args = parse_up_to_dashes(parser, argv, "samon-train")
-    args.train = args.after
-    args.output = (args.output or Path("output/sweep") / Path(args.config).stem).resolve()
-    for flag in ("--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"):
-        if flag in [word.split("=")[0] for word in args.train]:
-            raise UserError(f"{flag} after -- is the sweep's to set")
+    add("--retries", type=int, default=1, help="how often to restart a run that fails")
+    add("--metric", default="eval_top1", choices=METRICS, help="which of the final metrics to tabulate")
+    add("--dry-run", action="store_true", help="print the commands and which runs are finished")
+    args = parse_before_dashes(parser, argv, "samon-train")
+    if clash := SWEEP_FLAGS & {word.split("=")[0] for word in args.after}:
+        raise UserError(f"{min(clash)} after -- is set by the sweep; remove it")
     if args.jobs < 1 or args.nproc < 1:
         raise UserError("--jobs and --nproc must be at least 1")
-    return args
+    seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
+    if not seeds:
+        raise UserError("--seeds 0 leaves nothing to run; give a number of seeds, or a list such as 5,7,")
+    opts = split_list(args.opts, str, "--opts")
+    sweep = Sweep(
+        args.config,
+        {},
+        seeds,
+        args.output or Path("output/sweep") / Path(args.config).stem,
+        args.after,
+        args.metric,
+        args.jobs,
+        args.gpus.split(",") if args.gpus else (),
+        args.nproc,
+        args.retries,
+    )
+    for opt in opts:
+        sweep.resolve(opt)
+    sweep.rhos = {opt: rho_grid(opt, args.config, args.rho, args.grid, args.grids) for opt in opts}
+    return sweep, args.dry_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
-    jobs = jobs_of(args)
-    if args.dry_run:
-        for job in jobs:
-            print(f"{'finished' if finished(job, args) else 'to run':8}  {shlex.join(command(job, args))}")
+    sweep, dry_run = parse_arguments(argv)
+    if dry_run:
+        for job in sweep.jobs:
+            print(f"{'finished' if sweep.result(job) else 'to run':8}  {shlex.join(sweep.command(job))}")
         return
-    args.output.mkdir(parents=True, exist_ok=True)
     try:
-        dead = run_all(jobs, args)
+        unfinished = sweep.run()
     except KeyboardInterrupt:
-        raise Stopped(signal.SIGINT, "start the sweep again to go on") from None
+        raise Stopped(signal.SIGINT, "start the sweep again to continue") from None
     finally:
-        if cells := collect(jobs, args):
-            about = {"config": args.config, "model": settings(args, jobs[0].opt).model, "metric": args.metric}
-            print(write_tables(args.output, cells, about | {"train": args.train}), end="")
-    if dead:
-        logs = args.output / dead[0] / "sweep.log"
-        raise RunError(f"{len(dead)} of {len(jobs)} runs did not end, see {logs}; start the sweep again to go on")
+        if scores := sweep.scores():
+            print(write_tables(sweep.output, scores, sweep.config, sweep.train), end="")
+    if unfinished:
+        log = sweep.output / unfinished[0] / "sweep.log"
+        raise RunError(
+            f"{len(unfinished)} of {len(sweep.jobs)} runs did not finish, see {log}; start the sweep again to continue"
+        )
 
 
 if __name__ == "__main__":

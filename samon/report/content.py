@@ -1,77 +1,32 @@
-"""What a page is made of. The same as JSON (`--export`), so that a page can be made again from a repository."""
+"""Content of a report: runs, scores and evaluation results, which `--export` writes as JSON."""
 
 import json
 import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from samon.errors import UserError
 from samon.files import write_text
+from samon.progress import metric_format
 from samon.registry import variant_of
-from samon.trainer.config import FLAGS
+from samon.trainer.config import FLAGS, RECIPES
 from samon.trainer.flags import rename_old
 
-FORMAT = "samon-report 1"
+FORMAT = "samon-report 2"
 COSTS = ("cpu_seconds", "seconds", "flops")
-
-
-@dataclass
-class Run:
-    """One training run."""
-
-    name: str
-    settings: dict[str, Any]
-    epochs: list[dict[str, float | None]]  # rows of summary.csv
-    scalars: dict[str, list[list[float]]] = field(default_factory=dict)  # TensorBoard tag -> [[update, value], ...]
-    norms: dict[str, list[list[float]]] = field(default_factory=dict)  # gamma, beta -> [[value, share of them], ...]
-    metrics: dict[str, Any] = field(default_factory=dict)  # the final ones
-    cost: dict[str, float] = field(default_factory=dict)  # COSTS of the whole run, `step_flops` over a plain step
-    made: dict[str, Any] = field(default_factory=dict)  # recipe, command, versions, machine
-    method: str = ""  # what its curve and its row are called
-
-
-@dataclass
-class Score:
-    """The final accuracies of one method and rho, in %, one for each seed."""
-
-    method: str
-    rho: float | None
-    values: list[float]
-    opt: str
-    model: str = ""
-    recipe: str = ""
-    metric: str = "eval_top1"
-    costs: dict[str, list[float]] = field(default_factory=dict)
-    held_out: bool = False  # of the images that chose rho, not of the test set
-    base_opt: str = ""  # of a sharpness-aware optimizer, where it is not its name's
-
-    @property
-    def base(self) -> str:
-        """The optimizer that applies the gradient: its own cost is what others are compared with."""
-        variant = variant_of(self.opt)
-        return (self.opt if variant is None else self.base_opt or variant.base).lower()
-
-    @property
-    def merit(self) -> float:
-        """The larger the better: the mean, negated for losses."""
-        return -self.mean if "loss" in self.metric else self.mean
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation; None for one run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+DEFAULTS = {key: flag.default for key, flag in FLAGS.items()}
+Points = list[list[float]]  # [[x, y], ...]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs have in common that are compared with each other."""
+    """What runs must share to be compared with each other."""
 
     recipe: str
     model: str
@@ -88,6 +43,102 @@ class Setting:
 
 
 @dataclass
+class Run:
+    """One training run.
+
+    Attributes:
+        epochs: rows of summary.csv.
+        scalars: [[update, value], ...] by TensorBoard tag.
+        norms: distributions of gamma and beta: [[value, share of the parameters], ...].
+        metrics: the final metrics; empty if the run has not ended.
+        cost: COSTS of the whole run, `updates`, and `step_flops`: FLOPs of a step over those of a plain step.
+        origin: recipe, command, versions and machine.
+        method: the name of its curve and of its row.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    epochs: list[dict[str, float | None]]
+    scalars: dict[str, Points] = field(default_factory=dict)
+    norms: dict[str, Points] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+
+    @property
+    def opt(self) -> str:
+        return str(self.settings["opt"])
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(str(self.origin.get("recipe", "")), str(self.settings.get("model", "")))
+
+
+@dataclass
+class Score:
+    """Final values of a metric for one method and rho, one value per seed.
+
+    Attributes:
+        held_out: measured on the held-out images that choose rho, not on the test set.
+        base_opt: base optimizer of a sharpness-aware one, if it is not the one its name implies.
+    """
+
+    method: str
+    rho: float | None
+    values: list[float]
+    opt: str
+    model: str = ""
+    recipe: str = ""
+    metric: str = "eval_top1"
+    costs: dict[str, list[float]] = field(default_factory=dict)
+    held_out: bool = False
+    base_opt: str = ""
+
+    @property
+    def base(self) -> str:
+        """The optimizer that applies the gradient; costs are compared with its own."""
+        variant = variant_of(self.opt)
+        return (self.opt if variant is None else self.base_opt or variant.base).lower()
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.recipe, self.model, self.metric)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation; None for one run."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def merit(self) -> float:
+        """The mean, negated for losses: larger is better."""
+        return -self.mean if "loss" in self.metric else self.mean
+
+    @property
+    def text(self) -> str:
+        return with_std(self.mean, self.std, metric_format(self.metric))
+
+
+def with_std(mean: float, std: float | None, form: str = ".2f") -> str:
+    return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form}}"
+
+
+def best_scores(scores: Iterable[Score]) -> list[Score]:
+    """The rho with the best mean for each setting and method, in order of appearance; without held-out scores."""
+    best: dict[tuple[Setting, str], Score] = {}
+    for score in scores:
+        key = (score.setting, score.method)
+        if not score.held_out and (key not in best or score.merit > best[key].merit):
+            best[key] = score
+    return list(best.values())
+
+
+@dataclass
 class Content:
     runs: list[Run] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -99,122 +150,145 @@ class Content:
         self.evaluations += other.evaluations
 
     def best(self) -> list[Score]:
-        """Of every method the rho with the best mean, held-out images left aside, in order of appearance."""
-        found: dict[tuple[Setting, str], Score] = {}
-        for score in self.scores:
-            key = (setting_of(score), score.method)
-            if not score.held_out and (key not in found or score.merit > found[key].merit):
-                found[key] = score
-        return list(found.values())
+        return best_scores(self.scores)
 
-    def base_of(self, score: Score) -> Score | None:
-        """The best score of the same setting's base optimizer alone, without options that set it apart."""
-        same = [s for s in self.best() if (setting_of(s), s.opt.lower()) == (setting_of(score), score.base)]
+    def baseline(self, score: Score) -> Score | None:
+        """The best score of the base optimizer alone in the same setting, without further options."""
+        same = [s for s in self.best() if (s.setting, s.opt.lower()) == (score.setting, score.base)]
         return min(same, key=lambda s: len(s.method), default=None)
 
-    def ratio(self, score: Score, cost: str) -> float | None:
-        """A score's mean cost over its base optimizer's; None where one of them is not known."""
-        base = self.base_of(score)
+    def cost_ratio(self, score: Score, cost: str) -> float | None:
+        """A score's mean cost over its baseline's; None if one of them is unknown."""
+        base = self.baseline(score)
         if base is None or not (score.costs.get(cost) and base.costs.get(cost)):
             return None
         return statistics.fmean(score.costs[cost]) / statistics.fmean(base.costs[cost])
 
     def settings(self) -> list[Setting]:
         """In order of appearance."""
-        return list(dict.fromkeys([*map(setting_of, self.scores), *map(setting_of, self.runs)]))
+        items: list[Score | Run] = [*self.scores, *self.runs]
+        return list(dict.fromkeys(item.setting for item in items))
 
-    def part(self, setting: Setting) -> "Content":
+    def of_setting(self, setting: Setting) -> "Content":
         """The runs and scores of one setting."""
-        runs = [run for run in self.runs if setting_of(run) == setting]
-        return Content(runs, [score for score in self.scores if setting_of(score) == setting])
+        runs = [run for run in self.runs if run.setting == setting]
+        return Content(runs, [score for score in self.scores if score.setting == setting])
 
-    def looks(self) -> dict[str, int]:
-        """{name: number of its method}: names of one method ('SAM-ON previous', 'samon ascent=previous') share it."""
-        named = [(score.method, score.opt) for score in self.scores]
-        named += [(run.method, str(run.settings["opt"])) for run in self.runs]
-        known = dict(named)
-        named += [(name, name) for name in map(label, self.evaluations) if name not in known]
+    def style_numbers(self) -> dict[str, int]:
+        """A number for each name; names of the same method ('SAM-ON previous', 'samon ascent=previous') share it."""
+        items: list[Score | Run] = [*self.scores, *self.runs]
+        names = [(item.method, item.opt) for item in items]
+        known = dict(names)
+        names += [(name, name) for name in map(evaluation_label, self.evaluations) if name not in known]
         numbers: dict[tuple[str, str], int] = {}
-        return {name: numbers.setdefault(_identity(name, opt), len(numbers)) for name, opt in named}
+        return {name: numbers.setdefault(_method_identity(name, opt), len(numbers)) for name, opt in names}
 
 
-def setting_of(item: Run | Score) -> Setting:
-    if isinstance(item, Score):
-        return Setting(item.recipe, item.model, item.metric)
-    return Setting(str(item.made.get("recipe", "")), str(item.settings.get("model", "")))
-
-
-def _identity(name: str, opt: str) -> tuple[str, str]:
-    """(optimizer, what else its name says)."""
+def _method_identity(name: str, opt: str) -> tuple[str, str]:
+    """(optimizer, whatever else its name says)."""
     text, own = (re.sub(r"ascent=|[^a-z0-9=.]|(?<=\d)th\b", "", word.lower()) for word in (name, opt))
     return own, text.replace("samnonorm", "samnn").removeprefix(own)
 
 
-def label(row: dict[str, Any]) -> str:
-    """What an evaluated model is called: its run, or its file, or the model."""
+def evaluation_label(row: dict[str, Any]) -> str:
+    """The name of an evaluated model: its run's method, its checkpoint, or the model."""
     return str(row.get("method") or row.get("checkpoint") or row["model"])
 
 
+@cache
+def paper_results(recipe: str, model: str) -> dict[str, list[float]]:
+    """The paper's [mean] or [mean, standard deviation] in % by optimizer name; empty if it has none for this pair."""
+    block = yaml.safe_load((RECIPES / "paper_results.yaml").read_text()).get(recipe, {})
+    if model not in block.get("models", []):
+        return {}
+    column = block["models"].index(model)
+    return {opt: row[column] for opt, row in block.items() if opt != "models"}
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
 def export(content: Content, path: Path) -> None:
-    write_text(path, json.dumps({"format": FORMAT, **asdict(content)}, indent=None, separators=(",", ":")) + "\n")
+    """Write the content as compact JSON: numbers with 6 significant digits, settings that are not defaults, and the
+    distributions of each method's first run."""
+    data = _rounded({"format": FORMAT, **asdict(content)})
+    methods = set()
+    for run, row in zip(content.runs, data["runs"], strict=True):
+        row["settings"] = {key: value for key, value in sorted(run.settings.items()) if value != DEFAULTS.get(key)}
+        if (run.setting, run.method) in methods:
+            row["norms"] = {}
+        methods.add((run.setting, run.method))
+    write_text(path, json.dumps(data, separators=(",", ":")) + "\n")
 
 
-def load(found: dict[str, Any], path: Path) -> Content:
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    number = float(f"{value:.6g}") if abs(value) < 1e6 else round(value)
+    return int(number) if number == int(number) else number
+
+
+def load(data: dict[str, Any], path: Path) -> Content:
     """Raises:
     UserError: the file is of another version or damaged.
     """
-    if found.get("format") != FORMAT:
-        raise UserError(f"{path} is {found.get('format')!r}, this program reads {FORMAT!r}; export it again")
+    if data.get("format") != FORMAT:
+        raise UserError(f"{path} is {data.get('format')!r}, this program reads {FORMAT!r}; export it again")
     try:
-        runs = [Run(**run | {"settings": rename_old(run["settings"], FLAGS)}) for run in found["runs"]]
-        scores = [Score(**score) for score in found["scores"]]
-        return Content(runs, scores, list(found["evaluations"]))
+        runs, scores = [Run(**run) for run in data["runs"]], [Score(**score) for score in data["scores"]]
+        for run in runs:
+            run.settings = with_defaults(run.settings)
+        return Content(runs, scores, list(data["evaluations"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no export of samon-report: {error}; export it again") from None
 
 
-# --- naming -----------------------------------------------------------------------------------------------------------
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of train.py under the flags' current names, with defaults; those of other programs as they are."""
+    return DEFAULTS | rename_old(settings, FLAGS) if "model" in settings else settings
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
 
 _NOT_COMPARED = {"seed", "rho", "opt", "data_dir", "wandb_resume_id", "workers"}
 
 
-def differing(runs: Iterable[Run]) -> list[str]:
-    """Keys of the settings in which runs differ. A flag that a run of an earlier version did not have has its default,
-    and what is no flag counts among the runs that have it."""
-    every = [{key: flag.default for key, flag in FLAGS.items()} | run.settings for run in runs]
-    keys = dict.fromkeys(key for settings in every for key in settings)
-    return [key for key in keys if len({repr(settings[key]) for settings in every if key in settings}) > 1]
+def differing_keys(runs: Iterable[Run]) -> list[str]:
+    """Keys of the settings in which runs differ. A flag that an earlier version did not have has its default; a key
+    that is no flag is compared among the runs that have it."""
+    settings = [DEFAULTS | run.settings for run in runs]
+    keys = dict.fromkeys(key for row in settings for key in row)
+    return [key for key in keys if len({repr(row[key]) for row in settings if key in row}) > 1]
 
 
 def name_methods(runs: list[Run]) -> None:
-    """`samon ascent=previous`: the optimizer, and what else but seed and rho sets its runs of one setting apart.
-
-    What is a flag's default, or else the same in most of them, goes without saying."""
-    for setting, opt in dict.fromkeys((setting_of(run), str(run.settings["opt"])) for run in runs):
-        same = [run for run in runs if (setting_of(run), str(run.settings["opt"])) == (setting, opt)]
-        keys = [key for key in differing(same) if key not in _NOT_COMPARED]
-        usual = {key: _usual(key, [run.settings.get(key) for run in same]) for key in keys}
+    """Name each run's method by its optimizer and by the settings, other than seed and rho, in which the optimizer's
+    runs of one setting differ: `samon ascent=previous`. The default, or else the most frequent value, is not named."""
+    for setting, opt in dict.fromkeys((run.setting, run.opt) for run in runs):
+        same = [run for run in runs if (run.setting, run.opt) == (setting, opt)]
+        usual: dict[str, Any] = {}
+        for key in differing_keys(same):
+            values = [run.settings.get(key) for run in same]
+            default = DEFAULTS.get(key)
+            usual[key] = default if default in values else max(values, key=values.count)
         for run in same:
-            other = [f"{key}={run.settings.get(key)}" for key in keys if run.settings.get(key) != usual[key]]
-            run.method = " ".join([opt, *other])
+            keys = [key for key in usual if key not in _NOT_COMPARED and run.settings.get(key) != usual[key]]
+            run.method = " ".join([opt, *(f"{key}={run.settings.get(key)}" for key in keys)])
 
 
-def _usual(key: str, values: list[Any]) -> Any:
-    default = FLAGS[key].default if key in FLAGS else None
-    return default if default in values else max(values, key=values.count)
-
-
-def scores_of(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
-    """Finished runs by method and rho. rho is the one of the settings, for optimizers that have one."""
-    found: dict[tuple[Any, ...], Score] = {}
+def score_runs(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
+    """Finished runs by setting, method and rho."""
+    scores: dict[tuple[Setting, str, float | None], Score] = {}
     for run in (run for run in runs if run.metrics.get(metric) is not None):
-        recipe, model, opt = str(run.made.get("recipe", "")), str(run.settings.get("model", "")), run.settings["opt"]
-        rho = run.settings.get("rho")
-        key = (recipe, model, run.method, rho)
-        base = str(run.settings.get("base_opt") or "")
-        score = found.setdefault(key, Score(run.method, rho, [], opt, model, recipe, metric, base_opt=base))
+        rho, base = run.settings.get("rho"), str(run.settings.get("base_opt") or "")
+        new = Score(run.method, rho, [], run.opt, run.setting.model, run.setting.recipe, metric, base_opt=base)
+        score = scores.setdefault((run.setting, run.method, rho), new)
         score.values.append(float(run.metrics[metric]))
         for cost in COSTS:
             if cost in run.cost:
                 score.costs.setdefault(cost, []).append(run.cost[cost])
-    return list(found.values())
+    return list(scores.values())

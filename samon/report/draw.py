@@ -1,4 +1,4 @@
-"""Figures as SVG by matplotlib, in the colors of a page that is light or dark."""
+"""Figures as SVG by matplotlib, in the colors of a light or dark page."""
 
 import io
 import itertools
@@ -22,11 +22,10 @@ from samon.report.figures import Figure, Series, figures
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#9B7FD4")
 MARKERS = ("o", "s", "D", "P", "^", "X", "*", "v")
 DASHES = ("-", "--", ":", "-.")
-FRONT, LINE = "#010101", "#020202"  # stand for the page's colors
+TEXT, GRID = "#010101", "#020202"  # placeholders for the page's colors
 THEMES = {"page": ("var(--front)", "var(--line)"), "light": ("#1c1c1c", "#d0d0d0"), "dark": ("#ececec", "#44474c")}
+TEXT_KEYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), FRONT),
-    "grid.color": LINE,
     "font.size": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -35,92 +34,89 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text, in the page's own font
     "text.parse_math": False,  # names are shown as they are
 }
-WIDTH = 4.2  # inches; at this size 9 points can be read on a telephone as well
+WIDTH = 4.2  # inches; at this size 9 points can be read on a phone as well
 
 
-def svg(figure: Figure, looks: dict[str, int], theme: str = "page") -> str:
-    """The figure as an `<svg>` element whose text and lines have the theme's colors.
+def svg(figure: Figure, numbers: dict[str, int], theme: str = "page") -> str:
+    """The figure as an `<svg>` element with the theme's colors.
 
-    looks: {method: number}; a method has the same color, symbol and dashes in every figure. Color is never alone.
+    Args:
+        numbers: the number of each method, which decides its color, symbol and dashes in every figure.
     """
     file = io.StringIO()
-    save(figure, looks, file, "svg", (FRONT, LINE))
+    save(figure, numbers, file, "svg", (TEXT, GRID))
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.DOTALL)
     text = re.sub(r'="[^"]*"', lambda value: re.sub(r"(\.\d\d)\d+", r"\1", value[0]), text)  # hundredths of a pixel
     text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
-    front, line = THEMES[theme]
-    return re.sub(r"\n\s*", "\n", text).replace(FRONT, front).replace(LINE, line)
+    text_color, grid_color = THEMES[theme]
+    return re.sub(r"\n\s*", "\n", text).replace(TEXT, text_color).replace(GRID, grid_color)
 
 
-def save(figure: Figure, looks: dict[str, int], file: IO[Any], form: str, colors: tuple[str, str]) -> None:
-    """The figure in one of matplotlib's formats, text and grid lines in these colors."""
-    style = {key: dict(zip((FRONT, LINE), colors, strict=True)).get(value, value) for key, value in STYLE.items()}
-    with matplotlib.rc_context({**style, "svg.hashsalt": figure.name}):
-        canvas(figure, looks).savefig(file, format=form, transparent=True)
+def save(figure: Figure, numbers: dict[str, int], file: IO[Any], form: str, colors: tuple[str, str]) -> None:
+    """Write the figure in one of matplotlib's formats, with these colors for text and grid."""
+    style = STYLE | dict.fromkeys(TEXT_KEYS, colors[0]) | {"grid.color": colors[1], "svg.hashsalt": figure.name}
+    with matplotlib.rc_context(style):
+        draw(figure, numbers).savefig(file, format=form, transparent=True)
 
 
 def write_figures(content: Content, directory: Path) -> None:
-    """Every figure as NAME.pdf, NAME-light.svg and NAME-dark.svg."""
+    """Write every figure as NAME.pdf, NAME-light.svg and NAME-dark.svg."""
+    numbers = content.style_numbers()
     for figure in itertools.chain.from_iterable(figures(content).values()):
         for theme in ("light", "dark"):
-            write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, content.looks(), theme) + "\n")
+            write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, numbers, theme) + "\n")
         with atomic_write(directory / f"{figure.name}.pdf") as file:
-            save(figure, content.looks(), file, "pdf", THEMES["light"])
+            save(figure, numbers, file, "pdf", THEMES["light"])
 
 
-def canvas(figure: Figure, looks: dict[str, int]) -> Canvas:
+def draw(figure: Figure, numbers: dict[str, int]) -> Canvas:
     """matplotlib's figure: axes, and below them the legend, which covers nothing however many methods there are."""
-    methods = sorted({series.method for series in figure.series}, key=looks.__getitem__)
+    methods = sorted({series.method for series in figure.series}, key=numbers.__getitem__)
     names = {method: wrap_path(method, 56) for method in methods}
     longest = max(max(map(len, name.splitlines())) for name in names.values())
     columns = max(1, min(len(methods), int(72 * WIDTH / (5.5 * longest + 40))))  # points: text, and its line with gaps
     rows = sum(name.count("\n") + 1 for name in names.values()) / columns
-    drawn = Canvas(figsize=(WIDTH, 2.7 + 0.18 * rows), layout="constrained")
-    axes = drawn.subplots()
+    canvas = Canvas(figsize=(WIDTH, 2.7 + 0.18 * rows), layout="constrained")
+    axes = canvas.subplots()
     axes.set(xlabel=figure.x, ylabel=figure.y)
     for series in side_by_side(figure.series):
-        plot(axes, series, looks[series.method])
+        plot(axes, series, numbers[series.method])
     if figure.x in ("epoch", "update"):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if len(figure.ticks) > 1:
-        scale: dict[str, Any] = (
-            {"linthresh": next(tick for tick in figure.ticks if tick > 0)} if 0 in figure.ticks else {}
-        )
-        axes.set_xscale("symlog" if scale else "log", **scale)
+        if 0 in figure.ticks:
+            axes.set_xscale("symlog", linthresh=min(tick for tick in figure.ticks if tick > 0))
+        else:
+            axes.set_xscale("log")
         axes.set_xticks(figure.ticks, [f"{tick:g}" for tick in figure.ticks], rotation=45 * (len(figure.ticks) > 6))
         axes.xaxis.set_minor_locator(NullLocator())
     kinds = {series.method: series.kind for series in figure.series}
-    handles = [Line2D([], [], label=names[method], **look(looks[method], kinds[method])) for method in methods]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    return drawn
+    handles = [Line2D([], [], label=names[m], **line_style(numbers[m], kinds[m])) for m in methods]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    return canvas
 
 
-def side_by_side(drawn: list[Series]) -> list[Series]:
-    """Single points at the same place of the x axis are moved apart by their own width, so that each can be seen."""
-    points = [series for series in drawn if series.kind == "points" and len(series.x) == 1]
+def side_by_side(all_series: list[Series]) -> list[Series]:
+    """Move single points at the same x apart by their own width, so that each can be seen."""
+    points = [series for series in all_series if series.kind == "points" and len(series.x) == 1]
     width = 0.02 * (max((s.x[0] for s in points), default=0.0) - min((s.x[0] for s in points), default=0.0))
-    places: dict[int, list[Series]] = {}
+    rows: dict[int, list[Series]] = {}
     for series in points:
-        places.setdefault(round(series.x[0] / width) if width else 0, []).append(series)
-    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in places.values() for i, s in enumerate(row)}
-    return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in drawn]
+        rows.setdefault(round(series.x[0] / width) if width else 0, []).append(series)
+    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in rows.values() for i, s in enumerate(row)}
+    return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in all_series]
 
 
-def look(number: int, kind: str) -> dict[str, Any]:
-    """matplotlib's properties of a line."""
+def line_style(number: int, kind: str) -> dict[str, Any]:
+    """matplotlib's properties of a line; methods differ by more than color."""
     marker = MARKERS[number % len(MARKERS)] if kind in ("both", "points") else ""
     dashes = "" if kind == "points" else DASHES[number // len(COLORS) % len(DASHES)]
     return {"color": COLORS[number % len(COLORS)], "marker": marker, "ls": dashes, "ms": 6, "lw": 1.5}
 
 
 def plot(axes: Axes, series: Series, number: int) -> None:
-    style = look(number, series.kind) | ({"drawstyle": "steps-mid"} if series.kind == "steps" else {})
-    bars: dict[str, Any] = {
-        "xerr": series.x_error or None,
-        "yerr": series.y_error or None,
-        "elinewidth": 1,
-        "capsize": 2,
-    }
-    axes.errorbar(series.x, series.y, **bars, **style)
+    style = line_style(number, series.kind) | ({"drawstyle": "steps-mid"} if series.kind == "steps" else {})
+    x_error, y_error = series.x_error or None, series.y_error or None
+    axes.errorbar(series.x, series.y, xerr=x_error, yerr=y_error, elinewidth=1, capsize=2, **style)

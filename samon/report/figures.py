@@ -1,4 +1,4 @@
-"""The figures of a page as numbers; which of the paper's they answer to stands in the caption. `draw.py` draws them."""
+"""The figures of a report as numbers; captions name the paper's figure. `draw.py` draws them."""
 
 import statistics
 from collections import defaultdict
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from samon.progress import format_quantity
-from samon.report.content import Content, Run, Score, label
+from samon.report.content import Content, Run, Score, evaluation_label
 
 COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
 
 
 @dataclass
 class Series:
-    """Points of a method, with their standard deviations where there are several seeds."""
+    """Points of a method, with standard deviations where there are several seeds."""
 
     method: str
     x: list[float]
@@ -36,51 +36,49 @@ class Figure:
 
 
 def figures(content: Content) -> dict[str, list[Figure]]:
-    """{heading: its figures}: a heading for each setting, as only runs of one setting can be compared, and one for
-    the evaluations. Figures that have nothing to show are left out."""
-    found: dict[str, list[Figure]] = {}
+    """The figures with data by heading: one heading per setting, as only runs of one setting can be compared, and one
+    for the evaluations."""
+    sections: dict[str, list[Figure]] = {}
     for i, setting in enumerate(content.settings()):
-        part = content.part(setting)
-        drawn = [*(cost(part, kind) for kind in COST_NAMES), rho(part), *curves(part)]
-        drawn += [*inside(part), *(distribution(part, kind) for kind in ("gamma", "beta"))]
-        for figure in drawn if i else []:
+        part = content.of_setting(setting)
+        section = [*(cost(part, kind) for kind in COST_NAMES), rho(part), *curves(part)]
+        section += [distribution(part, kind) for kind in ("gamma", "beta")]
+        for figure in section if i else []:
             figure.name += f"-{i}"
-        found.setdefault(setting.title, []).extend(drawn)
-    found["Evaluations"] = [*sharpness(content), *robustness(content)]
-    shown = {title: [figure for figure in drawn if figure.series] for title, drawn in found.items()}
-    return {title: drawn for title, drawn in shown.items() if drawn}
+        sections.setdefault(setting.title, []).extend(section)
+    sections["Evaluations"] = [*sharpness(content), *robustness(content)]
+    drawn = {title: [figure for figure in section if figure.series] for title, section in sections.items()}
+    return {title: section for title, section in drawn.items() if section}
 
 
 def cost(content: Content, kind: str) -> Figure:
-    """Figure 3: a point for each method at its best rho, bars of a standard deviation both ways."""
-    found = [score for score in content.best() if score.costs.get(kind)]
-    found = found if len(found) > 1 else []  # a single point compares nothing
-    bases = {score.method: score for score in map(content.base_of, found) if score is not None}
-    name, told = COST_NAMES[kind], ""
-    if found and all(content.ratio(score, kind) for score in found):
+    """Figure 3: a point for each method at its best rho, with a standard deviation in both directions."""
+    scores = [score for score in content.best() if score.costs.get(kind)]
+    scores = scores if len(scores) > 1 else []  # a single point compares nothing
+    bases = {score.method: score for score in map(content.baseline, scores) if score is not None}
+    name, caption = COST_NAMES[kind], ""
+    if scores and all(content.cost_ratio(score, kind) for score in scores):
         axis = f"{name}, relative to {' or '.join(bases)}"
-        told = "; ".join(f"{method}: {absolute(score, kind)} for a run" for method, score in bases.items()) + ". "
-        unit = {s.method: statistics.fmean(s.costs[kind]) / (content.ratio(s, kind) or 1) for s in found}
+        caption = "; ".join(f"{method}: {mean_cost(score, kind)} for a run" for method, score in bases.items()) + ". "
+        unit = {s.method: statistics.fmean(s.costs[kind]) / (content.cost_ratio(s, kind) or 1) for s in scores}
     else:
-        largest = max((max(score.costs[kind]) for score in found), default=1.0)
+        largest = max((max(score.costs[kind]) for score in scores), default=1.0)
         power = max((p for p in range(0, 19, 3) if largest >= 10**p), default=0) if kind == "flops" else 0
         axis = f"{name} of a run, {['', 'k', 'M', 'G', 'T', 'P', 'E'][power // 3]}{'FLOP' if kind == 'flops' else 's'}"
-        unit = dict.fromkeys((score.method for score in found), 10.0**power)
+        unit = dict.fromkeys((score.method for score in scores), 10.0**power)
     series = []
-    for score in found:
+    for score in scores:
         values = [value / unit[score.method] for value in score.costs[kind]]
-        series.append(Series(score.method, [statistics.fmean(values)], [score.mean], "points"))
-        series[-1].x_error = [statistics.stdev(values)] if len(values) > 1 and kind != "flops" else []
-        series[-1].y_error = [score.std] if score.std is not None else []
-    held_out = any(score.held_out for score in content.scores)
-    chosen = "held-out images" if held_out else "these images themselves"
-    caption = f"{told}Each method at its best rho, chosen on {chosen}; bars: a standard deviation over seeds. "
-    caption += "Points of equal cost stand side by side. "
-    caption += "Compare the paper's Figure 3."
+        x_error = [statistics.stdev(values)] if len(values) > 1 and kind != "flops" else []
+        y_error = [score.std] if score.std is not None else []
+        series.append(Series(score.method, [statistics.fmean(values)], [score.mean], "points", x_error, y_error))
+    chosen = "held-out images" if any(score.held_out for score in content.scores) else "these images themselves"
+    caption += f"Each method at its best rho, chosen on {chosen}; bars: a standard deviation over seeds. "
+    caption += "Points of equal cost are drawn side by side. Compare the paper's Figure 3."
     return Figure(f"cost-{kind}", f"Accuracy against {name}", caption, series, axis, measure(content))
 
 
-def absolute(score: Score, kind: str) -> str:
+def mean_cost(score: Score, kind: str) -> str:
     """A score's mean cost with its unit."""
     mean = statistics.fmean(score.costs[kind])
     return format_quantity(mean, "FLOP") if kind == "flops" else f"{mean:,.0f} s"
@@ -91,62 +89,55 @@ def measure(content: Content) -> str:
 
 
 def rho(content: Content) -> Figure:
-    """Figures 1, 6 and 7. Where some images were held out to choose rho, those."""
+    """Figures 1, 6 and 7, on the images held out to choose rho if there are any."""
     held_out = any(score.held_out for score in content.scores)
-    rows = defaultdict(list)
-    for score in content.scores:
-        if score.rho is not None and score.held_out == held_out:
-            rows[score.method].append((score.rho, score.values))
-    series = [means(method, points) for method, points in rows.items()]
-    tried = sorted({rho for points in rows.values() for rho, _ in points})
-    if max(map(len, rows.values()), default=0) < 2:
-        series = []
-    for score in content.scores if series else []:
-        if score.rho is None and score.held_out == held_out:
-            series.append(Series(score.method, [tried[0], tried[-1]], [score.mean, score.mean], "line"))
+    scores = [score for score in content.scores if score.held_out == held_out]
+    points = defaultdict(list)
+    for score in scores:
+        if score.rho is not None:
+            points[score.method].append((score.rho, score.values))
+    tried = sorted({rho for row in points.values() for rho, _ in row})
+    series = []
+    if max(map(len, points.values()), default=0) > 1:
+        series = [means(method, row) for method, row in points.items()]
+        ends = [tried[0], tried[-1]]  # a level line for methods without rho
+        series += [Series(s.method, ends, [s.mean, s.mean], "line") for s in scores if s.rho is None]
     where = "held-out images" if held_out else "the evaluated images"
     caption = f"Measured on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
     return Figure("rho", "Accuracy against rho", caption, series, "rho", measure(content), tried)
 
 
-def means(method: str, points: list[tuple[float, list[float]]]) -> Series:
-    """The mean at each place, in order, with its standard deviation."""
+def means(method: str, points: Iterable[tuple[float, list[float]]]) -> Series:
+    """The mean and standard deviation of the values at each x, in order of x."""
     points = sorted(points, key=lambda point: point[0])
-    bars = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-    found = Series(method, [x for x, _ in points], [statistics.fmean(values) for _, values in points])
-    found.y_error = bars if any(bars) else []
-    return found
+    errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+    xs, ys = [x for x, _ in points], [statistics.fmean(values) for _, values in points]
+    return Series(method, xs, ys, y_error=errors if any(errors) else [])
 
 
 def curves(content: Content) -> list[Figure]:
-    """A line for each run."""
-    found = []
-    for key, title in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
-        lines = [
+    """Metrics by epoch, and TensorBoard's scalars by update: a line for each run."""
+    drawn = []
+    for key, y in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
+        lines: list[tuple[str, Sequence[Any]]] = [
             (run.method, [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None])
             for run in content.runs
         ]
-        name = f"{title.split(',')[0].capitalize()} by epoch"
-        found.append(Figure(f"curve-{key}", name, "A line for each run.", lines_of(lines, "line"), "epoch", title))
-    return found
-
-
-def inside(content: Content) -> list[Figure]:
-    """What the steps saw: TensorBoard's scalars."""
-    kinds = {
-        "train/sharpness": ("Sharpness during training", "L(w + eps) - L(w)"),
-        "train/grad_norm": ("Gradient norm during training", "gradient norm"),
-        "train/ascent_grad_norm": ("Ascent gradient norm during training", "ascent gradient norm"),
+        title = f"{y.split(',')[0].capitalize()} by epoch"
+        drawn.append(Figure(f"curve-{key}", title, "A line for each run.", to_series(lines, "line"), "epoch", y))
+    scalars = {
+        "train/sharpness": ("Sharpness", "L(w + eps) - L(w)"),
+        "train/grad_norm": ("Gradient norm", "gradient norm"),
+        "train/ascent_grad_norm": ("Ascent gradient norm", "ascent gradient norm"),
     }
     caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
-    found = []
-    for tag, (title, name) in kinds.items():
-        lines = [(run.method, run.scalars.get(tag, [])) for run in content.runs]
-        found.append(Figure(tag.replace("/", "-"), title, caption, lines_of(lines, "line"), "update", name))
-    return found
+    for tag, (title, y) in scalars.items():
+        series = to_series([(run.method, run.scalars.get(tag, [])) for run in content.runs], "line")
+        drawn.append(Figure(tag.replace("/", "-"), f"{title} during training", caption, series, "update", y))
+    return drawn
 
 
-def lines_of(lines: Iterable[tuple[str, Sequence[Any]]], kind: str) -> list[Series]:
+def to_series(lines: Iterable[tuple[str, Sequence[Any]]], kind: str) -> list[Series]:
     """A series for each (method, points [x, y]) that has points."""
     return [Series(method, [x for x, _ in points], [y for _, y in points], kind) for method, points in lines if points]
 
@@ -160,21 +151,21 @@ def distribution(content: Content, kind: str) -> Figure:
     lines = [(method, [(x, 100 * share) for x, share in run.norms[kind]]) for method, run in first.items()]
     caption = f"All layers' {kind} after training, of each method's first run. Compare the paper's Figures 5 and 9."
     y = "share of the parameters, %"
-    return Figure(f"norms-{kind}", f"Distribution of {kind}", caption, lines_of(lines, "steps"), kind, y)
+    return Figure(f"norms-{kind}", f"Distribution of {kind}", caption, to_series(lines, "steps"), kind, y)
 
 
 def sharpness(content: Content) -> list[Figure]:
     """Table 6: a figure for each measure, a point for each evaluated model."""
-    top1 = {row["checkpoint"]: row["value"] for row in _rows(content, "accuracy", "top1") if "checkpoint" in row}
+    top1 = {row["checkpoint"]: row["value"] for row in evaluated(content, "accuracy", "top1") if "checkpoint" in row}
     measures = defaultdict(list)
     for row in content.evaluations:
         if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
             point = (row["value"], top1[row["checkpoint"]])
-            measures[str(row.get("setting", row["metric"]))].append((label(row), [point]))
+            measures[str(row.get("setting", row["metric"]))].append((evaluation_label(row), [point]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
     drawn = []
     for i, (name, points) in enumerate(measures.items()):
-        series = lines_of(points, "points") if len(points) > 1 else []
+        series = to_series(points, "points") if len(points) > 1 else []
         title = f"Accuracy against sharpness: {name}"
         drawn.append(Figure(f"sharpness-{i}", title, caption, series, name, "accuracy, %"))
     return drawn
@@ -183,25 +174,24 @@ def sharpness(content: Content) -> list[Figure]:
 def robustness(content: Content) -> list[Figure]:
     """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy. Means over seeds."""
     clean: dict[str, list[float]] = defaultdict(list)
-    for row in _rows(content, "accuracy", "top1"):
-        clean[label(row)].append(row["value"])
-    found: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in _rows(content, "apgd", "robust_top1"):
-        found[row["norm"]][label(row)][float(row["eps"])].append(row["value"])
+    for row in evaluated(content, "accuracy", "top1"):
+        clean[evaluation_label(row)].append(row["value"])
+    by_norm: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(dict)
+    for row in evaluated(content, "apgd", "robust_top1"):
+        name = evaluation_label(row)
+        points = by_norm[row["norm"]].setdefault(name, {0.0: clean[name]} if name in clean else {})
+        points.setdefault(float(row["eps"]), []).append(row["value"])
+    caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
+    caption += "Compare the paper's Tables 14 and 15."
     drawn = []
-    for i, (norm, models) in enumerate(found.items()):
-        series = []
-        for name, values in models.items():
-            points = ({0.0: clean[name]} if name in clean else {}) | values
-            series.append(means(name, list(points.items())))
-        caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
-        caption += "Compare the paper's Tables 14 and 15."
-        title, x = f"Robust accuracy against the {norm} radius", f"{norm} radius"
-        drawn.append(Figure(f"robust-{i}", title, caption, series, x, "accuracy, %"))
+    for i, (norm, models) in enumerate(by_norm.items()):
+        series = [means(name, points.items()) for name, points in models.items()]
+        title = f"Robust accuracy against the {norm} radius"
+        drawn.append(Figure(f"robust-{i}", title, caption, series, f"{norm} radius", "accuracy, %"))
     return drawn
 
 
-def _rows(content: Content, evaluation: str, metric: str) -> list[dict[str, Any]]:
+def evaluated(content: Content, evaluation: str, metric: str) -> list[dict[str, Any]]:
     """The rows of an evaluation's metric that have a value."""
-    rows = [row for row in content.evaluations if row["eval"] == evaluation and row["metric"] == metric]
+    rows = [row for row in content.evaluations if (row["eval"], row["metric"]) == (evaluation, metric)]
     return [row for row in rows if row["value"] is not None]

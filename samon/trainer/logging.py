@@ -30,6 +30,7 @@ from samon.trainer.build import Run
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo, log_handler
 from samon.trainer.flags import program
+from samon.trainer.flops import step_flops
 from samon.trainer.state import Progress
 
 log = logging.getLogger("samon")
@@ -272,6 +273,7 @@ def run_record(config: Config, processes: int, metrics: Mapping[str, Any], secon
         "command": f"{program()} {shlex.join(sys.argv[1:])}".rstrip(),
         "recipe": config.config,
         "processes": processes,
+        "step_flops": step_flops(config),
         "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus},
     }

@@ -32,7 +32,7 @@ def test_the_page_names_every_table_and_figure() -> None:
     assert named("Figure") >= set(range(1, 12))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py -c" in c and "examples" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py -c" in c and "-m experiments" not in c])
 def test_training_commands_resolve(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = parse([*words_behind(command, "train.py"), "--print-config"])
@@ -54,7 +54,7 @@ def test_evaluations_parse(command: str) -> None:
 
 
 def test_other_commands_name_files_that_exist() -> None:
-    others = [c for c in COMMANDS if not re.search(r"train\.py -c|sweep\.py|validate\.py|examples", c)]
+    others = [c for c in COMMANDS if not re.search(r"train\.py -c|sweep\.py|validate\.py|-m experiments", c)]
     assert others
     for command in others:
         assert (ROOT / shlex.split(command)[1]).is_file(), command

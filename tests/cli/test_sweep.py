@@ -1,6 +1,7 @@
-"""tools/sweep.py: what it runs, that it never runs a thing twice, and the table."""
+"""samon-sweep: what it runs, and that it never runs anything twice."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -9,175 +10,149 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from samon import UserError
-from samon.cli import sweep
-from samon.cli.tables import Cell, best_by_opt, markdown, paper_results, write_tables
+from samon.cli import sweep as program
+from samon.cli.sweep import Job, Sweep
 from samon.errors import RunError, Stopped
-
-ROOT = Path(__file__).parents[2]
-
+from tests.runs import ROOT
 
 RECIPE = str(ROOT / "hparams/cifar/cifar100_resnet_aa.yaml")
-# Stands for train.py: counts its starts in a file, fails the first DIE of them, then prints a final line.
+# Stands in for train.py: counts its starts in a file, fails the first DIE of them, then prints a final line.
 FAKE = """
-import json, os, sys, time
+import json, os, sys
 where, die = sys.argv[1], int(sys.argv[2])
 open(where, 'a').write('x')
-time.sleep(0.2)
 if len(open(where).read()) <= die: sys.exit(int(sys.argv[3]))
 print('words'); print(json.dumps({'eval_top1': 50.0, 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES')}))
 """
+JOB = Job("sgd", None, 0)
 
 
-def args_of(tmp_path: Path, *more: str, recipe: str = RECIPE) -> Namespace:
-    return sweep.arguments(["-c", recipe, "--opts", "sgd,samon", "--seeds", "1", "--output", str(tmp_path), *more])
+def make(tmp_path: Path, *more: str, recipe: str = RECIPE) -> Sweep:
+    words = ["-c", recipe, "--opts", "sgd,samon", "--seeds", "1", "--output", str(tmp_path), *more]
+    return program.parse_arguments(words)[0]
 
 
 def fake_training(monkeypatch: pytest.MonkeyPatch, die: int = 0, status: int = 1) -> None:
-    def command(job: sweep.Job, args: Namespace) -> list[str]:
-        return [sys.executable, "-c", FAKE, str(args.output / job.name / "starts"), str(die), str(status)]
+    def command(sweep: Sweep, job: Job) -> list[str]:
+        return [sys.executable, "-S", "-c", FAKE, str(sweep.output / job.name / "starts"), str(die), str(status)]
 
-    monkeypatch.setattr(sweep, "command", command)
-
-
-def starts(args: Namespace) -> dict[str, int]:
-    return {path.parent.name: len(path.read_text()) for path in args.output.glob("*/starts")}
+    monkeypatch.setattr(Sweep, "command", command)
 
 
-def test_grid_is_the_papers_by_the_recipes_name(tmp_path: Path) -> None:
-    args = args_of(tmp_path)
-    assert sweep.grid_of("sgd", args) == [None]
-    assert sweep.grid_of("samon", args) == [0.1, 0.5, 1, 5]
-    vit = args_of(tmp_path, recipe=str(ROOT / "hparams/cifar/cifar10_vit.yaml"))
-    assert sweep.grid_of("samon-layerl2-adamw", vit) == [0.05, 0.1, 0.25, 0.5, 1]
-    assert sweep.grid_of("samon", args_of(tmp_path, "--grid", "cifar10_resnet")) == [0.1, 0.5, 1]
-    assert sweep.grid_of("samnn", args_of(tmp_path, "--rho", "0.3,0.4")) == [0.3, 0.4]
-    own = args_of(tmp_path, "--rho", "recipe")
-    assert [job.name for job in sweep.jobs_of(own)] == ["sgd-seed0", "samon-seed0"]
-    assert "--rho" not in sweep.command(sweep.jobs_of(own)[1], own)
-
-
-def test_jobs_are_every_combination_once(tmp_path: Path) -> None:
-    args = sweep.arguments(
-        [
-            "-c",
-            str(ROOT / "hparams/quickstart.yaml"),
-            "--seeds",
-            "2",
-            "--output",
-            str(tmp_path),
-            "--opts",
-            "sgd,sam,samon,sam-layerl2,samon-layerl2",
-        ]
-    )
-    jobs = sweep.jobs_of(args)
-    assert len(jobs) == len({job.name for job in jobs}) == 26
-    assert [job.seed for job in jobs] == [0] * 13 + [1] * 13
-    command = sweep.command(jobs[1], args)
-    assert command[command.index("--rho") + 1] == "0.05"
-    assert command[command.index("--experiment") + 1] == "sam-rho0.05-seed0"
-    assert "--resume" not in command
+def starts(output: Path) -> dict[str, int]:
+    return {path.parent.name: len(path.read_text()) for path in output.glob("*/starts")}
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("flags", "recipe", "rhos"),
+    [
+        ([], RECIPE, {"sgd": [None], "samon": [0.1, 0.5, 1, 5]}),
+        (["--grid", "cifar10_resnet"], RECIPE, {"sgd": [None], "samon": [0.1, 0.5, 1]}),
+        (["--opts", "samnn", "--rho", "0.3,0.4"], RECIPE, {"samnn": [0.3, 0.4]}),
+        (["--rho", "recipe"], RECIPE, {"sgd": [None], "samon": [None]}),
+        (["--opts", "samon-layerl2-adamw"], "cifar/cifar10_vit", {"samon-layerl2-adamw": [0.05, 0.1, 0.25, 0.5, 1]}),
+    ],
+)
+def test_rho_is_the_papers_grid_by_the_recipes_name(
+    flags: list[str], recipe: str, rhos: dict[str, list[float | None]], tmp_path: Path
+) -> None:
+    assert make(tmp_path, *flags, recipe=recipe).rhos == rhos
+
+
+def test_jobs_are_every_combination_once(tmp_path: Path) -> None:
+    sweep = make(tmp_path, "--opts", "sgd,sam,samon,sam-layerl2", "--seeds", "2", recipe="quickstart")
+    jobs = sweep.jobs
+    assert len(jobs) == len({job.name for job in jobs}) == 20
+    assert [job.seed for job in jobs] == [0] * 10 + [1] * 10
+    words = " ".join(sweep.command(jobs[1]))
+    assert "-c quickstart --opt sam --rho 0.05 --seed 0" in words  # a recipe's name stays a name in the records
+    assert words.endswith("--experiment sam-rho0.05-seed0 --overwrite")
+    assert "--rho" not in sweep.command(jobs[0])
+    by_path = make(tmp_path, recipe=str(ROOT / "hparams/quickstart.yaml"))
+    assert sweep.fingerprint(jobs[1]) == by_path.fingerprint(jobs[1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
     [
         (["--opts", "sgd,smaon"], "did you mean 'samon'"),
         (["--opts", "sam-random"], "no values for sam-random"),
-        (["--opts", "sam", "--grid", "cifar"], "no grid 'cifar'"),
-        (["--opts", "sam,sam"], "twice"),
-        (["--opts", "sam", "--rho", "0.1,x"], "--rho '0.1,x'"),
-        (["--opts", "sam", "--jobs", "0"], "at least 1"),
-        (["--opts", "sgd", "--", "--seed", "3"], "--seed after -- is the sweep's"),
-        (["--opts", "sgd", "--lr", "3"], "--lr 3: no flag of .* go after --, as in `... -- --lr 3`"),
-        (["--opts", "sgd", "--", "--epocks", "3"], "--epocks"),
+        (["--grid", "cifar"], "no grid 'cifar'"),
+        (["--opts", "sam,sam"], "repeats"),
+        (["--rho", "0.1,x"], "--rho '0.1,x'"),
+        (["--jobs", "0"], "at least 1"),
+        (["--seeds", "0"], "--seeds 0 leaves nothing to run"),
+        (["--", "--seed", "3"], "--seed after -- is set by the sweep"),
+        (["--lr", "3"], "--lr 3: no flag of .* go after --, as in `... -- --lr 3`"),
+        (["--", "--epocks", "3"], "--epocks"),
     ],
 )
-def test_mistakes_show_before_anything_runs(tmp_path: Path, argv: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        sweep.main(["-c", RECIPE, "--output", str(tmp_path), *argv])
+def test_mistakes_show_before_anything_runs(tmp_path: Path, argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        program.main(["-c", RECIPE, "--opts", "sgd,samon", "--output", str(tmp_path), *argv])
     assert not list(tmp_path.glob("*/"))
 
 
-def test_runs_once_then_skips(
+def test_a_metric_that_no_run_has_is_refused_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        make(tmp_path, "--metric", "top1")
+    assert "invalid choice: 'top1'" in capsys.readouterr().err
+
+
+def test_runs_once_then_skips_and_refuses_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_training(monkeypatch)
     command = ["-c", RECIPE, "--opts", "sgd,samon", "--rho", "0.1", "--seeds", "2", "--jobs", "2"]
     command += ["--output", str(tmp_path)]
-    sweep.main(command)
-    sweep.main(command)
+    program.main(command)
+    program.main(command)
     out = capsys.readouterr()
-    assert "| samon | 0.1 | 50.00±0.00 | 2 |" in out.out
+    assert "| samon | 0.1 | 50.00 ± 0.00 | 2 |" in out.out
     assert out.err.count("done") == out.err.count("skipped") == 4
-    assert set(starts(sweep.arguments(command)).values()) == {1}
+    assert set(starts(tmp_path).values()) == {1}
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["best"] == {"sgd": None, "samon": 0.1}
-    seconds = table["rows"][0]["cpu_seconds"]  # a Python that starts and sleeps: little processor time, but some
-    assert len(seconds) == 2
-    assert all(0 < spent < 5 for spent in seconds)
+    assert [0 < spent < 5 for spent in table["rows"][0]["cpu_seconds"]] == [True, True]
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "sgd,,2,50.0,0.0"
-
-
-def test_other_settings_are_not_mistaken_for_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_training(monkeypatch)
-    command = ["-c", RECIPE, "--opts", "sgd", "--seeds", "1", "--output", str(tmp_path)]
-    sweep.main(command)
     with pytest.raises(UserError, match="use another --output"):
-        sweep.main([*command, "--", "--epochs", "3"])
+        program.main([*command, "--", "--epochs", "3"])
 
 
-def test_a_metric_that_no_run_has_is_refused_before_any_run(
+def test_failed_runs_are_retried_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once a KeyError after all of the training."""
-    fake_training(monkeypatch)
-    with pytest.raises(SystemExit, match="2"):
-        sweep.main(["-c", RECIPE, "--opts", "sgd", "--output", str(tmp_path), "--metric", "top1"])
-    assert "invalid choice: 'top1'" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/"))
-
-
-def test_no_seed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--seeds 0 leaves nothing to run"):
-        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "0", "--output", str(tmp_path)])
-
-
-def test_dead_runs_are_retried_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch, die=1)
-    args = args_of(tmp_path)
-    job = sweep.Job("sgd", None, 0)
-    assert sweep.run_job(job, args, None, sweep.Processes()) == "done"
-    assert starts(args) == {job.name: 2}
+    assert make(tmp_path).run_job(JOB) == "done"
+    assert starts(tmp_path) == {JOB.name: 2}
+    fake_training(monkeypatch, die=9, status=143)  # stopped by SIGTERM: no retry
+    assert make(tmp_path).run_job(Job("sgd", None, 7)) == "stopped"
+    assert starts(tmp_path)["sgd-seed7"] == 1
     fake_training(monkeypatch, die=9)
-    with pytest.raises(RunError, match="1 of 1 runs did not end"):
-        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "5,", "--output", str(tmp_path)])
-    fake_training(monkeypatch, die=9, status=143)  # ended by SIGTERM: no retry
-    other = sweep.Job("sgd", None, 7)
-    assert sweep.run_job(other, args, None, sweep.Processes()) == "stopped"
-    assert starts(args)[other.name] == 1
+    with pytest.raises(RunError, match="1 of 1 runs did not finish"):
+        program.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "5,", "--output", str(tmp_path)])
+    # On a full disk a run dies and its log stays empty.
+    assert re.search(r"dead \(no message; [\d,]+ bytes are free for .*sweep.log\)", capsys.readouterr().err)
 
 
 def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The running one is told to save, queued ones never start; a second signal would end it at once."""
+    """The running one is asked to save, queued ones never start."""
     slow = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, file=sys.stderr, flush=True)"
     )
 
-    def command(job: sweep.Job, args: Namespace) -> list[str]:
+    def command(sweep: Sweep, job: Job) -> list[str]:
         if job.seed == 0:
-            return [sys.executable, "-c", FAKE, str(args.output / job.name / "starts"), "0", "1"]
-        return [sys.executable, "-c", f"{slow}; time.sleep(60)"]
+            return [sys.executable, "-S", "-c", FAKE, str(sweep.output / job.name / "starts"), "0", "1"]
+        return [sys.executable, "-S", "-c", slow]
 
     def interrupt() -> None:
         log = tmp_path / "sgd-seed1/sweep.log"
@@ -185,14 +160,14 @@ def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(Sweep, "command", command)
     thread = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
     begin = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind &
     try:
         thread.start()
         with pytest.raises(Stopped, match="stopped by signal 2; start the sweep again"):
-            sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
+            program.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 30
@@ -203,40 +178,24 @@ def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
     assert not list(tmp_path.glob("sgd-seed2/*"))
 
 
-def test_a_dead_run_without_a_word_tells_the_free_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a full disk a run dies and its log stays empty."""
-    fake_training(monkeypatch, die=9)
-    with pytest.raises(RunError):
-        sweep.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "1", "--output", str(tmp_path), "--retries", "0"])
-    assert re.search(r"dead \(no message; [\d,]+ bytes are free for .*sweep.log\)", capsys.readouterr().err)
-
-
-def test_a_recipe_by_name_stays_a_name(tmp_path: Path) -> None:
-    """So the commands in the records say `-c quickstart`, whatever the place of the installation."""
-    named = args_of(tmp_path, recipe="quickstart")
-    job = sweep.jobs_of(named)[0]
-    assert job.arguments(named)[:2] == ["-c", "quickstart"]
-    by_path = args_of(tmp_path, recipe=str(ROOT / "hparams/quickstart.yaml"))
-    assert sweep.fingerprint(job, named) == sweep.fingerprint(job, by_path)
-
-
 def test_two_sweeps_never_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch)
-    args, job = args_of(tmp_path), sweep.Job("samon", 0.5, 0)
+    monkeypatch.setattr(
+        "tests.cli.test_sweep.FAKE", FAKE.replace("import json", "import time; time.sleep(1)\nimport json")
+    )
     with ThreadPoolExecutor(6) as pool:
-        states = list(pool.map(lambda _: sweep.run_job(job, args, None, sweep.Processes()), range(6)))
+        states = list(pool.map(lambda _: make(tmp_path).run_job(JOB), range(6)))
     assert states.count("done") == 1
-    assert set(states) == {"done", "elsewhere"}
-    assert starts(args) == {job.name: 1}
+    assert set(states) <= {"done", "elsewhere", "skipped"}
+    assert starts(tmp_path) == {JOB.name: 1}
 
 
 def test_a_run_keeps_its_lock_when_the_sweep_is_gone(tmp_path: Path) -> None:
-    """The training process inherits the lock's descriptor, which is what pass_fds does in `attempt`."""
+    """The training process inherits the lock's descriptor through pass_fds."""
     with (tmp_path / "x.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        child = subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=[lock.fileno()], stdin=subprocess.PIPE)
+        words = [sys.executable, "-S", "-c", "input()"]
+        child = subprocess.Popen(words, pass_fds=[lock.fileno()], stdin=subprocess.PIPE)
     with (tmp_path / "x.lock").open("w") as other:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,95 +203,54 @@ def test_a_run_keeps_its_lock_when_the_sweep_is_gone(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_jobs_are_spread_over_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_distributed_over_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch)
-    args = args_of(tmp_path, "--jobs", "2", "--gpus", "3,5")
-    jobs = [sweep.Job("sgd", None, seed) for seed in range(4)]
-    assert sweep.run_all(jobs, args) == []
-    used = [sweep.finished(job, args) for job in jobs]
-    assert {metrics["gpu"] for metrics in used if metrics} == {"3", "5"}
+    sweep = make(tmp_path, "--opts", "sgd", "--seeds", "4", "--jobs", "2", "--gpus", "3,5")
+    assert sweep.run() == []
+    results = [sweep.result(job) for job in sweep.jobs]
+    assert {result["metrics"]["gpu"] for result in results if result} == {"3", "5"}
 
 
-def cells(**rows: Any) -> list[Cell]:
-    return [Cell(name.replace("_", "-"), rho, values) for name, many in rows.items() for rho, values in many]
+def test_a_terminal_shows_a_bar_that_starts_at_the_finished_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    fake_training(monkeypatch)
+    make(tmp_path).run_job(JOB)
+    make(tmp_path, "--opts", "sgd", "--seeds", "3").run()
+    text = terminal.getvalue()
+    assert "sweep:  33%|" in text
+    assert "[3/3] sgd-seed" in text
+    assert "4/3" not in text
 
 
-def test_table_marks_the_better_scope_and_the_best() -> None:
-    found = cells(
-        sgd=[(None, [70.0, 71.0])],
-        sam=[(0.1, [75.0, 76.0]), (0.5, [74.0, 74.0])],
-        samon=[(0.5, [76.0, 77.0])],
-        sam_layerl2=[(0.01, [77.5, 77.5])],
-        samon_layerl2=[(0.2, [77.0, 77.2])],
-    )
-    assert best_by_opt(found)["sam"].rho == 0.1
-    table = markdown(found, {"sam": "75.07±0.6", "samon": "75.58±0.4"}).splitlines()
-    assert table[0] == "| variant | none | all | ON | paper, none | paper, all | paper, ON |"
-    assert table[2] == "| sgd | 70.50±0.71 |  |  |  |  |  |"
-    assert table[3] == "| SAM |  | 75.50±0.71 (rho 0.1) | **76.50±0.71** (rho 0.5) |  | 75.07±0.6 | 75.58±0.4 |"
-    assert table[4].startswith("| layer. l2 |  | <u>**77.50±0.00**</u> (rho 0.01) | 77.10±0.14 (rho 0.2) |")
-
-
-def test_only_what_perturbs_normalization_layers_stands_under_on() -> None:
-    table = markdown(cells(sgd=[(None, [70.0])], samon=[(0.5, [71.0])], sam_random=[(0.1, [69.0])]), {}).splitlines()
-    assert table[0] == "| variant | none | all | ON |"
-    assert table[2] == "| sgd | 70.00 |  |  |"
-    assert table[3] == "| SAM |  |  | <u>71.00</u> (rho 0.5) |"
-    assert table[4] == "| sam-random |  | 69.00 (rho 0.1) |  |"
-
-
-def test_the_best_loss_is_the_lowest_and_has_four_decimals(tmp_path: Path) -> None:
-    found = [Cell("samon", 0.1, [0.51234, 0.5]), Cell("samon", 0.5, [0.6])]
-    for cell in found:
-        cell.metric = "eval_loss"
-    assert best_by_opt(found)["samon"].rho == 0.1
-    about = {"config": RECIPE, "model": "resnet10t", "metric": "eval_loss", "train": []}
-    assert "| samon | 0.1 | 0.5062±0.0087 | 2 |" in write_tables(tmp_path, found, about)
-
-
-def test_single_runs_have_no_deviation(tmp_path: Path) -> None:
-    about = {"config": RECIPE, "model": "resnet56_cifar", "metric": "eval_top1", "train": []}
-    text = write_tables(tmp_path, cells(sgd=[(None, [70.0])]), about)
-    assert "| sgd | <u>70.00</u> | 75.26±0.2 |" in text  # the paper's own figure beside it
-
-
-def test_paper_results_are_the_papers() -> None:
-    assert paper_results("cifar100_resnet", "wrn28_10_cifar")["samon"] == "84.19±0.2"
-    assert paper_results("cifar100_resnet", "vgg16_bn_cifar")["samon-layerl2"] == "77.12±0.2"
-    assert paper_results("cifar10_vit", "vit_small_cifar")["samon-eleml2orig-adamw"] == "94.01±0.5"
-    assert paper_results("vit_s32_scratch", "vit_small_patch32_224")["samon-lion"] == "72.64±0.14"
-    assert paper_results("quickstart", "resnet10t") == {}
-
-
-def test_a_real_run_and_its_continuation(tmp_path: Path) -> None:
-    """train.py behind it: the final line is read; a run that left a state is continued, not started over."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(32) % 10
-    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+def test_a_run_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
+    """train.py itself behind it: the final line is read."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
-        f"dataset: npz/tiny\ndata_dir: {tmp_path}\nmodel: resnet10t\nnum_classes: 10\ninput_size: [3, 32, 32]\n"
-        "model_kwargs: {channels: [4, 4, 8, 8], stem_width: 4}\nbatch_size: 16\nepochs: 2\nwarmup_epochs: 0\nlr: 0.01\n"
-        "data_resident: true\ntrain_crop_mode: pad\ncolor_jitter: 0.0\nworkers: 0\n"
+        f"dataset: wds/fashion-mnist\ndata_dir: {ROOT / 'data/fashion-mnist'}\nmodel: test_resnet\nnum_classes: 10\n"
+        "in_chans: 1\nimg_size: 32\nbatch_size: 16\nepochs: 1\nwarmup_epochs: 0\nlr: 0.01\nworkers: 0\n"
+        "train_num_samples: 32\nval_num_samples: 16\n"
     )
-    args = sweep.arguments(["-c", str(recipe), "--opts", "samon", "--output", str(tmp_path / "out")])
-    job = sweep.Job("samon", 0.1, 3)
-    assert sweep.run_job(job, args, None, sweep.Processes()) == "done"
-    metrics = sweep.finished(job, args)
-    assert metrics is not None
-    assert 0 <= metrics["eval_top1"] <= 100
-    assert metrics["epoch"] == 1
-    command = sweep.command(job, args)
-    assert command[command.index("--resume") + 1] == str(args.output / job.name)
+    sweep, job = make(tmp_path / "out", "--rho", "0.1", recipe=str(recipe)), Job("samon", 0.1, 3)
+    assert sweep.run_job(job) == "done"
+    result = sweep.result(job)
+    assert result is not None
+    assert 0 <= result["metrics"]["eval_top1"] <= 100
+    assert not result["resumed"]
+    command = sweep.command(job)
+    assert command[command.index("--resume") + 1] == str(sweep.output / job.name)
 
 
 def test_a_change_of_the_base_recipe_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("lr: 0.1\n")
     (tmp_path / "own.yaml").write_text("base: base.yaml\nmodel: resnet18\n")
-    args = args_of(tmp_path, recipe=str(tmp_path / "own.yaml"))
-    job = sweep.Job("sgd", None, 0)
-    before = sweep.fingerprint(job, args)
-    assert sweep.fingerprint(job, args) == before
+    sweep = make(tmp_path, "--opts", "sgd", recipe=str(tmp_path / "own.yaml"))
+    before = sweep.fingerprint(JOB)
+    assert sweep.fingerprint(JOB) == before
     (tmp_path / "base.yaml").write_text("lr: 0.2\n")
-    assert sweep.fingerprint(job, args) != before
+    assert sweep.fingerprint(JOB) != before

@@ -1,0 +1,230 @@
+"""Parallel German-English text: plain text pairs, or the message catalogues of Django and of other programs."""
+
+import importlib.util
+import io
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import polib
+import sentencepiece as spm
+import torch
+from torch import Tensor
+
+from experiments.translation.settings import Settings
+from samon import UserError
+
+PAD, UNK, BOS, EOS = range(4)
+CODE = re.compile("[<{%]")
+IDENTIFIERS = re.compile(r"[$&/_\[]")
+Pair = tuple[str, str]  # German, English
+Pieces = tuple[list[int], list[int]]  # the same as piece numbers, without BOS and EOS
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The three splits; no German and no English string of `valid` or `test` stands in an earlier split."""
+
+    train: list[Pair]
+    valid: list[Pair]
+    test: list[Pair]
+
+
+def load_corpus(settings: Settings) -> Corpus:
+    """What the settings name.
+
+    Raises:
+        UserError: nothing or two things are named, files are missing, or a split is empty.
+    """
+    if (settings.text is None) == (not settings.test and not settings.held_out):
+        raise UserError(
+            "name either text: DIR (train.de, train.en, ...) or the catalogues' valid: and test: or held_out:"
+        )
+    corpus = text_corpus(Path(settings.text)) if settings.text is not None else catalogue_corpus(settings)
+    for name in ("train", "valid", "test"):
+        if not getattr(corpus, name):
+            raise UserError(f"the {name} split is empty; check text:, catalogues:, valid: and test:")
+    return corpus
+
+
+def text_corpus(directory: Path) -> Corpus:
+    """`train`, `valid` and `test`, each as `.de` and `.en` in UTF-8 with a sentence on each line.
+
+    The splits are taken as they are, as published numbers are on the whole of them.
+    """
+    return Corpus(*(_text_pairs(directory, split) for split in ("train", "valid", "test")))
+
+
+def _text_pairs(directory: Path, split: str) -> list[Pair]:
+    sides = []
+    for language in ("de", "en"):
+        path = directory / f"{split}.{language}"
+        try:
+            sides.append([line.strip() for line in path.read_text(encoding="utf-8").split("\n")])
+        except FileNotFoundError:
+            raise UserError(f"no {path}; the directory must hold train, valid and test, each .de and .en") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8; convert it") from None
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(f"{directory / split}.de and .en have {len(sides[0])} and {len(sides[1])} lines; must be equal")
+    return [pair for pair in zip(*sides, strict=True) if all(pair)]
+
+
+def catalogue_corpus(settings: Settings) -> Corpus:
+    """Message catalogues split by file or app, repeated strings removed: see `Corpus`.
+
+    `valid` and `test` leave out strings with paths and identifiers (`/about/contact/`, `is_staff`) too: a handful of
+    them gives an untranslated source the long matches that BLEU is made of. They are worth training on.
+    """
+    files = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
+    place = _by_hash(settings.held_out) if settings.held_out else _by_app(files, settings)
+    splits: list[list[Pair]] = [[], [], []]
+    for path, pairs in files.items():
+        splits[place(path)] += pairs
+    seen: set[str] = set()
+    for i, split in enumerate(splits):
+        splits[i] = [pair for pair in dict.fromkeys(split) if not seen.intersection(pair)]
+        seen.update(text for pair in splits[i] for text in pair)
+    train, *held = splits
+    return Corpus(train, *([pair for pair in split if not IDENTIFIERS.search("".join(pair))] for split in held))
+
+
+def _django() -> Path:
+    spec = importlib.util.find_spec("django")
+    if spec is None or spec.origin is None:
+        raise UserError("Django is not installed; pip install -e '.[translation]'")
+    return Path(spec.origin).parent
+
+
+def _by_hash(n: int) -> Callable[[str], int]:
+    """0, 1 or 2 for a file of the training, validation or test split."""
+
+    def place(path: str) -> int:
+        return {0: 2, 1: 1}.get(int(sha256(path.encode()).hexdigest(), 16) % n, 0)
+
+    return place
+
+
+def _by_app(files: Mapping[str, Any], settings: Settings) -> Callable[[str], int]:
+    apps = {path: PurePosixPath(path).parents[3].as_posix() for path in files}
+    for app in settings.valid + settings.test:
+        if app not in apps.values():
+            raise UserError(f"no German catalogue of app {app!r}; there are {', '.join(dict.fromkeys(apps.values()))}")
+    return lambda path: 2 if apps[path] in settings.test else int(apps[path] in settings.valid)
+
+
+def _catalogues(root: Path) -> dict[str, list[Pair]]:
+    """German catalogues below a directory by their paths in it; Django's own begin with `django/`."""
+    if not root.is_dir():
+        raise UserError(f"no directory {root}; install the packages of catalogues.txt there (docs/translation.md)")
+    base = root.parent if (root / "conf" / "locale").is_dir() else root
+    files = {
+        path.relative_to(base).as_posix(): read_catalogue(path) for path in sorted(root.glob("**/de/LC_MESSAGES/*.po"))
+    }
+    if not files:
+        raise UserError(f"{root} holds no de/LC_MESSAGES/*.po")
+    return files
+
+
+def read_catalogue(path: Path) -> list[Pair]:
+    """The finished translations of a `.po` file, plural forms as pairs of their own, line breaks as spaces.
+
+    Strings with markup or format fields (`<a>`, `%(name)s`, `{0}`) are left out: both languages hold the same code
+    there, so BLEU would mostly measure copying it. So are strings that are the same in both languages (`URL`).
+    """
+    pairs = []
+    for entry in polib.pofile(str(path), encoding="utf-8"):
+        if entry.obsolete or entry.fuzzy:
+            continue
+        if entry.msgid_plural:
+            forms = entry.msgstr_plural
+            pairs += [(forms.get(0, ""), entry.msgid), (forms.get(1, ""), entry.msgid_plural)]
+        else:
+            pairs.append((entry.msgstr, entry.msgid))
+    clean = [(" ".join(german.split()), " ".join(english.split())) for german, english in pairs]
+    return [(de, en) for de, en in clean if de and en and de != en and not CODE.search(de + en)]
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def train_bpe(pairs: list[Pair], vocabulary: int) -> bytes:
+    """A joint BPE of both languages from the training pairs, as sentencepiece's serialized model."""
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=(text for pair in pairs for text in pair),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary,
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+        )
+    except RuntimeError as error:
+        raise UserError(f"no BPE of {vocabulary} pieces from {len(pairs)} pairs ({error}); change vocabulary") from None
+    return model.getvalue()
+
+
+def encode(processor: spm.SentencePieceProcessor, pairs: list[Pair]) -> list[Pieces]:
+    german, english = processor.encode([p[0] for p in pairs]), processor.encode([p[1] for p in pairs])
+    return list(zip(german, english, strict=True))
+
+
+def token_batches(pairs: list[Pieces], max_tokens: int, seed: int) -> list[list[int]]:
+    """Indices of all pairs in batches of similar length, in random order; a function of its arguments alone.
+
+    A batch's number of pairs times its longest side, EOS included, is at most `max_tokens`.
+
+    Raises:
+        UserError: a single pair is longer than that.
+    """
+    shuffle = random.Random(seed)
+    order = list(range(len(pairs)))
+    shuffle.shuffle(order)
+    lengths = [max(map(len, pair)) + 1 for pair in pairs]
+    order.sort(key=lengths.__getitem__)  # stable: equal lengths stay shuffled
+    batches: list[list[int]] = [[]]
+    for i in order:  # lengths ascend, so the newest is the longest
+        if lengths[i] > max_tokens:
+            raise UserError(f"a sentence of {lengths[i]} pieces is over max_tokens={max_tokens}; raise max_tokens")
+        if (len(batches[-1]) + 1) * lengths[i] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    shuffle.shuffle(batches)
+    return batches
+
+
+def padded(sequences: list[list[int]]) -> Tensor:
+    """[B, longest] with PAD behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=PAD)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: source [B, S] and decoder input [B, T] with its targets [B, T], one to the left; padded."""
+
+    source: Tensor
+    shifted: Tensor
+    target: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens that the loss is a mean over: EOS counts, padding does not."""
+        return int((self.target != PAD).sum())
+
+
+def collate(pairs: list[Pieces]) -> Batch:
+    return Batch(
+        padded([[*german, EOS] for german, _ in pairs]),
+        padded([[BOS, *english] for _, english in pairs]),
+        padded([[*english, EOS] for _, english in pairs]),
+    )

@@ -1,0 +1,56 @@
+"""What a step costs, counted: `python -m experiments.translation.flops -c experiments/translation/iwslt14.yaml`.
+
+Operations of matrix products (`torch.utils.flop_counter`) in forward and backward, over those of a plain step, on the
+meta device: nothing is computed, so any size is counted at once.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import samon
+from experiments.translation.model import Translator, token_loss
+from experiments.translation.settings import Settings, load_settings
+from experiments.translation.train import make_optimizer
+from samon.cli.program import run_script
+
+
+def step_flops(settings: Settings, length: int) -> int:
+    """Operations of one step of the settings' optimizer on a batch of `max_tokens` in sentences of `length` pieces."""
+    shape = (max(1, settings.max_tokens // length), length)
+    with torch.device("meta"):
+        model = Translator(settings, settings.vocabulary).train()
+        pieces = torch.empty(shape, dtype=torch.long)
+        forward = partial(token_loss, model, pieces, pieces, pieces, settings.smoothing)
+        optimizer = make_optimizer(model, settings)
+        if samon.is_sam_name(settings.opt):
+            return _count(lambda: samon.two_pass(optimizer, forward))
+        return _count(lambda: forward().backward())
+
+
+def _count(step: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", metavar="FILE")
+    parser.add_argument("--length", type=int, default=25, help="pieces of each sentence")
+    options = parser.parse_args(arguments)
+
+    def flops(opt: str) -> int:
+        return step_flops(load_settings(options.config, {"opt": opt}), options.length)
+
+    plain = flops("adamw")
+    print(json.dumps({opt: round(flops(opt) / plain, 3) for opt in ("sam-adamw", "samon-adamw")}))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,245 @@
+"""Train a German-English Transformer: `python -m experiments.translation.train -c experiments/translation/django.yaml`.
+
+A single process on the CPU or on one GPU. Writes `last.pt` (to resume from) and `best.pt` (by validation BLEU) into
+--output, and a line of JSON for each epoch into `log.jsonl`.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sentencepiece as spm
+import torch
+from timm.optim import create_optimizer_v2
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+import samon
+from experiments.translation.data import Batch, Corpus, Pieces, collate, encode, load_corpus, token_batches, train_bpe
+from experiments.translation.evaluate import bleu, device_of_choice, translate
+from experiments.translation.model import Translator, token_loss
+from experiments.translation.settings import Settings, checked, load_settings
+from experiments.translation.step import fill_gradients, inverse_sqrt
+from samon import UserError, rng
+from samon.cli.program import run_script
+from samon.errors import RunError
+from samon.files import atomic_write
+
+
+class Run:
+    """A training run: all of its state, and where it stands.
+
+    Attributes:
+        epoch, done: the epoch and how many of its updates are done.
+        updates: updates done in all.
+        sums: loss times tokens, and tokens, of this epoch so far.
+        best: the best validation BLEU so far.
+    """
+
+    def __init__(self, settings: Settings, directory: Path, corpus: Corpus, bpe: bytes):
+        self.settings, self.directory, self.corpus, self.bpe = settings, directory, corpus, bpe
+        self.processor = spm.SentencePieceProcessor(model_proto=bpe)
+        pairs = encode(self.processor, corpus.train)
+        self.pairs: list[Pieces] = [p for p in pairs if max(map(len, p)) <= settings.max_length and all(p)]
+        self.device = device_of_choice()
+        torch.manual_seed(settings.seed)
+        self.model = Translator(settings, self.processor.get_piece_size()).to(self.device)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.epoch, self.done, self.updates, self.best = 0, 0, 0, -1.0
+        self.sums = [0.0, 0.0]
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """From where the run stands to its end."""
+        s = self.settings
+        self.save("last.pt")  # a run killed before its first checkpoint begins again with --resume all the same
+        for epoch in range(self.epoch, s.epochs):
+            began = time.perf_counter()
+            batches = token_batches(self.pairs, s.max_tokens, seed=s.seed * 100_003 + epoch)
+            updates = [batches[i : i + s.accumulate] for i in range(0, len(batches), s.accumulate)]
+            for micro_batches in updates[self.done :]:
+                self.update([collate([self.pairs[i] for i in batch]) for batch in micro_batches])
+                if self.updates % s.save_every == 0:
+                    self.save("last.pt")
+            self.end_epoch(time.perf_counter() - began)
+
+    def update(self, batches: list[Batch]) -> None:
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = inverse_sqrt(self.updates, s.lr, s.warmup)
+        self.model.train()
+        self.optimizer.zero_grad()
+        tokens = [batch.tokens for batch in batches]
+        losses = [partial(self.loss, batch) for batch in batches]
+        loss = float(fill_gradients(self.optimizer, losses, tokens, s.m_sharpness))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not math.isfinite(loss + float(torch.nn.utils.get_total_norm(gradients))):  # before it reaches the weights
+            raise RunError(
+                f"loss {loss} or its gradient is not finite at update {self.updates}; train with less lr or rho"
+            )
+        self.optimizer.step()
+        self.sums = [self.sums[0] + loss * sum(tokens), self.sums[1] + sum(tokens)]
+        self.updates += 1
+        self.done += 1
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        device = self.device
+        with self.arithmetic():
+            return token_loss(
+                self.model,
+                batch.source.to(device),
+                batch.shifted.to(device),
+                batch.target.to(device),
+                self.settings.smoothing,
+            )
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Autocast if asked for. On the CPU attention as plain matrix products: at sentence lengths the backward of
+        torch's fused kernel takes several times as long in bfloat16."""
+        cpu = self.device.type == "cpu"
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16),
+            sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext(),
+        ):
+            yield
+
+    def end_epoch(self, seconds: float) -> None:
+        line: dict[str, Any] = {"epoch": self.epoch, "updates": self.updates, "loss": self.sums[0] / self.sums[1]}
+        self.epoch, self.done, self.sums = self.epoch + 1, 0, [0.0, 0.0]
+        if self.epoch % self.settings.valid_every == 0 or self.epoch == self.settings.epochs:
+            # Greedy: a beam costs several times as much.
+            sources = [german for german, _ in self.corpus.valid]
+            line["valid_bleu"] = bleu(translate(self.model, self.processor, sources, beam=1), self.corpus.valid).score
+            if line["valid_bleu"] > self.best:
+                self.best = line["valid_bleu"]
+                self.save("best.pt")
+        self.save("last.pt")
+        line["seconds"] = round(seconds, 1)
+        print(json.dumps(line), flush=True)
+        with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self, name: str) -> None:
+        """All of the state, tensors and plain types only, so that `weights_only=True` reads it."""
+        content = {
+            "settings": asdict(self.settings),
+            "bpe": torch.frombuffer(bytearray(self.bpe), dtype=torch.uint8),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": [self.epoch, self.done, self.updates, self.best, *self.sums],
+            "random": rng.get_torch_state(self.device),
+        }
+        write_atomically(content, self.directory / name)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch, self.done, self.updates, self.best, *self.sums = content["progress"]
+        rng.set_torch_state(content["random"], self.device)
+
+
+def make_optimizer(model: Translator, s: Settings) -> Optimizer:
+    """timm's optimizer of that name. Weight decay on all parameters, norms and biases too, as fairseq's Adam has it."""
+    options: dict[str, Any] = {} if s.rho is None else {"rho": s.rho}
+    if options and not samon.is_sam_name(s.opt):
+        raise UserError(f"rho is for samon's optimizers, and {s.opt} is none; leave rho out or take --opt samon-adamw")
+    try:
+        return create_optimizer_v2(
+            model,
+            s.opt,
+            lr=s.lr,
+            weight_decay=s.weight_decay,
+            filter_bias_and_bn=False,
+            betas=tuple(s.betas),
+            **options,
+        )
+    except UserError:
+        raise
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"opt {s.opt!r} with these settings: {error}; see timm.optim.list_optimizers()") from None
+
+
+def write_atomically(content: dict[str, Any], path: Path) -> None:
+    """`path` holds the old content or all of the new, whatever happens in between."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; the one before it is whole") from None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; UserError if there is none or it is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        settings, bpe = content["settings"], content["bpe"]
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; give the directory of a run, or train one") from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:90]
+        raise UserError(f"{path} is damaged or no checkpoint of this example ({reason})") from None
+    return {**content, "settings": checked(settings), "bpe": bytes(bpe.numpy())}
+
+
+def begin(settings: Settings, directory: Path) -> Run:
+    """A new run; its directory must hold none yet."""
+    if (directory / "last.pt").exists():
+        raise UserError(f"{directory} already holds a run; go on with --resume {directory} or give another --output")
+    corpus = load_corpus(settings)
+    bpe = train_bpe(corpus.train, settings.vocabulary)
+    directory.mkdir(parents=True, exist_ok=True)
+    return Run(settings, directory, corpus, bpe)
+
+
+def resume(directory: Path, epochs: int | None = None) -> Run:
+    """The run as its last checkpoint has it, settings included; `epochs` for another end than it had.
+
+    The learning rate does not depend on the end, so a run that is extended equals one that was longer from the start.
+    """
+    content = read_checkpoint(directory / "last.pt")
+    settings = content["settings"] if epochs is None else replace(content["settings"], epochs=epochs)
+    run = Run(settings, directory, load_corpus(settings), content["bpe"])
+    run.restore(content)
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", metavar="FILE", help="recipe, iwslt14.yaml or django.yaml")
+    parser.add_argument("--text", metavar="DIR", help="train.de, train.en, valid.*, test.*")
+    parser.add_argument("--opt", help="adamw, sam-adamw, samon-adamw or another of timm's")
+    parser.add_argument("--rho", type=float)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--output", metavar="DIR", default="output/translation/run")
+    parser.add_argument("--resume", metavar="DIR", help="go on with that run and its settings; --epochs extends it")
+    options = vars(parser.parse_args(arguments))
+    recipe, output, resumed = (options.pop(name) for name in ("config", "output", "resume"))
+    if resumed is not None:
+        epochs = options.pop("epochs")
+        if recipe is not None or any(v is not None for v in options.values()):
+            raise UserError("--resume goes on with the run's own settings; leave all others but --epochs out")
+        run = resume(Path(resumed), epochs)
+    else:
+        run = begin(load_settings(recipe, options), Path(output))
+    counts = {name: len(getattr(run.corpus, name)) for name in ("train", "valid", "test")}
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(json.dumps({"pairs": counts, "parameters": parameters, "opt": run.settings.opt}), flush=True)
+    run.train()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,83 @@
+"""FLOPs of a run's update and of a plain one, counted on the meta device, where nothing is computed."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import samon
+from samon.trainer.build import build_optimizer
+from samon.trainer.config import Config, resolve
+from samon.trainer.model import create_model
+
+log = logging.getLogger("samon")
+MODEL_KEYS = ("model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size", "batch_size")
+SAM_KEYS = ("perturb", "sparsity", "ascent", "ascent_fraction", "ascent_size", "gsam_alpha", "no_replay", "m_sharpness")
+
+
+def step_flops(config: Config) -> dict[str, float] | None:
+    """FLOPs per process of the mean update of a run (`step`) and of an update without perturbation (`plain`).
+
+    None, with the reason logged, where they cannot be counted in advance."""
+    if config.ascent in ("adaptive", "aesam"):
+        log.info("--ascent aesam decides during training; its FLOPs are not known in advance")
+        return None
+    perturbs = samon.is_sam_name(config.opt)
+    keys = (*MODEL_KEYS, "opt", "base_opt", *(SAM_KEYS if perturbs else ()))
+    settings = {key: value for key in keys if (value := getattr(config, key)) is not None}
+    try:
+        plain, two_pass = count_step(json.dumps(settings))
+    except Exception as error:  # a finished run must not fail here, whatever its model does on the meta device
+        log.info("FLOPs of a step were not counted: %s", " ".join(str(error).split())[:200])
+        return None
+    end = config.epochs if config.sam_end_epoch is None else min(config.sam_end_epoch, config.epochs)
+    share = max(0, end - config.sam_start_epoch) / max(1, config.epochs) / config.sam_every
+    return {"step": share * two_pass + (1 - share) * plain, "plain": plain}
+
+
+@cache
+def count_step(settings: str) -> tuple[float, float]:
+    """FLOPs of a plain update, and of an update of the optimizer in these settings (JSON)."""
+    config = resolve({}, json.loads(settings))
+    with torch.device("meta"):
+        model = create_model(config).train()
+        size = config.input_size or [config.in_chans or 3, *[config.img_size or 224] * 2]
+        x, y = torch.empty(config.batch_size, *size), torch.zeros(config.batch_size, dtype=torch.long)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    plain = count_flops(lambda: loss(x, y).backward())
+    if not samon.is_sam_name(config.opt):
+        return plain, plain
+    optimizer = build_optimizer(config.but(lr=0.1), model)
+    groups = config.batch_size // config.m_sharpness if isinstance(config.m_sharpness, int) else 1
+    ascent_forward = None
+    if config.ascent_fraction < 1 or config.ascent_size:
+        images = math.ceil(config.ascent_fraction * config.batch_size)  # as in the training loop
+        small = torch.empty(images, size[0], *[config.ascent_size or size[1]] * 2, device="meta")
+        ascent_forward = partial(loss, small, y[:images])
+
+    def update() -> None:
+        optimizer.zero_grad()
+        samon.two_pass(
+            optimizer, partial(loss, x, y), groups=groups, replay=not config.no_replay, ascent_forward=ascent_forward
+        )
+        optimizer.step()
+
+    update()  # the first update may record a replay plan, or have no direction yet
+    period = int(config.ascent.split(":")[1]) if ":" in config.ascent else 1
+    return plain, sum(count_flops(update) for _ in range(period)) / period
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """FLOPs of one call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
