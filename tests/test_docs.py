@@ -117,6 +117,14 @@ def test_documented_flags_exist(program: str, arguments: str) -> None:
     assert parse_command_line(PROGRAMS[program], shlex.split(arguments), "")
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_files_exist(name: str) -> None:
+    """mkdocs checks the links of its pages, not these."""
+    targets = re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)|(?:src|srcset)="([^"]+)"', (ROOT / name).read_text())
+    missing = [path for pair in targets if not (ROOT / (path := pair[0] or pair[1])).exists()]
+    assert missing == []
+
+
 def test_every_program_is_documented() -> None:
     assert {program for program, _ in documented_commands()} == set(PROGRAMS)
     assert len(documented_commands()) > 20
