@@ -15,6 +15,7 @@ from torch import Tensor
 from samon.errors import UserError
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+RADIUS_RULES = ("ball", "raw", "loss")
 Tensors = Sequence[Tensor]
 NormReduction = Callable[[Tensor], Tensor] | None  # 2-norms [T] of local shards to those of the full tensors
 Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
@@ -82,6 +83,44 @@ def validate_radius(name: str, value: object) -> float:
     return float(value)
 
 
+def validate_radius_rule(radius: object) -> str | float:
+    """Return what rho measures: `ball`, `raw`, `loss`, or the share of `ball` in a mix with `raw`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(radius, str) and radius in RADIUS_RULES:
+        return radius
+    try:
+        share = float(radius)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        share = -1.0
+    if isinstance(radius, bool) or not 0 < share < 1:
+        raise UserError(f"radius must be {', '.join(RADIUS_RULES)} or a number in (0, 1), got {radius!r}")
+    return share
+
+
+def radius_scale(radius: str | float, dual_norm: Tensor) -> Tensor | None:
+    """The factor on the perturbation of Eq. 5, which has length rho; None for 1.
+
+    With the dual norm ||g||* = ||T g||_2 (p = 2) or ||T g||_1 (p = inf), the linearized loss rises by ||g||* per unit
+    length, so every rule holds for every geometry:
+
+    `ball`  1: the perturbation has length rho (Eq. 5).
+    `raw`   ||g||*: length rho ||g||*, for p = 2 eps = rho T^2 g: USAM (Andriushchenko and Flammarion 2022).
+    lambda  lambda + (1 - lambda) ||g||*: Unified SAM (arXiv 2503.02225).
+    `loss`  1 / ||g||*: the linearized loss rises by rho: LE-SAM (arXiv 2605.10183).
+    """
+    if radius == "ball":
+        return None
+    if radius == "raw":
+        return dual_norm
+    if radius == "loss":
+        return torch.where(dual_norm > 0, 1 / dual_norm, 0)
+    assert isinstance(radius, float)
+    return radius + (1 - radius) * dual_norm
+
+
 def to_float32(tensor: Tensor) -> Tensor:
     """The tensor dense, and in float32 if its precision is lower: norms of float16 gradients overflow."""
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
@@ -106,6 +145,7 @@ def ascent_step(
     is_weight: Sequence[bool] = (),
     grouped: bool = False,
     reduce: NormReduction = None,
+    radius: str | float = "ball",
 ) -> tuple[list[Tensor], Tensor]:
     """The maximizer of the linearized loss (Eq. 5).
 
@@ -114,7 +154,8 @@ def ascent_step(
 
     Args:
         is_weight: which tensors are weights, for a geometry `by_name` (section 3.2: T = |w| + eta for these, else 1).
-        reduce: for sharded tensors (`samon.engines.fsdp.shard_norms`).
+        reduce: for sharded tensors (`samon.engines.fsdp.norm_reduction`).
+        radius: what rho measures (`radius_scale`).
 
     Returns:
         `(eps, ||T g||_2)`, eps in the gradients' shapes and dtypes.
@@ -130,12 +171,29 @@ def ascent_step(
     scaled_grads = scaled(grads)  # T g
     norm = global_norm(scaled_grads, grouped=grouped, reduce=reduce)
     if row.p == math.inf:
-        return [rho * x for x in scaled([g.sgn() for g in grads])], norm
+        signs = [rho * x for x in scaled([g.sgn() for g in grads])]
+        scale = None if radius == "ball" else radius_scale(radius, _norm_1(scaled_grads, grouped, reduce))
+        return signs if scale is None else [x * _per_row(scale, x) for x in signs], norm
     # One division, exact for rho = 0 too (x / inf = 0). If the norm is zero, so is every numerator.
     divisor = torch.where(norm > 0, norm, 1) / rho
+    if (scale := radius_scale(radius, norm)) is not None:
+        divisor = divisor / torch.where(norm > 0, scale, 1)
     if grouped:
-        return [x / divisor.view(-1, *[1] * (x.dim() - 1)) for x in scaled(scaled_grads)], norm
+        return [x / _per_row(divisor, x) for x in scaled(scaled_grads)], norm
     return list(torch._foreach_div(scaled(scaled_grads), divisor)), norm
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    """Values [] or [G], shaped to broadcast against `like` [G, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
+
+
+def _norm_1(tensors: Tensors, grouped: bool, reduce: NormReduction) -> Tensor:
+    """The 1-norm of all tensors as one vector: [], or [G] if grouped. `reduce` sums squares over the shards."""
+    if grouped:
+        return global_norm(tensors, 1, grouped=True)
+    norms = torch.stack(torch._foreach_norm(list(tensors), 1))
+    return (norms if reduce is None else reduce(norms.sqrt()).square()).sum()
 
 
 def perturbation(
@@ -148,6 +206,7 @@ def perturbation(
     grouped: bool,
     keep_probability: float,
     reduce: NormReduction = None,
+    radius: str | float = "ball",
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`ascent_step` divided by ESAM's `keep_probability`, and zero if the gradient is not finite.
 
@@ -156,9 +215,11 @@ def perturbation(
         tensor, [N] or [G, N] (see `FlatTensors`): hundreds of small kernels would cost as much as the arithmetic.
     """
     low = [to_float32(w) for w in weights]
-    eps, norm = ascent_step(geometry, low, grads, rho, eta, is_weight, grouped, reduce)
+    eps, norm = ascent_step(geometry, low, grads, rho, eta, is_weight, grouped, reduce, radius)
     eps = eps if keep_probability == 1 else list(torch._foreach_div(eps, keep_probability))
     finite = norm.isfinite()
+    if radius != "ball":  # 1 / ||g||* overflows for tiny gradients
+        finite = finite & torch.stack([t.isfinite().flatten(int(grouped)).all(-1) for t in eps]).all(0)
     if len({(t.dtype, t.device) for t in eps}) > 1:
         masks = [finite.view(-1, *[1] * (t.dim() - 1)) if grouped else finite for t in eps]
         return [torch.where(mask, t, 0) for mask, t in zip(masks, eps, strict=True)], norm, finite

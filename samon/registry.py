@@ -18,7 +18,7 @@ from samon.geometry import GEOMETRIES
 from samon.sam import SAM
 from samon.scope import SCOPES, Selection, select, select_bare
 
-BASES = {"": "sgd", "-momentum": "momentum", "-adamw": "adamw", "-lion": "lion"}
+BASES = {"": "sgd", "-momentum": "momentum", "-adamw": "adamw", "-lion": "lion", "-muon": "muon"}
 MASKED = {"sam-random": "random", "ssam-f": "fisher", "ssam-d": "dynamic"}  # names with a mask over all parameters
 
 
@@ -94,6 +94,7 @@ class VariantSAM(SAM):
         *,
         rho: float | None = None,
         eta: float | None = None,
+        radius: str | float = "ball",
         base_opt: str | None = None,
         perturb: str | None = None,
         sparsity: float | None = None,
@@ -129,6 +130,7 @@ class VariantSAM(SAM):
             rho=variant.rho if rho is None else rho,
             geometry=variant.geometry,
             eta=eta,
+            radius=radius,
             mask=mask,
             ascent=make_ascent(ascent, gsam_alpha, esam_beta),
         )

@@ -27,6 +27,7 @@ from samon.geometry import (
     global_norm,
     to_float32,
     validate_radius,
+    validate_radius_rule,
 )
 from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-COPIED = {"base", "selection", "rho", "eta", "geometry", "mask", "ascent", "defaults", "sharded"}
+COPIED = {"base", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "defaults", "sharded"}
 
 
 class AscentSource:
@@ -125,7 +126,9 @@ class SAM(Optimizer):
     Args:
         base: optimizer over all trained parameters.
         selection: the parameters to perturb.
-        geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own).
+        geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own). `rho` is a plain
+            attribute, which a schedule may set.
+        radius: what rho measures (`samon.geometry.radius_scale`): `ball`, `raw`, `loss`, or a number in (0, 1).
         mask: sparse perturbation (section 5.1).
         ascent: where the direction of the perturbation comes from.
 
@@ -146,6 +149,7 @@ class SAM(Optimizer):
         rho: float,
         geometry: str = "",
         eta: float | None = None,
+        radius: str | float = "ball",
         mask: "Mask | None" = None,
         ascent: AscentSource | None = None,
     ):
@@ -155,6 +159,7 @@ class SAM(Optimizer):
             raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
+        self.radius = validate_radius_rule(radius)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
         selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
         self.selection, self.defaults = selection, base.defaults
@@ -193,7 +198,8 @@ class SAM(Optimizer):
     def __repr__(self) -> str:
         eta = f", eta={self.eta:g}" if self.eta else ""
         ascent = "" if self.ascent.name == "batch" else f", ascent={self.ascent.name}"
-        settings = f"{self.scope}, geometry={self.geometry or 'l2'}, rho={self.rho:g}{eta}{ascent}"
+        radius = "" if self.radius == "ball" else f", radius={self.radius}"
+        settings = f"{self.scope}, geometry={self.geometry or 'l2'}, rho={self.rho:g}{eta}{radius}{ascent}"
         return f"SAM({settings}, {len(self.selection.parameters)} tensors perturbed)\n{self.base!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -308,8 +314,10 @@ class SAM(Optimizer):
             dense = self.mask(dense)
         # For `eleml2orig`: weights by their own name, as in the authors' code.
         is_weight = [n.rpartition(".")[2] == "weight" for n in named] if GEOMETRIES[self.geometry].by_name else []
-        settings = (self.rho, self.eta, is_weight, grouped, self.ascent.keep_probability, self.norm_reduction(named))
-        eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
+        settings = (self.rho, self.eta, is_weight, grouped, self.ascent.keep_probability)
+        eps, norm, finite = self.arithmetic.perturbation(
+            self.geometry, weights, dense, *settings, self.norm_reduction(named), self.radius
+        )
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def ascend(
