@@ -29,6 +29,19 @@ def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Compute gradients for these frozen parameters."""
+    frozen_now = [p for p in parameters if not p.requires_grad]
+    for p in frozen_now:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen_now:
+            p.requires_grad_(False)
+
+
 @torch.no_grad()
 def add_perturbation(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
     """Add eps in place; float32 eps on half-precision weights is rounded once. Returns copies of the old weights."""

@@ -97,6 +97,7 @@ class VariantSAM(SAM):
         radius: str | float = "ball",
         base_opt: str | None = None,
         perturb: str | None = None,
+        perturb_frozen: bool = False,
         sparsity: float | None = None,
         mask_every: int = 100,
         ascent: str = "batch",
@@ -118,6 +119,8 @@ class VariantSAM(SAM):
         with reraise_as_user_error(f"base_opt={base_opt!r}"):
             base = create_optimizer_v2(params, base_opt, **base_kwargs)
         if selection is None:
+            if perturb_frozen:
+                raise UserError("perturb_frozen=True needs the frozen parameters; create the optimizer from the model")
             selection = select_bare(base.param_groups, variant.scope, perturb)
             if GEOMETRIES[variant.geometry].by_name and not all("param_names" in g for g in base.param_groups):
                 raise UserError(f"{variant.name} scales weights and biases differently; create it from the model")
@@ -155,7 +158,8 @@ def _with_selection(create: Callable[..., Optimizer]) -> Callable[..., Optimizer
         if variant is None and plain.rpartition("_")[2] not in known:
             raise UserError(f"optimizer {opt!r} not found in registry{nearest(plain, known)}")
         if variant is not None and isinstance(model_or_params, nn.Module):
-            kwargs["selection"] = select(model_or_params, variant.scope, kwargs.get("perturb"))
+            frozen = kwargs.get("perturb_frozen", False)
+            kwargs["selection"] = select(model_or_params, variant.scope, kwargs.get("perturb"), frozen)
         return create(model_or_params, opt, *args, **kwargs)
 
     return create_optimizer

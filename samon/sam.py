@@ -32,6 +32,7 @@ from samon.geometry import (
 from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
 
 if TYPE_CHECKING:
+    from samon.engines.closure import ManualPasses
     from samon.engines.masks import Mask
 
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
@@ -49,6 +50,7 @@ class AscentSource:
         name: its value of `ascent=`; `former_name` is found in older checkpoints.
         single_pass: no update makes an ascent pass.
         needs_clean_grad: g is used when the optimizer steps.
+        uses_final_gradient: the next update depends on h.
         has_state: tensors are carried from update to update.
         counts_updates: what comes next depends on the number of updates.
         keep_probability: fraction of the tensors that an update perturbs.
@@ -57,7 +59,7 @@ class AscentSource:
     """
 
     name = former_name = "batch"
-    single_pass = needs_clean_grad = has_state = counts_updates = False
+    single_pass = needs_clean_grad = uses_final_gradient = has_state = counts_updates = False
     keep_probability = 1.0
 
     def __init__(self) -> None:
@@ -161,7 +163,16 @@ class SAM(Optimizer):
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
-        selection.parameters = {n: p for n, p in selection.parameters.items() if id(p) in trained}
+        if selection.perturb_frozen and self.ascent.uses_final_gradient:
+            raise UserError(
+                f"ascent={self.ascent.name!r} uses the gradient at w + eps, which frozen parameters do not have; drop "
+                "perturb_frozen, or use ascent='batch' or 'fsam'"
+            )
+        selection.parameters = {
+            n: p
+            for n, p in selection.parameters.items()
+            if id(p) in trained or (selection.perturb_frozen and not p.requires_grad)
+        }
         self.selection, self.defaults = selection, base.defaults
         self._init_instance()
 
@@ -171,6 +182,7 @@ class SAM(Optimizer):
         vars(self).update({name: hooks for name, hooks in vars(self.base).items() if "state_dict" in name})
         self.stats: dict[str, Tensor] = {}
         self.arithmetic = Arithmetic()
+        self._manual: ManualPasses | None = None  # between first_step and second_step
         self._in_step = self._expect_plain = self._warned_plain = self._checked_rounding = False
 
     # -- one set of groups and one state with the base ---------------------------------------------------------------
@@ -268,8 +280,8 @@ class SAM(Optimizer):
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
-        """The perturbed parameters that are trainable now, by qualified name."""
-        return {name: p for name, p in self.selection.parameters.items() if p.requires_grad}
+        """The perturbed parameters by qualified name: those that are trainable now, or all with `perturb_frozen`."""
+        return self.selection.current()
 
     @contextmanager
     def sampled_parameters(self) -> Iterator[Named]:
@@ -278,10 +290,13 @@ class SAM(Optimizer):
         Raises:
             UserError: all are frozen, or FSDP does not let them be perturbed.
         """
+        if self._manual is not None:
+            raise UserError("first_step() has moved the weights to w + eps; call second_step() before another step")
         named = self.perturbed_parameters()
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
-        if all(p.grad is None for p in named.values()):  # cleared by the model or by Lookahead, not by `zero_grad`
+        trained = [p for p in named.values() if p.requires_grad] or [p for g in self.param_groups for p in g["params"]]
+        if all(p.grad is None for p in trained):  # cleared by the model or by Lookahead, not by `zero_grad`
             self._discard_update()
         named = self.ascent.sample(named)
         refuse_fsdp1(named.values())
@@ -418,6 +433,8 @@ class SAM(Optimizer):
             UserError: the closure computes no gradients, or does not clear old ones that are not zero.
         """
         loss = None
+        if self._manual is not None:
+            raise UserError("first_step() has moved the weights to w + eps; call second_step() instead of step()")
         if closure is None:
             self._warn_if_plain()
         else:
@@ -426,12 +443,48 @@ class SAM(Optimizer):
             filled, self._expect_plain = self.ascent.used or self._expect_plain, False
             with self.sampled_parameters() as named:
                 loss = run_closure(self, named, torch.enable_grad()(closure), filled)
+        result = self._apply_gradients()
+        return result if closure is None else loss
+
+    def _apply_gradients(self) -> Any:
         self.ascent.finish_update(self)
         if self.mask is not None:
             self.mask.advance()
         result = self.base.step()
         torch.clear_autocast_cache()
-        return result if closure is None else loss
+        return result
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Move the weights to w + eps along the gradients at w: the protocol of davda54/sam. Compute the gradients
+        there, then call `second_step`. Buffers such as BatchNorm statistics are updated by the first pass only.
+
+        Args:
+            zero_grad: clear the gradients, which the second backward must not add to.
+        """
+        from samon.engines.closure import ManualPasses
+
+        self._manual = ManualPasses(self)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restore the weights, and apply the gradients at w + eps there.
+
+        Args:
+            zero_grad: clear the gradients at the end.
+
+        Raises:
+            UserError: `first_step` was not called, or its gradients were not cleared.
+        """
+        if self._manual is None:
+            raise UserError("second_step() needs first_step() before it")
+        passes, self._manual = self._manual, None
+        passes.finish()
+        self._apply_gradients()
+        if zero_grad:
+            self.zero_grad()
 
     def expect_plain_step(self) -> None:
         """Say that the next step is a plain one on purpose: no warning that nothing was perturbed."""

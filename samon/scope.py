@@ -177,10 +177,11 @@ def _by_unique_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 @dataclass
 class Selection:
-    """The perturbed parameters by qualified name. Frozen ones are included: `requires_grad` decides at every step.
+    """The parameters of a scope by qualified name, frozen ones included: `requires_grad` decides at every step.
 
     Attributes:
         narrowed: `perturb` excludes a part of the scope, so only some layers are perturbed.
+        perturb_frozen: frozen parameters are perturbed too.
     """
 
     scope: str
@@ -188,15 +189,20 @@ class Selection:
     perturb: str | None = None
     model: nn.Module | None = field(default=None, repr=False)
     narrowed: bool = False
+    perturb_frozen: bool = False
+
+    def current(self) -> Named:
+        """The parameters to perturb now: those that are trainable, or all with `perturb_frozen`."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad or self.perturb_frozen}
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters that are trainable now."""
-        return [name for name, p in self.parameters.items() if p.requires_grad]
+        """Names of the parameters to perturb now."""
+        return list(self.current())
 
     def summary(self) -> str:
         """Text for the log: how much of the model is perturbed, and in which types of layer."""
-        perturbed = [self.parameters[name] for name in self.names]
+        perturbed = list(self.current().values())
         count = sum(p.numel() for p in perturbed)
         line = f"{self.scope} perturbs {count:,} parameters in {len(perturbed)} tensors"
         if self.model is None:
@@ -218,11 +224,11 @@ def model_name(model: nn.Module) -> str:
     return cfg.get("architecture") or type(model).__name__
 
 
-def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selection:
+def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_frozen: bool = False) -> Selection:
     """Select the parameters of `scope` whose qualified name matches the regular expression `perturb`.
 
     Raises:
-        UserError: none of them is trainable, or `perturb` is not a regular expression.
+        UserError: there is none, or none that is trainable, or `perturb` is not a regular expression.
     """
     model = unwrap(model)
     refuse_fsdp1(model.parameters())
@@ -235,16 +241,16 @@ def select(model: nn.Module, scope: str, perturb: str | None = None) -> Selectio
             f"not known as normalization layers, though their names say so: {unknown}; register each by "
             "samon.register_norm(cls, dim=...) before the optimizer is created"
         )
-    if not any(p.requires_grad for p in candidates.values()):
+    if not any(p.requires_grad or perturb_frozen for p in candidates.values()):
         types = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
         raise UserError(
             f"{scope}: {model_name(model)} has no trainable parameter to perturb ({SCOPES[scope].description}; its "
             f"normalization layers: {', '.join(types)}); use another scope (sam perturbs all parameters), unfreeze "
-            f"them, or choose another model{advice and '; ' + advice}"
+            f"them, pass perturb_frozen=True, or choose another model{advice and '; ' + advice}"
         )
     if advice:
         warnings.warn(f"{scope}: {model_name(model)} has layers that are {advice}", stacklevel=4)
-    return _matching(candidates, scope, perturb, model)
+    return _matching(candidates, scope, perturb, model, perturb_frozen)
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
@@ -264,20 +270,23 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
     return _matching(_by_unique_name(pairs), scope, perturb)
 
 
-def _matching(candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None) -> Selection:
+def _matching(
+    candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None, perturb_frozen: bool = False
+) -> Selection:
     """Parameters whose name matches `perturb` (all if None)."""
     try:
         matching = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
     except re.error as e:
         raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
-    if not any(p.requires_grad for p in matching.values()):
+    if not any(p.requires_grad or perturb_frozen for p in matching.values()):
         where = "the parameter groups" if model is None else model_name(model)
         trainable = [name for name, p in candidates.items() if p.requires_grad]
         raise UserError(
             f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters of scope {scope} in "
             f"{where}; the first of them is {next(iter(trainable), None)!r}"
         )
-    return Selection(scope, matching, perturb, model, narrowed=len(matching) < len(candidates))
+    narrowed = len(matching) < len(candidates)
+    return Selection(scope, matching, perturb, model, narrowed, perturb_frozen)
 
 
 def refuse_fsdp1(parameters: Iterable[Tensor]) -> None:

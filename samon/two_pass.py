@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from samon import rng
-from samon.contexts import frozen, modules_of, preserve_buffers, record_modules
+from samon.contexts import frozen, modules_of, preserve_buffers, record_modules, trainable
 from samon.errors import UserError
 from samon.sam import SAM, all_reduce_mean, sam_of
 from samon.scope import Named, refuse_fsdp1
@@ -199,7 +199,8 @@ class WholeBatch:
     @contextmanager
     def ascent_pass(self) -> Iterator[None]:
         """Around the first pass."""
-        with frozen(self.frozen_parameters()), preserve_buffers(self.modules if self.bn_stats == "second" else []):
+        buffers = preserve_buffers(self.modules if self.bn_stats == "second" else [])
+        with frozen(self.frozen_parameters()), trainable(self.named.values()), buffers:
             yield
 
     @contextmanager

@@ -118,7 +118,7 @@ def test_lightnings_manual_backward_alone_is_refused() -> None:
             self.manual_backward(self.loss(*pair))
             opt.step()
 
-    with pytest.raises(UserError, match="closure does not clear the gradients"):
+    with pytest.raises(UserError, match="earlier gradients were not cleared"):
         fit(Plain(1))
 
 

@@ -35,7 +35,7 @@ class PreviousGradient(AscentSource):
     """Direction h of the last update. The first update is a plain step."""
 
     name = former_name = "previous"
-    single_pass = has_state = True
+    single_pass = uses_final_gradient = has_state = True
 
     def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
         return _stored(self.state, named)
@@ -52,7 +52,7 @@ class MSAM(AscentSource):
     """
 
     name, former_name = "msam", "momentum"
-    single_pass = has_state = True
+    single_pass = uses_final_gradient = has_state = True
     decay = 0.9
 
     def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
@@ -99,7 +99,7 @@ class LookSAM(AscentSource):
     with h taken at w.
     """
 
-    needs_clean_grad = has_state = counts_updates = True
+    needs_clean_grad = uses_final_gradient = has_state = counts_updates = True
     alpha = 0.7
 
     def __init__(self, k: int) -> None:
@@ -126,7 +126,7 @@ class AESAM(AscentSource):
     """
 
     name, former_name = "aesam", "adaptive"
-    has_state = counts_updates = True
+    uses_final_gradient = has_state = counts_updates = True
     delta, lambda_1, lambda_2 = 0.9, -1.0, 1.0
 
     def needs_ascent_pass(self) -> bool:

@@ -1,17 +1,18 @@
-"""The two passes through a closure: `SAM.step(closure)`."""
+"""The two passes as the caller runs them: `SAM.step(closure)`, `SAM.first_step()` and `SAM.second_step()`."""
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from samon.contexts import modules_of, preserve_buffers, record_modules
+from samon.contexts import modules_of, preserve_buffers, record_modules, trainable
 from samon.errors import UserError
 from samon.sam import SAM
 from samon.scope import Named
@@ -20,8 +21,8 @@ from samon.two_pass import raise_no_gradient
 VERSION = "_samon_version"  # attribute of a gradient: its version counter when the closure was called
 
 
-class ClosureGradients:
-    """Run a closure and observe the gradients of `parameters`; nothing is read on the host unless old ones stay.
+class GradientObserver:
+    """Observe the gradients of `parameters` during a backward; nothing is read on the host unless old ones stay.
 
     Old gradients are marked with their version counter. Clearing one drops the marked tensor (`set_to_none`) or
     advances the counter (`zero_`), so a hook that runs right before a gradient is accumulated sees whether it will be
@@ -35,7 +36,9 @@ class ClosureGradients:
         self.accumulated: set[Parameter] = set()
         self.old_norms: list[Tensor] = []  # [] each, of old gradients that were not cleared
 
-    def run(self, closure: Callable[[], Any]) -> Any:
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Around the backward."""
         nodes, handles = [], []
         for p in self.parameters:
             if p.grad is not None:
@@ -44,7 +47,7 @@ class ClosureGradients:
                     nodes.append(get_gradient_edge(p).node)  # a parameter does not keep its node alive
                     handles.append(nodes[-1].register_prehook(partial(self._before_accumulation, p)))
         try:
-            return closure()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -79,9 +82,9 @@ class ClosureGradients:
                 self._record_old(p)
         if any(norm.item() != 0 for norm in self.old_norms):
             raise UserError(
-                "the closure does not clear the gradients that were there before step(closure); they were not taken at "
-                "w + eps. Call optimizer.zero_grad() at the start of the closure, and no backward before step. If a "
-                "trainer accumulates micro-batches (Lightning's accumulate_grad_batches), optimize manually: "
+                "earlier gradients were not cleared, and they were not taken at w + eps. Start a closure with "
+                "optimizer.zero_grad(), and run no backward before step(closure); or call first_step(zero_grad=True). "
+                "If a trainer accumulates micro-batches (Lightning's accumulate_grad_batches), optimize manually: "
                 "samon.two_pass(..., loss_scale=1/K) for each of the K micro-batches, then step()"
             )
         if sam.ascent.keep_probability == 1 and not any(map(self.received, named.values())):
@@ -104,18 +107,21 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
         filled: `two_pass` has filled the gradients of this update, so a closure that computes none runs once.
 
     Raises:
-        UserError: it runs under inference mode, or `ClosureGradients.check` rejects the closure.
+        UserError: it runs under inference mode, or `GradientObserver.check` rejects the closure.
     """
     if torch.is_inference_mode_enabled():
         raise UserError("step(closure) cannot run under torch.inference_mode(); call it outside")
     ascends = sam.ascent.needs_ascent_pass()
-    gradients = ClosureGradients(p for group in sam.param_groups for p in group["params"])
+    untrained = [p for p in named.values() if not p.requires_grad]
+    if untrained and dist.is_available() and dist.is_initialized():
+        raise UserError("step(closure) does not average gradients of frozen parameters; use samon.two_pass")
+    gradients = GradientObserver(p for group in sam.param_groups for p in group["params"])
     loss: Any = None
     grads: list[Tensor | None] | None = None
     others = [p for p in _parameters_of_other_optimizers(sam) if p.grad is None]
     if ascends or filled:
-        with record_modules(sam, sam.model):
-            loss = gradients.run(closure)
+        with record_modules(sam, sam.model), trainable(untrained), gradients.observe():
+            loss = closure()
         if filled and not any(map(gradients.received, gradients.parameters)):
             return loss
         gradients.check(sam, named)
@@ -124,11 +130,13 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
             if sam.ascent.needs_clean_grad:
                 dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
                 sam.ascent.accumulate_clean_grad(dense, 1.0)
+    for p in untrained:
+        p.grad = None
     eps, _ = sam.ascend(named, grads)
     del grads  # not in memory together with those of the second run
     if not (ascends or filled):
-        with nullcontext() if eps is None else sam.add_perturbation(named, eps):
-            loss = gradients.run(closure)
+        with nullcontext() if eps is None else sam.add_perturbation(named, eps), gradients.observe():
+            loss = closure()
         gradients.check(sam, named)
     elif eps is not None:
         gradients.clear()
@@ -137,6 +145,47 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
         with preserve_buffers(modules_of(sam, sam.model)), sam.add_perturbation(named, eps):
             closure()
     return loss
+
+
+class ManualPasses:
+    """The first and the second pass by the caller: at w before this object is created, at w + eps until `finish`.
+
+    Raises:
+        UserError: no perturbed parameter has a gradient, or the ascent source makes a single pass.
+    """
+
+    def __init__(self, sam: SAM) -> None:
+        self.sam, self.stack = sam, ExitStack()
+        if sam.ascent.single_pass:
+            raise UserError(f"ascent={sam.ascent.name!r} makes a single pass; use samon.two_pass or step(closure)")
+        if sam.selection.perturb_frozen:
+            raise UserError("first_step() finds no gradients of frozen parameters; use samon.two_pass or step(closure)")
+        with ExitStack() as stack:
+            self.named = stack.enter_context(sam.sampled_parameters())
+            if all(p.grad is None for p in self.named.values()):
+                raise_no_gradient(sam)
+            grads = None
+            if sam.ascent.needs_ascent_pass():
+                grads = [p.grad for p in self.named.values()]
+                if sam.ascent.needs_clean_grad:
+                    dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.named.values()]
+                    sam.ascent.accumulate_clean_grad(dense, 1.0)
+            eps, _ = sam.ascend(self.named, grads)
+            stack.enter_context(preserve_buffers(modules_of(sam, sam.model)))
+            if eps is not None:
+                stack.enter_context(sam.add_perturbation(self.named, eps))
+            self.gradients = GradientObserver(p for group in sam.param_groups for p in group["params"])
+            stack.enter_context(self.gradients.observe())
+            self.stack = stack.pop_all()
+
+    def finish(self) -> None:
+        """Restore the weights.
+
+        Raises:
+            UserError: gradients of the first pass were not cleared, or the second pass computed none.
+        """
+        self.stack.close()
+        self.gradients.check(self.sam, self.named)
 
 
 def _parameters_of_other_optimizers(sam: SAM) -> list[Parameter]:

@@ -125,6 +125,8 @@ def make_engine(
             f"{SHARDED}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or "
             "replicate them with fully_shard(ignored_params=...)"
         )
+    if not all(p.requires_grad for p in named.values()):
+        raise UserError(f"{SHARDED}perturb_frozen needs the frozen ones replicated, by fully_shard(ignored_params=...)")
     if scaler is not None:
         raise UserError(f"{SHARDED}float16 with a GradScaler is not supported; use bfloat16")
     return Sharded(sam, named, bn_stats)

@@ -20,7 +20,7 @@ from tests import reference
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 
 RHO = 0.3
-UNCLEARED = r"closure does not clear the gradients.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
+UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
 NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
 
 
