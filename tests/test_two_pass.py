@@ -1,268 +1,101 @@
-"""The two-pass step against naive loops. Tolerance 1e-10 relative: float64 sums in another order."""
+"""The two-pass step: every engine against naive float64 loops, its arguments, its cost, and what it refuses."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, EvoNorm2dB0, set_reentrant_ckpt
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import samon
 from samon import UserError
+from samon.engines.replay import PLANS
 from tests import reference
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.steps import (
+    RHO,
+    HostReads,
+    assert_gradients,
+    assert_same,
+    assert_unchanged,
+    closure_of,
+    count_flops,
+    loss_of,
+    losses_of,
+    make,
+    optimizer_of,
+    values,
+)
 
-RHO = 0.3
-
-
-def setup(net, name: str, **kwargs):
-    torch.manual_seed(0)
-    model = randomized(net())
-    return model, create_optimizer_v2(model, name, lr=0.1, rho=RHO, **kwargs)
-
-
-def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
-    return lambda: F.cross_entropy(model(x), y)
-
-
-def assert_gradients(model: nn.Module, expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
-    """Relative to the whole gradient: a bias in front of BatchNorm has a gradient of rounding noise only."""
-    size = torch.cat([g.flatten() for g in expected.values()]).norm()
-    for name, p in model.named_parameters():
-        assert (p.grad - expected[name]).norm() <= tolerance * size, name
+LATE = {"batchnorm": r"blocks\.2", "layernorm": r"(norms|mixes)\.3"}
 
 
+def accumulate(opt: Any, forwards: list) -> Tensor:
+    return torch.stack([samon.two_pass(opt, forward, loss_scale=1 / len(forwards)) for forward in forwards]).mean()
+
+
+# Name: the step of (optimizer, network, x, y), the number of sub-batches, and whether these share one perturbation.
+ENGINES: dict[str, Any] = {
+    "WholeBatch": (lambda opt, *data: samon.two_pass(opt, loss_of(*data)), 1, True),
+    "PerGroup, m = 4": (lambda opt, *data: samon.two_pass(opt, loss_of(*data), groups=2), 2, False),
+    "PerGroup, m = 1": (lambda opt, *data: samon.two_pass(opt, loss_of(*data), groups=8), 8, False),
+    "Replay": (lambda opt, *data: samon.two_pass(opt, loss_of(*data)), 1, True),
+    "accumulated": (lambda opt, *data: accumulate(opt, losses_of(*data, 4)), 4, False),
+    "micro-batches": (lambda opt, *data: samon.two_pass(opt, losses_of(*data, 4)), 4, True),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("geometry", reference.GEOMETRIES)
 @pytest.mark.parametrize("scope", ["sam", "samon", "samnn"])
-@pytest.mark.parametrize("net", NETS.values())
-def test_against_reference(net, scope: str, geometry: str) -> None:
-    model, opt = setup(net, f"{scope}-{geometry}".strip("-"))
-    x, y = batch()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_equals_the_reference(engine: str, scope: str, geometry: str, net: str) -> None:
+    """The specification of the step. Tolerance 1e-10 relative: float64 sums in another order."""
+    step, parts, shared = ENGINES[engine]
+    perturb = LATE[net] if engine == "Replay" else None
+    model, opt = make(NETS[net], f"{scope}-{geometry}".strip("-"), perturb=perturb)
+    before, (x, y) = values(model), batch(8)
+    if "PerGroup" in engine and scope != "samon":
+        with pytest.raises(UserError, match=f"scope {scope}.*loop over the sub-batches"):
+            step(opt, model, x, y)
+        return
     twin = copy.deepcopy(model)
-    clean, expected = reference.sam_gradient(
-        twin, [loss_of(twin, x, y)], reference.scope_names(twin, scope), geometry, RHO
-    )
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    loss = samon.two_pass(opt, loss_of(model, x, y))
-    assert loss.item() == pytest.approx(clean, rel=1e-12)
-    assert not loss.requires_grad
-    assert_gradients(model, expected)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert all(p.requires_grad for p in model.parameters())
-    assert opt.stats["loss_perturbed"] > opt.stats["loss"]
-
-
-def test_gradients_accumulate_and_the_ascent_pass_leaves_none() -> None:
-    model, opt = setup(LayerNormNet, "samon")
-    x, y = batch()
-    samon.two_pass(opt, loss_of(model, x, y))
-    once = {n: p.grad.clone() for n, p in model.named_parameters()}
-    samon.two_pass(opt, loss_of(model, x, y))
-    assert_gradients(model, {n: 2 * g for n, g in once.items()}, 1e-14)
-
-
-@pytest.mark.parametrize("geometry", ["", "fisher"])
-def test_accumulation_with_one_perturbation_each(geometry: str) -> None:
-    """K micro-batches with loss_scale 1/K: m-sharpness with m = micro-batch. Fisher sees unscaled gradients."""
-    model, opt = setup(LayerNormNet, f"samon-{geometry}".strip("-"))
-    x, y = batch(9)
-    twin = copy.deepcopy(model)
-    losses = [loss_of(twin, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
-    names = reference.scope_names(twin, "samon")
-    _, expected = reference.m_sharpness_gradient(twin, losses, names, geometry, RHO)
-    for a, b in zip(x.chunk(3), y.chunk(3), strict=True):
-        samon.two_pass(opt, loss_of(model, a, b), loss_scale=1 / 3)
-    assert_gradients(model, expected)
-
-
-@pytest.mark.parametrize("net", NETS.values())
-def test_several_forwards_share_one_perturbation(net) -> None:
-    model, opt = setup(net, "samon-layerl2")
-    x, y = batch(9)
-    twin = copy.deepcopy(model)
-    losses = [loss_of(twin, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
-    names = reference.scope_names(twin, "samon")
-    clean, expected = reference.sam_gradient(twin, losses, names, "layerl2", RHO)
-    forwards = [loss_of(model, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
-    assert samon.two_pass(opt, forwards).item() == pytest.approx(clean, rel=1e-12)
-    assert_gradients(model, expected)
-
-
-@pytest.mark.parametrize("name", ["samon", "samon-fisher"])
-def test_thirds_of_a_batch_climb_as_the_whole(name: str) -> None:
-    """The mean gradient, not the sum: its direction alone would not tell, its norm and the Fisher geometry do."""
-    x, y = batch(9)
-    (model, opt), (twin, whole) = setup(LayerNormNet, name), setup(LayerNormNet, name)
-    samon.two_pass(opt, [loss_of(model, a, b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)])
-    samon.two_pass(whole, loss_of(twin, x, y))
-    norms = [float(o.stats["ascent_grad_norm"]) for o in (opt, whole)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
-    assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()})
+    names = [name for name in reference.scope_names(twin, scope) if re.search(perturb or "", name)]
+    gradient = reference.sam_gradient if shared else reference.m_sharpness_gradient
+    clean, expected = gradient(twin, losses_of(twin, x, y, parts), names, geometry, RHO)
+    for _ in range(2):  # the first step of Replay records, the second replays
+        opt.zero_grad()
+        loss = step(opt, model, x, y)
+        assert loss.item() == pytest.approx(clean, rel=1e-12)
+        assert not loss.requires_grad
+        assert_gradients(model, expected)
+        assert opt.stats["loss_perturbed"] > opt.stats["loss"]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.requires_grad
+    assert engine != "Replay" or PLANS[opt].prefix
 
 
 def test_ascent_from_a_part_of_the_batch() -> None:
-    model, opt = setup(LayerNormNet, "samon")
+    (model, opt), (twin, other) = make(), make()
     x, y = batch()
-    twin = copy.deepcopy(model)
-    twin_opt = create_optimizer_v2(twin, "samon", lr=0.1, rho=RHO)
     part = loss_of(twin, x[:2], y[:2])
-    names = list(twin_opt.perturbed_parameters())
-    grads = dict(zip(names, torch.autograd.grad(part(), twin_opt.perturbed_parameters().values()), strict=True))
-    with twin_opt.perturbed(grads):
+    with other.perturbed(torch.autograd.grad(part(), list(other.perturbed_parameters().values()))):
         loss_of(twin, x, y)().backward()
     loss = samon.two_pass(opt, loss_of(model, x, y), ascent_forward=loss_of(model, x[:2], y[:2]))
     assert loss.item() == pytest.approx(part().item(), rel=1e-12)
     assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()})
 
 
-class Norms(nn.Module):
-    """timm's fused BatchNorm+activation, a cumulative average (momentum None) and one that tracks nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3),
-            BatchNormAct2d(4),
-            nn.Conv2d(4, 4, 3),
-            nn.BatchNorm2d(4, momentum=None),
-            nn.Conv2d(4, 5, 3),
-            nn.BatchNorm2d(5, track_running_stats=False),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x).mean((2, 3))
-
-
-@pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
-def test_running_statistics(bn_stats: str) -> None:
-    model, opt = setup(Norms, "samon")
-    x, y = batch()
-    expected = copy.deepcopy(model)
-    passes = []
-    for _ in range(2):
-        if bn_stats in ("first", "both"):
-            expected(x)
-        if bn_stats in ("second", "both"):
-            twin_opt = create_optimizer_v2(expected, "samon", lr=0.1, rho=RHO)
-            probe = copy.deepcopy(expected)
-            names = list(twin_opt.perturbed_parameters())
-            named = dict(probe.named_parameters())
-            grads = torch.autograd.grad(F.cross_entropy(probe(x), y), [named[n] for n in names])
-            with twin_opt.perturbed(grads):
-                expected(x)
-        samon.two_pass(opt, loss_of(model, x, y), bn_stats=bn_stats)
-        passes.append(1)
-    for (name, got), want in zip(model.named_buffers(), expected.buffers(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
-    count = 2 * len(passes) if bn_stats == "both" else len(passes)
-    assert model.layers[1].num_batches_tracked == count
-
-
-def test_running_statistics_after_an_exception() -> None:
-    model, opt = setup(BatchNormNet, "samon")
-    x, y = batch()
-    buffers, weights = copy.deepcopy(dict(model.named_buffers())), copy.deepcopy(dict(model.named_parameters()))
-    calls = []
-
-    def forward() -> torch.Tensor:
-        calls.append(1)
-        loss = F.cross_entropy(model(x), y)
-        if len(calls) == 2:
-            raise RuntimeError("second pass")
-        return loss
-
-    with pytest.raises(RuntimeError, match="second pass"):
-        samon.two_pass(opt, forward, bn_stats="second")
-    # `second` undid the first pass; `num_batches_tracked` counts the broken second one, as a plain forward would.
-    assert model.bn.num_batches_tracked == buffers["bn.num_batches_tracked"] + 1
-    calls.clear()
-    model.load_state_dict({**buffers}, strict=False)
-    with pytest.raises(RuntimeError, match="second pass"):
-        samon.two_pass(opt, forward, bn_stats="first")
-    assert model.bn.num_batches_tracked == buffers["bn.num_batches_tracked"] + 1
-    assert all(torch.equal(p, weights[n]) and p.requires_grad for n, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_same_noise(same: bool) -> None:
-    model, opt = setup(lambda: LayerNormNet(dropout=0.5), "samon")
-    x, y = batch()
-    masks = []
-    model.drop.register_forward_hook(lambda m, args, out: masks.append(out == 0))
-    torch.manual_seed(3)
-    samon.two_pass(opt, loss_of(model, x, y), same_noise=same)
-    first, second = masks[:4], masks[4:]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) == same
-
-
-@pytest.mark.parametrize("scope", ["sam", "samon"])
-def test_no_host_synchronisation(scope: str) -> None:
-    """Reading a tensor on the host dispatches aten::_local_scalar_dense; nothing in a step may."""
-
-    class Reads(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
-
-    for net in NETS.values():
-        for geometry in reference.GEOMETRIES:
-            model, opt = setup(net, f"{scope}-{geometry}".strip("-"))
-            x, y = batch()
-            options = [{}, {"bn_stats": "both", "same_noise": True}] + ([{"groups": 4}] if scope == "samon" else [])
-            for kwargs in options:
-                with Reads() as reads:
-                    samon.two_pass(opt, loss_of(model, x, y), **kwargs)
-                assert reads.count == 0, (geometry, kwargs)
-    with Reads() as reads:
-        torch.ones(()).item()
-    assert reads.count == 1
-
-
-def test_gradient_checkpointing_composes() -> None:
-    """timm's non-reentrant checkpointing: same gradients, with replay refused for a reason."""
-    import timm
-
-    set_reentrant_ckpt(False)
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=32, num_classes=5).double().train()
-    twin = copy.deepcopy(model)
-    model.set_grad_checkpointing(True)
-    x, y = batch(image=32)
-    for m in (model, twin):
-        samon.two_pass(create_optimizer_v2(m, "samon", lr=0.1, rho=RHO), loss_of(m, x, y))
-    assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()}, 1e-12)
-    opt = create_optimizer_v2(model, "samon", lr=0.1, perturb="norm$|^norm|blocks.[4-9]")
-    with pytest.raises(ValueError, match=r"replay .*--no-replay.*gradient checkpointing is on"):
-        samon.two_pass(opt, loss_of(model, x, y))
-    samon.two_pass(opt, loss_of(model, x, y), replay=False)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"bn_stats": "none"}, "bn_stats must be one of first, second, both"),
-        ({"reduce": "mean"}, "reduce must be 'device' or 'global'"),
-        ({"groups": 0}, "groups must be at least 1"),
-        ({"groups": 2, "reduce": "global"}, "does not combine with reduce='global'"),
-        ({"groups": 2, "ascent_forward": lambda: None}, "does not combine with .*ascent_forward"),
-    ],
-)
-def test_bad_options(kwargs: dict, message: str) -> None:
-    model, opt = setup(LayerNormNet, "samon")
-    with pytest.raises(ValueError, match=message):
-        samon.two_pass(opt, loss_of(model, *batch()), **kwargs)
-    assert all(p.grad is None for p in model.parameters())
-
-
+# -- buffers and noise -------------------------------------------------------------------------------------------------
 class OwnBatchNorm(nn.Module):
-    """A BatchNorm of one's own, in the ways that people update running statistics."""
+    """A BatchNorm of the user's own, in the ways that people update running statistics."""
 
     def __init__(self, way: str):
         super().__init__()
@@ -270,7 +103,7 @@ class OwnBatchNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("table", torch.arange(3.0).expand(2, 3), persistent=False)  # cannot be written to
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((0, 2, 3))
         if self.way == "in place":
             self.mean.lerp_(mean.detach(), 0.1)
@@ -283,6 +116,9 @@ class OwnBatchNorm(nn.Module):
 
 WITH_BUFFERS = {
     **{way: lambda way=way: OwnBatchNorm(way) for way in ("in place", "replaced", ".data")},
+    "BatchNormAct2d": lambda: BatchNormAct2d(3),
+    "cumulative average": lambda: nn.BatchNorm2d(3, momentum=None),
+    "no statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
     "EvoNorm2dB0": lambda: EvoNorm2dB0(3),
     "spectral_norm": lambda: spectral_norm(nn.Conv2d(3, 3, 3)),
     "spectral_norm, old": lambda: nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)),
@@ -291,28 +127,19 @@ WITH_BUFFERS = {
 
 @pytest.mark.parametrize("way", ["first", "second", "both", "closure", "bare", "bare closure"])
 @pytest.mark.parametrize("layer", WITH_BUFFERS)
-def test_every_buffer_is_written_by_the_pass_that_is_asked_for(layer: str, way: str) -> None:
+def test_every_buffer_is_written_by_the_pass_of_bn_stats(layer: str, way: str) -> None:
     torch.manual_seed(0)
-    parts = [nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), WITH_BUFFERS[layer](), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(*parts, nn.Linear(3, 5)).double().train()
+    layers = [nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), WITH_BUFFERS[layer](), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(3, 5)).double().train()
     twin, probe = copy.deepcopy(model), copy.deepcopy(model)
-    source = model.parameters() if "bare" in way else model
-    opt = create_optimizer_v2(source, "sam", lr=0.0, weight_decay=0.0, rho=0.3)
+    opt = create_optimizer_v2(model.parameters() if "bare" in way else model, "sam", lr=0.0, rho=RHO)
+    other = optimizer_of(twin, "sam")
     x, y = batch()
-
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
     for _ in range(2):
         if "closure" in way:
-            opt.step(closure)
+            opt.step(closure_of(opt, loss_of(model, x, y)))
         else:
             samon.two_pass(opt, loss_of(model, x, y), bn_stats="first" if way == "bare" else way)
-    other = create_optimizer_v2(twin, "sam", lr=0.0, rho=0.3)
-    for _ in range(2):
         probe.load_state_dict(twin.state_dict())
         grads = torch.autograd.grad(F.cross_entropy(probe(x), y), list(probe.parameters()))
         if way != "second":
@@ -324,7 +151,82 @@ def test_every_buffer_is_written_by_the_pass_that_is_asked_for(layer: str, way: 
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("ascent", ["batch", "friendly", "every:2", "previous"])
+@pytest.mark.parametrize("bn_stats", ["first", "second"])
+def test_an_exception_in_the_second_pass(bn_stats: str) -> None:
+    """One pass counts in the statistics: the first, or the broken second one, as in a plain forward."""
+    model, opt = make(BatchNormNet)
+    x, y = batch()
+    weights, calls = copy.deepcopy(dict(model.named_parameters())), []
+
+    def forward() -> Tensor:
+        calls.append(1)
+        loss = F.cross_entropy(model(x), y)
+        if len(calls) == 2:
+            raise RuntimeError("second pass")
+        return loss
+
+    with pytest.raises(RuntimeError, match="second pass"):
+        samon.two_pass(opt, forward, bn_stats=bn_stats)
+    assert model.bn.num_batches_tracked == 1
+    assert all(torch.equal(p, weights[n]) and p.requires_grad for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_same_noise(same: bool) -> None:
+    model, opt = make(lambda: LayerNormNet(dropout=0.5))
+    masks: list[Tensor] = []
+    model.drop.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    samon.two_pass(opt, loss_of(model, *batch()), same_noise=same)
+    assert all(torch.equal(a, b) for a, b in zip(masks[:4], masks[4:], strict=True)) == same
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scope", ["sam", "samon"])
+@pytest.mark.parametrize("net", NETS.values())
+def test_no_host_synchronization(net: Any, scope: str) -> None:
+    for geometry in reference.GEOMETRIES:
+        model, opt = make(net, f"{scope}-{geometry}".strip("-"))
+        options = [{}, {"bn_stats": "both", "same_noise": True}] + ([{"groups": 4}] if scope == "samon" else [])
+        for kwargs in options:
+            with HostReads() as reads:
+                samon.two_pass(opt, loss_of(model, *batch()), **kwargs)
+            assert reads.count == 0, (geometry, kwargs)
+    with HostReads() as reads:
+        torch.ones(()).item()
+    assert reads.count == 1
+
+
+LAST_THIRD = r"blocks\.(8|9|10|11)\.|^norm"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "options", "bound"),
+    [
+        ("resnet50", "sam", {}, 2.00),
+        ("resnet50", "samon", {}, 1.67),
+        ("resnet50", "samon-layerl2", {"groups": 8}, 1.70),
+        ("resnet50", "samon", {"perturb": "layer4"}, 1.13),
+        ("resnet50", "samon", {"perturb": "layer4", "replay": False}, 1.39),
+        ("vit_small_patch32_224", "sam", {}, 2.00),
+        ("vit_small_patch32_224", "samon", {}, 1.67),
+        ("vit_small_patch32_224", "samon", {"groups": 8}, 1.70),
+        ("vit_small_patch32_224", "samon", {"perturb": LAST_THIRD}, 1.24),
+    ],
+)
+def test_cost_over_a_plain_step(model: str, name: str, options: dict, bound: float) -> None:
+    """Exact operation counts on the meta device."""
+    with torch.device("meta"):
+        net = timm.create_model(model).train()
+        forward = loss_of(net, torch.empty(8, 3, 224, 224), torch.empty(8, dtype=torch.long))
+    options = dict(options)
+    opt = optimizer_of(net, name, perturb=options.pop("perturb", None))
+    samon.two_pass(opt, forward, **options)  # the first step may record a replay plan
+    ratio = count_flops(lambda: samon.two_pass(opt, forward, **options)) / count_flops(lambda: forward().backward())
+    assert bound - 0.05 < ratio <= bound
+
+
+# -- unusual models ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ascent", ["batch", "fsam", "looksam:2", "previous"])
 @pytest.mark.parametrize("closure", [False, True])
 def test_sparse_gradients(closure: bool, ascent: str) -> None:
     """As with dense ones; the last row is in no sample."""
@@ -335,92 +237,86 @@ def test_sparse_gradients(closure: bool, ascent: str) -> None:
     dense.load_state_dict(sparse.state_dict())
     x, y = torch.randint(8, (6, 3)), torch.randint(5, (6,))
     for model in (sparse, dense):
-        opt = create_optimizer_v2(model, "sam", lr=0.1, rho=0.3, ascent=ascent, weight_decay=0.0)
+        opt = optimizer_of(model, "sam", ascent=ascent)
         for _ in range(4):
             opt.zero_grad()
             if closure:
-                opt.step(lambda m=model, o=opt: (o.zero_grad(), (s := F.cross_entropy(m(x), y)).backward(), s)[-1])
+                opt.step(closure_of(opt, loss_of(model, x, y)))
             else:
                 samon.two_pass(opt, [loss_of(model, x, y), loss_of(model, x[:3], y[:3])])
                 opt.step()
-    for p, q in zip(sparse.parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", ["sam", "sam-elemlinf", "sam-fisher", "sam-random", "ssam-f", "ssam-d"])
-def test_perturbed_parameters_on_two_devices(name: str) -> None:
-    model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": nn.Linear(2, 2, device="meta")})
-    opt = create_optimizer_v2(model, name, lr=0.1)
-    grads = [torch.ones_like(p) for p in model.parameters()]
-    with pytest.raises(samon.UserError, match=r"on cpu and meta.*one device"), opt.perturbed(grads):
-        pass
+    assert_same(sparse, dense, 1e-12)
 
 
 class Complex(nn.Module):
-    """A complex layer; `real` holds the same numbers as pairs of real ones."""
+    """A complex layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3 * 16, 5, dtype=torch.complex128))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return (x[:, :, :4, :4].flatten(1).to(torch.complex128) @ self.weight).abs()
 
 
-class Pairs(nn.Module):
-    def __init__(self, weight: torch.Tensor):
+class Pairs(Complex):
+    """The same numbers as pairs of real ones."""
+
+    def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(torch.view_as_real(weight.detach()).clone())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return (x[:, :, :4, :4].flatten(1).to(torch.complex128) @ torch.view_as_complex(self.weight)).abs()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"ascent": "every:2"}, {"ascent": "friendly"}, {"gsam_alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"ascent": "looksam:2"}, {"ascent": "fsam"}, {"gsam_alpha": 0.3}], ids=str)
 @pytest.mark.parametrize("name", ["sam", "sam-layerl2"])
 def test_complex_weights_are_pairs_of_real_ones(name: str, kwargs: dict) -> None:
     torch.manual_seed(0)
     model = Complex()
     pairs = Pairs(model.weight)
-    x, y = batch()
     for m in (model, pairs):
-        opt = create_optimizer_v2(m, name, lr=0.1, rho=0.3, weight_decay=0.0, **kwargs)
+        opt = optimizer_of(m, name, **kwargs)
         for _ in range(4):
             opt.zero_grad()
-            samon.two_pass(opt, loss_of(m, x, y))
+            samon.two_pass(opt, loss_of(m, *batch()))
             opt.step()
     torch.testing.assert_close(torch.view_as_real(model.weight), pairs.weight, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["sam-random", "ssam-f", "ssam-d"])
-def test_masks_of_complex_weights(name: str) -> None:
-    model = Complex()
-    opt = create_optimizer_v2(model, name, lr=0.1, mask_every=1)
-    x, y = batch()
-    for _ in range(2):
-        samon.two_pass(opt, loss_of(model, x, y))
-        opt.step()
-    assert opt.mask.masks[0].sum() == model.weight.numel() / 2
-
-
-def test_masks_follow_what_is_perturbed() -> None:
-    model, opt = setup(LayerNormNet, "ssam-d")
-    x, y = batch()
-    for frozen in (True, False, True):
-        model.norms.requires_grad_(not frozen)
-        samon.two_pass(opt, loss_of(model, x, y))
-        opt.step()
-        assert [m.shape for m in opt.mask.masks] == [p.shape for p in model.parameters() if p.requires_grad]
-
-
-def test_a_compiled_models_bare_parameters() -> None:
-    """Its modules are found in an eager first step, without a warning of torch."""
+def test_bare_parameters_of_a_compiled_model() -> None:
+    """Its modules are recorded in an eager first step, without a warning of torch."""
     model = randomized(BatchNormNet())
     opt = create_optimizer_v2(model.parameters(), "sam", lr=0.1)
-    x, y = batch()
     for _ in range(2):
-        samon.two_pass(opt, loss_of(torch.compile(model, backend="eager"), x, y))
+        samon.two_pass(opt, loss_of(torch.compile(model, backend="eager"), *batch()))
     assert model.bn.num_batches_tracked == 2
+
+
+# -- wrong uses --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"bn_stats": "none"}, "bn_stats must be one of first, second, both"),
+        ({"reduce": "mean"}, "reduce must be 'device' or 'global'"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"groups": 2, "reduce": "global"}, "does not combine with reduce='global'"),
+        ({"groups": 2, "ascent_forward": lambda: None}, "does not combine with .*ascent_forward"),
+        ({"forward": []}, "empty sequence"),
+    ],
+)
+def test_bad_arguments(kwargs: dict, message: str) -> None:
+    model, opt = make()
+    with pytest.raises(UserError, match=message):
+        samon.two_pass(opt, **{"forward": loss_of(model, *batch())} | kwargs)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_optimizer_without_sharpness_is_refused() -> None:
+    model = randomized(BatchNormNet())
+    with pytest.raises(UserError, match="two_pass needs one of samon's optimizers, got SGD"):
+        samon.two_pass(torch.optim.SGD(model.parameters(), 0.1), loss_of(model, *batch()))
 
 
 @pytest.mark.parametrize("ascent", ["batch", "previous"])
@@ -437,37 +333,43 @@ def test_a_compiled_models_bare_parameters() -> None:
         (lambda loss, logits: loss.detach(), "no parameter that samon perturbs.*with its graph attached"),
     ],
 )
-def test_what_is_no_forward_is_named(forward: Any, text: str, ascent: str) -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1, ascent=ascent)
+def test_a_forward_that_returns_no_loss_is_refused(forward: Any, text: str, ascent: str) -> None:
+    model, opt = make(ascent=ascent)
     x, y = batch()
 
     def call() -> Any:
         logits = model(x)
         return forward(F.cross_entropy(logits, y), logits)
 
-    given = call if callable(forward) and not isinstance(forward, torch.Tensor) else forward
-    before = copy.deepcopy(model.state_dict())
+    wrong = call if callable(forward) and not isinstance(forward, Tensor) else forward
+    before = values(model)
     with pytest.raises(UserError, match=text):
-        samon.two_pass(opt, given)
-    if ascent == "batch" and given is not None:
+        samon.two_pass(opt, wrong)
+    if ascent == "batch" and wrong is not None:
         with pytest.raises(UserError, match=text):
-            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), ascent_forward=given)
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+            samon.two_pass(opt, loss_of(model, x, y), ascent_forward=wrong)
+    assert_unchanged(model, before)
 
 
-def test_a_graph_from_outside_is_named() -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-    loss = F.cross_entropy(model(x), y)
+def test_a_graph_from_outside_is_refused() -> None:
+    model, opt = make()
+    loss = loss_of(model, *batch())()
     with pytest.raises(UserError, match="graph that was built outside"):
         samon.two_pass(opt, lambda: loss)
 
 
+@pytest.mark.parametrize("name", ["sam", "sam-elemlinf", "sam-fisher", "sam-random", "ssam-f", "ssam-d"])
+def test_perturbed_parameters_on_two_devices_are_refused(name: str) -> None:
+    model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": nn.Linear(2, 2, device="meta")})
+    opt = optimizer_of(model, name)
+    grads = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.raises(UserError, match=r"on cpu and meta.*one device"), opt.perturbed(grads):
+        pass
+
+
 @pytest.mark.parametrize("groups", [1, 4])
-def test_no_grad_around_it_changes_nothing(groups: int) -> None:
-    (one, opt), (two, other) = setup(LayerNormNet, "samon"), setup(LayerNormNet, "samon")
+def test_no_grad_around_the_step_changes_nothing(groups: int) -> None:
+    (one, opt), (two, other) = make(), make()
     with torch.no_grad():
         samon.two_pass(opt, loss_of(one, *batch()), groups=groups)
     samon.two_pass(other, loss_of(two, *batch()), groups=groups)
@@ -476,10 +378,58 @@ def test_no_grad_around_it_changes_nothing(groups: int) -> None:
         assert not p.grad.requires_grad
 
 
-def test_inference_mode_around_it_is_refused() -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    with torch.inference_mode(), pytest.raises(UserError, match=r"under torch\.inference_mode"):
-        samon.two_pass(opt, lambda: model(batch()[0]).sum())
-    with torch.inference_mode(), pytest.raises(UserError, match=r"under torch\.inference_mode"):
-        opt.step(lambda: model(batch()[0]).sum().backward())
+def test_inference_mode_around_the_step_is_refused() -> None:
+    model, opt = make()
+    with torch.inference_mode():
+        for step in (lambda f: samon.two_pass(opt, f), lambda f: opt.step(closure_of(opt, f))):
+            with pytest.raises(UserError, match=r"under torch\.inference_mode"):
+                step(loss_of(model, *batch()))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": 4}, {"bn_stats": "both", "same_noise": True}, {"perturb": "layer4"}], ids=str
+)
+@pytest.mark.parametrize("name", ["samon", "samon-layerl2", "sam-fisher", "sam-elemlinf"])
+def test_no_host_synchronization_on_a_gpu(name: str, options: dict) -> None:
+    options = dict(options)
+    if "groups" in options and not name.startswith("samon"):
+        pytest.skip("groups are for scope samon")
+    model = timm.create_model("resnet18", num_classes=5).cuda().train()
+    opt = optimizer_of(model, name, perturb=options.pop("perturb", None))
+    scaler = torch.amp.GradScaler("cuda")
+    x, y = torch.randn(8, 3, 64, 64, device="cuda"), torch.randint(5, (8,), device="cuda")
+
+    def forward() -> Tensor:
+        with torch.autocast("cuda", torch.float16):
+            return F.cross_entropy(model(x), y)
+
+    for _ in range(3):
+        samon.two_pass(opt, forward, scaler=scaler, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        samon.two_pass(opt, forward, scaler=scaler, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@needs_gpu
+def test_the_gradient_on_a_gpu_equals_that_on_the_cpu() -> None:
+    """float64 on both: only the order of summation differs."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=5).double().train()
+    x, y = batch(4, image=32)
+    grads = []
+    for device in ("cpu", "cuda"):
+        model.zero_grad()
+        model.to(device)
+        samon.two_pass(optimizer_of(model, "samon-layerl2"), loss_of(model, x.to(device), y.to(device)), groups=2)
+        grads.append([p.grad.cpu().clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

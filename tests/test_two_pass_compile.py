@@ -1,35 +1,40 @@
-"""torch.compile on the CPU: two graphs, no breaks, the ascent graph without weight gradients."""
+"""torch.compile on the CPU: of the model (two graphs, no breaks, no weight gradients in the ascent graph), and of the
+arithmetic of the perturbation (the eager numbers, one graph per function)."""
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
-from timm.optim import create_optimizer_v2
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import flop_registry
 
 import samon
+from samon import UserError
+from tests import reference
+from tests.nets import BatchNormNet, batch
+from tests.steps import assert_same, gradients, loss_of, losses_of, make, optimizer_of
 
-NETS = {
+MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {"channels": [16, 32, 64, 128], "stem_width": 16},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
 }
 
 
 class Graphs:
-    """A compiler backend that runs graphs as they are and keeps what the backward ones contain."""
+    """A compiler backend that runs graphs as they are, counts FLOPs and records what the backward graphs contain."""
 
     def __init__(self) -> None:
-        self.forward = 0
+        self.forward = self.flops = 0
         self.backward: list[Counter[str]] = []
-        self.flops = 0
 
-    def counted(self, graph):
+    def counted(self, graph: Any) -> Callable:
         """The graph's own callable, which adds its FLOPs at every run."""
         flops = 0
         for node in graph.graph.nodes:
@@ -37,18 +42,18 @@ class Graphs:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 flops += formula(*args, **kwargs, out_val=node.meta["val"])
 
-        def run(*args):
+        def run(*args: Any) -> Any:
             self.flops += flops
             return graph(*args)
 
         return make_boxed_func(run)
 
-    def backend(self):
-        def forward(graph, inputs):
+    def backend(self) -> Any:
+        def forward(graph: Any, inputs: Any) -> Callable:
             self.forward += 1
             return self.counted(graph)
 
-        def backward(graph, inputs):
+        def backward(graph: Any, inputs: Any) -> Callable:
             counts: Counter[str] = Counter()
             for node in graph.graph.nodes:
                 if node.target is torch.ops.aten.convolution_backward.default:
@@ -61,101 +66,133 @@ class Graphs:
         return aot_autograd(fw_compiler=forward, bw_compiler=backward)
 
 
-@pytest.fixture
-def compiled(request):
+@pytest.fixture(autouse=True)
+def reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build(name: str) -> tuple[nn.Module, Any, Graphs]:
+    """(model, the same model compiled, its graphs); with fullgraph a graph break is an error."""
     torch.manual_seed(0)
-    model = timm.create_model(request.param, num_classes=5, **NETS[request.param]).train()
-    graphs = Graphs()
-    # fullgraph: a graph break would be an error.
-    yield model, torch.compile(model, backend=graphs.backend(), fullgraph=True), graphs
-    torch._dynamo.reset()
+    model, graphs = timm.create_model(name, num_classes=5, **MODELS[name]).double().train(), Graphs()
+    return model, torch.compile(model, backend=graphs.backend(), fullgraph=True), graphs
 
 
-@pytest.mark.parametrize("compiled", NETS, indirect=True)
-def test_two_graphs_and_equal_gradients(compiled) -> None:
-    model, fast, graphs = compiled
+@pytest.mark.parametrize("name", MODELS)
+def test_two_graphs_and_equal_gradients(name: str) -> None:
+    """1e-9: four steps amplify another order of summation."""
+    model, fast, graphs = build(name)
     twin = copy.deepcopy(model)
-    opt, plain = (create_optimizer_v2(m, "samon-layerl2", lr=0.1, rho=0.5) for m in (model, twin))
-    x, y = torch.randn(4, 3, 64, 64), torch.randint(5, (4,))
+    opt, eager = (optimizer_of(m, "samon-layerl2", rho=0.5) for m in (model, twin))
+    data = batch(4, image=64)
     for step in range(4):
-        for o, m in ((opt, fast), (plain, twin)):
+        for o, m in ((opt, fast), (eager, twin)):
             o.zero_grad()
-            samon.two_pass(o, lambda m=m: F.cross_entropy(m(x), y))
+            samon.two_pass(o, loss_of(m, *data))
             o.step()
         assert graphs.forward == len(graphs.backward) == 2, step
-    # Unfused graphs run the same kernels: 1e-4 only bounds what four steps could amplify of another summation order.
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    for p, q in zip(model.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("compiled", NETS, indirect=True)
-def test_ascent_graph_has_no_weight_gradients(compiled) -> None:
-    model, fast, graphs = compiled
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = torch.randn(4, 3, 64, 64), torch.randint(5, (4,))
-    samon.two_pass(opt, lambda: F.cross_entropy(fast(x), y))
+    assert_same(model, twin, 1e-9)
     ascent, descent = graphs.backward
-    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
-    linears = sum(isinstance(m, nn.Linear) for m in model.modules())
     assert ascent["weight gradients"] == 0
-    assert descent["weight gradients"] == convolutions
+    assert descent["weight gradients"] == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     # Every linear layer has one product for its input's gradient and one for its weight's.
-    assert descent["products"] - ascent["products"] == linears
+    assert descent["products"] - ascent["products"] == sum(isinstance(m, nn.Linear) for m in model.modules())
 
 
-@pytest.mark.parametrize("compiled", NETS, indirect=True)
-def test_groups_keep_two_graphs(compiled) -> None:
-    """Ten steps with groups: two graphs, no recompilation, the FLOPs of the step without groups, and in float64 what a
-    loop over the groups does (1e-9: ten steps amplify rounding; one is held to 1e-10 in test_groups)."""
-    model, fast, graphs = compiled
-    model.double()
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_keep_two_graphs(name: str) -> None:
+    """Ten steps with groups: two graphs, no recompilation, the FLOPs of the step without groups, and what a loop over
+    the groups does (1e-9: ten steps amplify rounding; one step is held to 1e-10 in test_two_pass)."""
+    model, fast, graphs = build(name)
     twin = copy.deepcopy(model)
-    opt, looped = (create_optimizer_v2(m, "samon-layerl2", lr=0.01, rho=0.2) for m in (model, twin))
-    x, y = torch.randn(4, 3, 64, 64).double(), torch.randint(5, (4,))
-    torch._dynamo.utils.counters.clear()
+    opt, looped = (optimizer_of(m, "samon-layerl2", lr=0.01, rho=0.2) for m in (model, twin))
+    data = batch(4, image=64)
     for _ in range(10):
-        for o in (opt, looped):
-            o.zero_grad()
+        opt.zero_grad()
+        looped.zero_grad()
         graphs.flops = 0
-        samon.two_pass(opt, lambda: F.cross_entropy(fast(x), y), groups=2)
-        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
-            samon.two_pass(looped, lambda a=a, b=b: F.cross_entropy(twin(a), b), loss_scale=1 / 2)
-        for o in (opt, looped):
-            o.step()
+        samon.two_pass(opt, loss_of(fast, *data), groups=2)
+        for forward in losses_of(twin, *data, 2):
+            samon.two_pass(looped, forward, loss_scale=1 / 2)
+        opt.step()
+        looped.step()
         assert graphs.forward == len(graphs.backward) == 2
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 2
     step = graphs.flops
-    for (name, p), q in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=name)
+    assert_same(model, twin, 1e-9)
 
-    # A plain step on the same compiled model is a plain one, with a graph of its own, and spoils nothing.
+    # A plain step on the same compiled model is a plain one, with a graph of its own, and invalidates none.
     graphs.flops = 0
     for m in (fast, twin):
         m.zero_grad()
-        F.cross_entropy(m(x), y).backward()
+        loss_of(m, *data)().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
     assert 1.6 < step / graphs.flops <= 1.67
-    samon.two_pass(opt, lambda: F.cross_entropy(fast(x), y), groups=2)
+    samon.two_pass(opt, loss_of(fast, *data), groups=2)
     assert graphs.forward == 3
 
 
-@pytest.mark.parametrize("compiled", ["vit_tiny_patch16_224"], indirect=True)
-def test_replay_runs_the_model_eagerly(compiled) -> None:
-    """Compiled graphs know nothing of replaced layers, so they must not be used; nor must they be spoilt."""
-    model, fast, _ = compiled
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=0.5, perturb=r"blocks\.1")
-    x, y = torch.randn(4, 3, 64, 64), torch.randint(5, (4,))
-    plain = F.cross_entropy(fast(x), y).item()
+def test_replay_runs_the_model_eagerly() -> None:
+    """Compiled graphs do not contain replaced layers, so they are not used, and stay valid."""
+    model, fast, _ = build("vit_tiny_patch16_224")
+    opt = optimizer_of(model, rho=0.5, perturb=r"blocks\.1")
+    data = batch(4, image=64)
+    plain = loss_of(fast, *data)().item()
     for _ in range(3):
         grads = []
         for m in (fast, model):
             opt.zero_grad()
-            samon.two_pass(opt, lambda m=m: F.cross_entropy(m(x), y))
-            grads.append([p.grad.clone() for p in model.parameters()])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert F.cross_entropy(fast(x), y).item() == pytest.approx(plain, rel=1e-6)
+            samon.two_pass(opt, loss_of(m, *data))
+            grads.append(gradients(model))
+        for name, g in grads[0].items():
+            torch.testing.assert_close(g, grads[1][name], rtol=1e-9, atol=1e-11)
+    assert loss_of(fast, *data)().item() == pytest.approx(plain, rel=1e-12)
+
+
+# -- the arithmetic of the perturbation (SAM.compile) ------------------------------------------------------------------
+def train_both(name: str, backend: str, steps: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A network after this many steps with compiled arithmetic, and one after as many with the eager one."""
+    (model, opt), (twin, eager) = make(BatchNormNet, name), make(BatchNormNet, name)
+    opt.compile(backend)
+    for _ in range(steps):
+        for o, m in ((opt, model), (eager, twin)):
+            o.zero_grad()
+            samon.two_pass(o, loss_of(m, *batch()), **options)
+            o.step()
+    assert opt.stats.keys() == eager.stats.keys()
+    return model, twin
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("geometry", reference.GEOMETRIES)
+def test_compiled_arithmetic_equals_the_eager_one(geometry: str, groups: int) -> None:
+    """The same kernels in the same order: bit for bit. Four steps make one graph of the ascent, and one each of adding
+    and of copying back, which groups do without."""
+    assert_same(*train_both(f"samon-{geometry}".strip("-"), "aot_eager", 4, groups=groups))
+    assert counters["stats"]["unique_graphs"] == (3 if groups == 1 else 1)
+    assert not counters["graph_break"]
+
+
+def test_inductor() -> None:
+    """Fused loops sum in another order: 1e-12 in float64 for one step, 1e-9 after three."""
+    assert_same(*train_both("samon-layerl2", "inductor", 3), 1e-9)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_gradient_that_is_not_finite_perturbs_nothing() -> None:
+    _, opt = make(BatchNormNet)
+    opt.compile("aot_eager")
+    named = opt.perturbed_parameters()
+    eps, _, finite = opt.perturbation(named, [torch.full_like(p, torch.inf) for p in named.values()])
+    assert not finite
+    assert not any(e.any() for e in eps)
+
+
+def test_a_random_subset_is_refused() -> None:
+    """Another ascent graph at each update: one step took 40 times a plain one's time."""
+    with pytest.raises(UserError, match=r"--esam-beta.* would be recompiled each time; drop it or --torchcompile"):
+        make(BatchNormNet, esam_beta=0.5)[1].compile()
