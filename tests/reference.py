@@ -1,4 +1,4 @@
-"""Naive loops in plain float64 PyTorch that everything fast is checked against.
+"""Naive loops in plain float64 PyTorch, against which everything fast is checked.
 
 Written from the paper's formulas alone: no foreach kernels, no freezing, no sharing, nothing imported from samon.
 """
@@ -94,6 +94,72 @@ def m_sharpness_gradient(
     return sum(clean for clean, _ in each) / len(each), mean
 
 
+Gradients = dict[str, Tensor]
+
+
+def gradient_at(model: nn.Module, loss: Callable[[], Tensor], eps: Gradients | None = None) -> Gradients:
+    """The gradient at w + eps; the weights are w again at the end."""
+    parameters = dict(model.named_parameters())
+    saved = {n: p.detach().clone() for n, p in parameters.items()}
+    model.zero_grad()
+    with torch.no_grad():
+        for n, e in (eps or {}).items():
+            parameters[n] += e
+    loss().backward()
+    with torch.no_grad():
+        for n, p in parameters.items():
+            p.copy_(saved[n])
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+
+
+class AscentLoop:
+    """Sources of the ascent direction by their papers' formulas, for the parameters `names`.
+
+    Attributes:
+        stored: what the last update left: h (previous), -v (msam), m (fsam) or h_v (looksam).
+        moments: ||h||^2, its running mean and variance (aesam).
+    """
+
+    def __init__(self, source: str, names: Sequence[str]) -> None:
+        self.kind, _, self.k = source.partition(":")
+        self.names, self.stored, self.moments = names, dict[str, Tensor](), (0.0, 0.0, 0.0)
+
+    def dot(self, a: Gradients, b: Gradients) -> float:
+        return sum(float((a[n] * b[n]).sum()) for n in self.names)
+
+    def way(self, t: int) -> str:
+        """What update t does: 'sam', 'stored' (one pass along a stored direction) or 'plain'."""
+        size, mean, variance = self.moments
+        if self.kind == "looksam":
+            return "sam" if t % int(self.k) == 0 else "plain"
+        if self.kind == "aesam":
+            return "sam" if t == 0 or size >= mean + 0.0 * math.sqrt(variance) else "plain"
+        if self.kind in ("previous", "msam"):
+            return "stored" if self.stored else "plain"
+        return "sam"
+
+    def direction(self, g: Gradients) -> Gradients:
+        return {n: g[n] - self.stored[n] if self.kind == "fsam" and self.stored else g[n] for n in self.names}
+
+    def finish(self, t: int, way: str, clean: Gradients, final: Gradients) -> Gradients:
+        """The gradient to apply, from the means g and h over the update; keeps what the next update needs."""
+        if self.kind == "looksam" and way == "plain":
+            stretch = 0.7 * math.sqrt(self.dot(final, final)) / math.sqrt(self.dot(self.stored, self.stored))
+            final = final | {n: final[n] + stretch * self.stored[n] for n in self.names}
+        elif self.kind == "looksam":
+            share = self.dot(final, clean) / self.dot(clean, clean)
+            self.stored = {n: final[n] - share * clean[n] for n in self.names}
+        elif self.kind == "fsam":
+            self.stored = {n: 0.9 * self.stored[n] + 0.1 * clean[n] if self.stored else clean[n] for n in self.names}
+        elif self.kind == "previous":
+            self.stored = {n: final[n].clone() for n in self.names}
+        elif self.kind == "aesam":
+            size, (_, mean, variance) = self.dot(final, final), self.moments
+            mean = 0.9 * mean + 0.1 * size if t else size
+            self.moments = (size, mean, 0.9 * variance + 0.1 * (size - mean) ** 2 if t else 0.0)
+        return final
+
+
 def ascent_training(
     model: nn.Module,
     updates: Sequence[Sequence[Callable[[], Tensor]]],
@@ -106,75 +172,31 @@ def ascent_training(
     momentum: float = 0.9,
 ) -> list[str]:
     """Train by SGD with momentum in place, the direction of each perturbation from `source`; every loss of an update is
-    a micro-batch with a perturbation of its own. Returns what each update did: 'sam', 'stored' or 'plain'."""
-    parameters = dict(model.named_parameters())
+    a micro-batch with a perturbation of its own. Returns what each update did (`AscentLoop.way`)."""
+    parameters, loop = dict(model.named_parameters()), AscentLoop(source, names)
     buffers = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    kept: dict[str, Tensor] = {}
-    size = mean = variance = 0.0
-    did = []
-
-    def gradient(loss: Callable[[], Tensor], eps: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        saved = {n: p.detach().clone() for n, p in parameters.items()}
-        model.zero_grad()
-        with torch.no_grad():
-            for n, e in (eps or {}).items():
-                parameters[n] += e
-        loss().backward()
-        with torch.no_grad():
-            for n, p in parameters.items():
-                p.copy_(saved[n])
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
-
-    def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-        return sum(float((a[n] * b[n]).sum()) for n in names)
-
+    ways = []
     for t, losses in enumerate(updates):
-        kind, _, k = source.partition(":")
-        if kind == "every":
-            way = "sam" if t % int(k) == 0 else "plain"
-        elif kind == "adaptive":
-            way = "sam" if t == 0 or size >= mean + 0.0 * math.sqrt(variance) else "plain"
-        elif kind in ("previous", "momentum"):
-            way = "stored" if kept else "plain"
-        else:
-            way = "sam"
-        did.append(way)
+        ways.append(way := loop.way(t))
         weights = {n: parameters[n].detach().clone() for n in names}
-        clean = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        final = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        clean, final = ({n: torch.zeros_like(p) for n, p in parameters.items()} for _ in range(2))
         for loss in losses:
-            if way == "plain":
-                h = gradient(loss)
-            else:
-                direction = kept
-                if way == "sam":
-                    g = gradient(loss)
-                    direction = {n: g[n] - kept[n] if kind == "friendly" and kept else g[n] for n in names}
-                    clean = {n: clean[n] + g[n] / len(losses) for n in clean}
-                h = gradient(loss, perturbation(geometry, weights, direction, rho))
+            eps = None if way == "plain" else loop.stored
+            if way == "sam":
+                g = gradient_at(model, loss)
+                clean = {n: clean[n] + g[n] / len(losses) for n in clean}
+                eps = loop.direction(g)
+            h = gradient_at(model, loss, None if eps is None else perturbation(geometry, weights, eps, rho))
             final = {n: final[n] + h[n] / len(losses) for n in final}
         if gsam_alpha:
-            share = dot(clean, final) / dot(final, final)
+            share = loop.dot(clean, final) / loop.dot(final, final)
             final |= {n: final[n] - gsam_alpha * (clean[n] - share * final[n]) for n in names}
-        if kind == "every" and way == "plain":
-            stretch = 0.7 * math.sqrt(dot(final, final)) / math.sqrt(dot(kept, kept))
-            final |= {n: final[n] + stretch * kept[n] for n in names}
-        elif kind == "every":
-            share = dot(final, clean) / dot(clean, clean)
-            kept = {n: final[n] - share * clean[n] for n in names}
-        if kind == "friendly":
-            kept = {n: 0.9 * kept[n] + 0.1 * clean[n] if kept else clean[n] for n in names}
-        if kind == "adaptive":
-            size = dot(final, final)
-            mean = 0.9 * mean + 0.1 * size if t else size
-            variance = 0.9 * variance + 0.1 * (size - mean) ** 2 if t else 0.0
+        final = loop.finish(t, way, clean, final)
         with torch.no_grad():
             for n, p in parameters.items():
                 buffers[n] = momentum * buffers[n] + final[n]
                 p -= lr * buffers[n]
-        if kind == "previous":
-            kept = {n: final[n].clone() for n in names}
-        if kind == "momentum":
-            kept = {n: -buffers[n] for n in names}
+        if source == "msam":
+            loop.stored = {n: -buffers[n] for n in names}
     model.zero_grad()
-    return did
+    return ways
