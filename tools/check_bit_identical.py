@@ -30,7 +30,9 @@ from samon.cli.program import run_script
 from samon.errors import RunError
 
 UPDATES = 3
-ASCENTS = ("previous", "momentum", "friendly", "every:2", "adaptive")
+ASCENTS = ("previous", "msam", "fsam", "looksam:2", "aesam")
+# Keys keep the sources' former names, so that files of hashes from before stay comparable.
+FORMER = {"msam": "momentum", "fsam": "friendly", "looksam:2": "every:2", "aesam": "adaptive"}
 
 
 class Net(nn.Module):
@@ -67,7 +69,8 @@ class Case:
 
     @property
     def key(self) -> str:
-        options = [f"{key}={value}" for key, value in (self.optimizer | self.step).items()]
+        values = {key: FORMER.get(value, value) for key, value in (self.optimizer | self.step).items()}
+        options = [f"{key}={value}" for key, value in values.items()]
         return " ".join([self.name, *options, *([] if self.way == "two_pass" else [self.way])])
 
 
@@ -86,7 +89,7 @@ def cases() -> Iterator[Case]:
         if name.startswith("samon"):
             yield from (Case(name, step={"groups": groups}) for groups in (2, 4, 8))
             yield from (Case(name, step={"groups": 4, "bn_stats": which}) for which in ("second", "both"))
-            yield Case(name, {"ascent": "friendly"}, {"groups": 4})
+            yield Case(name, {"ascent": "fsam"}, {"groups": 4})
             yield from (Case(name, {"perturb": "bn2|norm"}, {"replay": replay}) for replay in (True, False))
     yield from (Case(name, {"base_opt": base}) for name in ("sam", "samon") for base in ("lamb", "adan", "muon"))
 
@@ -141,11 +144,11 @@ def digest(net: nn.Module, optimizer: Any) -> str:
     for i, p in enumerate(net.parameters()):
         state = optimizer.state.get(p, {})
         tensors |= {f"state {i} {key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(name.encode())
-        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        result.update(name.encode())
+        result.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                 warnings.simplefilter("ignore")
                 try:
                     hashes[case.key] = run(case)
-                except samon.UserError as error:  # a refusal is a result as well, whatever its words
+                except samon.UserError as error:  # a refusal is a result as well, whatever its text
                     hashes[case.key] = type(error).__name__
     print(f"{len(hashes)} cases, {sum(value == 'UserError' for value in hashes.values())} of them refused")
     if args.write:

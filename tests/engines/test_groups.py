@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -17,35 +19,46 @@ from timm.layers import (
     RmsNorm2d,
     SimpleNorm2d,
 )
-from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import samon
-from samon import scope
-from tests import reference
-from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from samon import UserError, scope
+from tests.nets import BatchNormNet, batch, randomized
+from tests.steps import assert_unchanged, loss_of, losses_of, make, optimizer_of, values
 
-RHO = 0.3
+Pair = tuple[nn.Module, nn.Module]
+Data = tuple[Tensor, Tensor]
 
 
-def grouped_and_looped(make, name: str, groups: int, bn_stats: str = "first", size: int = 8, image: int = 8, **kwargs):
-    """Gradients and models after the grouped step and after the loop of single steps."""
-    torch.manual_seed(0)
-    model = make()
-    twin = copy.deepcopy(model)
-    opt, single = (create_optimizer_v2(m, name, lr=0.1, rho=RHO, **kwargs) for m in (model, twin))
-    x, y = batch(size, image=image)
-    loss = samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups, bn_stats=bn_stats)
+def step_both(models: Pair, opts: tuple[Any, Any], data: Data, groups: int, bn_stats: str = "first") -> None:
+    """A step with groups for the first, the loop of single steps for the second."""
+    (model, twin), (opt, single) = models, opts
+    loss = samon.two_pass(opt, loss_of(model, *data), groups=groups, bn_stats=bn_stats)
     losses = [
-        samon.two_pass(single, lambda a=a, b=b: F.cross_entropy(twin(a), b), loss_scale=1 / groups, bn_stats=bn_stats)
-        for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)
+        samon.two_pass(single, forward, loss_scale=1 / groups, bn_stats=bn_stats)
+        for forward in losses_of(twin, *data, groups)
     ]
     assert loss.item() == pytest.approx(sum(losses).item() / groups, rel=1e-12)
-    return model, twin
 
 
-def assert_same(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> None:
+def grouped_and_looped(
+    build: Callable[[], nn.Module],
+    name: str,
+    groups: int,
+    bn_stats: str = "first",
+    data: Data | None = None,
+    **how: Any,
+) -> Pair:
+    torch.manual_seed(0)
+    model = build()
+    models = (model, copy.deepcopy(model))
+    opts = (optimizer_of(models[0], name, **how), optimizer_of(models[1], name, **how))
+    step_both(models, opts, data or batch(), groups, bn_stats)
+    return models
+
+
+def assert_equal(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> None:
     size = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None]).norm()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
@@ -54,39 +67,36 @@ def assert_same(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> 
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("groups", [2, 4, 8])
-@pytest.mark.parametrize("geometry", reference.GEOMETRIES)
-@pytest.mark.parametrize("net", NETS.values())
-def test_against_reference(net, geometry: str, groups: int) -> None:
-    torch.manual_seed(0)
-    model = randomized(net())
-    twin = copy.deepcopy(model)
-    opt = create_optimizer_v2(model, f"samon-{geometry}".strip("-"), lr=0.1, rho=RHO)
-    x, y = batch()
-    losses = [
-        lambda a=a, b=b: F.cross_entropy(twin(a), b) for a, b in zip(x.chunk(groups), y.chunk(groups), strict=True)
-    ]
-    names = reference.scope_names(twin, "samon")
-    clean, expected = reference.m_sharpness_gradient(twin, losses, names, geometry, RHO)
-    loss = samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
-    assert loss.item() == pytest.approx(clean, rel=1e-12)
-    size = torch.cat([g.flatten() for g in expected.values()]).norm()
-    assert all((p.grad - expected[n]).norm() <= 1e-10 * size for n, p in model.named_parameters())
+def batchnorm_net() -> nn.Module:
+    return randomized(BatchNormNet())
 
 
 @pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_end_as_the_loops(bn_stats: str, momentum: float | None) -> None:
-    def make() -> nn.Module:
-        model = randomized(BatchNormNet())
+    def build() -> nn.Module:
+        model = batchnorm_net()
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = momentum
         return model
 
-    model, twin = grouped_and_looped(make, "samon", 4, bn_stats)
-    assert_same(model, twin)
+    model, twin = grouped_and_looped(build, "samon", 4, bn_stats)
+    assert_equal(model, twin)
     assert model.bn.num_batches_tracked == (8 if bn_stats == "both" else 4)
+
+
+class Permute(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+def channels_last(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(Permute(0, 2, 3, 1), norm, Permute(0, 3, 1, 2))
 
 
 LAYERS = {
@@ -95,42 +105,33 @@ LAYERS = {
     "BatchNorm2d, not affine": lambda: nn.BatchNorm2d(8, affine=False),
     "BatchNorm2d, no statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
     "LayerNorm over CHW": lambda: nn.LayerNorm([8, 6, 6]),
-    "LayerNorm, no bias": lambda: nn.Sequential(ToLast(), nn.LayerNorm(8, bias=False), ToFirst()),
+    "LayerNorm, no bias": lambda: channels_last(nn.LayerNorm(8, bias=False)),
     "LayerNorm2d": lambda: LayerNorm2d(8),
     "LayerNormAct2d": lambda: LayerNormAct2d(8),
     "GroupNorm": lambda: nn.GroupNorm(4, 8),
     "GroupNorm1": lambda: GroupNorm1(8),
     "GroupNormAct": lambda: GroupNormAct(8, num_groups=2),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(8, affine=True),
-    "RMSNorm": lambda: nn.Sequential(ToLast(), nn.RMSNorm(8), ToFirst()),
-    "RmsNorm": lambda: nn.Sequential(ToLast(), timm.layers.RmsNorm(8), ToFirst()),
+    "RMSNorm": lambda: channels_last(nn.RMSNorm(8)),
+    "RmsNorm": lambda: channels_last(timm.layers.RmsNorm(8)),
     "RmsNorm2d": lambda: RmsNorm2d(8),
     "SimpleNorm2d": lambda: SimpleNorm2d(8),
 }
 
 
-class ToLast(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(0, 2, 3, 1)
-
-
-class ToFirst(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(0, 3, 1, 2)
+def with_norm(norm: nn.Module) -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), norm, nn.Tanh(), nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(2, 8)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    training = [m.training for m in model.modules()]
+    randomized(model)
+    for m, mode in zip(model.modules(), training, strict=True):
+        m.training = mode
+    return model
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_groupable_layer(layer: str) -> None:
-    def make() -> nn.Module:
-        parts = [nn.Conv2d(3, 8, 3), LAYERS[layer](), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(2, 8)]
-        model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-        training = [m.training for m in model.modules()]
-        randomized(model)
-        for m, mode in zip(model.modules(), training, strict=True):
-            m.training = mode
-        return model
-
-    assert_same(*grouped_and_looped(make, "samon-eleml2", 4))
+def test_every_layer_that_can_be_grouped(layer: str) -> None:
+    assert_equal(*grouped_and_looped(lambda: with_norm(LAYERS[layer]()), "samon-eleml2", 4))
 
 
 @pytest.mark.parametrize(
@@ -146,83 +147,59 @@ def test_every_groupable_layer(layer: str) -> None:
 )
 def test_timm_models(name: str, image: int) -> None:
     sized = {"img_size": image} if name.startswith(("vit", "swin", "coat")) else {}
-    make = lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.0, **sized).double().train()  # noqa: E731
-    assert_same(*grouped_and_looped(make, "samon-layerl2", 2, size=4, image=image))
+    build = lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.0, **sized).double().train()  # noqa: E731
+    assert_equal(*grouped_and_looped(build, "samon-layerl2", 2, data=batch(4, image=image)))
 
 
 def test_one_group_is_the_plain_step() -> None:
-    model, twin = grouped_and_looped(lambda: randomized(BatchNormNet()), "samon", 1)
-    assert_same(model, twin, 0.0)
+    assert_equal(*grouped_and_looped(batchnorm_net, "samon", 1), tolerance=0.0)
 
 
 def test_only_some_layers_perturbed() -> None:
     """BatchNorms that are not perturbed still couple samples, so they are grouped too."""
-    assert_same(*grouped_and_looped(lambda: randomized(BatchNormNet()), "samon", 4, perturb="blocks.2"))
+    assert_equal(*grouped_and_looped(batchnorm_net, "samon", 4, perturb="blocks.2"))
 
 
-def test_layers_are_left_as_they_were() -> None:
-    model, _ = grouped_and_looped(lambda: randomized(BatchNormNet()), "samon", 4)
+def test_a_batch_that_does_not_divide_is_refused_and_layers_are_restored() -> None:
+    model, opt = make(BatchNormNet)
+    samon.two_pass(opt, loss_of(model, *batch()), groups=4)
+    before = values(model)
+    with pytest.raises(UserError, match=r"batch of 6 does not divide into 4 groups at BatchNorm2d"):
+        samon.two_pass(opt, loss_of(model, *batch(6)), groups=4)
+    assert_unchanged(model, before)
     assert all("forward" not in m.__dict__ for m in model.modules())
     assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
-    x, y = batch(6)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"batch of 6 does not divide into 4 groups at BatchNorm2d"):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all("forward" not in m.__dict__ for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_layers_kept_between_steps_follow_the_model() -> None:
     """Another dtype, mode and activation than in the step before."""
     torch.manual_seed(0)
-    model = randomized(BatchNormNet())
+    model = batchnorm_net()
     model.bn = nn.Sequential(model.bn, BatchNormAct2d(model.bn.num_features, act_layer=nn.SiLU))
     model = model.float()
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
-    x, y = batch()
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x.float()), y), groups=4)
+    opt, (x, y) = optimizer_of(model), batch()
+    samon.two_pass(opt, loss_of(model, x.float(), y), groups=4)
+    opt.zero_grad()
     model.double()
     model.bn[0].eval()
     model.bn[1].act = nn.Tanh()
     twin = copy.deepcopy(model)
-    single = create_optimizer_v2(twin, "samon", lr=0.1, rho=RHO)
-    for o in (opt, single):
-        o.zero_grad()
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
-    for a, b in zip(x.chunk(4), y.chunk(4), strict=True):
-        samon.two_pass(single, lambda a=a, b=b: F.cross_entropy(twin(a), b), loss_scale=1 / 4)
-    assert_same(model, twin)
+    step_both((model, twin), (opt, optimizer_of(twin)), (x, y), 4)
+    assert_equal(model, twin)
 
 
-def test_what_cannot_be_grouped() -> None:
-    x, y = batch()
-    evo = nn.Sequential(nn.Conv2d(3, 8, 3), EvoNorm2dS0(8, group_size=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    cases = [
-        (evo, "samon", "EvoNorm2dS0 '1' cannot be grouped"),
-        (nn.Sequential(nn.Conv2d(3, 5, 3), nn.SyncBatchNorm(5)), "samon", "SyncBatchNorm '1' cannot be grouped"),
-        (LayerNormNet(), "sam", "scope sam.*loop over the sub-batches"),
-        (LayerNormNet(), "samnn", "scope samnn.*loop over the sub-batches"),
-    ]
-    for model, name, message in cases:
-        model = randomized(model)
-        opt = create_optimizer_v2(model, name, lr=0.1)
-        with pytest.raises(ValueError, match=message):
-            samon.two_pass(opt, lambda m=model: F.cross_entropy(m(x), y), groups=2)
-
-
-def test_non_finite_group_leaves_weights_and_poisons_the_gradient() -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
+def test_a_group_that_is_not_finite_changes_no_weight_and_makes_the_gradient_nan() -> None:
+    model, opt = make()
     x, y = batch()
     x[0] = torch.inf
-    before = copy.deepcopy(model.state_dict())
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+    before = values(model)
+    samon.two_pass(opt, loss_of(model, x, y), groups=4)
     assert all(p.grad.isnan().any() for p in model.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
+# -- perturbed parameters outside their layer's call -------------------------------------------------------------------
 class Functional(nn.Module):
     """Reads a layer's parameters without calling it."""
 
@@ -230,7 +207,7 @@ class Functional(nn.Module):
         super().__init__()
         self.embed, self.n, self.norm, self.head = nn.Linear(12, 8), nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.embed(F.pixel_unshuffle(x, 2).flatten(2).mT)
         x = F.layer_norm(x, (8,), self.n.weight, self.n.bias)
         return self.head(self.norm(x).tanh().mean(1))
@@ -243,49 +220,43 @@ PENALTIES = {
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_penalty_on_perturbed_parameters_is_refused(penalty: str) -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
-    x, y = batch()
-    with pytest.raises(samon.UserError, match=r"'norms\.0\.weight' outside the call.*weight_decay.*groups=1"):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y) + 0.01 * PENALTIES[penalty](model), groups=4)
+def test_a_penalty_on_perturbed_parameters_is_refused(penalty: str) -> None:
+    model, opt = make()
+    forward = loss_of(model, *batch())
+    with pytest.raises(UserError, match=r"'norms\.0\.weight' outside the call.*weight_decay.*groups=1"):
+        samon.two_pass(opt, lambda: forward() + 0.01 * PENALTIES[penalty](model), groups=4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_functional_use_of_a_perturbed_parameter_is_refused(compiled: bool) -> None:
-    model = randomized(Functional())
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
+    model, opt = make(Functional)
     run = torch.compile(model, backend="eager") if compiled else model
-    x, y = batch()
-    with pytest.raises(samon.UserError, match=r"groups=4: .* 'n\.weight' outside the call"):
-        samon.two_pass(opt, lambda: F.cross_entropy(run(x), y), groups=4)
+    with pytest.raises(UserError, match=r"groups=4: .* 'n\.weight' outside the call"):
+        samon.two_pass(opt, loss_of(run, *batch()), groups=4)
 
 
 def test_unperturbed_parameters_may_be_read_anywhere() -> None:
-    """As the loop sees them: what is not perturbed is the same for all groups, a coupled BatchNorm's included."""
-    model = randomized(BatchNormNet())
-    models = [model, copy.deepcopy(model)]
-    for model, groups in zip(models, (4, 1), strict=True):
-        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO, perturb="blocks")
-
-        def loss(x, y, model=model) -> torch.Tensor:
-            rest = [model.bn.weight, model.bn.bias, model.stem.weight]
-            return F.cross_entropy(model(x), y) + sum(p.square().sum() for p in rest)
-
-        x, y = batch()
-        for a, b in zip(x.chunk(4 // groups), y.chunk(4 // groups), strict=True):
-            samon.two_pass(opt, lambda a=a, b=b, loss=loss: loss(a, b), groups=groups, loss_scale=groups / 4)
-    assert_same(*models)
+    """They are the same for all groups, those of a coupled BatchNorm included."""
+    models = []
+    for groups in (4, 1):
+        model, opt = make(BatchNormNet, perturb="blocks")
+        others = [model.bn.weight, model.bn.bias, model.stem.weight]
+        for forward in losses_of(model, *batch(), 4 // groups):
+            penalized = lambda f=forward, others=others: f() + sum(p.square().sum() for p in others)  # noqa: E731
+            samon.two_pass(opt, penalized, groups=groups, loss_scale=groups / 4)
+        models.append(model)
+    assert_equal(*models)
 
 
+# -- classes of the user's own -----------------------------------------------------------------------------------------
 class LlamaNorm(nn.Module):
-    """An RMSNorm of one's own; `shift` makes it Gemma's, x * (1 + weight)."""
+    """An RMSNorm; `shift` makes it Gemma's, x * (1 + weight)."""
 
     def __init__(self, width: int, shift: float = 0.0):
         super().__init__()
         self.weight, self.shift = nn.Parameter(torch.ones(width)), shift
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.weight + self.shift)
 
 
@@ -295,35 +266,46 @@ class OwnBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.zeros(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((0, 2, 3), keepdim=True)
         self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach().flatten()
         return (x - mean) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class GemmaNorm(nn.RMSNorm):
-    """Derives from a class that is known, and multiplies by something else."""
+    """Derives from a known class, and multiplies by something else."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.weight + 1)
 
 
-@pytest.fixture
-def registry(monkeypatch):
+class OtherName(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.gamma[:, None, None]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scope, "NORM_TYPES", dict(scope.NORM_TYPES))
 
 
-def with_norm(norm: nn.Module, last: bool) -> nn.Module:
-    around = (ToLast(), norm, ToFirst()) if last else (norm,)
-    parts = [nn.Conv2d(3, 8, 3), *around, nn.Tanh(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8)]
-    return randomized(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+def assert_refused(model: nn.Module, message: str, name: str = "samon") -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that look like normalization
+        opt = optimizer_of(randomized(model), name)
+    with pytest.raises(UserError, match=message):
+        samon.two_pass(opt, loss_of(model, *batch()), groups=4)
 
 
-def test_a_registered_class_is_grouped(registry) -> None:
+def test_a_registered_class_is_grouped() -> None:
     samon.register_norm(LlamaNorm, dim=-1)
-    model, twin = grouped_and_looped(lambda: with_norm(LlamaNorm(8), last=True), "samon", 4)
-    assert_same(model, twin)
-    assert model[2].weight.grad is not None
+    model, twin = grouped_and_looped(lambda: with_norm(channels_last(LlamaNorm(8))), "samon", 4)
+    assert_equal(model, twin)
+    assert model[1][1].weight.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -331,70 +313,53 @@ def test_a_registered_class_is_grouped(registry) -> None:
     [(LlamaNorm(8, shift=1), -1, True), (LlamaNorm(8), 1, True), (OwnBatchNorm(8), 1, False), (GemmaNorm(8), -1, True)],
     ids=["1 + weight", "another dimension", "statistics of the batch", "subclass"],
 )
-def test_a_class_that_the_groups_would_get_wrong_is_refused(registry, norm: nn.Module, dim: int, last: bool) -> None:
-    if not isinstance(norm, GemmaNorm):
-        samon.register_norm(type(norm), dim=dim)
-    model = with_norm(norm, last)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-    with pytest.raises(samon.UserError, match=rf"{type(norm).__name__} is not .*register_norm\(.*dim=None\)"):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
-    samon.register_norm(type(norm), dim=None)
-    with pytest.raises(samon.UserError, match=rf"{type(norm).__name__} '.' cannot be grouped"):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+@pytest.mark.parametrize("at_one", [False, True])
+def test_a_class_whose_groups_would_be_wrong_is_refused(norm: nn.Module, dim: int, last: bool, at_one: bool) -> None:
+    """Also where the weight is one: there x * (1 + weight) agrees up to a factor that the bare layer has too."""
+    norm, cls = copy.deepcopy(norm), type(norm)
+    if cls is not GemmaNorm:
+        samon.register_norm(cls, dim=dim)
+    model = with_norm(channels_last(norm) if last else norm)
+    if at_one:
+        nn.init.ones_(norm.weight)
+    opt = optimizer_of(model)
+    with pytest.raises(UserError, match=rf"{cls.__name__} is not .*register_norm\(.*dim=None\)"):
+        samon.two_pass(opt, loss_of(model, *batch()), groups=4)
+    samon.register_norm(cls, dim=None)
+    with pytest.raises(UserError, match=rf"{cls.__name__} '1.*' cannot be grouped"):
+        samon.two_pass(opt, loss_of(model, *batch()), groups=4)
 
 
-def test_one_plus_weight_is_refused_also_where_the_weight_is_one(registry) -> None:
-    """There both formulas agree up to a factor that the bare layer has too."""
-    samon.register_norm(LlamaNorm, dim=-1)
-    model = with_norm(LlamaNorm(8, shift=1), last=True)
-    nn.init.ones_(model[2].weight)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-    with pytest.raises(samon.UserError, match="LlamaNorm is not "):
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4)
+def own_forward(norm: nn.Module) -> nn.Module:
+    norm.forward = norm.forward
+    return norm
 
 
-def test_more_that_cannot_be_grouped(registry) -> None:
-    """Running statistics that a loop would update G times, parameters of other names, a forward of the instance's own,
-    a class that nobody knows and that may look at the whole batch."""
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gamma = nn.Parameter(torch.ones(8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.normalize(x, dim=1) * self.gamma[:, None, None]
-
-    samon.register_norm(Named, dim=1)
-    x, y = batch()
-    patched = nn.GroupNorm(2, 8)
-    patched.forward = patched.forward
-    for norm, message in (
-        (nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "InstanceNorm2d '1' cannot be grouped"),
-        (Named(), "Named '1' cannot be grouped"),
-        (patched, "GroupNorm '1' cannot be grouped"),
-        (OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
-    ):
-        model = with_norm(norm, last=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            opt = create_optimizer_v2(model, "samon", lr=0.1)
-        with pytest.raises(samon.UserError, match=message):
-            samon.two_pass(opt, lambda m=model: F.cross_entropy(m(x), y), groups=4)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EvoNorm2dS0(8, group_size=4), "EvoNorm2dS0 '1' cannot be grouped"),
+        (lambda: nn.SyncBatchNorm(8), "SyncBatchNorm '1' cannot be grouped"),
+        (lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "InstanceNorm2d '1' cannot be grouped"),
+        (lambda: OtherName(8), "OtherName '1' cannot be grouped"),
+        (lambda: own_forward(nn.GroupNorm(2, 8)), "GroupNorm '1' cannot be grouped"),
+        (lambda: OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
+    ],
+    ids=["no formula", "synchronized", "running statistics", "another name", "own forward", "unknown class"],
+)
+def test_layers_that_cannot_be_grouped_are_refused(build: Callable[[], nn.Module], message: str) -> None:
+    samon.register_norm(OtherName, dim=1)
+    assert_refused(with_norm(build()), message)
 
 
 @pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
-def test_other_buffers_are_written_by_the_pass_that_is_asked_for(bn_stats: str) -> None:
+def test_other_buffers_are_written_by_the_pass_of_bn_stats(bn_stats: str) -> None:
     """Spectral normalization iterates once in each forward: a step with groups runs one or two."""
     torch.manual_seed(0)
     model = nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = model.double()
-    twin = copy.deepcopy(model)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=4, bn_stats=bn_stats)
+    twin, (x, y) = copy.deepcopy(model), batch()
+    samon.two_pass(optimizer_of(model), loss_of(model, x, y), groups=4, bn_stats=bn_stats)
     for _ in range(2 if bn_stats == "both" else 1):
         twin(x)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))

@@ -2,21 +2,22 @@
 
 import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 import samon
 from samon.engines.replay import PLANS
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+from tests.steps import assert_gradients, count_flops, gradients, loss_of, optimizer_of
 
 # One of each way to be built: plain and fused norms, class tokens, relative positions, windows, dense and multi-branch
-# connections, attention that is not a module call, squeeze-excite, re-parametrised convolutions.
+# connections, attention that is not a module call, squeeze-excite, reparametrized convolutions.
 MODELS = {
     "resnet18": 64,
     "resnet26": 32,
@@ -51,56 +52,50 @@ def build(name: str) -> tuple[nn.Module, int]:
     return timm.create_model(name, num_classes=5, **kwargs).double().train(), size
 
 
-def last_part(model: nn.Module, share: float = 0.3) -> str:
-    """A regular expression for the last norm parameters in model order."""
-    names = list(create_optimizer_v2(model, "samon", lr=0.1).perturbed_parameters())
-    return "^(" + "|".join(map(re.escape, names[int(len(names) * (1 - share)) :])) + ")$"
+class Twins:
+    """A network with replay and a copy without it, each with its optimizer."""
 
+    def __init__(self, model: nn.Module, perturb: str, rho: float = 0.5, x: Tensor | None = None) -> None:
+        self.models = model, copy.deepcopy(model)
+        self.opts = [optimizer_of(m, rho=rho, perturb=perturb) for m in self.models]
+        self.data = batch() if x is None else (x, torch.arange(len(x)))
 
-def step(model: nn.Module, opt, forward, **kwargs) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    torch.manual_seed(7)
-    samon.two_pass(opt, forward, **kwargs)
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    @property
+    def plan(self) -> Any:
+        return PLANS[self.opts[0]]
 
-
-def assert_equal(a: dict, b: dict, tolerance: float = 1e-12) -> None:
-    assert a.keys() == b.keys()
-    size = torch.cat([g.flatten() for g in b.values()]).norm()
-    assert all((a[n] - b[n]).norm() <= tolerance * size for n in b)
+    def step(self, **options: Any) -> None:
+        """One step each: equal gradients and buffers."""
+        for model, opt, replay in zip(self.models, self.opts, (True, False), strict=True):
+            model.zero_grad()
+            torch.manual_seed(7)
+            samon.two_pass(opt, loss_of(model, *self.data), replay=replay, **options)
+        assert gradients(self.models[0]).keys() == gradients(self.models[1]).keys()
+        assert_gradients(self.models[0], gradients(self.models[1]), 1e-12)
+        for a, b in zip(self.models[0].buffers(), self.models[1].buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_timm_models(name: str) -> None:
+    """The last 30 % of the normalization parameters perturbed; the same noise, so that stochastic depth before the
+    boundary does not differ."""
     model, size = build(name)
-    twin = copy.deepcopy(model)
-    x, y = batch(2, image=size)
-    perturb = last_part(model)
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.1, perturb=perturb) for m in (model, twin))
-    # The same noise, so that stochastic depth in front of the cut does not tell them apart.
+    names = list(optimizer_of(model).perturbed_parameters())
+    late = "^(" + "|".join(map(re.escape, names[int(len(names) * 0.7) :])) + ")$"
+    twins = Twins(model, late, 0.1, batch(2, image=size)[0])
     for _ in range(2):  # the first step records the order of modules, the second replays
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y), same_noise=True)
-        want = step(twin, plain, lambda: F.cross_entropy(twin(x), y), same_noise=True, replay=False)
-        assert_equal(got, want)
-        for a, b in zip(model.buffers(), twin.buffers(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    assert PLANS[opt].prefix
+        twins.step(same_noise=True)
+    assert twins.plan.prefix
 
 
 @pytest.mark.parametrize("bn_stats", ["first", "second", "both"])
 @pytest.mark.parametrize("perturb", ["blocks.2", "blocks.1.bn2", "blocks.2.bn2.bias"])
-def test_in_place_code_behind_a_kept_output(perturb: str, bn_stats: str) -> None:
-    """Residual blocks add and activate in place: a kept output that later code overwrites is found and copied."""
-    model = randomized(BatchNormNet())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb=perturb) for m in (model, twin))
+def test_in_place_code_after_a_kept_output(perturb: str, bn_stats: str) -> None:
+    """Residual blocks add and activate in place: a kept output that later code overwrites is detected and copied."""
+    twins = Twins(randomized(BatchNormNet()), perturb)
     for _ in range(4):
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y), bn_stats=bn_stats)
-        want = step(twin, plain, lambda: F.cross_entropy(twin(x), y), bn_stats=bn_stats, replay=False)
-        assert_equal(got, want)
-        for a, b in zip(model.buffers(), twin.buffers(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        twins.step(bn_stats=bn_stats)
 
 
 class Awkward(nn.Module):
@@ -115,7 +110,7 @@ class Awkward(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.head = nn.Linear(8, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.first(F.pixel_unshuffle(x, 2).flatten(2).mT)
         x = x * self.token
         y = self.early(self.twice(self.twice(x)))
@@ -127,30 +122,23 @@ class Awkward(nn.Module):
 
 def test_awkward_model() -> None:
     model = randomized(Awkward())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb="late") for m in (model, twin))
+    twins = Twins(model, "late")
     for _ in range(4):
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
-        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-    assert {model.first, model.twice, model.early} <= set(PLANS[opt].prefix)
-    assert PLANS[opt].cloned == {model.early}
-    assert model.tied not in PLANS[opt].prefix
+        twins.step()
+    assert {model.first, model.twice, model.early} <= set(twins.plan.prefix)
+    assert twins.plan.cloned == {model.early}
+    assert model.tied not in twins.plan.prefix
 
 
 class Overwriting(nn.Module):
-    """Code of the root's own adds in place to a kept output, and no module behind it keeps the sum."""
+    """Code of the root's own adds in place to a kept output, and no later module keeps the sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.early, self.late, self.head = (
-            nn.Linear(12, 8),
-            nn.LayerNorm(8),
-            nn.LayerNorm(8),
-            nn.Linear(8, 5),
-        )
+        self.first, self.head = nn.Linear(12, 8), nn.Linear(8, 5)
+        self.early, self.late = nn.LayerNorm(8), nn.LayerNorm(8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.first(F.pixel_unshuffle(x, 2).flatten(2).mT)
         y = self.early(x)
         y += x
@@ -158,107 +146,77 @@ class Overwriting(nn.Module):
 
 
 def test_an_output_overwritten_after_it_was_kept_is_not_used() -> None:
-    model = randomized(Overwriting())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb="late") for m in (model, twin))
-    for _ in range(4):  # recorded, found out, replayed with a copy
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
-        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-    assert PLANS[opt].cloned == {model.early}
+    twins = Twins(randomized(Overwriting()), "late")
+    for _ in range(4):  # recorded, detected, replayed with a copy
+        twins.step()
+    assert twins.plan.cloned == {twins.models[0].early}
 
 
-def test_changed_order_is_noticed() -> None:
-    """A module that ran in front and now runs behind the cut is not replayed."""
+class Switch(nn.Module):
+    """Runs `a` before or after the boundary."""
 
-    class Switch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.norm, self.head = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 5)
-            self.other = nn.LayerNorm(3)
-            self.swapped = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 5)
+        self.other, self.swapped = nn.LayerNorm(3), False
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.other(x.mean((2, 3)))
-            x = self.a(self.norm(x)) if self.swapped else self.norm(self.a(x))
-            return self.head(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(x.mean((2, 3)))
+        return self.head(self.a(self.norm(x)) if self.swapped else self.norm(self.a(x)))
 
-    model = randomized(Switch())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb="^norm") for m in (model, twin))
+
+def test_a_changed_order_is_noticed() -> None:
+    twins = Twins(randomized(Switch()), "^norm")
     for swapped in (False, False, True, True, True, False):
-        model.swapped = twin.swapped = swapped
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
-        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
+        for model in twins.models:
+            model.swapped = swapped
+        twins.step()
 
 
-def test_functional_use_of_a_perturbed_parameter() -> None:
-    """Code that reads a late norm's weight early, without calling it: nothing that depends on it is kept."""
+class Peek(nn.Module):
+    """Reads a late layer's weight early, without calling it."""
 
-    class Peek(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.other = nn.Linear(3, 3), nn.Linear(3, 5), nn.LayerNorm(3)
-            self.norm = nn.LayerNorm(5)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(3, 3), nn.Linear(3, 5), nn.LayerNorm(3)
+        self.norm = nn.LayerNorm(5)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.first(self.other(x.mean((2, 3)))) * self.norm.weight[:3]
-            return self.norm(self.second(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(self.first(self.other(x.mean((2, 3)))) * self.norm.weight[:3]))
 
-    model = randomized(Peek())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb="^norm") for m in (model, twin))
+
+@pytest.mark.parametrize(
+    ("net", "perturb"), [(Peek, "^norm"), (lambda: LayerNormNet(dropout=0.5), r"norms\.3")], ids=["peek", "dropout"]
+)
+def test_functional_use_of_a_perturbed_parameter_and_dropout(net: Callable[[], nn.Module], perturb: str) -> None:
+    """Nothing that depends on a perturbed parameter is kept; noise before and after the boundary follows same_noise."""
+    twins = Twins(randomized(net()), perturb)
     for _ in range(3):
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
-        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
+        twins.step(same_noise=True)
 
 
-def test_dropout_in_front_is_the_same_in_both_passes_and_late_noise_follows_the_option() -> None:
-    model = randomized(LayerNormNet(dropout=0.5))
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb=r"norms\.3") for m in (model, twin))
-    for _ in range(3):
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y), same_noise=True)
-        want = step(twin, plain, lambda: F.cross_entropy(twin(x), y), same_noise=True, replay=False)
-        assert_equal(got, want)
-
-
-def test_front_runs_once() -> None:
-    """Exact operation counts: everything in front of the cut runs forward once, and its ascent backward never."""
+def test_the_prefix_runs_once() -> None:
+    """Exact operation counts: everything before the boundary runs forward once, and its ascent backward never."""
     model = timm.create_model("resnet18", num_classes=5).train()
     x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
-
-    def count(function) -> int:
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-
-    opt = create_optimizer_v2(model, "samon", lr=0.1, perturb="layer4")
-    full = count(lambda: samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), replay=False))
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
-    ran = []
-    model.layer1[0].conv1.register_forward_hook(lambda *_: ran.append(1))
-    replayed = count(lambda: samon.two_pass(opt, lambda: F.cross_entropy(model(x), y)))
-    assert len(ran) == 1
+    opt, forward = optimizer_of(model, perturb="layer4"), loss_of(model, x, y)
+    full = count_flops(lambda: samon.two_pass(opt, forward, replay=False))
+    samon.two_pass(opt, forward)
+    calls = []
+    model.layer1[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    replayed = count_flops(lambda: samon.two_pass(opt, forward))
+    assert len(calls) == 1
     stages = (model.conv1, model.bn1, model.maxpool, model.layer1, model.layer2, model.layer3)
-    with torch.no_grad():  # the first convolution of layer4 is in front of its first norm too
-        once = count(lambda: nn.Sequential(*stages, model.layer4[0].conv1)(x))
+    with torch.no_grad():  # the first convolution of layer4 runs before its first norm too
+        once = count_flops(lambda: nn.Sequential(*stages, model.layer4[0].conv1)(x))
     assert full - replayed == once > 0
 
 
-def test_parameters_unfrozen_in_front_of_the_cut_move_it() -> None:
-    model = randomized(BatchNormNet())
-    twin = copy.deepcopy(model)
-    x, y = batch()
-    perturb = r"blocks\.[02]"
-    opt, plain = (create_optimizer_v2(m, "samon", lr=0.1, rho=0.5, perturb=perturb) for m in (model, twin))
+def test_parameters_unfrozen_before_the_boundary_move_it() -> None:
+    twins = Twins(randomized(BatchNormNet()), r"blocks\.[02]")
     for frozen in (True, True, False, False, True, True):  # recorded, replayed, each
-        for m in (model, twin):
+        for m in twins.models:
             m.blocks[0].requires_grad_(not frozen)
-        got = step(model, opt, lambda: F.cross_entropy(model(x), y))
-        assert_equal(got, step(twin, plain, lambda: F.cross_entropy(twin(x), y), replay=False))
-        assert PLANS[opt].prefix
-        assert (model.blocks[0] in PLANS[opt].prefix) == frozen
+        twins.step()
+        assert twins.plan.prefix
+        assert (twins.models[0].blocks[0] in twins.plan.prefix) == frozen
