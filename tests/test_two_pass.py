@@ -387,10 +387,8 @@ def test_inference_mode_around_the_step_is_refused() -> None:
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 @pytest.mark.parametrize(
     "options", [{}, {"groups": 4}, {"bn_stats": "both", "same_noise": True}, {"perturb": "layer4"}], ids=str
 )
@@ -419,7 +417,8 @@ def test_no_host_synchronization_on_a_gpu(name: str, options: dict) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_the_gradient_on_a_gpu_equals_that_on_the_cpu() -> None:
     """float64 on both: only the order of summation differs."""
     torch.manual_seed(0)
