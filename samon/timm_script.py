@@ -1,17 +1,18 @@
 """`python -m samon.timm_script SCRIPT.py ARGS...` runs a timm-style training script unchanged, with SAM inside.
 
-The script makes its optimizer with timm's factory (`--opt samon-layerl2`, `--opt-kwargs rho=0.05`) and gets its loss
-from one of timm's training tasks. Here the task's call makes the ascent pass first and returns the loss at w + eps;
-the weights are back at w when that loss's backward pass returns, before the script clips, steps, averages or saves.
+The script creates its optimizer with timm's factory (`--opt samon-layerl2`, `--opt-kwargs rho=0.05`) and gets its loss
+from one of timm's training tasks. Here the call of the task makes the ascent pass, then returns the loss at w + eps.
+The weights are back at w when the backward pass of that loss returns, before the script clips, steps, averages, saves.
 """
 
 import runpy
 import sys
-import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from timm.task.task import TrainingTask
@@ -22,76 +23,71 @@ from samon.errors import UserError
 from samon.sam import SAM
 from samon.two_pass import WholeBatch
 
-_sams: list[weakref.ref] = []  # in the order they were made
-_scalers: list[weakref.ref] = []
-_plain_call = TrainingTask.__call__
+Losses = dict[str, Tensor]
+_sams: WeakValueDictionary[int, SAM] = WeakValueDictionary()  # in the order of their creation, as are the scalers
+_scalers: WeakValueDictionary[int, torch.amp.GradScaler] = WeakValueDictionary()
+_call_task = TrainingTask.__call__
 
 
-class Perturbed:
-    """The two passes of one task, and what has to be undone between them and the next use of the weights."""
+class PerturbedTask:
+    """The two passes of a task, and what must be undone before the weights are used again."""
 
     def __init__(self, task: TrainingTask, sam: SAM) -> None:
-        self.sam, self.undo, self.inside = sam, ExitStack(), False
+        self.task, self.sam, self.undo, self.in_pass = task, sam, ExitStack(), False
         self.restore = self.undo.close  # back to w, bit by bit
         module: Any = task.get_trainable_module()
-        self.no_sync = getattr(module, "no_sync", nullcontext)
-        # A loss that is never differentiated would leave w + eps: nobody gets to see it.
-        module.register_forward_pre_hook(lambda *_: None if self.inside else self.restore())
+        # The loss may never be differentiated, which would leave the weights at w + eps.
+        module.register_forward_pre_hook(lambda *_: None if self.in_pass else self.restore())
         module.register_state_dict_pre_hook(lambda *_: self.restore())
         sam.register_step_pre_hook(lambda *_: self.restore())
 
-    def losses(self, plain: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The task's result at w + eps, from its `plain` call."""
+    def losses(self, call: Callable[[], Losses]) -> Losses:
+        """The result of the task's `call` at w + eps."""
         self.restore()
-        sam, scaler, ascends = self.sam, _latest(_scalers), self.sam.ascent.needs_ascent_pass()
+        sam, scalers, ascends = self.sam, list(_scalers.values()), self.sam.ascent.needs_ascent_pass()
+        scaler = scalers[-1] if scalers else None
         named = self.undo.enter_context(sam.sampled_parameters())  # zero_grad() before backward() belongs to the step
         engine = WholeBatch(sam, named, "first" if ascends else "second")
-        engine.no_sync, engine.scaler = self.no_sync, scaler
+        engine.no_sync, engine.scaler = self.task.no_sync, scaler
         clean = grads = None
-        self.inside = True
+        self.in_pass = True
         try:
             if ascends:
-                clean, grads = engine.ascent_gradient([lambda: plain()["loss"]])
+                clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
                 if sam.ascent.needs_clean_grad:
                     sam.ascent.accumulate_clean_grad(grads, 1.0)
             eps, finite = sam.ascend(named, grads)
             if eps is not None:
                 self.undo.enter_context(engine.perturbed(eps))
-            result = plain()
+            result = call()
         except BaseException:
             self.restore()
             raise
         finally:
-            self.inside = False
+            self.in_pass = False
         loss = result["loss"]
         last = loss.detach()
         sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
-        if scaler is not None and finite is not None:  # else eps is zero: the gradient at w
+        if scaler is not None and finite is not None:  # the scaler skips NaN; without one eps is zero
             loss = loss * torch.where(finite, 1.0, torch.nan)
         loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.restore))
         return {**result, "loss": loss}
 
 
-def _call(task: TrainingTask, *args: Any, **kwargs: Any) -> Any:
-    def plain() -> Any:
-        return _plain_call(task, *args, **kwargs)
-
+def _call(task: TrainingTask, *args: Any, **kwargs: Any) -> Losses:
+    call = partial(_call_task, task, *args, **kwargs)
     if not (task.training and torch.is_grad_enabled()):
-        return plain()
-    if "_samon" not in task.__dict__:  # the newest of our optimizers over its parameters; None if it has another one
+        return call()
+    if "_samon" not in task.__dict__:  # the newest of our optimizers over the task's parameters, if any
         own = {id(p) for p in task.parameters()}
-        sam = _latest(_sams, lambda sam: any(id(p) in own for p in sam.selection.parameters.values()))
-        task.__dict__["_samon"] = None if sam is None else Perturbed(task, sam)
-    perturbed = task.__dict__["_samon"]
-    return plain() if perturbed is None else perturbed.losses(plain)
-
-
-def _latest(references: list[weakref.ref], wanted: Callable[[Any], bool] = lambda made: True) -> Any:
-    return next((made for r in reversed(references) if (made := r()) is not None and wanted(made)), None)
+        sams = [s for s in _sams.values() if any(id(p) in own for p in s.selection.parameters.values())]
+        task.__dict__["_samon"] = PerturbedTask(task, sams[-1]) if sams else None
+    perturbed: PerturbedTask | None = task.__dict__["_samon"]
+    return call() if perturbed is None else perturbed.losses(call)
 
 
 def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
-    """A step without closure, task or `two_pass` before it would silently be a plain one."""
+    """Refuse a step without a closure, task or `two_pass` before it, which would be a plain one in silence."""
     if not sam.stats and not args[1:] and not kwargs.get("closure"):
         raise UserError(
             "this script does not take its loss from a timm.task training task, so nothing perturbs the weights; "
@@ -100,25 +96,26 @@ def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
 
 
 def install() -> None:
-    """Let timm's tasks know of our optimizers and of the gradient scaler, from now on in this process."""
-    _remember(SAM, _sams, lambda sam: sam.register_step_pre_hook(_refuse_plain_step))
-    _remember(torch.amp.GradScaler, _scalers)
+    """Let timm's tasks find our optimizers and the gradient scaler, from now on in this process."""
+    _record_instances(SAM, _sams)
+    _record_instances(torch.amp.GradScaler, _scalers)
     TrainingTask.__call__ = _call  # type: ignore[method-assign]
 
 
-def _remember(kind: Any, references: list[weakref.ref], then: Callable[[Any], Any] = lambda made: None) -> None:
+def _record_instances(kind: Any, instances: WeakValueDictionary[int, Any]) -> None:
     initialize = kind.__init__
 
-    def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_and_record(self: Any, *args: Any, **kwargs: Any) -> None:
         initialize(self, *args, **kwargs)
-        then(self)
-        references.append(weakref.ref(self))
+        instances[max(instances, default=0) + 1] = self
+        if isinstance(self, SAM):
+            self.register_step_pre_hook(_refuse_plain_step)
 
-    kind.__init__ = remembering
+    kind.__init__ = initialize_and_record
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script as if it had been started itself."""
+    """Run the script as if it had been started directly."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())

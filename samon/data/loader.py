@@ -247,7 +247,9 @@ class Loader:
         self.batches: PrefetchLoader | _Batches = loader if prefetcher is None else prefetcher
         self.worker_error: WorkerError | None = None  # why workers had to be started again
         erasing = getattr(prefetcher, "random_erasing", None)
-        self.erasing = prefetcher.random_erasing = SeededErasing(erasing, stream, device) if erasing else None
+        self.erasing = SeededErasing(erasing, stream, device) if erasing else None
+        if self.erasing is not None:
+            prefetcher.random_erasing = self.erasing
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""

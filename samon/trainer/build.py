@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,24 +47,11 @@ class Task(ClassificationTask):
         return {"loss": self.criterion(to_float32(output), target), "output": output}
 
 
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """The settings that are decided while building."""
-
-    num_classes: int
-    lr: float
-    dist_bn: str
-    no_replay: bool
-    rho: float | None  # of the sharpness-aware optimizer, including its default
-    eta: float | None
-
-
 @dataclass
 class Run:
     """What the training loop works with."""
 
-    config: Config  # as given
-    resolved: ResolvedConfig
+    config: Config  # with what was decided while building: it makes the same run, from args.yaml or a checkpoint
     world: DistInfo
     model: nn.Module  # without compilation and DDP: the state dict's names, selection of parameters, validation
     task: Task
@@ -92,11 +79,6 @@ class Run:
         return self.config.stop_epoch or self.epochs
 
     @property
-    def effective(self) -> Config:
-        """The configuration that makes the same run, as args.yaml and checkpoints store it."""
-        return self.config.but(**asdict(self.resolved))
-
-    @property
     def no_sync(self) -> Callable[[], AbstractContextManager[Any]]:
         """Context for all micro-batches of an update but the last, in which no gradients are sent."""
         return no_sync(self.model) if self.config.fsdp else self.task.no_sync
@@ -120,9 +102,11 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
         mesh = sharding.make_mesh(config, world)
         for module in [model, task.trainable_module_ema.module] if task.has_ema() else [model]:
             sharding.shard_model(config, module, world, mesh)
-    lr = learning_rate(config, world.size)
-    optimizer = build_optimizer(config.but(lr=lr), model)
+    config = config.but(num_classes=classes, lr=learning_rate(config, world.size))
+    optimizer = build_optimizer(config, model)
     sam = samon.sam_of(optimizer)
+    if sam is not None:
+        config = config.but(rho=sam.rho, eta=sam.eta, no_replay=not replays(config, sam))
     data = build_data(config, classes, data_config, world, class_names)
     metric = config.eval_metric if data.eval_loader is not None else "loss"
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
@@ -134,15 +118,7 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
             sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * updates
     return Run(
-        config=config,
-        resolved=ResolvedConfig(
-            num_classes=classes,
-            lr=lr,
-            dist_bn="" if config.sync_bn and world.size > 1 else config.dist_bn,
-            no_replay=sam is not None and not replays(config, sam),
-            rho=config.rho if sam is None else sam.rho,
-            eta=config.eta if sam is None else sam.eta,
-        ),
+        config=config.but(dist_bn="") if config.sync_bn and world.size > 1 else config,
         world=world,
         model=model,
         task=task,

@@ -149,7 +149,7 @@ class CheckpointManager:
             optimizer_layout=describe_optimizer(run),
             epoch=progress.epoch,
             arch=run.config.model,
-            args={key: value for key, value in vars(without_launch_flags(run.effective)).items() if key != "config"},
+            args={key: value for key, value in vars(without_launch_flags(run.config)).items() if key != "config"},
             metric=metric,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
             scheduler=plateau and {"inner": plateau.state_dict(), "restore_lr": vars(run.scheduler)["restore_lr"]},

@@ -115,9 +115,9 @@ class RunLogger:
         size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
         place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
-        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.resolved.num_classes, place)
+        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.config.num_classes, place)
         samples = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
-        log.info("%s, %d epochs, --opt %s, lr %.4g", samples, run.epochs, config.opt, run.resolved.lr)
+        log.info("%s, %d epochs, --opt %s, lr %.4g", samples, run.epochs, config.opt, run.config.lr)
         warmup = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
         if warmup >= run.epochs and self.world.is_rank_zero:
             log.warning(

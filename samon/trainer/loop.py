@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -122,9 +122,7 @@ def naming_last_checkpoint(checkpoints: CheckpointManager) -> Iterator[None]:
         if checkpoints.last_good is None:
             raise
         raise DataError(f"{error}; {checkpoints.describe_last_good()}") from error
-    except WorkerError as error:
-        raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
-    except FloatingPointError as error:
+    except (WorkerError, FloatingPointError) as error:
         raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
     except OSError as error:
         error.filename = error.filename or str(checkpoints.directory)
@@ -194,7 +192,7 @@ def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bo
     else:
         for index, (images, target) in enumerate(batches):
             samples += len(images)
-            with sync_if(run, index + 1 == count):
+            with nullcontext() if index + 1 == count else run.no_sync():  # gradients are sent with the last one
                 rows.append((sam_gradient if perturb else plain_gradient)(run, images, target, 1 / count))
     if run.config.fsdp:
         average_gradients(parameters(run.optimizer))
@@ -203,11 +201,6 @@ def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bo
 
 def mean_values(rows: Sequence[Values]) -> Values:
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-
-def sync_if(run: Run, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are sent with the last micro-batch only."""
-    return nullcontext() if last else run.no_sync()
 
 
 def forward(run: Run, images: Tensor, target: Tensor) -> Forward:
@@ -252,7 +245,7 @@ def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Valu
         return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, groups=groups)
     rows = []
     for index, (x, y) in enumerate(zip(images.split(m), target.split(m), strict=True)):
-        with sync_if(run, index + 1 == groups):
+        with nullcontext() if index + 1 == groups else run.no_sync():
             rows.append(perturbed_gradient(run, forward(run, x, y), loss_scale=scale / groups))
     return mean_values(rows)
 
@@ -277,7 +270,7 @@ def perturbed_gradient(
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # small images have other statistics
         same_noise=config.same_noise,
-        replay=not run.resolved.no_replay,
+        replay=not run.config.no_replay,
         ascent_forward=ascent_forward,
         loss_scale=loss_scale,
     )
@@ -310,8 +303,7 @@ def save_or_stop(
         meter.read(signals.reduce)
         checkpoints.save_recovery(progress)
     if signum:
-        checkpoints.wait()
-        raise signals.exception(signum, checkpoints)
+        signals.stop(signum, checkpoints)
 
 
 # --- around an epoch ------------------------------------------------------------------------------------------------
@@ -353,8 +345,8 @@ def image_losses(run: Run) -> Iterator[Forward]:
 
 def share_running_statistics(run: Run, model: nn.Module) -> None:
     """Average or broadcast the BatchNorm statistics over the processes (--dist-bn)."""
-    if run.world.size > 1 and run.resolved.dist_bn:
-        distribute_bn(model, run.world.size, run.resolved.dist_bn == "reduce")
+    if run.world.size > 1 and run.config.dist_bn:
+        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
 
 
 def validate(
@@ -387,6 +379,5 @@ def validate(
     )
     if signum := signals.agree():
         checkpoints.save_recovery(progress)
-        checkpoints.wait()
-        raise signals.exception(signum, checkpoints)
+        signals.stop(signum, checkpoints)
     return metrics

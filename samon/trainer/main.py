@@ -59,7 +59,7 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
                 fast_forward_scheduler(run, progress)
             check_epochs_left(run, progress, run_dir)
         # All settings have been checked: the directory is written to from here on.
-        rank_zero_only(world, lambda: prepare_run_dir(run_dir, run.effective))
+        rank_zero_only(world, lambda: prepare_run_dir(run_dir, run.config))
         if world.is_rank_zero:
             at_end.callback(restore_overwritten, run_dir.path)
         logger = RunLogger(config, run_dir.path, world, early.buffer, start)

@@ -98,7 +98,7 @@ def changed_settings(run: Run, stored: Mapping[str, object]) -> dict[str, tuple[
     def plain(value: object) -> object:
         return list(value) if isinstance(value, tuple) else value
 
-    current = {k: v for k, v in vars(without_launch_flags(run.effective)).items() if k in stored and k not in ignored}
+    current = {k: v for k, v in vars(without_launch_flags(run.config)).items() if k in stored and k not in ignored}
     return {key: (stored[key], value) for key, value in current.items() if plain(stored[key]) != plain(value)}
 
 

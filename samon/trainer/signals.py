@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,12 @@ class SignalHandler:
         self.fault = error
         self.signum = self.signum or FAULT
 
-    def exception(self, signum: int, checkpoints: CheckpointManager) -> Exception:
-        """The error that ends a run after `signum`, once its state is saved."""
+    def stop(self, signum: int, checkpoints: CheckpointManager) -> NoReturn:
+        """End the run after `signum`, once its state is written."""
+        checkpoints.wait()
         if signum != FAULT:
-            return Stopped(signum, f"continue with --resume {checkpoints.directory}")
-        return RunError(f"{self.fault or 'another process failed'}; {checkpoints.describe_last_good()}")
+            raise Stopped(signum, f"continue with --resume {checkpoints.directory}")
+        raise RunError(f"{self.fault or 'another process failed'}; {checkpoints.describe_last_good()}")
 
     def poll(self) -> tuple[int, bool]:
         """`(signal to stop for or 0, whether a timed save is due)`, the same on all processes; call after an update."""

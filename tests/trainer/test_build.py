@@ -80,7 +80,7 @@ def test_automatic_precision(native: bool, monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(models, "has_native_bfloat16", lambda device: native)
     run = built("--amp", "--amp-dtype", "auto")
     assert f"--amp-dtype auto: {'bfloat16' if native else 'float32'} on this cpu" in caplog.text
-    assert (run.effective.amp, run.effective.amp_dtype, run.scaler) == (native, "bfloat16", None)
+    assert (run.config.amp, run.config.amp_dtype, run.scaler) == (native, "bfloat16", None)
     with run.autocast():
         result = run.task(torch.randn(2, 1, 32, 32), torch.tensor([0, 1]))
     assert result["output"].dtype == (torch.bfloat16 if native else torch.float32)
@@ -150,7 +150,7 @@ def test_defaults_of_the_variant_are_shown() -> None:
     printed = config.dump(config.parse([*BASE, "--opt", "samon-eleml2orig", "--print-config"]))
     assert "rho: 0.5\neta: 0.01\n" in printed
     run = built("--opt", "samon-eleml2orig")
-    assert (run.effective.rho, run.effective.eta) == (0.5, 0.01)
+    assert (run.config.rho, run.config.eta) == (0.5, 0.01)
     assert repr(run.optimizer).startswith("SAM(samon, geometry=eleml2orig, rho=0.5, eta=0.01, ")
 
 
@@ -172,9 +172,9 @@ def test_the_average_of_half_precision_is_float32(dtype: str) -> None:
 @pytest.mark.parametrize("other", [["--torchcompile", "eager"], ["--grad-checkpointing"]], ids=str)
 def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], caplog: Any) -> None:
     args = ["--opt", "samon", "--model", "test_vit", "--perturb", "blocks.[4-9]|^norm"]
-    assert not built(*args).resolved.no_replay
+    assert not built(*args).config.no_replay
     caplog.set_level("INFO")
-    assert built(*args, *other).resolved.no_replay
+    assert built(*args, *other).config.no_replay
     assert f"replay is off: it keeps activations from module to module, which {other[0]} does not allow" in caplog.text
 
 

@@ -113,7 +113,7 @@ def built_on(root: Path, *args: str, class_names: list[str] | None = None) -> bu
 
 def test_the_head_takes_the_number_of_classes(folders: Folders, caplog: pytest.LogCaptureFixture) -> None:
     run = built_on(folders("ant bee cat", "ant bee cat"))
-    assert (run.resolved.num_classes, run.class_names) == (3, ["ant", "bee", "cat"])
+    assert (run.config.num_classes, run.class_names) == (3, ["ant", "bee", "cat"])
     built_on(run.config.data_dir, "--num-classes", "5")
     assert "has 3 classes, the model 5; --num-classes 3 fits" in caplog.text
 
@@ -157,7 +157,7 @@ def test_a_number_of_samples_does_not_cut_an_image_folder(folders: Folders, capl
     root = folders("ant bee", "ant bee")
     run = built_on(root, "--train-num-samples", "2", "--val-num-samples", "3")
     assert (run.train_loader.num_samples, run.eval_loader.num_samples) == (32, 8)
-    assert (run.effective.train_num_samples, run.effective.val_num_samples) == (None, None)  # as validate.py reads it
+    assert (run.config.train_num_samples, run.config.val_num_samples) == (None, None)  # as validate.py reads it
     assert "--train-num-samples and --val-num-samples: no effect on image folders" in caplog.text
     part = built_on(root, "--val-split", "val[:2]")
     assert sorted(label for _, target in part.eval_loader for label in target.tolist()) == [0, 1]
