@@ -154,6 +154,8 @@ def updates(
         logger.log_images(run, progress, first[0])
         yield (to_device(run, *batch) for batch in chain([first], islice(batches, count - 1))), count
         left -= count
+    if rng is not None:  # the run was stopped after the last update of the epoch
+        generators.set_state(rng, run.world.device)
 
 
 def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
