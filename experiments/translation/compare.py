@@ -1,8 +1,8 @@
 """Adam, SAM and SAM-ON side by side: `python -m experiments.translation.compare --output output/translation`.
 
-Rho is chosen by validation BLEU of seed 0 at half of the epochs; then every seed runs to the end and the test split is
-translated once, with a beam of 5. Finished runs are not done again: start it again to go on. `--only SAM` leaves the
-others to another process; `results.json` in --output holds what is there.
+Rho is chosen by the validation BLEU of seed 0 after half of the epochs; then every seed runs to the end and the test
+split is translated once, with a beam of 5. A second start resumes, without finished runs. `--only SAM` runs one method;
+`results.json` in --output has the finished ones.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from experiments.translation.settings import load_settings
 from samon.cli.program import run_script
 from samon.files import write_text
 
-METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # optimizer, and what rho is chosen from
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # optimizer, and candidates of rho
     "Adam": ("adamw", ()),
     "SAM": ("sam-adamw", (0.01, 0.05)),
     "SAM-ON": ("samon-adamw", (0.02, 0.1)),
@@ -29,7 +29,7 @@ def log_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def trained(directory: Path, args: argparse.Namespace, opt: str, rho: float | None, seed: int, epochs: int) -> None:
-    """The run as long as wanted, begun or gone on with."""
+    """Start or resume a run and train it to the given epoch."""
     done = len(log_of(directory))
     if done < epochs:
         how = ["--rho", str(rho)] if rho is not None else []
@@ -39,7 +39,7 @@ def trained(directory: Path, args: argparse.Namespace, opt: str, rho: float | No
 
 
 def method(name: str, args: argparse.Namespace, epochs: int) -> dict[str, Any]:
-    """The row of a method; everything of it is run first unless --table."""
+    """The row of a method, after its missing runs (none with --table)."""
     opt, rhos = METHODS[name]
     held: dict[str, float] = {}
     for rho in rhos:
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/translation"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", default=",".join(METHODS), help="methods, with commas")
-    parser.add_argument("--table", action="store_true", help="run nothing; write results.json of what is finished")
+    parser.add_argument("--table", action="store_true", help="only write results.json from the finished runs")
     args = parser.parse_args(arguments)
     epochs = load_settings(str(args.config), {}).epochs
     rows = [method(name, args, epochs) for name in METHODS if name in args.only.split(",")]

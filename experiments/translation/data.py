@@ -22,12 +22,12 @@ PAD, UNK, BOS, EOS = range(4)
 CODE = re.compile("[<{%]")
 IDENTIFIERS = re.compile(r"[$&/_\[]")
 Pair = tuple[str, str]  # German, English
-Pieces = tuple[list[int], list[int]]  # the same as piece numbers, without BOS and EOS
+Pieces = tuple[list[int], list[int]]  # the same as token indices, without BOS and EOS
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The three splits; no German and no English string of `valid` or `test` stands in an earlier split."""
+    """The three splits; no German or English string of `valid` or `test` occurs in an earlier split."""
 
     train: list[Pair]
     valid: list[Pair]
@@ -35,10 +35,10 @@ class Corpus:
 
 
 def load_corpus(settings: Settings) -> Corpus:
-    """What the settings name.
+    """Load the corpus that the settings name.
 
     Raises:
-        UserError: nothing or two things are named, files are missing, or a split is empty.
+        UserError: the settings name no corpus or two, files are missing, or a split is empty.
     """
     if (settings.text is None) == (not settings.test and not settings.held_out):
         raise UserError(
@@ -52,9 +52,9 @@ def load_corpus(settings: Settings) -> Corpus:
 
 
 def text_corpus(directory: Path) -> Corpus:
-    """`train`, `valid` and `test`, each as `.de` and `.en` in UTF-8 with a sentence on each line.
+    """`train`, `valid` and `test`, each as `.de` and `.en` in UTF-8 with one sentence per line.
 
-    The splits are taken as they are, as published numbers are on the whole of them.
+    The splits are used unchanged, as in published results.
     """
     return Corpus(*(_text_pairs(directory, split) for split in ("train", "valid", "test")))
 
@@ -77,8 +77,8 @@ def _text_pairs(directory: Path, split: str) -> list[Pair]:
 def catalogue_corpus(settings: Settings) -> Corpus:
     """Message catalogues split by file or app, repeated strings removed: see `Corpus`.
 
-    `valid` and `test` leave out strings with paths and identifiers (`/about/contact/`, `is_staff`) too: a handful of
-    them gives an untranslated source the long matches that BLEU is made of. They are worth training on.
+    `valid` and `test` also exclude strings with paths and identifiers (`/about/contact/`, `is_staff`): a few of them
+    give an untranslated source the long matches that BLEU rewards. Training keeps them.
     """
     files = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
     place = _by_hash(settings.held_out) if settings.held_out else _by_app(files, settings)
@@ -118,7 +118,7 @@ def _by_app(files: Mapping[str, Any], settings: Settings) -> Callable[[str], int
 
 
 def _catalogues(root: Path) -> dict[str, list[Pair]]:
-    """German catalogues below a directory by their paths in it; Django's own begin with `django/`."""
+    """German catalogues in a directory, by path; those of Django itself start with `django/`."""
     if not root.is_dir():
         raise UserError(f"no directory {root}; install the packages of catalogues.txt there (docs/translation.md)")
     base = root.parent if (root / "conf" / "locale").is_dir() else root
@@ -131,10 +131,10 @@ def _catalogues(root: Path) -> dict[str, list[Pair]]:
 
 
 def read_catalogue(path: Path) -> list[Pair]:
-    """The finished translations of a `.po` file, plural forms as pairs of their own, line breaks as spaces.
+    """The finished translations of a `.po` file, plural forms as separate pairs, line breaks as spaces.
 
-    Strings with markup or format fields (`<a>`, `%(name)s`, `{0}`) are left out: both languages hold the same code
-    there, so BLEU would mostly measure copying it. So are strings that are the same in both languages (`URL`).
+    Strings with markup or format fields (`<a>`, `%(name)s`, `{0}`) are excluded: this code is equal in both languages,
+    so BLEU would mostly measure copying. So are strings that are equal in both languages (`URL`).
     """
     pairs = []
     for entry in polib.pofile(str(path), encoding="utf-8"):
@@ -149,11 +149,11 @@ def read_catalogue(path: Path) -> list[Pair]:
     return [(de, en) for de, en in clean if de and en and de != en and not CODE.search(de + en)]
 
 
-# --- pieces ---------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def train_bpe(pairs: list[Pair], vocabulary: int) -> bytes:
-    """A joint BPE of both languages from the training pairs, as sentencepiece's serialized model."""
+    """Train a joint BPE of both languages on the training pairs; returns sentencepiece's serialized model."""
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -170,7 +170,7 @@ def train_bpe(pairs: list[Pair], vocabulary: int) -> bytes:
             eos_id=EOS,
         )
     except RuntimeError as error:
-        raise UserError(f"no BPE of {vocabulary} pieces from {len(pairs)} pairs ({error}); change vocabulary") from None
+        raise UserError(f"no BPE of {vocabulary} tokens from {len(pairs)} pairs ({error}); change vocabulary") from None
     return model.getvalue()
 
 
@@ -180,7 +180,7 @@ def encode(processor: spm.SentencePieceProcessor, pairs: list[Pair]) -> list[Pie
 
 
 def token_batches(pairs: list[Pieces], max_tokens: int, seed: int) -> list[list[int]]:
-    """Indices of all pairs in batches of similar length, in random order; a function of its arguments alone.
+    """Indices of all pairs in batches of similar length, in random order that depends only on the arguments.
 
     A batch's number of pairs times its longest side, EOS included, is at most `max_tokens`.
 
@@ -195,7 +195,7 @@ def token_batches(pairs: list[Pieces], max_tokens: int, seed: int) -> list[list[
     batches: list[list[int]] = [[]]
     for i in order:  # lengths ascend, so the newest is the longest
         if lengths[i] > max_tokens:
-            raise UserError(f"a sentence of {lengths[i]} pieces is over max_tokens={max_tokens}; raise max_tokens")
+            raise UserError(f"a sentence of {lengths[i]} tokens exceeds max_tokens={max_tokens}; raise max_tokens")
         if (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
         batches[-1].append(i)
@@ -204,13 +204,13 @@ def token_batches(pairs: list[Pieces], max_tokens: int, seed: int) -> list[list[
 
 
 def padded(sequences: list[list[int]]) -> Tensor:
-    """[B, longest] with PAD behind the shorter ones."""
+    """[B, longest], the shorter ones padded at the end."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=PAD)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: source [B, S] and decoder input [B, T] with its targets [B, T], one to the left; padded."""
+    """A micro-batch, padded: source [B, S], decoder input [B, T] and targets [B, T] (the input shifted left by one)."""
 
     source: Tensor
     shifted: Tensor
@@ -218,7 +218,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Target tokens that the loss is a mean over: EOS counts, padding does not."""
+        """Number of target tokens in the loss's mean: EOS counts, padding does not."""
         return int((self.target != PAD).sum())
 
 

@@ -22,7 +22,7 @@ def device_of_choice() -> torch.device:
 
 
 def translate(model: Translator, processor: spm.SentencePieceProcessor, sources: list[str], beam: int) -> list[str]:
-    """English for German sentences. At most 1.2 times the source's pieces and 10, as fairseq's recipe has it."""
+    """Translate German into English, with at most 1.2 times the source's tokens plus 10, as in fairseq's recipe."""
     device = next(model.parameters()).device
     model.eval()
     pieces = processor.encode(sources)
@@ -37,7 +37,7 @@ def translate(model: Translator, processor: spm.SentencePieceProcessor, sources:
 
 
 def bleu(translations: list[str], pairs: list[Pair]) -> sacrebleu.metrics.bleu.BLEUScore:
-    """Corpus BLEU on plain text against the pairs' English: sacrebleu's 13a tokens, cased."""
+    """Corpus BLEU of plain text against the English side of the pairs: sacrebleu's 13a tokens, cased."""
     return sacrebleu.metrics.bleu.BLEU().corpus_score(translations, [[english for _, english in pairs]])
 
 
@@ -71,10 +71,10 @@ def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run's directory, of which best.pt is taken, or a checkpoint file")
+    parser.add_argument("run", help="directory of a run (its best.pt is used), or a checkpoint file")
     parser.add_argument("--split", choices=("test", "valid"), default="test")
     parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--text", metavar="DIR", help="where train.de, ... are, if elsewhere than in training")
+    parser.add_argument("--text", metavar="DIR", help="directory of train.de, ..., if it has moved since the training")
     options = parser.parse_args(arguments)
     path = Path(options.run)
     path = path / "best.pt" if path.is_dir() else path

@@ -1,7 +1,7 @@
-"""What a step costs, counted: `python -m experiments.translation.flops -c experiments/translation/iwslt14.yaml`.
+"""FLOPs of a step: `python -m experiments.translation.flops -c experiments/translation/iwslt14.yaml`.
 
-Operations of matrix products (`torch.utils.flop_counter`) in forward and backward, over those of a plain step, on the
-meta device: nothing is computed, so any size is counted at once.
+Matrix products (`torch.utils.flop_counter`) in forward and backward, relative to a plain step, counted on the meta
+device, where nothing is computed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from samon.cli.program import run_script
 
 
 def step_flops(settings: Settings, length: int) -> int:
-    """Operations of one step of the settings' optimizer on a batch of `max_tokens` in sentences of `length` pieces."""
+    """FLOPs of a step of the settings' optimizer, on a batch of `max_tokens` in sentences of `length` tokens."""
     shape = (max(1, settings.max_tokens // length), length)
     with torch.device("meta"):
         model = Translator(settings, settings.vocabulary).train()
@@ -42,7 +42,7 @@ def _count(step: Callable[[], Any]) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", metavar="FILE")
-    parser.add_argument("--length", type=int, default=25, help="pieces of each sentence")
+    parser.add_argument("--length", type=int, default=25, help="tokens per sentence")
     options = parser.parse_args(arguments)
 
     def flops(opt: str) -> int:

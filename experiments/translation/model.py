@@ -24,7 +24,7 @@ class Translator(nn.Module):
             self.target_embedding if s.share_all else nn.Embedding(vocabulary, s.d_model, padding_idx=PAD)
         )
         self.transformer = nn.Transformer(s.d_model, s.heads, s.layers, s.layers, s.ffn, s.dropout, batch_first=True)
-        # torch puts one more norm behind each stack, which only the pre-norm form needs.
+        # torch adds a norm after each stack, which only the pre-norm form needs.
         self.transformer.encoder.norm = self.transformer.decoder.norm = None
         self.transformer.encoder.use_nested_tensor = False
         for layer in [*self.transformer.encoder.layers, *self.transformer.decoder.layers]:
@@ -35,17 +35,17 @@ class Translator(nn.Module):
                 embedding.weight[PAD].zero_()
 
     def forward(self, source: Tensor, shifted: Tensor) -> Tensor:
-        """Logits [B, T, V] of the next piece from source [B, S] and decoder input [B, T]."""
+        """Logits [B, T, V] of the next token from source [B, S] and decoder input [B, T]."""
         return self.decode(shifted, *self.encode(source))
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory [B, S, d_model] and where it is padding [B, S]."""
+        """Memory [B, S, d_model] and its padding mask [B, S]."""
         padding = source == PAD
         embedded = self._embed(self.source_embedding, source)
         return self.transformer.encoder(embedded, src_key_padding_mask=padding), padding
 
     def decode(self, shifted: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """Logits [B, T, V]. Padding of the decoder input needs no mask: it is behind all that counts."""
+        """Logits [B, T, V]. Padding of the decoder input needs no mask, because it comes after all real tokens."""
         mask = torch.ones(shifted.shape[1], shifted.shape[1], dtype=torch.bool, device=shifted.device).triu(1)
         embedded = self._embed(self.target_embedding, shifted)
         hidden = self.transformer.decoder(
@@ -59,7 +59,7 @@ class Translator(nn.Module):
 
 
 def _drop_only_residuals(layer: nn.Module) -> None:
-    """Dropout on embeddings and on what is added to the residual stream, as in Vaswani et al. (section 5.4) and
+    """Apply dropout only to embeddings and additions to the residual stream, as in Vaswani et al. (section 5.4) and
     fairseq; torch's layers also drop attention weights and hidden units."""
     for module in layer.children():
         if isinstance(module, nn.MultiheadAttention):
@@ -83,19 +83,19 @@ def token_loss(model: nn.Module, source: Tensor, shifted: Tensor, target: Tensor
 
 @torch.no_grad()
 def beam_search(model: Translator, source: Tensor, beam: int, max_length: Tensor) -> list[list[int]]:
-    """The best translation of each source [B, S] by mean log-probability of its pieces, EOS included.
+    """The best translation of each source [B, S] by the mean log-probability of its tokens, EOS included.
 
-    Each sentence keeps its `beam` most probable hypotheses; one that has ended keeps its place at its probability.
-    `max_length` [B] bounds the pieces before EOS.
+    Each sentence keeps its `beam` most probable hypotheses; finished ones keep their probability. `max_length` [B]
+    bounds the number of tokens before EOS.
 
     Returns:
-        Pieces of each sentence without BOS and EOS.
+        Tokens of each sentence, without BOS and EOS.
     """
     size, width = source.shape[0], beam
     memory, padding = (t.repeat_interleave(width, 0) for t in model.encode(source))
     pieces = torch.full((size * width, 1), BOS, device=source.device)
     scores = torch.full((size, width), -math.inf, device=source.device)
-    scores[:, 0] = 0  # all beams begin alike; only one of them may branch
+    scores[:, 0] = 0  # all beams start equal, so only one of them may branch
     ended = torch.zeros(size, width, dtype=torch.bool, device=source.device)
     first = torch.arange(size, device=source.device)[:, None] * width
     for length in range(int(max_length.max()) + 1):
@@ -115,7 +115,7 @@ def beam_search(model: Translator, source: Tensor, beam: int, max_length: Tensor
 
 
 def _allow(log_p: Tensor, ended: Tensor, must_end: Tensor) -> None:
-    """Mask log-probabilities [B, beam, V] in place: what has ended goes on with PAD at no cost, nothing else may."""
+    """Mask log-probabilities [B, beam, V] in place: finished hypotheses continue with PAD at no cost, others cannot."""
     log_p[..., PAD] = log_p[..., BOS] = -math.inf
     end = log_p[..., EOS].clone()
     log_p.masked_fill_((ended | must_end)[..., None], -math.inf)

@@ -1,4 +1,4 @@
-"""A run's settings: a YAML recipe, then the command line; and how the commands of this example end."""
+"""Settings of a run: a YAML recipe, overridden by the command line."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ class Settings:
         text: directory of plain text pairs, `train.de`/`train.en`, `valid.*`, `test.*`; or None.
         catalogues: directory of further packages with German message catalogues, besides the installed Django.
         valid, test: apps (folders around `locale/`) held out from training.
-        held_out: or the n of a rule that nobody chooses by: a catalogue file is test text if the SHA-256 of its path is
-            0 modulo n, validation text if it is 1.
-        vocabulary: pieces of the joint BPE.
+        held_out: n of a split by hash, instead of `valid` and `test`: a catalogue file is test text if the SHA-256 of
+            its path is 0 modulo n, and validation text if it is 1.
+        vocabulary: tokens of the joint BPE.
         share_all: encoder and decoder share one embedding; the decoder's is always tied to the output.
         max_tokens: sentences times longest sentence of a micro-batch, padding included.
-        max_length: longer training pairs are left out, in pieces.
+        max_length: longest training pair in tokens; longer ones are skipped.
         accumulate: micro-batches per update.
         m_sharpness: `micro`: a perturbation for each micro-batch; `global`: one for the whole update.
         warmup: updates of linear warm-up before the inverse-square-root decay.
@@ -62,10 +62,10 @@ class Settings:
 
 
 def load_settings(recipe: str | None, overrides: dict[str, Any]) -> Settings:
-    """The recipe's settings with those of the command line in front; None there means not given.
+    """The settings of the recipe, overridden by those of the command line that are not None.
 
     Raises:
-        UserError: no such file, no YAML mapping, an unknown name, or a value of another kind or range.
+        UserError: no such file, no YAML mapping, an unknown name, or a value of the wrong type or range.
     """
     values: Any = {}
     if recipe is not None:
@@ -83,7 +83,7 @@ def load_settings(recipe: str | None, overrides: dict[str, Any]) -> Settings:
 
 
 def checked(values: dict[str, Any]) -> Settings:
-    """Settings from plain values; UserError names the first that cannot be used."""
+    """Settings from plain values; UserError names the first invalid one."""
     known = {f.name: f for f in dataclasses.fields(Settings)}
     for name, value in values.items():
         if name not in known:

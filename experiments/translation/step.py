@@ -1,4 +1,4 @@
-"""One update from micro-batches of unequal numbers of tokens, so that its loss is the mean over all their tokens."""
+"""One update from micro-batches with different numbers of tokens; its loss is the mean over all tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ def fill_gradients(optimizer: Optimizer, losses: Sequence[Loss], tokens: Sequenc
     """Add the gradient of the update's token mean to `.grad`, at w + eps for samon's optimizers.
 
     With n_k tokens in micro-batch k, L_k its token mean and N = sum n_k, the update's loss is L = sum_k n_k/N L_k.
-    `two_pass` itself weights micro-batches equally, so the weights are given to it:
+    `two_pass` itself weights micro-batches equally, so it is given the weights:
 
     - `micro`: every micro-batch has its own perturbation, from its own token mean L_k (m-sharpness with m tokens of
       the micro-batch). K calls, the k-th with `loss_scale=n_k/N`, which leaves the ascent gradient alone.

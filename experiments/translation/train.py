@@ -34,11 +34,11 @@ from samon.files import atomic_write
 
 
 class Run:
-    """A training run: all of its state, and where it stands.
+    """A training run: its state and its position.
 
     Attributes:
         epoch, done: the epoch and how many of its updates are done.
-        updates: updates done in all.
+        updates: updates done in total.
         sums: loss times tokens, and tokens, of this epoch so far.
         best: the best validation BLEU so far.
     """
@@ -58,9 +58,9 @@ class Run:
     # --- training ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """From where the run stands to its end."""
+        """Train from the current position to the end."""
         s = self.settings
-        self.save("last.pt")  # a run killed before its first checkpoint begins again with --resume all the same
+        self.save("last.pt")  # so that --resume also works for a run killed before its first checkpoint
         for epoch in range(self.epoch, s.epochs):
             began = time.perf_counter()
             batches = token_batches(self.pairs, s.max_tokens, seed=s.seed * 100_003 + epoch)
@@ -103,8 +103,8 @@ class Run:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Autocast if asked for. On the CPU attention as plain matrix products: at sentence lengths the backward of
-        torch's fused kernel takes several times as long in bfloat16."""
+        """Autocast if the settings say so. On the CPU, attention uses plain matrix products: for short sequences the
+        backward of torch's fused kernel is several times slower in bfloat16."""
         cpu = self.device.type == "cpu"
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16),
@@ -131,7 +131,7 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> None:
-        """All of the state, tensors and plain types only, so that `weights_only=True` reads it."""
+        """Save the whole state, as tensors and plain types only, so that `weights_only=True` can load it."""
         content = {
             "settings": asdict(self.settings),
             "bpe": torch.frombuffer(bytearray(self.bpe), dtype=torch.uint8),
@@ -150,10 +150,12 @@ class Run:
 
 
 def make_optimizer(model: Translator, s: Settings) -> Optimizer:
-    """timm's optimizer of that name. Weight decay on all parameters, norms and biases too, as fairseq's Adam has it."""
+    """Create timm's optimizer of that name. All parameters decay, norms and biases included, as with fairseq's Adam."""
     options: dict[str, Any] = {} if s.rho is None else {"rho": s.rho}
     if options and not samon.is_sam_name(s.opt):
-        raise UserError(f"rho is for samon's optimizers, and {s.opt} is none; leave rho out or take --opt samon-adamw")
+        raise UserError(
+            f"rho is for samon's optimizers, and {s.opt} is not one; leave rho out or use --opt samon-adamw"
+        )
     try:
         return create_optimizer_v2(
             model,
@@ -171,17 +173,17 @@ def make_optimizer(model: Translator, s: Settings) -> Optimizer:
 
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
-    """`path` holds the old content or all of the new, whatever happens in between."""
+    """Write a file atomically: `path` has either the old or the complete new content."""
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}; the one before it is whole") from None
+        raise RunError(f"cannot write {path}: {reason}; the previous one is intact") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; UserError if there is none or it is damaged."""
+    """Read a checkpoint; raise UserError if it does not exist or is damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings, bpe = content["settings"], content["bpe"]
@@ -194,9 +196,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def begin(settings: Settings, directory: Path) -> Run:
-    """A new run; its directory must hold none yet."""
+    """Start a new run in a directory without one."""
     if (directory / "last.pt").exists():
-        raise UserError(f"{directory} already holds a run; go on with --resume {directory} or give another --output")
+        raise UserError(f"{directory} already holds a run; use --resume {directory} or another --output")
     corpus = load_corpus(settings)
     bpe = train_bpe(corpus.train, settings.vocabulary)
     directory.mkdir(parents=True, exist_ok=True)
@@ -204,9 +206,9 @@ def begin(settings: Settings, directory: Path) -> Run:
 
 
 def resume(directory: Path, epochs: int | None = None) -> Run:
-    """The run as its last checkpoint has it, settings included; `epochs` for another end than it had.
+    """Load a run and its settings from its last checkpoint; `epochs` changes its number of epochs.
 
-    The learning rate does not depend on the end, so a run that is extended equals one that was longer from the start.
+    The learning rate does not depend on the number of epochs, so an extended run equals one planned at that length.
     """
     content = read_checkpoint(directory / "last.pt")
     settings = content["settings"] if epochs is None else replace(content["settings"], epochs=epochs)
@@ -225,13 +227,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", metavar="DIR", default="output/translation/run")
-    parser.add_argument("--resume", metavar="DIR", help="go on with that run and its settings; --epochs extends it")
+    parser.add_argument("--resume", metavar="DIR", help="resume this run with its settings; --epochs extends it")
     options = vars(parser.parse_args(arguments))
     recipe, output, resumed = (options.pop(name) for name in ("config", "output", "resume"))
     if resumed is not None:
         epochs = options.pop("epochs")
         if recipe is not None or any(v is not None for v in options.values()):
-            raise UserError("--resume goes on with the run's own settings; leave all others but --epochs out")
+            raise UserError("--resume uses the settings of the run; only --epochs can be changed")
         run = resume(Path(resumed), epochs)
     else:
         run = begin(load_settings(recipe, options), Path(output))

@@ -329,7 +329,7 @@ def test_train_and_evaluate_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--text", "nowhere"], "no nowhere/train.de"),
         ([], "name either text: DIR"),
         (["--resume", "nowhere"], "no checkpoint at nowhere/last.pt"),
-        (["--resume", "nowhere", "--lr", "1"], "leave all others but --epochs out"),
+        (["--resume", "nowhere", "--lr", "1"], "only --epochs can be changed"),
         (["--lr", "-1"], "lr must be positive"),
     ],
 )
