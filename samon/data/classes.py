@@ -21,11 +21,7 @@ def class_order(name: str) -> tuple[list[int | str], str]:
 
 
 def validation_number(name: str) -> int:
-    """Return the 0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG or that key.
-
-    Raises:
-        UserError: another name.
-    """
+    """Return the 0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG or that key."""
     match = re.search(r"ILSVRC2012_val_(\d{8})", name)
     if match is None or not 1 <= int(match[1]) <= 50_000:
         names = "ILSVRC2012_val_00000001.JPEG ... 00050000.JPEG"
@@ -55,11 +51,7 @@ def check_label(label: object, num_classes: int | None, where: str) -> int:
 
 
 def map_label(label_map: LabelMap | None, label: object, where: str) -> object:
-    """Return the label that `label_map` has for a stored label.
-
-    Raises:
-        LabelError: it has none.
-    """
+    """Return the label that `label_map` has for a stored label; a LabelError if it has none."""
     if label_map is None:
         return label
     try:

@@ -69,11 +69,7 @@ def is_hidden(path: str) -> bool:
 
 
 def url_scheme(url: str) -> str:
-    """Return the URL's scheme, '' for a local path.
-
-    Raises:
-        UserError: a scheme that webdataset cannot open.
-    """
+    """Return the URL's scheme, '' for a local path; one that webdataset cannot open is an error."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
     scheme = match[1].lower() if match else ""
     if scheme in _SHELL | _REMOTE or scheme == "file":
@@ -304,12 +300,9 @@ def read_members(
 ) -> Iterator[tuple[str, dict[str, bytes | SampleError]]]:
     """Yield each sample of a tar: its key, and its members by suffix if its position is in `wanted`.
 
-    A sample is a run of members with one key (webdataset's rule: the name up to the first dot). Other samples are
-    skipped unread, which webdataset's own iterator cannot do. Names are never used as paths, links and devices are
-    ignored, and at most `MAX_BYTES` of a member are read.
-
-    Raises:
-        DataError: a sample that webdataset's rule would lose.
+    A sample is a run of members with one key (webdataset's rule: the name up to the first dot); what this rule would
+    lose is a DataError. Other samples are skipped unread, which webdataset's own iterator cannot do. Names are never
+    used as paths, links and devices are ignored, and at most `MAX_BYTES` of a member are read.
     """
     seekable = getattr(file, "seekable", lambda: False)()
     with tarfile.open(fileobj=file, mode="r:*" if seekable else "r|*") as tar:

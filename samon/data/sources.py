@@ -71,11 +71,7 @@ def parse_split(text: str) -> tuple[str, slice]:
 
 
 def train_or_test(name: str, where: str) -> str:
-    """Return 'train' or 'test', the two splits of a data set that has no others.
-
-    Raises:
-        UserError: another name.
-    """
+    """Return 'train' or 'test', the two splits of a data set that has no others; another name is an error."""
     if name not in TRAIN_SPLITS | EVAL_SPLITS:
         raise UserError(f"{where}: unknown split {name!r}; use train or validation, or a part such as train[:45000]")
     return "train" if name in TRAIN_SPLITS else "test"

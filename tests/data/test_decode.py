@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from samon import rng
 from samon.cli import make_shards
-from samon.data import decode as regions
+from samon.data import decode as decoding
 from samon.data.corrupt import ImageError
 from samon.data.decode import DECODERS, choose_decoder, decode_later, decode_pil, decode_tensor
 from samon.data.sources import open_source
@@ -203,7 +203,7 @@ def enlarged(photo, factor, **options):
     return encoded(image.resize((image.width * factor, image.height * factor)), format="JPEG", **options)
 
 
-partial = pytest.mark.skipif(not regions.can_decode_regions(), reason="nvImageCodec is not installed")
+partial = pytest.mark.skipif(not decoding.can_decode_regions(), reason="nvImageCodec is not installed")
 
 
 @partial
@@ -213,7 +213,7 @@ def test_a_region_has_the_pixels_of_the_whole(options):
     for photo in PHOTOS[:3]:
         data = enlarged(photo, 2, quality=90, **options)
         whole = decode_tensor(data)
-        jpeg = regions.parse_jpeg(data)
+        jpeg = decoding.parse_jpeg(data)
         assert jpeg.meta().shape == whole.shape
         for _ in range(40):
             top, left = draw.randrange(whole.shape[1] - 1), draw.randrange(whole.shape[2] - 1)
@@ -227,7 +227,7 @@ def test_regions_leave_orientation_alone_and_make_grey_three_channels():
     exif = Image.Exif()
     exif[0x0112] = 6
     for data in (encoded(Image.open(PHOTOS[0]), format="JPEG", exif=exif), _modes_jpeg("L")):
-        assert torch.equal(regions.parse_jpeg(data).decode_region(3, 5, 20, 16), decode_tensor(data)[:, 3:23, 5:21])
+        assert torch.equal(decoding.parse_jpeg(data).decode_region(3, 5, 20, 16), decode_tensor(data)[:, 3:23, 5:21])
 
 
 def _modes_jpeg(mode):
@@ -254,7 +254,7 @@ def test_decoding_the_crop_alone_changes_nothing(interpolation, caplog):
 @partial
 def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
     data = PHOTOS[0].read_bytes()
-    jpeg = regions.parse_jpeg(data[: len(data) // 2])
+    jpeg = decoding.parse_jpeg(data[: len(data) // 2])
     height, width = jpeg.meta().shape[1:]
     assert torch.equal(jpeg.decode_region(0, 0, height // 8, width), decode_tensor(data)[:, : height // 8])
     assert jpeg.decode_region(0, 0, height, width) is None
@@ -266,13 +266,13 @@ def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
 
 def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_to_spare(monkeypatch):
     decoded = []
-    decode_jpeg = regions.simplejpeg.decode_jpeg
+    decode_jpeg = decoding.simplejpeg.decode_jpeg
 
     def watched(data, **how):
         decoded.append(how)
         return decode_jpeg(data, **how)
 
-    monkeypatch.setattr(regions.simplejpeg, "decode_jpeg", watched)
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", watched)
     transform = create_transform((3, 32, 32), **TRAIN | {"interpolation": "bilinear"})
     exact, scaled = choose_decoder("torch", transform, "RGB"), choose_decoder("scaled", transform, "RGB")
     means = []
@@ -286,7 +286,7 @@ def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_
                 decoded.clear()
                 pixels.append(step(decode(data)).float())
             rng.seed(seed)
-            like = regions.parse_jpeg(data).meta()
+            like = decoding.parse_jpeg(data).meta()
             *_, crop_height, crop_width = step.transforms[0].crop.get_params(like, (0.08, 1), (3 / 4, 4 / 3))
             factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(crop_height, crop_width) >= 32 * f)
             if factor > 1:
@@ -299,14 +299,14 @@ def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_
 
 def test_a_file_without_pixels_to_spare_is_not_scaled():
     data = PHOTOS[0].read_bytes()
-    assert regions.parse_jpeg(data).decode_scaled((0, 0, 63, 64), (32, 32)) is None
-    assert regions.parse_jpeg(data).decode_scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
+    assert decoding.parse_jpeg(data).decode_scaled((0, 0, 63, 64), (32, 32)) is None
+    assert decoding.parse_jpeg(data).decode_scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
 
 
 def test_the_decoders_are_those_of_the_flag(monkeypatch):
     flags = [flag for rows in TRAIN_FLAGS.values() for flag in rows]
     assert next(flag for flag in flags if flag.name == "decoder").choices == DECODERS
-    monkeypatch.setattr(regions, "can_decode_regions", lambda: False)
+    monkeypatch.setattr(decoding, "can_decode_regions", lambda: False)
     transform = create_transform((3, 32, 32), **TRAIN)
     with pytest.raises(UserError, match=r"pip install 'samon-timm\[decode\]'"):
         choose_decoder("crop", transform, "RGB")
