@@ -9,31 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import samon
 from samon import UserError
 from samon.scope import select
-from tests import reference
+from tests import reference, steps
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, values
 
-RHO = 0.3
 UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
 NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
+SOURCES = ("batch", "previous", "msam", "fsam", "looksam:2", "aesam")
 
 
-def make(name: str = "samon", net: Callable[[], nn.Module] = LayerNormNet, **how: Any) -> tuple[nn.Module, Any]:
-    torch.manual_seed(0)
-    model = randomized(net())
-    how = {"base_opt": "momentum", "momentum": 0.0} | how
-    return model, create_optimizer_v2(model, name, lr=0.1, weight_decay=0.0, rho=RHO, **how)
+def make(name: str = "samon", net: Callable[[], nn.Module] = LayerNormNet, **kwargs: Any) -> tuple[nn.Module, Any]:
+    return steps.make(net, name, **({"base_opt": "momentum", "momentum": 0.0} | kwargs))
 
 
 def loss_of(model: nn.Module, step: int = 0) -> Tensor:
-    x, y = batch(seed=step)
-    return F.cross_entropy(model(x), y)
+    return steps.loss_of(model, *batch(seed=step))()
+
+
+def backward(model: nn.Module, step: int = 0, **how: Any) -> None:
+    loss_of(model, step).backward(**how)
 
 
 def assert_gradient_at_w_plus_eps(model: nn.Module, start: nn.Module, name: str, losses: list[int]) -> None:
@@ -45,25 +45,20 @@ def assert_gradient_at_w_plus_eps(model: nn.Module, start: nn.Module, name: str,
         torch.testing.assert_close(p.grad, expected[n], rtol=1e-9, atol=1e-12, msg=n)
 
 
-def zero_in_place(model: nn.Module) -> None:
+def clear_by_hand(model: nn.Module, in_place: bool) -> None:
     for p in model.parameters():
-        if p.grad is not None:
-            p.grad.detach_()
-            p.grad.zero_()
-
-
-def drop(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = None
+        if p.grad is not None and in_place:
+            p.grad.detach_().zero_()
+        else:
+            p.grad = None
 
 
 CLEARING: dict[str, Callable[[nn.Module, Any], None]] = {
     "optimizer": lambda model, opt: opt.zero_grad(),
     "optimizer in place": lambda model, opt: opt.zero_grad(set_to_none=False),
-    "model": lambda model, opt: model.zero_grad(),
     "model in place": lambda model, opt: model.zero_grad(set_to_none=False),
-    "by hand": lambda model, opt: drop(model),
-    "by hand in place": lambda model, opt: zero_in_place(model),
+    "by hand": lambda model, opt: clear_by_hand(model, False),
+    "by hand in place": lambda model, opt: clear_by_hand(model, True),
 }
 
 
@@ -125,17 +120,13 @@ def test_gradients_that_are_written_by_hand_count() -> None:
         assert_gradient_at_w_plus_eps(model, start, "samon", [0])
 
 
-def backward(model: nn.Module, step: int = 0, **how: Any) -> None:
-    loss_of(model, step).backward(**how)
-
-
 def clear_head(model: nn.Module) -> None:
     model.head.zero_grad()
     backward(model)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-@pytest.mark.parametrize("source", ["batch", "previous", "momentum", "friendly", "every:2", "adaptive"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
     ("closure", "text"),
     [
@@ -151,11 +142,11 @@ def clear_head(model: nn.Module) -> None:
 )
 def test_gradients_that_are_not_this_closures_alone_are_refused(closure: Any, text: str, source: str) -> None:
     model, opt = make(ascent=source)
-    before = copy.deepcopy(model.state_dict())
+    before = values(model)
     backward(model)
     with pytest.raises(UserError, match=text):
         opt.step(lambda: closure(model))
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 def test_a_closure_that_leaves_no_gradient_is_refused() -> None:
@@ -167,7 +158,7 @@ def test_a_closure_that_leaves_no_gradient_is_refused() -> None:
 
 @pytest.mark.parametrize("source", ["batch", "previous"])
 @pytest.mark.parametrize("how", ["closure", "two_pass"])
-def test_parameters_exchanged_after_creation_are_named(how: str, source: str) -> None:
+def test_parameters_replaced_after_creation_are_refused(how: str, source: str) -> None:
     model, opt = make(ascent=source)
     for norm in model.norms:
         norm.weight, norm.bias = (nn.Parameter(p.detach().clone()) for p in (norm.weight, norm.bias))
@@ -175,14 +166,11 @@ def test_parameters_exchanged_after_creation_are_named(how: str, source: str) ->
         opt.step(lambda: backward(model)) if how == "closure" else samon.two_pass(opt, lambda: loss_of(model))
 
 
-SOURCES = ("batch", "previous", "momentum", "friendly", "every:3", "adaptive")
-
-
 @pytest.mark.parametrize("gsam_alpha", [0.0, 0.4])
 @pytest.mark.parametrize("source", SOURCES)
 def test_after_two_pass_a_closure_without_gradients_changes_nothing(source: str, gsam_alpha: float) -> None:
     """Lightning's manual optimization passes one that does nothing, Lightning's precision plugins one that clips."""
-    if gsam_alpha and source not in ("batch", "friendly"):
+    if gsam_alpha and source not in ("batch", "fsam"):
         pytest.skip("gsam_alpha needs an ascent pass at every update")
     model, opt = make(net=BatchNormNet, base_opt="adamw", ascent=source, gsam_alpha=gsam_alpha)
     twin, other = make(net=BatchNormNet, base_opt="adamw", ascent=source, gsam_alpha=gsam_alpha)
@@ -197,7 +185,7 @@ def test_after_two_pass_a_closure_without_gradients_changes_nothing(source: str,
         assert calls == [1]
         assert opt.stats == stats
         assert opt.ascent.updates == other.ascent.updates
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert_same(model, twin)
 
 
 def test_a_closure_that_adds_to_what_two_pass_has_left_is_refused() -> None:
@@ -210,7 +198,7 @@ def test_a_closure_that_adds_to_what_two_pass_has_left_is_refused() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_skipped_two_pass_leaves_nothing_behind(source: str) -> None:
     """An update that was skipped, or a perturbation for a look at the loss, before a closure of the usual kind."""
-    net = LayerNormNet if source in ("previous", "momentum") else BatchNormNet
+    net = LayerNormNet if source in ("previous", "msam") else BatchNormNet
     model, opt = make(net=net, ascent=source, momentum=0.9)
     twin, other = make(net=net, ascent=source, momentum=0.9)
     for step in range(5):
@@ -222,13 +210,12 @@ def test_a_skipped_two_pass_leaves_nothing_behind(source: str) -> None:
         model.load_state_dict(state)  # running statistics
         for one, optimizer in ((model, opt), (twin, other)):
             optimizer.step(lambda one=one, o=optimizer, step=step: (o.zero_grad(), backward(one, step)))
-    for (n, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=n)
+    assert_same(model, twin, 1e-12)
     assert opt.ascent.updates == other.ascent.updates
 
 
 @pytest.mark.parametrize("cleared", [True, False])
-def test_plainly_with_a_trainers_empty_closure(cleared: bool) -> None:
+def test_a_plain_step_with_a_trainers_empty_closure(cleared: bool) -> None:
     """A plain step on purpose in a trainer that always passes a closure."""
     model, opt = make()
     backward(model)
@@ -244,84 +231,64 @@ def test_plainly_with_a_trainers_empty_closure(cleared: bool) -> None:
 @pytest.mark.parametrize("name", ["sam", "samon", "samnn"])
 @pytest.mark.parametrize("how", ["closure", "perturbed", "two_pass", "previous"])
 def test_autocast_around_the_step_is_autocast_inside(name: str, how: str) -> None:
-    """Its cached bfloat16 copies are of the weights where they were when they were made."""
+    """Its cached bfloat16 copies are of the weights as they were when they were cast."""
 
     def run(outside: bool) -> nn.Module:
         torch.manual_seed(0)
         model = randomized(LayerNormNet()).float()
-        ascent = "previous" if how == "previous" else "batch"
-        opt = create_optimizer_v2(model, name, lr=0.1, rho=2.0, ascent=ascent)
-        x, y = (t.float() if t.is_floating_point() else t for t in batch())
+        opt = optimizer_of(model, name, rho=2.0, ascent="previous" if how == "previous" else "batch")
+        x, y = batch()
 
         def loss() -> Tensor:
             with nullcontext() if outside else torch.autocast("cpu", torch.bfloat16):
-                return F.cross_entropy(model(x).float(), y)
+                return torch.nn.functional.cross_entropy(model(x.float()).float(), y)
 
-        def closure() -> None:
-            opt.zero_grad()
-            loss().backward()
-
+        closure = closure_of(opt, loss)
         with torch.autocast("cpu", torch.bfloat16) if outside else nullcontext():
             for _ in range(2):
                 if how in ("closure", "previous"):
                     opt.step(closure)
-                elif how == "two_pass":
+                    continue
+                if how == "two_pass":
                     opt.zero_grad()
                     samon.two_pass(opt, loss)
-                    opt.step()
                 else:
                     closure()
                     with opt.perturbed([p.grad for p in opt.perturbed_parameters().values()]):
                         closure()
-                    opt.step()
+                opt.step()
         return model
 
-    for p, q in zip(run(True).parameters(), run(False).parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_same(run(True), run(False))
 
 
-def test_esam_draws_in_perturbed_too() -> None:
+def test_esam_samples_in_perturbed_too() -> None:
     model, opt = make(esam_beta=0.5)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = values(model)
     with opt.perturbed({n: torch.ones_like(p) for n, p in opt.perturbed_parameters().items()}):
-        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert 0 < len(moved) < len(opt.perturbed_parameters())
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert 0 < len(changed) < len(opt.perturbed_parameters())
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_nothing_is_read_on_the_host_where_the_closure_clears(set_to_none: bool) -> None:
-    """Old gradients that are cleared are not looked into: on fake tensors any read would raise."""
-    from torch._subclasses import FakeTensorMode
-
+def test_nothing_is_read_on_the_host_if_the_closure_clears(set_to_none: bool) -> None:
+    """On fake tensors any read raises."""
     with FakeTensorMode():
         model = LayerNormNet()
-        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO)
-        x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-
-        def closure() -> None:
-            opt.zero_grad(set_to_none)
-            F.cross_entropy(model(x), y).backward()
-
-        opt.step(closure)
-        opt.step(closure)
+        opt = optimizer_of(model)
+        forward = steps.loss_of(model, torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
+        for _ in range(2):
+            opt.step(lambda: (opt.zero_grad(set_to_none), forward().backward()))
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            opt.step(lambda: F.cross_entropy(model(x), y).backward())
+            opt.step(lambda: forward().backward())
 
 
-def test_gradients_for_another_optimizer_are_those_at_w_plus_eps() -> None:
+def test_gradients_of_another_optimizer_are_those_at_w_plus_eps() -> None:
     """The closure clears the gradients of one optimizer; those of the other are cleared outside."""
     torch.manual_seed(0)
     model = randomized(LayerNormNet())
     start = copy.deepcopy(model)
-    named = dict(model.named_parameters())
-    norms = [p for n, p in named.items() if n.startswith("norms.")]
+    norms = [p for n, p in model.named_parameters() if n.startswith("norms.")]
     opt = samon.SAM(torch.optim.SGD(norms, lr=0.1), select(model, "samon"), rho=RHO)
-
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
-    opt.step(closure)
+    opt.step(closure_of(opt, lambda: loss_of(model)))
     assert_gradient_at_w_plus_eps(model, start, "samon", [0])
