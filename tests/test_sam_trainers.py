@@ -1,4 +1,4 @@
-"""Other people's loops, with the real libraries: their steps are those of a loop of one's own with `samon.two_pass`.
+"""Training loops of other libraries: their steps equal those of a plain loop with `samon.two_pass`.
 
 Tolerance 1e-9 relative: float64 sums in another order."""
 
@@ -9,25 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
 from samon import UserError
-from tests.nets import LayerNormNet, batch, randomized
+from tests import steps
+from tests.nets import batch
+from tests.steps import closure_of, loss_of
 
 lightning = pytest.importorskip("lightning")
 accelerate = pytest.importorskip("accelerate")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers' own: few workers, short epochs
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers: few workers, short epochs
 BATCHES = [batch(seed=step) for step in range(6)]
-ASCENTS = ("batch", "friendly", "every:2", "previous")
+ASCENTS = ("batch", "fsam", "looksam:2", "previous")
 
 
-def make(**how: Any) -> tuple[nn.Module, Any]:
-    torch.manual_seed(0)
-    model = randomized(LayerNormNet())
-    return model, create_optimizer_v2(model, "samon", lr=0.1, weight_decay=0.0, rho=0.3, **how)
+make = steps.make
 
 
 def own_loop(accumulate: int = 1, logits: torch.dtype = torch.float64, **how: Any) -> nn.Module:
@@ -42,13 +40,14 @@ def own_loop(accumulate: int = 1, logits: torch.dtype = torch.float64, **how: An
 
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
+    """By name: wrappers add modules of their own."""
     parameters = dict(expected.named_parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, parameters[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 class Module(lightning.LightningModule):
-    """Automatic optimization; manual with K micro-batches an update where `accumulate` says so."""
+    """Automatic optimization; manual with `accumulate` micro-batches per update otherwise."""
 
     def __init__(self, accumulate: int = 0, **how: Any) -> None:
         super().__init__()
@@ -110,83 +109,74 @@ def test_lightnings_accumulation_is_refused() -> None:
         fit(Module(), accumulate_grad_batches=2)
 
 
-def test_lightnings_manual_backward_alone_is_refused() -> None:
-    class Plain(Module):
-        def training_step(self, pair: Any, index: int) -> None:
-            opt: Any = self.optimizers()
-            opt.zero_grad()
-            self.manual_backward(self.loss(*pair))
-            opt.step()
+class PlainSteps(Module):
+    def __init__(self, on_purpose: bool) -> None:
+        super().__init__(accumulate=1)
+        self.on_purpose = on_purpose
 
-    with pytest.raises(UserError, match="earlier gradients were not cleared"):
-        fit(Plain(1))
-
-
-def test_lightnings_manual_plain_step_on_purpose() -> None:
-    class Plain(Module):
-        def training_step(self, pair: Any, index: int) -> None:
-            opt: Any = self.optimizers()
-            opt.zero_grad()
-            self.manual_backward(self.loss(*pair))
+    def training_step(self, pair: Any, index: int) -> None:
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(*pair))
+        if self.on_purpose:
             opt.expect_plain_step()
-            opt.step()
+        opt.step()
 
+
+def test_lightnings_manual_backward_alone_is_refused_unless_announced() -> None:
+    with pytest.raises(UserError, match="earlier gradients were not cleared"):
+        fit(PlainSteps(False))
     twin, opt = make()
     for x, y in BATCHES:
         opt.zero_grad()
-        F.cross_entropy(twin(x), y).backward()
+        loss_of(twin, x, y)().backward()
         opt.base.step()
-    assert_same(fit(Plain(1)), twin)
+    assert_same(fit(PlainSteps(True)), twin)
 
 
-def closure_of(opt: Any, backward: Callable[[Tensor], None], loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        opt.zero_grad()
-        value = loss()
-        backward(value)
-        return value
+def run_wrapped(way: str, model: nn.Module, opt: Any, backward: Callable[[Tensor], None]) -> None:
+    """The loop of a library whose wrappers are around model and optimizer."""
+    for x, y in BATCHES:
+        forward = loss_of(model, x, y)
+        if way == "two_pass":
+            opt.zero_grad()
+            samon.two_pass(opt, forward)
+            opt.step()
+            continue
 
-    return closure
+        def closure(forward: Callable[[], Tensor] = forward) -> Tensor:
+            opt.zero_grad()
+            loss = forward()
+            backward(loss)
+            return loss
+
+        opt.step(closure)
 
 
 @pytest.mark.parametrize("way", ["two_pass", "closure"])
 def test_accelerate(way: str) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     model, opt = accelerator.prepare(*make())
-    for x, y in BATCHES:
-        loss = lambda x=x, y=y: F.cross_entropy(model(x), y)  # noqa: E731
-        if way == "closure":
-            opt.step(closure_of(opt, accelerator.backward, loss))
-            continue
-        opt.zero_grad()
-        samon.two_pass(opt, loss)
-        opt.step()
+    run_wrapped(way, model, opt, accelerator.backward)
     assert_same(accelerator.unwrap_model(model), own_loop())
 
 
 def test_accelerates_accumulation() -> None:
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, opt = accelerator.prepare(*make(ascent="friendly"))
+    model, opt = accelerator.prepare(*make(ascent="fsam"))
     for x, y in BATCHES:
         with accelerator.accumulate(model):
             samon.two_pass(opt, lambda x=x, y=y: F.cross_entropy(model(x), y), loss_scale=0.5)
             opt.step()
             opt.zero_grad()
-    assert_same(accelerator.unwrap_model(model), own_loop(2, ascent="friendly"))
+    assert_same(accelerator.unwrap_model(model), own_loop(2, ascent="fsam"))
 
 
 @pytest.mark.parametrize("way", ["two_pass", "closure"])
 def test_fabric(way: str) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="64-true")
     model, opt = fabric.setup(*make())
-    for x, y in BATCHES:
-        loss = lambda x=x, y=y: F.cross_entropy(model(x), y)  # noqa: E731
-        if way == "closure":
-            opt.step(closure_of(opt, fabric.backward, loss))
-            continue
-        opt.zero_grad()
-        samon.two_pass(opt, loss)
-        opt.step()
+    run_wrapped(way, model, opt, fabric.backward)
     assert samon.sam_of(opt).stats
     assert_same(model.module, own_loop(logits=torch.float32))  # what Fabric's modules return
 
@@ -195,34 +185,22 @@ def test_timms_closure() -> None:
     """As in timm's own optimizer tests: `optimizer.step(closure)` with the standard closure."""
     model, opt = make()
     for x, y in BATCHES:
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            opt.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        opt.step(closure)
+        opt.step(closure_of(opt, loss_of(model, x, y)))
     assert_same(model, own_loop())
 
 
 @pytest.mark.parametrize("first_backward", [True, False])
 def test_davda54s_closure(first_backward: bool) -> None:
-    """There the caller makes the first pass and the closure, which clears nothing, the second; without the caller's
+    """There the caller runs the first pass and the closure, which clears nothing, the second; without the caller's
     pass and with cleared gradients it is right here as well."""
     model, opt = make()
     for x, y in BATCHES:
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
+        forward = loss_of(model, x, y)
         if first_backward:
-            F.cross_entropy(model(x), y).backward()
+            forward().backward()
             with pytest.raises(UserError, match="no backward before step"):
-                opt.step(closure)
+                opt.step(lambda forward=forward: forward().backward())
             return
-        opt.step(closure)
+        opt.step(lambda forward=forward: forward().backward())
         opt.zero_grad()
     assert_same(model, own_loop())

@@ -5,13 +5,11 @@ process's own gradient (device) or by the mean (global); sharded perturbed param
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,14 +24,27 @@ from samon.engines.fsdp import average_gradients, no_sync
 from samon.geometry import GEOMETRIES
 from samon.scope import select
 from tests.processes import run_ranks
+from tests.steps import RHO, loss_of, losses_of, optimizer_of
+
+
+class Case(NamedTuple):
+    scope: str
+    geometry: str
+    reduce: str
+    parts: int
+
 
 CASES = [
-    (scope, geometry, reduce, parts)
+    Case(scope, geometry, reduce, parts)
     for scope in ("sam", "samon", "samnn")
     for geometry in GEOMETRIES
     for reduce in (("device", "global") if scope == "samon" else ("global",))
     for parts in (1, 2)
 ]
+# 24 rows do not divide by 5 heads and classes: shards differ in size, some are empty.
+THREE = [Case("sam", "layerl2", "global", 2), Case("samon", "layerl2", "device", 1), Case("samnn", "", "global", 1)]
+# 2 x 2: parameters are sharded within a row of the mesh, the same in every column; norms add up within the row.
+HYBRID = [Case("sam", "layerl2", "global", 1), Case("samon", "layerl2", "device", 2), Case("sam", "", "global", 2)]
 
 
 def make() -> nn.Module:
@@ -42,10 +53,10 @@ def make() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", num_classes=5, **how).double().train()
 
 
-def shard(model: nn.Module, mesh: Any, whole: set[nn.Parameter], **how: Any) -> nn.Module:
+def shard(model: nn.Module, mesh: Any, replicated: set[nn.Parameter]) -> nn.Module:
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, ignored_params=whole, **how)
-    return fully_shard(model, mesh=mesh, ignored_params=whole, **how)
+        fully_shard(block, mesh=mesh, ignored_params=replicated)
+    return fully_shard(model, mesh=mesh, ignored_params=replicated)
 
 
 def norms_of(model: nn.Module) -> set[nn.Parameter]:
@@ -58,78 +69,53 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(5, (4,), generator=generator)
 
 
-def train(rank: int, mesh: Any, scope: str, geometry: str, reduce: str, parts: int, base: str = "momentum") -> Tensor:
-    """Two updates, under FSDP where there is a mesh and else under DDP: the whole parameters, and what was measured."""
+def train(rank: int, mesh: Any, case: Case) -> Tensor:
+    """Two updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
     model = make()
     if mesh is None:
         net: nn.Module = DistributedDataParallel(model)
         sync = net.no_sync
     else:
-        net = shard(model, mesh, norms_of(model) if scope == "samon" else set())
+        net = shard(model, mesh, norms_of(model) if case.scope == "samon" else set())
         sync = no_sync(model)
-    name = "-".join(filter(None, (scope, geometry, base)))
-    opt = create_optimizer_v2(model, name, lr=0.1, rho=0.3 if geometry != "elemlinf" else 0.05, weight_decay=1e-3)
-    measured = []
+    name = "-".join(filter(None, (case.scope, case.geometry, "momentum")))
+    opt = optimizer_of(model, name, rho=0.05 if case.geometry == "elemlinf" else RHO, weight_decay=1e-3)
+    results = []
     for step in range(2):
         opt.zero_grad()
-        pairs = list(zip(*(t.chunk(parts) for t in batch(step, rank)), strict=True))
-        forwards = [lambda x=x, y=y: F.cross_entropy(net(x), y) for x, y in pairs]
-        if reduce == "global":
+        forwards = losses_of(net, *batch(step, rank), case.parts)
+        if case.reduce == "global":
             samon.two_pass(opt, forwards, reduce="global", no_sync=sync)
         else:
             for i, forward in enumerate(forwards):
-                with nullcontext() if i + 1 == parts else sync():
-                    samon.two_pass(opt, forward, no_sync=sync, loss_scale=1 / parts)
+                with nullcontext() if i + 1 == case.parts else sync():
+                    samon.two_pass(opt, forward, no_sync=sync, loss_scale=1 / case.parts)
         if mesh is not None:
             average_gradients(model.parameters())
         opt.step()
-        measured += [samon.sam_of(opt).stats[key].detach().reshape(1) for key in ("eps_norm", "ascent_grad_norm")]
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([*(p.detach().flatten() for p in whole), *measured])
+        results += [opt.stats[key].detach().reshape(1) for key in ("eps_norm", "ascent_grad_norm")]
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([*(p.detach().flatten() for p in full), *results])
 
 
-def compare(rank: int, world: int, cases: list[Any]) -> list[float]:
+def compare(rank: int, world: int, cases: list[Case]) -> list[float]:
+    """Relative distance from DDP, per case."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if world == 4 else None
     mesh = mesh or init_device_mesh("cpu", (world,))
-    found = []
+    distances = []
     for case in cases:
-        want, got = train(rank, None, *case), train(rank, mesh, *case)
-        found.append(((got - want).norm() / want.norm()).item())
-    return found
-
-
-def assert_equal(world: int, cases: list[Any]) -> None:
-    for apart in run_ranks(compare, world, world, cases, timeout=240):
-        assert {str(case): error for case, error in zip(cases, apart, strict=True) if error > 1e-12} == {}
-
-
-@pytest.mark.parametrize("scope", ["sam", "samon", "samnn"])
-def test_two_processes_equal_ddp(scope: str) -> None:
-    assert_equal(2, [case for case in CASES if case[0] == scope])
-
-
-def test_three_processes_with_parts_of_other_sizes_equal_ddp() -> None:
-    """24 rows do not divide by 5 heads and classes: parts differ in size, some are empty."""
-    assert_equal(3, [("sam", "layerl2", "global", 2), ("samon", "layerl2", "device", 1), ("samnn", "", "global", 1)])
-
-
-def test_hybrid_sharding_equals_ddp() -> None:
-    """2 x 2: parameters are cut within a row of the mesh, the same in every column; norms add up within the row."""
-    assert_equal(4, [("sam", "layerl2", "global", 1), ("samon", "layerl2", "device", 2), ("sam", "", "global", 2)])
+        want, got = train(rank, None, case), train(rank, mesh, case)
+        distances.append(((got - want).norm() / want.norm()).item())
+    return distances
 
 
 def cost(rank: int) -> list[list[float]]:
-    """FLOPs and messages of a plain step and a two-pass step."""
+    """FLOPs and messages (gathers, scatters) of a plain step and a two-pass step."""
     mesh = init_device_mesh("cpu", (2,))
     model = make()
     shard(model, mesh, norms_of(model))
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch(0, rank)
-
-    def loss() -> Tensor:
-        return F.cross_entropy(model(x), y)
-
-    found = []
+    opt, loss = optimizer_of(model), loss_of(model, *batch(0, rank))
+    results = []
     for step in (lambda: loss().backward(), lambda: samon.two_pass(opt, loss)):
         step()  # lazy set-up
         opt.zero_grad()
@@ -137,38 +123,57 @@ def cost(rank: int) -> list[list[float]]:
             step()
         counts = messages.get_comm_counts().items()
         sent = [sum(n for op, n in counts if kind in str(op)) for kind in ("gather", "scatter")]
-        found.append([flops.get_total_flops(), *sent])
-    return found
+        results.append([flops.get_total_flops(), *sent])
+    return results
 
 
-def test_the_ascent_pass_sends_no_gradient_and_computes_no_weight_gradient() -> None:
-    for plain, two in run_ranks(cost):
+def messages_without_replication(rank: int) -> list[Tensor]:
+    """What a user is told whose normalization layers are sharded like everything else: the length or the error."""
+    mesh, texts = init_device_mesh("cpu", (2,)), []
+    for options in ({}, {"reduce": "global", "replay": True}, {"reduce": "global"}):
+        model = make()
+        shard(model, mesh, set())
+        opt = optimizer_of(model, "samon-layerl2", perturb="blocks.1" if "replay" in options else None)
+        try:
+            samon.two_pass(opt, loss_of(model, *batch(0, rank)), **options)
+            texts.append(f"{opt.stats['eps_norm'].item():.6f}")
+        except UserError as error:
+            texts.append(str(error))
+    return [torch.tensor([ord(c) for c in text]) for text in texts]
+
+
+def every_check(rank: int) -> dict[str, Any]:
+    return {"distances": compare(rank, 2, CASES), "cost": cost(rank), "messages": messages_without_replication(rank)}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(every_check, 2, timeout=240)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_equal_ddp(case: Case, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["distances"][CASES.index(case)] <= 1e-12
+
+
+@pytest.mark.parametrize(("world", "cases"), [(3, THREE), (4, HYBRID)], ids=["uneven shards", "hybrid"])
+def test_more_processes_equal_ddp(world: int, cases: list[Case]) -> None:
+    for distances in run_ranks(compare, world, world, cases, timeout=240):
+        assert max(distances) <= 1e-12
+
+
+def test_the_ascent_pass_sends_no_gradient_and_computes_no_weight_gradient(ranks: list[dict[str, Any]]) -> None:
+    for plain, two in (rank["cost"] for rank in ranks):
         assert two[0] <= 1.67 * plain[0]
         assert two[2] == plain[2] == 3  # root and two blocks, once
         # The ascent adds its forward's and its backward's gathers; the second forward finds what these have gathered.
         assert two[1] < 2 * plain[1]
 
 
-def used_as_users_do(rank: int) -> list[str]:
-    """Normalization layers sharded like everything else."""
-    mesh = init_device_mesh("cpu", (2,))
-    said = []
-    for how in ({}, {"reduce": "global", "replay": True}, {"reduce": "global"}):
-        model = make()
-        shard(model, mesh, set())
-        late = "blocks.1" if "replay" in how else None
-        opt = create_optimizer_v2(model, "samon-layerl2", lr=0.1, perturb=late)
-        try:
-            samon.two_pass(opt, lambda model=model: F.cross_entropy(model(batch(0, rank)[0]), batch(0, rank)[1]), **how)
-            said.append(f"{samon.sam_of(opt).stats['eps_norm'].item():.6f}")
-        except UserError as error:
-            said.append(str(error))
-    return [torch.tensor([ord(c) for c in text]) for text in said]
-
-
-def test_a_model_that_the_user_sharded_works_or_is_refused_by_name() -> None:
-    for rank in run_ranks(used_as_users_do):
-        said = ["".join(map(chr, letters.tolist())) for letters in rank]
-        assert "pass reduce='global'" in said[0]
-        assert "pass replay=False" in said[1]
-        assert 0 < float(said[2]) < 1
+def test_a_model_that_the_user_sharded_works_or_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        texts = ["".join(map(chr, letters.tolist())) for letters in rank["messages"]]
+        assert "pass reduce='global'" in texts[0]
+        assert "pass replay=False" in texts[1]
+        assert float(texts[2]) == pytest.approx(RHO * 24**0.5, rel=1e-5)  # T = ||gamma|| for 24 ones

@@ -1,0 +1,90 @@
+"""Temporary changes to a model are undone exactly, also after an exception."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samon import contexts
+from tests.nets import BatchNormNet, batch, randomized
+from tests.steps import assert_unchanged, values
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "frozen": lambda model: contexts.frozen(model.parameters()),
+    "trainable": lambda model: contexts.trainable(model.parameters()),
+    "override_attrs": lambda model: contexts.override_attrs({model: {"training": False, "other": 1}}),
+    "patch_forward": lambda model: contexts.patch_forward({model.bn: double, model.head: double}),
+    "forward_hooks": lambda model: contexts.forward_hooks(model.modules(), print, print),
+    "preserve_buffers": lambda model: contexts.preserve_buffers(model.modules()),
+}
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """Attributes, hooks and `requires_grad` of every module and parameter."""
+    modules = [(dict(vars(m)), dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    return [modules, [p.requires_grad for p in model.parameters()]]
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_everything_is_restored_after_an_exception(name: str) -> None:
+    model = randomized(BatchNormNet())
+    model.stem.bias.requires_grad_(False)
+    before, tensors = snapshot(model), values(model)
+    with pytest.raises(RuntimeError, match="inside"), CONTEXTS[name](model):  # noqa: PT012
+        if name == "preserve_buffers":
+            model(batch()[0])
+            model.bn.running_mean = torch.ones(6)
+        raise RuntimeError("inside")
+    assert snapshot(model) == before
+    assert_unchanged(model, tensors)
+
+
+def test_their_effect_inside() -> None:
+    model, (x, _) = randomized(BatchNormNet()), batch()
+    model.stem.bias.requires_grad_(False)
+    with contexts.frozen(model.parameters()):
+        assert not model(x).requires_grad
+    with contexts.trainable([model.stem.bias]):
+        assert torch.autograd.grad(model(x).sum(), model.stem.bias)
+    with contexts.patch_forward({model.head: double}):
+        assert model(x).shape == (8, 6)
+    calls: list[nn.Module] = []
+    with contexts.forward_hooks([model.bn, model.head], lambda module, args: calls.append(module)):
+        torch.compile(model, backend="eager")(x)  # graphs call no hooks
+    assert calls == [model.bn, model.head]
+
+
+def test_iterate_modules_is_modules() -> None:
+    model = nn.Sequential(shared := nn.Linear(2, 2), nn.Sequential(shared, nn.ReLU()))
+    assert set(contexts.iterate_modules(model)) == set(model.modules())
+    assert len(list(contexts.iterate_modules(model))) == len(list(model.modules()))
+
+
+def test_modules_without_a_model_are_recorded_in_the_first_pass() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    with contexts.record_modules(opt, None):  # a closure that computes nothing
+        pass
+    assert contexts.modules_of(opt, None) == []
+    with contexts.record_modules(opt, None):
+        model(torch.ones(1, 2))
+    assert set(contexts.modules_of(opt, None)) == set(model.modules())
+
+
+def test_weights_are_restored_bit_for_bit() -> None:
+    """(w + eps) - eps is not w."""
+    weights = [torch.randn(1000, generator=torch.Generator().manual_seed(0))]
+    before, eps = weights[0].clone(), [torch.full((1000,), 0.3)]
+    saved = contexts.add_perturbation(weights, eps)
+    assert torch.equal(weights[0], before + 0.3)
+    assert not torch.equal(weights[0] - 0.3, before)
+    contexts.restore_weights(weights, saved)
+    assert torch.equal(weights[0], before)
