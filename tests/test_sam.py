@@ -2,49 +2,40 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 
 import samon
-from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.nets import NETS, LayerNormNet, batch, randomized
+from tests.steps import assert_same, assert_unchanged, closure_of, loss_of, make, optimizer_of, values
+
+FORGOTTEN = "call samon.two_pass"  # the warning of a step whose gradient was taken at w
 
 
-def trained(opt_name: str, steps: int = 3, closure: bool = False, net=LayerNormNet, **kwargs):
-    """(model, optimizer) after a few steps."""
+def trained(name: str, count: int = 3, closure: bool = False, net: Any = LayerNormNet, **kwargs: Any) -> Any:
+    """(network, optimizer) after a few steps."""
     torch.manual_seed(0)
     model = randomized(net())
-    opt = create_optimizer_v2(model, opt_name, lr=0.05, weight_decay=1e-3, **kwargs)
-    for step in range(steps):
+    opt = create_optimizer_v2(model, name, lr=0.05, weight_decay=1e-3, **kwargs)
+    for step in range(count):
         train_step(model, opt, step, closure)
     return model, opt
 
 
-def train_step(model: nn.Module, opt, step: int, closure: bool = False):
-    x, y = batch(seed=step)
-
-    def run() -> torch.Tensor:
-        opt.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
+def train_step(model: nn.Module, opt: Any, step: int, closure: bool = False) -> Any:
+    forward = loss_of(model, *batch(seed=step))
     if closure:
-        return opt.step(run)
+        return opt.step(closure_of(opt, forward))
     opt.zero_grad()
     if samon.sam_of(opt) is None:
-        run()
+        forward().backward()
     else:
-        samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
+        samon.two_pass(opt, forward)
     return opt.step()
-
-
-def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adamw", "lion"])
@@ -67,14 +58,14 @@ def test_closure_step_equals_two_pass(name: str, net) -> None:
 def test_only_norm_parameters_of_a_model_without_mask_can_be_grouped() -> None:
     for name, can in {"samon": True, "samon-fisher-lion": True, "sam": False, "samnn": False, "ssam-f": False}.items():
         assert samon.sam_of(trained(name, 0)[1]).can_group == can
-    bare = create_optimizer_v2(LayerNormNet().parameters(), "sam", lr=0.1)
+    bare = optimizer_of(LayerNormNet().parameters(), "sam")
     assert not bare.can_group
 
 
 def test_closure_returns_the_clean_loss() -> None:
     model, opt = trained("samon", 0)
     x, y = batch(seed=0)
-    clean = F.cross_entropy(model(x), y).item()
+    clean = loss_of(model, x, y)().item()
     assert train_step(model, opt, 0, closure=True).item() == pytest.approx(clean, rel=1e-12)
 
 
@@ -133,7 +124,7 @@ def test_add_param_group() -> None:
     """Layers that are unfrozen later are perturbed from then on."""
     model = randomized(LayerNormNet())
     model.norms[3].requires_grad_(False)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    opt = optimizer_of(model)
     assert len(opt.perturbed_parameters()) == 6
     model.norms[3].requires_grad_(True)
     opt.add_param_group({"params": list(model.norms[3].parameters())})
@@ -146,16 +137,16 @@ def test_add_param_group() -> None:
 
 def test_perturbed_context_restores_bit_exactly() -> None:
     model, opt = trained("samon", 1)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = values(model)
     grads = {n: torch.randn_like(p) for n, p in opt.perturbed_parameters().items()}
     grads[next(iter(grads))] = None  # a missing gradient counts as zero
     with pytest.raises(RuntimeError, match="inside"), opt.perturbed(grads):  # noqa: PT012
-        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-        assert moved == list(grads)[1:]
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        assert changed == list(grads)[1:]
         eps = torch.cat([(p - before[n]).flatten() for n, p in opt.perturbed_parameters().items()])
         assert eps.norm().item() == pytest.approx(opt.rho, rel=1e-9)
         raise RuntimeError("inside")
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert_unchanged(model, before)
     with opt.perturbed(list(grads.values())):
         assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
 
@@ -166,7 +157,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float, dtype: torch.dt
     """Running statistics of the second pass would keep what a NaN weight makes."""
     torch.manual_seed(0)
     model = randomized(LayerNormNet()).to(dtype)
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
+    opt = optimizer_of(model)
     before = {n: p.detach().clone() for n, p in opt.perturbed_parameters().items()}
     grads = [torch.ones_like(p) for p in before.values()]
     grads[1].view(-1)[0] = bad
@@ -182,18 +173,18 @@ def test_missing_gradient_in_the_second_pass() -> None:
     """A branch that runs only in the first pass must not leave its weights perturbed."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.LayerNorm(2)).double()
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=1.0)
-    before = copy.deepcopy(model.state_dict())
+    opt = optimizer_of(model, rho=1.0)
+    before = values(model)
     x, calls = torch.randn(3, 4, dtype=torch.float64), []
 
-    def forward() -> torch.Tensor:
+    def forward() -> Tensor:
         calls.append(1)
         features = model[1](model[0](x))
         return (model[2](features) if len(calls) == 1 else features).square().mean()
 
     samon.two_pass(opt, forward)
     assert model[2].weight.grad is None
-    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 def test_frozen_later_is_left_alone() -> None:
@@ -221,83 +212,36 @@ def test_a_state_is_loaded_while_everything_is_frozen() -> None:
     assert opt.ascent.state.keys() == state["ascent"]["kept"].keys() != set()
 
 
-def test_half_precision_weights() -> None:
-    """Norms and scales are computed in float32: squares of half-precision gradients overflow."""
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16()
-    opt = create_optimizer_v2(model, "sam", lr=0.1, rho=0.5)
-    eps, _, finite = opt.perturbation(
-        opt.perturbed_parameters(), [torch.full_like(p, 1e30) for p in opt.perturbed_parameters().values()]
-    )
-    assert not finite
-    eps, _, finite = opt.perturbation(
-        opt.perturbed_parameters(), [torch.full_like(p, 1e15) for p in opt.perturbed_parameters().values()]
-    )
-    assert finite
-    assert {e.dtype for e in eps} == {torch.float32}
-    before = copy.deepcopy(model.state_dict())
-    samon.two_pass(opt, lambda: model(torch.ones(2, 8, dtype=torch.bfloat16)).square().mean())
-    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-
-
-def test_two_pass_wants_a_sharpness_aware_optimizer() -> None:
-    model = randomized(BatchNormNet())
-    with pytest.raises(ValueError, match="two_pass needs one of samon's optimizers, got SGD"):
-        samon.two_pass(torch.optim.SGD(model.parameters(), 0.1), lambda: model(batch()[0]).sum())
-
-
-def test_a_forgotten_two_pass_warns_once_and_names_the_fix() -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-
-    def backward() -> None:
-        opt.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-
-    backward()
-    with pytest.warns(UserWarning, match="call samon.two_pass"):
+def test_a_forgotten_two_pass_warns_once() -> None:
+    """Also if another was skipped before."""
+    model, opt = make()
+    forward = loss_of(model, *batch())
+    samon.two_pass(opt, forward)
+    closure_of(opt, forward)()
+    with pytest.warns(UserWarning, match=FORGOTTEN):
         opt.step()
-    backward()
-    opt.step()  # once
+    closure_of(opt, forward)()
+    opt.step()
 
 
-@pytest.mark.parametrize("way", ["two_pass", "closure", "perturbed", "plainly"])
-def test_a_step_that_is_meant_does_not_warn(way: str) -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
+@pytest.mark.parametrize("way", ["two_pass", "closure", "perturbed", "plain"])
+def test_a_step_on_purpose_does_not_warn(way: str) -> None:
+    model, opt = make()
+    forward = loss_of(model, *batch())
+    closure = closure_of(opt, forward)
     for _ in range(2):
         opt.zero_grad()
         if way == "two_pass":
-            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
+            samon.two_pass(opt, forward)
         elif way == "perturbed":
             closure()
-            grads = {name: p.grad.clone() for name, p in opt.perturbed_parameters().items()}
-            with opt.perturbed(grads):
+            with opt.perturbed({name: p.grad.clone() for name, p in opt.perturbed_parameters().items()}):
                 closure()
-        elif way == "plainly":
+        elif way == "plain":
             closure()
             opt.expect_plain_step()
         opt.step(closure) if way == "closure" else opt.step()
-    if way == "plainly":
+    if way == "plain":  # for one step
         closure()
         with pytest.warns(UserWarning, match="taken at w"):
             opt.step()
-
-
-def test_a_skipped_two_pass_does_not_hide_a_forgotten_one() -> None:
-    model = randomized(LayerNormNet())
-    opt = create_optimizer_v2(model, "samon", lr=0.1)
-    x, y = batch()
-    samon.two_pass(opt, lambda: F.cross_entropy(model(x), y))
-    opt.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    with pytest.warns(UserWarning, match="call samon.two_pass"):
-        opt.step()
