@@ -89,28 +89,41 @@ def fit(
                     logger.log_update(run, progress, meter.read(signals.reduce), *timer.read())
                 save_or_stop(run, progress, checkpoints, signals, meter)
             rng = None
-            if hasattr(run.optimizer, "sync_lookahead"):
-                run.optimizer.sync_lookahead()
-            share_running_statistics(run, run.model)
-            train = {"loss": meter.epoch_mean("loss"), "loss_perturbed": meter.epoch_mean("loss_perturbed")}
-            done, evaluated, decisive = progress.epoch + 1, None, None
-            due = done % config.val_interval == 0 or done == run.stop or done in config.save_epochs
-            if due:
-                evaluated = validate(run, progress, checkpoints, signals)
-                decisive = (train if evaluated is None else evaluated)[run.metric]
-                logger.log_epoch(run, progress, train, evaluated)
-            if run.scheduler is not None:
-                run.scheduler.step(done, decisive)
-            if due:
-                checkpoints.save_epoch(progress, decisive)
-            metrics = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
-            metrics |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
-            progress.epoch, progress.updates, progress.samples = done, 0, 0
-            progress.sums, progress.layouts = {}, []
+            metrics = finish_epoch(run, progress, checkpoints, signals, logger, meter)
         best, corrupt = checkpoints.best, torch.tensor([run.train_loader.corrupt_samples])
         signals.reduce(corrupt)
         metrics |= {"best_metric": best["metric"], "best_epoch": best["epoch"]}
         return metrics | {"skipped_steps": progress.skipped, "skipped_samples": int(corrupt)}
+
+
+def finish_epoch(
+    run: Run,
+    progress: Progress,
+    checkpoints: CheckpointManager,
+    signals: SignalHandler,
+    logger: RunLogger,
+    meter: Meter,
+) -> dict[str, Any]:
+    """Validate, step the schedule, save a checkpoint, and move `progress` to the next epoch; return the metrics."""
+    config, done = run.config, progress.epoch + 1
+    if hasattr(run.optimizer, "sync_lookahead"):
+        run.optimizer.sync_lookahead()
+    share_running_statistics(run, run.model)
+    train = {name: meter.epoch_mean(name) for name in ("loss", "loss_perturbed")}
+    evaluated = decisive = None
+    due = done % config.val_interval == 0 or done == run.stop or done in config.save_epochs
+    if due:
+        evaluated = validate(run, progress, checkpoints, signals)
+        decisive = (train if evaluated is None else evaluated)[run.metric]
+        logger.log_epoch(run, progress, train, evaluated)
+    if run.scheduler is not None:
+        run.scheduler.step(done, decisive)
+    if due:
+        checkpoints.save_epoch(progress, decisive)
+    metrics: dict[str, Any] = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
+    metrics |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
+    progress.epoch, progress.updates, progress.samples, progress.sums, progress.layouts = done, 0, 0, {}, []
+    return metrics
 
 
 @contextmanager
