@@ -156,25 +156,34 @@ class SAM(Optimizer):
         ascent: AscentSource | None = None,
     ):
         _check_base(base, selection.scope)
-        self.base, self.geometry, self.mask, self.ascent = base, geometry, mask, ascent or AscentSource()
-        if self.mask is not None and self.ascent.keep_probability < 1:
-            raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
+        self.base, self.geometry, self.mask, self.selection = base, geometry, mask, selection
+        self.replace_ascent(ascent or AscentSource())
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
-        if selection.perturb_frozen and self.ascent.uses_final_gradient:
-            raise UserError(
-                f"ascent={self.ascent.name!r} uses the gradient at w + eps, which frozen parameters do not have; drop "
-                "perturb_frozen, or use ascent='batch' or 'fsam'"
-            )
         selection.parameters = {
             n: p
             for n, p in selection.parameters.items()
             if id(p) in trained or (selection.perturb_frozen and not p.requires_grad)
         }
-        self.selection, self.defaults = selection, base.defaults
+        self.defaults = base.defaults
         self._init_instance()
+
+    def replace_ascent(self, ascent: AscentSource) -> None:
+        """Change where the direction of the perturbation comes from.
+
+        Raises:
+            UserError: the source does not combine with the mask or the frozen parameters.
+        """
+        if self.mask is not None and ascent.keep_probability < 1:
+            raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
+        if self.selection.perturb_frozen and ascent.uses_final_gradient:
+            raise UserError(
+                f"ascent={ascent.name!r} uses the gradient at w + eps, which frozen parameters do not have; drop "
+                "perturb_frozen, or use ascent='batch' or 'fsam'"
+            )
+        self.ascent = ascent
 
     def _init_instance(self) -> None:
         """Initialize a new instance or a copy. `Optimizer.__init__` would empty the base's state and groups."""

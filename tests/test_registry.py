@@ -15,7 +15,7 @@ NAMES = [
     for parts in itertools.product(
         ("sam", "samon", "samnn"),
         ("", "eleml2", "eleml2orig", "elemlinf", "layerl2", "fisher"),
-        ("", "momentum", "adamw", "lion"),
+        ("", "momentum", "adamw", "lion", "muon"),
     )
 ]
 MASKED = ["-".join(filter(None, p)) for p in itertools.product(("sam-random", "ssam-f", "ssam-d"), ("", "adamw"))]
@@ -30,7 +30,7 @@ def model() -> torch.nn.Module:
 
 
 def test_all_names_are_listed_and_described() -> None:
-    assert len(NAMES) == len(set(NAMES)) == 72
+    assert len(NAMES) == len(set(NAMES)) == 90
     assert set(NAMES) <= set(list_optimizers("sam*"))
     described = dict(list_optimizers(with_description=True))
     assert described["samon-layerl2"] == (
@@ -42,7 +42,7 @@ def test_all_names_are_listed_and_described() -> None:
 @pytest.mark.parametrize("name", NAMES + MASKED)
 def test_every_name_makes_the_right_optimizer(name: str, model) -> None:
     opt = create_optimizer_v2(model, name, lr=0.1, weight_decay=1e-4)
-    base = {"adamw": "AdamW", "lion": "Lion"}.get(name.rpartition("-")[2], "SGD")
+    base = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}.get(name.rpartition("-")[2], "SGD")
     assert type(opt.base).__name__ == base
     assert isinstance(opt, torch.optim.Optimizer)
     scope, _, rest = name.partition("-")

@@ -183,9 +183,10 @@ class GSAM(AscentSource):
 
 class ESAM(AscentSource):
     """Each update perturbs every tensor with probability beta and divides the perturbation by it: the stochastic weight
-    perturbation of ESAM (Du et al. 2022, Eq. 6). The sample depends only on the number of the update, so it is the
-    same on
-    all processes and after a restart."""
+    perturbation of ESAM (Du et al. 2022, Eq. 6).
+
+    The sample depends only on the number of the update, so it is the same on all processes and after a restart.
+    """
 
     counts_updates = True
 
@@ -224,9 +225,10 @@ def make_ascent(source: str = "batch", gsam_alpha: float = 0.0, esam_beta: float
 
 def replace_ascent(sam: SAM, source: str) -> None:
     """Change the ascent source of an optimizer; nothing happens if it is the same one by a former name."""
-    ascent = make_ascent(source, sam.ascent.alpha if isinstance(sam.ascent, GSAM) else 0.0)
+    alpha = sam.ascent.alpha if isinstance(sam.ascent, GSAM) else 0.0
+    ascent = make_ascent(source, alpha, sam.ascent.keep_probability)
     if ascent.name != sam.ascent.name:
-        sam.ascent = ascent
+        sam.replace_ascent(ascent)
 
 
 def base_momenta(parameters: Iterable[Parameter], base_state: Mapping[Parameter, Any]) -> Tensors | None:
