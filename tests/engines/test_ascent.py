@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -281,7 +282,7 @@ def test_sources_without_ascent_pass_refuse_its_options(source: str, options: di
 
 
 def test_two_pass_replaces_the_source_but_not_what_excludes_it() -> None:
-    model = make()
+    model = LayerNormNet().double()
     [forward] = losses(model)[0]
     opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO, gsam_alpha=0.3)
     samon.two_pass(opt, forward, ascent="fsam")
