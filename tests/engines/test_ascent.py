@@ -282,15 +282,14 @@ def test_sources_without_ascent_pass_refuse_its_options(source: str, options: di
 
 
 def test_two_pass_replaces_the_source_but_not_what_excludes_it() -> None:
-    model = LayerNormNet().double()
+    model, opt = make(gsam_alpha=0.3)
     [forward] = losses(model)[0]
-    opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO, gsam_alpha=0.3)
     samon.two_pass(opt, forward, ascent="fsam")
     assert opt.ascent.name == "fsam"
     assert opt.ascent.alpha == 0.3
     samon.two_pass(opt, forward, ascent="friendly")  # a former name of the same source
     assert opt.ascent.clean
     for kwargs, source in (({"esam_beta": 0.5}, "fsam"), ({"perturb_frozen": True}, "msam")):
-        opt = create_optimizer_v2(model, "samon", lr=0.1, rho=RHO, **kwargs)
+        _, opt = make(**kwargs)
         with pytest.raises(UserError, match=r"combines only|frozen parameters do not have"):
             samon.two_pass(opt, forward, ascent=source)
