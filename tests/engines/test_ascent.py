@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
