@@ -12,7 +12,7 @@ import yaml
 
 from samon.geometry import GEOMETRIES
 from samon.trainer.flag_rows import TRAIN, VALIDATE
-from samon.trainer.flags import markdown, parse_command_line
+from samon.trainer.flags import parse_command_line
 from tests.browser import chromium
 from tests.runs import ROOT
 from tools.runnable import commands, small
@@ -68,11 +68,6 @@ def test_code_is_not_cut_at_the_right(site: Path) -> None:
             for name in ("index", "multi_node", "recipes"):
                 page.goto((site / f"{name}.html").as_uri())
                 assert page.evaluate(cut) == 0, (name, width)
-
-
-def test_validates_flags_are_current() -> None:
-    text = (ROOT / "docs/flags_validate.md").read_text()
-    assert markdown(VALIDATE).strip() in text, "run: python -m samon.trainer.flag_rows"
 
 
 def test_the_default_rho_of_each_name_is_documented() -> None:

@@ -38,7 +38,7 @@ from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.registry import VARIANTS, is_sam_name
 from samon.report.content import Score
-from samon.trainer.config import RECIPES, Config, load_yaml, parse, recipe
+from samon.trainer.config import RECIPES, Config, find_recipe, load_yaml, parse
 from samon.trainer.state import find_newest
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Sweep:
 
     def fingerprint(self, job: Job) -> str:
         """Hash of everything that decides a run's result: the text of the recipe and train.py's flags."""
-        content = [_recipe_text(recipe(self.config)), job.opt, str(job.rho), str(job.seed), str(self.nproc)]
+        content = [_recipe_text(find_recipe(self.config)), job.opt, str(job.rho), str(job.seed), str(self.nproc)]
         return hashlib.sha256("\0".join([*content, *self.train]).encode()).hexdigest()[:16]
 
     def result(self, job: Job) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from samon.evals.shifts import SETS
 from samon.files import check_writable
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
-from samon.trainer.config import Config, check_sharding, load_yaml
+from samon.trainer.config import Config, check_combinations, load_yaml
 from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key, nearest, parse_command_line
@@ -160,7 +160,9 @@ def settle(given: dict[str, Any], path: str) -> Job:
         config, float32 = config.but(amp=False, model_dtype=None), "accuracy" in wanted
     if config.fsdp and "channels_last" not in given:
         config = config.but(channels_last=False)
-    check_sharding(config, given, {f"--evals {name}": True for name in sorted(wanted - {"accuracy"})})
+    check_combinations(config, by_key(VALIDATE))
+    if config.fsdp and wanted != {"accuracy"}:
+        raise UserError(f"--fsdp does not combine with --evals {min(wanted - {'accuracy'})}; drop one of them")
     if config.use_ema and not {"state_dict_ema", "model_ema"} & content.keys():
         raise UserError(f"--use-ema: {path or 'the model as it is created'} has no averaged weights; drop it")
     average = not config.no_ema and (config.use_ema or validated_with_ema(content))

@@ -28,7 +28,7 @@ from samon.registry import variant_of
 from samon.trainer.config import Config, check
 from samon.trainer.distributed import log_handler
 from samon.trainer.flag_rows import TRAIN
-from samon.trainer.flags import by_key, kwargs
+from samon.trainer.flags import by_key, parse_kwargs
 from samon.trainer.model import check_model_name
 
 DEVICES: dict[str, dict[str, Any]] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
@@ -80,13 +80,13 @@ def settings(args: argparse.Namespace, opt: str) -> Config:
     sharding = ("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate")
     values |= {key: getattr(args, key) for key in sharding}
     values |= {"amp": args.amp, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
-    values["model_kwargs"] = kwargs(args.model_kwargs)
+    values["model_kwargs"] = parse_kwargs(args.model_kwargs)
     variant = variant_of(opt)
     shared_out = args.fsdp and variant is not None and not variant.norms_only
     values["m_sharpness"] = "global" if shared_out else args.m_sharpness
     config = Config(**values)
     check_model_name(config)
-    check(config, {key: values[key] for key in ("fsdp_reshard_after_forward", "fsdp_replicate") if args.fsdp})
+    check(config, given={})
     return config
 
 

@@ -2,84 +2,105 @@
 
 from functools import partial
 
-from samon.trainer.flags import BOTH, TRAIN_ONLY, VALIDATE_ONLY, Flag, Groups, kwargs
+from samon.trainer.flags import Flag, Sections, parse_kwargs
 
-NO_MULTILABEL = "each image has one label here; run timm's own script through `python -m samon.timm_script`"
-NO_LOSS = "of timm's losses there are cross-entropy, --bce-loss (with --bce-pos-weight) and --jsd-loss"
-NO_KD = "distillation needs a second model; run timm's own script through `python -m samon.timm_script`"
-RESUMED = "continue from a checkpoint file, or from the newest state in a directory, with its settings; auto: from the "
-RESUMED += "newest state of --experiment, with this command's settings, and from the beginning if there is none"
-PRECISION = "precision of --amp; auto: bfloat16 where the device computes in it, else no --amp"
-AMP_DTYPES = ("float16", "bfloat16", "auto")
-RESAMPLING = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROPS = ("rrc", "rkrc", "rkrr", "pad")
-NO_NAFLEX = "sequence-packed batches are not read here; use --train-img-sizes for several resolutions"
-ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, whatever the image size"
-NO_JIT = "TorchScript is retired by PyTorch, functorch's AOT too; use --torchcompile"
-MODEL = "model name in timm's registry (validate.py: also all, a pattern such as 'vit_*', or a file of names)"
-RESULTS = "format where the file name does not tell; timm: its one row for each model, as .csv or .json"
-DECAYS = ("linear", "1-sqrt", "cosine", "power", "exp")  # timm's, of wsd and rsqrt
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
-
+TRAIN_ONLY, VALIDATE_ONLY, BOTH = ("train",), ("validate",), ("train", "validate")
 T, V, B = (partial(Flag, programs=programs) for programs in (TRAIN_ONLY, VALIDATE_ONLY, BOTH))
 
-TIMM: Groups = {
+# Texts and choices that are too long for their row.
+RESUMED = (
+    "resume from a checkpoint file, or from the newest state in a directory, with its settings; auto: from the newest "
+    "state of --experiment, with the settings of this command, or start if there is no state"
+)
+MODELS = "model name in timm's registry, all, a pattern such as 'vit_*', or a file of names"
+PRECISION = "precision of --amp; auto: bfloat16 if the device computes in it, otherwise no --amp"
+RESULTS = "format, if the file name does not determine it; timm: one row per model, as .csv or .json"
+AMP_DTYPES, DTYPES = ("float16", "bfloat16", "auto"), ("float32", "float16", "bfloat16")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
+DECAYS = ("linear", "1-sqrt", "cosine", "power", "exp")  # timm's, of wsd and rsqrt
+CROPS = ("rrc", "rkrc", "rkrr", "pad")
+RESAMPLING = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "")
+
+# Why a flag is refused.
+NO_JIT = "PyTorch no longer develops TorchScript and functorch's AOT; use --torchcompile"
+NO_MULTILABEL = "each image has one label here; run timm's own script with `python -m samon.timm_script`"
+NO_LOSS = "of timm's losses, cross-entropy, --bce-loss (with --bce-pos-weight) and --jsd-loss are supported"
+NO_KD = "distillation needs a second model; run timm's own script with `python -m samon.timm_script`"
+NO_NAFLEX = "sequence-packed batches are not supported; use --train-img-sizes for several resolutions"
+ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, for all image sizes"
+
+
+def refused(flags: str, reason: str, switch: str = "", programs: tuple[str, ...] = TRAIN_ONLY) -> tuple[Flag, ...]:
+    """Rows of refused flags.
+
+    Args:
+        flags: `name=default`, separated by spaces.
+        switch: the flag without which the others have no effect; a file may set those.
+    """
+    defaults = parse_kwargs(flags.split())
+    return tuple(
+        Flag(name, str, default, "", refused=reason, dependent=switch not in ("", name), programs=programs)
+        for name, default in defaults.items()
+    )
+
+
+TIMM: Sections = {
     "Dataset": (
-        B("data", str, None, "the same as --data-dir", positional=True),
+        B("data", str, None, "alias of --data-dir", positional=True),
         B("data-dir", str, None, "root directory of the data set"),
         B("dataset", str, "", "wds/NAME for shards, npz/, torch/, hfds/; empty for image folders"),
         T("train-split", str, "train", "split to train on"),
         T("val-split", str, "validation", "split to validate on; empty for no validation"),
-        T("train-num-samples", int, None, "samples of an epoch (no effect on image folders and hfds/)", range="> 0"),
-        T("val-num-samples", int, None, "validate on the first (no effect on image folders and hfds/)", range="> 0"),
-        B("dataset-download", bool, False, "let torch/ and hfds/ data sets download themselves"),
-        B("dataset-trust-remote-code", bool, False, "let hfds/ data sets run code that comes with them"),
+        T("train-num-samples", int, None, "samples per epoch (no effect on image folders and hfds/)", range="> 0"),
+        T("val-num-samples", int, None, "samples to validate on (no effect on image folders and hfds/)", range="> 0"),
+        B("dataset-download", bool, False, "allow torch/ and hfds/ to download data sets"),
+        B("dataset-trust-remote-code", bool, False, "allow hfds/ data sets to run the code they contain"),
         B("class-map", str, "", "file that maps class names to indices"),
-        B("input-img-mode", str, None, "PIL mode of the images; RGB for 3 channels, else L"),
+        B("input-img-mode", str, None, "PIL mode of the images; default: RGB for 3 channels, otherwise L"),
         B("input-key", str, None, "name of the image field in a sample"),
         B("target-key", str, None, "name of the label field in a sample"),
     ),
     "Model": (
-        B("model", str, "resnet50", MODEL, short="m", in_validate=None),
-        B("pretrained", bool, False, "the model's pretrained weights (validate.py: unless there is a --checkpoint)"),
-        T("pretrained-path", str, None, "load pretrained weights from this file, adapting the head"),
+        T("model", str, "resnet50", "model name in timm's registry", short="m"),
+        V("model", str, None, MODELS, short="m"),
+        B("pretrained", bool, False, "use pretrained weights (validate.py: unless --checkpoint is given)"),
+        T("pretrained-path", str, None, "load pretrained weights from this file and adapt the head"),
         T("initial-checkpoint", str, "", "load model weights from this checkpoint before training"),
         T("resume", str, "", RESUMED),
-        T("no-resume-opt", bool, False, "on resume load weights only, not optimizer and scaler"),
-        B("num-classes", int, None, "number of classes; the model's own if not given", range=">= 1"),
+        T("no-resume-opt", bool, False, "on resume, load only the weights, not the optimizer and scaler"),
+        B("num-classes", int, None, "number of classes; default: the model's own", range=">= 1"),
         B("gp", str, None, "global pooling: fast, avg, max, avgmax, avgmaxc"),
-        B("img-size", int, None, "image size; the model's own if not given", range="> 0"),
+        B("img-size", int, None, "image size; default: the model's own", range="> 0"),
         B("in-chans", int, None, "image channels", range="> 0"),
         B("input-size", int, None, "input size as C H W", nargs=3, range="> 0"),
-        B("crop-pct", float, None, "centre crop for validation, as a share of the resized image", range="> 0"),
-        B("mean", float, None, "mean pixel value, one or one per channel", nargs="+", range="in [0, 1]"),
-        B("std", float, None, "pixel standard deviation, one or one per channel", nargs="+", range="in (0, 1]"),
+        B("crop-pct", float, None, "center crop for validation, as a fraction of the resized image", range="> 0"),
+        B("mean", float, None, "pixel mean: one value, or one per channel", nargs="+", range="in [0, 1]"),
+        B("std", float, None, "pixel standard deviation: one value, or one per channel", nargs="+", range="in (0, 1]"),
         B("interpolation", str, "", "resize interpolation for validation"),
-        B("batch-size", int, 128, "batch size per process", short="b", range=">= 1", in_validate=256),
+        T("batch-size", int, 128, "batch size per process", short="b", range=">= 1"),
+        V("batch-size", int, 256, "batch size per process", short="b", range=">= 1"),
         T("validation-batch-size", int, None, "batch size per process for validation", short="vb", range=">= 1"),
         B("channels-last", bool, False, "channels-last memory layout"),
-        B("fuser", str, "", "jit fuser", refused=NO_JIT),
         T("grad-accum-steps", int, 1, "micro-batches per optimizer step", range=">= 1"),
         T("grad-checkpointing", bool, False, "recompute activations in the backward pass to save memory"),
         B("fast-norm", bool, False, "timm's fast normalization (half precision under AMP)"),
-        B("model-kwargs", kwargs, {}, "arguments for the model's constructor, KEY=VALUE ..."),
+        B("model-kwargs", parse_kwargs, {}, "arguments for the model's constructor, KEY=VALUE ..."),
         T("head-init-scale", float, None, "multiply the classifier's initial weights by this"),
         T("head-init-bias", float, None, "initial value of the classifier's bias"),
-        B("torchscript", bool, False, "script the model", refused=NO_JIT),
         B("torchcompile", str, None, "compile the model, with this backend", nargs="?", const="inductor"),
         B("torchcompile-mode", str, None, "torch.compile mode; reduce-overhead captures CUDA graphs"),
     ),
-    "Device": (
-        B("device", str, None, "cpu, cuda, ...; a GPU if there is one, else cpu"),
+    "Device and precision": (
+        B("device", str, None, "cpu, cuda, ...; default: a GPU if there is one, otherwise cpu"),
         B("amp", bool, False, "mixed precision (validate.py: accuracy only)"),
         B("amp-dtype", str, "float16", PRECISION, choices=AMP_DTYPES),
-        B("model-dtype", str, None, "precision of the weights", choices=("float32", "float16", "bfloat16")),
+        B("model-dtype", str, None, "precision of the weights", choices=DTYPES),
         T("no-ddp-bb", bool, False, "do not broadcast buffers from rank 0 at each step"),
         T("synchronize-step", bool, False, "wait for the device at the end of each step"),
         B("device-modules", str, None, "Python modules of device backends to import first", nargs="+"),
     ),
     "Optimizer": (
-        T("opt", str, "sgd", "optimizer name; samon-layerl2 and the like perturb first"),
+        T("opt", str, "sgd", "optimizer name; names such as samon-layerl2 are sharpness-aware"),
         T("opt-eps", float, None, "the optimizer's epsilon", range=">= 0"),
         T("opt-betas", float, None, "the optimizer's betas", nargs="+", range=">= 0"),
         T("momentum", float, 0.9, "momentum", range=">= 0"),
@@ -87,9 +108,9 @@ TIMM: Groups = {
         T("clip-grad", float, None, "clip gradients at this value", range="> 0"),
         T("clip-mode", str, "norm", "how to clip", choices=("norm", "value", "agc")),
         T("layer-decay", float, None, "layer-wise learning rate decay", range="in (0, 1]"),
-        T("layer-decay-min-scale", float, 0.0, "least learning rate scale of --layer-decay", range=">= 0"),
-        T("layer-decay-no-opt-scale", float, None, "freeze layers whose scale falls under this", range=">= 0"),
-        T("opt-kwargs", kwargs, {}, "further optimizer arguments, KEY=VALUE ..."),
+        T("layer-decay-min-scale", float, 0.0, "minimum learning rate scale of --layer-decay", range=">= 0"),
+        T("layer-decay-no-opt-scale", float, None, "freeze layers whose scale is below this", range=">= 0"),
+        T("opt-kwargs", parse_kwargs, {}, "further optimizer arguments, KEY=VALUE ..."),
     ),
     "Learning rate schedule": (
         T("sched", str, "cosine", "schedule", choices=SCHEDULES),
@@ -98,8 +119,8 @@ TIMM: Groups = {
         T("lr-base", float, 0.1, "learning rate at a global batch of --lr-base-size", range=">= 0"),
         T("lr-base-size", int, 256, "global batch size that --lr-base is for", range=">= 1"),
         T("lr-base-scale", str, "", "scaling with the batch; by optimizer if empty", choices=("", "linear", "sqrt")),
-        T("lr-noise", float, None, "learning rate noise from (and to) these shares of the schedule", nargs="+"),
-        T("lr-noise-pct", float, 0.67, "limit of the learning rate noise", range=">= 0"),
+        T("lr-noise", float, None, "fractions of the schedule where learning rate noise starts and ends", nargs="+"),
+        T("lr-noise-pct", float, 0.67, "limit of the learning rate noise, as a fraction", range=">= 0"),
         T("lr-noise-std", float, 1.0, "standard deviation of the learning rate noise", range=">= 0"),
         T("lr-cycle-mul", float, 1.0, "cycle length multiplier", range="> 0"),
         T("lr-cycle-decay", float, 0.5, "learning rate factor per cycle", range=">= 0"),
@@ -108,11 +129,11 @@ TIMM: Groups = {
         T("warmup-lr", float, 1e-05, "learning rate at the start of the warm-up", range=">= 0"),
         T("min-lr", float, 0.0, "lower limit of the learning rate", range=">= 0"),
         T("epochs", int, 300, "epochs to train", range=">= 1"),
-        T("epoch-repeats", float, 0.0, "times the data set is repeated in an epoch", range=">= 0"),
-        T("start-epoch", int, None, "first epoch, whatever the checkpoint says", range=">= 0"),
+        T("epoch-repeats", float, 0.0, "repetitions of the data set per epoch", range=">= 0"),
+        T("start-epoch", int, None, "first epoch; overrides the checkpoint's", range=">= 0"),
         T("stop-epoch", int, None, "end after this many epochs; the schedule stays that of --epochs", range=">= 1"),
         T("decay-milestones", int, [90, 180, 270], "epochs at which multistep decays", nargs="+"),
-        T("decay-epochs", float, None, "epochs between decays of step; length of wsd's and rsqrt's decay", range="> 0"),
+        T("decay-epochs", float, None, "step: epochs between decays; wsd, rsqrt: length of the decay", range="> 0"),
         T("warmup-epochs", int, 5, "epochs of warm-up", range=">= 0"),
         T("warmup-prefix", bool, False, "warm up before the schedule instead of within it"),
         T("cooldown-epochs", int, 0, "epochs at --min-lr after a cyclic schedule", range=">= 0"),
@@ -128,58 +149,54 @@ TIMM: Groups = {
         T("ratio", float, [3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs=2, range="> 0"),
         T("hflip", float, 0.5, "probability of a horizontal flip", range="in [0, 1]"),
         T("vflip", float, 0.0, "probability of a vertical flip", range="in [0, 1]"),
-        T("color-jitter", float, 0.4, "colour jitter strength", range=">= 0"),
-        T("color-jitter-prob", float, None, "probability of colour jitter", range="in [0, 1]"),
-        T("grayscale-prob", float, 0.0, "probability of a grey image", range="in [0, 1]"),
+        T("color-jitter", float, 0.4, "color jitter strength", range=">= 0"),
+        T("color-jitter-prob", float, None, "probability of color jitter", range="in [0, 1]"),
+        T("grayscale-prob", float, 0.0, "probability of a grayscale image", range="in [0, 1]"),
         T("gaussian-blur-prob", float, 0.0, "probability of a blur", range="in [0, 1]"),
         T("aa", str, None, "AutoAugment policy, such as rand-m9-mstd0.5"),
         T("aug-repeats", float, 0, "repetitions of each sample (distributed image folders)", range=">= 0"),
-        T("aug-splits", int, 0, "augmentation splits of a batch: 0, or 2 and more", range=">= 0"),
+        T("aug-splits", int, 0, "augmentation splits of a batch: 0, or at least 2", range=">= 0"),
         T("loss", str, None, "ce, bce (as --bce-loss) or jsd (as --jsd-loss)", choices=("ce", "bce", "jsd")),
         T("jsd-loss", bool, False, "Jensen-Shannon and cross-entropy loss over --aug-splits"),
         T("bce-loss", bool, False, "binary cross-entropy"),
         T("bce-sum", bool, False, "sum the binary cross-entropy over classes"),
-        T("bce-target-thresh", float, None, "binarize soft targets over this"),
+        T("bce-target-thresh", float, None, "threshold for binarizing soft targets"),
         T("bce-pos-weight", float, None, "weight of the positive targets", range="> 0"),
         T("reprob", float, 0.0, "probability of random erasing", range="in [0, 1]"),
         T("remode", str, "pixel", "what random erasing fills with", choices=("const", "rand", "pixel")),
         T("recount", int, 1, "regions to erase", range=">= 1"),
-        T("resplit", bool, False, "leave the first augmentation split unerased"),
+        T("resplit", bool, False, "do not erase the first augmentation split"),
         T("mixup", float, 0.0, "mixup alpha", range=">= 0"),
         T("cutmix", float, 0.0, "cutmix alpha", range=">= 0"),
         T("cutmix-minmax", float, None, "cutmix box size range instead of alpha", nargs=2, range="in [0, 1]"),
         T("mixup-prob", float, 1.0, "probability of mixup or cutmix", range="in [0, 1]"),
-        T("mixup-switch-prob", float, 0.5, "probability of cutmix where both are on", range="in [0, 1]"),
+        T("mixup-switch-prob", float, 0.5, "probability of cutmix if both are on", range="in [0, 1]"),
         T("mixup-mode", str, "batch", "what shares mixing parameters", choices=("batch", "pair", "elem", "half")),
-        T("mixup-off-epoch", int, 0, "epoch from which mixing is off; 0 for never", range=">= 0"),
+        T("mixup-off-epoch", int, 0, "epoch from which mixing is off; 0: never", range=">= 0"),
         T("smoothing", float, 0.1, "label smoothing", range="in [0, 1)"),
-        T("train-interpolation", str, "random", "training interpolation", choices=(*RESAMPLING, "")),
+        T("train-interpolation", str, "random", "training interpolation", choices=RESAMPLING),
         T("drop", float, 0.0, "dropout rate", range="in [0, 1]"),
         T("drop-connect", float, None, "old name of --drop-path", range="in [0, 1]"),
         T("drop-path", float, None, "stochastic depth rate", range="in [0, 1]"),
         T("drop-block", float, None, "drop block rate", range="in [0, 1]"),
     ),
-    "Batch normalization": (
+    "Batch normalization and weight averaging": (
         T("bn-momentum", float, None, "BatchNorm momentum", range=">= 0"),
         T("bn-eps", float, None, "BatchNorm epsilon", range="> 0"),
         T("sync-bn", bool, False, "BatchNorm statistics over all processes"),
-        T("dist-bn", str, "reduce", "share running statistics after an epoch", choices=("broadcast", "reduce", "")),
+        T("dist-bn", str, "reduce", "share running statistics after each epoch", choices=("broadcast", "reduce", "")),
         T("split-bn", bool, False, "separate BatchNorm layers per augmentation split"),
-    ),
-    "Model exponential moving average": (
-        T("model-ema", bool, False, "average the weights (in float32, also where they are of half precision)"),
-        T("model-ema-force-cpu", bool, False, "keep the average on the CPU; it is then not validated"),
+        T("model-ema", bool, False, "average the weights, in float32"),
+        T("model-ema-force-cpu", bool, False, "keep the average on the CPU, where it is not validated"),
         T("model-ema-decay", float, 0.9998, "decay of the average", range="in [0, 1]"),
-        T("model-ema-warmup", bool, False, "warm the decay up"),
+        T("model-ema-warmup", bool, False, "warm up the decay"),
     ),
     "Several image sizes": (
-        T("train-img-sizes", int, None, "image sizes, one of them for each batch", nargs="+", range="> 0"),
-        T("train-batch-sizes", int, None, "", nargs="+", refused=ONE_BATCH_SIZE),
-        T("variable-batch-loss-scale", str, "none", "", refused=ONE_BATCH_SIZE, switch="train_batch_sizes"),
+        T("train-img-sizes", int, None, "image sizes, one of which is chosen for each batch", nargs="+", range="> 0"),
         T("train-size-probs", float, None, "probability of each of --train-img-sizes", nargs="+", range=">= 0"),
-        T("train-size-schedule", str, "constant", "how the choice moves", choices=("constant", "progressive")),
+        T("train-size-schedule", str, "constant", "how the choice changes", choices=("constant", "progressive")),
         T("train-size-schedule-spread", float, 0.65, "width of the progressive window, in choices", range=">= 0"),
-        T("train-size-random-mix", float, 0.1, "share of uniform choice in progressive", range="in [0, 1]"),
+        T("train-size-random-mix", float, 0.1, "fraction of uniform choice in progressive", range="in [0, 1]"),
         T("train-batches-per-epoch", int, None, "batches per epoch", range=">= 1", aliases=("train-steps-per-epoch",)),
     ),
     "Miscellaneous": (
@@ -195,87 +212,60 @@ TIMM: Groups = {
         B("pin-mem", bool, False, "pin memory in the loader"),
         B("no-prefetcher", bool, False, "normalize on the CPU, without timm's prefetcher"),
         T("output", str, "", "directory for results; ./output/train if empty"),
-        T("experiment", str, "", "name of this run's directory; from time and model if empty"),
-        T("eval-metric", str, "top1", "metric that decides the best", choices=("top1", "top5", "loss")),
-        T("tta", int, 0, "", refused="no loader makes the copies that timm averages; evaluate with validate.py"),
-        T("use-multi-epochs-loader", bool, False, "no effect: workers always stay from epoch to epoch"),
+        T("experiment", str, "", "name of the run's directory; time and model if empty"),
+        T("eval-metric", str, "top1", "metric that determines the best checkpoint", choices=("top1", "top5", "loss")),
+        T("use-multi-epochs-loader", bool, False, "no effect: workers always persist across epochs"),
         T("log-wandb", bool, False, "log to Weights & Biases, if it is installed"),
         T("wandb-project", str, None, "wandb project"),
         T("wandb-tags", str, [], "wandb tags", nargs="+"),
-        T("wandb-resume-id", str, "", "wandb run to continue; needs --resume"),
+        T("wandb-resume-id", str, "", "wandb run to resume; requires --resume"),
     ),
     "Evaluation": (
-        V("results-file", str, "", "write the results here; .json, .csv or .md decides the format"),
+        V("results-file", str, "", "output file; .json, .csv or .md determines the format"),
         V("results-format", str, "", RESULTS, choices=("json", "csv", "md", "timm")),
-        V("checkpoint", str, [], "checkpoint files, or a directory of them; several are put side by side", nargs="+"),
-        V("use-ema", bool, False, "evaluate the averaged weights; the default where they decided the best"),
+        V("checkpoint", str, [], "checkpoint files, or a directory of them, to compare", nargs="+"),
+        V("use-ema", bool, False, "evaluate the averaged weights; the default if training validated them"),
         V("split", str, "validation", "split to evaluate"),
-        V("num-samples", int, None, "evaluate this many images, drawn by --seed", range="> 0"),
+        V("num-samples", int, None, "number of images, sampled by --seed", range="> 0"),
         V("valid-labels", str, "", "file of class indices; predictions are restricted to them"),
         V("real-labels", str, "", "ReaL labels of ImageNet validation: a JSON file, or `real` for timm's own"),
-        V("tf-preprocessing", bool, False, "", refused="TensorFlow is not a dependency"),
-        V("use-train-size", bool, False, "the training resolution, where a model has another one for tests"),
+        V("use-train-size", bool, False, "use the training resolution, even if the model has another for testing"),
         V("crop-mode", str, None, "how images are cropped", choices=("squash", "border", "center")),
-        V("crop-border-pixels", int, None, "border to cut off before resizing", range=">= 0"),
+        V("crop-border-pixels", int, None, "border to remove before resizing", range=">= 0"),
         V("test-pool", bool, False, "test-time pooling for larger images"),
-        V("reparam", bool, False, "fuse the model's training-time branches"),
-        V("retry", bool, False, "halve the batch when memory runs out (accuracy only)"),
+        V("reparam", bool, False, "fuse branches that are only for training (reparameterization)"),
+        V("retry", bool, False, "halve the batch size when out of memory (accuracy only)"),
         V("log-freq", int, 10, "batches between progress lines", range="> 0"),
-        V("metrics-avg", str, "", "", refused="precision, recall and F1 are left to timm's own validate.py"),
-        V("num-gpu", int, 1, "", refused="use torchrun --standalone --nproc-per-node N"),
-        V("aot-autograd", bool, False, "", refused=NO_JIT),
     ),
-    "Multi-label classification": (
-        B("task", str, "classification", "", refused=NO_MULTILABEL),
-        *(
-            B(name, str, default, "", refused=NO_MULTILABEL, switch="task")
-            for name, default in (("target-format", None), ("multilabel-threshold", 0.5))
+    "Not supported": (
+        *refused("fuser= torchscript=False", NO_JIT, programs=BOTH),
+        *refused("aot-autograd=False", NO_JIT, programs=VALIDATE_ONLY),
+        *refused("tta=0", "no loader makes the copies that timm averages; evaluate with validate.py"),
+        *refused("tf-preprocessing=False", "TensorFlow is not a dependency", programs=VALIDATE_ONLY),
+        *refused("metrics-avg=", "use timm's own validate.py for precision, recall and F1", programs=VALIDATE_ONLY),
+        *refused("num-gpu=1", "use torchrun --standalone --nproc-per-node N", programs=VALIDATE_ONLY),
+        *refused("train-batch-sizes=None variable-batch-loss-scale=none", ONE_BATCH_SIZE, "train-batch-sizes"),
+        *refused("task=classification target-format=None multilabel-threshold=0.5", NO_MULTILABEL, "task", BOTH),
+        *refused("loss-class-weight=None loss-pos-weight=None", NO_LOSS),
+        *refused(
+            "loss-weight-power=1.0 class-stats=None asl-gamma-pos=1.0 asl-gamma-neg=4.0 asl-clip=0.05 "
+            "asl-reduction=batchmean poly-epsilon=2.0 poly-gamma=0.0 poly-alpha=None twoway-tp=4.0 twoway-tn=1.0 "
+            "db-neg-scale=2.0 db-init-bias=0.05 db-focal-gamma=2.0",
+            NO_LOSS,
+            "loss-class-weight",
         ),
-        *(T(f"loss-{name}", str, None, "", refused=NO_LOSS) for name in ("class-weight", "pos-weight")),
-        *(
-            T(name, str, default, "", refused=NO_LOSS, switch="loss_class_weight")
-            for name, default in (
-                ("loss-weight-power", 1.0),
-                ("class-stats", None),
-                ("asl-gamma-pos", 1.0),
-                ("asl-gamma-neg", 4.0),
-                ("asl-clip", 0.05),
-                ("asl-reduction", "batchmean"),
-                ("poly-epsilon", 2.0),
-                ("poly-gamma", 0.0),
-                ("poly-alpha", None),
-                ("twoway-tp", 4.0),
-                ("twoway-tn", 1.0),
-                ("db-neg-scale", 2.0),
-                ("db-init-bias", 0.05),
-                ("db-focal-gamma", 2.0),
-            )
+        *refused("naflex-loader=False naflex-max-seq-len=576", NO_NAFLEX, "naflex-loader", BOTH),
+        *refused(
+            "naflex-train-seq-lens=[128,256,576,784,1024] naflex-patch-sizes=None naflex-patch-size-probs=None "
+            "naflex-loss-scale=linear naflex-patchify-channels-first=False",
+            NO_NAFLEX,
+            "naflex-loader",
         ),
-    ),
-    "NaFlex": tuple(
-        Flag(f"naflex-{name}", str, default, "", refused=NO_NAFLEX, switch="naflex_loader", programs=programs)
-        for name, default, programs in (
-            ("loader", False, BOTH),
-            ("train-seq-lens", [128, 256, 576, 784, 1024], TRAIN_ONLY),
-            ("max-seq-len", 576, BOTH),
-            ("patch-sizes", None, TRAIN_ONLY),
-            ("patch-size-probs", None, TRAIN_ONLY),
-            ("loss-scale", "linear", TRAIN_ONLY),
-            ("patchify-channels-first", False, TRAIN_ONLY),
-        )
-    ),
-    "Distillation": tuple(
-        T(name, str, default, "", refused=NO_KD, switch="kd_model_name")
-        for name, default in (
-            ("kd-model-name", None),
-            ("kd-distill-type", "logit"),
-            ("kd-loss-type", "kl"),
-            ("distill-loss-weight", None),
-            ("task-loss-weight", None),
-            ("kd-temperature", 4.0),
-            ("kd-student-feature-dim", None),
-            ("kd-teacher-feature-dim", None),
-            ("kd-token-distill-type", "soft"),
-        )
+        *refused(
+            "kd-model-name=None kd-distill-type=logit kd-loss-type=kl distill-loss-weight=None task-loss-weight=None "
+            "kd-temperature=4.0 kd-student-feature-dim=None kd-teacher-feature-dim=None kd-token-distill-type=soft",
+            NO_KD,
+            "kd-model-name",
+        ),
     ),
 }

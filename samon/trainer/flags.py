@@ -1,6 +1,6 @@
-"""How a flag is declared: one row, from which --help, YAML keys, --print-config, args.yaml and docs derive.
+"""How a flag is declared: one row, from which --help, YAML keys, --print-config, args.yaml and the docs derive.
 
-The rows are in `rows_timm.py` (timm's names and meaning) and `rows.py` (what this project adds).
+The rows are in `flag_rows_timm.py` (timm's names and meanings) and `flag_rows.py` (the flags that this project adds).
 """
 
 import argparse
@@ -9,9 +9,9 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from timm.utils.distributed import world_info_from_env
 
@@ -19,9 +19,9 @@ from samon.errors import UserError, nearest
 
 log = logging.getLogger("samon")
 
-TRAIN_ONLY, VALIDATE_ONLY, BOTH = ("train",), ("validate",), ("train", "validate")
+Settings = dict[str, Any]  # values by key
 
-# Ranges a number can be held to: text -> test. Rows name them, so docs and error messages say the same thing.
+# Allowed ranges of numbers, by the text that error messages and docs show.
 RANGES: dict[str, Callable[[float], bool]] = {
     ">= 0": lambda v: v >= 0,
     "> 0": lambda v: v > 0,
@@ -32,20 +32,24 @@ RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 
-def kwargs(value: Any) -> dict[str, Any]:
-    """`['a=1', 'b=x']` or a mapping -> dict; values are Python literals or else text (timm's ParseKwargs)."""
+def parse_kwargs(value: object) -> Settings:
+    """Parse `['a=1', 'b=x']`, or copy a mapping; values are Python literals, or text (timm's ParseKwargs).
+
+    Raises:
+        ValueError: an item is not KEY=VALUE.
+    """
     if isinstance(value, Mapping):
         return dict(value)
-    pairs: dict[str, Any] = {}
-    for item in [value] if isinstance(value, str) else value:
-        key, sign, text = item.partition("=")
-        if not sign or not key:
+    parsed: Settings = {}
+    for item in value if isinstance(value, list | tuple) else [value]:
+        key, equals, text = str(item).partition("=")
+        if not key or not equals:
             raise ValueError(f"{item!r} is not KEY=VALUE")
         try:
-            pairs[key] = ast.literal_eval(text)
+            parsed[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            pairs[key] = text
-    return pairs
+            parsed[key] = text
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,18 @@ class Flag:
     """One setting: `--name` on the command line, `name` with `_` for `-` in YAML."""
 
     name: str
-    type: Callable[[Any], Any]  # bool is a switch; `kwargs` takes KEY=VALUE pairs
+    type: Callable[[Any], Any]  # bool makes a switch, `parse_kwargs` takes KEY=VALUE pairs
     default: Any
     help: str
     nargs: str | int | None = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[str, ...] = ()
     short: str = ""
-    range: str = ""  # a key of RANGES, applied to the number or to each of a list
-    const: Any = None  # value of a bare `--name` when nargs is '?'
-    refused: str = ""  # why it cannot be honoured here, and what to use instead
-    switch: str = ""  # key of the refused flag without which this refused one has no effect
+    range: str = ""  # a key of RANGES, for the number or each number of a list
+    const: str | None = None  # value of a bare `--name`, if nargs is '?'
+    refused: str = ""  # why the flag is not supported, and what to use instead
+    dependent: bool = False  # has no effect without another refused flag, so a file may set it
     positional: bool = False
-    programs: tuple[str, ...] = TRAIN_ONLY
-    in_validate: Any = ...  # the default of validate.py, where it is another one
+    programs: tuple[str, ...] = ("train",)
     aliases: tuple[str, ...] = ()  # timm's other names
     old_name: str = ""  # earlier name, hidden; accepted for one release
     old_values: Mapping[str, str] = field(default_factory=dict)  # earlier values (up to a colon) -> new ones
@@ -78,79 +81,103 @@ class Flag:
     def flag(self) -> str:
         return self.name if self.positional else f"--{self.name}"
 
-    def parse(self, value: Any) -> Any:
-        """A YAML or command-line value in this flag's type; raises UserError naming the flag."""
+    @property
+    def has_default(self) -> bool:
+        """Whether the default is worth showing."""
+        return self.default not in (None, False, "", [], {})
+
+    def parse(self, value: object) -> Any:
+        """Convert a YAML or command-line value to this flag's type.
+
+        Raises:
+            UserError: it is not a value of this flag, which the message names.
+        """
         if value is None or value == self.default:
             return value
         try:
-            return self._convert(value)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.flag}: {error}") from None
-
-    def given(self, value: Any) -> Any:
-        """`parse` for the command line, where a refused flag may at most name its default."""
-        if not self.refused:
-            return self.parse(value)
-        if value != [str(self.default)]:
-            raise UserError(f"{self.flag} is not honoured: {self.refused}")
-        return self.default
-
-    def _convert(self, value: Any) -> Any:
-        if self.type is kwargs:
-            return kwargs(value)
-        if self.nargs in ("+", "*") or isinstance(self.nargs, int):
+            if self.type is parse_kwargs:
+                return parse_kwargs(value)
+            if self.nargs in (None, "?"):
+                return self._parse_item(value)
             items = list(value) if isinstance(value, list | tuple) else [value]
             if isinstance(self.nargs, int) and len(items) != self.nargs:
                 raise ValueError(f"takes {self.nargs} values, got {len(items)}")
-            return [self._scalar(item) for item in items]
-        return self._scalar(value)
+            return [self._parse_item(item) for item in items]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.flag}: {error}") from None
 
-    def _scalar(self, value: Any) -> Any:
+    def _parse_item(self, value: object) -> Any:
         if self.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"takes true or false, got {value!r}")
             return value
-        wrong_kind = isinstance(value, bool | list | dict) or (self.type is int and isinstance(value, float))
+        noun = "an int" if self.type is int else "a float" if self.type is float else "a single value"
+        if isinstance(value, bool | list | dict) or (self.type is int and isinstance(value, float)):
+            raise ValueError(f"{value!r} is not {noun}")
         try:
-            if wrong_kind:
-                raise ValueError
-            typed = self.type(value)
+            parsed = self.type(value)
         except ValueError as error:
-            plain = self.type in (int, float, str)
-            noun = "an int" if self.type is int else f"a {self.type.__name__}"
-            raise ValueError(f"{value!r} is not {noun}" if plain else str(error)) from None
-        if self.choices and typed not in self.choices:
+            raise ValueError(f"{value!r} is not {noun}" if self.type in (int, float) else str(error)) from None
+        if self.choices and parsed not in self.choices:
             names = ", ".join(map(repr, self.choices))
-            raise ValueError(f"{typed!r} is not one of {names}{nearest(typed, self.choices)}")
-        if isinstance(typed, float) and not math.isfinite(typed):
-            raise ValueError(f"{typed} is not a value; give a finite number")
-        if self.range and isinstance(typed, int | float) and not RANGES[self.range](typed):
-            raise ValueError(f"must be {self.range}, got {typed}")
-        return typed
+            raise ValueError(f"{parsed!r} is not one of {names}{nearest(parsed, self.choices)}")
+        if isinstance(parsed, float) and not math.isfinite(parsed):
+            raise ValueError(f"{parsed} is not allowed; give a finite number")
+        if self.range and isinstance(parsed, int | float) and not RANGES[self.range](parsed):
+            raise ValueError(f"must be {self.range}, got {parsed}")
+        return parsed
+
+    def parse_argument(self, value: Any) -> Any:
+        """`parse` for the command line, where a refused flag may only be given its default."""
+        if not self.refused:
+            return self.parse(value)
+        if value != [str(self.default)]:
+            raise UserError(f"{self.flag} is not supported: {self.refused}")
+        return self.default
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Declare the flag to argparse; values stay text."""
+        text = f"refused: {self.refused}" if self.refused else self.help
+        if self.has_default and not self.refused:
+            text += f" (default: {self.default})"
+        text = text.replace("%", "%%")
+        if self.positional:
+            group.add_argument(self.name, nargs="?", metavar="DIR", help=text)
+        elif self.type is bool and not self.refused:
+            group.add_argument(self.flag, action="store_true", dest=self.key, help=text)
+        else:
+            short = [f"-{self.short}"] if self.short else []
+            group.add_argument(
+                *(*short, self.flag, *(f"--{alias}" for alias in self.aliases)),
+                dest=self.key,
+                nargs="*" if self.type is parse_kwargs or self.refused else self.nargs,
+                const=self.const,
+                metavar=self.name.rsplit("-", 1)[-1].upper(),
+                help=text,
+            )
+        if self.old_name:
+            dest = self.old_name.replace("-", "_")
+            group.add_argument(f"--{self.old_name}", dest=dest, nargs=self.nargs, help=argparse.SUPPRESS)
 
 
-Groups = Mapping[str, tuple[Flag, ...]]
-LAUNCHER = ("--local-rank", "--local_rank")  # torch.distributed.launch adds it; the environment says the same
+Sections = Mapping[str, tuple[Flag, ...]]  # rows by the title of their table
 
 
-def of_program(groups: Groups, program: str) -> Groups:
-    """The rows of one program (`train` or `validate`), with its defaults."""
-
-    def row(flag: Flag) -> Flag:
-        return flag if program == "train" or flag.in_validate is ... else replace(flag, default=flag.in_validate)
-
-    chosen = {title: tuple(row(flag) for flag in rows if program in flag.programs) for title, rows in groups.items()}
+def rows_of_program(sections: Sections, program: str) -> Sections:
+    """The rows of `train` or `validate`."""
+    chosen = {title: tuple(flag for flag in rows if program in flag.programs) for title, rows in sections.items()}
     return {title: rows for title, rows in chosen.items() if rows}
 
 
-def by_key(groups: Groups) -> dict[str, Flag]:
-    return {flag.key: flag for rows in groups.values() for flag in rows}
+def by_key(sections: Sections) -> dict[str, Flag]:
+    """All rows, by their YAML key."""
+    return {flag.key: flag for rows in sections.values() for flag in rows}
 
 
-def rename_old(settings: Mapping[str, Any], flags: Mapping[str, Flag], warn: bool = False) -> dict[str, Any]:
-    """The settings with the names and values of earlier releases replaced by today's."""
+def rename_old(settings: Mapping[str, Any], flags: Mapping[str, Flag], warn: bool = False) -> Settings:
+    """Replace the names and values of earlier releases by the current ones; `warn`: with a line on stderr for each."""
     old_keys = {flag.old_name.replace("-", "_"): key for key, flag in flags.items() if flag.old_name}
-    renamed = {}
+    renamed: Settings = {}
     for old, value in settings.items():
         key = old_keys.get(old, old)
         new = value
@@ -162,7 +189,7 @@ def rename_old(settings: Mapping[str, Any], flags: Mapping[str, Flag], warn: boo
             before, after = f"--{old.replace('_', '-')}", flags[key].flag
             if new != value:
                 before, after = f"{before} {value}", f"{after} {new}"
-            log.warning("deprecated: %s is now %s; the old spelling goes with the next release", before, after)
+            log.warning("deprecated: %s is now %s; the next release drops the old spelling", before, after)
     return renamed
 
 
@@ -175,76 +202,43 @@ def program() -> str:
     return f"python {name}" if name.endswith(".py") else name
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake as one UserError instead of a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def parser(groups: Groups, description: str) -> Parser:
-    """The parser of `groups`; values stay text and only what was given appears in the result."""
-    result = Parser(
+def make_parser(sections: Sections, description: str) -> argparse.ArgumentParser:
+    """The parser of the flags; its result contains only what the command line gives."""
+    parser = argparse.ArgumentParser(
         prog=program(),
         description=description,
         allow_abbrev=False,
+        exit_on_error=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument(*LAUNCHER, help=argparse.SUPPRESS)
-    names = {flag.name for rows in groups.values() for flag in rows}
-    for title, rows in groups.items():
-        group = result.add_argument_group(title)
+    # torch.distributed.launch adds this flag; the environment has the same value.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
+    names = {flag.name for rows in sections.values() for flag in rows}
+    for title, rows in sections.items():
+        group = parser.add_argument_group(title)
         for flag in rows:
-            _add(group, flag)
-            if flag.old_name:
-                dest = flag.old_name.replace("-", "_")
-                group.add_argument(f"--{flag.old_name}", dest=dest, nargs=flag.nargs, help=argparse.SUPPRESS)
-            off = f"no-{flag.name}"
-            if flag.type is bool and not flag.name.startswith("no-") and off not in names:  # takes back a file's
+            flag.add_to(group)
+            off = f"no-{flag.name}"  # undoes a switch that a file sets
+            if flag.type is bool and not flag.name.startswith("no-") and off not in names:
                 group.add_argument(f"--{off}", action="store_false", dest=flag.key, help=argparse.SUPPRESS)
-    return result
+    return parser
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    text = f"refused: {flag.refused}" if flag.refused else flag.help
-    if flag.default not in (None, False, "", [], {}) and not flag.refused:
-        text += f" (default: {flag.default})"
-    text = text.replace("%", "%%")
-    if flag.positional:
-        group.add_argument(flag.name, nargs="?", metavar="DIR", help=text)
-    elif flag.type is bool:
-        group.add_argument(flag.flag, action="store_true", dest=flag.key, help=text)
-    else:
-        names = [f"-{flag.short}"] * bool(flag.short) + [flag.flag, *(f"--{alias}" for alias in flag.aliases)]
-        metavar = flag.name.rsplit("-", 1)[-1].upper()
-        nargs = "*" if flag.type is kwargs or flag.refused else flag.nargs
-        extra = {"const": flag.const} if nargs == "?" else {}
-        group.add_argument(*names, dest=flag.key, nargs=nargs, metavar=metavar, help=text, **extra)
+def parse_command_line(sections: Sections, argv: list[str] | None, description: str) -> Settings:
+    """`{key: value}` of the flags that the command line gives.
 
-
-def parse_command_line(groups: Groups, argv: list[str] | None, description: str) -> dict[str, Any]:
-    """`{key: value}` of what the command line gives; an unknown flag is an error naming the nearest one."""
-    given, rest = parser(groups, description).parse_known_args(argv)
-    known = by_key(groups)
-    given = argparse.Namespace(**rename_old(vars(given), known, warn=True))
-    if rest:
-        word = next((item for item in rest if item.startswith("-")), rest[0])
-        names = [flag.flag for flag in known.values()]
+    Raises:
+        UserError: a flag is unknown, and the message names the nearest known one; or its value is wrong.
+    """
+    try:
+        namespace, unknown = make_parser(sections, description).parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (see --help)") from None
+    flags = by_key(sections)
+    if unknown:
+        word = next((item for item in unknown if item.startswith("-")), unknown[0])
+        names = [flag.flag for flag in flags.values()]
         raise UserError(f"unknown argument {word}{nearest(word.split('=')[0], names)} (see --help)")
-    return {key: known[key].given(value) for key, value in vars(given).items() if key in known}
-
-
-def markdown(groups: Groups) -> str:
-    """The flag tables of docs/flags.md."""
-    lines = []
-    for title, rows in groups.items():
-        lines += [f"## {title}", "", "| flag | default | meaning |", "|---|---|---|"]
-        for flag in rows:
-            default = "" if flag.default in (None, False, "", [], {}) else f"`{flag.default}`"
-            values = f" One of {', '.join(f'`{c}`' for c in flag.choices)}." if flag.choices else ""
-            limits = f" Must be {flag.range}." if flag.range else ""
-            meaning = f"**Refused**: {flag.refused}." if flag.refused else f"{flag.help}.{values}{limits}"
-            lines.append(f"| `{flag.flag}` | {default} | {meaning} |".replace("  ", " "))
-        lines.append("")
-    return "\n".join(lines)
+    given = rename_old(vars(namespace), flags, warn=True)
+    return {key: flags[key].parse_argument(value) for key, value in given.items() if key in flags}

@@ -25,7 +25,7 @@ from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_skipped, parameters
 from samon.trainer.build import Run
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.flag_rows import steps_or_minutes
+from samon.trainer.flag_rows import parse_interval
 from samon.trainer.fsdp import pad_batches
 from samon.trainer.logging import RunLogger
 from samon.trainer.meter import Meter, Timer
@@ -311,7 +311,7 @@ def save_or_stop(
         if loader is not None and loader.worker_error is not None:
             signals.fail(loader.worker_error)
     signum, due = signals.poll()
-    steps = steps_or_minutes(run.config.checkpoint_interval)[0] or run.config.recovery_interval
+    steps = parse_interval(run.config.checkpoint_interval)[0] or run.config.recovery_interval
     due |= bool(steps) and progress.updates % steps == 0
     if signum or (due and progress.updates < run.updates_per_epoch):
         count_skipped(run, progress, meter.outcomes)

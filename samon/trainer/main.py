@@ -15,7 +15,7 @@ from samon.trainer.build import Run, build
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.config import Config, dump, parse
 from samon.trainer.distributed import distributed_session, log_handler, rank_zero_only
-from samon.trainer.flag_rows import steps_or_minutes
+from samon.trainer.flag_rows import parse_interval
 from samon.trainer.logging import RunLogger
 from samon.trainer.loop import Update, fit
 from samon.trainer.resume import fast_forward_scheduler
@@ -47,7 +47,7 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
         random_seed(config.seed, world.rank)
         start, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps the lines until there is a file
         run_dir = rank_zero_only(world, lambda: find_run_dir(config))
-        signals = SignalHandler(steps_or_minutes(config.checkpoint_interval)[1])
+        signals = SignalHandler(parse_interval(config.checkpoint_interval)[1])
         at_end.callback(signals.close)
         with log_handler(early):
             run = build(config, world, load_class_names(run_dir.source) if run_dir.source else None)

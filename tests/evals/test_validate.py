@@ -274,7 +274,7 @@ def test_suite_has_one_table_with_its_own_evaluations(tmp_path, capsys):
         ([*MODEL, *FASHION, "--evals", "feature_rank", "--feature-layer", "layer9"], "no layer 'layer9'"),
         ([*MODEL, *FASHION, "--interpolation", "random"], "--interpolation random: use nearest, bilinear, bicubic"),
         ([*MODEL, *FASHION, "--crop-mode", "middle"], "--crop-mode"),
-        ([*MODEL, *FASHION, "--num-gpu", "2"], "--num-gpu is not honoured: use torchrun"),
+        ([*MODEL, *FASHION, "--num-gpu", "2"], "--num-gpu is not supported: use torchrun"),
         ([*MODEL, *FASHION, "--amp", "--evals", "apgd"], "--amp and --model-dtype are for accuracy"),
         ([*MODEL, *FASHION, "--results-file", "x.txt"], "--results-file x.txt: name it .json"),
         ([*MODEL, "--suite", "LICENSE"], "--suite LICENSE"),

@@ -174,13 +174,13 @@ def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
     ("args", "said"),
     [
         (["--fsdp"], "--fsdp shares a model out among processes, and this is one"),
-        (["--fsdp", "--torchcompile"], "--fsdp does not combine with --torchcompile"),
-        (["--fsdp", "--sync-bn"], "--fsdp does not combine with --sync-bn"),
-        (["--fsdp", "--amp"], "--amp-dtype float16 .use bfloat16"),
+        (["--fsdp", "--torchcompile"], "--fsdp and --torchcompile exclude"),
+        (["--fsdp", "--sync-bn"], "--fsdp and --sync-bn exclude"),
+        (["--fsdp", "--amp"], "--amp-dtype float16; use bfloat16"),
         (["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"], "--clip-mode agc"),
         (["--fsdp", "--opt", "ssam-f"], "--opt ssam-f"),
         (["--fsdp", "--opt", "sam"], "add --m-sharpness global"),
-        (["--fsdp-reshard-after-forward", "never"], "--fsdp-reshard-after-forward is for --fsdp"),
+        (["--fsdp-reshard-after-forward", "never"], "--fsdp-reshard-after-forward needs --fsdp"),
     ],
 )
 def test_refusals(args: list[str], said: str, tmp_path: Path) -> None:
