@@ -13,6 +13,7 @@ RESHARD = "free the parameters of a block after its forward pass"
 OVERWRITE = "replace the run in the directory once the first state is saved (validate.py: the --results-file)"
 NONFINITE = "stop after this many updates in a row with a non-finite gradient"
 CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
+OLD_ASCENTS = {"momentum": "msam", "friendly": "fsam", "every": "looksam", "adaptive": "aesam"}
 DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # of samon.data.decode
 
 
@@ -27,7 +28,7 @@ def parse_m_sharpness(value: object) -> str | int:
 
 def parse_ascent(value: object) -> str:
     """Check the name of an ascent source."""
-    return Ascent(str(value)).source
+    return make_ascent(str(value)).name
 
 
 def parse_interval(text: str) -> tuple[int, float]:
@@ -56,7 +57,7 @@ SAM: tuple[Flag, ...] = (
     T("mask-epochs", int, 5, "ssam-f, ssam-d: renew the mask every k epochs", range=">= 1"),
     T("fisher-samples", int, 1024, "ssam-f: number of training images that define the mask", range=">= 1"),
     T("m-sharpness", parse_m_sharpness, "device", PERTURBATIONS),
-    T("ascent", parse_ascent, "batch", f"source of the ascent direction: {', '.join(SOURCES)}"),
+    T("ascent", parse_ascent, "batch", f"source of the ascent direction: {', '.join(SOURCES)}", old_values=OLD_ASCENTS),
     T("ascent-fraction", float, 1.0, "fraction of the batch used for the ascent gradient", range="in (0, 1]"),
     T("ascent-size", int, None, "image size of the ascent pass", range=">= 1"),
     T("gsam-alpha", float, 0.0, "GSAM: factor of the clean gradient's orthogonal part to subtract", range=">= 0"),

@@ -25,7 +25,7 @@ def step_flops(config: Config) -> dict[str, float] | None:
     """FLOPs per process of the mean update of a run (`step`) and of an update without perturbation (`plain`).
 
     None, with the reason logged, where they cannot be counted in advance."""
-    if config.ascent in ("adaptive", "aesam"):
+    if config.ascent == "aesam":
         log.info("--ascent aesam decides during training; its FLOPs are not known in advance")
         return None
     perturbs = samon.is_sam_name(config.opt)

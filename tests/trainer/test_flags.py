@@ -95,7 +95,8 @@ def test_names_of_earlier_releases(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (tmp_path / "old.yaml").write_text("max_bad_steps: 7\nper_opt: {sgd: {checkpoint_format: parts}}\n")
     old = parse(["-c", str(tmp_path / "old.yaml"), "--fsdp", "--fsdp-reshard=never"])
     assert (old.max_nonfinite_steps, old.checkpoint_format, old.fsdp_reshard_after_forward) == (7, "dcp", "never")
-    assert len(caplog.messages) == 3
+    assert parse(["--opt", "samon", "--ascent", "every:3"]).ascent == "looksam:3"
+    assert len(caplog.messages) == 4
     assert "deprecated: --fsdp-reshard is now --fsdp-reshard-after-forward" in caplog.text
     caplog.clear()
     resumed = parse(["--resume", "x"], lambda resume: {"max_bad_steps": 7, "checkpoint_format": "parts"})

@@ -19,9 +19,9 @@ def test_flops_of_every_kind_of_step() -> None:
     assert 1.6 < full < 1.7
     assert ratio("--opt", "sgd") == ratio("--ascent", "previous") == 1
     assert ratio("--opt", "sam") == pytest.approx(2, abs=0.02)
-    assert ratio("--ascent", "every:4") == pytest.approx(1 + (full - 1) / 4, abs=0.01)
+    assert ratio("--ascent", "looksam:4") == pytest.approx(1 + (full - 1) / 4, abs=0.01)
     assert ratio("--m-sharpness", "2") == pytest.approx(full, abs=0.02)
     assert ratio("--ascent-fraction", "0.5") == pytest.approx(1 + (full - 1) / 2, abs=0.01)
     assert ratio("--sam-every", "2") == pytest.approx(1 + (full - 1) / 2)
     assert ratio("--epochs", "10", "--sam-start-epoch", "6") == pytest.approx(1 + (full - 1) * 0.4)
-    assert ratio("--ascent", "adaptive") is None  # decided during training
+    assert ratio("--ascent", "aesam") is None  # decided during training
