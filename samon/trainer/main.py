@@ -13,7 +13,7 @@ from samon.data.sources import check_name
 from samon.errors import UserError
 from samon.trainer.build import Run, build
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.config import Config, dump, parse
+from samon.trainer.config import Config, dump, flags_in_errors, parse
 from samon.trainer.distributed import distributed_session, log_handler, rank_zero_only
 from samon.trainer.flag_rows import parse_interval
 from samon.trainer.logging import RunLogger
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
     """Train from the start or from where the run stopped: yield after each update, return the final metrics."""
     check_name(config.dataset, config.data_dir)
-    with distributed_session(config) as world, ExitStack() as at_end:
+    with distributed_session(config) as world, flags_in_errors(), ExitStack() as at_end:
         random_seed(config.seed, world.rank)
         start, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps the lines until there is a file
         run_dir = rank_zero_only(world, lambda: find_run_dir(config))
