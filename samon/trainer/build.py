@@ -232,7 +232,8 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's factory, with this package's arguments if the name is one of ours."""
     extra = dict(config.opt_kwargs)
     if samon.is_sam_name(config.opt):
-        keys = ("rho", "eta", "base_opt", "perturb", "sparsity", "ascent", "gsam_alpha", "esam_beta")
+        keys: tuple[str, ...] = ("rho", "eta", "radius", "base_opt", "perturb", "perturb_frozen", "sparsity")
+        keys += ("ascent", "gsam_alpha", "esam_beta")
         extra |= {key: value for key in keys if (value := getattr(config, key)) is not None}
     if config.weight_decay_on:
         extra["param_group_fn"] = partial(weight_decay_groups, decay=config.weight_decay, on=config.weight_decay_on)

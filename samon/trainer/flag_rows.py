@@ -2,11 +2,13 @@
 
 from samon.engines.ascent import SOURCES, make_ascent
 from samon.evals import EVALS
+from samon.geometry import validate_radius_rule
 from samon.trainer.flag_rows_timm import TIMM, B, T, V
 from samon.trainer.flags import Flag, Sections, rows_of_program
 
 # Texts that are too long for their row.
 SETTINGS = "YAML file of settings (keys are the flags, with _ for -), or a recipe such as imagenet/resnet50"
+RADIUS = "what rho measures: ball (its radius), raw (times the gradient norm), a mix in (0, 1), or loss (its rise)"
 PERTURBATIONS = "device: one perturbation per process; global: one for all; a number m: one per m samples"
 FORMATS = "file: timm's single file; dcp: a sharded checkpoint, written by all processes while training continues"
 RESHARD = "free the parameters of a block after its forward pass"
@@ -31,6 +33,11 @@ def parse_ascent(value: object) -> str:
     return make_ascent(str(value)).name
 
 
+def parse_radius(value: object) -> str | float:
+    """Check what rho measures: a name, or a number in (0, 1)."""
+    return validate_radius_rule(value)
+
+
 def parse_interval(text: str) -> tuple[int, float]:
     """Parse `'500'` to (500 updates, 0 minutes), `'10m'` to (0, 10), `''` and `'0'` to (0, 0)."""
     try:
@@ -51,8 +58,10 @@ def check_interval(value: object) -> str:
 SAM: tuple[Flag, ...] = (
     T("rho", float, None, "radius of the perturbation; by default the optimizer name's own", range=">= 0"),
     T("eta", float, None, "eta of the geometry; by default the optimizer name's own", range=">= 0"),
+    T("radius", parse_radius, "ball", RADIUS),
     T("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
     T("perturb", str, None, "perturb only the parameters of the scope whose qualified name matches this regex"),
+    T("perturb-frozen", bool, False, "perturb the parameters of the scope that are not trained, too"),
     T("sparsity", float, None, "fraction left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
     T("mask-epochs", int, 5, "ssam-f, ssam-d: renew the mask every k epochs", range=">= 1"),
     T("fisher-samples", int, 1024, "ssam-f: number of training images that define the mask", range=">= 1"),

@@ -18,7 +18,16 @@ from samon.trainer.model import create_model
 
 log = logging.getLogger("samon")
 MODEL_KEYS = ("model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size", "batch_size")
-SAM_KEYS = ("perturb", "sparsity", "ascent", "ascent_fraction", "ascent_size", "gsam_alpha", "no_replay", "m_sharpness")
+SAM_KEYS: tuple[str, ...] = (
+    "perturb",
+    "perturb_frozen",
+    "sparsity",
+    "ascent",
+    "ascent_fraction",
+    "ascent_size",
+    "gsam_alpha",
+)
+SAM_KEYS += ("no_replay", "m_sharpness")
 
 
 def step_flops(config: Config) -> dict[str, float] | None:

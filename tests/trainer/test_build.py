@@ -144,6 +144,7 @@ def test_optimizer_flags() -> None:
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert len({group["lr_scale"] for group in groups}) > 2
     assert (run.sam.rho, run.sam.eta) == (0.7, 0.2)
+    assert type(built("--opt", "samon-muon").sam.base).__name__ == "Muon"
 
 
 def test_defaults_of_the_variant_are_shown() -> None:

@@ -50,10 +50,26 @@ ROUNDING = 1e-3  # float32 sums in another order, through a small network
 
 @pytest.mark.parametrize(
     "args",
-    ["--perturb stages|layer", "--m-sharpness 4", "--ascent-fraction 0.5", "--ascent-size 24", "--bn-stats second"],
+    [
+        "--perturb stages|layer",
+        "--m-sharpness 4",
+        "--ascent-fraction 0.5",
+        "--ascent-size 24",
+        "--bn-stats second",
+        "--radius raw",
+        "--radius 0.5",
+        "--radius loss",
+    ],
 )
 def test_sam_flags_change_the_update(args: str) -> None:
     assert largest_difference(first_gradient("--opt", "samon"), first_gradient("--opt", "samon", *args.split())) > 1e-2
+
+
+def test_frozen_normalization_layers_are_perturbed() -> None:
+    probe = ["--model", "test_vit", "--freeze", "^(?!head)", "--perturb-frozen"]
+    frozen, trained = first_gradient("--opt", "samon", *probe), first_gradient("--opt", "samon", *probe[:2])
+    assert set(frozen) == {"head.weight", "head.bias"}
+    assert largest_difference(frozen, {name: trained[name] for name in frozen}) < ROUNDING
 
 
 @pytest.mark.parametrize(
