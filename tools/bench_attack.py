@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from samon.data.sources import open_source
-from samon.evals.attacks import ROBUST, Threat, attack, seeded_noise, unmarked
-from samon.evals.entry import EvalImages, evaluating
+from samon.evals.attacks import ROBUST, Threat, attack, seeded_noise, without_marks
+from samon.evals.context import EvalDataset, evaluating
 
 THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
 
@@ -27,7 +27,7 @@ THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
 def images(split: str, count: int) -> tuple[Tensor, Tensor]:
     """([N, 3, 28, 28] in [0, 1], [N]) of the embedded Fashion-MNIST."""
     source = open_source("wds/fashion-mnist", "data/fashion-mnist", split)
-    pictures, labels = zip(*EvalImages(source).__getitems__(list(range(count))), strict=True)
+    pictures, labels = zip(*EvalDataset(source).__getitems__(list(range(count))), strict=True)
     return torch.stack([to_tensor(picture) for picture in pictures]), torch.tensor(labels)
 
 
@@ -48,9 +48,9 @@ def trained(count: int) -> nn.Module:
 def ours(net: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, size: int) -> Tensor:
     """[N] bool: robust by this project's attacks."""
     parts = torch.arange(len(x)).split(size)
-    with evaluating(net, gradients=False):
+    with evaluating(net, requires_grad=False):
         found = [attack(net, x[i], y[i], i, Threat(norm, eps), seeded_noise(0)) for i in parts]
-    return unmarked(torch.cat(found)) == ROBUST
+    return without_marks(torch.cat(found)) == ROBUST
 
 
 def theirs(net: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, size: int) -> Tensor:

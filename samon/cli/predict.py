@@ -1,11 +1,11 @@
-"""What a model says of images: the likeliest classes of each file, as CSV.
+"""Predict the classes of images and write them as CSV.
 
     samon-predict photos/ --checkpoint output/train/RUN -o predictions.csv
     samon-predict cat.jpg dog.jpg --model resnet50.a1_in1k --pretrained --topk 1
 
-Columns: file, then label_k and probability_k for k = 1 (likeliest) to --topk, empty for a damaged file. Labels are the
-class folders' names that the run was trained on, ImageNet's descriptions for models of its classes, or else numbers.
-Images are prepared as samon-validate prepares them; further flags of samon-validate go after --.
+Columns: file, then label_k and probability_k for k = 1 (most likely) to --topk, empty for a corrupt file. Labels are
+the class folders of the training data, ImageNet's descriptions for models of its classes, or otherwise numbers.
+Images are prepared as by samon-validate; further flags of samon-validate go after --.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from samon.data.corrupt import ImageError, SampleError
 from samon.data.shards import RawSample, is_hidden
 from samon.data.sources import Source
 from samon.errors import UserError
-from samon.evals.entry import EvalImages, Target, batches, evaluating, predict
+from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
 from samon.evals.main import build, parse
 from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import distributed_session
@@ -35,8 +35,8 @@ from samon.trainer.distributed import distributed_session
 log = logging.getLogger("samon")
 
 
-class Files(Source):
-    """Image files, without labels."""
+class FileList(Source):
+    """Image files without labels."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -44,22 +44,18 @@ class Files(Source):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, indices: Sequence[int]) -> list[RawSample | SampleError]:
-        """Each file's bytes."""
-        return [self._read(self.paths[index]) for index in indices]
-
-    def _read(self, path: Path) -> RawSample | SampleError:
+    def read_one(self, index: int) -> RawSample:
+        path = self.paths[index]
         try:
             return RawSample(str(path), path.read_bytes(), 0)
         except OSError as error:
-            return ImageError(f"{path}: {error.strerror}")
+            raise ImageError(f"{path}: {error.strerror}") from None
 
 
-class TolerantImages(EvalImages):
-    """Images of which a damaged one is logged and comes as a black one with label -1."""
+class PredictDataset(EvalDataset):
+    """Images without labels; a corrupt one is logged and replaced by a black one with label -1."""
 
     def load(self, record: RawSample | SampleError) -> tuple[Any, int]:
-        """The transformed image and 0, or -1 if it is damaged."""
         try:
             return self.decode(record)
         except SampleError as error:
@@ -68,34 +64,30 @@ class TolerantImages(EvalImages):
             return black if self.transform is None else self.transform(black), -1
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and the images anywhere below the directories named, in order, without hidden ones.
-
-    Raises:
-        UserError: a path that is not there, or no image at all.
-    """
-    endings, found = set(get_img_extensions()), []
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the visible images anywhere below the directories among them, in order."""
+    suffixes, images = set(get_img_extensions()), []
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
             visible = [file for file in files if not is_hidden(str(file.relative_to(path)))]
             if len(visible) < len(files):
-                log.warning("%s: %d hidden files are left out", path, len(files) - len(visible))
-            found += visible
+                log.warning("%s: %d hidden files are skipped", path, len(files) - len(visible))
+            images += visible
         elif path.is_file():
-            found.append(path)
+            images.append(path)
         else:
             raise UserError(f"{path}: no such file or directory")
-    if not found:
-        raise UserError(f"no images below {', '.join(map(str, paths))}; endings known are {', '.join(sorted(endings))}")
-    return found
+    if not images:
+        raise UserError(f"no images below {', '.join(map(str, paths))}; known suffixes: {', '.join(sorted(suffixes))}")
+    return images
 
 
-def class_labels(target: Target) -> list[str]:
-    """What the model's outputs are called."""
-    count = int(target.model.num_classes)  # type: ignore[arg-type]
-    if target.class_names and len(target.class_names) == count:
-        return target.class_names
+def output_names(context: EvalContext) -> list[str]:
+    """Names of the model's outputs."""
+    count = context.num_classes
+    if context.class_names and len(context.class_names) == count:
+        return context.class_names
     if count == 1000:
         info = ImageNetInfo("imagenet-1k")
         return [info.index_to_description(index) for index in range(count)]
@@ -103,32 +95,37 @@ def class_labels(target: Target) -> list[str]:
 
 
 @torch.no_grad()
-def predictions(target: Target, paths: Sequence[Path], topk: int) -> Iterator[list[str]]:
-    """A row for each file, as soon as it is known: file, label, probability, label, ...; empty cells if damaged."""
-    config, labels = target.config, class_labels(target)
-    mode = config.input_img_mode or ("RGB" if target.data_config["input_size"][0] == 3 else "L")
-    images = TolerantImages(Files(paths), mode, config.crop_border_pixels or 0)
-    with evaluating(target.model):
-        for _, indices, x, y in batches(target, images, list(range(len(paths))), config.batch_size, bar="predicting"):
-            with target.autocast():
-                logits = predict(target.model, x)
-            best = logits.float().softmax(1).topk(topk, dim=1)
-            found = zip(indices.tolist(), y.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
-            for index, label, shares, classes in found:
-                pairs = zip(classes, shares, strict=True)
-                cells = [text for c, p in pairs for text in (labels[c], f"{p:.6f}")]
-                yield [str(paths[index]), *(cells if label >= 0 else [""] * len(cells))]
+def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Iterator[list[str]]:
+    """Yield a row per file: file, label, probability, label, ...; empty cells for a corrupt file."""
+    config, names = context.config, output_names(context)
+    mode = config.input_img_mode or ("RGB" if context.data_config["input_size"][0] == 3 else "L")
+    dataset = PredictDataset(FileList(paths), img_mode=mode, border=config.crop_border_pixels or 0)
+    samples = list(range(len(paths)))
+    with evaluating(context.model):
+        for _, index, images, labels in load_batches(
+            context, dataset, samples, config.batch_size, progress="predicting"
+        ):
+            with context.autocast():
+                logits = predict(context.model, images)
+            top = logits.float().softmax(1).topk(topk, dim=1)
+            rows = zip(index.tolist(), labels.tolist(), top.values.tolist(), top.indices.tolist(), strict=True)
+            for i, label, probabilities, classes in rows:
+                pairs = zip(classes, probabilities, strict=True)
+                cells = [text for c, p in pairs for text in (names[c], f"{p:.6f}")]
+                yield [str(paths[i]), *(cells if label >= 0 else [""] * len(cells))]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="samon-predict", description=__doc__, formatter_class=form)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="samon-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGES", help="files, or directories to search for images")
     add("--checkpoint", default="", help="run directory or checkpoint")
-    add("--model", default="", help="timm model, where the checkpoint does not say it")
+    add("--model", default="", help="timm model, if the checkpoint does not name it")
     add("--pretrained", action="store_true", help="timm's weights instead of a checkpoint")
-    add("--topk", type=int, default=5, help="classes to name for each image (default %(default)s)")
+    add("--topk", type=int, default=5, help="classes per image (default %(default)s)")
     add("-o", "--output", type=Path, help="CSV file to write (default: standard output)")
     args = parse_before_dashes(parser, argv, "samon-validate")
     if not args.checkpoint and not (args.model and args.pretrained):
@@ -141,32 +138,29 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
-    paths = image_files(args.images)
-    given = {"--checkpoint": args.checkpoint, "--model": args.model}
-    words = [word for flag, value in given.items() if value for word in (flag, value)]
-    words += ["--pretrained"] * args.pretrained
-    (job,) = parse([*words, *args.after, "--dataset", "", "--data-dir", "."])  # no data set is read
-    with distributed_session(job.config) as world:
-        if world.size > 1:
-            raise UserError("predictions are made by one process; start it without torchrun")
-        target, damaged = build(job, world), 0
-        topk = min(args.topk, int(target.model.num_classes))  # type: ignore[arg-type]
-        # Row by row, and names that are not UTF-8 with their bytes, so that nothing costs the rows before it.
+    args = parse_args(argv)
+    paths = find_images(args.images)
+    flags = ["--checkpoint", args.checkpoint] * bool(args.checkpoint) + ["--model", args.model] * bool(args.model)
+    flags += ["--pretrained"] * args.pretrained + args.after
+    (job,) = parse([*flags, "--dataset", "", "--data-dir", "."])  # no data set is read
+    with distributed_session(job.config) as dist_info:
+        if dist_info.size > 1:
+            raise UserError("samon-predict runs in one process; start it without torchrun")
+        context, corrupt = build(job, dist_info), 0
+        topk = min(args.topk, context.num_classes)
         output: Any = nullcontext(sys.stdout)
-        if args.output:
+        if args.output:  # line by line, so that an error keeps the rows before it; any bytes in file names
             output = args.output.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="")
         with name_write_errors(args.output or Path("standard output")), output as file:
             table = csv.writer(file, lineterminator="\n")
-            numbers = range(1, topk + 1)
-            table.writerow(["file", *(f"{what}_{k}" for k in numbers for what in ("label", "probability"))])
-            for row in predictions(target, paths, topk):
-                damaged += not row[1]
+            table.writerow(["file", *(f"{what}_{k + 1}" for k in range(topk) for what in ("label", "probability"))])
+            for row in predict_files(context, paths, topk):
+                corrupt += not row[1]
                 table.writerow(row)
-    if damaged == len(paths):
-        raise UserError(f"no file of {len(paths)} is an image that can be read, such as {paths[0]}")
-    if damaged:
-        print(f"{damaged} of {len(paths)} files cannot be read: their rows are empty", file=sys.stderr)
+    if corrupt == len(paths):
+        raise UserError(f"none of {len(paths)} files is a readable image, such as {paths[0]}")
+    if corrupt:
+        print(f"{corrupt} of {len(paths)} files cannot be read: their rows are empty", file=sys.stderr)
     if args.output:
         print(args.output)
 

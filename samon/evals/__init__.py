@@ -1,23 +1,42 @@
-"""Evaluations of a model: one file each with `rows(target, entry)`. A new evaluation is a file and a row here."""
+"""Evaluations of a model. An evaluation is a module of this package and a row of `EVALS`.
+
+The module defines `evaluate(context, dataset) -> list[Result]`, one result per figure with the keys `metric`, `value`,
+`num_samples` and, if several rows share a metric, `setting`. It may define `check(context, dataset)`, which raises
+UserError if the settings do not fit, before any work.
+"""
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
-EVALS = {  # name on the command line -> module
-    "accuracy": "accuracy",
-    "apgd": "robustness",
-    "sharpness": "sharpness",
-    "hessian": "hessian",
-    "feature_rank": "feature_rank",
-    "norm_params": "norm_params",
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How `samon.evals.main` runs an evaluation.
+
+    Attributes:
+        split: key of the setting that names the split to read; empty: the data set's own split.
+        batch_size: key of the setting with the images per batch, which an out-of-memory error names.
+        column: heading of its figures in the table; empty: the metric's name.
+        needs_data: whether it reads a data set; otherwise `dataset` is None.
+    """
+
+    split: str = ""
+    batch_size: str = "batch_size"
+    column: str = ""
+    needs_data: bool = True
+
+
+EVALS = {  # by module name, which is the name on the command line
+    "accuracy": Evaluation(),
+    "apgd": Evaluation(batch_size="apgd_batch_size"),
+    "sharpness": Evaluation("sharpness_split", "sharpness_m", "value"),
+    "hessian": Evaluation("hessian_split", column="value"),
+    "feature_rank": Evaluation("feature_split", column="value"),
+    "norm_params": Evaluation(column="value", needs_data=False),
 }
 
 
-def evaluation(name: str) -> ModuleType:
-    """The module of an evaluation, loaded when it is wanted."""
-    return importlib.import_module(f"samon.evals.{EVALS[name]}")
-
-
-def needs_data(name: str) -> bool:
-    """Whether an evaluation looks at a data set, or at the weights alone."""
-    return bool(getattr(evaluation(name), "NEEDS_DATA", True))
+def load_evaluation(name: str) -> ModuleType:
+    """Import the module of an evaluation."""
+    return importlib.import_module(f"samon.evals.{name}")

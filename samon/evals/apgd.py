@@ -1,57 +1,171 @@
-"""The step-size rule of Auto-PGD (Croce & Hein 2020, section 3), for the input-space and the weight-space ascent."""
+"""Robust accuracy under the attacks of AutoAttack (Tables 4, 14 and 15)."""
 
+import argparse
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from samon.errors import UserError
+from samon.evals import attacks
+from samon.evals.attacks import Normalized, Threat
+from samon.evals.context import (
+    EvalContext,
+    EvalDataset,
+    choose_samples,
+    evaluating,
+    load_batches,
+    restrict_to_single_labels,
+    shard_samples,
+)
+from samon.evals.metrics import interval_columns
+from samon.evals.results import Result
+from samon.files import atomic_write
+from samon.progress import progress_bar
+
+log = logging.getLogger("samon")
+Batch = tuple[Tensor, Tensor, Tensor]  # sample indices, images in [0, 1], labels
 
 
-def checkpoints(n_iter: int) -> dict[int, int]:
-    """{0-based iteration at whose end the step size is judged: iterations since the last judgement}.
+def check(context: EvalContext, dataset: EvalDataset) -> None:
+    """Check package, number of classes, labels and threats."""
+    if context.config.attack == "standard":
+        attacks.require_pyautoattack()
+    classes, _ = next(iter(dataset.scorings.values()))
+    attacks.check_num_classes(context.num_classes if classes is None else len(classes))
+    restrict_to_single_labels("apgd", context.model, dataset)
+    parse_threats(context.config)
 
-    Intervals are 0.22 n, then shorter by 0.03 n each, at least 0.06 n, in whole iterations rounded down, at
-    least 1: the released AutoAttack (the paper writes them as fractions of n).
+
+def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
+    """Robust accuracy after all attacks and after each of them, for every threat.
+
+    On a set with predictions among some classes, the attacked model has the logits of these alone.
     """
-    length, shortest, shrink = (max(int(f * n_iter), 1) for f in (0.22, 0.06, 0.03))
-    ends: dict[int, int] = {}
-    end = -1
-    while end + length < n_iter:
-        end += length
-        ends[end] = length
-        length = max(length - shrink, shortest)
-    return ends
+    config, data, threats = context.config, context.data_config, parse_threats(context.config)
+    restricted = restrict_to_single_labels("apgd", context.model, dataset)
+    model = Normalized(restricted, data["mean"], data["std"]).to(context.device)
+    samples = choose_samples(len(dataset), config.num_samples, config.seed, dataset.limit)
+    size = config.apgd_batch_size
+    batches = ((index, x, y) for _, index, x, y in load_batches(context, dataset, samples, size, raw=True))
+    mine = len(shard_samples(samples, size, context.rank, context.world_size))
+    with progress_bar(f"apgd {dataset.name}", mine * len(threats), "image", show=context.rank == 0) as bar:
+        outcomes = attack_batches(model, batches, threats, Path(config.apgd_state) if config.apgd_state else None, bar)
+    results: list[Result] = []
+    for threat, outcome in outcomes.items():
+        counts = context.all_reduce(torch.tensor(list(summarize(outcome, threat.attacks).values())))
+        clean, *robust, vanished, n = counts.tolist()
+        eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
+        metadata: Result = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
+        metadata["clean_top1"] = 100 * clean / n
+        if vanished:
+            metadata["note"] = f"gradients of {vanished} images are exactly zero: accuracy may be overstated"
+            if context.rank == 0:
+                log.warning("apgd %s, %s: %s", dataset.name, metadata["setting"], metadata["note"])
+        values = dict(zip((f"robust_top1_{name}" for name in threat.attacks), robust, strict=True))
+        values["robust_top1"] = robust[-1]
+        for metric, count in values.items():
+            hits = torch.cat([torch.full((count,), 100.0), torch.zeros(n - count)])
+            results.append({"metric": metric, "value": 100 * count / n, **metadata, **interval_columns(hits, config)})
+    return results
 
 
-class StepSize:
-    """One step size per problem (an image, or a batch whose loss the weights maximise), halved at
-    checkpoints.
+def parse_threats(config: argparse.Namespace) -> list[Threat]:
+    """Every norm with every radius; if plain and a/255 radii are mixed, plain ones are for l2, the others for linf."""
+    norms = [norm.strip().lower() for norm in config.norm.split(",")]
+    if set(norms) - {"l2", "linf"}:
+        raise UserError(f"--norm {config.norm}: use l2, linf or both, comma-separated")
+    radii = {text: parse_radius(text) for text in map(str.strip, config.eps.split(","))}
+    mixed = len({"/" in text for text in radii}) == 2
+    budget = (config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed, config.attack == "standard")
+    threats = [
+        Threat(norm, eps, *budget)
+        for norm in norms
+        for text, eps in radii.items()
+        if not mixed or ("/" in text) == (norm == "linf")
+    ]
+    if not threats:
+        raise UserError(f"--eps {config.eps}: no radius fits --norm {config.norm}")
+    return threats
 
-    Halved if at most (``strict``: fewer than) ``rho`` of the interval's steps were improvements, or if the
-    best loss has not moved over an interval at whose start the step size was kept. The caller then goes on
-    from its best point. What counts as an improvement is the caller's: Auto-PGD compares with the iterate
-    before.
+
+def parse_radius(text: str) -> float:
+    """A positive number, or a fraction such as 0.25/255."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        eps = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        eps = 0.0
+    if not 0 < eps < float("inf"):
+        raise UserError(f"--eps {text!r}: write positive numbers such as 0.25 or 0.25/255")
+    return eps
+
+
+def attack_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    threats: list[Threat],
+    state: Path | None = None,
+    bar: tqdm | None = None,
+) -> dict[Threat, Tensor]:
+    """Attack this process's images; return outcomes (`attacks.ROBUST`) by threat, int64 [n] in the order of `batches`.
+
+    Args:
+        state: directory that stores the outcome of every batch under the hash of weights, images and threat, so that
+            no batch is attacked twice.
+        bar: counts images times threats.
     """
+    weights = content_hash(str(model), *model.state_dict().values()) if state else ""
+    outcomes: dict[Threat, list[Tensor]] = {threat: [torch.empty(0, dtype=torch.int64)] for threat in threats}
+    with evaluating(model, requires_grad=False):  # only the image needs a gradient: 12 % faster
+        for index, images, label in batches:
+            for threat, parts in outcomes.items():
+                path = state and state / f"{content_hash(weights, repr(threat), index, images, label)}.npy"
+                if path and path.exists():
+                    parts.append(torch.from_numpy(np.load(path)))
+                else:
+                    parts.append(_attack_batch(model, (index, images, label), threat, bar))
+                    if path:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with atomic_write(path) as file:
+                            np.save(file, parts[-1].numpy())
+                if bar is not None:
+                    bar.update(sum(len(part) for parts in outcomes.values() for part in parts) - bar.n)
+    return {threat: torch.cat(parts) for threat, parts in outcomes.items()}
 
-    def __init__(self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False):
-        self.size = initial.clone()  # [B]
-        self.checks, self.rho, self.strict = checks, rho, strict
-        self.count = torch.zeros_like(initial)
-        self.best_at_check = best.clone()  # [B], the best losses so far
-        self.halved = torch.ones_like(initial, dtype=torch.bool)
 
-    def update(self, iteration: int, improved: Tensor, best: Tensor) -> Tensor | None:
-        """After an iteration: [B] bool, which problems halved their step; None between checkpoints."""
-        self.count += improved
-        length = self.checks.get(iteration)
-        if length is None:
-            return None
-        few = self.count < self.rho * length if self.strict else self.count <= self.rho * length
-        stuck = ~self.halved & (self.best_at_check >= best)
-        self.halved = few | stuck
-        self.size = torch.where(self.halved, self.size / 2, self.size)
-        self.best_at_check = best.clone()
-        self.count = torch.zeros_like(self.count)
-        return self.halved
+def _attack_batch(model: nn.Module, batch: Batch, threat: Threat, bar: tqdm | None) -> Tensor:
+    index, images, label = batch
+    runs = threat.restarts * (1 + threat.n_targets)
+    step = 0.999 * len(images) / (threat.n_iter * runs)  # 0.999: rounding must not exceed the batch
 
-    def keep(self, mask: Tensor) -> None:
-        """Drop the problems outside ``mask`` [B] bool."""
-        self.size, self.count = self.size[mask], self.count[mask]
-        self.best_at_check, self.halved = self.best_at_check[mask], self.halved[mask]
+    def on_progress(text: str) -> None:
+        if bar is not None:
+            bar.set_postfix_str(f"{threat.norm} {threat.eps:.3g} {text}", refresh=False)
+            bar.update(step)
+
+    noise = attacks.seeded_noise(threat.seed)
+    return attacks.attack(model, images, label, index, threat, noise, on_progress).cpu()
+
+
+def content_hash(*parts: Tensor | str) -> str:
+    """Hash of texts and tensor values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:24]
+
+
+def summarize(outcome: Tensor, names: tuple[str, ...]) -> dict[str, int]:
+    """Count correct images before and after each attack in turn, and those without a gradient, in outcomes [n]."""
+    vanished, outcome = outcome >= attacks.VANISHED, attacks.without_marks(outcome)
+    robust = {f"robust_{name}": int((outcome > k).sum()) for k, name in enumerate(names)}
+    return {"clean": int((outcome >= 0).sum()), **robust, "vanished": int(vanished.sum()), "num_samples": len(outcome)}

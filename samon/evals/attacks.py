@@ -1,35 +1,62 @@
-"""The attacks of AutoAttack on a batch: APGD-CE, then targeted APGD-DLR, then FAB-T and Square if asked for.
+"""AutoAttack on a batch of images: APGD-CE, targeted APGD-DLR, then FAB-T and Square if asked for.
 
 Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks". Images are [B, C, H, W] in [0, 1]; the model normalises its own input (`Normalized`).
+attacks". Images are [B, C, H, W] in [0, 1]; the model normalizes its own input (`Normalized`). FAB-T and Square come
+from the package `pyautoattack`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samon.errors import UserError
-from samon.evals import autoattack
-from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.autoattack import APGD, ATTACKS, Threat
-from samon.evals.entry import predict
+from samon.errors import UserError, require_package
+from samon.evals.context import predict
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, which images) -> loss per image
-ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified as it is, k fooled by ATTACKS[k], ROBUST otherwise
-VANISHED = 2 * ROBUST  # is added where an attack failed whose gradient at the start was exactly zero
+APGD = ("apgd-ce", "apgd-t")
+ATTACKS = (*APGD, "fab-t", "square")  # in the order of AutoAttack's standard version
+ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified, k adversarial by ATTACKS[k], ROBUST otherwise
+VANISHED = 2 * ROBUST  # added to the outcome if an attack failed whose first gradient was exactly zero
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, indices of the images) -> loss per image
+# (attack, rank of the target class, restart, sample indices, image shape, norm) -> noise [B, *image shape]
+Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """A norm ball and how hard it is searched.
+
+    Attributes:
+        norm: "l2" or "linf".
+        eps: radius, for images in [0, 1].
+        standard: run FAB-T and Square after APGD.
+    """
+
+    norm: str
+    eps: float
+    n_iter: int = 100
+    n_targets: int = 9
+    restarts: int = 1
+    seed: int = 0
+    standard: bool = False
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        return ATTACKS if self.standard else APGD
 
 
 class Normalized(nn.Module):
-    """``model`` behind the normalisation (x - mean) / std, so that attacks see images in [0, 1]."""
+    """A model that takes images in [0, 1] and normalizes them: (x - mean) / std."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Iterable[float], std: Iterable[float]):
+    def __init__(self, model: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(1, -1, 1, 1))
@@ -39,23 +66,174 @@ class Normalized(nn.Module):
         return predict(self.model, (x - self.mean) / self.std)
 
 
-Batch = tuple[Tensor, Tensor, Tensor]  # index, images in [0, 1], label
-# (attack, target rank, restart, indices of the images, image shape, norm) -> noise of shape [B, *image shape]
-Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
-Tick = Callable[[str], None]  # hears what is going on
+def quiet(_: str) -> None:
+    """Ignore progress."""
 
 
-def unmarked(outcome: Tensor) -> Tensor:
-    """Outcomes without `VANISHED`."""
-    return torch.where(outcome >= VANISHED, outcome - VANISHED, outcome)
+# --- step size (section 3 of the paper), for the ascent in input space and in weight space --------------------------
 
 
-def silent(_: str) -> None:
-    pass
+def checkpoints(n_iter: int) -> dict[int, int]:
+    """Iterations (0-based) after which the step size is checked, with the number of iterations since the last check.
+
+    Intervals start at 0.22 n and shrink by 0.03 n each, to at least 0.06 n, in whole iterations rounded down, at
+    least 1, as in the released AutoAttack (the paper writes them as fractions of n).
+    """
+    length, shortest, shrink = (max(int(f * n_iter), 1) for f in (0.22, 0.06, 0.03))
+    ends: dict[int, int] = {}
+    end = -1
+    while end + length < n_iter:
+        end += length
+        ends[end] = length
+        length = max(length - shrink, shortest)
+    return ends
+
+
+class StepSize:
+    """Auto-PGD's step size for each of B problems (images, or one batch whose loss the weights maximize).
+
+    At a checkpoint it is halved if at most (`strict`: fewer than) `rho` of the interval's steps were improvements, or
+    if the best loss has not changed over an interval that began without halving. The caller then returns to its best
+    point, and decides what counts as an improvement.
+
+    Args:
+        initial: first step size, [B].
+        best: best loss so far, [B].
+        checks: iterations to check after, see `checkpoints`.
+    """
+
+    def __init__(
+        self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False
+    ) -> None:
+        self.size = initial.clone()
+        self.checks, self.rho, self.strict = checks, rho, strict
+        self.improvements = torch.zeros_like(initial)
+        self.best_at_check = best.clone()
+        self.halved = torch.ones_like(initial, dtype=torch.bool)
+
+    def update(self, iteration: int, improved: Tensor, best: Tensor) -> Tensor | None:
+        """Count an iteration; at a checkpoint return which problems halved their step, bool [B]."""
+        self.improvements += improved
+        length = self.checks.get(iteration)
+        if length is None:
+            return None
+        limit = self.rho * length
+        few = self.improvements < limit if self.strict else self.improvements <= limit
+        stuck = ~self.halved & (self.best_at_check >= best)
+        self.halved = few | stuck
+        self.size = torch.where(self.halved, self.size / 2, self.size)
+        self.best_at_check = best.clone()
+        self.improvements = torch.zeros_like(self.improvements)
+        return self.halved
+
+    def select(self, mask: Tensor) -> None:
+        """Drop the problems outside `mask`, bool [B]."""
+        self.size, self.improvements = self.size[mask], self.improvements[mask]
+        self.best_at_check, self.halved = self.best_at_check[mask], self.halved[mask]
+
+
+# --- Auto-PGD -------------------------------------------------------------------------------------------------------
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def unit(x: Tensor, norm: str) -> Tensor:
+    """Divide every image by its own l_inf or l2 norm (plus 1e-12, so that zero stays zero)."""
+    size = x.abs().flatten(1).amax(1) if norm == "linf" else x.square().flatten(1).sum(1).sqrt()
+    return x / (_per_image(size, x) + 1e-12)
+
+
+def project(x: Tensor, center: Tensor, norm: str, eps: float) -> Tensor:
+    """Project onto the ball around `center`, then onto [0, 1] (in this order, as published)."""
+    if norm == "linf":
+        return torch.clamp(torch.min(torch.max(x, center - eps), center + eps), 0.0, 1.0)
+    delta = x - center
+    length = delta.square().flatten(1).sum(1).sqrt().clamp(max=eps)
+    return torch.clamp(center + unit(delta, norm) * _per_image(length, delta), 0.0, 1.0)
+
+
+def dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference-of-logits ratio: -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), [B]."""
+    ordered = logits.sort(dim=1).values
+    rows = torch.arange(len(logits), device=logits.device)
+    scale = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4])
+    return -(logits[rows, label] - logits[rows, target]) / (scale + 1e-12)
+
+
+def _loss_and_grad(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss per image, its gradient with respect to x, and the predicted classes."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        loss = loss_fn(logits, rows)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), grad, logits.detach().argmax(1)
+
+
+@torch.no_grad()
+def apgd(
+    model: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    loss_fn: Loss,
+    start: Tensor,
+    threat: Threat,
+    on_progress: OnProgress = quiet,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Auto-PGD (Algorithm 1) once from `start`, maximizing `loss_fn` for each image.
+
+    Images are independent: one that is adversarial is finished and leaves the batch.
+
+    Returns:
+        (adversarial: bool [B]; images [B, C, H, W]: adversarial ones, otherwise the clean ones;
+        vanished: bool [B], the first gradient is exactly zero)
+    """
+    norm, eps = threat.norm, threat.eps
+    result, adversarial = images.clone(), torch.zeros_like(label, dtype=torch.bool)
+    rows, center, x = torch.arange(len(images), device=images.device), images, start
+    loss, grad, predicted = _loss_and_grad(model, x, loss_fn, rows)
+    vanished = grad.flatten(1).abs().amax(1) == 0
+    best, best_x, best_grad, x_before = loss.clone(), x.clone(), grad.clone(), x.clone()
+    # The released attack compares the first iterate's loss with 0 instead of the start's, so this one does too.
+    loss_before = torch.zeros_like(loss)
+    step = StepSize(torch.full_like(loss, 2 * eps), best, checkpoints(threat.n_iter))
+    for i in range(threat.n_iter + 1):
+        wrong = predicted != label[rows]
+        if wrong.any():
+            result[rows[wrong]], adversarial[rows[wrong]] = x[wrong], True
+            left = ~wrong
+            step.select(left)
+            state = (rows, center, x, x_before, grad, loss_before, best, best_x, best_grad)
+            rows, center, x, x_before, grad, loss_before, best, best_x, best_grad = (t[left] for t in state)
+        if i == threat.n_iter or not len(rows):
+            break
+        on_progress(f"iteration {i + 1}/{threat.n_iter}, {len(rows)} robust")
+        momentum = 0.75 if i > 0 else 1.0
+        direction = grad.sign() if norm == "linf" else unit(grad, norm)
+        z = project(x + _per_image(step.size, x) * direction, center, norm, eps)
+        z = x + (z - x) * momentum + (x - x_before) * (1 - momentum)
+        x_before, x = x, project(z, center, norm, eps)
+        loss, grad, predicted = _loss_and_grad(model, x, loss_fn, rows)
+        higher = loss > best
+        best = torch.where(higher, loss, best)
+        best_x = torch.where(_per_image(higher, x), x, best_x)
+        best_grad = torch.where(_per_image(higher, x), grad, best_grad)
+        halved = step.update(i, loss > loss_before, best)
+        loss_before = loss
+        if halved is not None:
+            # `predicted` is of x: an adversarial x must not be replaced before it is recorded above.
+            back = _per_image(halved & (predicted == label[rows]), x)
+            x, grad = torch.where(back, best_x, x), torch.where(back, best_grad, grad)
+    return adversarial, result, vanished
+
+
+# --- all attacks ----------------------------------------------------------------------------------------------------
 
 
 def seeded_noise(seed: int) -> Noise:
-    """Noise that depends on the image's index only, not on its batch or process: uniform or normal."""
+    """Starting noise that depends on the sample's index alone, not on batch or process: uniform (linf) or normal."""
 
     def noise(attack: str, target: int, restart: int, index: Tensor, shape: torch.Size, norm: str) -> Tensor:
         rows = []
@@ -69,140 +247,94 @@ def seeded_noise(seed: int) -> Noise:
     return noise
 
 
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def unit(x: Tensor, norm: str) -> Tensor:
-    """Every image of ``x`` divided by its own l_inf or l2 norm (plus 1e-12, so zero stays zero)."""
-    size = x.abs().flatten(1).amax(1) if norm == "linf" else x.square().flatten(1).sum(1).sqrt()
-    return x / (_per_image(size, x) + 1e-12)
-
-
-def project(point: Tensor, centre: Tensor, norm: str, eps: float) -> Tensor:
-    """``point`` brought into the ball around ``centre``, then into [0, 1] (in this order, as published)."""
-    if norm == "linf":
-        return torch.clamp(torch.min(torch.max(point, centre - eps), centre + eps), 0.0, 1.0)
-    delta = point - centre
-    length = delta.square().flatten(1).sum(1).sqrt().clamp(max=eps)
-    return torch.clamp(centre + unit(delta, norm) * _per_image(length, delta), 0.0, 1.0)
-
-
-def dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
-    """Targeted difference-of-logits ratio: -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2), [B]."""
-    ordered = logits.sort(dim=1).values
-    rows = torch.arange(len(logits), device=logits.device)
-    scale = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4])
-    return -(logits[rows, label] - logits[rows, target]) / (scale + 1e-12)
-
-
-def _evaluate(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(per-image loss, its gradient with respect to x, predicted class); ``rows`` tells the loss who is left."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = model(x)
-        loss = loss_fn(logits, rows)
-        (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), grad, logits.detach().argmax(1)
-
-
-@torch.no_grad()
-def apgd(
-    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat, tick: Tick = silent
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One Auto-PGD run from ``start``: (fooled [B] bool, an image that fools where there is one, else the clean one,
-    vanished [B] bool: the gradient at the start is exactly zero).
-
-    ``loss_fn(logits, rows)`` is the per-image loss to maximise, of the images numbered ``rows``. Images are
-    independent, so one that is fooled is settled and leaves the batch; the others go on as published. ``tick``
-    hears of every iteration.
-    """
-    norm, eps = threat.norm, threat.eps
-    found, fooled = images.clone(), torch.zeros_like(label, dtype=torch.bool)
-    rows, centre, x = torch.arange(len(images), device=images.device), images, start
-    loss, grad, predicted = _evaluate(model, x, loss_fn, rows)
-    vanished = grad.flatten(1).abs().amax(1) == 0
-    best, best_x, best_grad, x_before = loss.clone(), x.clone(), grad.clone(), x.clone()
-    # The released attack compares the first iterate's loss with 0 instead of the start's: kept, as published.
-    before = torch.zeros_like(loss)
-    step = StepSize(torch.full_like(loss, 2 * eps), best, checkpoints(threat.n_iter))
-    for i in range(threat.n_iter + 1):
-        wrong = predicted != label[rows]
-        if wrong.any():
-            found[rows[wrong]], fooled[rows[wrong]] = x[wrong], True
-            left = ~wrong
-            step.keep(left)
-            rows, centre, x, x_before, grad, before = (t[left] for t in (rows, centre, x, x_before, grad, before))
-            best, best_x, best_grad = best[left], best_x[left], best_grad[left]
-        if i == threat.n_iter or not len(rows):
-            break
-        tick(f"iteration {i + 1}/{threat.n_iter}, {len(rows)} robust")
-        momentum = 0.75 if i > 0 else 1.0
-        direction = grad.sign() if norm == "linf" else unit(grad, norm)
-        z = project(x + _per_image(step.size, x) * direction, centre, norm, eps)
-        moved = x + (z - x) * momentum + (x - x_before) * (1 - momentum)
-        x_before, x = x, project(moved, centre, norm, eps)
-        loss, grad, predicted = _evaluate(model, x, loss_fn, rows)
-        higher = loss > best
-        best = torch.where(higher, loss, best)
-        best_x = torch.where(_per_image(higher, x), x, best_x)
-        best_grad = torch.where(_per_image(higher, x), grad, best_grad)
-        restarted = step.update(i, loss > before, best)
-        before = loss
-        if restarted is not None:
-            # A point that fools the model is read off above before it could be replaced: predicted is of x.
-            settled = predicted != label[rows]
-            back = _per_image(restarted & ~settled, x)
-            x, grad = torch.where(back, best_x, x), torch.where(back, best_grad, grad)
-    return fooled, found, vanished
-
-
-def check_classes(classes: int) -> None:
+def check_num_classes(num_classes: int) -> None:
     """Raise UserError if the model has too few classes for the attacks."""
-    if classes < 4:
-        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {classes}; drop apgd")
+    if num_classes < 4:
+        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {num_classes}; drop apgd")
 
 
 @torch.no_grad()
 def attack(
-    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, noise: Noise, tick: Tick = silent
+    model: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    index: Tensor,
+    threat: Threat,
+    noise: Noise,
+    on_progress: OnProgress = quiet,
 ) -> Tensor:
-    """Outcome of every image [B] (see `ROBUST` and `VANISHED`): each run attacks what is still robust."""
+    """Attack the images in turn by all attacks of a threat, each those still robust; return outcomes [B] (`ROBUST`)."""
     logits = model(images)
-    classes = logits.shape[1]
-    check_classes(classes)
-    threat = replace(threat, n_targets=min(threat.n_targets, classes - 1))
+    num_classes = logits.shape[1]
+    check_num_classes(num_classes)
+    threat = replace(threat, n_targets=min(threat.n_targets, num_classes - 1))
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
-    lost = torch.zeros_like(outcome)
-    for name, target, restart in _runs(threat):
+    without_gradient = torch.zeros_like(outcome)
+    for name, target, restart in _apgd_runs(threat):
         rows = (outcome == ROBUST).nonzero().flatten()
         if not len(rows):
             break
-        x, y, wanted = images[rows], label[rows], ranking[rows, -target]
+        x, y, target_class = images[rows], label[rows], ranking[rows, -target]
 
-        def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, wanted: Tensor = wanted) -> Tensor:
+        def loss_fn(z: Tensor, r: Tensor, name: str = name, y: Tensor = y, target: Tensor = target_class) -> Tensor:
             if name == "apgd-ce":
                 return F.cross_entropy(z, y[r], reduction="none")
-            return dlr_targeted(z, y[r], wanted[r])
+            return dlr_targeted(z, y[r], target[r])
 
-        def told(text: str, run: str = f"{name} {target - 1}" if name == "apgd-t" else name) -> None:
-            tick(f"{run} {text}")
+        def report(text: str, run: str = f"{name} {target - 1}" if name == "apgd-t" else name) -> None:
+            on_progress(f"{run} {text}")
 
         draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
         start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
-        fooled, _, vanished = apgd(model, x, y, loss_fn, start, threat, told)
-        outcome[rows[fooled]] = ATTACKS.index(name)
-        lost[rows[vanished & ~fooled]] = VANISHED
+        adversarial, _, vanished = apgd(model, x, y, loss_fn, start, threat, report)
+        outcome[rows[adversarial]] = ATTACKS.index(name)
+        without_gradient[rows[vanished & ~adversarial]] = VANISHED
     for name in threat.attacks[len(APGD) :]:
         rows = (outcome == ROBUST).nonzero().flatten()
         if len(rows):
-            tick(f"{name}, {len(rows)} robust")
-            outcome[rows[autoattack.fooled(name, model, images[rows], label[rows], threat)]] = ATTACKS.index(name)
-    return outcome + lost
+            on_progress(f"{name}, {len(rows)} robust")
+            adversarial = fab_or_square(name, model, images[rows], label[rows], threat)
+            outcome[rows[adversarial]] = ATTACKS.index(name)
+    return outcome + without_gradient
 
 
-def _runs(threat: Threat) -> Iterator[tuple[str, int, int]]:
-    """(attack, rank of the target class counted from the likeliest, restart) in the order of the attacks."""
+def _apgd_runs(threat: Threat) -> Iterator[tuple[str, int, int]]:
+    """Yield (attack, rank of the target class from the likeliest, restart)."""
     for name, targets in zip(APGD, (range(1), range(2, threat.n_targets + 2)), strict=True):
         yield from ((name, target, restart) for target in targets for restart in range(threat.restarts))
+
+
+def without_marks(outcome: Tensor) -> Tensor:
+    """Outcomes without `VANISHED`."""
+    return torch.where(outcome >= VANISHED, outcome - VANISHED, outcome)
+
+
+def require_pyautoattack() -> None:
+    """Raise UserError if the package of FAB-T and Square is not installed."""
+    require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
+
+
+def fab_or_square(name: str, model: nn.Module, images: Tensor, label: Tensor, threat: Threat) -> Tensor:
+    """Run `fab-t` or `square` once; return which images are adversarial, bool [B]. Torch's generators are restored.
+
+    With `n_iter` = 100 as in AutoAttack's standard version: FAB-T runs `n_iter` iterations for each of `n_targets`
+    classes, Square makes 50 `n_iter` queries.
+    """
+    from pyautoattack import AutoAttack
+
+    norm, eps, seed = threat.norm, threat.eps, threat.seed
+    options = {"norm": norm.capitalize(), "eps": eps, "seed": seed, "version": "custom", "attacks": [name]}
+    attacks = AutoAttack(model, **options, device=images.device)
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        if name == "fab-t":
+            run = attacks.fab
+            run.targeted, run.n_restarts, run.n_iter = True, 1, threat.n_iter
+            run.n_target_classes, run.seed = threat.n_targets, seed
+        else:
+            run = attacks.square
+            run.n_queries, run.seed = 50 * threat.n_iter, seed
+        perturbed = run.perturb(images, label)
+    delta = (perturbed - images).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    return (model(perturbed).argmax(1) != label) & (size <= eps * (1 + 1e-4))  # float32: they end on the sphere

@@ -1,46 +1,50 @@
-"""ImageNet-C: 15 corruptions in five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
+"""ImageNet-C: 15 corruptions at five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
 
 import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from samon.evals.entry import Entry
-from samon.evals.results import Row
+from samon.evals.results import Result
 
-# Corruption, as its folder is called -> AlexNet's top-1 error in %, mean of the severities, as published.
+if TYPE_CHECKING:
+    from samon.evals.datasets import EvalSpec
+
+# AlexNet's top-1 error in %, mean over the severities, by corruption (the name of its folder), as published.
 ALEXNET: dict[str, float] = json.loads(Path(__file__).with_name("alexnet_errors.json").read_text())
 SEVERITIES = range(1, 6)
 
 
-def parts(entry: Entry) -> list[Entry]:
-    """The 75 sets of the whole, which lie in CORRUPTION/SEVERITY under its directory."""
-    found = []
+def split(spec: "EvalSpec") -> "list[EvalSpec]":
+    """The 75 sets of ImageNet-C, at CORRUPTION/SEVERITY below its directory."""
+    specs = []
     for corruption, severity in itertools.product(ALEXNET, SEVERITIES):
-        name, root = f"{entry.name}/{corruption}/{severity}", Path(entry.root, corruption, str(severity))
-        about = {"corruption": corruption, "severity": severity, "whole": entry.name}
-        found.append(replace(entry, name=name, root=str(root), about=about))
-    return found
+        name, root = f"{spec.name}/{corruption}/{severity}", Path(spec.root, corruption, str(severity))
+        metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity, "whole": spec.name}
+        specs.append(replace(spec, name=name, root=str(root), metadata=metadata))
+    return specs
 
 
-def errors(rows: Iterable[Row]) -> list[Row]:
-    """From the top-1 rows of the parts: ``ce`` of each corruption and their mean ``mce``, in % of AlexNet's errors.
+def corruption_errors(results: Iterable[Result]) -> list[Result]:
+    """From the top-1 results of the 75 sets: `ce` of each corruption and their mean `mce`, in % of AlexNet's errors.
 
     CE = sum of the errors over the severities / sum of AlexNet's (equation 1 of the paper).
     """
-    every = [row for row in rows if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
-    found: list[Row] = []
-    for whole in dict.fromkeys(row["whole"] for row in every):
-        tops = [row for row in every if row["whole"] == whole]
-        values = {name: [100 - row["value"] for row in tops if row["corruption"] == name] for name in ALEXNET}
-        ce = {name: 100 * sum(parts) / (len(parts) * ALEXNET[name]) for name, parts in values.items()}
-        about: Row = {
-            key: tops[0][key] for key in ("model", "checkpoint", "split", "eval", "preprocessing") if key in tops[0]
-        }
-        about |= {"dataset": whole, "num_samples": sum(row["num_samples"] for row in tops)}
-        if odd := [row for row in tops if row.get("mismatch")]:
-            about["mismatch"] = f"{odd[0]['dataset']}: {odd[0]['mismatch']}"
-        found.append({**about, "metric": "mce", "value": sum(ce.values()) / len(ce)})
-        found += [{**about, "metric": "ce", "setting": name, "value": value} for name, value in ce.items()]
-    return found
+    top1 = [row for row in results if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
+    errors: list[Result] = []
+    for name in dict.fromkeys(row["whole"] for row in top1):
+        rows = [row for row in top1 if row["whole"] == name]
+        ce = {}
+        for corruption, alexnet in ALEXNET.items():
+            values = [100 - row["value"] for row in rows if row["corruption"] == corruption]
+            ce[corruption] = 100 * sum(values) / (len(values) * alexnet)
+        shared = ("model", "checkpoint", "split", "eval", "preprocessing")
+        metadata: Result = {key: rows[0][key] for key in shared if key in rows[0]}
+        metadata |= {"dataset": name, "num_samples": sum(row["num_samples"] for row in rows)}
+        if different := [row for row in rows if row.get("mismatch")]:
+            metadata["mismatch"] = f"{different[0]['dataset']}: {different[0]['mismatch']}"
+        errors.append({**metadata, "metric": "mce", "value": sum(ce.values()) / len(ce)})
+        errors += [{**metadata, "metric": "ce", "setting": name, "value": value} for name, value in ce.items()]
+    return errors

@@ -1,113 +1,178 @@
 """Curvature of the training loss: largest Hessian eigenvalue and trace, and the loss along two directions.
 
-Hessian-vector products by differentiating twice (Pearlmutter 1994); the eigenvalue by power iteration, the trace by
-Hutchinson's estimator with signs, as in Yao et al. 2020, "PyHessian". Each along all parameters, or along the
-normalization parameters alone: the block of the Hessian that perturbing them alone sees.
+Hessian-vector products by differentiating twice (Pearlmutter 1994), the eigenvalue by power iteration, the trace by
+Hutchinson's estimator, as in Yao et al. 2020, "PyHessian". Each along all parameters and along the normalization
+parameters alone, the block of the Hessian that matters when only these are perturbed.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
+from samon.evals.context import (
+    EvalContext,
+    EvalDataset,
+    choose_samples,
+    evaluating,
+    load_batches,
+    predict,
+    restrict_to_single_labels,
+)
 from samon.evals.norm_params import new_figure
-from samon.evals.results import Row
-from samon.evals.sharpness import restored, scoped
+from samon.evals.results import Result
+from samon.evals.sharpness import select_parameters, weights_restored
 from samon.files import name_write_errors
 from samon.geometry import global_norm
 from samon.progress import wrap_path
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # each call gives the same (images, label) again
-Total = Callable[[Tensor], Tensor]  # sum over the processes
-Vector = list[Tensor]  # one tensor a parameter
+Vector = list[Tensor]  # one tensor per parameter
+Batches = Sequence[tuple[Tensor, Tensor]]  # (images, labels) of this process
+AllReduce = Callable[[Tensor], Tensor]
 SCOPES = ("all", "norm")
 
 
-def _unit(vector: Vector) -> Vector:
-    return list(torch._foreach_div(vector, global_norm(vector)))
+def check(context: EvalContext, dataset: EvalDataset) -> None:
+    """Check that the model has parameters of each scope, and the labels."""
+    for scope in SCOPES:
+        select_parameters(context.model, scope)
+    restrict_to_single_labels("hessian", context.model, dataset)
 
 
-def product(model: nn.Module, batches: Batches, count: int, vector: Vector, parameters: Vector, total: Total) -> Vector:
-    """H v of the mean cross-entropy over ``count`` images, in eval mode, of all processes."""
+def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
+    """Largest eigenvalue and trace along all and along the normalization parameters."""
+    config, model = context.config, restrict_to_single_labels("hessian", context.model, dataset)
+    samples = choose_samples(len(dataset), config.hessian_samples, config.seed)
+    n = len(samples)
+    if n < context.world_size:
+        raise UserError("hessian: fewer images than processes; raise --hessian-samples")
+    size = min(config.batch_size, -(-n // context.world_size))
+    batches = [(images, labels) for _, _, images, labels in load_batches(context, dataset, samples, size)]
+    results: list[Result] = []
+    with evaluating(model, requires_grad=True):
+        for scope in SCOPES:
+            parameters, generator = select_parameters(model, scope), torch.Generator().manual_seed(config.seed)
+
+            def product(vector: Vector, parameters: Vector = parameters) -> Vector:
+                return hessian_product(model, batches, n, vector, parameters, context.all_reduce)
+
+            top = top_eigenvalue(product, random_signs(parameters, generator), config.hessian_iters)
+            vectors = (random_signs(parameters, generator) for _ in range(config.hessian_draws))
+            for metric, value in (("hessian_top", top), ("hessian_trace", trace(product, vectors))):
+                metadata = {"scope": scope, "split": dataset.split, "num_samples": n, "setting": f"{metric} {scope}"}
+                results.append({"metric": metric, "value": value, **metadata})
+            if config.landscape_figure:
+                _draw_landscape(context, model, batches, n, dataset.name, scope)
+    return results
+
+
+def hessian_product(
+    model: nn.Module, batches: Batches, count: int, vector: Vector, parameters: Vector, all_reduce: AllReduce
+) -> Vector:
+    """H v of the mean cross-entropy over the `count` images of all processes."""
     result = [torch.zeros_like(v) for v in vector]
-    for images, label in batches():
+    for images, label in batches:
         loss = F.cross_entropy(predict(model, images), label, reduction="sum") / count
         grads = torch.autograd.grad(loss, parameters, create_graph=True)
         along = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)]).sum()
         products = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(result, list(products))
-    return [total(r) for r in result]
+    return [all_reduce(r) for r in result]
 
 
 def dot(x: Vector, y: Vector) -> float:
-    """Inner product over all tensors, summed in float64."""
+    """Inner product over all tensors, in float64."""
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))
 
 
 def top_eigenvalue(product: Callable[[Vector], Vector], start: Vector, iters: int, tolerance: float = 1e-3) -> float:
-    """The eigenvalue of largest magnitude: its Rayleigh quotient after at most ``iters`` power iterations.
+    """The eigenvalue of largest magnitude: the Rayleigh quotient of at most `iters` power iterations.
 
-    It ends where the quotient moves by less than ``tolerance`` of itself.
+    Stops when the quotient changes by less than `tolerance` of itself.
     """
-    vector, value = _unit(start), float("nan")
+    vector, value = list(torch._foreach_div(start, global_norm(start))), float("nan")
     for _ in range(iters):
-        moved = product(vector)
-        before, value = value, dot(vector, moved)
-        if global_norm(moved) == 0 or abs(value - before) <= tolerance * abs(value):
+        image = product(vector)
+        previous, value = value, dot(vector, image)
+        length = global_norm(image)
+        if length == 0 or abs(value - previous) <= tolerance * abs(value):
             break
-        vector = _unit(moved)
+        vector = list(torch._foreach_div(image, length))
     return value
 
 
-def trace(product: Callable[[Vector], Vector], draws: Iterable[Vector]) -> float:
-    """Mean of v^T H v over ``draws`` of signs (Hutchinson's estimator)."""
-    values = [dot(v, product(v)) for v in draws]
+def trace(product: Callable[[Vector], Vector], vectors: Iterable[Vector]) -> float:
+    """Mean of v^T H v over random sign vectors (Hutchinson's estimator)."""
+    values = [dot(v, product(v)) for v in vectors]
     return sum(values) / len(values)
 
 
-def signs(parameters: Sequence[Tensor], generator: torch.Generator) -> Vector:
-    """+1 or -1 in every place, drawn on the CPU so that every process and device has the same."""
+def random_signs(parameters: Vector, generator: torch.Generator) -> Vector:
+    """Entries +1 or -1, drawn on the CPU so that they are the same on every process and device."""
     return [(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in parameters]
 
 
-def directions(parameters: Sequence[Tensor], generator: torch.Generator) -> Vector:
+def filter_normalized_direction(parameters: Vector, generator: torch.Generator) -> Vector:
     """A normal direction whose filters have the norms of the weights' filters (Li et al. 2018, section 4).
 
-    Vectors (biases, normalization) are taken whole, so that directions along them exist as well.
+    Vectors (biases, normalization) count as one filter, so that their direction is not zero.
     """
-    found = []
+    direction = []
     for p in parameters:
-        d = torch.randn(p.shape, generator=generator).to(p)
-        rows = (d.flatten(1), p.detach().flatten(1)) if p.dim() > 1 else (d.view(1, -1), p.detach().view(1, -1))
-        size = rows[1].norm(dim=1, keepdim=True) / rows[0].norm(dim=1, keepdim=True).clamp(min=1e-10)
-        found.append((rows[0] * size).view_as(p))
-    return found
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        d, w = (t.flatten(1) if p.dim() > 1 else t.view(1, -1) for t in (noise, p.detach()))
+        scale = w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True).clamp(min=1e-10)
+        direction.append((d * scale).view_as(p))
+    return direction
+
+
+# --- loss landscape -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def loss_plane(
-    model: nn.Module, batches: Batches, count: int, parameters: Vector, axes: Sequence[Vector], at: Tensor, total: Total
+    model: nn.Module,
+    batches: Batches,
+    count: int,
+    parameters: Vector,
+    directions: tuple[Vector, Vector],
+    steps: Tensor,
+    all_reduce: AllReduce,
 ) -> Tensor:
-    """[n, n] mean loss at w + at[i] axes[0] + at[j] axes[1]; the weights are as they were afterwards."""
-    found = torch.zeros(len(at), len(at), dtype=torch.float64)
-    with restored(parameters) as weights:
-        for (i, a), (j, b) in itertools.product(enumerate(at.tolist()), repeat=2):
-            moved = torch._foreach_add(torch._foreach_add(weights, axes[0], alpha=a), axes[1], alpha=b)
-            torch._foreach_copy_(parameters, moved)
-            for images, label in batches():
-                found[i, j] += F.cross_entropy(predict(model, images), label, reduction="sum").double().cpu() / count
-    return total(found)
+    """Mean loss at w + steps[i] directions[0] + steps[j] directions[1], [n, n]. The weights are restored."""
+    losses = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+    with weights_restored(parameters) as weights:
+        for (i, a), (j, b) in itertools.product(enumerate(steps.tolist()), repeat=2):
+            along_first = torch._foreach_add(weights, directions[0], alpha=a)
+            torch._foreach_copy_(parameters, torch._foreach_add(along_first, directions[1], alpha=b))
+            for images, label in batches:
+                loss = F.cross_entropy(predict(model, images), label, reduction="sum")
+                losses[i, j] += loss.double().cpu() / count
+    return all_reduce(losses)
 
 
-def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
-    """Contours of the loss over the two directions, on a logarithmic color scale; the weights lie in the middle."""
+def _draw_landscape(
+    context: EvalContext, model: nn.Module, batches: Batches, count: int, name: str, scope: str
+) -> None:
+    """Evaluate the loss plane along two random directions and save its figure."""
+    config, parameters = context.config, select_parameters(model, scope)
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    first, second = (filter_normalized_direction(parameters, generator) for _ in range(2))
+    steps = torch.linspace(-1, 1, config.landscape_points, dtype=torch.float64)
+    plane = loss_plane(model, batches, count, parameters, (first, second), steps, context.all_reduce)
+    if context.rank == 0:
+        path = Path(config.landscape_figure)
+        stem = "-".join([path.stem, *f"{context.name}/{name}".split("/"), scope])
+        plot_plane(plane, steps, f"{context.name}: {scope}", path.with_name(stem + path.suffix))
+
+
+def plot_plane(plane: Tensor, steps: Tensor, title: str, path: Path) -> None:
+    """Contours of the loss on a logarithmic color scale; a cross marks the weights."""
     figure = new_figure(5.5, 4.5)
     from matplotlib import ticker
 
@@ -116,60 +181,13 @@ def plot(plane: Tensor, at: Tensor, title: str, path: Path) -> None:
     low = max(float(finite.min()) if len(finite) else 1.0, 1e-6 * high, 1e-12)
     levels = torch.logspace(math.log10(0.999 * low), math.log10(1.001 * max(high, 1.01 * low)), 31)
     axis = figure.subplots()
-    drawn = axis.contourf(at, at, plane.T, levels, norm="log")
+    contours = axis.contourf(steps, steps, plane.T, levels, norm="log")
     axis.plot(0, 0, "k+")
-    axis.set(xlabel="first direction", ylabel="second direction", xticks=at[[0, len(at) // 2, -1]])
+    axis.set(xlabel="first direction", ylabel="second direction", xticks=steps[[0, len(steps) // 2, -1]])
     axis.set_title(wrap_path(title, 50), fontsize="small")
-    ticks = (
-        ticker.MaxNLocator(6) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,))
-    )
-    figure.colorbar(drawn, label="loss", ticks=ticks, format="{x:.4g}").minorticks_off()
+    log_ticks = ticker.LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,))
+    ticks = ticker.MaxNLocator(6) if high < 10 * low else log_ticks
+    figure.colorbar(contours, label="loss", ticks=ticks, format="{x:.4g}").minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     with name_write_errors(path):
         figure.savefig(path, dpi=120)
-
-
-def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module]:
-    """(images, model); mistakes are found before any work."""
-    images = entry.images(target, target.config.hessian_split)
-    for scope in SCOPES:
-        scoped(target.model, scope)
-    return images, one_label("hessian", entry, images, target.model)
-
-
-def rows(target: Target, entry: Entry) -> list[Row]:
-    """Largest eigenvalue and trace along all and along the normalization parameters."""
-    config, (images, net) = target.config, prepare(target, entry)
-    chosen = choose(len(images), config.hessian_samples, config.seed)
-    if len(chosen) < target.world:
-        raise UserError("hessian: fewer images than processes; raise --hessian-samples")
-    size = min(config.batch_size, -(-len(chosen) // target.world))
-    mine = [(x, y) for _, _, x, y in batches(target, images, chosen, size)]
-    found: list[Row] = []
-    with evaluating(net, gradients=True):
-        for scope in SCOPES:
-            parameters, generator = scoped(net, scope), torch.Generator().manual_seed(config.seed)
-
-            def hessian(vector: Vector, parameters: Vector = parameters) -> Vector:
-                return product(net, lambda: mine, len(chosen), vector, parameters, target.total)
-
-            values = {"hessian_top": top_eigenvalue(hessian, signs(parameters, generator), config.hessian_iters)}
-            draws = (signs(parameters, generator) for _ in range(config.hessian_draws))
-            values["hessian_trace"] = trace(hessian, draws)
-            about = {"scope": scope, "split": config.hessian_split, "num_samples": len(chosen)}
-            found += [{"metric": k, "value": v, "setting": f"{k} {scope}", **about} for k, v in values.items()]
-            if config.landscape_figure:
-                _landscape(target, net, mine, len(chosen), entry.name, scope)
-    return found
-
-
-def _landscape(target: Target, net: nn.Module, mine: Any, count: int, name: str, scope: str) -> None:
-    config, parameters = target.config, scoped(net, scope)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    axes = directions(parameters, generator), directions(parameters, generator)
-    at = torch.linspace(-1, 1, config.landscape_points, dtype=torch.float64)
-    plane = loss_plane(net, lambda: mine, count, parameters, axes, at, target.total)
-    if target.rank == 0:
-        wanted = Path(config.landscape_figure)
-        place = "-".join([wanted.stem, *f"{target.name}/{name}".split("/"), scope])
-        plot(plane, at, f"{target.name}: {scope}", wanted.with_name(place + wanted.suffix))

@@ -1,24 +1,31 @@
-"""The models of validate.py: which --model names, their pretrained weights, and test-time pooling."""
+"""The models of validate.py: --model names, pretrained weights, checkpoints and test-time pooling."""
 
+import filecmp
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm import utils
 from timm.layers import apply_test_time_pool
 from torch import nn
 
 from samon.errors import UserError
+from samon.evals.context import EvalContext
+from samon.trainer import fsdp
 from samon.trainer import model as models
 from samon.trainer.config import Config
+from samon.trainer.distributed import DistInfo
+from samon.trainer.state import SUFFIX, load_weights
+
+log = logging.getLogger("samon")
+_SUFFIXES = (SUFFIX, ".pth", ".safetensors")
 
 
-def model_names(model: str | None) -> list[str | None]:
-    """The models that --model stands for: all with ImageNet weights, those of a pattern or of a file, or itself.
-
-    Raises:
-        UserError: the pattern or file names none.
-    """
+def list_model_names(model: str | None) -> list[str | None]:
+    """The models that --model stands for: `all` with ImageNet weights, those of a pattern or of a file, or itself."""
     if model == "all":
         pretrained = timm.list_models(pretrained=True)
         return [name for name in pretrained if getattr(timm.get_pretrained_cfg(name), "num_classes", 0) == 1000]
@@ -35,48 +42,106 @@ def model_names(model: str | None) -> list[str | None]:
     return [*names]
 
 
-def create(config: Config, pretrained: bool) -> nn.Module:
-    """The model of the settings.
+def list_checkpoints(paths: list[str]) -> list[str]:
+    """Checkpoint files of --checkpoint, for a run directory its best; `[""]` without any, the model as created."""
+    files: list[str] = []
+    for path in paths:
+        if Path(path).is_dir():
+            inside = {p.name: str(p) for p in sorted(Path(path).iterdir()) if p.name.endswith(_SUFFIXES)}
+            if not inside:
+                raise UserError(f"--checkpoint {path}: no {', '.join(_SUFFIXES)} file in this directory")
+            best = next((name for name in (f"model_best{SUFFIX}", f"last{SUFFIX}") if name in inside), None)
+            files += [inside[best]] if best else drop_copies(list(inside.values()))
+        elif not Path(path).is_file():
+            raise UserError(f"--checkpoint {path}: no such file")
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files)) or [""]
 
-    Raises:
-        UserError: there are no pretrained weights for it, or they leave its classifier at random.
+
+def drop_copies(paths: list[str]) -> list[str]:
+    """The files without those that have the content of an earlier one."""
+    unique: list[str] = []
+    for path in paths:
+        original = next((other for other in unique if filecmp.cmp(path, other, shallow=False)), None)
+        if original:
+            log.info("%s is the same file as %s: evaluated once", path, original)
+        else:
+            unique.append(path)
+    return unique
+
+
+def build_context(
+    config: Config, dist_info: DistInfo, checkpoint: str, use_ema: bool, name: str, class_names: list[str] | None
+) -> EvalContext:
+    """Create the model with its weights on the device.
+
+    Args:
+        checkpoint: file with the weights; empty: pretrained or random ones.
+        use_ema: load the checkpoint's averaged weights.
+        name: see `EvalContext`.
+        class_names: see `EvalContext`.
     """
-    otherwise = "give --checkpoint FILE, or --no-pretrained for random weights"
-    if pretrained and ":" not in config.model:  # without a source of its own, such as hf-hub:
+    config = models.resolve_precision(config, dist_info)
+    utils.random_seed(config.seed)  # so that all processes have the same random weights
+    model = create_model(config, pretrained=config.pretrained and not checkpoint)
+    if checkpoint:
+        load_weights(model, checkpoint, use_ema)
+        log.info("%s: the %s of %s", config.model, "averaged weights" if use_ema else "weights", checkpoint)
+    data_config = models.resolve_data_config(config, model, use_test_size=not config.use_train_size)
+    if config.reparam:
+        model = utils.reparameterize_model(model)
+    if config.test_pool:
+        model = apply_test_pool(config, model, data_config)
+    mesh = fsdp.make_mesh(config, dist_info) if config.fsdp else None
+    on_cpu = replace(dist_info, device=torch.device("cpu"))
+    model = models.place_model(config, model, dist_info if mesh is None else on_cpu).eval()
+    size = data_config["input_size"]
+    if fault := models.input_size_error(model, size):
+        raise UserError(f"{config.model} does not take images of {list(size)} ({fault}); give another --img-size")
+    if mesh is not None:
+        fsdp.shard_model(config, model, dist_info, mesh)
+    device, autocast = dist_info.device, models.make_autocast(config, dist_info.device)
+    return EvalContext(config, model, data_config, device, dist_info.rank, dist_info.size, autocast, name, class_names)
+
+
+def create_model(config: Config, pretrained: bool) -> nn.Module:
+    """Create the model; raise UserError if it has no pretrained weights, or they leave its classifier random."""
+    cure = "give --checkpoint FILE, or --no-pretrained for random weights"
+    if pretrained and ":" not in config.model:  # not from a hub, such as hf-hub:
         known = timm.get_pretrained_cfg(config.model)
         if known is None or not known.has_weights:
-            raise UserError(f"--model {config.model} has no pretrained weights; {otherwise}")
+            raise UserError(f"--model {config.model} has no pretrained weights; {cure}")
         if config.num_classes not in (None, 0, known.num_classes):
-            what = f"the pretrained weights of {config.model} have {known.num_classes}, its classifier would be random"
-            raise UserError(f"--num-classes {config.num_classes}: {what}; {otherwise}")
+            fault = f"the pretrained weights of {config.model} have {known.num_classes}, its classifier would be random"
+            raise UserError(f"--num-classes {config.num_classes}: {fault}; {cure}")
     try:
         return models.create_model(config, pretrained=pretrained)
     except UserError as error:
         if pretrained and isinstance(error.__cause__, OSError):
-            raise UserError(f"{error}; {otherwise}") from error
+            raise UserError(f"{error}; {cure}") from error
         raise
 
 
 @torch.no_grad()
-def test_time_pooling(config: Config, model: Any, data_config: dict[str, Any]) -> nn.Module:
-    """timm's head for images larger than the model's own, which classifies in every place where those would lie.
-
-    On images of the model's own size it must change nothing.
+def apply_test_pool(config: Config, model: Any, data_config: dict[str, Any]) -> nn.Module:
+    """Apply timm's test-time pooling for images larger than the model's own.
 
     Raises:
-        UserError: it does.
+        UserError: it would change the logits for images of the model's own size.
     """
-    classes, channels, size = model.num_classes, data_config["input_size"][0], model.pretrained_cfg["input_size"][1:]
+    num_classes, channels = model.num_classes, data_config["input_size"][0]
+    size = model.pretrained_cfg["input_size"][1:]
     image = torch.linspace(-2, 2, channels * size[0] * size[1]).sin().reshape(1, channels, *size)
     try:
-        before = model.eval()(image)
+        logits = model.eval()(image)
         pooled, larger = apply_test_time_pool(model, data_config)
-        fits = not larger or torch.allclose(before, pooled.eval()(image), rtol=1e-3, atol=1e-3)
+        fits = not larger or torch.allclose(logits, pooled.eval()(image), rtol=1e-3, atol=1e-3)
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         fits = False
     if not fits:
         raise UserError(f"--test-pool: {config.model} has no plain average pooling before its classifier; drop it")
     if larger:
-        pooled.num_classes = classes
+        pooled.num_classes = num_classes
         data_config["crop_pct"] = 1.0
     return pooled

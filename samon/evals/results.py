@@ -1,4 +1,4 @@
-"""Results as rows, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, and as a table."""
+"""Results, `{"model", "dataset", "split", "eval", "metric", "value", "num_samples", ...}`, in a file and as a table."""
 
 import json
 import math
@@ -8,179 +8,182 @@ from pathlib import Path
 from typing import Any
 
 from samon.errors import UserError
+from samon.evals import EVALS
 from samon.files import csv_text, write_text
 from samon.progress import metric_format
 
-Row = dict[str, Any]
-_SINGLE = ("checkpoint", "value", "low", "high", "clean_top1", "note")  # belong to one checkpoint
+Result = dict[str, Any]  # a row: columns differ by evaluation
 FORMATS = ("json", "csv", "md")
+_PER_CHECKPOINT = ("checkpoint", "value", "low", "high", "clean_top1", "note")
+_HEADINGS = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1", "ce": "mce"}
 
 
-def result_format(path: str, wanted: str) -> str:
-    """Of a results file: by its name, or as asked where the name does not tell; `timm` with what the name tells."""
-    suffix = Path(path).suffix.removeprefix(".")
-    if wanted == "timm":
-        return "timm json" if suffix == "json" else "timm csv"
-    form = suffix if suffix in FORMATS else wanted
-    if not form:
-        raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
-    return form
+class ResultsFile:
+    """The results of a command by task; its file is rewritten after every task.
 
+    Until the command is done, `NAME.partial` holds the results and the hash of the command, so that the same command
+    resumes with the missing tasks.
 
-class Results:
-    """The rows of a command by piece of work; the results file grows with every piece.
+    Args:
+        path: file to write; empty for none.
+        results_format: --results-format.
+        command: hash of the command's settings.
+        group: write the mean over checkpoints instead of a result per checkpoint.
 
-    Until all are there ``X.json.partial`` keeps them under the command's fingerprint, so that the same command goes
-    on with what is missing; a finished command starts anew.
+    Raises:
+        UserError: the name of the file does not tell its format.
     """
 
-    def __init__(self, path: str, wanted: str, command: str, group: bool = False) -> None:
-        self.group = group
-        self.path, self.command, self.pieces = Path(path) if path else None, command, dict[str, list[Row]]()
-        self.form = result_format(path, wanted) if path else ""
-        self.partial = self.path and self.path.with_name(f"{self.path.name}.partial")
+    def __init__(self, path: str, results_format: str, command: str, group: bool = False) -> None:
+        self.path, self.command, self.group = Path(path) if path else None, command, group
+        self.tasks: dict[str, list[Result]] = {}
+        if not self.path:
+            return
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        suffix = self.path.suffix.removeprefix(".")
+        if results_format == "timm":
+            self.format = "timm json" if suffix == "json" else "timm csv"
+        else:
+            self.format = suffix if suffix in FORMATS else results_format
+        if not self.format:
+            raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
 
-    def load(self, overwrite: bool = False) -> dict[str, list[Row]]:
-        """Rows that the same command found before it was stopped.
+    def load(self, overwrite: bool = False) -> dict[str, list[Result]]:
+        """Results of an interrupted run of the same command, by task.
 
         Raises:
-            UserError: the file holds finished results, or another command's, and `overwrite` is false.
+            UserError: the file holds complete results, or another command's, and `overwrite` is false.
         """
-        if not self.path or not self.partial:
+        if not self.path:
             return {}
         if self.partial.exists():
             content = json.loads(self.partial.read_text())
             if content["command"] == self.command:
-                return content["pieces"]
-        if not overwrite and (there := next((p for p in (self.path, self.partial) if p.exists()), None)):
-            raise UserError(f"--results-file: {there} holds results; name another file, or --overwrite")
+                return content["tasks"]
+        for path in (self.path, self.partial):
+            if path.exists() and not overwrite:
+                raise UserError(f"--results-file: {path} holds results; name another file, or --overwrite")
         return {}
 
     def write(self) -> None:
-        """The pieces so far, each file whole or as it was."""
-        if self.path and self.partial:
-            write_text(self.partial, json.dumps({"command": self.command, "pieces": self.pieces}))
-            write_text(self.path, render(self.rows, self.form))
+        """Write the results so far."""
+        if self.path:
+            write_text(self.partial, json.dumps({"command": self.command, "tasks": self.tasks}))
+            write_text(self.path, render(self.results, self.format))
 
     def finish(self) -> None:
-        """All is there."""
+        """Write all results, and remove the partial file."""
         self.write()
-        if self.partial:
+        if self.path:
             self.partial.unlink()
 
     @property
-    def rows(self) -> list[Row]:
-        """Every row so far, or with --group every mean over checkpoints."""
-        single = [row for rows in self.pieces.values() for row in rows]
-        return grouped(single) if self.group else single
+    def results(self) -> list[Result]:
+        """All results so far, or their means over checkpoints."""
+        results = [result for task in self.tasks.values() for result in task]
+        return mean_over_checkpoints(results) if self.group else results
 
 
-def render(rows: list[Row], form: str) -> str:
-    """The rows as the text of a file. Numbers that are not finite are written as nothing."""
-    rows = [{**row, "value": row["value"] if math.isfinite(row["value"]) else None} for row in rows]
-    if form.startswith("timm"):
-        rows = as_timm(rows)
-        if form == "timm json":
-            return json.dumps(rows[0] if len(rows) == 1 else rows, indent=4) + "\n"
-    if form == "json":
-        return json.dumps(rows, indent=1) + "\n"
-    if form == "md":
-        return markdown(rows)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return csv_text([keys, *([row.get(key) for key in keys] for row in rows)])
+def render(results: list[Result], results_format: str) -> str:
+    """Content of a results file: json, csv, md, or timm's columns as `timm json` or `timm csv`.
+
+    Values that are not finite become null.
+    """
+    results = [{**result, "value": result["value"] if math.isfinite(result["value"]) else None} for result in results]
+    if results_format == "md":
+        return markdown(results)
+    if results_format.startswith("timm"):
+        results = timm_rows(results)
+    if results_format == "timm json":
+        return json.dumps(results[0] if len(results) == 1 else results, indent=4) + "\n"
+    if results_format == "json":
+        return json.dumps(results, indent=1) + "\n"
+    keys = list(dict.fromkeys(key for result in results for key in result))
+    return csv_text([keys, *([result.get(key) for key in keys] for result in results)])
 
 
-def as_timm(rows: list[Row]) -> list[Row]:
-    """The columns of timm's results, a row for each model (or checkpoint, and data set where there are several)."""
-    shared = ("model", "checkpoint", *(["dataset"] if len({row["dataset"] for row in rows}) > 1 else []))
-    facts = ("param_count", "img_size", "crop_pct", "interpolation")
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        about = {key: row[key] for key in shared if key in row}
-        line = found.setdefault(tuple(about.values()), about)
-        if row["metric"] in ("top1", "top5") and row["metric"] not in line:
-            value = row["value"]
-            line |= {row["metric"]: round(value, 4), f"{row['metric']}_err": round(100 - value, 4)}
-        line |= {key: row[key] for key in facts}
-    order = ("model", "top1", "top1_err", "top5", "top5_err", *facts, *shared[1:])
-    lines = [{key: line[key] for key in order if key in line} for line in found.values()]
-    return sorted(lines, key=lambda line: -line["top1"])
+def timm_rows(results: list[Result]) -> list[Result]:
+    """timm's columns, a row per model (and checkpoint, and data set if there are several), the best first."""
+    several = len({result["dataset"] for result in results}) > 1
+    id_columns = ("model", "checkpoint", *(["dataset"] if several else []))
+    model_columns = ("param_count", "img_size", "crop_pct", "interpolation")
+    rows: dict[tuple[str, ...], Result] = {}
+    for result in results:
+        ids = {key: result[key] for key in id_columns if key in result}
+        row = rows.setdefault(tuple(ids.values()), ids)
+        if result["metric"] in ("top1", "top5") and result["metric"] not in row:
+            value = result["value"]
+            row |= {result["metric"]: round(value, 4), f"{result['metric']}_err": round(100 - value, 4)}
+        row |= {key: result[key] for key in model_columns}
+    order = ("model", "top1", "top1_err", "top5", "top5_err", *model_columns, *id_columns[1:])
+    ordered = [{key: row[key] for key in order if key in row} for row in rows.values()]
+    return sorted(ordered, key=lambda row: -row["top1"])
 
 
-def grouped(rows: list[Row]) -> list[Row]:
-    """One row for the checkpoints of a model: the mean, ``std`` (with n - 1), and how many ``checkpoints``."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        shared = {key: value for key, value in row.items() if key not in _SINGLE}
-        groups.setdefault(json.dumps(shared), []).append(row)
-    found: list[Row] = []
+def mean_over_checkpoints(results: list[Result]) -> list[Result]:
+    """Mean over the checkpoints of a model, standard deviation `std` (n - 1) and number of `checkpoints`."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        shared = {key: value for key, value in result.items() if key not in _PER_CHECKPOINT}
+        groups.setdefault(json.dumps(shared), []).append(result)
+    means: list[Result] = []
     for key, members in groups.items():
-        values = [row["value"] for row in members]
+        values = [result["value"] for result in members]
         std = statistics.stdev(values) if len(values) > 1 else None
-        found.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
-        if notes := [row["note"] for row in members if "note" in row]:
-            found[-1]["note"] = f"of {len(notes)} of {len(values)} checkpoints, such as: {notes[0]}"
-    return found
+        means.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
+        if notes := [result["note"] for result in members if "note" in result]:
+            means[-1]["note"] = f"{len(notes)} of {len(values)} checkpoints, such as: {notes[0]}"
+    return means
 
 
-def line_of(row: Row) -> tuple[str, ...]:
-    """What one line of the table is about: data set, evaluation with its setting, images, notes."""
-    what = f"{row['eval']} {row.get('setting', '')}".strip()
-    notes = "; ".join(row[key] for key in ("mismatch", "note", "preprocessing") if row.get(key))
-    return row["dataset"], what, str(row["num_samples"]), notes
+def markdown(results: list[Result]) -> str:
+    """A table like the paper's Table 4: data sets and attacks down, models across, each with its metrics."""
+    shown = [row for row in results if row["eval"] != "norm_params" and "corruption" not in row]
+    shown += [row for row in results if row.get("layer") == "all" and row["metric"].endswith("_abs_mean")]
+    columns = list(dict.fromkeys((_model_of(row), _heading(row)) for row in shown))
+    names = shorten_paths(model for model, _ in columns)
+    lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for row in shown:
+        what = f"{row['eval']} {row.get('setting', '')}".strip()
+        notes = "; ".join(row[key] for key in ("mismatch", "note", "preprocessing") if row.get(key))
+        cells = lines.setdefault((row["dataset"], what, str(row["num_samples"]), notes), {})
+        cells[_model_of(row), _heading(row)] = _format_value(row)
+    metrics = [f"{metric} ({names[model]})" if len(names) > 1 else metric for model, metric in columns]
+    table = [["data set", "evaluation", *metrics, "n", "note"], ["---"] * (len(columns) + 4)]
+    for (dataset, what, count, notes), cells in lines.items():
+        table.append([dataset, what, *(cells.get(column, "") for column in columns), count, notes])
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table in the manner of Table 4: data sets and attacks down, models across, each with its metrics."""
-    every = [row for row in rows if row["eval"] != "norm_params" and "corruption" not in row]
-    rows = every + [r for r in rows if r.get("layer") == "all" and r["metric"].endswith("_abs_mean")]
-    columns = list(dict.fromkeys((name_of(row), short(row)) for row in rows))
-    names = unique_tails(name for name, _ in columns)
-    cells: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
-    for row in rows:
-        cells.setdefault(line_of(row), {})[name_of(row), short(row)] = _shown(row)
-    head = ["data set", "evaluation", *(f"{m} ({names[n]})" if len(names) > 1 else m for n, m in columns), "n", "note"]
-    lines = [head, ["---"] * len(head)]
-    for (data, what, count, note), found in cells.items():
-        lines.append([data, what, *(found.get(column, "") for column in columns), count, note])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def unique_tails(paths: Iterable[str]) -> dict[str, str]:
-    """{path: its last directory and file, or as much of its end as sets it apart from the others}."""
+def shorten_paths(paths: Iterable[str]) -> dict[str, str]:
+    """The last two parts of each path, or as many as distinguish it from the others, by path."""
     parts = {path: Path(path).parts for path in paths}
-
-    def tail(path: str, length: int) -> str:
-        return "/".join(parts[path][-length:])
-
-    found = {}
+    short = {}
     for path in parts:
-        others = [other for other in parts if other != path]
         length = 2
-        while length < len(parts[path]) and any(tail(path, length) == tail(other, length) for other in others):
+        others = [other for other in parts if other != path]
+        while length < len(parts[path]) and any(parts[path][-length:] == parts[other][-length:] for other in others):
             length += 1
-        found[path] = tail(path, length)
-    return found
+        short[path] = "/".join(parts[path][-length:])
+    return short
 
 
-def name_of(row: Row) -> str:
-    return str(row.get("checkpoint") or row["model"])
+def _model_of(result: Result) -> str:
+    return str(result.get("checkpoint") or result["model"])
 
 
-def short(row: Row) -> str:
-    """The table's column for a metric."""
-    if row["eval"] in ("sharpness", "hessian", "feature_rank", "norm_params"):
-        return "value"
-    metric = str(row["metric"])
-    names = {"top1": "top-1", "top5": "top-5", "robust_top1": "top-1", "ce": "mce"}
-    return names.get(metric, metric.removeprefix("robust_top1_"))
+def _heading(result: Result) -> str:
+    """The table's column of a result."""
+    metric = str(result["metric"])
+    column = EVALS[result["eval"]].column
+    return column or _HEADINGS.get(metric, metric.removeprefix("robust_top1_"))
 
 
-def _shown(row: Row) -> str:
-    if row["value"] is None:
+def _format_value(result: Result) -> str:
+    if result["value"] is None:
         return ""
-    form = metric_format(short(row))
-    text = f"{row['value']:{form}}"
-    if row.get("std") is not None:
-        text += f" ± {row['std']:{form}}"
-    return text + (f" [{row['low']:{form}}, {row['high']:{form}}]" if "low" in row else "")
+    spec = metric_format(_heading(result))
+    text = f"{result['value']:{spec}}"
+    if result.get("std") is not None:
+        text += f" ± {result['std']:{spec}}"
+    return text + (f" [{result['low']:{spec}}, {result['high']:{spec}}]" if "low" in result else "")

@@ -1,24 +1,23 @@
 """m-sharpness in weight space (Eq. 6; appendix B.10; Tables 6, 18 and 19).
 
-Worst case: mean over batches of m of max over ||T^-1 eps||_p <= rho of L(w + eps) - L(w), T = |w| (adaptive)
-or 1. Average case: the mean over eps = rho T n instead, n standard normal (l2) or uniform in [-1, 1] (l_inf).
+Worst case: the mean over batches of m images of max L(w + eps) - L(w) over ||T^-1 eps||_p <= rho, with T = |w|
+(adaptive) or 1. Average case: the mean over eps = rho T n instead, n standard normal (l2) or uniform in [-1, 1] (linf).
 
-Two modes for the maximum. ``autopgd`` is Auto-PGD in v = T^-1 eps. ``reference`` computes what the public
-code of Andriushchenko et al. 2023 computes. The paper says that it follows their setup, but its own public code
-holds no sharpness file: that its tables come from this search is an inference. It differs from Auto-PGD in what
-follows:
+Two searches for the maximum. `autopgd` is Auto-PGD in v = T^-1 eps. `reference` computes what the public code of
+Andriushchenko et al. 2023 computes, whose setup the paper follows; that its tables come from this search is inferred,
+as its own public code has no sharpness file. `reference` differs from Auto-PGD:
 
-- every iterate is 0.75 projected point + 0.25 of the iterate before the last one, where Auto-PGD adds 0.25 of
-  the last move. The first step, with the start in both places, therefore goes only 0.75 of the way: 1-step
-  l_inf sharpness at rho is the loss change at 0.75 rho T sign(g);
-- steps that set a new best loss are counted, not those that increase it; checkpoints are rounded up, and the
-  first interval holds one step more than it is judged by;
-- a halved step takes its next gradient at the best point, but moves on from the last one;
-- the l2 adaptive step is T g / ||g||, not T^2 g / ||T g||, and its projection is onto the nearest point in
-  the Euclidean sense (found by bisection), not along the ray.
+- Each iterate is 0.75 times the projected point plus 0.25 times the iterate before the last one; Auto-PGD adds 0.25 of
+  the last step. So the first step covers only 0.75 of the way: 1-step linf sharpness at rho is the loss change at
+  0.75 rho T sign(g).
+- It counts steps that set a new best loss, not those that increase the loss; its checkpoints are rounded up, and the
+  first interval is one step longer than it is judged by.
+- A halved step takes its next gradient at the best point, but continues from the last one.
+- The l2 adaptive step is T g / ||g||, not T^2 g / ||T g||, and the projection is the nearest point in the Euclidean
+  sense (by bisection), not along the ray.
 
-The public code divides by |w|, so a single zero weight switches its l2 adaptive projection off (0 / 0); here
-the ball has no extent in that direction and the weight stays at zero.
+The public code divides by |w|, so that one zero weight disables its l2 adaptive projection (0 / 0). Here the ball has
+no extent in that direction, and the weight stays zero.
 """
 
 import itertools
@@ -29,40 +28,54 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.apgd import StepSize, checkpoints
-from samon.evals.entry import Entry, EvalImages, Target, batches, choose, evaluating, one_label, predict
-from samon.evals.results import Row
+from samon.evals.attacks import StepSize, checkpoints
+from samon.evals.context import (
+    EvalContext,
+    EvalDataset,
+    choose_samples,
+    evaluating,
+    load_batches,
+    predict,
+    restrict_to_single_labels,
+)
+from samon.evals.results import Result
 from samon.geometry import global_norm, project
 from samon.scope import norm_parameters
 
-Part = tuple[int, Tensor, Tensor]  # number of the batch, images, label
-# (eps, want gradient) -> loss [], gradients
-Loss = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]
-_FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
+LossFn = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]  # (eps, with gradients) -> loss [], gradients
 P = {"l2": 2.0, "linf": math.inf}
+# Measures in the short form by preset name; the names are the paper's tables.
+PRESETS: dict[str, list[str]] = json.loads(Path(__file__).with_name("sharpness_presets.json").read_text())
+_FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured: a row of Table 6, 18 or 19. `parse` reads the short form, `str` writes it."""
+    """A sharpness measure, a row of Tables 6, 18 or 19.
+
+    Attributes:
+        kind: "worst" or "average".
+        norm: "linf" or "l2".
+        logit_norm: normalize the logits, see `normalize_logits`.
+        steps: gradient steps, or random draws in the average case.
+    """
 
     rho: float
-    kind: str = "worst"  # or 'average'
-    norm: str = "linf"  # or 'l2'
+    kind: str = "worst"
+    norm: str = "linf"
     adaptive: bool = True
     logit_norm: bool = True
-    steps: int = 20  # gradient steps, or random draws in the average case
+    steps: int = 20
 
     @classmethod
     def parse(cls, text: str) -> list["Measure"]:
-        """``worst-linf-adaptive-logitnorm-1step@0.007,0.01``: one measure per rho."""
+        """Measures of a short form such as `worst-linf-adaptive-logitnorm-1step@0.007,0.01`, one per rho."""
         form = re.fullmatch(r"(worst|average)-(linf|l2)((?:-adaptive|-logitnorm|-\d+step)*)@([^@]+)", text)
         try:
             radii = [float(rho) for rho in form[4].split(",")] if form else []
@@ -75,144 +88,71 @@ class Measure:
         return [cls(rho, form[1], form[2], "adaptive" in words, "logitnorm" in words, steps) for rho in radii]
 
     def __str__(self) -> str:
-        flags = [word for word, on in (("adaptive", self.adaptive), ("logitnorm", self.logit_norm)) if on]
-        return "-".join([self.kind, self.norm, *flags, f"{self.steps}step"]) + f"@{self.rho:g}"
+        flags = "-adaptive" * self.adaptive + "-logitnorm" * self.logit_norm
+        return f"{self.kind}-{self.norm}{flags}-{self.steps}step@{self.rho:g}"
 
 
-# {name on the command line: measures in the short form}, after the tables of the paper that they make.
-PRESETS: dict[str, list[str]] = json.loads(Path(__file__).with_name("sharpness_presets.json").read_text())
+def check(context: EvalContext, dataset: EvalDataset) -> None:
+    """Check measures, scope, labels and number of images."""
+    _measures(context)
+    select_parameters(context.model, context.config.sharpness_scope)
+    restrict_to_single_labels("sharpness", context.model, dataset)
+    _choose_samples(context, dataset)
 
 
-def normalized_logits(logits: Tensor) -> Tensor:
-    """Logits [B, C] with their mean taken off, divided by their l2 norm (at least 1e-10): scale-free."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-10)
+def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
+    """Mean sharpness over batches of m training images, for every measure."""
+    config, m = context.config, context.config.sharpness_m
+    model = restrict_to_single_labels("sharpness", context.model, dataset)
+    samples, mode, scope = _choose_samples(context, dataset), config.sharpness_mode, config.sharpness_scope
+    loader = load_batches(context, dataset, samples, m, progress=f"sharpness {dataset.name}")
+    batches = ((number, images, labels) for number, _, images, labels in loader)
+    values = sharpness(model, batches, len(samples) // m, _measures(context), config.seed, mode, scope)
+    results: list[Result] = []
+    for measure, per_batch in values.items():
+        setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")
+        metadata = {"setting": setting, "scope": scope, "rho": measure.rho, "m": m, "split": dataset.split}
+        value = float(context.all_reduce(per_batch).mean())
+        results.append({"metric": "sharpness", "value": value, **metadata, "num_samples": len(samples)})
+    return results
 
 
-def scoped(model: nn.Module, scope: str) -> list[Tensor]:
-    """The parameters along which is measured: ``all``, ``norm`` (gamma and beta) or ``non-norm``.
+def _measures(context: EvalContext) -> list[Measure]:
+    texts = [text for word in context.config.sharpness for text in PRESETS.get(word, [word])]
+    return [measure for text in texts for measure in Measure.parse(text)]
 
-    Raises:
-        UserError: the model has none of them.
+
+def _choose_samples(context: EvalContext, dataset: EvalDataset) -> list[int]:
+    """Whole batches of images, shuffled: sets are sorted by class, and batches should not be."""
+    config, m = context.config, context.config.sharpness_m
+    samples = choose_samples(len(dataset), config.sharpness_samples, config.seed)
+    if len(samples) < m:
+        raise UserError(f"sharpness: {dataset.name} {dataset.split} has {len(samples)} images; lower --sharpness-m {m}")
+    count = len(samples) // m * m
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
+    return [samples[i] for i in order]
+
+
+def sharpness(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Tensor, Tensor]],
+    count: int,
+    measures: list[Measure],
+    seed: int = 0,
+    mode: str = "reference",
+    scope: str = "all",
+) -> dict[Measure, Tensor]:
+    """Sharpness of each of `count` batches by measure, float64 [count] on the CPU.
+
+    `batches` yields (number of the batch, images, labels). Batches of other processes stay 0, so that the sum over the
+    processes is complete.
     """
-    norms = {id(p) for p in norm_parameters(model).values()}
-    found: list[Tensor] = [p for p in model.parameters() if scope == "all" or (id(p) in norms) == (scope == "norm")]
-    if not found:
-        raise UserError(f"scope {scope}: the model has no such parameters; measure along all")
-    return found
-
-
-@contextmanager
-def restored(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The weights' values; whatever happens inside, the parameters hold exactly these afterwards."""
-    values = [p.detach().clone() for p in parameters]
-    try:
-        yield values
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, values)
-
-
-def _mix(a: float, x: list[Tensor], b: float, y: list[Tensor]) -> list[Tensor]:
-    """a x + b y."""
-    return list(torch._foreach_add(torch._foreach_mul(x, a), y, alpha=b))
-
-
-def _ascent(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, p: float) -> list[Tensor]:
-    """delta + size T sign(g) (p = inf) or delta + size T^2 g / ||T g|| (p = 2), not yet projected."""
-    if p == math.inf:
-        direction = [a * g.sign() for a, g in zip(scales, grads, strict=True)]
-    else:
-        scaled = [a * g for a, g in zip(scales, grads, strict=True)]
-        norm = global_norm(scaled)
-        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(scales, scaled, strict=True)]
-    return _mix(1.0, delta, size, direction)
-
-
-def reference_checkpoints(n_iter: int) -> dict[int, int]:
-    """Like `apgd.checkpoints`, as the public sharpness code has them: rounded up, counted from iteration 0."""
-    fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
-    while ends[-1] < n_iter and ends[-1] != ends[-2]:
-        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
-        ends.append(math.ceil(fractions[-1] * n_iter))
-    return {end: end - before for before, end in itertools.pairwise(ends)}
-
-
-def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> list[Tensor]:
-    """Nearest point of the ellipsoid ||T^-1 delta||_2 <= rho: delta / (1 + lam / T^2), lam by bisection."""
-    inside = [torch.where(a > 0, d, 0) for d, a in zip(delta, scales, strict=True)]
-
-    def shrunk(lam: float) -> list[Tensor]:
-        return [d * a.square() / (a.square() + lam) if lam else d for d, a in zip(inside, scales, strict=True)]
-
-    def radius(point: list[Tensor]) -> float:
-        return float(global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(point, scales, strict=True)]))
-
-    if radius(inside) <= rho:
-        return inside
-    low, high = 0.0, 1.0
-    while radius(shrunk(high)) > rho:
-        low, high = high, 2 * high
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if radius(shrunk(middle)) > rho else (low, middle)
-    return shrunk(high)
-
-
-def worst_autopgd(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
-    """max L(w + eps) - L(w) found by Auto-PGD in T^-1 eps from eps = 0; never below 0, as eps = 0 is allowed."""
-    return _worst(loss_of, scales, measure, False)
-
-
-def worst_reference(loss_of: Loss, scales: list[Tensor], measure: Measure) -> float:
-    """The same maximum as the public sharpness code searches it: see the top of this file."""
-    return _worst(loss_of, scales, measure, True)
-
-
-def _worst(loss_of: Loss, scales: list[Tensor], measure: Measure, reference: bool) -> float:
-    p, rho, steps = P[measure.norm], measure.rho, measure.steps
-    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
-    start, grads = loss_of(delta, True)
-    best, best_grads, before = start, grads, start
-    checks = reference_checkpoints(steps) if reference else checkpoints(steps)
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checks, strict=reference)
-    for i in range(steps):
-        size = float(step.size)
-        if reference and p == 2:
-            along = torch._foreach_div([a * g for a, g in zip(scales, grads, strict=True)], global_norm(grads) + 1e-12)
-            moved = _mix(1.0, delta, size, list(along))
-            z = project_euclidean(moved, scales, rho) if measure.adaptive else project(moved, scales, rho, p)
-        else:
-            z = project(_ascent(delta, grads, scales, size, p), scales, rho, p)
-        if reference:
-            moved = _mix(0.75, z, 0.25, previous)
-        else:
-            momentum = 0.75 if i else 1.0
-            moved = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
-            moved = project(moved, scales, rho, p)
-        previous, delta = delta, moved
-        loss, grads = loss_of(delta, i + 1 < steps)
-        improved, before = loss > (best if reference else before), loss
-        if loss > best:
-            best, best_delta, best_grads = loss, delta, grads
-        halved = step.update(i, improved, best.view(1))
-        if halved is not None and halved:
-            delta, grads = delta if reference else best_delta, best_grads
-    return float(best.double() - start.double())
-
-
-def average_case(loss_of: Loss, scales: list[Tensor], measure: Measure, seed: int) -> float:
-    """Mean of L(w + rho T n) - L(w) over ``measure.steps`` draws of n."""
-    generator = torch.Generator(scales[0].device).manual_seed(seed)
-    start, _ = loss_of([torch.zeros_like(a) for a in scales], False)
-    total = 0.0
-    for _ in range(measure.steps):
-        draws = [torch.empty_like(a) for a in scales]
-        for draw in draws:
-            _ = draw.normal_(generator=generator) if measure.norm == "l2" else draw.uniform_(-1, 1, generator=generator)
-        loss, _ = loss_of([measure.rho * a * n for a, n in zip(scales, draws, strict=True)], False)
-        total += float(loss.double() - start.double())
-    return total / measure.steps
+    values = {measure: torch.zeros(count, dtype=torch.float64) for measure in measures}
+    for number, images, label in batches:
+        for measure in measures:
+            batch_seed = seed * 1_000_003 + number
+            values[measure][number] = batch_sharpness(model, images, label, measure, mode, batch_seed, scope)
+    return values
 
 
 def batch_sharpness(
@@ -224,73 +164,156 @@ def batch_sharpness(
     seed: int = 0,
     scope: str = "all",
 ) -> float:
-    """Sharpness on one batch of m images, along the parameters of ``scope``.
+    """Sharpness on one batch of m images, along the parameters of `scope`. The model is restored bit for bit."""
+    parameters = select_parameters(model, scope)
+    with evaluating(model, requires_grad=True), weights_restored(parameters) as weights:
 
-    The model is left bit for bit as it was, also after an exception.
-    """
-    parameters = scoped(model, scope)
-    with evaluating(model, gradients=True), restored(parameters) as weights:
-
-        def loss_of(delta: list[Tensor], want_grad: bool) -> tuple[Tensor, list[Tensor]]:
+        def loss_fn(delta: list[Tensor], with_grads: bool) -> tuple[Tensor, list[Tensor]]:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, torch._foreach_add(weights, delta))
-            with torch.set_grad_enabled(want_grad):
-                out = predict(model, images)
-                loss = F.cross_entropy(normalized_logits(out) if measure.logit_norm else out, label)
-            if not want_grad:
+            with torch.set_grad_enabled(with_grads):
+                logits = predict(model, images)
+                loss = F.cross_entropy(normalize_logits(logits) if measure.logit_norm else logits, label)
+            if not with_grads:
                 return loss.detach(), []
             grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             return loss.detach(), list(grads)
 
         scales = [w.abs() if measure.adaptive else torch.ones_like(w) for w in weights]
         if measure.kind == "average":
-            return average_case(loss_of, scales, measure, seed)
-        return (worst_reference if mode == "reference" else worst_autopgd)(loss_of, scales, measure)
+            return average_case(loss_fn, scales, measure, seed)
+        return worst_case(loss_fn, scales, measure, mode)
 
 
-def sharpness(
-    model: nn.Module, batches: Iterable[Part], count: int, measures: list[Measure], seed: int = 0, **options: Any
-) -> dict[Measure, Tensor]:
-    """{measure: sharpness of each of ``count`` batches, float64 on the CPU}.
+def select_parameters(model: nn.Module, scope: str) -> list[Tensor]:
+    """The parameters of a scope: `all`, `norm` (gamma and beta) or `non-norm`; raise UserError if there are none."""
+    norms = {id(p) for p in norm_parameters(model).values()}
+    selected: list[Tensor] = [p for p in model.parameters() if scope == "all" or (id(p) in norms) == (scope == "norm")]
+    if not selected:
+        raise UserError(f"scope {scope}: the model has no such parameters; measure along all")
+    return selected
 
-    ``batches`` yields (number of the batch, images, label); numbers that this process does not get stay 0, so
-    that a sum over the processes is the whole and its mean does not depend on how many there are. ``options`` are
-    those of `batch_sharpness`.
+
+@contextmanager
+def weights_restored(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield copies of the parameters, and restore these values at the end of the block."""
+    values = [p.detach().clone() for p in parameters]
+    try:
+        yield values
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, values)
+
+
+def normalize_logits(logits: Tensor) -> Tensor:
+    """Center logits [B, C] and divide them by their l2 norm (at least 1e-10), so that their scale is irrelevant."""
+    centered = logits - logits.mean(dim=1, keepdim=True)
+    return centered / centered.norm(dim=1, keepdim=True).clamp(min=1e-10)
+
+
+# --- the maximum and the average --------------------------------------------------------------------------------------
+
+
+def worst_case(loss_fn: LossFn, scales: list[Tensor], measure: Measure, mode: str) -> float:
+    """max L(w + eps) - L(w) by projected gradient ascent from eps = 0; at least 0, as eps = 0 is allowed.
+
+    Args:
+        scales: T, one tensor per parameter.
+        mode: `autopgd` or `reference`, see the module's docstring.
     """
-    values = {measure: torch.zeros(count, dtype=torch.float64) for measure in measures}
-    for number, images, label in batches:
-        for measure in measures:
-            draws = seed * 1_000_003 + number
-            values[measure][number] = batch_sharpness(model, images, label, measure, seed=draws, **options)
-    return values
+    reference, p, rho, steps = mode == "reference", P[measure.norm], measure.rho, measure.steps
+    delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
+    start, grads = loss_fn(delta, True)
+    best, best_grads, loss_before = start, grads, start
+    checks = reference_checkpoints(steps) if reference else checkpoints(steps)
+    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checks, strict=reference)
+    for i in range(steps):
+        if reference:
+            z = _reference_step(delta, grads, scales, float(step.size), measure)
+            z = _mix(0.75, z, 0.25, previous)
+        else:
+            z = project(_ascent_step(delta, grads, scales, float(step.size), p), scales, rho, p)
+            momentum = 0.75 if i else 1.0
+            z = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
+            z = project(z, scales, rho, p)
+        previous, delta = delta, z
+        loss, grads = loss_fn(delta, i + 1 < steps)
+        improved, loss_before = loss > (best if reference else loss_before), loss
+        if loss > best:
+            best, best_delta, best_grads = loss, delta, grads
+        halved = step.update(i, improved, best.view(1))
+        if halved is not None and halved:
+            delta, grads = delta if reference else best_delta, best_grads
+    return float(best.double() - start.double())
 
 
-def prepare(target: Target, entry: Entry) -> tuple[EvalImages, nn.Module, list[Measure], list[int]]:
-    """(images, model, measures, chosen images); mistakes are found before any work."""
-    config, split, size = target.config, target.config.sharpness_split, target.config.sharpness_m
-    measures = [m for word in config.sharpness for text in PRESETS.get(word, [word]) for m in Measure.parse(text)]
-    images = entry.images(target, split)
-    scoped(target.model, config.sharpness_scope)
-    net = one_label("sharpness", entry, images, target.model)
-    chosen = choose(len(images), config.sharpness_samples, config.seed)
-    if len(chosen) < size:
-        raise UserError(f"sharpness: {entry.name} {split} gives {len(chosen)} images; lower --sharpness-m {size}")
-    n = len(chosen) // size * size
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
-    return images, net, measures, [chosen[i] for i in order]  # sets lie sorted by class; batches should not
+def _mix(a: float, x: list[Tensor], b: float, y: list[Tensor]) -> list[Tensor]:
+    """a x + b y."""
+    return list(torch._foreach_add(torch._foreach_mul(x, a), y, alpha=b))
 
 
-def rows(target: Target, entry: Entry) -> list[Row]:
-    """Mean sharpness over batches of m training images, for every measure asked for."""
-    config, size, (images, net, measures, chosen) = target.config, target.config.sharpness_m, prepare(target, entry)
-    mode, scope = config.sharpness_mode, config.sharpness_scope
-    data = batches(target, images, chosen, size, bar=f"sharpness {entry.name}")
-    parts = ((number, x, y) for number, _, x, y in data)
-    values = sharpness(net, parts, len(chosen) // size, measures, config.seed, mode=mode, scope=scope)
-    found: list[Row] = []
-    for measure, part in values.items():
-        setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")
-        about = {"setting": setting, "scope": scope, "rho": measure.rho, "m": size, "split": config.sharpness_split}
-        found.append({"metric": "sharpness", "value": float(target.total(part).mean()), **about})
-        found[-1]["num_samples"] = len(chosen)
-    return found
+def _ascent_step(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, p: float) -> list[Tensor]:
+    """delta + size T sign(g) (p = inf) or delta + size T^2 g / ||T g|| (p = 2), not yet projected."""
+    if p == math.inf:
+        direction = [a * g.sign() for a, g in zip(scales, grads, strict=True)]
+    else:
+        scaled = [a * g for a, g in zip(scales, grads, strict=True)]
+        norm = global_norm(scaled)
+        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(scales, scaled, strict=True)]
+    return _mix(1.0, delta, size, direction)
+
+
+def _reference_step(
+    delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, measure: Measure
+) -> list[Tensor]:
+    """The step of the public code, projected: delta + size T g / ||g|| for l2."""
+    p, rho = P[measure.norm], measure.rho
+    if p == math.inf:
+        return project(_ascent_step(delta, grads, scales, size, p), scales, rho, p)
+    scaled = [a * g for a, g in zip(scales, grads, strict=True)]
+    z = _mix(1.0, delta, size, list(torch._foreach_div(scaled, global_norm(grads) + 1e-12)))
+    return project_euclidean(z, scales, rho) if measure.adaptive else project(z, scales, rho, p)
+
+
+def reference_checkpoints(n_iter: int) -> dict[int, int]:
+    """`attacks.checkpoints` of the public sharpness code: rounded up, counted from iteration 0."""
+    fractions, ends = [0.0, 0.22], [0, math.ceil(n_iter * 0.22)]
+    while ends[-1] < n_iter and ends[-1] != ends[-2]:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+        ends.append(math.ceil(fractions[-1] * n_iter))
+    return {end: end - before for before, end in itertools.pairwise(ends)}
+
+
+def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> list[Tensor]:
+    """Nearest point of the ellipsoid ||T^-1 delta||_2 <= rho: delta / (1 + lam / T^2), lam by bisection."""
+    inside = [torch.where(a > 0, d, 0) for d, a in zip(delta, scales, strict=True)]
+
+    def shrink(lam: float) -> list[Tensor]:
+        return [d * a.square() / (a.square() + lam) if lam else d for d, a in zip(inside, scales, strict=True)]
+
+    def radius(lam: float) -> float:
+        return float(global_norm([torch.where(a > 0, d / a, 0) for d, a in zip(shrink(lam), scales, strict=True)]))
+
+    if radius(0.0) <= rho:
+        return inside
+    low, high = 0.0, 1.0
+    while radius(high) > rho:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if radius(middle) > rho else (low, middle)
+    return shrink(high)
+
+
+def average_case(loss_fn: LossFn, scales: list[Tensor], measure: Measure, seed: int) -> float:
+    """Mean of L(w + rho T n) - L(w) over `measure.steps` draws of n."""
+    generator = torch.Generator(scales[0].device).manual_seed(seed)
+    start, _ = loss_fn([torch.zeros_like(a) for a in scales], False)
+    total = 0.0
+    for _ in range(measure.steps):
+        noise = [torch.empty_like(a) for a in scales]
+        for n in noise:
+            _ = n.normal_(generator=generator) if measure.norm == "l2" else n.uniform_(-1, 1, generator=generator)
+        loss, _ = loss_fn([measure.rho * a * n for a, n in zip(scales, noise, strict=True)], False)
+        total += float(loss.double() - start.double())
+    return total / measure.steps

@@ -1,13 +1,12 @@
-"""The ImageNet shift sets, each with its own label convention.
+"""ImageNet and its distribution-shift sets: how class folders and file names map to the 1000 ImageNet classes.
 
-A shift set never needs a class map: what its folders (or the ``class_names`` in a shard set's ``_info.json``)
-are called decides the label. A label is a row of a table [rows, 1000] of the ImageNet classes that count as
-right.
+A shift set needs no class map: the names of its folders (or `class_names` in the `_info.json` of its shards) determine
+the labels. Which classes count as right for a label is a row of a table, bool [labels, 1000].
 """
 
 import itertools
 import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,153 +16,110 @@ from torch import Tensor
 
 from samon.errors import UserError, reraise_as_user_error
 
-TIMM = files("timm.data") / "_info"
-# How logits are read: (columns the prediction is restricted to, label sets [rows, classes]); None for plain.
-Scoring = tuple[Tensor | list[int] | None, Tensor | None]
+_TIMM_INFO = files("timm.data") / "_info"
 
 
 @dataclass(frozen=True)
-class ShiftSet:
-    """A row of the table below. ``named``: how class names turn into ImageNet indices."""
+class ImageNetSet:
+    """A published data set with ImageNet classes.
 
-    named: str  # 'synset', 'integer', 'objectnet' or 'real' (by file name)
+    Attributes:
+        names: what a class folder's name is: "synset", "integer", "objectnet"; "real": labels go by file name (ReaL).
+        classes: published number of classes.
+        images: published number of images.
+        subset: "a" or "r" if predictions are restricted to the 200 classes of ImageNet-A or ImageNet-R.
+        border: pixels to crop from every side before any other transform.
+        keeps_size: images of the model's input size are neither resized nor cropped.
+    """
+
+    names: str
     classes: int
     images: int
-    only: str = ""  # the subset of classes ('a', 'r') that predictions are restricted to
-    border: int = 0  # pixels cut off on every side before anything else
-    keeps_size: bool = False  # published at the network's input size, and measured without another resize
+    subset: str = ""
+    border: int = 0
+    keeps_size: bool = False
 
 
 SETS = {
-    "imagenet": ShiftSet("synset", 1000, 50_000),
-    "imagenet-real": ShiftSet("real", 1000, 50_000),
-    "imagenet-c": ShiftSet("synset", 1000, 50_000, keeps_size=True),  # each corruption at each severity
-    "imagenetv2-matched-frequency": ShiftSet("integer", 1000, 10_000),
-    "imagenetv2-threshold0.7": ShiftSet("integer", 1000, 10_000),
-    "imagenetv2-top-images": ShiftSet("integer", 1000, 10_000),
-    "imagenet-r": ShiftSet("synset", 200, 30_000, only="r"),
-    "imagenet-a": ShiftSet("synset", 200, 7_500, only="a"),
-    "imagenet-sketch": ShiftSet("synset", 1000, 50_889),
-    "objectnet": ShiftSet("objectnet", 113, 18_574, border=2),
+    "imagenet": ImageNetSet("synset", 1000, 50_000),
+    "imagenet-real": ImageNetSet("real", 1000, 50_000),
+    "imagenet-c": ImageNetSet("synset", 1000, 50_000, keeps_size=True),  # each corruption at each severity
+    "imagenetv2-matched-frequency": ImageNetSet("integer", 1000, 10_000),
+    "imagenetv2-threshold0.7": ImageNetSet("integer", 1000, 10_000),
+    "imagenetv2-top-images": ImageNetSet("integer", 1000, 10_000),
+    "imagenet-r": ImageNetSet("synset", 200, 30_000, subset="r"),
+    "imagenet-a": ImageNetSet("synset", 200, 7_500, subset="a"),
+    "imagenet-sketch": ImageNetSet("synset", 1000, 50_889),
+    "objectnet": ImageNetSet("objectnet", 113, 18_574, border=2),
 }
 
 
-def _timm_lines(name: str) -> list[str]:
-    return (TIMM / name).read_text().split()
-
-
 def synsets() -> list[str]:
-    """ImageNet's 1000 classes in the order of their indices."""
-    return _timm_lines("imagenet_synsets.txt")
+    """The 1000 ImageNet synsets in label order."""
+    return (_TIMM_INFO / "imagenet_synsets.txt").read_text().split()
 
 
 def subset_indices(letter: str) -> list[int]:
-    """The 200 ImageNet indices of ImageNet-A or ImageNet-R, from timm's lists."""
-    return [int(line) for line in _timm_lines(f"imagenet_{letter}_indices.txt")]
+    """The 200 ImageNet classes of ImageNet-A ("a") or ImageNet-R ("r"), from timm's lists."""
+    return [int(line) for line in (_TIMM_INFO / f"imagenet_{letter}_indices.txt").read_text().split()]
 
 
 def objectnet_classes() -> dict[str, list[int]]:
-    """ObjectNet folder -> ImageNet indices, for the 113 classes that both have."""
+    """ImageNet classes by ObjectNet folder, for the 113 ObjectNet classes that overlap with ImageNet."""
     return json.loads(Path(__file__).with_name("objectnet_to_imagenet.json").read_text())
 
 
-def real_labels(path: str | None = None) -> Tensor:
-    """ReaL: [50000, 1000] bool, the labels of validation image 1, 2, ...; timm's file unless ``path`` is given.
+def class_folders(name: str) -> set[str] | None:
+    """Class folders of a set to read; None for all."""
+    return set(objectnet_classes()) if name == "objectnet" else None
+
+
+def real_labels(path: str = "") -> Tensor:
+    """ReaL labels of the ImageNet validation images in order, bool [50000, 1000]; timm's file if `path` is empty.
 
     Raises:
-        UserError: the file does not hold such labels.
+        UserError: the file has another format.
     """
-    file = Path(path) if path else TIMM / "imagenet_real_labels.json"
+    file = Path(path) if path else _TIMM_INFO / "imagenet_real_labels.json"
     with reraise_as_user_error(f"--real-labels {path}"):
         rows = json.loads(file.read_text())
-    whole = isinstance(rows, list) and len(rows) == 50_000 and all(isinstance(row, list) for row in rows)
-    if not whole or not all(type(label) is int and 0 <= label < 1000 for row in rows for label in row):
-        raise UserError(f"--real-labels {path}: must hold 50000 lists of classes 0..999, one for each validation image")
-    return _table(rows)
+    valid = isinstance(rows, list) and len(rows) == 50_000 and all(isinstance(row, list) for row in rows)
+    if not valid or not all(type(label) is int and 0 <= label < 1000 for row in rows for label in row):
+        raise UserError(f"--real-labels {path}: expected 50000 lists of classes 0..999, one per validation image")
+    return _label_table(rows)
 
 
-def class_indices(path: str, classes: int) -> list[int]:
-    """The classes in a file of --valid-labels, ascending as in timm's validate: a label is a place among them.
+def label_table(name: str, class_names: Sequence[str] | None) -> Tensor:
+    """The classes that count as right for each label of a set, bool [labels, 1000].
 
-    Raises:
-        UserError: no such file, or a word in it that is no index of one of the model's ``classes``.
-    """
-    with reraise_as_user_error(f"--valid-labels {path}"):
-        words = Path(path).read_text().split()
-    for word in words or [""]:
-        if not word.isdecimal() or int(word) >= classes:
-            raise UserError(
-                f"--valid-labels {path}: {word!r} is no class; write numbers in 0..{classes - 1}, one per line"
-            )
-    return sorted(set(map(int, words)))
-
-
-def _table(right: list[list[int]]) -> Tensor:
-    """[rows, 1000] bool of lists of classes."""
-    table = torch.zeros(len(right), 1000, dtype=torch.bool)
-    rows = [row for row, classes in enumerate(right) for _ in classes]
-    table[rows, list(itertools.chain(*right))] = True
-    return table
-
-
-def validation_number(name: str) -> int:
-    """0-based number of an ImageNet validation image, from ILSVRC2012_val_00000001.JPEG (or that shard key)."""
-    number = re.search(r"ILSVRC2012_val_(\d{8})", name)
-    if number is None or not 1 <= int(number[1]) <= 50_000:
-        names = "ILSVRC2012_val_00000001.JPEG ... 00050000.JPEG"
-        raise UserError(f"{name}: labels of ImageNet's validation images go by their own file names, {names}")
-    return int(number[1]) - 1
-
-
-def label_table(kind: str, names: list[str] | None) -> Tensor:
-    """[rows, 1000] bool: the ImageNet classes that are right for label 0, 1, ..., named ``names``, in a set of `SETS`.
+    Args:
+        name: a key of `SETS`.
+        class_names: the data set's classes in label order.
 
     Raises:
-        UserError: a name that is none of the set's (ObjectNet's other 200 classes get an empty row).
+        UserError: a class does not belong to the set. ObjectNet's other 200 classes get an empty row instead.
     """
-    named, only = SETS[kind].named, SETS[kind].only
-    if named == "real":
+    kind = SETS[name]
+    if kind.names == "real":
         return real_labels()
-    if names is None:
+    if class_names is None:
         raise UserError("shards of a shift set need class_names in _info.json; write them with samon-shards")
-    every, inside = synsets(), subset_indices(only) if only else range(1000)
-    known = {str(i) if named == "integer" else every[i]: [i] for i in inside}
-    if named == "objectnet":
+    all_synsets, indices = synsets(), subset_indices(kind.subset) if kind.subset else range(1000)
+    known = {str(i) if kind.names == "integer" else all_synsets[i]: [i] for i in indices}
+    if kind.names == "objectnet":
         known = objectnet_classes()
-    unknown = [name for name in names if name not in known]
-    if (unknown and named != "objectnet") or len(unknown) == len(names):
-        form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(named, "ObjectNet class")
-        what = f"not among the {len(known)} classes of {kind}" if only and unknown[0] in every else f"no {form}"
-        raise UserError(f"class folder {unknown[0]!r} is {what}; check the data set and its directory")
-    return _table([known.get(name, []) for name in names])
+    unknown = [folder for folder in class_names if folder not in known]
+    if (unknown and kind.names != "objectnet") or len(unknown) == len(class_names):
+        form = {"synset": "ImageNet synset (n01440764)", "integer": "integer 0..999"}.get(kind.names, "ObjectNet class")
+        fault = f"not among the {len(known)} classes of {name}"
+        if not kind.subset or unknown[0] not in all_synsets:
+            fault = f"no {form}"
+        raise UserError(f"class folder {unknown[0]!r} is {fault}; check the data set and its directory")
+    return _label_table([known.get(folder, []) for folder in class_names])
 
 
-def kept(kind: str) -> set[str] | None:
-    """The class folders that are read, where a set has others as well."""
-    return set(objectnet_classes()) if kind == "objectnet" else None
-
-
-def mismatch(kind: str, **found: int) -> str:
-    """What differs from the numbers of ``classes`` and ``images`` as published, or ''."""
-    published = {what: getattr(SETS[kind], what) for what in found}
-    return "; ".join(f"{n} {what}, published {published[what]}" for what, n in found.items() if n != published[what])
-
-
-def scorings(kind: str, table: Tensor) -> dict[str, Scoring]:
-    """{name of the reading: how logits are read}, the set's own first.
-
-    ImageNet itself is also read on the 200 classes of A and R (their clean-subset accuracy); ObjectNet also
-    with predictions restricted to the indices of its 113 classes.
-    """
-    if letter := SETS[kind].only:
-        return {"200 classes": (subset_indices(letter), table)}
-    readings: dict[str, Scoring] = {"1000 classes": (None, table)}
-    if kind == "objectnet":
-        readings["113 classes"] = (sorted(set(itertools.chain(*objectnet_classes().values()))), table)
-    if kind == "imagenet":
-        for letter in "ar":
-            columns = subset_indices(letter)
-            inside = torch.zeros_like(table)
-            inside[:, columns] = table[:, columns]
-            readings[f"clean subset of imagenet-{letter}"] = (columns, inside)
-    return readings
+def _label_table(classes: list[list[int]]) -> Tensor:
+    table = torch.zeros(len(classes), 1000, dtype=torch.bool)
+    rows = [row for row, indices in enumerate(classes) for _ in indices]
+    table[rows, list(itertools.chain(*classes))] = True
+    return table

@@ -127,7 +127,7 @@ SECTIONS: Sections = {
         V("apgd-iters", int, 100, "iterations of a run", range="> 0"),
         V("apgd-targets", int, 9, "target classes of the targeted attack", range="> 0"),
         V("apgd-restarts", int, 1, "runs from different starting points", range="> 0"),
-        V("apgd-batch-size", int, 100, "images attacked at once; 0 searches for the fastest size", range=">= 0"),
+        V("apgd-batch-size", int, 100, "images attacked at once", range="> 0"),
         V("apgd-state", str, "", "directory for finished batches; the same command resumes from it"),
     ),
     "Sharpness (--evals sharpness)": (

@@ -234,7 +234,7 @@ TIMM: Sections = {
         V("crop-border-pixels", int, None, "border to remove before resizing", range=">= 0"),
         V("test-pool", bool, False, "test-time pooling for larger images"),
         V("reparam", bool, False, "fuse branches that are only for training (reparameterization)"),
-        V("retry", bool, False, "halve the batch size when out of memory (accuracy only)"),
+        V("retry", bool, False, "halve --batch-size when out of memory (one process)"),
         V("log-freq", int, 10, "batches between progress lines", range="> 0"),
     ),
     "Not supported": (

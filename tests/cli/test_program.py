@@ -1,6 +1,8 @@
 """How programs end: one line and a status, whatever goes wrong."""
 
 import errno
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,14 @@ def test_a_closed_pipe_ends_quietly() -> None:
         ["bash", "-c", command], cwd=ROOT, env={"CODE": code}, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
+
+
+def test_file_names_that_are_not_utf8_keep_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit):
+        run_script(lambda: print(os.fsdecode(b"caf\xe9")))
+    assert output.buffer.getvalue() == b"caf\xe9\n"  # type: ignore[attr-defined]
 
 
 def test_figures_need_matplotlib_before_any_work(tmp_path, monkeypatch):

@@ -1,9 +1,20 @@
+"""Accuracy over a loader equals its definition; its rows, intervals and class reports."""
+
+import csv
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from samon.errors import UserError
 from samon.evals.accuracy import accuracy, score
+from samon.evals.main import main
+from samon.evals.metrics import Scoring
+from tests.eval_sets import FASHION, write_folders
+from tests.sets import RANDOM_MODEL
 
 LOGITS = torch.randn(37, 9, generator=torch.Generator().manual_seed(0))
 TARGET = torch.randint(0, 9, (37,), generator=torch.Generator().manual_seed(1))
@@ -17,12 +28,17 @@ class Table(torch.nn.Module):
         return LOGITS[rows]
 
 
-def loader(size=10, target=TARGET):
+def loader(target=TARGET):
     rows = torch.arange(37)
-    return [(rows[i : i + size], target[i : i + size]) for i in range(0, 37, size)]
+    return [(rows[i : i + 10], target[i : i + 10]) for i in range(0, 37, 10)]
 
 
-def test_figures_equal_their_definition_and_the_mode_is_put_back():
+def score_table(target, **scorings):
+    scores, _ = score(Table(), loader(target), scorings, device="cpu")
+    return scores
+
+
+def test_figures_equal_their_definition_and_the_mode_is_restored():
     model = Table().train()
     found = accuracy(model, loader(), device="cpu")
     order = LOGITS.argsort(1, descending=True)
@@ -31,40 +47,73 @@ def test_figures_equal_their_definition_and_the_mode_is_put_back():
     assert found["top5"] == pytest.approx(100 * (order[:, :5] == TARGET[:, None]).any(1).double().mean().item())
     assert found["loss"] == pytest.approx(F.cross_entropy(LOGITS, TARGET).item(), rel=1e-6)
     assert model.training
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        accuracy(Table(), [], device="cpu")
 
 
-def test_restricted_predictions_use_timms_convention():
-    columns = [1, 4, 6, 8]
-    target = torch.arange(37) % 4  # positions among the columns
-    found = score(Table(), loader(target=target), {"kept": (columns, None)}, device="cpu")["kept"]
-    kept = LOGITS[:, columns]
-    assert found["top1"] == pytest.approx(100 * (kept.argmax(1) == target).double().mean().item())
-    assert found["top5"] == 100  # of four columns
-    assert found["loss"] == pytest.approx(F.cross_entropy(kept, target).item(), rel=1e-6)
+def test_restricted_predictions_follow_timms_convention():
+    classes, target = [1, 4, 6, 8], torch.arange(37) % 4  # indices among the classes
+    found = score_table(target, some=Scoring(classes))["some"]
+    logits = LOGITS[:, classes]
+    assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item())
+    assert found["top5"] == 100  # of four classes
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
 
-def test_label_sets_count_any_of_them_and_leave_out_rows_without_labels():
+def test_label_sets_accept_any_of_their_classes_and_skip_samples_without_one():
     sets = torch.zeros(3, 9, dtype=torch.bool)
     sets[0, [2, 5]] = True
-    sets[1, 7] = True  # row 2 has no label
+    sets[1, 7] = True  # row 2 has no class
     target = torch.arange(37) % 3
-    found = score(Table(), loader(target=target), {"sets": (None, sets)}, device="cpu")["sets"]
-    counted = target < 2
+    found = score_table(target, sets=Scoring(None, sets))["sets"]
+    valid = target < 2
     right = sets[target].gather(1, LOGITS.argmax(1, keepdim=True))[:, 0]
     probability = (LOGITS.softmax(1) * sets[target]).sum(1)
-    assert found["num_samples"] == counted.sum()
-    assert found["top1"] == pytest.approx(100 * right[counted].double().mean().item())
-    assert found["loss"] == pytest.approx(-probability[counted].log().mean().item(), rel=1e-5)
+    assert found["num_samples"] == valid.sum()
+    assert found["top1"] == pytest.approx(100 * right[valid].double().mean().item())
+    assert found["loss"] == pytest.approx(-probability[valid].log().mean().item(), rel=1e-5)
 
 
-def test_one_pass_gives_several_readings():
+def test_one_pass_computes_several_scorings():
     one_hot = F.one_hot(TARGET, 9).bool()
-    rows = torch.arange(37)
-    found = score(Table(), loader(target=rows), {"a": (None, one_hot), "b": ([0, 1], one_hot)}, device="cpu")
+    found = score_table(torch.arange(37), a=Scoring(None, one_hot), b=Scoring([0, 1], one_hot))
     assert found["a"]["top1"] == pytest.approx(accuracy(Table(), loader(), device="cpu")["top1"])
     assert found["b"]["num_samples"] == (TARGET < 2).sum()
 
 
-def test_nothing_to_count_is_an_error():
-    with pytest.raises(UserError, match="nothing to evaluate"):
-        accuracy(Table(), [], device="cpu")
+def test_training_does_not_load_the_tables_of_shift_sets():
+    code = "import sys, samon.evals.accuracy, samon.trainer.main; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "samon.evals.accuracy" in loaded
+    assert not loaded & {"samon.evals.shifts", "samon.evals.datasets", "samon.evals.attacks"}
+
+
+def test_class_report_agrees_with_the_accuracy_and_rows_have_intervals(tmp_path):
+    torch.manual_seed(0)
+    flags = [*RANDOM_MODEL, *FASHION, "--num-samples", "40", "--bootstrap", "40"]
+    rows = {row["metric"]: row for row in main([*flags, "--class-report", str(tmp_path / "report")])}
+    assert list(rows) == ["top1", "top5", "loss", "ece"]
+    for metric in ("top1", "top5", "loss"):
+        assert rows[metric]["low"] <= rows[metric]["value"] <= rows[metric]["high"]
+    (name,) = [p for p in (tmp_path / "report").iterdir() if p.name.endswith("-per_class.csv")]
+    classes = list(csv.DictReader(name.read_text().splitlines()))
+    assert sum(int(row["images"]) for row in classes) == 40
+    hits = sum(int(row["images"]) * float(row["top1"]) for row in classes if row["top1"])
+    assert hits / 40 == pytest.approx(rows["top1"]["value"])
+    text = name.with_name(name.name.replace("per_class", "confusion")).read_text()
+    matrix = [list(map(int, row[1:])) for row in list(csv.reader(text.splitlines()))[1:]]
+    assert [sum(row) for row in matrix] == [int(row["images"]) for row in classes]
+
+
+def test_class_reports_of_two_splits_and_of_names_that_are_not_utf8(tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        write_folders(tmp_path / "set" / split, {"a": [0] * count, os.fsdecode(b"caf\xe9"): [1] * count})
+    suite = "".join(f"- {{data_dir: {tmp_path}/set, split: {split}}}\n" for split in ("train", "val"))
+    (tmp_path / "suite.yaml").write_text(suite)
+    flags = [*RANDOM_MODEL, "--num-classes", "2", "--suite", str(tmp_path / "suite.yaml")]
+    rows = main([*flags, "--class-report", str(tmp_path / "report")])
+    assert [row["dataset"] for row in rows if row["metric"] == "top1"] == ["set train", "set val"]
+    for split, count in (("train", 2), ("val", 1)):
+        text = (tmp_path / f"report/test_resnet-set {split}-per_class.csv").read_bytes()
+        assert text.splitlines()[2].startswith(b"1,caf\xe9,%d," % count)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from samon.errors import UserError
-from samon.evals.feature_rank import energies, feature_matrix, features, rank_of
+from samon.evals.feature_rank import energy_rank, extract_features, feature_matrix, squared_singular_values
 
 
 def with_singular_values(values, rows, columns):
@@ -17,29 +17,26 @@ def with_singular_values(values, rows, columns):
 @pytest.mark.parametrize("shape", [(40, 15), (15, 40)])
 def test_rank_counts_singular_values_that_hold_99_percent(shape):
     phi = with_singular_values([10.0, 5.0, 1.0, 0.5, 0.1], *shape)  # shares .7920 .9901 .9980 ...
-    squares = energies(phi, "none")
+    squares = squared_singular_values(phi, "none")
     assert squares[:5].sqrt().tolist() == pytest.approx([10, 5, 1, 0.5, 0.1], rel=1e-6)
-    assert rank_of(squares) == 2
-    assert rank_of(squares, 0.995) == 3
-    assert rank_of(squares, 0.5) == 1
-    assert rank_of(torch.zeros(4)) == 0
-
-
-def test_a_share_of_99_percent_is_what_is_asked_for_by_default():
+    assert energy_rank(squares) == 2
+    assert energy_rank(squares, 0.995) == 3
+    assert energy_rank(squares, 0.5) == 1
+    assert energy_rank(torch.zeros(4)) == 0
     squares = torch.tensor([95.0, 3.5, 1.0, 0.5], dtype=torch.float64)
-    assert rank_of(squares) == 3  # 98.5 % are too few
-    assert rank_of(squares, 0.95) == 2
-    assert rank_of(squares, 0.9) == 1
+    assert energy_rank(squares) == 3  # 98.5 % are too few
+    assert energy_rank(squares, 0.95) == 2
+    assert energy_rank(squares, 0.9) == 1
 
 
-def test_centring_takes_off_the_mean_of_examples_or_of_features():
+def test_centering_subtracts_the_mean_of_examples_or_of_features():
     phi = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
-    for centring, centred in (("row", phi - phi.mean(1, keepdim=True)), ("column", phi - phi.mean(0))):
-        exact = torch.linalg.svdvals(centred.double()).square()
-        assert torch.allclose(energies(phi, centring), exact, atol=1e-5)
+    for centering, centered in (("row", phi - phi.mean(1, keepdim=True)), ("column", phi - phi.mean(0))):
+        exact = torch.linalg.svdvals(centered.double()).square()
+        assert torch.allclose(squared_singular_values(phi, centering), exact, atol=1e-5)
     one_feature = torch.ones(30, 8) * torch.arange(30.0)[:, None]  # no variance within a row
-    assert rank_of(energies(one_feature, "row")) == 0
-    assert rank_of(energies(one_feature, "column")) == 1
+    assert energy_rank(squared_singular_values(one_feature, "row")) == 0
+    assert energy_rank(squared_singular_values(one_feature, "column")) == 1
 
 
 def test_layers_by_name_and_the_class_token():
@@ -48,20 +45,17 @@ def test_layers_by_name_and_the_class_token():
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         tokens = vit.forward_features(x)
-        assert torch.equal(features(vit, x), tokens[:, 0])
-        assert torch.equal(features(vit, x, token="all"), tokens.flatten(1))
+        assert torch.equal(extract_features(vit, x), tokens[:, 0])
+        assert torch.equal(extract_features(vit, x, token="all"), tokens.flatten(1))
         assert torch.equal(
-            features(vit, x, "blocks.1"), vit.blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))[:, 0]
+            extract_features(vit, x, "blocks.1"), vit.blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))[:, 0]
         )
-        assert torch.equal(vit.head(features(vit, x, "pre_logits")), vit(x))
-        assert torch.equal(features(vit, x, "norm", "cls"), tokens[:, 0])
-    with pytest.raises(UserError, match=r"no layer 'blocks.7'.*blocks.0"):
-        features(vit, x, "blocks.7")
-
-
-def test_convolutional_features_are_flattened_whole():
+        assert torch.equal(vit.head(extract_features(vit, x, "pre_logits")), vit(x))
+        assert torch.equal(extract_features(vit, x, "norm", "cls"), tokens[:, 0])
     net = timm.create_model("resnet10t", num_classes=4).eval()
-    assert features(net, torch.randn(2, 3, 64, 64)).shape == (2, 512 * 2 * 2)
+    assert extract_features(net, torch.randn(2, 3, 64, 64)).shape == (2, 512 * 2 * 2)
+    with pytest.raises(UserError, match=r"no layer 'blocks.7'.*blocks.0"):
+        extract_features(vit, x, "blocks.7")
 
 
 def test_feature_matrix_fills_its_rows_in_eval_mode():

@@ -9,7 +9,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from samon.errors import UserError
 from samon.evals import hessian
 from samon.evals.main import main
-from samon.evals.sharpness import Measure, batch_sharpness, scoped
+from samon.evals.sharpness import Measure, batch_sharpness, select_parameters
+from tests.eval_sets import FASHION
 from tests.sets import RANDOM_MODEL
 
 
@@ -36,15 +37,15 @@ def whole_hessian(net, x, y, parameters):
 @pytest.mark.parametrize("scope", ["all", "norm"])
 def test_eigenvalue_and_trace_are_the_whole_hessians(small, scope):
     net, x, y = small
-    parameters = scoped(net, scope)
+    parameters = select_parameters(net, scope)
     exact = whole_hessian(net, x, y, parameters)
     halves = [(x[:20], y[:20]), (x[20:], y[20:])]
 
     def product(vector):
-        return hessian.product(net, lambda: halves, 32, vector, parameters, lambda values: values)
+        return hessian.hessian_product(net, halves, 32, vector, parameters, lambda values: values)
 
     generator = torch.Generator().manual_seed(0)
-    start = hessian.signs(parameters, generator)
+    start = hessian.random_signs(parameters, generator)
     values = torch.linalg.eigvalsh(exact)
     largest = values[values.abs().argmax()].item()
     assert hessian.top_eigenvalue(product, start, 500, 1e-9) == pytest.approx(largest, rel=1e-4)
@@ -57,20 +58,20 @@ def test_eigenvalue_and_trace_are_the_whole_hessians(small, scope):
     sizes = [p.numel() for p in parameters]
     units = [[v.view_as(p) for v, p in zip(b.split(sizes), parameters, strict=True)] for b in basis]
     assert hessian.trace(product, units) * len(exact) == pytest.approx(exact.trace().item(), rel=1e-9)
-    draws = [hessian.signs(parameters, generator) for _ in range(3)]
+    draws = [hessian.random_signs(parameters, generator) for _ in range(3)]
     assert {v for d in draws for t in d for v in t.flatten().tolist()} == {-1.0, 1.0}
 
 
-def test_plane_holds_the_losses_of_moved_weights_and_puts_them_back(small):
+def test_plane_has_the_losses_of_moved_weights_and_restores_them(small):
     net, x, y = small
     parameters = list(net.parameters())
     before = parameters_to_vector(parameters).clone()
     generator = torch.Generator().manual_seed(1)
-    axes = hessian.directions(parameters, generator), hessian.directions(parameters, generator)
+    axes = tuple(hessian.filter_normalized_direction(parameters, generator) for _ in range(2))
     assert axes[0][0].norm(dim=1).tolist() == pytest.approx(parameters[0].norm(dim=1).tolist())
     assert float(axes[0][2].norm()) == pytest.approx(parameters[2].detach().norm().item())
     at = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
-    plane = hessian.loss_plane(net, lambda: [(x, y)], 32, parameters, axes, at, lambda values: values)
+    plane = hessian.loss_plane(net, [(x, y)], 32, parameters, axes, at, lambda values: values)
     assert torch.equal(parameters_to_vector(parameters), before)
     with torch.no_grad():
         first, second = (parameters_to_vector(axis) for axis in axes)
@@ -95,12 +96,11 @@ def test_sharpness_along_the_normalization_parameters_moves_them_alone(small):
     assert 0 < values["norm"] < values["all"]
     assert 0 < values["non-norm"] < values["all"]
     with pytest.raises(UserError, match="scope norm: the model has no such parameters"):
-        scoped(nn.Linear(2, 2), "norm")
+        select_parameters(nn.Linear(2, 2), "norm")
 
 
 def test_program_gives_both_scopes_and_figures(tmp_path):
-    flags = [*RANDOM_MODEL]
-    flags += ["--dataset", "wds/fashion-mnist", "--data-dir", "data/fashion-mnist", "--evals", "hessian"]
+    flags = [*RANDOM_MODEL, *FASHION, "--evals", "hessian"]
     flags += ["--hessian-samples", "16", "--hessian-iters", "2", "--hessian-draws", "1"]
     figure = tmp_path / "figures" / "plane.pdf"
     rows = main([*flags, "--landscape-figure", str(figure), "--landscape-points", "3"])
@@ -122,12 +122,14 @@ def test_landscapes_have_a_logarithmic_scale_with_plain_ticks(scale, tmp_path, m
     )
     at = torch.linspace(-1, 1, 5, dtype=torch.float64)
     plane = 2 + scale * (at[:, None] ** 2 + at[None] ** 2)
-    hessian.plot(plane, at, "20261125-214518-a-long-name-of-a-run-of-samon/model_best.pth.tar: all", tmp_path / "a.png")
+    hessian.plot_plane(
+        plane, at, "20261125-214518-a-long-name-of-a-run-of-samon/model_best.pth.tar: all", tmp_path / "a.png"
+    )
     axis, bar = drawn[0].axes
     assert isinstance(axis.collections[0].norm, colors.LogNorm)
     shown = [float(tick.get_text().replace("\N{MINUS SIGN}", "-")) for tick in bar.get_yticklabels() if tick.get_text()]
     assert len(shown) >= 1
     if scale == scale:  # not NaN
         assert all(float(f"{value:.2g}") == value for value in shown), shown
-    title, panel = axis.title.get_window_extent(), axis.get_window_extent()
-    assert title.width <= panel.width
+    heading, panel = axis.title.get_window_extent(), axis.get_window_extent()
+    assert heading.width <= panel.width

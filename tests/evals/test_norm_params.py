@@ -6,6 +6,7 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.evals import norm_params
+from tests.eval_sets import make_context
 
 
 def resnet():
@@ -17,17 +18,17 @@ def resnet():
     return model
 
 
-def test_every_normalization_layer_is_found_by_type_in_order_of_depth():
-    found = norm_params.values(resnet())
+def test_every_normalization_layer_is_listed_by_type_in_order_of_depth():
+    found = norm_params.norm_values(resnet())
     assert set(found) == {("BatchNorm2d", "gamma"), ("BatchNorm2d", "beta")}
     names = [name for name, _ in found["BatchNorm2d", "gamma"]]
     assert names.index("conv1.1") < names.index("bn1") < names.index("layer2.0.downsample.2")
     assert len(names) == sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
 
 
-def test_rows_hold_the_statistics():
+def test_results_are_the_statistics():
     model = resnet()
-    rows = norm_params.described(norm_params.values(model))
+    rows = norm_params.evaluate(make_context(model))
     everything = torch.cat([m.weight.detach() for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
 
     def value(metric, layer="all"):
@@ -44,7 +45,7 @@ def test_rows_hold_the_statistics():
 
 def test_a_model_without_normalization_is_refused():
     with pytest.raises(UserError, match="no affine normalization layer"):
-        norm_params.values(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2, elementwise_affine=False)))
+        norm_params.norm_values(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2, elementwise_affine=False)))
 
 
 def test_figure_and_histograms_of_two_models(tmp_path):
@@ -53,7 +54,7 @@ def test_figure_and_histograms_of_two_models(tmp_path):
         for module in vit.modules():
             if isinstance(module, nn.LayerNorm):
                 module.bias.copy_(torch.linspace(-0.3, 0.1, len(module.bias)))
-    models = {"a/resnet": norm_params.values(resnet()), "vit": norm_params.values(vit)}
+    models = {"a/resnet": norm_params.norm_values(resnet()), "vit": norm_params.norm_values(vit)}
     norm_params.write_tensorboard(models, tmp_path / "tb")
     assert len(list((tmp_path / "tb").glob("*/events*"))) == 2
     events = EventAccumulator(str(tmp_path / "tb/vit"), size_guidance={"histograms": 0}).Reload()
@@ -70,38 +71,38 @@ def test_figure_and_histograms_of_two_models(tmp_path):
     assert (tmp_path / "norm.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_figure_5_has_signed_values_on_linear_axes_in_a_panel_for_each_model():
+def test_figure_5_has_signed_values_on_linear_axes_and_a_panel_per_model():
     low, high = (nn.Sequential(nn.BatchNorm1d(40)), nn.Sequential(nn.BatchNorm1d(40)))
-    for net, centre in ((low, -0.2), (high, 0.3)):
+    for net, center in ((low, -0.2), (high, 0.3)):
         nn.init.constant_(net[0].weight, 1.0)
         with torch.no_grad():
-            net[0].bias.copy_(centre + torch.linspace(-0.1, 0.1, 40))
-    figure = norm_params.draw({"SAM": norm_params.values(low), "SAM-ON": norm_params.values(high)})
+            net[0].bias.copy_(center + torch.linspace(-0.1, 0.1, 40))
+    figure = norm_params.draw_signed({"SAM": norm_params.norm_values(low), "SAM-ON": norm_params.norm_values(high)})
     panels = figure.axes
     assert [axis.get_title() for axis in panels] == ["SAM", "SAM-ON"] * 2
     assert [axis.get_xlabel() for axis in panels] == ["$\\gamma$"] * 2 + ["$\\beta$"] * 2
     assert {axis.get_yscale() for axis in panels} | {axis.get_xscale() for axis in panels} == {"linear"}
-    for axis, centre in ((panels[2], -0.2), (panels[3], 0.3)):
+    for axis, center in ((panels[2], -0.2), (panels[3], 0.3)):
         (stairs,) = axis.patches
         counts, edges, _ = stairs.get_data()
         assert counts.sum() == 40
         assert len(counts) == 60
         middle = edges[:-1] + (edges[1] - edges[0]) / 2
-        assert (counts * middle).sum() / 40 == pytest.approx(centre, abs=0.006)  # a bin is 0.012 wide
+        assert (counts * middle).sum() / 40 == pytest.approx(center, abs=0.006)  # a bin is 0.012 wide
     assert panels[2].get_xlim() == panels[3].get_xlim()
 
 
-def test_bins_count_what_lies_between_their_edges():
+def test_histogram_counts_the_values_between_its_edges():
     found = {("BatchNorm2d", "beta"): [("a", torch.tensor([-0.5, 0.1])), ("b", torch.tensor([0.2, 0.9]))]}
-    assert norm_params.bins(found, "beta", torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == [1, 2, 1]
-    assert norm_params.bins(found, "gamma", torch.tensor([-1.0, 0.0])).tolist() == [0]
+    assert norm_params.histogram(found, "beta", torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == [1, 2, 1]
+    assert norm_params.histogram(found, "gamma", torch.tensor([-1.0, 0.0])).tolist() == [0]
 
 
 def test_long_names_stay_in_their_panels(tmp_path):
     """Titles lie above their own panel, and the legend above and below no axis."""
-    found = norm_params.values(resnet())
+    found = norm_params.norm_values(resnet())
     names = [f"{i}6112{i}-2145{i}8-samon-layerl2-momentum-rho0.05/model_best.pth.tar" for i in range(3)]
-    figure = norm_params.draw(dict.fromkeys(names, found))
+    figure = norm_params.draw_signed(dict.fromkeys(names, found))
     figure.savefig(tmp_path / "a.png")
     for axis in figure.axes:
         title, panel = axis.title.get_window_extent(), axis.get_window_extent()

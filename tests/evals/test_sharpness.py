@@ -13,15 +13,14 @@ from samon.evals.sharpness import (
     Measure,
     average_case,
     batch_sharpness,
-    normalized_logits,
+    normalize_logits,
     project_euclidean,
     reference_checkpoints,
     sharpness,
-    worst_autopgd,
-    worst_reference,
+    worst_case,
 )
 
-BOTH = [worst_autopgd, worst_reference]
+MODES = ["autopgd", "reference"]
 
 
 def quadratic(curvature, minimum, weights):
@@ -43,26 +42,26 @@ def convex():
     return curvature, minimum, weights
 
 
-@pytest.mark.parametrize("worst", BOTH)
-def test_linf_maximum_of_a_quadratic_is_the_closed_form(convex, worst):
+@pytest.mark.parametrize("mode", MODES)
+def test_linf_maximum_of_a_quadratic_is_the_closed_form(convex, mode):
     """Over a box the maximum lies in the corner away from the minimum."""
     curvature, minimum, weights = convex
     rho, t = 0.1, weights.abs()
     away = weights - minimum
     exact = float((curvature * ((away.abs() + rho * t).square() - away.square())).sum() / 2)
-    found = worst(quadratic(*convex), [t], Measure(rho))
+    found = worst_case(quadratic(*convex), [t], Measure(rho), mode)
     assert found <= exact * (1 + 1e-9)
-    assert found == pytest.approx(exact, rel=1e-4 if worst is worst_reference else 1e-9)
+    assert found == pytest.approx(exact, rel=1e-4 if mode == "reference" else 1e-9)
 
 
-@pytest.mark.parametrize("worst", BOTH)
-def test_l2_maximum_of_a_quadratic_is_the_closed_form(worst):
+@pytest.mark.parametrize("mode", MODES)
+def test_l2_maximum_of_a_quadratic_is_the_closed_form(mode):
     """L = a/2 ||w - c||^2 over ||eps|| <= rho: a/2 ((||w - c|| + rho)^2 - ||w - c||^2)."""
     torch.manual_seed(1)
     minimum, weights = torch.randn(2, 20, dtype=torch.float64)
     away, rho = float((weights - minimum).norm()), 0.3
     loss_of = quadratic(torch.full((20,), 2.0, dtype=torch.float64), minimum, weights)
-    found = worst(loss_of, [torch.ones_like(weights)], Measure(rho, norm="l2", adaptive=False))
+    found = worst_case(loss_of, [torch.ones_like(weights)], Measure(rho, norm="l2", adaptive=False), mode)
     assert found == pytest.approx((away + rho) ** 2 - away**2, rel=1e-4)
 
 
@@ -76,10 +75,10 @@ def test_l2_adaptive_maximum_of_a_linear_loss_is_the_closed_form():
 
     for steps in (1, 20):
         measure = Measure(0.2, norm="l2", steps=steps)
-        assert worst_autopgd(loss_of, [weights.abs()], measure) == pytest.approx(0.2 * float((g * weights).norm()))
-    # Where T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never
-    # above.
-    found = worst_reference(loss_of, [weights.abs()], Measure(0.2, norm="l2", steps=200))
+        found = worst_case(loss_of, [weights.abs()], measure, "autopgd")
+        assert found == pytest.approx(0.2 * float((g * weights).norm()))
+    # If T varies, gradient steps with Euclidean projections creep along the ellipsoid: close, and never above.
+    found = worst_case(loss_of, [weights.abs()], Measure(0.2, norm="l2", steps=200), "reference")
     exact = 0.2 * float((g * weights).norm())
     assert 0.9 * exact < found <= exact * (1 + 1e-6)
 
@@ -91,8 +90,9 @@ def test_first_step_is_whole_or_three_quarters():
         return (g * delta[0]).sum(), [g]
 
     whole = 0.1 * float((g * weights).abs().sum())
-    assert worst_autopgd(loss_of, [weights.abs()], Measure(0.1, steps=1)) == pytest.approx(whole)
-    assert worst_reference(loss_of, [weights.abs()], Measure(0.1, steps=1)) == pytest.approx(0.75 * whole)
+    for mode, fraction in (("autopgd", 1), ("reference", 0.75)):
+        found = worst_case(loss_of, [weights.abs()], Measure(0.1, steps=1), mode)
+        assert found == pytest.approx(fraction * whole)
 
 
 def small_net():
@@ -134,7 +134,7 @@ def naive_reference(net, x, y, measure):
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(v, shapes)
         out = net(x)
-        out = normalized_logits(out) if measure.logit_norm else out
+        out = normalize_logits(out) if measure.logit_norm else out
         loss = F.cross_entropy(out, y)
         if not grad:
             return loss.item()
@@ -210,9 +210,9 @@ def test_euclidean_projection_is_the_nearest_point():
     assert torch.equal(project_euclidean([near * 0.9], [t], 0.7)[0], near * 0.9)
 
 
-@pytest.mark.parametrize("mode", ["reference", "autopgd"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_zero_weights_stay_and_everything_is_put_back(mode, norm):
+def test_zero_weights_stay_and_everything_is_restored(mode, norm):
     net, x, y = small_net()
     for p in net.parameters():
         p.data = torch.where(p.abs() < 0.1, 0.0, p.data)  # whole directions without extent
@@ -230,7 +230,7 @@ def test_zero_weights_stay_and_everything_is_put_back(mode, norm):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_weights_are_put_back_after_an_exception():
+def test_weights_are_restored_after_an_exception():
     net, x, y = small_net()
     before = [p.clone() for p in net.parameters()]
     calls = []
@@ -256,14 +256,14 @@ def test_average_case_of_a_quadratic_is_its_expectation(convex, norm, moment):
     assert average_case(loss_of, [weights.abs()], measure, seed=0) == pytest.approx(exact, rel=0.05)
 
 
-def test_logit_normalisation_by_hand():
-    """Their mean taken off, then divided by what is left: (3, 4, 8) -> (-2, -1, 3) / sqrt(14)."""
-    found = normalized_logits(torch.tensor([[3.0, 4.0, 8.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
+def test_logit_normalization_by_hand():
+    """Centered, then divided by their norm: (3, 4, 8) -> (-2, -1, 3) / sqrt(14)."""
+    found = normalize_logits(torch.tensor([[3.0, 4.0, 8.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
     assert torch.allclose(found[0], torch.tensor([-2.0, -1.0, 3.0], dtype=torch.float64) / 14**0.5, rtol=0, atol=1e-15)
     assert found[1].tolist() == [0, 0, 0]
 
 
-def test_logit_normalisation_makes_sharpness_free_of_scale():
+def test_logit_normalization_makes_sharpness_independent_of_scale():
     net, x, y = small_net()
     measure = Measure.parse("worst-linf-adaptive-logitnorm@0.1")[0]
     value = batch_sharpness(net, x, y, measure)
@@ -271,7 +271,7 @@ def test_logit_normalisation_makes_sharpness_free_of_scale():
         net[3].weight.mul_(10)
         net[3].bias.mul_(10)
     assert batch_sharpness(net, x, y, measure) == pytest.approx(value, rel=1e-9)
-    assert normalized_logits(torch.randn(4, 5)).norm(dim=1).tolist() == pytest.approx([1] * 4)
+    assert normalize_logits(torch.randn(4, 5)).norm(dim=1).tolist() == pytest.approx([1] * 4)
 
 
 def test_parts_of_two_processes_add_up():

@@ -77,15 +77,15 @@ def test_an_average_that_was_not_validated_is_not_scored(tmp_path: Path) -> None
     assert "state_dict_ema" in content
     assert not validated_with_ema(content)
     (job,) = parse(["--checkpoint", str(directory)])
-    assert (job.average, job.path) == (False, str(directory / "model_best.pth.tar"))
+    assert (job.use_ema, job.checkpoint) == (False, str(directory / "model_best.pth.tar"))
 
 
 def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
     _, directory = run(tmp_path, "--opt", "sgd", "--amp", "--amp-dtype", "bfloat16")
     (job,) = parse(["--checkpoint", str(directory), "--mean", "0.9", "--split", "train"])
     assert (job.config.mean, job.config.std, job.config.split, job.config.num_classes) == ([0.9], [0.353], "train", 10)
-    assert (job.entries[0].first, job.config.amp) == (None, True)
-    assert parse(["--checkpoint", str(directory)])[0].entries[0].first == 40  # --val-num-samples of the run
+    assert (job.specs[0].limit, job.config.amp) == (None, True)
+    assert parse(["--checkpoint", str(directory)])[0].specs[0].limit == 40  # --val-num-samples of the run
     (job,) = parse(["--checkpoint", str(directory), "--evals", "feature_rank"])
     assert not job.config.amp  # only accuracy is measured in lower precision
     with pytest.raises(UserError, match="are for accuracy"):

@@ -1,0 +1,310 @@
+"""Auto-PGD step by step against a naive loop written after the paper (Croce & Hein 2020, Algorithm 1) and its released
+first comparison (float64, 1e-9: forty steps of the same arithmetic in another order), the attacks against closed forms
+and the authors' code."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
+
+from samon.data.sources import open_source
+from samon.errors import UserError
+from samon.evals import attacks
+from samon.evals.attacks import (
+    ATTACKS,
+    ROBUST,
+    VANISHED,
+    Normalized,
+    StepSize,
+    Threat,
+    apgd,
+    attack,
+    checkpoints,
+    dlr_targeted,
+    project,
+    seeded_noise,
+    without_marks,
+)
+from samon.evals.context import EvalDataset
+from tests.nets import two_logits
+
+N = 40
+
+
+def attack_all(net, x, y, threat, noise=None):
+    return attack(net, x, y, torch.arange(len(x)), threat, noise or seeded_noise(0))
+
+
+# --- one step after the other ---------------------------------------------------------------------------------------
+
+
+def wiggly(z: Tensor) -> Tensor:
+    """A loss [B] with ridges much narrower than the first step: most steps overshoot."""
+    slopes = torch.linspace(15, 45, z.shape[1], dtype=z.dtype)
+    return (torch.sin(slopes * z) * torch.linspace(1, 2, z.shape[1], dtype=z.dtype)).sum(1)
+
+
+def loss_and_gradient(x: Tensor) -> tuple[float, Tensor]:
+    x = x.clone().requires_grad_()
+    loss = wiggly(x.flatten()[None])[0]
+    (grad,) = torch.autograd.grad(loss, x)
+    return loss.item(), grad
+
+
+def naive_apgd(center: Tensor, start: Tensor, norm: str, eps: float) -> tuple[list[Tensor], int, int]:
+    """One image: (every iterate, halvings, returns to a best point that was not the last one)."""
+    ball = lambda x: project(x[None], center[None], norm, eps)[0]  # noqa: E731
+    x = before = best_x = start
+    loss, grad = loss_and_gradient(x)
+    best, best_grad, best_at_check = loss, grad, loss
+    size, halved_before, halvings, returns = 2 * eps, True, 0, 0
+    interval, since, losses, path = int(0.22 * N), 0, [0.0], [x]
+    for i in range(N):
+        momentum = 1 if i == 0 else 0.75
+        step = grad.sign() if norm == "linf" else grad / (grad.square().sum().sqrt() + 1e-12)
+        z = ball(x + size * step)
+        before, x = x, ball(x + momentum * (z - x) + (1 - momentum) * (x - before))
+        loss, grad = loss_and_gradient(x)
+        path.append(x)
+        losses.append(loss)
+        if loss > best:
+            best, best_x, best_grad = loss, x, grad
+        since += 1
+        if since < interval:
+            continue
+        rises = sum(b > a for a, b in zip(losses[-since - 1 : -1], losses[-since:], strict=True))
+        if rises <= 0.75 * since or (not halved_before and best_at_check >= best):
+            size, halved_before, halvings = size / 2, True, halvings + 1
+            returns += not torch.equal(x, best_x)
+            x, grad = best_x, best_grad
+        else:
+            halved_before = False
+        best_at_check, since = best, 0
+        interval = max(interval - max(int(0.03 * N), 1), max(int(0.06 * N), 1))
+    return path, halvings, returns
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.3)])
+def test_every_iterate_is_the_papers(norm, eps):
+    """The images are their own logits, so the loss sees every iterate; class 0 is never left."""
+    torch.manual_seed(0)
+    images = 0.3 + 0.2 * torch.rand(6, 1, 2, 4, dtype=torch.float64)
+    images[:, 0, 0, 0] = 1.0
+    start = (images + eps / 4 * torch.randn_like(images)).clamp(0, 1)
+    start[:, 0, 0, 0] = 1.0
+    seen = []
+
+    def loss(logits, rows):
+        seen.append(logits.detach().clone())
+        return wiggly(logits)
+
+    label = torch.zeros(6, dtype=torch.long)
+    adversarial, *_ = apgd(nn.Flatten(), images, label, loss, start, Threat(norm, eps, N))
+    assert not adversarial.any()
+    assert len(seen) == N + 1
+    halvings = returns = 0
+    for i in range(6):
+        path, halved, went_back = naive_apgd(images[i], start[i], norm, eps)
+        halvings, returns = halvings + halved, returns + went_back
+        for step, (x, logits) in enumerate(zip(path, seen, strict=True)):
+            assert torch.allclose(logits[i], x.flatten(), rtol=0, atol=1e-9), (i, step)
+    assert halvings > 6
+    assert returns > 3
+
+
+def test_step_size_rule():
+    assert checkpoints(100) == {21: 22, 40: 19, 56: 16, 69: 13, 79: 10, 86: 7, 92: 6, 98: 6}
+    step = StepSize(torch.tensor([1.0, 1.0]), torch.zeros(2), {3: 4, 5: 2})
+    for i in range(4):  # first problem: 3 of 4 steps improve (at most 0.75: halved); second: all
+        halved = step.update(i, torch.tensor([i > 0, True]), torch.tensor([3.0, 4.0]))
+    assert halved.tolist() == [True, False]
+    assert step.size.tolist() == [0.5, 1.0]
+    for i in (4, 5):  # both always improve, but the second's best does not change over an interval without halving
+        halved = step.update(i, torch.tensor([True, True]), torch.tensor([3.0, 4.0]))
+    assert halved.tolist() == [False, True]
+
+
+def test_projection_normalization_and_targeted_loss_by_hand():
+    center = torch.full((1, 1, 1, 2), 0.5)
+    far = torch.tensor([[[[0.5 + 3.0, 0.5 + 4.0]]]])
+    assert torch.allclose(project(far, center, "l2", 0.5), center + torch.tensor([0.3, 0.4]))
+    assert torch.allclose(project(far, center, "linf", 0.6), torch.tensor(1.0))
+    assert torch.allclose(Normalized(nn.Identity(), [0.5], [0.25])(far), (far - 0.5) / 0.25)
+    logits = torch.tensor([[4.0, 3.0, 2.0, 0.0, -1.0]])  # z_y - z_t = 2, and 4 - (2 + 0) / 2 = 3
+    assert dlr_targeted(logits, torch.tensor([0]), torch.tensor([2])).item() == pytest.approx(-2 / 3)
+
+
+# --- all attacks ----------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_the_next_classes_in_turn(monkeypatch):
+    """Of the clean logits, likeliest first, --apgd-targets of them; cross-entropy before all."""
+    net = nn.Linear(4, 6, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([5.0, 1.0, 4.0, 0.0, 3.0, 2.0])[:, None].expand(6, 4))
+    targets = []
+    monkeypatch.setattr(attacks, "dlr_targeted", lambda z, y, t: targets.append(int(t)) or dlr_targeted(z, y, t))
+
+    def unsuccessful(model, images, label, loss_fn, *_):
+        loss_fn(model(images), torch.arange(len(images)))
+        none = torch.zeros(len(images), dtype=torch.bool)
+        return none, images, none
+
+    monkeypatch.setattr(attacks, "apgd", unsuccessful)
+    outcome = attack_all(net, torch.rand(1, 4), torch.tensor([0]), Threat("linf", 0.1, 5, n_targets=3))
+    assert targets == [2, 4, 5]
+    assert outcome.tolist() == [ROBUST]
+
+
+def test_the_targeted_loss_decides_where_cross_entropy_has_no_gradient():
+    """It vanishes in float32 if the net is sure of itself; differences of logits do not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    x = 0.25 + 0.5 * torch.rand(64, 3, 2, 2)
+    with torch.no_grad():
+        net[1].weight *= 1000
+        y = net(x).argmax(1)
+    outcome = attack_all(net, x, y, Threat("linf", 0.1, 10))
+    assert (outcome == 1 + VANISHED).sum() > 5
+    assert (outcome == -1).sum() == 0
+
+
+def test_a_linear_model_has_the_robust_radius_of_the_closed_form():
+    torch.manual_seed(0)
+    net, x, y, radii = two_logits(64, 2)
+    for norm, radius in radii.items():
+        eps = float(radius.median())
+        robust = without_marks(attack_all(net, x, y, Threat(norm, eps))) == ROBUST
+        clear = (radius - eps).abs() > 1e-3 * eps
+        assert torch.equal(robust[clear], (radius > eps)[clear])
+
+
+def test_too_few_classes_are_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(UserError, match="at least 4 classes"):
+        attack_all(net, torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.long), Threat("l2", 1))
+
+
+# --- the authors' code ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(a small network trained on Fashion-MNIST, 24 of its images, their labels)."""
+    torch.manual_seed(0)
+    source = open_source("wds/fashion-mnist", "data/fashion-mnist", "validation")
+    images, labels = zip(*EvalDataset(source).__getitems__(list(range(600))), strict=True)
+    x, y = torch.stack([to_tensor(image) for image in images]), torch.tensor(labels)
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 49, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(x)).split(50):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+    net.eval()
+    assert (net(x).argmax(1) == y).float().mean() > 0.8
+    return net, x[:24], y[:24]
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "targets"), [("l2", 0.25, 2), ("l2", 0.5, 9), ("linf", 2 / 255, 2), ("linf", 4 / 255, 9)]
+)
+def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, targets):
+    autoattack = pytest.importorskip("pyautoattack").AutoAttack
+    net, x, y = trained
+    names = ["apgd-ce", "apgd-t"]
+    theirs = autoattack(net, norm=norm.capitalize(), eps=eps, version="custom", attacks=names, seed=0)
+    theirs.apgd.n_restarts = 1  # as in AutoAttack's standard version
+    theirs.apgd_targeted.n_target_classes = targets  # the standard version has 9
+    perturbed, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
+    expected = net(perturbed).argmax(1) == y
+    state = {}
+
+    def same_starts(name, target, restart, index, shape, norm):
+        """The noise of their global generator, which is seeded with 0 for each attack."""
+        if state.get("attack") != name:
+            state.update(attack=name, generator=torch.Generator().manual_seed(0))
+        draw = torch.rand if norm == "linf" else torch.randn
+        noise = draw(len(index), *shape, generator=state["generator"])
+        return 2 * noise - 1 if norm == "linf" else noise
+
+    robust = attack_all(net, x, y, Threat(norm, eps, n_targets=targets), same_starts) == ROBUST
+    assert torch.equal(robust, expected)
+    assert 0 < robust.sum() < len(x)  # a setting in which the attack decides
+
+
+def test_gradients_that_are_exactly_zero_are_marked(trained):
+    """With logits this large, softmax leaves nothing to follow: cross-entropy fails on every image."""
+    net, x, y = trained
+    large = nn.Sequential(net, nn.Linear(10, 10, bias=False)).eval()
+    large[1].weight.data = 1e5 * torch.eye(10)
+    plain, outcome = (attack_all(model, x, y, Threat("linf", 8 / 255, 10, n_targets=1)) for model in (net, large))
+    correct = plain >= 0
+    assert (plain < VANISHED).all()
+    assert (plain == 0).any()
+    assert (outcome[correct] > VANISHED).all()
+    assert torch.equal(without_marks(outcome) == ROBUST, plain == ROBUST)  # of ratios of logits, whatever their size
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 4 / 255)])
+def test_adversarial_images_are_in_the_ball_and_misclassified(trained, norm, eps):
+    net, x, y = trained
+
+    def loss(logits, rows):
+        return F.cross_entropy(logits, y[rows], reduction="none")
+
+    adversarial, images, vanished = apgd(net, x, y, loss, x, Threat(norm, eps, n_iter=20))
+    assert adversarial.any()
+    assert not vanished.any()
+    distance = (images - x).flatten(1).norm(dim=1, p=2 if norm == "l2" else float("inf"))
+    assert (distance <= eps * (1 + 1e-5)).all()
+    assert (images.clamp(0, 1) == images).all()
+    assert (net(images).argmax(1)[adversarial] != y[adversarial]).all()
+    assert torch.equal(images[~adversarial], x[~adversarial])
+
+
+# --- FAB-T and Square -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    net, *others = two_logits(32, 6)
+    return net.requires_grad_(False), *others
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_fab_finds_the_closed_form_of_a_linear_model_and_square_never_more(linear, norm):
+    pytest.importorskip("pyautoattack")
+    net, x, y, radii = linear
+    eps = float(radii[norm].median())
+    clear = (radii[norm] - eps).abs() > 0.02 * eps
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        threat = Threat(norm, eps, n_iter=20, n_targets=3)
+        fab, square = (attacks.fab_or_square(name, net, x, y, threat) for name in ("fab-t", "square"))
+    assert torch.equal(fab[clear], (radii[norm] < eps)[clear])
+    assert square.any()
+    assert not (square & (radii[norm] > 1.02 * eps)).any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_attack_gets_the_images_that_are_still_robust(linear, monkeypatch):
+    net, x, y, radii = linear
+    calls = []
+
+    def two(name, model, images, label, threat):
+        calls.append((name, len(images), threat))
+        return torch.arange(len(images)) < 2
+
+    monkeypatch.setattr(attacks, "fab_or_square", two)
+    eps = float(radii["l2"].median())
+    left = int((without_marks(attack_all(net, x, y, Threat("l2", eps, n_iter=20))) == ROBUST).sum())
+    outcome = without_marks(attack_all(net, x, y, Threat("l2", eps, n_iter=20, standard=True)))
+    threat = Threat("l2", eps, n_iter=20, n_targets=3, standard=True)
+    assert calls == [("fab-t", left, threat), ("square", left - 2, threat)]
+    assert [(outcome == ATTACKS.index(name)).sum() for name in ("fab-t", "square")] == [2, 2]
+    assert (outcome == ROBUST).sum() == left - 4

@@ -1,0 +1,279 @@
+"""validate.py as a command: results, checkpoints, suites, processes, memory, mistakes."""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+from samon.errors import UserError
+from samon.evals import EVALS, accuracy, apgd, load_evaluation
+from samon.evals.main import main, parse
+from tests import runs
+from tests.eval_sets import FASHION
+
+MODEL = ["--model", "test_resnet", "--no-pretrained", "--num-classes", "10", "--img-size", "32"]
+SMALL = ["--workers", "0", "--device", "cpu"]
+ATTACK = ["--norm", "linf", "--eps", "1/255", "--apgd-iters", "2", "--apgd-targets", "1"]
+
+
+def save_model(path, **kwargs):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=10, **kwargs).state_dict(), path)
+    return str(path)
+
+
+def test_every_evaluation_is_a_module():
+    assert all(callable(load_evaluation(name).evaluate) for name in EVALS)
+    assert [name for name in EVALS if not EVALS[name].needs_data] == ["norm_params"]
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "md"])
+def test_results_files_have_the_documented_columns(tmp_path, form):
+    path = tmp_path / f"r.{form}"
+    flags = [*MODEL, *FASHION, *SMALL, *ATTACK, "--num-samples", "32", "--evals", "accuracy,apgd"]
+    rows = main([*flags, "--norm", "l2,linf", "--eps", "0.25,0.5/255", "--results-file", str(path)])
+    for row in rows:
+        assert {"model", "dataset", "split", "eval", "metric", "value", "num_samples"} <= set(row)
+        assert (row["model"], row["dataset"], row["split"]) == ("test_resnet", "wds/fashion-mnist", "validation")
+        assert row["num_samples"] == 32
+    assert [row["metric"] for row in rows if row["eval"] == "accuracy"] == ["top1", "top5", "loss", "ece"]
+    attacks = [(row["metric"], row["norm"], row["eps"]) for row in rows if row["eval"] == "apgd"]
+    metrics = ("robust_top1_apgd-ce", "robust_top1_apgd-t", "robust_top1")
+    assert attacks == [(m, *t) for t in (("l2", 0.25), ("linf", 0.5 / 255)) for m in metrics]
+    if form == "json":
+        assert json.loads(path.read_text()) == rows
+    elif form == "csv":
+        assert [row["metric"] for row in csv.DictReader(path.read_text().splitlines())] == [
+            row["metric"] for row in rows
+        ]
+    else:
+        assert "| wds/fashion-mnist | apgd linf 0.5/255 |" in path.read_text()
+
+
+def test_a_suite_is_one_table_and_entries_choose_their_evaluations(tmp_path, capsys):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "- {name: clean, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: validation}\n"
+        "- {name: seen, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: train, evals: [accuracy]}\n"
+    )
+    flags = ["--evals", "accuracy,feature_rank", "--num-samples", "32", "--feature-samples", "32"]
+    rows = main([*MODEL, *SMALL, "--suite", str(suite), *flags])
+    pairs = [(row["dataset"], row["eval"]) for row in rows if row["metric"] in ("top1", "feature_rank")]
+    assert pairs == [("clean", "accuracy"), *[("clean", "feature_rank")] * 2, ("seen", "accuracy")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| data set | evaluation | top-1 | top-5 | loss |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| clean", "| clean", "| clean", "| seen"]
+
+
+def test_one_and_two_processes_give_identical_figures(tmp_path):
+    """All evaluations at once; the batches are the same whoever computes them, so every figure is."""
+    flags = [*MODEL, *FASHION, *SMALL, *ATTACK, "--checkpoint", save_model(tmp_path / "net.pth")]
+    flags += ["--evals", "accuracy,apgd,sharpness,feature_rank,norm_params", "--num-samples", "90"]
+    flags += ["--batch-size", "32", "--apgd-batch-size", "20", "--sharpness-samples", "96", "--sharpness-m", "32"]
+    flags += ["--sharpness", "worst-linf-adaptive-3step@0.01", "average-l2-2step@0.01", "--feature-samples", "60"]
+    one, two = main(flags), tmp_path / "two.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "validate.py"]
+    command, env = [*launch, *flags, "--results-file", str(two)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(two.read_text()) == one
+    assert {row["eval"] for row in one} == {"accuracy", "apgd", "sharpness", "feature_rank", "norm_params"}
+    assert {row["num_samples"] for row in one if row["eval"] in ("accuracy", "apgd")} == {90}
+
+
+def test_out_of_memory_names_the_flag_and_retry_halves_the_batch(monkeypatch, caplog):
+    sizes, evaluate = [], accuracy.evaluate
+
+    def limited(context, dataset):
+        sizes.append(context.config.batch_size)
+        if context.config.batch_size > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return evaluate(context, dataset)
+
+    monkeypatch.setattr(accuracy, "evaluate", limited)
+    flags = [*MODEL, *FASHION, *SMALL, "--num-samples", "20", "--batch-size", "32"]
+    with pytest.raises(UserError, match="accuracy: out of memory with --batch-size 32; lower --batch-size"):
+        main(flags)
+    sizes.clear()
+    assert main([*flags, "--retry"])[0]["num_samples"] == 20
+    assert sizes == [32, 16, 8]
+    assert "trying 8" in caplog.text
+    monkeypatch.setattr(apgd, "evaluate", limited)
+    with pytest.raises(UserError, match="apgd: out of memory with --apgd-batch-size 100; lower --apgd-batch-size"):
+        main([*flags, "--evals", "apgd", "--retry"])
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_names_its_model_and_averaged_weights(tmp_path):
+    """A checkpoint in timm's format whose averaged weights differ from its weights."""
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    ema = ModelEmaV3(model)
+    with torch.no_grad():
+        model.fc.bias[3] += 100  # always class 3
+        ema.module.fc.bias[5] += 100
+    args = argparse.Namespace(model="resnet10t", num_classes=10, in_chans=1, img_size=32, mean=[0.5], std=[0.5])
+    directories = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    CheckpointSaver(model, torch.optim.SGD(model.parameters(), 0.1), args, ema, **directories).save_checkpoint(0, 10.0)
+    last, best = str(tmp_path / "last.pth.tar"), str(tmp_path / "model_best.pth.tar")
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "threes.npz", x_test=pixels, y_test=np.full(20, 3))
+    threes = ["--dataset", "npz/threes", "--data-dir", str(tmp_path), "--split", "test"]
+    for flags, right in (([], 100), (["--no-ema"], 100), (["--use-ema"], 0)):
+        (top1, *_) = main(["--checkpoint", last, *threes, *SMALL, *flags])
+        assert (top1["metric"], top1["value"], top1["num_samples"]) == ("top1", right, 20)
+    figure = tmp_path / "norm.png"
+    both = ["--checkpoint", last, str(tmp_path), "--evals", "norm_params"]
+    rows = main([*both, *SMALL, "--norm-figure", str(figure)])
+    assert {row["checkpoint"] for row in rows} == {last, best}  # a directory stands for its best
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_of_train_py_score_as_in_training(tmp_path):
+    metrics, directory = runs.run(tmp_path, "--val-num-samples", "1000", "--model-ema", "--model-ema-decay", "0.5")
+    scores = {}
+    for flags in ([], ["--use-ema"], ["--no-ema"]):
+        rows = main(["--checkpoint", str(directory / "last.pth.tar"), *FASHION, *SMALL, *flags])
+        assert rows[0]["model"] == "test_resnet"
+        scores[" ".join(flags)] = {row["metric"]: row["value"] for row in rows}
+    assert scores[""] == scores["--use-ema"] != scores["--no-ema"]
+    for key in ("top1", "top5", "loss"):  # training reports the averaged weights
+        assert scores[""][key] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4)
+
+
+def test_checkpoints_with_one_name_are_distinguished(tmp_path):
+    paths = [tmp_path / place / "run/last.pth" for place in ("a", "b", "b/a")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        torch.save({}, path)
+    names = [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", *map(str, paths)])]
+    assert names == [f"{tmp_path.name}/a/run/last.pth", "b/run/last.pth", "b/a/run/last.pth"]
+    assert [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", str(paths[0])])] == ["run/last.pth"]
+    assert [job.name for job in parse([*MODEL, *FASHION])] == ["test_resnet"]
+
+
+def test_reports_that_would_overwrite_each_other_are_refused(tmp_path):
+    """Slashes become underscores in file names."""
+    path = tmp_path / "suite.yaml"
+    path.write_text("- {name: a/b_c, data_dir: x}\n- {name: a_b/c, data_dir: y}\n")
+    suite = [*MODEL, "--suite", str(path)]
+    with pytest.raises(UserError, match=r"--class-report: .*a/b_c and .*a_b/c would both write .*a_b_c"):
+        parse([*suite, "--class-report", str(tmp_path)])
+    assert len(parse(suite)[0].specs) == 2
+    files = [tmp_path / "a/b_c.pth", tmp_path / "a_b/c.pth"]
+    for file in files:
+        file.parent.mkdir()
+        torch.save({}, file)
+    both = [*MODEL, "--evals", "norm_params", "--checkpoint", *map(str, files)]
+    with pytest.raises(UserError, match=r"--norm-tensorboard: a/b_c.pth and a_b/c.pth would both write a_b_c.pth"):
+        parse([*both, "--norm-tensorboard", str(tmp_path)])
+
+
+def test_accuracy_in_another_precision_than_the_runs_is_logged(tmp_path, caplog):
+    args = argparse.Namespace(model="test_resnet", num_classes=10, in_chans=1, mean=[0.5], std=[0.5], amp=True)
+    weights = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
+    torch.save({"arch": "test_resnet", "state_dict": weights, "args": args}, tmp_path / "last.pth")
+    flags = ["--checkpoint", str(tmp_path / "last.pth"), *FASHION, *SMALL, "--img-size", "32", "--num-samples", "8"]
+    for evals, logged in (("accuracy", False), ("norm_params", False), ("accuracy,norm_params", True)):
+        caplog.clear()
+        main([*flags, "--evals", evals])
+        assert ("accuracy is in float32" in caplog.text) is logged
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_one_channel_needs_no_mean(tmp_path):
+    """Loader and attack agree on the images, with and without the prefetcher."""
+    flags = [*MODEL, *FASHION, *SMALL, *ATTACK, "--checkpoint", save_model(tmp_path / "net.pth", in_chans=1)]
+    flags += ["--in-chans", "1", "--evals", "accuracy,apgd", "--num-samples", "20"]
+    found = [main([*flags, *more]) for more in ([], ["--no-prefetcher"])]
+    assert [row["value"] for row in found[0]] == pytest.approx([row["value"] for row in found[1]], rel=1e-5)
+    rows = {row["metric"]: row for row in found[0]}
+    assert rows["robust_top1"]["clean_top1"] == rows["top1"]["value"]
+
+
+def test_arrays_and_folders_are_data_sets_too(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(40) % 10
+    np.savez(tmp_path / "toy.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    for k in range(40):
+        folder = tmp_path / "folder" / "val" / str(labels[k])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[k]).save(folder / f"{k}.png")
+    flags = [*MODEL, *SMALL, "--checkpoint", save_model(tmp_path / "net.pth")]
+    arrays = main([*flags, "--dataset", "npz/toy", "--data-dir", str(tmp_path), "--split", "test"])
+    folder = main([*flags, "--data-dir", str(tmp_path / "folder")])
+    assert [row["num_samples"] for row in arrays] == [40] * 4
+    assert [row["value"] for row in arrays] == pytest.approx([row["value"] for row in folder], rel=1e-5)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("--evals acuracy", "unknown evaluation 'acuracy'; did you mean 'accuracy'?"),
+    ("--pretrained --model resnet10t", "--num-classes 10: the pretrained weights of resnet10t have 1000"),
+    ("--pretrained --model resnet18_cifar", "--model resnet18_cifar has no pretrained weights; give --checkpoint"),
+    ("--model vit_none*", "--model vit_none*: no model with pretrained weights"),
+    ("--model resnet10tt", "unknown model 'resnet10tt'; did you mean"),
+    ("--test-pool --evals feature_rank", "--test-pool replaces the pooling"),
+    ("--results-format timm --evals accuracy,apgd", "--results-format timm has columns for accuracy alone"),
+    ("--split tset", "no split 'tset'"),
+    ("--dataset= --data-dir elsewhere", "elsewhere: no such directory"),
+    ("--dataset= --data-dir=", "no data set; give --data-dir"),
+    ("--checkpoint none.pth", "--checkpoint none.pth: no such file"),
+    ("--checkpoint LICENSE", "--checkpoint LICENSE is a text file"),
+    ("--use-ema", "--use-ema: the model as created has no averaged weights"),
+    ("--use-ema --no-ema", "--use-ema and --no-ema exclude each other"),
+    ("--evals apgd --eps 0", "--eps '0': write positive numbers"),
+    ("--evals apgd --norm l1", "--norm l1: use l2, linf"),
+    ("--evals apgd --apgd-batch-size 0", "--apgd-batch-size: must be > 0"),
+    ("--evals sharpness --sharpness worst", "sharpness measure 'worst'"),
+    ("--evals sharpness --sharpness-samples 4", "has 4 images; lower --sharpness-m"),
+    ("--evals feature_rank --feature-layer layer9", "no layer 'layer9'"),
+    ("--evals feature_rank --feature-centering rows", "--feature-centering rows: use row, column, none"),
+    ("--interpolation random", "--interpolation random: use nearest, bilinear, bicubic"),
+    ("--crop-mode middle", "--crop-mode"),
+    ("--num-gpu 2", "--num-gpu is not supported: use torchrun"),
+    ("--amp --evals apgd", "--amp and --model-dtype are for accuracy"),
+    ("--results-file x.txt", "--results-file x.txt: name it .json"),
+    ("--suite LICENSE", "--suite LICENSE"),
+    ("--model vit_tiny_patch16_224 --model-kwargs img_size=224", "Conflicting input image sizes"),
+    ("--num-classes 9", "has 10 classes, the model 9; map its classes with --class-map"),
+    ("--suite sketch.yaml", "needs a model of the 1000 ImageNet classes"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_are_user_errors(flags, message, tmp_path):
+    (tmp_path / "sketch.yaml").write_text("- {set: imagenet-sketch, data_dir: tests/photographs}\n")
+    words = flags.replace("sketch.yaml", str(tmp_path / "sketch.yaml")).split()
+    with pytest.raises(UserError) as caught:
+        main([*MODEL, *FASHION, *SMALL, *words])
+    assert message in str(caught.value)
+
+
+def test_the_model_must_be_named():
+    with pytest.raises(UserError, match="--model: name the model"):
+        parse([*FASHION])
+
+
+def test_too_few_classes_for_an_attack_are_reported_before_any_work(tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", x_test=np.zeros((8, 32, 32, 3), np.uint8), y_test=np.arange(8) % 3)
+    data = ["--num-classes", "3", "--dataset", "npz/x", "--data-dir", str(tmp_path), *SMALL]
+    with pytest.raises(UserError, match="at least 4 classes, the model has 3"):
+        main([*MODEL, *data, "--evals", "accuracy,apgd"])
+    assert "accuracy on" not in caplog.text
