@@ -309,6 +309,30 @@ class Loader:
                 raise DataError(f"evaluated {samples} samples, the index lists {len(self.dataset)}")
 
 
+SizeSchedule = tuple[Sequence[int], ScheduledBatchSampler]
+
+
+def _set_transform(
+    dataset: SampleStream,
+    input_size: int | Sequence[int],
+    size_schedule: SizeSchedule | None,
+    decoder: str,
+    splits: int,
+    options: dict[str, Any],
+) -> None:
+    """Set how images are decoded and augmented, at one size or at each of a schedule's."""
+
+    def create(size: int | Sequence[int], quiet: bool) -> tuple[Transform, Transform]:
+        transform = create_transform(size, separate=splits > 0, **options)
+        transform = SplitTransform(transform, splits) if splits else transform
+        return choose_decoder(decoder, transform, dataset.image_mode, quiet)
+
+    dataset.decode, dataset.transform = create(input_size, quiet=not options["is_training"])
+    if size_schedule is not None:
+        sizes, sampler = size_schedule
+        dataset.transform = SizedTransform([create((side, side), quiet=True)[1] for side in sizes], sampler)
+
+
 def create_loader(
     dataset: SampleStream,
     input_size: int | Sequence[int],
@@ -326,12 +350,11 @@ def create_loader(
     num_workers: int = 1,
     collate_fn: Callable[..., Any] | None = None,
     pin_memory: bool = False,
-    fp16: bool = False,
     img_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cuda",
     use_prefetcher: bool = True,
     decoder: str = "auto",
-    size_schedule: tuple[Sequence[int], ScheduledBatchSampler] | None = None,
+    size_schedule: SizeSchedule | None = None,
     **transform_options: Any,
 ) -> Loader:
     """timm's `create_loader` for a stream of `create_dataset`, with timm's arguments and:
@@ -341,9 +364,6 @@ def create_loader(
         size_schedule: side lengths of training images, and the sampler that chooses each batch's among them.
         **transform_options: of timm's `create_transform`. `distributed`, `worker_seeding`, `persistent_workers` and
             `use_multi_epochs_loader` have no effect: a stream has a rank, samples have seeds, workers persist.
-
-    Raises:
-        UserError: numbers that cannot work, or a transform that `decoder` cannot do.
     """
     for name in ("distributed", "worker_seeding", "persistent_workers", "use_multi_epochs_loader"):
         transform_options.pop(name, None)
@@ -351,16 +371,7 @@ def create_loader(
     erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count, "mean": mean, "std": std}
     erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
     transform_options |= {"is_training": is_training, "use_prefetcher": use_prefetcher, **erasing}
-
-    def create(size: int | Sequence[int], quiet: bool) -> tuple[Transform, Transform]:
-        transform = create_transform(size, separate=num_aug_splits > 0, **transform_options)
-        transform = SplitTransform(transform, num_aug_splits) if num_aug_splits else transform
-        return choose_decoder(decoder, transform, dataset.image_mode, quiet)
-
-    dataset.decode, dataset.transform = create(input_size, quiet=not is_training)
-    if size_schedule is not None:
-        sizes, sampler = size_schedule
-        dataset.transform = SizedTransform([create((side, side), quiet=True)[1] for side in sizes], sampler)
+    _set_transform(dataset, input_size, size_schedule, decoder, num_aug_splits, transform_options)
     dataset.batch_size, dataset.repeats = batch_size, num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
@@ -375,9 +386,9 @@ def create_loader(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else it would draw its base seed from the global one
     )
-    prefetcher = None
-    if use_prefetcher:
-        channels = len(mean) if isinstance(input_size, int) or len(input_size) < 3 else input_size[0]
-        erasing |= {"channels": channels, "re_prob": re_prob if is_training else 0.0}
-        prefetcher = PrefetchLoader(loader, device=device, fp16=fp16, img_dtype=img_dtype, **erasing)
+    if not use_prefetcher:
+        return Loader(dataset, loader, None, device)
+    channels = len(mean) if isinstance(input_size, int) or len(input_size) < 3 else input_size[0]
+    erasing |= {"channels": channels, "re_prob": re_prob if is_training else 0.0}
+    prefetcher = PrefetchLoader(loader, device=device, img_dtype=img_dtype, **erasing)
     return Loader(dataset, loader, prefetcher, device)
