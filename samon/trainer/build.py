@@ -64,6 +64,8 @@ class Run:
     train_loader: Batches
     eval_loader: Batches | None
     class_names: list[str] | None  # in the order of the labels
+    tail: samon.Tail | None  # which updates take two passes (--sam-tail)
+    rho_schedule: samon.RhoSchedule | None
     updates_per_epoch: int
     epochs: int  # with cycles, warm-up prefix and cool-down
     metric: str  # of the validation (or training) metrics, the one that decides the best checkpoint
@@ -112,6 +114,7 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     check_epochs(config, epochs, sam is not None)
+    tail = None if sam is None or config.sam_tail is None else samon.Tail(epochs * updates, config.sam_tail)
     distribute(config, task, model, world)
     if sam is not None:
         if config.torchcompile:
@@ -131,6 +134,8 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
         train_loader=data.train_loader,
         eval_loader=data.eval_loader,
         class_names=data.class_names,
+        tail=tail,
+        rho_schedule=None if sam is None else build_rho_schedule(config, sam, tail, updates),
         updates_per_epoch=updates,
         epochs=epochs,
         metric=metric,
@@ -269,11 +274,26 @@ def build_loss(config: Config) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing=config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
 
 
+def build_rho_schedule(
+    config: Config, sam: samon.SAM, tail: samon.Tail | None, updates: int
+) -> samon.RhoSchedule | None:
+    """rho over time, in updates of the whole run; None if it is constant."""
+    if config.rho_sched == "constant" and not config.rho_warmup:
+        return None
+    start = config.sam_start_epoch * updates if tail is None else tail.start
+    lr_max = 0.0 if config.sched in ("none", "constant") else config.lr
+    return samon.RhoSchedule(
+        config.rho_sched, sam.rho, config.rho_min, start, config.rho_warmup, lr_max=lr_max, lr_min=config.min_lr
+    )
+
+
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, updates: int, metric: str
 ) -> tuple[Scheduler | None, int]:
     """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down."""
     with reraise_as_user_error(f"--sched {config.sched}"):
+        if config.sched == "wsd" and config.sam_tail is not None and config.decay_epochs is None:
+            config = config.but(decay_epochs=config.sam_tail)  # the tail owns the decay of the learning rate
         kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     if scheduler is None:  # timm applies the scale of --layer-decay in its schedules only

@@ -278,6 +278,12 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
             f"--sam-end-epoch {config.sam_end_epoch} is not after --sam-start-epoch {config.sam_start_epoch}, so no "
             "epoch has the two-pass step; drop one of them, or use the base optimizer"
         )
+    if config.sam_tail is not None and (config.sam_start_epoch or config.sam_end_epoch or config.sam_every != 1):
+        raise UserError(
+            "--sam-tail excludes --sam-start-epoch, --sam-end-epoch and --sam-every; drop them or --sam-tail"
+        )
+    if config.rho_min and config.rho_sched == "constant":
+        raise UserError("--rho-min is for --rho-sched linear and lr; drop it or choose one")
     if isinstance(m, int) and config.batch_size % m:
         raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {m}")
     if isinstance(m, int) and (config.aug_splits or config.norm_dropout):

@@ -3,6 +3,7 @@
 from samon.engines.ascent import SOURCES, make_ascent
 from samon.evals import EVALS
 from samon.geometry import validate_radius_rule
+from samon.schedule import RHO_SCHEDULES
 from samon.trainer.flag_rows_timm import TIMM, B, T, V
 from samon.trainer.flags import Flag, Sections, rows_of_program
 
@@ -73,6 +74,16 @@ SAM: tuple[Flag, ...] = (
     T("esam-beta", float, 1.0, "ESAM: probability that an update perturbs a tensor", range="in (0, 1]"),
     T("sam-start-epoch", int, 0, "first epoch of the two-pass step", range=">= 0"),
     T("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
+    T("sam-tail", float, None, "only the last fraction of all updates takes two passes", range="in (0, 1]"),
+    T(
+        "rho-sched",
+        str,
+        "constant",
+        "rho over time: constant, linear ramp, or proportional to lr",
+        choices=RHO_SCHEDULES,
+    ),
+    T("rho-warmup", int, 0, "updates of the linear ramp, from the first two-pass update on", range=">= 0"),
+    T("rho-min", float, 0.0, "smallest rho of a schedule", range=">= 0"),
     T("sam-every", int, 1, "use the two-pass step in every k-th update, the base step in between", range=">= 1"),
     T("bn-stats", str, "first", "pass that updates BatchNorm statistics", choices=("first", "second", "both")),
     T("same-noise", bool, False, "use the same dropout and stochastic-depth masks in both passes"),

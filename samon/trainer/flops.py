@@ -46,6 +46,8 @@ def step_flops(config: Config) -> dict[str, float] | None:
         log.info("FLOPs of a step were not counted: %s", " ".join(str(error).split())[:200])
         return None
     end = config.epochs if config.sam_end_epoch is None else min(config.sam_end_epoch, config.epochs)
+    if config.sam_tail is not None:
+        return {"step": config.sam_tail * two_pass + (1 - config.sam_tail) * plain, "plain": plain}
     share = max(0, end - config.sam_start_epoch) / max(1, config.epochs) / config.sam_every
     return {"step": share * two_pass + (1 - share) * plain, "plain": plain}
 

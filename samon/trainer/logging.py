@@ -126,6 +126,10 @@ class RunLogger:
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
+            if run.tail is not None:
+                flops = step_flops(config)
+                cost = "" if flops is None else f": {flops['step'] / flops['plain']:.2f}x the FLOPs of plain training"
+                log.info("two passes in the last %g %% of updates%s", 100 * run.tail.fraction, cost)
 
     def start_epoch(self, run: Run, progress: Progress) -> None:
         """Show the epoch on the progress bar, if stderr is a terminal."""

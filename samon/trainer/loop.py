@@ -75,6 +75,7 @@ def fit(
             logger.start_epoch(run, progress)
             for batches, count in updates(run, progress, timer, logger, rng):
                 perturb = takes_two_passes(run, progress)
+                set_rho(run, progress)
                 values, samples = compute_gradient(run, batches, count, perturb)
                 values["grad_norm"], applied = apply_gradient(run)
                 meter.add(samples, values, applied)
@@ -185,11 +186,20 @@ def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
 
 
 def takes_two_passes(run: Run, progress: Progress) -> bool:
-    """Whether the next update perturbs the weights (--sam-start-epoch, --sam-end-epoch, --sam-every)."""
+    """Whether the next update perturbs the weights (--sam-start-epoch, --sam-end-epoch, --sam-every, --sam-tail)."""
     config, end = run.config, run.config.sam_end_epoch
     if run.sam is None or progress.epoch < config.sam_start_epoch or (end is not None and progress.epoch >= end):
         return False
-    return (progress.epoch * run.updates_per_epoch + progress.updates) % config.sam_every == 0
+    update = progress.epoch * run.updates_per_epoch + progress.updates
+    return update % config.sam_every == 0 and (run.tail is None or update in run.tail)
+
+
+def set_rho(run: Run, progress: Progress) -> None:
+    """Set rho of the next update (--rho-sched)."""
+    if run.sam is not None and run.rho_schedule is not None:
+        group = run.optimizer.param_groups[0]
+        lr = group["lr"] / group.get("lr_scale", 1.0)
+        run.sam.rho = run.rho_schedule.at(progress.epoch * run.updates_per_epoch + progress.updates, lr)
 
 
 def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[Values, int]:

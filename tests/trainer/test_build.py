@@ -1,6 +1,7 @@
 """What each flag builds: model, loss, optimizer, schedule, average. Nothing is trained."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -252,3 +253,32 @@ def test_input_size(args: str, shape: tuple[int, ...]) -> None:
     images, _ = next(iter(run.train_loader))
     assert images.shape == shape
     assert run.model(images).shape == (16, 10)
+
+
+def test_the_tail_owns_the_decay_of_a_wsd_schedule() -> None:
+    args = ["--opt", "samon", "--sched", "wsd", "--sched-on-updates", "--epochs", "10", "--warmup-epochs", "0"]
+    rates = []
+    for extra in (["--sam-tail", "0.5"], ["--decay-epochs", "0.5"], ["--sam-tail", "0.5", "--decay-epochs", "0.2"]):
+        run = built(*args, *extra)
+        total = run.epochs * run.updates_per_epoch
+        rates.append([run.scheduler._get_lr(update)[0] for update in range(total)])
+        if "--sam-tail" in extra:
+            assert run.tail.start == total // 2
+    assert rates[0] == rates[1] != rates[2]
+    falling = [a > b for a, b in pairwise(rates[0])]
+    assert falling.index(True) == pytest.approx(len(rates[0]) / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--sam-tail 0.3 --sam-every 2", "--sam-tail excludes"),
+        ("--sam-tail 0.3 --sam-start-epoch 1", "--sam-tail excludes"),
+        ("--rho-min 0.1", "--rho-min is for --rho-sched"),
+        ("--rho-sched lr --sched none", "learning rate that is constant"),
+        ("--rho-warmup 5", "warmup updates"),
+    ],
+)
+def test_contradictions_of_the_two_pass_phase(args: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        built("--opt", "samon", *args.split())

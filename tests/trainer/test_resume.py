@@ -40,6 +40,8 @@ CASES = {
     "friendly-accumulation": ["--opt", "samon", "--ascent", "friendly", "--grad-accum-steps", "2", "-b", "8"],
     "every": ["--opt", "samon", "--ascent", "every:3", "--clip-grad", "1"],
     "adaptive": ["--opt", "samon", "--ascent", "adaptive"],
+    "tail": ["--opt", "samon", "--sam-tail", "0.6", "--rho-sched", "lr", "--rho-min", "0.01", "--sched-on-updates"],
+    "ramp": ["--opt", "samon", "--rho-sched", "linear", "--rho-warmup", "5", "--radius", "raw"],
     "gsam-small-ascent": ["--opt", "samon", "--gsam-alpha", "0.3", "--ascent-size", "24"],
     "esam": ["--opt", "sam", "--esam-beta", "0.5"],
     "bf16": ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16"],
