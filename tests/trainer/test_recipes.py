@@ -22,54 +22,45 @@ GRIDS: dict[str, dict[str, list[float]]] = yaml.safe_load((ROOT / "hparams/rho_g
 CIFAR = sorted(path.stem for path in (ROOT / "hparams/cifar").glob("*.yaml"))
 
 
-def resolved(path: str, *argv: str) -> dict[str, Any]:
-    """What `train.py -c PATH ... --print-config` prints."""
-    parsed = config.parse(["-c", str(ROOT / "hparams" / path), *argv, "--print-config"])
-    return yaml.safe_load(config.dump(parsed))
+def parsed(path: str, *argv: str) -> config.Config:
+    return config.parse(["-c", str(ROOT / "hparams" / path), *argv, "--print-config"])
 
 
 def base_of(opt: str) -> str:
     return opt.rsplit("-", 1)[1] if opt.endswith(("-adamw", "-lion")) else opt if opt in ("adamw", "lion") else "sgd"
 
 
-def test_table8_has_23_settings() -> None:
-    assert len(SETTINGS) == 23
-
-
 @pytest.mark.parametrize(("recipe", "opt"), SETTINGS)
 def test_imagenet_recipe_is_the_papers_column(recipe: str, opt: str) -> None:
-    shared = TABLE8[recipe]["shared"]
-    values = resolved(f"imagenet/{recipe}.yaml", "--opt", opt)
-    assert values["opt"] == opt
-    assert values["rho"] == TABLE8[recipe]["rho"][opt]
+    """The resolved settings, and the optimizer that they build."""
+    assert len(SETTINGS) == 23
+    shared, c = TABLE8[recipe]["shared"], parsed(f"imagenet/{recipe}.yaml", "--opt", opt)
+    assert (c.opt, c.rho) == (opt, TABLE8[recipe]["rho"][opt])
     for key in ("epochs", "warmup_epochs", "cooldown_epochs", "global_batch_size", "lr", "sched", "weight_decay"):
-        assert values[key] == shared[key], key
-    assert not values["warmup_prefix"]
-    assert values["input_size"] == [3, shared["resolution"], shared["resolution"]]
-    # m is one process's batch when every process makes its own perturbation.
-    assert (values["m_sharpness"], values["batch_size"], values["grad_accum_steps"]) == ("device", shared["m"], 1)
-    assert shared["processes"] * values["batch_size"] == values["global_batch_size"]
-    # inception-style: area crop, flip, colour jitter; nothing stronger
-    assert (values["scale"], values["hflip"], values["color_jitter"]) == ([0.08, 1.0], 0.5, 0.4)
-    assert not any(values[key] for key in ("aa", "mixup", "cutmix", "reprob", "drop", "drop_path", "model_ema"))
-
-
-@pytest.mark.parametrize(("recipe", "opt"), SETTINGS)
-def test_imagenet_recipe_builds_its_optimizer(recipe: str, opt: str) -> None:
-    """The optimizer that the resolved settings make has the table's rho, base and weight decay."""
-    c = config.parse(["-c", str(ROOT / f"hparams/imagenet/{recipe}.yaml"), "--opt", opt, "--print-config"])
-    with torch.device("meta"):
-        model = timm.create_model(c.model.split(".")[0], num_classes=c.num_classes)
-    optimizer = build_optimizer(c, model)
+        assert getattr(c, key) == shared[key], key
+    assert not c.warmup_prefix
+    assert c.input_size == [3, shared["resolution"], shared["resolution"]]
+    # m is the batch of one process if every process makes its own perturbation.
+    assert (c.m_sharpness, c.batch_size, c.grad_accum_steps) == ("device", shared["m"], 1)
+    assert shared["processes"] * c.batch_size == c.global_batch_size
+    # Inception-style: area crop, flip, color jitter, and nothing stronger.
+    assert (c.scale, c.hflip, c.color_jitter) == ([0.08, 1.0], 0.5, 0.4)
+    assert not any((c.aa, c.mixup, c.cutmix, c.reprob, c.drop, c.drop_path, c.model_ema))
+    optimizer = build_optimizer(c, meta_model(c))
     sam = samon.sam_of(optimizer)
-    assert (sam.rho if sam else None) == TABLE8[recipe]["rho"][opt]
+    assert (sam.rho if sam else None) == c.rho
     base = sam.base if sam else optimizer
     assert type(base).__name__.lower().startswith(base_of(opt))
-    assert {g["weight_decay"] for g in base.param_groups} == {0.0, TABLE8[recipe]["shared"]["weight_decay"]}
-    assert {g["lr"] for g in base.param_groups} == {TABLE8[recipe]["shared"]["lr"]}
+    assert {g["weight_decay"] for g in base.param_groups} == {0.0, shared["weight_decay"]}
+    assert {g["lr"] for g in base.param_groups} == {shared["lr"]}
 
 
-def curve(c: Any, updates: int = 4) -> list[float]:
+def meta_model(c: config.Config) -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(c.model.split(".")[0], num_classes=c.num_classes)
+
+
+def curve(c: config.Config, updates: int = 4) -> list[float]:
     """Learning rate at the start of every epoch, or every update, exactly as the loop asks for it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=c.lr)
     scheduler, epochs = build_schedule(c, optimizer, updates, "top1")
@@ -86,10 +77,6 @@ def curve(c: Any, updates: int = 4) -> list[float]:
 
 def cosine(t: float, total: float, top: float, low: float) -> float:
     return low + 0.5 * (top - low) * (1 + math.cos(math.pi * t / total))
-
-
-def parsed(path: str, *argv: str) -> Any:
-    return config.parse(["-c", str(ROOT / "hparams" / path), *argv, "--print-config"])
 
 
 def test_resnet50_schedule_is_90_epochs_with_3_of_warm_up_and_10_of_cool_down() -> None:
@@ -125,7 +112,7 @@ def test_cifar_schedule_is_torchs_cosine_annealing() -> None:
 
 @pytest.mark.parametrize("recipe", CIFAR)
 def test_cifar_recipes_are_appendix_a1(recipe: str) -> None:
-    values = resolved(f"cifar/{recipe}.yaml")
+    c = parsed(f"cifar/{recipe}.yaml")
     data, kind = recipe.split("_")[:2]
     shared = {
         "epochs": 200,
@@ -147,12 +134,12 @@ def test_cifar_recipes_are_appendix_a1(recipe: str) -> None:
     else:
         shared |= {"lr": 0.1, "momentum": 0.9, "batch_size": 128, "bn_stats": "both"}
         shared |= {"aa": "cifar10" if recipe.endswith("_aa") else None}
-    assert {key: values[key] for key in shared} == shared
-    assert values["global_batch_size"] == values["batch_size"]
-    cfg = timm.get_pretrained_cfg(values["model"])
-    assert tuple(values["input_size"]) == cfg.input_size
+    assert {key: getattr(c, key) for key in shared} == shared
+    assert c.global_batch_size == c.batch_size
+    cfg = timm.get_pretrained_cfg(c.model)
+    assert tuple(c.input_size) == cfg.input_size
     if data == "cifar10":
-        assert (tuple(values["mean"]), tuple(values["std"])) == (cfg.mean, cfg.std)
+        assert (tuple(c.mean), tuple(c.std)) == (cfg.mean, cfg.std)
 
 
 @pytest.mark.parametrize("recipe", CIFAR)
@@ -162,7 +149,7 @@ def test_cifar_rho_is_the_middle_of_the_papers_grid(recipe: str) -> None:
     base = "-adamw" if "vit" in recipe else ""
     assert len(grid) == 12
     for opt, values in grid.items():
-        rho = resolved(f"cifar/{recipe}.yaml", "--opt", opt + base)["rho"]
+        rho = parsed(f"cifar/{recipe}.yaml", "--opt", opt + base).rho
         assert rho in values
         position = values.index(rho)
         assert abs(2 * position - (len(values) - 1)) <= 1
@@ -171,9 +158,7 @@ def test_cifar_rho_is_the_middle_of_the_papers_grid(recipe: str) -> None:
 def test_cifar_optimizer_is_plain_sgd_with_decay_on_everything() -> None:
     for opt in ("sgd", "samon-layerl2"):
         c = parsed("cifar/cifar100_resnet.yaml", "--opt", opt)
-        with torch.device("meta"):
-            model = timm.create_model(c.model, num_classes=c.num_classes)
-        optimizer = build_optimizer(c, model)
+        optimizer = build_optimizer(c, meta_model(c))
         sam = samon.sam_of(optimizer)
         (group,) = (sam.base if sam else optimizer).param_groups
         assert (group["nesterov"], group["weight_decay"], group["momentum"]) == (False, 5e-4, 0.9)
@@ -206,30 +191,9 @@ def test_cifar_recipes_train(recipe: str, opt: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8), np.arange(16) % 10
     np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
-    metrics = main(
-        [
-            "-c",
-            str(ROOT / f"hparams/cifar/{recipe}.yaml"),
-            "--opt",
-            opt,
-            "--dataset",
-            "npz/tiny",
-            "--data-dir",
-            str(tmp_path),
-            "--batch-size",
-            "8",
-            "--global-batch-size",
-            "8",
-            "--epochs",
-            "1",
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path),
-            "--experiment",
-            "run",
-        ]
-    )
+    words = f"--opt {opt} --dataset npz/tiny --batch-size 8 --global-batch-size 8 --epochs 1 --device cpu"
+    places = ["--data-dir", str(tmp_path), "--output", str(tmp_path), "--experiment", "run"]
+    metrics = main(["-c", str(ROOT / f"hparams/cifar/{recipe}.yaml"), *words.split(), *places])
     assert math.isfinite(metrics["train_loss_perturbed"])
     assert metrics["train_loss_perturbed"] != metrics["train_loss"]
     assert metrics["eval_top1"] in [pytest.approx(100 * k / 6, abs=0.01) for k in range(7)]
