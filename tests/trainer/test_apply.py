@@ -210,8 +210,9 @@ def update(name: str, **how: Any) -> Any:
         return applied
 
 
-# Every scope with every geometry, and every base.
+# Every scope with every geometry, and every base but Muon, whose AdamW for vectors reads its own step on the CPU.
 NAMES = [n for n, v in VARIANTS.items() if v.mask is None and (not n.endswith(BASED) or n.startswith("samon-layerl2"))]
+NAMES.remove("samon-layerl2-muon")
 
 
 @pytest.mark.parametrize("name", NAMES)
