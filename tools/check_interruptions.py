@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill training runs at every kind of moment and check that the continued run ends with the same bits.
+"""Kill training runs at every kind of moment and check that the resumed run ends with identical bits.
 
     python tools/check_interruptions.py  # 10 moments x {SIGTERM, SIGKILL one, all, a loader worker} x {1, 2} processes
     python tools/check_interruptions.py --processes 2 --kinds kill-one --moments 3 7
@@ -38,68 +38,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])
 UPDATES = 6  # per epoch
-ARGS = [
-    "--data-dir",
-    str(ROOT / "data/fashion-mnist"),
-    "--dataset",
-    "wds/fashion-mnist",
-    "--num-classes",
-    "10",
-    "--in-chans",
-    "1",
-    "--img-size",
-    "32",
-    "--mean",
-    "0.286",
-    "--std",
-    "0.353",
-    "--val-num-samples",
-    "40",
-    "-j",
-    "1",
-    "--epochs",
-    "3",
-    "--warmup-epochs",
-    "1",
-    "--lr",
-    "0.02",
-    "--model",
-    "test_resnet",
-    "--opt",
-    "samon-layerl2-momentum",
-    "--model-ema",
-    "--model-ema-decay",
-    "0.9",
-    "--drop",
-    "0.1",
-    "--mixup",
-    "0.2",
-    "--reprob",
-    "0.2",
-    "--grad-accum-steps",
-    "2",
-    "-b",
-    "8",
-    "--sched-on-updates",
-    "--checkpoint-interval",
-    "2",
-    "--device",
-    "cpu",
-    "--sample-split",
-]
-# (where, epoch, update): right after an update, while a file is written, in validation, before the first update
-MOMENTS: list[tuple[str, int, int]] = [
-    ("start", 0, 0),
-    ("update", 0, 1),
-    ("update", 0, 3),
-    ("write", 0, 4),
-    ("update", 0, 6),
-    ("validate", 0, 6),
-    ("write", 1, 0),
-    ("update", 1, 2),
-    ("update", 1, 5),
-    ("validate", 2, 6),
-]
+FLAGS = f"""
+--data-dir {ROOT}/data/fashion-mnist --dataset wds/fashion-mnist --num-classes 10 --in-chans 1 --img-size 32
+--mean 0.286 --std 0.353 --val-num-samples 40 -j 1 -b 8 --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 0.02
+--sched-on-updates --model test_resnet --opt samon-layerl2-momentum --drop 0.1 --mixup 0.2 --reprob 0.2
+--model-ema --model-ema-decay 0.9 --checkpoint-interval 2 --device cpu --sample-split"""
+ARGS = FLAGS.split()
+Moment = tuple[str, int, int]  # (event, epoch, update)
+# Before the first update, right after an update, while a file is written, in validation.
+MOMENTS: list[Moment] = [("start", 0, 0), ("update", 0, 1), ("update", 0, 3), ("write", 0, 4), ("update", 0, 6)]
+MOMENTS += [("validate", 0, 6), ("write", 1, 0), ("update", 1, 2), ("update", 1, 5), ("validate", 2, 6)]
 KINDS = ("term", "kill-one", "kill-all", "kill-worker")
 
 
@@ -109,20 +57,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment: Any, number: int) -> None:
+def _process(rank: int, world: int, port: int, argv: list[str], log: str, moment: Moment | None, number: int) -> None:
     """One training process; at `moment` it sends itself the signal, or with 0 kills its loader workers."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if world > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR2)  # a process that hangs says where
-    multiprocessing.set_start_method("fork", force=True)  # for the data workers: the parent's way is inherited
-    vars(torch.utils.data._utils)["MP_STATUS_CHECK_INTERVAL"] = 0.2  # seconds after which dead workers are looked for
+    faulthandler.register(signal.SIGUSR2)  # prints where a process hangs
+    multiprocessing.set_start_method("fork", force=True)  # for the data workers, which would inherit forkserver
+    vars(torch.utils.data._utils)["MP_STATUS_CHECK_INTERVAL"] = 0.2  # seconds between checks for dead workers
     run_script(lambda: _train(argv, moment, lambda: _signal_group(number) if number else _kill_workers()))
 
 
@@ -132,12 +79,12 @@ def _signal_group(number: int) -> None:
 
 
 def _kill_workers() -> None:
-    """As the system does when memory runs out."""
+    """Kill the data workers, as the system does when memory runs out."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
-def _train(argv: list[str], moment: tuple[str, int, int] | None, fire: Callable[[], None]) -> None:
+def _train(argv: list[str], moment: Moment | None, fire: Callable[[], None]) -> None:
     """Train, and call `fire` when training reaches the moment."""
     where, epoch, update = moment or ("", -1, -1)
 
@@ -171,25 +118,22 @@ def _train(argv: list[str], moment: tuple[str, int, int] | None, fire: Callable[
         reach("update", progress)
 
 
-def launch(argv: list[str], world: int, log: Path, moment: Any = None, kind: str = "") -> list[int]:
+def launch(argv: list[str], world: int, log: Path, moment: Moment | None = None, kind: str = "") -> list[int]:
     """Exit codes of a run's processes. The last rank is hit by a kind of one (rank 0 where it is in a write)."""
     port = free_port()
     number = {"term": signal.SIGTERM, "kill-worker": 0}.get(kind, signal.SIGKILL)
     one = 0 if moment and moment[0] == "write" else world - 1
     victims = {one} if kind in ("kill-one", "kill-worker") else set(range(world))
-    group = [
-        CONTEXT.Process(
-            target=_process, args=(rank, world, port, argv, str(log), moment if rank in victims else None, number)
-        )
-        for rank in range(world)
-    ]
+    moments = [moment if rank in victims else None for rank in range(world)]
+    args = [(rank, world, port, argv, str(log), moments[rank], number) for rank in range(world)]
+    group = [CONTEXT.Process(target=_process, args=values) for values in args]
     for process in group:
         process.start()
     _watch(group)
     return [process.exitcode for process in group]
 
 
-def _watch(group: list[Any], limit: float = 60.0) -> None:
+def _watch(group: list[Any], limit: float = 240.0) -> None:
     """Wait for all; once one has died abnormally the others get a few seconds, as torchrun gives them."""
     end = time.monotonic() + limit
     while any(process.is_alive() for process in group) and time.monotonic() < end:
@@ -204,7 +148,7 @@ def _watch(group: list[Any], limit: float = 60.0) -> None:
         process.join()
 
 
-def interrupted(directory: Path, world: int, moment: tuple[str, int, int], kind: str) -> str:
+def interrupted(directory: Path, world: int, moment: Moment, kind: str) -> str:
     """Run, die at the moment, continue to the end; returns what went wrong, or nothing."""
     argv = [*ARGS, "--output", str(directory.parent), "--experiment", directory.name]
     codes = launch(argv, world, directory.with_suffix(".log"), moment, kind)
@@ -222,26 +166,22 @@ def interrupted(directory: Path, world: int, moment: tuple[str, int, int], kind:
 def same(a: Path, b: Path) -> bool:
     """Whether two runs ended with the same weights, averages and optimizer state, bit for bit."""
     first, second = (torch.load(path / "last.pth.tar", weights_only=True) for path in (a, b))
-    return all(_equal(first[key], second[key]) for key in ("state_dict", "state_dict_ema", "optimizer"))
+    return all(trees_equal(first[key], second[key]) for key in ("state_dict", "state_dict_ema", "optimizer"))
 
 
-def _equal(a: Any, b: Any) -> bool:
+def trees_equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(trees_equal(a[key], b[key]) for key in a)
     if isinstance(a, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(trees_equal, a, b))
     return bool(a == b)
 
 
 def prepare(world: int) -> None:
-    """The number of training samples that gives UPDATES per epoch."""
-    samples = UPDATES * 2 * 8 * world
-    if "--train-num-samples" in ARGS:
-        ARGS[ARGS.index("--train-num-samples") + 1] = str(samples)
-    else:
-        ARGS.extend(["--train-num-samples", str(samples)])
+    """Choose the number of training samples that gives UPDATES per epoch."""
+    ARGS.extend(["--train-num-samples", str(UPDATES * 2 * 8 * world)])  # the last one counts
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What the paper's ablations do to the normalization layers (B.7 to B.9)."""
+"""The paper's ablations of normalization layers (B.7 to B.9)."""
 
 from typing import Any
 
@@ -9,63 +9,67 @@ from torch import Tensor, nn
 from samon.errors import UserError
 from samon.scope import norm_modules, norm_parameters
 
-AFFINE = {"weight": 1.0, "bias": 0.0}  # gamma and beta, and the values with which they do nothing
+IDENTITY = {"weight": 1.0, "bias": 0.0}  # gamma and beta that do nothing
 
 
+@torch.no_grad()
 def fix_norm(model: nn.Module) -> None:
-    """gamma = 1, beta = 0, not trained (B.7)."""
-    for name, parameter in _found(model, "--fix-norm").items():
-        with torch.no_grad():
-            parameter.fill_(AFFINE[name.rpartition(".")[2]])
-        parameter.requires_grad_(False)
+    """Fix gamma = 1 and beta = 0, untrained (B.7)."""
+    for name, parameter in _norm_parameters(model, "--fix-norm").items():
+        parameter.fill_(IDENTITY[name.rpartition(".")[2]]).requires_grad_(False)
 
 
 def train_only_norm(model: nn.Module) -> None:
-    """Everything else stays as it was initialised, the classifier included (B.8)."""
-    norms = {id(p) for p in _found(model, "--train-only-norm").values()}
+    """Freeze everything else at its initial values, the classifier included (B.8)."""
+    norms = {id(p) for p in _norm_parameters(model, "--train-only-norm").values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in norms)
 
 
 def weight_decay_groups(model: nn.Module, decay: float, on: str) -> list[dict[str, Any]]:
-    """Parameter groups of the trained parameters that decay and of those that do not (B.9, Figure 11 right): `all`,
-    `non-norm` (all but normalization parameters; biases decay) or `none`."""
+    """Parameter groups without and with weight decay, of the trained parameters (B.9, Figure 11 right).
+
+    Args:
+        on: what decays: `all`, `non-norm` (all but normalization parameters; biases decay), or `none`.
+    """
     norms = {id(p) for p in norm_parameters(model).values()}
-    decays = {"all": lambda p: True, "non-norm": lambda p: id(p) not in norms, "none": lambda p: False}[on]
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = []
-    for wanted, rate in ((False, 0.0), (True, decay)):
-        chosen = {name: p for name, p in named if decays(p) is wanted}
-        if chosen:
-            groups.append({"params": [*chosen.values()], "param_names": [*chosen], "weight_decay": rate})
-    return groups
+    groups: list[dict[str, Any]] = [
+        {"params": [], "param_names": [], "weight_decay": 0.0},
+        {"params": [], "param_names": [], "weight_decay": decay},
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[on == "all" or (on == "non-norm" and id(parameter) not in norms)]
+            group["params"].append(parameter)
+            group["param_names"].append(name)
+    return [group for group in groups if group["params"]]
 
 
-def norm_dropout(model: nn.Module, rate: float) -> None:
-    """In training, every forward of a normalization layer sees each gamma and beta dropped with this chance, the others
-    scaled by 1 / (1 - rate) (B.9, Figure 11 left). Names and checkpoints stay as they are."""
-    _found(model, "--norm-dropout")
+def add_norm_dropout(model: nn.Module, rate: float) -> None:
+    """Drop each gamma and beta with probability `rate` in every training forward pass of a normalization layer, the
+    others scaled by 1 / (1 - rate) (B.9, Figure 11 left). Names and checkpoints stay as they are."""
+    _norm_parameters(model, "--norm-dropout")
     for module in norm_modules(model).values():
-        if any(isinstance(getattr(module, name, None), nn.Parameter) for name in AFFINE):
-            # The hooks hold no module of their own, so that a copy (EMA) drops its own parameters.
+        if any(isinstance(getattr(module, name, None), nn.Parameter) for name in IDENTITY):
+            # The hooks refer to no module, so that a copy (EMA) drops its own parameters.
             module._samon_dropout = rate  # type: ignore[assignment]
             module.register_forward_pre_hook(_drop, prepend=True)
-            module.register_forward_hook(_undrop, always_call=True)
+            module.register_forward_hook(_restore, always_call=True)
 
 
-def _drop(module: Any, args: Any) -> None:
+def _drop(module: Any, inputs: tuple[Tensor, ...]) -> None:
     if module.training:
-        kept = module._parameters
-        dropped = {name: F.dropout(p, module._samon_dropout) for name in AFFINE if (p := kept.get(name)) is not None}
-        module.__dict__.update(_parameters=kept | dropped, _samon_kept=kept)
+        full = module._parameters
+        dropped = {name: F.dropout(p, module._samon_dropout) for name in IDENTITY if (p := full.get(name)) is not None}
+        module.__dict__.update(_parameters=full | dropped, _samon_full=full)
 
 
-def _undrop(module: Any, args: Any, output: Tensor) -> None:
-    if "_samon_kept" in module.__dict__:
-        module.__dict__["_parameters"] = module.__dict__.pop("_samon_kept")
+def _restore(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if "_samon_full" in module.__dict__:
+        module.__dict__["_parameters"] = module.__dict__.pop("_samon_full")
 
 
-def _found(model: nn.Module, flag: str) -> dict[str, nn.Parameter]:
+def _norm_parameters(model: nn.Module, flag: str) -> dict[str, nn.Parameter]:
     if not (norms := norm_parameters(model)):
         raise UserError(f"{flag}: {type(model).__name__} has no affine normalization parameters; choose another model")
     return norms

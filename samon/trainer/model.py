@@ -1,4 +1,4 @@
-"""One model builder for every program: timm's factory, what a weights file really gave, layout, freezing."""
+"""Models for every program: timm's factory, pretrained weights that are checked, frozen parameters, precision."""
 
 import logging
 import re
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from timm.data.transforms import str_to_interp_mode
 from timm.layers import set_fast_norm
 from timm.models import resolve_model_input_args
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from samon.errors import UserError, reraise_as_user_error
 from samon.sam import CUDA_GRAPH_MODES
@@ -27,76 +28,57 @@ from samon.trainer.flags import nearest
 from samon.trainer.state import load_file
 
 log = logging.getLogger("samon")
-_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def check_model_name(config: Config) -> None:
-    """Raises:
-    UserError: timm does not know the model.
-    """
-    if not config.model.startswith(_HUBS) and not timm.is_model(config.model):
+    """Raise UserError if timm does not know the model."""
+    if not config.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(config.model):
         known = nearest(config.model.split(".")[0], timm.list_models())
         raise UserError(f"--model: unknown model {config.model!r}{known}")
 
 
-def create_model(config: Config, **factory: Any) -> nn.Module:
-    """The model by timm's factory, on the CPU; `factory` are further arguments of timm's."""
+def create_model(config: Config, **arguments: Any) -> nn.Module:
+    """Create the model on the CPU by timm's factory, with further arguments of timm's."""
     check_model_name(config)
     set_fast_norm(config.fast_norm)
-    factory |= {"num_classes": config.num_classes, "global_pool": config.gp}
+    arguments |= {"num_classes": config.num_classes, "global_pool": config.gp}
     with reraise_as_user_error(f"--model {config.model}"):
-        arguments = resolve_model_input_args(config.model, vars(config), **factory | config.model_kwargs)
+        arguments = resolve_model_input_args(config.model, vars(config), **arguments | config.model_kwargs)
         model = timm.create_model(**arguments)
-    if not hasattr(model, "in_chans"):  # from which timm knows how to prepare images
+    if not hasattr(model, "in_chans"):  # timm's data configuration reads it
         model.in_chans = arguments.get("in_chans", 3)
     return model
 
 
-def resolve_data_config(config: Config, model: nn.Module, **how: Any) -> dict[str, Any]:
-    """How images are prepared, as timm finds it: input_size, mean, std, interpolation, crop_pct, crop_mode.
-
-    Raises:
-        UserError: a size or numbers that do not fit the model, or channels that images do not have.
-    """
-    with reraise_as_user_error(f"--model {config.model}"):
-        found: dict[str, Any] = resolve_input_data_config(model, vars(config), **how)
-    try:
-        str_to_interp_mode(found["interpolation"])
-    except KeyError:
-        known = "nearest, bilinear, bicubic, box, hamming or lanczos (random is for --train-interpolation)"
-        raise UserError(f"--interpolation {found['interpolation']}: use {known}") from None
-    channels = found["input_size"][0]
-    mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
-    try:
-        bands = len(ImageMode.getmode(mode).bands)
-    except KeyError:
-        raise UserError(f"--input-img-mode {mode}: Pillow knows no such mode; use L or RGB") from None
-    if bands != channels:
-        raise UserError(
-            f"--in-chans {channels}: images are read as {mode}, {bands} channel{'s' * (bands > 1)}; use 1 or 3, or "
-            "an --input-img-mode of so many"
-        )
-    return found
-
-
+@torch.no_grad()
 def create_train_model(config: Config) -> nn.Module:
-    """The model to train: initial weights, regularization, the head's initial scale and bias, frozen parameters."""
+    """Create the model to train: pretrained weights, regularization, the head's initial values, frozen parameters."""
     for key in ("initial_checkpoint", "pretrained_path"):
-        if path := getattr(config, key):
-            if not Path(path).exists():
-                raise UserError(f"--{key.replace('_', '-')}: no file {path}")
-            if not path.endswith((".safetensors", ".npz", ".npy")):
-                load_file(Path(path), f"--{key.replace('_', '-')}")  # names what is wrong; timm would guess
+        path, flag = getattr(config, key), f"--{key.replace('_', '-')}"
+        if path and not Path(path).exists():
+            raise UserError(f"{flag}: no file {path}")
+        if path and not path.endswith((".safetensors", ".npz", ".npy")):
+            load_file(Path(path), flag)  # names what is wrong; timm would guess
     weights: dict[str, Any] = {"pretrained": config.pretrained, "checkpoint_path": config.initial_checkpoint}
     if config.pretrained_path:
         overlay = {"file": config.pretrained_path, "num_classes": -1}
         weights |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    rates = {"drop_rate": config.drop, "drop_block_rate": config.drop_block}
-    rates["drop_path_rate"] = config.drop_connect if config.drop_path is None else config.drop_path
-    with weights_checked(config.pretrained_path) if config.pretrained_path else nullcontext():
-        model: Any = create_model(config, **weights, **rates, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
+    with check_pretrained(config.pretrained_path) if config.pretrained_path else nullcontext():
+        model: Any = create_model(
+            config,
+            **weights,
+            drop_rate=config.drop,
+            drop_block_rate=config.drop_block,
+            drop_path_rate=config.drop_connect if config.drop_path is None else config.drop_path,
+            bn_momentum=config.bn_momentum,
+            bn_eps=config.bn_eps,
+        )
     with reraise_as_user_error(f"--model {config.model}"):
-        _init_head(model, config.head_init_scale, config.head_init_bias)
+        if config.head_init_scale is not None:
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(config.head_init_scale)
+        if config.head_init_bias is not None:
+            model.get_classifier().bias.fill_(config.head_init_bias)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
         if config.freeze:
@@ -106,133 +88,34 @@ def create_train_model(config: Config) -> nn.Module:
     if config.train_only_norm:
         ablations.train_only_norm(model)
     if config.norm_dropout:
-        ablations.norm_dropout(model, config.norm_dropout)
-    return model
-
-
-@torch.no_grad()
-def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
-    if scale is not None:
-        for parameter in model.get_classifier().parameters():
-            parameter.mul_(scale)
-    if bias is not None:
-        model.get_classifier().bias.fill_(bias)
-
-
-def place_model(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
-    """Device, precision of the weights, memory format."""
-    model.to(device=world.device, dtype=parse_dtype(config.model_dtype))
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model
-
-
-@torch.no_grad()
-def input_size_error(model: nn.Module, size: Sequence[int]) -> str:
-    """Why the model does not take an image of this size [C, H, W], in one line; '' if it does."""
-    like, training = next(model.parameters()), model.training
-    try:
-        model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    finally:
-        model.train(training)
-    return ""
-
-
-@torch.no_grad()
-def find_single_value_norm(model: nn.Module, size: Sequence[int]) -> str:
-    """The name of a BatchNorm layer that sees one value a channel of an image of this size [C, H, W], or ''."""
-    names = {module: name for name, module in model.named_modules()}
-    found: list[str] = []
-
-    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs[0].numel() == inputs[0].shape[1]:
-            found.append(names[module])
-
-    handle = register_module_forward_pre_hook(look)
-    try:
-        input_size_error(model, size)
-    finally:
-        handle.remove()
-    return found[0] if found else ""
-
-
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    return getattr(torch, name) if name else None
-
-
-def compile_model(config: Config, model: nn.Module) -> nn.Module:
-    """The model as it is called: compiled where asked."""
-    if not config.torchcompile:
-        return model
-    device = next(model.parameters()).device.type
-    if config.torchcompile_mode == "reduce-overhead" and device != "cuda":
-        raise UserError(
-            f"--torchcompile-mode reduce-overhead captures CUDA graphs, which --device {device} has not; drop the mode"
-        )
-    with reraise_as_user_error("--torchcompile"):
-        return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
-
-
-def resolve_precision(config: Config, world: DistInfo) -> Config:
-    """--amp-dtype auto decided for this device: bfloat16 if it has instructions for it, else no mixed precision."""
-    if not config.amp or config.amp_dtype != "auto":
-        return config
-    native = has_native_bfloat16(world.device)
-    if world.is_rank_zero:
-        log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
-    return config.but(amp=native, amp_dtype="bfloat16")
-
-
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16; emulated, it would be slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
-
-
-def uses_cuda_graphs(config: Config) -> bool:
-    """Whether the compiled model's graphs are captured as CUDA graphs, on a GPU."""
-    return bool(config.torchcompile) and config.torchcompile_mode in CUDA_GRAPH_MODES
-
-
-def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the context of a forward pass under --amp; without it one that does nothing."""
-    if not config.amp:
-        return nullcontext
-    return partial(torch.autocast, device_type=device.type, dtype=parse_dtype(config.amp_dtype))
-
-
-# --- starting from pretrained weights ---------------------------------------------------------------------------------
+        ablations.add_norm_dropout(model, config.norm_dropout)
+    trained: nn.Module = model
+    return trained
 
 
 @contextmanager
-def weights_checked(path: str) -> Iterator[None]:
-    """While timm makes a model from the file `path`: an error if the file is not that model's.
+def check_pretrained(path: str) -> Iterator[None]:
+    """Check that a file has the weights of the model that timm creates inside.
 
     timm drops the classifier and then loads whatever fits, so that a file of another network, or with other names,
-    leaves the model at its random start without a word."""
-    loaded: list[tuple[nn.Module, set[str]]] = []  # the last one loaded is the model itself
+    leaves the model at its random start without a word.
 
-    def loads(module: nn.Module, result: Any) -> None:
-        loaded.append((module, set(result.missing_keys)))
+    Raises:
+        UserError: most of the model's parameters are not in the file.
+    """
+    load: Any = nn.Module.load_state_dict
+    loads: list[tuple[nn.Module, set[str]]] = []  # the last one is that of the model itself
 
-    def watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        handles.append(parent.register_load_state_dict_post_hook(loads))
+    def watch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(module, *args, **kwargs)
+        loads.append((module, set(result.missing_keys)))
+        return result
 
-    handles = [register_module_module_registration_hook(watch)]
-    try:
+    with patch.object(nn.Module, "load_state_dict", watch):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if loaded:
-        _judge(path, *loaded[-1])
-
-
-def _judge(path: str, model: nn.Module, missing: set[str]) -> None:
+    if not loads:
+        return
+    model, missing = loads[-1]
     head = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     names = {name for name, _ in model.named_parameters() if not (heads and name.startswith(heads))}
@@ -247,21 +130,134 @@ def _judge(path: str, model: nn.Module, missing: set[str]) -> None:
 
 
 def freeze(model: nn.Module, pattern: str) -> None:
-    """Stop training the parameters whose qualified name the regex finds; BatchNorm statistics still move.
+    """Freeze the parameters whose qualified name the regex matches; BatchNorm statistics still move.
 
     Raises:
-        UserError: no regex, nothing found, or nothing left to train.
+        UserError: not a regex, no parameter matches, or none is left to train.
     """
+    names = [name for name, _ in model.named_parameters()]
     try:
-        found = [(name, p) for name, p in model.named_parameters() if re.search(pattern, name)]
+        frozen = [p for name, p in model.named_parameters() if re.search(pattern, name)]
     except re.error as error:
         raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}") from None
-    if not found:
-        names = [name for name, _ in model.named_parameters()]
+    if not frozen:
         raise UserError(f"--freeze {pattern!r} matches no parameter; names go from {names[0]} to {names[-1]}")
-    for _, parameter in found:
+    for parameter in frozen:
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"--freeze {pattern!r} leaves nothing to train")
-    frozen, total = sum(p.numel() for _, p in found), sum(p.numel() for p in model.parameters())
-    log.info("--freeze: %d tensors, %.1f %% of the parameters, stay as they are", len(found), 100 * frozen / total)
+    share = sum(p.numel() for p in frozen) / sum(p.numel() for p in model.parameters())
+    log.info("--freeze: %d tensors, %.1f %% of the parameters, are not trained", len(frozen), 100 * share)
+
+
+# --- input ------------------------------------------------------------------------------------------------------------
+
+
+def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = False) -> dict[str, Any]:
+    """timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
+
+    Raises:
+        UserError: a size or numbers that do not fit the model, or channels that images do not have.
+    """
+    with reraise_as_user_error(f"--model {config.model}"):
+        data: dict[str, Any] = resolve_input_data_config(model, vars(config), use_test_size=use_test_size)
+    try:
+        str_to_interp_mode(data["interpolation"])
+    except KeyError:
+        known = "nearest, bilinear, bicubic, box, hamming or lanczos (random is for --train-interpolation)"
+        raise UserError(f"--interpolation {data['interpolation']}: use {known}") from None
+    channels = data["input_size"][0]
+    mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError:
+        raise UserError(f"--input-img-mode {mode}: Pillow has no such mode; use L or RGB") from None
+    if bands != channels:
+        raise UserError(
+            f"--in-chans {channels}: images are read as {mode}, {bands} channel{'s' * (bands > 1)}; use --in-chans 1 "
+            "or 3, or another --input-img-mode"
+        )
+    return data
+
+
+@torch.no_grad()
+def input_size_error(model: nn.Module, size: Sequence[int]) -> str:
+    """Why the model does not accept an image of this size [C, H, W], in one line; '' if it does."""
+    like, training = next(model.parameters()), model.training
+    try:
+        model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    finally:
+        model.train(training)
+    return ""
+
+
+def find_single_value_norm(model: nn.Module, size: Sequence[int]) -> str:
+    """Name of a BatchNorm layer that sees one value per channel of an image of this size [C, H, W]; '' if none does."""
+    names = {module: name for name, module in model.named_modules()}
+    single: list[str] = []
+
+    def check(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and inputs[0].numel() == inputs[0].shape[1]:
+            single.append(names[module])
+
+    with register_module_forward_pre_hook(check):
+        input_size_error(model, size)
+    return single[0] if single else ""
+
+
+# --- device and precision ---------------------------------------------------------------------------------------------
+
+
+def place_model(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
+    """Apply device, dtype of the weights, and memory format."""
+    model.to(device=world.device, dtype=parse_dtype(config.model_dtype))
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def compile_model(config: Config, model: nn.Module) -> nn.Module:
+    """The model as it is called: compiled if `--torchcompile` asks for it."""
+    if not config.torchcompile:
+        return model
+    device = next(model.parameters()).device.type
+    if config.torchcompile_mode == "reduce-overhead" and device != "cuda":
+        raise UserError(f"--torchcompile-mode reduce-overhead needs CUDA graphs, not --device {device}; drop the mode")
+    with reraise_as_user_error("--torchcompile"):
+        return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
+
+
+def uses_cuda_graphs(config: Config) -> bool:
+    """Whether the compiled model runs as CUDA graphs on a GPU."""
+    return bool(config.torchcompile) and config.torchcompile_mode in CUDA_GRAPH_MODES
+
+
+def resolve_precision(config: Config, world: DistInfo) -> Config:
+    """Decide --amp-dtype auto for this device: bfloat16 if it has instructions for it, otherwise no mixed precision."""
+    if not config.amp or config.amp_dtype != "auto":
+        return config
+    native = has_native_bfloat16(world.device)
+    if world.is_rank_zero:
+        log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
+    return config.but(amp=native, amp_dtype="bfloat16")
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; emulation would be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A factory of the forward pass's context: autocast under --amp, otherwise one that does nothing."""
+    if not config.amp:
+        return nullcontext
+    return partial(torch.autocast, device_type=device.type, dtype=parse_dtype(config.amp_dtype))

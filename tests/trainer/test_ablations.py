@@ -11,7 +11,7 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.scope import norm_parameters
-from samon.trainer.ablations import fix_norm, norm_dropout, train_only_norm, weight_decay_groups
+from samon.trainer.ablations import add_norm_dropout, fix_norm, train_only_norm, weight_decay_groups
 from samon.trainer.config import parse
 from tests.nets import NETS, BatchNormNet, randomized
 from tests.runs import built, last, run
@@ -61,7 +61,7 @@ def test_norm_dropout_drops_gamma_and_beta_of_each_forward() -> None:
     with torch.no_grad():
         model[0].weight.fill_(2.0)
         model[0].bias.fill_(5.0)
-    norm_dropout(model, 0.25)
+    add_norm_dropout(model, 0.25)
     x = torch.randn(64, 2000, dtype=torch.float64)
     y = model(x)
     gamma, beta = y.std(0, unbiased=False), y.mean(0)
@@ -77,7 +77,7 @@ def test_norm_dropout_drops_gamma_and_beta_of_each_forward() -> None:
 
 def test_norm_dropout_of_a_copy_is_the_copys_and_survives_an_exception() -> None:
     model = nn.Sequential(nn.LayerNorm(4)).double()
-    norm_dropout(model, 0.5)
+    add_norm_dropout(model, 0.5)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin[0].weight.fill_(7.0)

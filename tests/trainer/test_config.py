@@ -222,7 +222,7 @@ NO_DATA = ["--data-dir", "/nowhere"]  # the optimizer's mistakes are found befor
         (["--model", "test_resnett"], "unknown model 'test_resnett'; did you mean 'test_resnet'"),
         (["--model-kwargs", "widthh=3"], "widthh"),
         (["--torchcompile", "nothing"], "nothing"),
-        (["--torchcompile", "--torchcompile-mode", "reduce-overhead"], "reduce-overhead captures CUDA graphs"),
+        (["--torchcompile", "--torchcompile-mode", "reduce-overhead"], "reduce-overhead needs CUDA graphs"),
         (["--device", "tpux"], "--device"),
         (["--mean", "0.5", "0.5"], "mean must have one value or 1 values, got 2"),
         (["--in-chans", "3", "--std", "0.5", "0.5"], "std must have one value or 3 values, got 2"),

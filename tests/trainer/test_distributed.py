@@ -30,7 +30,7 @@ def waits(settings: Any) -> None:
 def test_a_process_that_waits_for_others_says_so(
     leftover: pytest.MonkeyPatch, capfd: Any, patience: float, shown: bool
 ) -> None:
-    leftover.setattr(world, "PATIENCE", patience)
+    leftover.setattr(world, "NOTICE_DELAY", patience)
     leftover.setattr(utils, "init_distributed_device", waits)
     with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: nobody came"):
         world.init_distributed(CONFIG)

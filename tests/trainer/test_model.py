@@ -126,32 +126,14 @@ def test_pretrained_beats_scratch_in_a_few_updates(
 ) -> None:
     """500 of the embedded images at 48 px for one epoch: the ImageNet weights are far ahead of random ones."""
     monkeypatch.chdir(ROOT)
-    common = [
-        "-c",
-        "hparams/finetune.yaml",
-        "--opt",
-        "samon",
-        "--epochs",
-        "1",
-        "--train-num-samples",
-        "500",
-        "--val-num-samples",
-        "200",
-        "--input-size",
-        "3",
-        "48",
-        "48",
-        "--batch-size",
-        "25",
-        "--device",
-        "cpu",
-        "--lr",
-        "0.05",
-        "--output",
-        str(tmp_path),
-    ]
-    tuned = main([*common, "--experiment", "tuned", "--pretrained-path", str(weights), "--freeze", "^conv_stem"])
-    scratch = main([*common, "--experiment", "scratch"])
+    common = (
+        "-c hparams/finetune.yaml --opt samon --epochs 1 --train-num-samples 500 --val-num-samples 200 --device cpu"
+    )
+    common += f" --input-size 3 48 48 --batch-size 25 --lr 0.05 --output {tmp_path}"
+    tuned = main(
+        [*common.split(), "--experiment", "tuned", "--pretrained-path", str(weights), "--freeze", "^conv_stem"]
+    )
+    scratch = main([*common.split(), "--experiment", "scratch"])
     assert tuned["eval_top1"] > scratch["eval_top1"] + 15
     state = torch.load(tmp_path / "tuned/last.pth.tar", weights_only=False)["state_dict"]
     assert torch.equal(state["conv_stem.weight"], torch.load(weights, weights_only=True)["conv_stem.weight"])

@@ -1,58 +1,47 @@
-"""A run that was stopped and continued ends with the very bits of one that was not."""
+"""A run that was stopped and resumed ends with bits identical to those of one that was not."""
 
+import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from samon.errors import UserError
-from samon.trainer.state import find_newest
-from tests.runs import BASE, assert_same, run, run_stopped, weights
+from samon.trainer import loop
+from samon.trainer.build import Run
+from samon.trainer.state import Progress, find_newest
+from tests.runs import assert_same, last, run, run_stopped, weights
 
 CASES = {
-    "sgd-ema": ["--opt", "sgd", "--model-ema", "--model-ema-decay", "0.9"],
-    "adamw-mixup": ["--opt", "adamw", "--lr", "0.001", "--mixup", "0.2", "--cutmix", "1.0", "--clip-grad", "1"],
-    "samon-lion-dropout-accumulation": [
-        "--opt",
-        "samon-lion",
-        "--lr",
-        "1e-4",
-        "--model",
-        "test_vit",
-        "--drop",
-        "0.2",
-        "--drop-path",
-        "0.2",
-        "--grad-accum-steps",
-        "2",
-        "-b",
-        "8",
-    ],
-    "sam-host-mixup-erasing": ["--opt", "sam", "--no-prefetcher", "--mixup", "0.5", "--reprob", "0.5"],
-    "momentum-erasing-workers": ["--opt", "samon-layerl2-momentum", "--reprob", "0.5", "-j", "1"],
-    "masked": ["--opt", "ssam-d", "--opt-kwargs", "mask_every=3"],
-    "lookahead": ["--opt", "lookahead_samon-eleml2"],
-    "late-layers-replayed": ["--opt", "samon", "--perturb", "layer4|stages.3", "--same-noise", "--drop", "0.1"],
-    "every-other": ["--opt", "samon", "--sam-every", "2", "--sched", "wsd", "--sched-on-updates"],
-    "previous": ["--opt", "samon", "--ascent", "previous"],
-    "momentum": ["--opt", "sam-layerl2-adamw", "--lr", "0.001", "--ascent", "momentum"],
-    "friendly-accumulation": ["--opt", "samon", "--ascent", "friendly", "--grad-accum-steps", "2", "-b", "8"],
-    "every": ["--opt", "samon", "--ascent", "every:3", "--clip-grad", "1"],
-    "adaptive": ["--opt", "samon", "--ascent", "adaptive"],
-    "tail": ["--opt", "samon", "--sam-tail", "0.6", "--rho-sched", "lr", "--rho-min", "0.01", "--sched-on-updates"],
-    "ramp": ["--opt", "samon", "--rho-sched", "linear", "--rho-warmup", "5", "--radius", "raw"],
-    "gsam-small-ascent": ["--opt", "samon", "--gsam-alpha", "0.3", "--ascent-size", "24"],
-    "esam": ["--opt", "sam", "--esam-beta", "0.5"],
-    "bf16": ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16"],
-    "bf16-average": ["--opt", "samon", "--model-dtype", "bfloat16", "--model-ema", "--model-ema-decay", "0.9"],
-    "fp16-scaler": ["--opt", "samon", "--amp"],
+    "sgd-ema": "--opt sgd --model-ema --model-ema-decay 0.9",
+    "adamw-mixup": "--opt adamw --lr 0.001 --mixup 0.2 --cutmix 1.0 --clip-grad 1",
+    "lion-dropout-accumulation": "--opt samon-lion --lr 1e-4 --model test_vit --drop 0.2 --drop-path 0.2 -b 8 "
+    "--grad-accum-steps 2",
+    "sam-host-mixup-erasing": "--opt sam --no-prefetcher --mixup 0.5 --reprob 0.5",
+    "momentum-erasing-workers": "--opt samon-layerl2-momentum --reprob 0.5 -j 1",
+    "masked": "--opt ssam-d --opt-kwargs mask_every=3",
+    "lookahead": "--opt lookahead_samon-eleml2",
+    "late-layers-replayed": "--opt samon --perturb layer4|stages.3 --same-noise --drop 0.1",
+    "every-other": "--opt samon --sam-every 2 --sched wsd --sched-on-updates",
+    "previous": "--opt samon --ascent previous",
+    "msam": "--opt sam-layerl2-adamw --lr 0.001 --ascent msam",
+    "fsam-accumulation": "--opt samon --ascent fsam --grad-accum-steps 2 -b 8",
+    "looksam": "--opt samon --ascent looksam:3 --clip-grad 1",
+    "aesam": "--opt samon --ascent aesam",
+    "tail": "--opt samon --sam-tail 0.6 --rho-sched lr --rho-min 0.01 --sched-on-updates",
+    "ramp": "--opt samon --rho-sched linear --rho-warmup 5 --radius raw",
+    "gsam-small-ascent": "--opt samon --gsam-alpha 0.3 --ascent-size 24",
+    "esam": "--opt sam --esam-beta 0.5",
+    "bf16-average": "--opt samon --model-dtype bfloat16 --model-ema --model-ema-decay 0.9",
+    "fp16-scaler": "--opt samon --amp",
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stopped_within_an_epoch(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = [*CASES[case], "--epochs", "2"]
+def test_stopped_within_an_epoch(case: str, tmp_path: Path) -> None:
+    args = [*CASES[case].split(), "--epochs", "2"]
     _, whole = run(tmp_path, *args, name="whole")
     stopped = run_stopped(tmp_path, 1, 2, *args)
     assert find_newest(stopped)[0] == stopped / "recovery-1-2.pth.tar"
@@ -63,9 +52,7 @@ def test_stopped_within_an_epoch(case: str, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("updates", [1, 4])
-def test_stopped_in_the_first_and_after_the_last_update(
-    updates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_in_the_first_and_after_the_last_update(updates: int, tmp_path: Path) -> None:
     args = ["--opt", "samon", "--epochs", "2", "--model-ema", "--drop", "0.1"]
     _, whole = run(tmp_path, *args, name="whole")
     stopped = run_stopped(tmp_path, 0, updates, *args)
@@ -73,7 +60,7 @@ def test_stopped_in_the_first_and_after_the_last_update(
     assert_same(weights(whole), weights(stopped))
 
 
-@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")  # timm retires it, its flag stays
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")  # timm deprecates it, its flag stays
 def test_resume_from_the_file_of_an_epoch(tmp_path: Path) -> None:
     args = ["--opt", "samon-adamw", "--lr", "0.001", "--epochs", "3", "--sched", "plateau"]
     _, whole = run(tmp_path, *args, name="whole")
@@ -81,21 +68,20 @@ def test_resume_from_the_file_of_an_epoch(tmp_path: Path) -> None:
     assert_same(weights(whole), weights(other))
 
 
-def test_damaged_and_foreign_files_are_named_and_passed_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     args = ["--opt", "samon", "--epochs", "3"]
     _, whole = run(tmp_path, *args, name="whole")
-    shutil.copytree(whole, tmp_path / "other")
-    other = tmp_path / "other"
-    newest_bytes = (other / "checkpoint-2.pth.tar").read_bytes()
+    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    content = (other / "checkpoint-2.pth.tar").read_bytes()
     for name in ("checkpoint-2", "last"):
-        (other / f"{name}.pth.tar").write_bytes(newest_bytes[: len(newest_bytes) // 2])
+        (other / f"{name}.pth.tar").write_bytes(content[: len(content) // 2])
     (other / "model_best.pth.tar").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, other / "checkpoint-9.pth.tar")
     run(tmp_path, *args, "--resume", str(other), name="other")
-    told = capfd.readouterr().err
+    log = capfd.readouterr().err
     for name in ("checkpoint-2", "last", "model_best", "checkpoint-9"):
-        assert f"{name}.pth.tar" in told
-    assert "checkpoint-1.pth.tar at epoch 2" in told
+        assert f"{name}.pth.tar" in log
+    assert "checkpoint-1.pth.tar at epoch 2" in log
     assert_same(weights(whole), weights(other))
 
 
@@ -107,31 +93,106 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         run(tmp_path, "--resume", str(tmp_path / "missing.pth.tar"))
 
 
-def test_a_state_of_another_model_or_optimizer_does_not_fit(tmp_path: Path) -> None:
-    _, done = run(tmp_path, "--opt", "sgd")
+# --- what of a finished run is restored -------------------------------------------------------------------------------
+
+
+class Restored(Exception):
+    """The state is restored: no need to train."""
+
+
+def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[dict[str, Any]], Progress]:
+    """The optimizer's groups and the position after a resume of a run with other arguments."""
+    seen: list[Any] = []
+
+    def begun(job: Run, progress: Progress) -> None:
+        seen.extend([job.optimizer.param_groups, progress])
+        raise Restored
+
+    resumed = ["--epochs", "3", "--resume", str(done / source)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "renew_mask", begun)  # what training calls first
+        with pytest.raises(Restored):
+            run(done.parent, *args, *resumed, name="other")
+    return seen[0], seen[1]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("done"), "--opt", "samon", "--weight-decay", "0.1")[1]
+
+
+def test_a_state_of_another_model_does_not_fit(done: Path) -> None:
     with pytest.raises(UserError, match="does not fit --model test_vit"):
-        run(tmp_path, "--model", "test_vit", "--resume", str(done / "last.pth.tar"), name="other")
+        run(done.parent, "--model", "test_vit", "--resume", str(done / "last.pth.tar"), name="other")
 
 
 def test_weights_alone(tmp_path: Path) -> None:
-    """--no-resume-opt takes the weights and the epoch, not the momentum."""
-    _, done = run(tmp_path, "--opt", "momentum", "--epochs", "2")
-    _, kept = run(tmp_path, "--opt", "momentum", "--epochs", "3", "--resume", str(done), name="kept")
-    _, dropped = run(tmp_path, "--opt", "momentum", "--epochs", "3", "--resume", str(done), "--no-resume-opt", name="d")
-    assert any(not torch.equal(v, weights(dropped)[k]) for k, v in weights(kept).items())
+    """--no-resume-opt restores the weights and the epoch, not the momentum."""
+    _, begun = run(tmp_path, "--opt", "momentum", "--epochs", "2")
+    args = ["--opt", "momentum", "--epochs", "3", "--resume", str(begun)]
+    _, one = run(tmp_path, *args, name="one")
+    _, two = run(tmp_path, *args, "--no-resume-opt", name="two")
+    assert any(not torch.equal(value, weights(two)[key]) for key, value in weights(one).items())
 
 
-def test_timms_own_checkpoint_continues(tmp_path: Path) -> None:
-    """One without this program's keys, holding an argparse.Namespace: the next epoch begins."""
-    import argparse
-
-    _, done = run(tmp_path, "--opt", "sgd")
-    content = torch.load(done / "last.pth.tar", weights_only=True)
-    timms = {k: content[k] for k in ("state_dict", "optimizer", "epoch", "arch", "version")}
-    torch.save(timms | {"args": argparse.Namespace(model="x")}, tmp_path / "timm.pth.tar")
-    metrics, _ = run(tmp_path, "--epochs", "2", "--resume", str(tmp_path / "timm.pth.tar"), name="next")
-    assert metrics["epoch"] == 1
+def test_timms_own_checkpoint_continues(done: Path) -> None:
+    """One without this program's keys, with an argparse.Namespace: the next epoch begins."""
+    content = last(done)
+    timms = {key: content[key] for key in ("state_dict", "optimizer", "epoch", "arch", "version")}
+    torch.save(timms | {"args": argparse.Namespace(model="x")}, done / "timm.pth.tar")
+    assert resume(done, "--opt", "samon", "--weight-decay", "0.1", source="timm.pth.tar")[1].epoch == 1
 
 
-def test_base_is_what_the_tests_think() -> None:
-    assert BASE[BASE.index("-b") + 1] == "16"
+OTHER_OPTIMIZERS = {
+    "samon-adamw": "optimizer state of sgd, .* adamw",
+    "lion": "optimizer state of sgd, .* lion",
+    "momentum": "optimizer state of sgd, .* momentum",
+    "samon --base-opt lamb": "optimizer state of sgd, .* lamb",
+    "samon --freeze conv_stem|conv1": "other groups of parameters.*--freeze",
+    "samon --layer-decay 0.7": "other groups of parameters.*--layer-decay",
+    "samon --weight-decay-on non-norm": "other groups of parameters.*weight decay",
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("opt", OTHER_OPTIMIZERS)
+def test_the_state_of_another_optimizer_is_refused(opt: str, named: bool, done: Path) -> None:
+    """By the names in the checkpoint; earlier ones have only their settings, and the sizes of the groups tell."""
+    content = last(done)
+    if not named:
+        del content["optimizer_layout"]
+    torch.save(content, path := done / "other.pth.tar")
+    args = ["--weight-decay", "0.1", "--opt", *opt.split(), "--resume", str(path)]
+    with pytest.raises(UserError, match=f"{OTHER_OPTIMIZERS[opt]}.*--no-resume-opt"):
+        run(done.parent, *args, name="other")
+
+
+def test_groups_of_the_same_sizes_are_told_apart_by_name(done: Path) -> None:
+    content = last(done)
+    names = content["optimizer_layout"]["groups"][0]
+    names[0], names[-1] = "frozen.bias", names[0]
+    torch.save(content, path := done / "other.pth.tar")
+    with pytest.raises(UserError, match="other groups of parameters"):
+        run(done.parent, "--opt", "samon", "--weight-decay", "0.1", "--resume", str(path), name="other")
+
+
+def test_the_same_optimizer_under_another_name_continues(done: Path) -> None:
+    for name in ("samon", "sgd", "nesterov", "lookahead_samnn-layerl2"):
+        assert resume(done, "--opt", name, "--weight-decay", "0.1")
+    assert resume(done, "--opt", "lion", "--weight-decay", "0.1", "--no-resume-opt")
+
+
+def test_options_of_the_groups_are_those_of_the_resumed_run(done: Path) -> None:
+    args = ["--opt", "samon", "--weight-decay", "0.2", "--momentum", "0.8", "--opt-kwargs", "nesterov=False"]
+    for group in resume(done, *args)[0]:
+        assert group["weight_decay"] in (0, 0.2)
+        assert (group["momentum"], group["nesterov"]) == (0.8, False)
+    args = ["--opt", "samon", "--weight-decay", "0.1", "--lr", "0.02", "--sched", "none"]
+    assert resume(done, *args)[0][0]["lr"] == 0.02
+
+
+def test_counts_of_the_groups_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    args = ["--opt", "lookahead_samon", "--base-opt", "lamb"]
+    _, begun = run(tmp_path, *args, "--epochs", "2")
+    for group in resume(begun, *args)[0]:
+        assert (group["step"], group["lookahead_step"]) == (8, 8)

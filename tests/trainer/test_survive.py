@@ -27,46 +27,45 @@ from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, tr
 from tests.sets import write_set
 from tools import check_interruptions as matrix
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the matrix forks and signals as on Linux")
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def uninterrupted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """(number of processes, directory of a run that was left alone)."""
-    world = request.param
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The directory of a run without interruptions, by number of processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for world in (1, 2):
+        matrix.prepare(world)
+        argv = [*matrix.ARGS, "--output", str(folder), "--experiment", f"whole-{world}"]
+        assert matrix.launch(argv, world, folder / f"whole-{world}.log") == [0] * world
+    return {world: folder / f"whole-{world}" for world in (1, 2)}
+
+
+CELLS = [(1, "term", 2), (1, "kill-worker", 1), (2, "kill-one", 3), (2, "kill-all", 5), (2, "kill-worker", 1)]
+
+
+@pytest.mark.parametrize(("world", "kind", "moment"), CELLS)
+def test_interrupted_and_resumed(world: int, kind: str, moment: int, uninterrupted: dict[int, Path]) -> None:
+    whole = uninterrupted[world]
     matrix.prepare(world)
-    directory = tmp_path_factory.mktemp("runs") / f"whole-{world}"
-    argv = [*matrix.ARGS, "--output", str(directory.parent), "--experiment", directory.name]
-    assert matrix.launch(argv, world, directory.with_suffix(".log")) == [0] * world
-    return world, directory
-
-
-@pytest.mark.parametrize(("kind", "moment"), [("term", 2), ("kill-one", 3), ("kill-all", 5), ("kill-worker", 1)])
-def test_interrupted_and_continued(kind: str, moment: int, uninterrupted: tuple[int, Path]) -> None:
-    world, whole = uninterrupted
     directory = whole.parent / f"{kind}-{world}"
     assert matrix.interrupted(directory, world, matrix.MOMENTS[moment], kind) == ""
     assert matrix.same(whole, directory)
 
 
-@pytest.mark.parametrize("uninterrupted", [2], indirect=True)
-def test_another_number_of_processes_continues_at_the_sample(uninterrupted: tuple[int, Path]) -> None:
-    """From 2 processes to 1, in mid-epoch: the epoch's other samples are seen, and the log says what differs."""
-    _, whole = uninterrupted
-    directory = whole.parent / "shrunk"
-    matrix.launch(
-        [*matrix.ARGS, "--output", str(whole.parent), "--experiment", "shrunk"],
-        2,
-        directory.with_suffix(".log"),
-        ("update", 1, 3),
-        "kill-all",
-    )
+def test_another_number_of_processes_resumes_at_the_sample(tmp_path: Path) -> None:
+    """From 2 processes to 1, within an epoch: the rest of its samples are seen, and the log names what differs."""
+    matrix.prepare(2)
+    directory, log = tmp_path / "run", tmp_path / "resumed.log"
+    argv = [*matrix.ARGS, "--output", str(tmp_path), "--experiment", "run"]
+    matrix.launch(argv, 2, tmp_path / "run.log", ("update", 1, 3), "kill-all")
     path, _ = find_newest(directory)
     assert path is not None
-    assert ((progress := load_state(path).progress).epoch, progress.samples) == (1, 64)
-    log = directory.with_suffix(".1.log")
-    argv = [*matrix.ARGS, "--output", str(whole.parent), "--experiment", "shrunk", "--resume", str(directory)]
-    assert matrix.launch(argv, 1, log) == [0]
+    progress = load_state(path).progress
+    assert (progress.epoch, progress.samples) == (1, 64)
+    assert matrix.launch([*argv, "--resume", str(directory)], 1, log) == [0]
     assert "saved by 2 processes and continues on 1" in log.read_text()
     assert "Train 1 [12/12]" in log.read_text()  # 192 samples in updates of 16; 4 of them were done
     assert last(directory)["progress"]["samples"] == 192
@@ -80,13 +79,8 @@ def test_second_signal_exits_at_once(tmp_path: Path) -> None:
         "    while time.time() < end: time.sleep(0.05)\n"
         "run_script(lambda: train(sys.argv[1:], slow))\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ENV)
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGUSR1)
@@ -118,34 +112,18 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "run_script(lambda: train(sys.argv[1:], on_update))\n"
     )
-    argv = [
-        *BASE,
-        "--opt",
-        "samon",
-        "--epochs",
-        "2",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path),
-        "-b",
-        "8",
-        "--checkpoint-interval",
-        "2",
-        "--model-ema",
-        "--drop",
-        "0.1",
-    ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", str(script), *argv], capture_output=True, text=True, env=env, check=False
+    flags = (
+        f"--opt samon --epochs 2 --device cpu -b 8 --checkpoint-interval 2 --model-ema --drop 0.1 --output {tmp_path}"
     )
+    argv = [*BASE, *flags.split()]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", str(script), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
     assert done.returncode == 0, done.stderr
     (restarted,) = [path for path in tmp_path.iterdir() if (path / "last.pth.tar").exists()]  # one directory for both
     assert "recovery-1-2.pth.tar at epoch 1, update 2" in done.stderr
     whole = [*torchrun, str(ROOT / "train.py"), *argv, "--experiment", "whole"]
-    subprocess.run(whole, capture_output=True, env=env, check=True)
+    subprocess.run(whole, capture_output=True, env=ENV, check=True)
     assert_same(weights(tmp_path / "whole"), weights(restarted))
 
 
@@ -184,15 +162,8 @@ def test_disk_full(tmp_path: Path) -> None:
 
     argv = [*BASE, "--opt", "sgd", "--epochs", "2", "--output", str(tmp_path), "--experiment", "run"]
     argv += ["--resume", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "train.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "cannot write" in line
@@ -288,32 +259,12 @@ def test_two_agents_on_one_host(tmp_path: Path) -> None:
     """docs/multi_node.md: one torchrun per host; here both on this one. They train as two processes of one agent do."""
     argv = [*BASE, "--opt", "samon", "--device", "cpu", "-b", "8", "--global-batch-size", "16"]
     argv += ["--output", str(tmp_path), "--experiment", "nodes"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-id",
-        "t",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{matrix.free_port()}",
-    ]
-    agents = [
-        subprocess.Popen(
-            [*command, str(ROOT / "train.py"), *argv],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
-        for _ in range(2)
-    ]
+    nodes = (
+        f"--nnodes 2 --nproc-per-node 1 --rdzv-id t --rdzv-backend c10d --rdzv-endpoint localhost:{matrix.free_port()}"
+    )
+    command = [*TORCHRUN, *nodes.split(), str(ROOT / "train.py"), *argv]
+    pipe, stdout = subprocess.PIPE, subprocess.STDOUT
+    agents = [subprocess.Popen(command, stdout=pipe, stderr=stdout, text=True, env=ENV) for _ in range(2)]
     printed = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert sum('"eval_top1"' in text for text in printed) == 1  # rank 0 alone reports
