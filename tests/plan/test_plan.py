@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samon import UserError
 from samon.plan import main as planning
-from samon.plan.step import Cost, Planned, loss, measured, pretended, update
-from samon.plan.watch import REST, Watch
+from samon.plan.step import FakeTraining, StepCost, fake_processes, loss, measure, update
+from samon.plan.tracker import REST, CostTracker
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
@@ -30,8 +30,8 @@ METHODS = ("adamw", "samon-adamw", "sam-adamw")
 
 
 def settings(opt: str, **values: Any) -> Config:
-    args = planning.arguments(["--model", values.pop("model"), "--num-classes", "10", *values.pop("flags", [])])
-    return planning.settings(args, opt).but(**values)
+    args = planning.parse_arguments(["--model", values.pop("model"), "--num-classes", "10", *values.pop("flags", [])])
+    return planning.train_config(args, opt).but(**values)
 
 
 def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
@@ -49,13 +49,13 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
         x, y = torch.randn(BATCH, 3, size, size), torch.zeros(BATCH, dtype=torch.long)
         sync = {} if fsdp or opt == "adamw" else {"no_sync": net.no_sync}
         for _ in range(2):  # DDP puts its buckets in another order after the first
-            update(model, optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
+            update(optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
         if fsdp:
-            cost = measured(model, optimizer, config, x, y)
+            cost = measure(model, optimizer, config, x, y)
         else:
-            with FlopCounterMode(display=False) as flops, Watch() as watch:
-                update(model, optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
-            cost = Cost(int(flops.get_total_flops()), {REST: 0}, {}, dict(watch.buffers), dict(watch.wire))
+            with FlopCounterMode(display=False) as flops, CostTracker() as tracker:
+                update(optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
+            cost = StepCost(int(flops.get_total_flops()), {REST: 0}, {}, dict(tracker.buffers), dict(tracker.wire))
         names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
         found.append([cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)])
     return found
@@ -63,9 +63,9 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
 
 def planned(fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     found = []
-    with pretended(2) as world:
+    with fake_processes(2) as world:
         for opt in METHODS:
-            cost = Planned(settings(opt, flags=["--fsdp"] if fsdp else [], **about), world).cost(BATCH)
+            cost = FakeTraining(settings(opt, flags=["--fsdp"] if fsdp else [], **about), world).cost(BATCH)
             names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
             found.append([cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)])
     return found
@@ -92,8 +92,8 @@ def test_ddp_sends_what_was_planned(about: dict[str, Any]) -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    with pretended(1) as world:
-        model = Planned(settings("samon", **MODEL), world)
+    with fake_processes(1) as world:
+        model = FakeTraining(settings("samon", **MODEL), world)
         known = {size: model.cost(size) for size in (2, 4)}
         for limit in (0, known[4].peak - 1, 3 * known[4].peak):
             best = planning.largest_batch(model, dict(known), limit)
@@ -147,8 +147,8 @@ def test_more_processes_send_as_much_each() -> None:
     """What a GPU sends tends to a limit: twice the gradients under DDP, whatever the number of GPUs."""
     sent = {}
     for processes in (8, 4096):
-        with pretended(processes) as world:
-            cost = Planned(settings("samon-adamw", **MODEL), world).cost(1)
+        with fake_processes(processes) as world:
+            cost = FakeTraining(settings("samon-adamw", **MODEL), world).cost(1)
             sent[processes] = cost.wire["all-reduce"] / cost.buffers["all-reduce"]
     assert sent == {8: pytest.approx(1.75), 4096: pytest.approx(2, rel=1e-3)}
 

@@ -1,0 +1,127 @@
+"""Memory and messages of the code that runs inside a context, counted from its (real or fake) tensors."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from samon.sam import to_local
+
+PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST = "parameters", "gathered", "gradients", "optimizer", "activations"
+KINDS = (PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST)
+# Name, and how often a process sends (n - 1) / n of the full buffer in a ring.
+COLLECTIVES = {
+    "allgather": ("all-gather", 1),
+    "reduce_scatter": ("reduce-scatter", 1),
+    "allreduce": ("all-reduce", 2),
+    "broadcast": ("broadcast", 1),
+}
+
+
+class CostTracker(TorchDispatchMode):
+    """Counts live storages by kind, and messages by collective.
+
+    Attributes:
+        now, peak: bytes by kind; `peak` when their sum was largest.
+        messages, buffers, wire: number of messages, bytes of their buffers, bytes that a process sends in a ring.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = Counter[str](), Counter[str]()
+        self.messages, self.buffers, self.wire = Counter[str](), Counter[str](), Counter[str]()
+        self._live: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._contexts = ExitStack()
+
+    def add(self, tensors: Iterable[Any], kind: str) -> None:
+        """Count the tensors among these as `kind` from now on."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._count(to_local(tensor).untyped_storage(), kind)
+
+    @contextmanager
+    def track_gradients(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Count what is accumulated into `.grad` of these parameters as gradients."""
+        handles = [p.register_post_accumulate_grad_hook(lambda q: self.add([q.grad], GRADIENTS)) for p in parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __enter__(self) -> "CostTracker":
+        self._contexts.enter_context(_on_storage_resize(self))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._contexts.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("c10d.").lstrip("_")
+        collective = next((key for key in COLLECTIVES if name.startswith(key)), None) if "c10d." in str(func) else None
+        if collective is not None:
+            self._count_message(collective, args)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):  # a DTensor has no storage of its own
+                self._count(tensor.untyped_storage(), None)
+        if collective == "reduce_scatter":  # FSDP keeps the sharded gradients there
+            self.add(tree_leaves(args[0]), GRADIENTS)
+        return out
+
+    def _count_message(self, collective: str, args: Any) -> None:
+        name, passes = COLLECTIVES[collective]
+        size = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2])
+        scripts = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
+        ranks = ProcessGroup.unbox(scripts[0]).size() if scripts else 1
+        self.messages[name] += 1
+        self.buffers[name] += size
+        self.wire[name] += passes * size * (ranks - 1) // ranks
+
+    def _count(self, storage: torch.UntypedStorage, kind: str | None) -> None:
+        """Count a storage; its kind stays the same if None."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
+            old_kind, old_size, reference = self._live[key]
+            kind = kind or old_kind
+            if (kind, size) == (old_kind, old_size):
+                return
+            self.now[old_kind] -= old_size
+        else:
+            kind, reference = kind or REST, weakref.ref(storage, lambda _: self._drop(key))
+        self._live[key] = (kind, size, reference)
+        self.now[kind] += size
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def _drop(self, key: int) -> None:
+        if key in self._live:
+            kind, size, _ = self._live.pop(key)
+            self.now[kind] -= size
+
+
+@contextmanager
+def _on_storage_resize(tracker: CostTracker) -> Iterator[None]:
+    """Count resized storages as gathered: FSDP allocates and frees gathered parameters by resizing their storage."""
+    original = torch.UntypedStorage.resize_
+
+    def resize(storage: Any, size: int) -> None:
+        original(storage, size)
+        if storage._cdata in tracker._live:
+            tracker._count(storage, GATHERED)
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
