@@ -53,6 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--grad-checkpointing", action="store_true")
     add("--device", choices=sorted(DEVICES), help="estimate times, and find the largest batch that fits")
     add("--memory", type=float, help="GB per GPU for the largest batch (default: that of --device)")
+    add("--sam-tail", type=float, metavar="F", help="also the FLOPs of a training whose last F takes two passes")
     add("--network", type=float, default=50.0, help="GB/s per GPU to other hosts, one way (50: 400 Gb/s)")
     add("--gpus-per-host", type=int, default=8)
     add("--json", type=Path, help="JSON file to write")
@@ -61,6 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--opt {args.opt} is none of samon's; use one such as samon-layerl2-adamw")
     if args.gpus < 1 or args.batch_size < 1:
         raise UserError("--gpus and --batch-size must be at least 1")
+    if args.sam_tail is not None and not 0 < args.sam_tail <= 1:
+        raise UserError(f"--sam-tail must be in (0, 1], got {args.sam_tail}")
     if args.json:
         check_writable("--json", args.json)
     return args
@@ -152,6 +155,9 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         ["peak memory", *(format_quantity(row["peak"], "B", 1024) for row in rows)],
         *([f"- {kind}", *(format_quantity(r["memory"].get(kind, 0), "B", 1024) for r in rows)] for kind in KINDS),
     ]
+    if args.sam_tail is not None:
+        shares = (1 + args.sam_tail * (row["flops"] / base["flops"] - 1) for row in rows)
+        lines.insert(3, [f"FLOPs of a training, tail {args.sam_tail:g}", *(f"{share:.2f}" for share in shares)])
     collectives = sorted({name for row in rows for name in row["wire"]})
     lines += [[f"{n}, sent", *(format_quantity(row["wire"].get(n, 0), "B") for row in rows)] for n in collectives]
     lines.append(["sent", *(format_quantity(sum(row["wire"].values()), "B") for row in rows)])

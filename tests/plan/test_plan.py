@@ -103,7 +103,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 
 def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--gpus", "64", "--batch-size", "2"]
-    words += ["--opt", "samon-layerl2-adamw", "--device", "h100", "--memory", "0.5"]
+    words += ["--opt", "samon-layerl2-adamw", "--device", "h100", "--memory", "0.5", "--sam-tail", "0.3"]
     words += ["--json", str(tmp_path / "plan.json")]
     plain, everything, on = planning.main([*words, "--fsdp", "--fsdp-replicate", "8", "--amp"])
     assert [row["opt"] for row in (plain, everything, on)] == ["adamw", "sam-adamw", "samon-layerl2-adamw"]
@@ -115,6 +115,8 @@ def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert plain["largest_batch"] >= on["largest_batch"] > 2
     said = capsys.readouterr().out
     assert "64 x 2 images, FSDP, bfloat16" in said
+    tail = 1 + 0.3 * (on["flops"] / plain["flops"] - 1)
+    assert f"| FLOPs of a training, tail 0.3 | 1.00 | 1.30 | {tail:.2f} |" in said
     assert "estimate" in said
     assert "NVIDIA H100 SXM" in said
     assert json.loads((tmp_path / "plan.json").read_text())["rows"][2]["flops"] == on["flops"]
@@ -161,6 +163,7 @@ def test_more_processes_send_as_much_each() -> None:
         (["--gpus", "6", "--fsdp", "--fsdp-replicate", "4"], "--fsdp-replicate 4"),
         (["--model", "resnet5000"], "unknown model"),
         (["--batch-size", "0"], "at least 1"),
+        (["--sam-tail", "1.5"], "--sam-tail"),
     ],
 )
 def test_mistakes(words: list[str], said: str) -> None:
