@@ -164,6 +164,22 @@ def test_cifar_optimizer_is_plain_sgd_with_decay_on_everything() -> None:
         assert (group["nesterov"], group["weight_decay"], group["momentum"]) == (False, 5e-4, 0.9)
 
 
+@pytest.mark.parametrize("recipe", ["imagenet/vit_s32_scratch", "cifar/cifar10_vit"])
+def test_muon_takes_the_settings_of_adamw(recipe: str) -> None:
+    """timm scales Muon's updates to AdamW's, and the normalization parameters are AdamW's in both."""
+    adamw = parsed(f"{recipe}.yaml", "--opt", "samon-adamw")
+    for opt, rho in (("muon", None), ("samon-muon", adamw.rho)):
+        c = parsed(f"{recipe}.yaml", "--opt", opt)
+        assert (c.lr, c.weight_decay, c.rho) == (adamw.lr, adamw.weight_decay, rho)
+        optimizer = build_optimizer(c, meta_model(c))
+        sam = samon.sam_of(optimizer)
+        base = sam.base if sam else optimizer
+        assert type(base).__name__ == "Muon"
+        assert {(g["lr"], g["momentum"], tuple(g["betas"]), g["adjust_lr_fn"]) for g in base.param_groups} == {
+            (c.lr, 0.95, (0.9, 0.95), "match_rms_adamw")
+        }
+
+
 def test_grids_are_table_7() -> None:
     """Spot values of Table 7, one per block, and the shapes of all rows (values counted in the paper)."""
     assert GRIDS["cifar100_resnet"]["samon"] == [0.1, 0.5, 1, 5]
