@@ -43,7 +43,7 @@ SMALL = "small_blocks"
 # Largest FLOPs relative to a plain step, by prefix of the row's name. The time should be within 10 % of it.
 TARGETS = {
     "SAM-ON layer4, replay": 1.11,
-    "SAM-ON, m": 1.67,
+    "SAM-ON, m =": 1.67,
     "SAM-ON, ascent previous": 1.01,
     "SAM-ON, ascent msam": 1.01,
 }
@@ -108,8 +108,8 @@ class Bench:
             sam.compile()
         return opt
 
-    def plain(self) -> Step:
-        opt = self.optimizer("sgd")
+    def plain(self, name: str = "sgd") -> Step:
+        opt = self.optimizer(name)
 
         def step() -> None:
             opt.zero_grad()
@@ -195,6 +195,8 @@ class Bench:
             "SAM, all parameters": lambda: self.two_pass("sam"),
             "SAM-ON, full gradients": self.naive,
             f"SAM-ON, m = {batch}": lambda: self.two_pass("samon"),
+            "plain Muon": lambda: self.plain("muon"),  # its own step orthogonalizes every matrix
+            "SAM-ON, muon": lambda: self.two_pass("samon-muon"),
             f"SAM-ON {late}, no replay": lambda: self.two_pass("samon", late, replay=False),
             f"SAM-ON {late}, replay": lambda: self.two_pass("samon", late),
         }
