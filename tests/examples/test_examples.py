@@ -71,6 +71,40 @@ def test_accelerate_prints_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own
+def test_hugging_face_trainer_accumulates_two_pass_steps(tmp_path: Path) -> None:
+    """Two updates of two micro-batches each equal samon.two_pass with loss_scale=1/2 up to rounding."""
+    pytest.importorskip("transformers")
+    example = importlib.import_module("huggingface_trainer")
+    model, twin = example.Classifier().double(), example.Classifier().double()
+    twin.load_state_dict(model.state_dict())
+    data = [{"x": torch.randn(1, 28, 28).double(), "labels": i % 10} for i in range(16)]
+    args = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    exact = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
+    example.make_trainer(model, data, str(tmp_path), **args, **exact).train()
+    optimizer: Any = timm.optim.create_optimizer_v2(twin, "samon-layerl2", lr=0.05, momentum=0.9, rho=0.05)
+    for start in range(0, 16, 4):
+        batch = torch.utils.data.default_collate(data[start : start + 4])
+        samon.two_pass(optimizer, lambda b=batch: twin.train()(**b)["loss"], loss_scale=0.5)
+        if start % 8 == 4:
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_perturbs_the_frozen_normalization_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pth")
+    example = importlib.import_module("lora")
+    assert 0 <= example.main("test_vit", str(tmp_path / "weights.pth"), samples=20) <= 100
+    model = example.lora_model("test_vit", str(tmp_path / "weights.pth"))
+    sizes = [p.numel() for name, p in model.named_parameters() if "norm" in name and not p.requires_grad]
+    assert f" {sum(sizes):,} others are perturbed" in capsys.readouterr().out
+
+
 def test_finetune_pretrained(tmp_path: Path) -> None:
     """From real ImageNet weights, 20 updates are enough to be far above chance."""
     torch.save(efficientnet_lite0.state_dict(), tmp_path / "lite0.pth")
