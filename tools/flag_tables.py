@@ -1,5 +1,12 @@
-"""Renew the tables of flags in docs/flags.md and docs/flags_validate.md: python tools/flag_tables.py"""
+#!/usr/bin/env python3
+"""Update the tables of flags in docs/flags.md and docs/flags_validate.md from the rows of samon/trainer.
 
+    python tools/flag_tables.py
+
+Run it after a change of samon/trainer/flag_rows.py or flag_rows_timm.py; a test compares the pages with the rows.
+"""
+
+import argparse
 from pathlib import Path
 
 from samon.trainer.flag_rows import TRAIN, VALIDATE
@@ -28,6 +35,7 @@ def markdown(sections: Sections) -> str:
 
 def main() -> None:
     """Replace the tables; the text before the first one stays."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, sections in (("flags.md", TRAIN), ("flags_validate.md", VALIDATE)):
         page = ROOT / "docs" / name
         page.write_text(page.read_text().partition("## ")[0] + markdown(sections).rstrip("\n") + "\n")

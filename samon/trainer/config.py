@@ -100,7 +100,8 @@ def flags_in_errors() -> Iterator[None]:
         yield
     except UserError as error:
         text = re.sub(r"(?<!\S)(\w+)=", lambda m: f"{FLAGS[m[1]].flag} " if m[1] in FLAGS else m[0], str(error))
-        raise UserError(text) from error
+        error.args = (text,)  # its class stays
+        raise
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

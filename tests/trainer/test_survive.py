@@ -28,7 +28,7 @@ from tests.sets import write_set
 from tools import check_interruptions as matrix
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # scripts in tmp_path import tests.runs
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the matrix forks and signals as on Linux")
 
 
@@ -227,7 +227,7 @@ def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
     state = tmp_path / "run/last.pth.tar"
     unreadable = {i: {"jpg": b"not an image"} for i in range(16)}
     write_set(root, lengths=(16, 16), num_classes=32, replace=unreadable)
-    with pytest.raises(DataError, match=r"(?i)bad.*the last good checkpoint is .*pth\.tar"):  # as in a first epoch
+    with pytest.raises(DataError, match=r"(?i)corrupt.*the last good checkpoint is .*pth\.tar"):  # as in a first epoch
         run(tmp_path, *own, "--epochs", "2", "--resume", str(tmp_path / "run"))
     assert state.exists()
     assert last(tmp_path / "run")["epoch"] == 0
