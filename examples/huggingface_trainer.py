@@ -24,7 +24,8 @@ class SAMTrainer(Trainer):
 
         def forward() -> torch.Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss
 
         # As in the Trainer: a loss divided by the number of items in all micro-batches is not divided by their number.
         per_item = num_items_in_batch is not None and self.model_accepts_loss_kwargs
