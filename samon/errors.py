@@ -4,7 +4,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,15 +37,6 @@ def reraise_as_user_error(what: str = "") -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text}" if what else text) from error
-
-
-def refuse(mistakes: Mapping[str, Any]) -> None:
-    """Raises:
-    UserError: the first of these messages whose mistake is made.
-    """
-    for message, made in mistakes.items():
-        if made:
-            raise UserError(message)
 
 
 def require_package(module: str, message: str) -> Any:
