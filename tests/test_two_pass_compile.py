@@ -154,12 +154,15 @@ def test_replay_runs_the_model_eagerly() -> None:
 
 
 # -- the arithmetic of the perturbation (SAM.compile) ------------------------------------------------------------------
-def train_both(name: str, backend: str, steps: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+def train_both(
+    name: str, backend: str, steps: int, compile_model: bool = False, **options: Any
+) -> tuple[nn.Module, nn.Module]:
     """A network after this many steps with compiled arithmetic, and one after as many with the eager one."""
     (model, opt), (twin, eager) = make(BatchNormNet, name), make(BatchNormNet, name)
     opt.compile(backend)
+    called: Any = torch.compile(model, backend=backend) if compile_model else model
     for _ in range(steps):
-        for o, m in ((opt, model), (eager, twin)):
+        for o, m in ((opt, called), (eager, twin)):
             o.zero_grad()
             samon.two_pass(o, loss_of(m, *batch()), **options)
             o.step()
@@ -181,6 +184,12 @@ def test_inductor() -> None:
     """Fused loops sum in another order: 1e-12 in float64 for one step, 1e-9 after three."""
     assert_same(*train_both("samon-layerl2", "inductor", 3), 1e-9)
     assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("bn_stats", ["first", "both"])
+def test_inductor_with_groups(bn_stats: str) -> None:
+    """A compiled backward reuses memory of its forward; the running statistics must not come from it."""
+    assert_same(*train_both("samon", "inductor", 2, True, groups=2, bn_stats=bn_stats), 1e-9)
 
 
 def test_a_gradient_that_is_not_finite_perturbs_nothing() -> None:

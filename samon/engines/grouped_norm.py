@@ -14,7 +14,10 @@ from samon.errors import UserError
 from samon.geometry import LOW_PRECISION, to_float32
 from samon.scope import affine_dim
 
-BatchStatistics = tuple[Tensor, Tensor]  # mean and variance, [G, C]
+BatchStatistics = tuple[Tensor, Tensor]  # HALF times mean and variance, [G, C]
+# The momentum at which batch statistics are read. At momentum 1, a compiled forward returns the memory of the mean that
+# it saves for the backward pass, which reuses that memory. A power of two keeps every bit.
+HALF = 0.5
 
 
 class GroupedNorm:
@@ -150,7 +153,7 @@ class GroupedNorm:
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean, variance = (torch.zeros(groups * channels, dtype=dtype, device=x.device) for _ in range(2))
         gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
-        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=1.0, eps=module.eps)
+        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=HALF, eps=module.eps)
         if getattr(module, "track_running_stats", False):
             self.calls = (*self.calls, (mean.view(groups, -1), variance.view(groups, -1)))
         y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samon.contexts import override_attrs, preserve_buffers
-from samon.engines.grouped_norm import BatchStatistics, GroupedNorm
+from samon.engines.grouped_norm import HALF, BatchStatistics, GroupedNorm
 from samon.errors import UserError
 from samon.geometry import to_float32
 from samon.sam import SAM
@@ -151,7 +151,7 @@ class PerGroup(WholeBatch):
                 weights = module.momentum * (1 - module.momentum) ** order.to(module.running_mean.dtype)
             for running, index in ((module.running_mean, 0), (module.running_var, 1)):
                 sequence = torch.stack([call[index] for call in calls], 1).flatten(0, 1)  # [G * calls, C]
-                running.mul_(keep).add_(weights.to(sequence.dtype) @ sequence)
+                running.mul_(keep).add_((weights / HALF).to(sequence.dtype) @ sequence)
 
 
 def refuse_checkpointing(model: nn.Module, purpose: str) -> None:
