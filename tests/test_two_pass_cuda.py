@@ -24,8 +24,8 @@ from tests.test_two_pass import ENGINES, LATE
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
-    # torch's own: the compiler imports deprecated modules, autograd meets a device without a context
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
+    # The compiler imports deprecated modules; autograd threads meet a device without a context.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 
 

@@ -5,6 +5,7 @@ Args: see tools/gpu_check.sh.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
@@ -22,6 +23,7 @@ from samon.cli.program import run_script
 from samon.errors import RunError
 
 STEP_ROWS = r"^SAM, all|^SAM-ON, m = \d+(, groups)?$|layer4|blocks|ascent previous"
+COMPILED_ROWS = r"^SAM, all|^SAM-ON, m = {batch}$|ascent previous"  # every other variant compiles graphs of its own
 MODELS = {"resnet50": 128, "vit_small_patch32_224": 256}  # batch sizes at 224 px
 
 
@@ -41,11 +43,14 @@ def stages(args: argparse.Namespace, seconds_of: dict[str, float]) -> Iterator[S
         seconds_of: how long the finished stages took; the training takes the time that is left.
     """
     device = "cpu" if args.dry_run else "cuda"
-    marked = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+    marked = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_two_pass_cuda.py"]
+    if importlib.util.find_spec("xdist") is not None and not args.dry_run:
+        marked += ["-n", "4", "-p", "no:benchmark"]  # compiling takes most of the time
     yield Stage("tests", [sys.executable, *marked], 180)
     for model, batch in MODELS.items():
         for compiled in (False, True):
-            name, rows = f"step-{model}{'-compiled' if compiled else ''}", STEP_ROWS
+            name = f"step-{model}{'-compiled' if compiled else ''}"
+            rows = COMPILED_ROWS.format(batch=batch) if compiled else STEP_ROWS
             sizes = ["--model", model, "--img-size", "224", "--batch-size", str(batch), "--m", str(batch), "16"]
             if args.dry_run:
                 sizes = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "4", "--m", "4", "2"]
@@ -53,7 +58,7 @@ def stages(args: argparse.Namespace, seconds_of: dict[str, float]) -> Iterator[S
                 rows = "^$" if compiled else rows  # compiling for the CPU takes half a minute for each variant
             command = [sys.executable, "tools/bench_step.py", *sizes, "--device", device, "--amp", "--channels-last"]
             command += ["--rows", rows, "--json", str(args.directory / f"{name}.json")]
-            yield Stage(name, command + ["--compile"] * compiled, 300 if args.dry_run else 60)
+            yield Stage(name, command + ["--compile"] * compiled, 300 if args.dry_run else 180 if compiled else 90)
     images = ["--images", "500", "--workers", "0"] if args.dry_run else ["--workers", "8"]
     yield Stage("loader", [sys.executable, "tools/bench_resident.py", "--device", device, *images], 60)
     if args.cifar is None:
