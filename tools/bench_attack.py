@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from samon.data.sources import open_source
-from samon.evals.attacks import ROBUST, Threat, attack, seeded_noise, without_marks
+from samon.evals.attacks import ROBUST, Threat, attack, without_marks
 from samon.evals.context import EvalDataset, evaluating
 
 THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
@@ -49,7 +49,7 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, size: int)
     """[N] bool: robust by this project's attacks."""
     parts = torch.arange(len(x)).split(size)
     with evaluating(net, requires_grad=False):
-        found = [attack(net, x[i], y[i], i, Threat(norm, eps), seeded_noise(0)) for i in parts]
+        found = [attack(net, x[i], y[i], i, Threat(norm, eps)) for i in parts]
     return without_marks(torch.cat(found)) == ROBUST
 
 

@@ -23,7 +23,8 @@ import samon
 from samon.cli.program import parse_before_dashes, run_script
 from samon.errors import RunError, UserError
 from samon.evals.context import EvalContext, predict
-from samon.evals.main import Job, build, parse
+from samon.evals.main import parse
+from samon.evals.model import Job, build
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
 from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging

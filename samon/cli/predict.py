@@ -28,7 +28,8 @@ from samon.data.shards import RawSample, is_hidden
 from samon.data.sources import Source
 from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
-from samon.evals.main import build, parse
+from samon.evals.main import parse
+from samon.evals.model import build
 from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import distributed_session
 

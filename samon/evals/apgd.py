@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from samon.errors import UserError
+from samon.errors import UserError, require_package
 from samon.evals import attacks
 from samon.evals.attacks import Normalized, Threat
 from samon.evals.context import (
@@ -35,7 +35,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # sample indices, images in [0, 1], label
 def check(context: EvalContext, dataset: EvalDataset) -> None:
     """Check package, number of classes, labels and threats."""
     if context.config.attack == "standard":
-        attacks.require_pyautoattack()
+        require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
     classes, _ = next(iter(dataset.scorings.values()))
     attacks.check_num_classes(context.num_classes if classes is None else len(classes))
     restrict_to_single_labels("apgd", context.model, dataset)
@@ -149,8 +149,7 @@ def _attack_batch(model: nn.Module, batch: Batch, threat: Threat, bar: tqdm | No
             bar.set_postfix_str(f"{threat.norm} {threat.eps:.3g} {text}", refresh=False)
             bar.update(step)
 
-    noise = attacks.seeded_noise(threat.seed)
-    return attacks.attack(model, images, label, index, threat, noise, on_progress).cpu()
+    return attacks.attack(model, images, label, index, threat, on_progress).cpu()
 
 
 def content_hash(*parts: Tensor | str) -> str:

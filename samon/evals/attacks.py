@@ -5,7 +5,8 @@ attacks". Images are [B, C, H, W] in [0, 1]; the model normalizes its own input 
 from the package `pyautoattack`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samon.errors import UserError, require_package
+from samon.errors import UserError
 from samon.evals.context import predict
 
 APGD = ("apgd-ce", "apgd-t")
@@ -22,8 +23,6 @@ ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified, k adversarial by
 VANISHED = 2 * ROBUST  # added to the outcome if an attack failed whose first gradient was exactly zero
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, indices of the images) -> loss per image
-# (attack, rank of the target class, restart, sample indices, image shape, norm) -> noise [B, *image shape]
-Noise = Callable[[str, int, int, Tensor, torch.Size, str], Tensor]
 OnProgress = Callable[[str], None]
 
 
@@ -232,19 +231,18 @@ def apgd(
 # --- all attacks ----------------------------------------------------------------------------------------------------
 
 
-def seeded_noise(seed: int) -> Noise:
-    """Starting noise that depends on the sample's index alone, not on batch or process: uniform (linf) or normal."""
+def starting_noise(threat: Threat, attack: str, target: int, restart: int, index: Tensor, shape: torch.Size) -> Tensor:
+    """Noise [B, *shape] for the starting points, uniform in [-1, 1] (linf) or normal (l2).
 
-    def noise(attack: str, target: int, restart: int, index: Tensor, shape: torch.Size, norm: str) -> Tensor:
-        rows = []
-        for i in index.tolist():
-            words = np.random.SeedSequence([seed, ATTACKS.index(attack), target, restart, i]).generate_state(2)
-            generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            draw = torch.rand if norm == "linf" else torch.randn
-            rows.append(draw(shape, generator=generator))
-        return torch.stack(rows) * 2 - 1 if norm == "linf" else torch.stack(rows)
-
-    return noise
+    It depends on the threat's seed, the run and the sample's index alone, not on batch or process.
+    """
+    rows = []
+    for i in index.tolist():
+        words = np.random.SeedSequence([threat.seed, ATTACKS.index(attack), target, restart, i]).generate_state(2)
+        generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        draw = torch.rand if threat.norm == "linf" else torch.randn
+        rows.append(draw(shape, generator=generator))
+    return torch.stack(rows) * 2 - 1 if threat.norm == "linf" else torch.stack(rows)
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -255,13 +253,7 @@ def check_num_classes(num_classes: int) -> None:
 
 @torch.no_grad()
 def attack(
-    model: nn.Module,
-    images: Tensor,
-    label: Tensor,
-    index: Tensor,
-    threat: Threat,
-    noise: Noise,
-    on_progress: OnProgress = quiet,
+    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, on_progress: OnProgress = quiet
 ) -> Tensor:
     """Attack the images in turn by all attacks of a threat, each those still robust; return outcomes [B] (`ROBUST`)."""
     logits = model(images)
@@ -271,7 +263,8 @@ def attack(
     ranking = logits.argsort(dim=1)  # last column: the predicted class
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
     without_gradient = torch.zeros_like(outcome)
-    for name, target, restart in _apgd_runs(threat):
+    ranks = [("apgd-ce", 0), *(("apgd-t", rank) for rank in range(2, threat.n_targets + 2))]  # of the target class
+    for (name, target), restart in itertools.product(ranks, range(threat.restarts)):
         rows = (outcome == ROBUST).nonzero().flatten()
         if not len(rows):
             break
@@ -285,8 +278,8 @@ def attack(
         def report(text: str, run: str = f"{name} {target - 1}" if name == "apgd-t" else name) -> None:
             on_progress(f"{run} {text}")
 
-        draw = noise(name, target, restart, index[rows.cpu()], x.shape[1:], threat.norm).to(x)
-        start = (x + threat.eps * unit(draw, threat.norm)).clamp(0.0, 1.0)
+        noise = starting_noise(threat, name, target, restart, index[rows.cpu()], x.shape[1:]).to(x)
+        start = (x + threat.eps * unit(noise, threat.norm)).clamp(0.0, 1.0)
         adversarial, _, vanished = apgd(model, x, y, loss_fn, start, threat, report)
         outcome[rows[adversarial]] = ATTACKS.index(name)
         without_gradient[rows[vanished & ~adversarial]] = VANISHED
@@ -299,20 +292,9 @@ def attack(
     return outcome + without_gradient
 
 
-def _apgd_runs(threat: Threat) -> Iterator[tuple[str, int, int]]:
-    """Yield (attack, rank of the target class from the likeliest, restart)."""
-    for name, targets in zip(APGD, (range(1), range(2, threat.n_targets + 2)), strict=True):
-        yield from ((name, target, restart) for target in targets for restart in range(threat.restarts))
-
-
 def without_marks(outcome: Tensor) -> Tensor:
     """Outcomes without `VANISHED`."""
     return torch.where(outcome >= VANISHED, outcome - VANISHED, outcome)
-
-
-def require_pyautoattack() -> None:
-    """Raise UserError if the package of FAB-T and Square is not installed."""
-    require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
 
 
 def fab_or_square(name: str, model: nn.Module, images: Tensor, label: Tensor, threat: Threat) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from samon.evals import EVALS, accuracy, load_evaluation, norm_params
 from samon.evals.context import EvalContext, EvalDataset
 from samon.evals.corruptions import corruption_errors
 from samon.evals.datasets import EvalSpec, open_dataset, read_specs
-from samon.evals.model import build_context, list_checkpoints, list_model_names
+from samon.evals.model import Job, build, list_checkpoints, list_model_names
 from samon.evals.results import Result, ResultsFile, markdown, shorten_paths
 from samon.files import check_writable
 from samon.trainer import model as models
@@ -37,27 +37,6 @@ _DATA_KEYS = ("dataset", "data_dir", "class_map", "input_key", "target_key", "da
 # Settings that do not change the results.
 _NON_SEMANTIC = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format", "overwrite"}
 _NON_SEMANTIC |= {"shard_cache", "shard_cache_size", "allow_shell_urls"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model to evaluate.
-
-    Attributes:
-        checkpoint: its file; empty: the model as created.
-        use_ema: evaluate the checkpoint's averaged weights.
-        class_names: classes that the checkpoint was trained on.
-        name: the model's name in file names.
-        forced_float32: accuracy is not in the run's precision, because of other evaluations.
-    """
-
-    checkpoint: str
-    config: Config
-    use_ema: bool
-    specs: list[EvalSpec]
-    class_names: list[str] | None = None
-    name: str = ""
-    forced_float32: bool = False
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -146,11 +125,6 @@ def settings_from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> t
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def build(job: Job, dist_info: DistInfo) -> EvalContext:
-    """The job's model on its device."""
-    return build_context(job.config, dist_info, job.checkpoint, job.use_ema, job.name, job.class_names)
 
 
 def list_tasks(job: Job) -> Iterator[tuple[str, EvalSpec, str]]:

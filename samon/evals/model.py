@@ -2,7 +2,7 @@
 
 import filecmp
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.evals.context import EvalContext
+from samon.evals.datasets import EvalSpec
 from samon.trainer import fsdp
 from samon.trainer import model as models
 from samon.trainer.config import Config
@@ -22,6 +23,27 @@ from samon.trainer.state import SUFFIX, load_weights
 
 log = logging.getLogger("samon")
 _SUFFIXES = (SUFFIX, ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to evaluate.
+
+    Attributes:
+        checkpoint: its file; empty: the model as created.
+        use_ema: evaluate the checkpoint's averaged weights.
+        class_names: classes that the checkpoint was trained on.
+        name: the model's name in file names.
+        forced_float32: accuracy is not in the run's precision, because of other evaluations.
+    """
+
+    checkpoint: str
+    config: Config
+    use_ema: bool
+    specs: list[EvalSpec]
+    class_names: list[str] | None = None
+    name: str = ""
+    forced_float32: bool = False
 
 
 def list_model_names(model: str | None) -> list[str | None]:
@@ -71,23 +93,14 @@ def drop_copies(paths: list[str]) -> list[str]:
     return unique
 
 
-def build_context(
-    config: Config, dist_info: DistInfo, checkpoint: str, use_ema: bool, name: str, class_names: list[str] | None
-) -> EvalContext:
-    """Create the model with its weights on the device.
-
-    Args:
-        checkpoint: file with the weights; empty: pretrained or random ones.
-        use_ema: load the checkpoint's averaged weights.
-        name: see `EvalContext`.
-        class_names: see `EvalContext`.
-    """
-    config = models.resolve_precision(config, dist_info)
+def build(job: Job, dist_info: DistInfo) -> EvalContext:
+    """Create the job's model with its weights on the device."""
+    config = models.resolve_precision(job.config, dist_info)
     utils.random_seed(config.seed)  # so that all processes have the same random weights
-    model = create_model(config, pretrained=config.pretrained and not checkpoint)
-    if checkpoint:
-        load_weights(model, checkpoint, use_ema)
-        log.info("%s: the %s of %s", config.model, "averaged weights" if use_ema else "weights", checkpoint)
+    model = create_model(config, pretrained=config.pretrained and not job.checkpoint)
+    if job.checkpoint:
+        load_weights(model, job.checkpoint, job.use_ema)
+        log.info("%s: the %s of %s", config.model, "averaged weights" if job.use_ema else "weights", job.checkpoint)
     data_config = models.resolve_data_config(config, model, use_test_size=not config.use_train_size)
     if config.reparam:
         model = utils.reparameterize_model(model)
@@ -102,7 +115,8 @@ def build_context(
     if mesh is not None:
         fsdp.shard_model(config, model, dist_info, mesh)
     device, autocast = dist_info.device, models.make_autocast(config, dist_info.device)
-    return EvalContext(config, model, data_config, device, dist_info.rank, dist_info.size, autocast, name, class_names)
+    process = (device, dist_info.rank, dist_info.size)
+    return EvalContext(config, model, data_config, *process, autocast, job.name, job.class_names)
 
 
 def create_model(config: Config, pretrained: bool) -> nn.Module:

@@ -12,8 +12,8 @@ from timm.layers import apply_test_time_pool
 
 from samon.errors import UserError
 from samon.evals import model as eval_model
-from samon.evals.main import build, main, parse
-from samon.evals.model import create_model, drop_copies, list_checkpoints, list_model_names
+from samon.evals.main import main, parse
+from samon.evals.model import build, create_model, drop_copies, list_checkpoints, list_model_names
 from samon.trainer.distributed import DistInfo
 from tests.eval_sets import CPU, FASHION
 
