@@ -4,11 +4,9 @@ import importlib.util
 import io
 import random
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import polib
 import sentencepiece as spm
@@ -35,19 +33,15 @@ class Corpus:
 
 
 def load_corpus(settings: Settings) -> Corpus:
-    """Load the corpus that the settings name.
+    """Load the plain text that the settings name, or message catalogues.
 
     Raises:
-        UserError: the settings name no corpus or two, files are missing, or a split is empty.
+        UserError: files are missing, or a split is empty.
     """
-    if (settings.text is None) == (not settings.test and not settings.held_out):
-        raise UserError(
-            "name either text: DIR (train.de, train.en, ...) or the catalogues' valid: and test: or held_out:"
-        )
-    corpus = text_corpus(Path(settings.text)) if settings.text is not None else catalogue_corpus(settings)
+    corpus = text_corpus(Path(settings.text)) if settings.text else catalogue_corpus(settings)
     for name in ("train", "valid", "test"):
         if not getattr(corpus, name):
-            raise UserError(f"the {name} split is empty; check text:, catalogues:, valid: and test:")
+            raise UserError(f"the {name} split is empty; check text:, or catalogues: and held_out:")
     return corpus
 
 
@@ -75,16 +69,15 @@ def _text_pairs(directory: Path, split: str) -> list[Pair]:
 
 
 def catalogue_corpus(settings: Settings) -> Corpus:
-    """Message catalogues split by file or app, repeated strings removed: see `Corpus`.
+    """Message catalogues split by the hash of their path, repeated strings removed: see `Corpus`.
 
     `valid` and `test` also exclude strings with paths and identifiers (`/about/contact/`, `is_staff`): a few of them
     give an untranslated source the long matches that BLEU rewards. Training keeps them.
     """
     files = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
-    place = _by_hash(settings.held_out) if settings.held_out else _by_app(files, settings)
     splits: list[list[Pair]] = [[], [], []]
     for path, pairs in files.items():
-        splits[place(path)] += pairs
+        splits[split_of_file(path, settings.held_out)] += pairs
     seen: set[str] = set()
     for i, split in enumerate(splits):
         splits[i] = [pair for pair in dict.fromkeys(split) if not seen.intersection(pair)]
@@ -93,28 +86,16 @@ def catalogue_corpus(settings: Settings) -> Corpus:
     return Corpus(train, *([pair for pair in split if not IDENTIFIERS.search("".join(pair))] for split in held))
 
 
+def split_of_file(path: str, n: int) -> int:
+    """0, 1 or 2 for a file of the training, validation or test split, see `Settings.held_out`."""
+    return {0: 2, 1: 1}.get(int(sha256(path.encode()).hexdigest(), 16) % n, 0)
+
+
 def _django() -> Path:
     spec = importlib.util.find_spec("django")
     if spec is None or spec.origin is None:
         raise UserError("Django is not installed; pip install -e '.[translation]'")
     return Path(spec.origin).parent
-
-
-def _by_hash(n: int) -> Callable[[str], int]:
-    """0, 1 or 2 for a file of the training, validation or test split."""
-
-    def place(path: str) -> int:
-        return {0: 2, 1: 1}.get(int(sha256(path.encode()).hexdigest(), 16) % n, 0)
-
-    return place
-
-
-def _by_app(files: Mapping[str, Any], settings: Settings) -> Callable[[str], int]:
-    apps = {path: PurePosixPath(path).parents[3].as_posix() for path in files}
-    for app in settings.valid + settings.test:
-        if app not in apps.values():
-            raise UserError(f"no German catalogue of app {app!r}; there are {', '.join(dict.fromkeys(apps.values()))}")
-    return lambda path: 2 if apps[path] in settings.test else int(apps[path] in settings.valid)
 
 
 def _catalogues(root: Path) -> dict[str, list[Pair]]:

@@ -12,6 +12,8 @@ import torch
 
 from experiments.translation.data import EOS, Pair, load_corpus, padded
 from experiments.translation.model import Translator, beam_search
+from experiments.translation.settings import Settings
+from samon import UserError
 from samon.cli.program import run_script
 
 SENTENCES = 64  # decoded at a time
@@ -41,13 +43,23 @@ def bleu(translations: list[str], pairs: list[Pair]) -> sacrebleu.metrics.bleu.B
     return sacrebleu.metrics.bleu.BLEU().corpus_score(translations, [[english for _, english in pairs]])
 
 
+def read_checkpoint(path: Path) -> tuple[Settings, bytes, dict[str, Any]]:
+    """Settings, BPE model and content of a checkpoint; raise UserError if it does not exist or is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return Settings(**content["settings"]), bytes(content["bpe"].numpy()), content
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; give the directory of a run, or train one") from None
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        reason = str(error).partition("\n")[0][:90]
+        raise UserError(f"{path} is damaged or no checkpoint of this example ({reason})") from None
+
+
 def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[str, Any]:
     """BLEU of a checkpoint's translations and of the untranslated source, on a split of its corpus."""
-    from experiments.translation.train import read_checkpoint  # which imports this module for its validation
-
-    content = read_checkpoint(checkpoint)
-    settings = content["settings"] if text is None else dataclasses.replace(content["settings"], text=text)
-    processor = spm.SentencePieceProcessor(model_proto=content["bpe"])
+    settings, bpe, content = read_checkpoint(checkpoint)
+    settings = settings if text is None else dataclasses.replace(settings, text=text)
+    processor = spm.SentencePieceProcessor(model_proto=bpe)
     model = Translator(settings, processor.get_piece_size())
     model.load_state_dict(content["model"])
     model.to(device_of_choice())

@@ -1,7 +1,7 @@
 """Train a German-English Transformer: `python -m experiments.translation.train -c experiments/translation/django.yaml`.
 
 A single process on the CPU or on one GPU. Writes `last.pt` (to resume from) and `best.pt` (by validation BLEU) into
---output, and a line of JSON for each epoch into `log.jsonl`.
+--output after an epoch, and a line of JSON for each epoch into `log.jsonl`.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 import samon
-from experiments.translation.data import Batch, Corpus, Pieces, collate, encode, load_corpus, token_batches, train_bpe
-from experiments.translation.evaluate import bleu, device_of_choice, translate
+from experiments.translation.data import Batch, Corpus, collate, encode, load_corpus, token_batches, train_bpe
+from experiments.translation.evaluate import bleu, device_of_choice, read_checkpoint, translate
 from experiments.translation.model import Translator, token_loss
-from experiments.translation.settings import Settings, checked, load_settings
+from experiments.translation.settings import Settings, load_settings
 from experiments.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError, rng
 from samon.cli.program import run_script
-from samon.errors import RunError
+from samon.errors import RunError, reraise_as_user_error
 from samon.files import atomic_write
 
 
@@ -37,9 +37,8 @@ class Run:
     """A training run: its state and its position.
 
     Attributes:
-        epoch, done: the epoch and how many of its updates are done.
+        epoch: epochs done.
         updates: updates done in total.
-        sums: loss times tokens, and tokens, of this epoch so far.
         best: the best validation BLEU so far.
     """
 
@@ -47,59 +46,47 @@ class Run:
         self.settings, self.directory, self.corpus, self.bpe = settings, directory, corpus, bpe
         self.processor = spm.SentencePieceProcessor(model_proto=bpe)
         pairs = encode(self.processor, corpus.train)
-        self.pairs: list[Pieces] = [p for p in pairs if max(map(len, p)) <= settings.max_length and all(p)]
+        self.pairs = [p for p in pairs if max(map(len, p)) <= settings.max_length and all(p)]
         self.device = device_of_choice()
         torch.manual_seed(settings.seed)
-        self.model = Translator(settings, self.processor.get_piece_size()).to(self.device)
+        with reraise_as_user_error("model"):
+            self.model = Translator(settings, self.processor.get_piece_size()).to(self.device)
         self.optimizer = make_optimizer(self.model, settings)
-        self.epoch, self.done, self.updates, self.best = 0, 0, 0, -1.0
-        self.sums = [0.0, 0.0]
-
-    # --- training ---------------------------------------------------------------------------------------------------
+        self.epoch, self.updates, self.best = 0, 0, -1.0
 
     def train(self) -> None:
-        """Train from the current position to the end."""
+        """Train from the current epoch to the end."""
         s = self.settings
-        self.save("last.pt")  # so that --resume also works for a run killed before its first checkpoint
-        for epoch in range(self.epoch, s.epochs):
-            began = time.perf_counter()
-            batches = token_batches(self.pairs, s.max_tokens, seed=s.seed * 100_003 + epoch)
-            updates = [batches[i : i + s.accumulate] for i in range(0, len(batches), s.accumulate)]
-            for micro_batches in updates[self.done :]:
-                self.update([collate([self.pairs[i] for i in batch]) for batch in micro_batches])
-                if self.updates % s.save_every == 0:
-                    self.save("last.pt")
-            self.end_epoch(time.perf_counter() - began)
+        while self.epoch < s.epochs:
+            began, loss, count = time.perf_counter(), 0.0, 0
+            batches = token_batches(self.pairs, s.max_tokens, seed=s.seed * 100_003 + self.epoch)
+            for i in range(0, len(batches), s.accumulate):
+                micro_batches = [collate([self.pairs[k] for k in batch]) for batch in batches[i : i + s.accumulate]]
+                tokens = sum(batch.tokens for batch in micro_batches)
+                loss, count = loss + self.update(micro_batches) * tokens, count + tokens
+            self.end_epoch(loss / count, time.perf_counter() - began)
 
-    def update(self, batches: list[Batch]) -> None:
+    def update(self, batches: list[Batch]) -> float:
+        """Do one update and return its loss."""
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = inverse_sqrt(self.updates, s.lr, s.warmup)
         self.model.train()
         self.optimizer.zero_grad()
-        tokens = [batch.tokens for batch in batches]
         losses = [partial(self.loss, batch) for batch in batches]
-        loss = float(fill_gradients(self.optimizer, losses, tokens, s.m_sharpness))
+        loss = float(fill_gradients(self.optimizer, losses, [batch.tokens for batch in batches], s.m_sharpness))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not math.isfinite(loss + float(torch.nn.utils.get_total_norm(gradients))):  # before it reaches the weights
-            raise RunError(
-                f"loss {loss} or its gradient is not finite at update {self.updates}; train with less lr or rho"
-            )
+            fault = f"loss {loss} or its gradient is not finite at update {self.updates}"
+            raise RunError(f"{fault}; train with less lr or rho")
         self.optimizer.step()
-        self.sums = [self.sums[0] + loss * sum(tokens), self.sums[1] + sum(tokens)]
         self.updates += 1
-        self.done += 1
+        return loss
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        device = self.device
+        source, shifted, target = (t.to(self.device) for t in (batch.source, batch.shifted, batch.target))
         with self.arithmetic():
-            return token_loss(
-                self.model,
-                batch.source.to(device),
-                batch.shifted.to(device),
-                batch.target.to(device),
-                self.settings.smoothing,
-            )
+            return token_loss(self.model, source, shifted, target, self.settings.smoothing)
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -112,9 +99,10 @@ class Run:
         ):
             yield
 
-    def end_epoch(self, seconds: float) -> None:
-        line: dict[str, Any] = {"epoch": self.epoch, "updates": self.updates, "loss": self.sums[0] / self.sums[1]}
-        self.epoch, self.done, self.sums = self.epoch + 1, 0, [0.0, 0.0]
+    def end_epoch(self, loss: float, seconds: float) -> None:
+        """Validate, save and log."""
+        line = {"epoch": self.epoch, "updates": self.updates, "loss": loss, "seconds": round(seconds, 1)}
+        self.epoch += 1
         if self.epoch % self.settings.valid_every == 0 or self.epoch == self.settings.epochs:
             # Greedy: a beam costs several times as much.
             sources = [german for german, _ in self.corpus.valid]
@@ -123,12 +111,9 @@ class Run:
                 self.best = line["valid_bleu"]
                 self.save("best.pt")
         self.save("last.pt")
-        line["seconds"] = round(seconds, 1)
         print(json.dumps(line), flush=True)
         with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> None:
         """Save the whole state, as tensors and plain types only, so that `weights_only=True` can load it."""
@@ -137,62 +122,22 @@ class Run:
             "bpe": torch.frombuffer(bytearray(self.bpe), dtype=torch.uint8),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": [self.epoch, self.done, self.updates, self.best, *self.sums],
+            "progress": [self.epoch, self.updates, self.best],
             "random": rng.get_torch_state(self.device),
         }
-        write_atomically(content, self.directory / name)
-
-    def restore(self, content: dict[str, Any]) -> None:
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.done, self.updates, self.best, *self.sums = content["progress"]
-        rng.set_torch_state(content["random"], self.device)
+        with atomic_write(self.directory / name) as file:
+            torch.save(content, file)
 
 
 def make_optimizer(model: Translator, s: Settings) -> Optimizer:
     """Create timm's optimizer of that name. All parameters decay, norms and biases included, as with fairseq's Adam."""
-    options: dict[str, Any] = {} if s.rho is None else {"rho": s.rho}
-    if options and not samon.is_sam_name(s.opt):
-        raise UserError(
-            f"rho is for samon's optimizers, and {s.opt} is not one; leave rho out or use --opt samon-adamw"
-        )
-    try:
-        return create_optimizer_v2(
-            model,
-            s.opt,
-            lr=s.lr,
-            weight_decay=s.weight_decay,
-            filter_bias_and_bn=False,
-            betas=tuple(s.betas),
-            **options,
-        )
-    except UserError:
-        raise
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"opt {s.opt!r} with these settings: {error}; see timm.optim.list_optimizers()") from None
-
-
-def write_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write a file atomically: `path` has either the old or the complete new content."""
-    try:
-        with atomic_write(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}; the previous one is intact") from None
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; raise UserError if it does not exist or is damaged."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings, bpe = content["settings"], content["bpe"]
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; give the directory of a run, or train one") from None
-    except Exception as error:
-        reason = str(error).partition("\n")[0][:90]
-        raise UserError(f"{path} is damaged or no checkpoint of this example ({reason})") from None
-    return {**content, "settings": checked(settings), "bpe": bytes(bpe.numpy())}
+    if s.rho and not samon.is_sam_name(s.opt):
+        fault = f"rho is for samon's optimizers, and {s.opt} is not one"
+        raise UserError(f"{fault}; leave rho out or use --opt samon-adamw")
+    options: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay, "betas": (0.9, s.beta2)}
+    options |= {"rho": s.rho} if s.rho else {}
+    with reraise_as_user_error(f"--opt {s.opt}"):
+        return create_optimizer_v2(model, s.opt, filter_bias_and_bn=False, **options)
 
 
 def begin(settings: Settings, directory: Path) -> Run:
@@ -210,10 +155,13 @@ def resume(directory: Path, epochs: int | None = None) -> Run:
 
     The learning rate does not depend on the number of epochs, so an extended run equals one planned at that length.
     """
-    content = read_checkpoint(directory / "last.pt")
-    settings = content["settings"] if epochs is None else replace(content["settings"], epochs=epochs)
-    run = Run(settings, directory, load_corpus(settings), content["bpe"])
-    run.restore(content)
+    settings, bpe, content = read_checkpoint(directory / "last.pt")
+    settings = settings if epochs is None else replace(settings, epochs=epochs)
+    run = Run(settings, directory, load_corpus(settings), bpe)
+    run.model.load_state_dict(content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.epoch, run.updates, run.best = content["progress"]
+    rng.set_torch_state(content["random"], run.device)
     return run
 
 
