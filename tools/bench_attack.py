@@ -17,9 +17,11 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from samon.data.decode import decode_pil
+from samon.data.shards import RawSample
 from samon.data.sources import open_source
 from samon.evals.attacks import ROBUST, Threat, attack, without_marks
-from samon.evals.context import EvalDataset, evaluating
+from samon.evals.context import evaluating
 
 THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
 
@@ -27,8 +29,8 @@ THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
 def images(split: str, count: int) -> tuple[Tensor, Tensor]:
     """([N, 3, 28, 28] in [0, 1], [N]) of the embedded Fashion-MNIST."""
     source = open_source("wds/fashion-mnist", "data/fashion-mnist", split)
-    pictures, labels = zip(*EvalDataset(source).__getitems__(list(range(count))), strict=True)
-    return torch.stack([to_tensor(picture) for picture in pictures]), torch.tensor(labels)
+    samples = [s for s in source.read(range(count)) if isinstance(s, RawSample)]
+    return torch.stack([to_tensor(decode_pil(s.image)) for s in samples]), torch.tensor([s.label for s in samples])
 
 
 def trained(count: int) -> nn.Module:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.program import parse_before_dashes, run_script
-from samon.data.corrupt import ImageError, SampleError
+from samon.data.corrupt import ImageError
 from samon.data.shards import RawSample, is_hidden
 from samon.data.sources import Source
 from samon.errors import UserError
@@ -51,18 +50,6 @@ class FileList(Source):
             return RawSample(str(path), path.read_bytes(), 0)
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror}") from None
-
-
-class PredictDataset(EvalDataset):
-    """Images without labels; a corrupt one is logged and replaced by a black one with label -1."""
-
-    def load(self, record: RawSample | SampleError) -> tuple[Any, int]:
-        try:
-            return self.decode(record)
-        except SampleError as error:
-            log.warning("%s", error)
-            black = Image.new(self.img_mode, (64, 64))
-            return black if self.transform is None else self.transform(black), -1
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -100,8 +87,9 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
     """Yield a row per file: file, label, probability, label, ...; empty cells for a corrupt file."""
     config, names = context.config, output_names(context)
     mode = config.input_img_mode or ("RGB" if context.data_config["input_size"][0] == 3 else "L")
-    dataset = PredictDataset(FileList(paths), img_mode=mode, border=config.crop_border_pixels or 0)
-    samples = list(range(len(paths)))
+    border, samples = config.crop_border_pixels or 0, list(range(len(paths)))
+    source = FileList(paths)
+    dataset = EvalDataset(source=source, size=len(paths), image_mode=mode, border=border, skip_corrupt=True)
     with evaluating(context.model):
         for _, index, images, labels in load_batches(
             context, dataset, samples, config.batch_size, progress="predicting"

@@ -1,31 +1,28 @@
 """What an evaluation works with: a model on its device, a data set, and this process's batches of it."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_loader, create_transform
-from timm.data.loader import fast_collate
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils.data import Dataset, default_collate
 
-from samon.data.classes import check_label
-from samon.data.corrupt import ImageError, SampleError, explain_worker_error
-from samon.data.decode import decode_pil
-from samon.data.loader import SharedMemoryCollate
-from samon.data.shards import RawSample
-from samon.data.sources import Source
+from samon.data.corrupt import ImageError, SampleError
+from samon.data.decode import Transform, decode_pil
+from samon.data.loader import create_loader, create_transform
+from samon.data.shards import RawSample, SampleOrError
+from samon.data.stream import SampleStream
 from samon.errors import UserError
 from samon.evals.metrics import Scoring
 from samon.progress import progress_bar
 from samon.trainer.config import Config
 
-Transform = Callable[[Image.Image], Any]  # an image to a tensor, or to a uint8 array for timm's prefetcher
+log = logging.getLogger("samon")
 
 
 @dataclass
@@ -63,9 +60,9 @@ class EvalContext:
         return total.to(values.device)
 
 
-@dataclass(eq=False)
-class EvalDataset(Dataset):
-    """PIL images with their labels, in a fixed order. A corrupt image stops the evaluation.
+@dataclass(eq=False, kw_only=True)
+class EvalDataset(SampleStream):
+    """Images with their labels, in a fixed order.
 
     Attributes:
         limit: evaluate only the first images, those a training run validates on.
@@ -77,16 +74,16 @@ class EvalDataset(Dataset):
         mismatch: how the set differs from the published one.
         published_images: expected number of images, if they can be counted only during the evaluation.
         class_of: class index by label, see `restrict_to_single_labels`.
-        num_labels: labels must be less than this.
-        selection: indices of the images to read; None for all.
-        transform: set by timm's loader.
+        skip_corrupt: log a corrupt image and give a black one with label -1; otherwise it stops the evaluation.
+        chosen: indices of the images to read; set by `load_batches`.
+        num_classes, image_mode, ...: see `SampleStream`.
     """
 
-    source: Source
+    is_training: bool = False
+    batch_size: int = 1
     name: str = ""
     split: str = ""
     limit: int | None = None
-    img_mode: str = "RGB"
     border: int = 0
     keeps_size: bool = False
     label_of: Callable[[str], int] | None = None
@@ -95,44 +92,29 @@ class EvalDataset(Dataset):
     mismatch: str = ""
     published_images: int | None = None
     class_of: list[int] | None = None
-    num_labels: int | None = None
-    selection: Sequence[int] | None = None
-    transform: Transform | None = None
+    skip_corrupt: bool = False
+    chosen: Sequence[int] = ()
 
-    def __len__(self) -> int:
-        return len(self.source if self.selection is None else self.selection)
+    def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
+        """Yield every `num_streams`-th batch; each is read at once, so that a shard is scanned once per batch."""
+        starts = range(stream * self.batch_size, self.size, num_streams * self.batch_size)
+        order = [i for start in starts for i in self.chosen[start : start + self.batch_size]][skip:]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield from zip(batch, self.source.read(batch), strict=True)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
-        """Load a batch (called by torch's fetcher), so that a shard is scanned once per batch."""
-        selected = indices if self.selection is None else [self.selection[i] for i in indices]
-        return [self.load(record) for record in self.source.read(selected)]
-
-    def load(self, record: RawSample | SampleError) -> tuple[Any, int]:
-        """Decode a sample; raise UserError if it is corrupt or its label is out of range."""
+    def _process_or_replace(self, sample: SampleOrError, *_: object) -> tuple[Any, int]:
         try:
-            return self.decode(record)
+            if self.label_of and isinstance(sample, RawSample):
+                sample = sample._replace(label=self.label_of(sample.where))
+            image, label = self._process(sample)
         except SampleError as error:
-            raise UserError(f"{error}; repair the data set, evaluation skips nothing") from error
-
-    def decode(self, record: RawSample | SampleError) -> tuple[Any, int]:
-        """Return the transformed image and its label; raise SampleError naming the sample."""
-        if isinstance(record, SampleError):
-            raise record
-        label = record.label if self.label_of is None else self.label_of(record.where)
-        label = check_label(label, self.num_labels, record.where)
-        label = label if self.class_of is None else self.class_of[label]
-        try:
-            image = decode_pil(record.image, self.img_mode)
-            if self.border:
-                width, height = image.size
-                if min(width, height) <= 2 * self.border:
-                    raise ImageError(f"{width} x {height} pixels, too small to crop a border of {self.border}")
-                image = image.crop((self.border, self.border, width - self.border, height - self.border))
-            return image if self.transform is None else self.transform(image), label
-        except SampleError as error:
-            raise ImageError(f"{record.where}: {error}") from error
-        except Exception as error:  # transforms raise anything on sizes they do not expect
-            raise ImageError(f"{record.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            if not self.skip_corrupt:
+                raise
+            log.warning("%s", error)
+            black = Image.new(self.image_mode, (64, 64))
+            return (black if self.transform is None else self.transform(black)), -1
+        return image, label if self.class_of is None else self.class_of[label]
 
 
 class ClassSubset(nn.Module):
@@ -200,37 +182,45 @@ def load_batches(
     mine = shard_samples(samples, batch_size, context.rank, context.world_size)
     if not mine:
         return
-    prefetch = not config.no_prefetcher
-    options: dict[str, Any] = {key: data[key] for key in ("interpolation", "mean", "std")}
-    if raw:
-        options |= {"mean": (0.0,) * len(data["mean"]), "std": (1.0,) * len(data["std"])}
-    subset = replace(dataset, selection=mine)
+    mean, std = ((0.0,) * size[0], (1.0,) * size[0]) if raw else (data["mean"], data["std"])
+    crop = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    stream = replace(dataset, size=len(mine), batch_size=batch_size, chosen=mine)
     loader = create_loader(
-        subset,  # type: ignore[arg-type]  # timm types its own data sets
+        stream,
         size,
         batch_size,
-        crop_pct=data["crop_pct"],
-        crop_mode=data["crop_mode"],
+        mean=mean,
+        std=std,
         num_workers=config.workers,
         pin_memory=config.pin_mem,
-        persistent_workers=False,
-        use_prefetcher=prefetch,
-        collate_fn=SharedMemoryCollate(fast_collate if prefetch else default_collate),
+        use_prefetcher=not config.no_prefetcher,
         device=context.device,
-        **options,
+        decoder="pil",
+        **crop,
     )
+    if dataset.border:
+        stream.decode = partial(_crop_border, dataset)
     if dataset.keeps_size:
-        exact = create_transform(size, crop_pct=1.0, use_prefetcher=prefetch, **options)
-        subset.transform = partial(_transform_by_size, exact, cast(Transform, subset.transform), (size[2], size[1]))
+        options = {"use_prefetcher": not config.no_prefetcher, "mean": mean, "std": std}
+        exact = create_transform(size, **options, **crop | {"crop_pct": 1.0})
+        stream.transform = partial(_transform_by_size, exact, stream.transform or exact, (size[2], size[1]))
     try:
         with progress_bar(progress, len(mine), "image", show=bool(progress) and context.rank == 0) as bar:
             for k, (images, labels) in enumerate(loader):
                 index = torch.tensor(mine[k * batch_size : (k + 1) * batch_size])
-                number = context.rank + k * context.world_size
-                yield number, index, images.to(context.device), labels.to(context.device)
+                yield context.rank + k * context.world_size, index, images, labels
                 bar.update(len(images))
-    except (RuntimeError, OSError, UserError) as error:
-        raise explain_worker_error(error) from None
+    finally:
+        loader.close()
+
+
+def _crop_border(dataset: EvalDataset, data: bytes | Image.Image) -> Image.Image:
+    """Decode an image and crop the data set's border from each side."""
+    image, border = decode_pil(data, dataset.image_mode), dataset.border
+    width, height = image.size
+    if min(width, height) <= 2 * border:
+        raise ImageError(f"{width} x {height} pixels, too small to crop a border of {border}")
+    return image.crop((border, border, width - border, height - border))
 
 
 def _transform_by_size(exact: Transform, other: Transform, size: tuple[int, int], image: Image.Image) -> object:

@@ -135,7 +135,7 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
         _compare_colors(context, spec, dataset)
     scoring = next(iter(dataset.scorings.values()))
     columns = range(num_classes) if scoring.classes is None else scoring.classes
-    dataset.num_labels = len(columns if scoring.label_sets is None else scoring.label_sets)
+    dataset.num_classes = len(columns if scoring.label_sets is None else scoring.label_sets)
     if scoring.label_sets is not None:
         synsets = shifts.synsets()
         dataset.class_names = [synsets[i] for i in columns]
@@ -162,8 +162,9 @@ def _open_images(context: EvalContext, spec: EvalSpec, split: str) -> EvalDatase
     )
     mode = config.input_img_mode or ("L" if context.data_config["input_size"][0] == 1 else "RGB")
     border = (shift.border if shift else 0) + (config.crop_border_pixels or 0)
-    keeps_size = shift is not None and shift.keeps_size
-    return EvalDataset(source, spec.name, split, img_mode=mode, border=border, keeps_size=keeps_size)
+    dataset = EvalDataset(source=source, size=len(source), image_mode=mode, name=spec.name, split=split, border=border)
+    dataset.keeps_size = shift is not None and shift.keeps_size
+    return dataset
 
 
 def _use_set_labels(dataset: EvalDataset, spec: EvalSpec, own_split: bool) -> None:
@@ -251,11 +252,11 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
 def _compare_colors(context: EvalContext, spec: EvalSpec, dataset: EvalDataset) -> None:
     """Warn if a sample of the images is gray and the model takes color, or the other way round."""
     modes = _image_modes(dataset.source) if context.config.input_img_mode is None else []
-    gray_model = dataset.img_mode == "L"
+    gray_model = dataset.image_mode == "L"
     if modes and all((mode in ("1", "L")) != gray_model for mode in modes):
         effect = "converted to gray, their color is lost" if gray_model else "converted to RGB, three times the gray"
         where = f"{spec.name} {spec.root}"
-        _warn(context, f"{where}: its images are {modes[0]}, the model takes {dataset.img_mode}: they are {effect}")
+        _warn(context, f"{where}: its images are {modes[0]}, the model takes {dataset.image_mode}: they are {effect}")
 
 
 def _image_modes(source: Source) -> list[str]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from samon.data.decode import decode_pil
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.evals import attacks
@@ -25,7 +26,6 @@ from samon.evals.attacks import (
     project,
     without_marks,
 )
-from samon.evals.context import EvalDataset
 from tests.nets import two_logits
 
 N = 40
@@ -193,8 +193,8 @@ def trained():
     """(a small network trained on Fashion-MNIST, 24 of its images, their labels)."""
     torch.manual_seed(0)
     source = open_source("wds/fashion-mnist", "data/fashion-mnist", "validation")
-    images, labels = zip(*EvalDataset(source).__getitems__(list(range(600))), strict=True)
-    x, y = torch.stack([to_tensor(image) for image in images]), torch.tensor(labels)
+    samples = source.read(range(600))
+    x, y = torch.stack([to_tensor(decode_pil(s.image)) for s in samples]), torch.tensor([s.label for s in samples])
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 49, 10))
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)

@@ -83,29 +83,26 @@ def test_a_corrupt_image_stops_the_evaluation(tmp_path, workers):
     context = make_context(Reader(), workers=workers)
     with pytest.raises(UserError) as caught:
         accuracy.evaluate(context, open_dataset(context, spec_of(tmp_path, "imagenet-sketch")))
-    fault = "not an image: 8 bytes starting b'no image'; repair the data set, evaluation skips nothing"
-    assert str(caught.value) == f"{path}: {fault}"
+    assert str(caught.value) == f"{path}: not an image: 8 bytes starting b'no image'"
 
 
 def test_a_sample_without_label_stops_the_evaluation(tmp_path):
     write_shard(tmp_path, [("a", 0, 0), ("b", 1, "one")], ["0", "1"])
     context = make_context(Reader())
     dataset = open_dataset(context, spec_of(tmp_path, "imagenetv2-top-images", "wds", "val"))
-    with pytest.raises(UserError, match=r"val\.tar b: .*'one'.*evaluation skips nothing"):
+    with pytest.raises(UserError, match=r"val\.tar b: .*'one'"):
         accuracy.evaluate(context, dataset)
 
 
 def test_a_border_wider_than_the_image_and_errors_of_transforms_name_the_file(tmp_path):
     root = write_folders(tmp_path, {"0": [0]})
     Image.new("RGB", (200, 9)).save(root / "0/0.png")
-    dataset = open_dataset(make_context(Reader(), crop_border_pixels=4), spec_of(root))
-    assert dataset.__getitems__([0])[0][0].size == (192, 1)
-    dataset.transform = torch.tensor
-    with pytest.raises(UserError, match=r"0/0\.png: \w+Error: .*evaluation skips nothing"):
-        dataset.__getitems__([0])
+    context = make_context(Reader(), crop_border_pixels=4)
+    dataset = open_dataset(context, spec_of(root))
+    assert len(list(load_batches(context, dataset, [0], 1))) == 1
     dataset.border = 5
     with pytest.raises(UserError, match=r"0/0\.png: 200 x 9 pixels, too small to crop a border of 5"):
-        dataset.__getitems__([0])
+        list(load_batches(context, dataset, [0], 1))
 
 
 def test_losses_on_a_restricted_set_see_its_classes_and_labels(tmp_path):
