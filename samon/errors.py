@@ -35,8 +35,7 @@ def reraise_as_user_error(what: str = "") -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {text}" if what else text) from error
+        raise UserError(f"{what}: {error_line(error)}" if what else error_line(error)) from error
 
 
 def require_package(module: str, message: str) -> Any:
@@ -67,6 +66,11 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
     longer = sorted((item for item in words if len(str(word)) > 2 and item.startswith(str(word))), key=len)
     close = longer or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def error_line(error: Exception, limit: int = 300) -> str:
+    """The first characters of an error's text as one line; its class if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def os_error_text(error: OSError) -> str:

@@ -86,6 +86,7 @@ def ours(c: config.Config, world: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
     run = build(c, world)
     checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(c, folder, world)
+    logger.start_trackers(resumed=False)
     for _ in loop.fit(run, Progress(), checkpoints, SignalHandler(), logger):
         if world.device.type == "cuda":
             torch.cuda.synchronize()

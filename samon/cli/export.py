@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import samon
 from samon.cli.program import parse_before_dashes, run_script
-from samon.errors import RunError, UserError
+from samon.errors import RunError, UserError, error_line
 from samon.evals.context import EvalContext, predict
 from samon.evals.main import parse
 from samon.evals.model import Job, build
@@ -184,8 +184,7 @@ def push(model: nn.Module, repository: str, **options: Any) -> None:
     try:
         push_to_hf_hub(model, repository, **options)
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"--push {repository}: {text[:300]}; nothing is lost, start the command again") from error
+        raise RunError(f"--push {repository}: {error_line(error)}; nothing is lost, start the command again") from error
 
 
 if __name__ == "__main__":

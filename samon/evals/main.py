@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from samon.errors import RunError, Stopped, UserError, require_matplotlib
+from samon.errors import RunError, Stopped, UserError, error_line, require_matplotlib
 from samon.evals import EVALS, accuracy, load_evaluation, norm_params
 from samon.evals.context import EvalContext, EvalDataset
 from samon.evals.corruptions import corruption_errors
@@ -187,7 +187,7 @@ def evaluate_jobs(jobs: list[Job], dist_info: DistInfo, file: ResultsFile) -> No
         except (UserError, RuntimeError) as error:
             if not by_name or dist_info.size > 1 or isinstance(error, RunError):  # other processes would wait
                 raise
-            log.error("%s is left out: %s", job.config.model, " ".join(str(error).split())[:300])
+            log.error("%s is left out: %s", job.config.model, error_line(error))
             continue
         evaluated = any(name == "norm_params" for *_, name in list_tasks(job))
         if evaluated and (config.norm_figure or config.norm_tensorboard):

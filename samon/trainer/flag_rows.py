@@ -96,6 +96,7 @@ SECTIONS: Sections = {
         T("config", str, "", SETTINGS, short="c"),
         T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
         T("global-batch-size", int, None, "require processes x batch x accumulation to be this number", range=">= 1"),
+        T("log", str, "tensorboard", "comma-separated: tensorboard, wandb, trackio, mlflow; or none"),
         T("checkpoint-interval", check_interval, "", "save within an epoch every N updates (500) or N minutes (10m)"),
         T("checkpoint-format", str, "file", FORMATS, choices=("file", "dcp"), old_values={"parts": "dcp"}),
         B("overwrite", bool, False, OVERWRITE),

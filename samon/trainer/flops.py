@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
+from samon.errors import error_line
 from samon.trainer.build import build_optimizer
 from samon.trainer.config import Config, resolve
 from samon.trainer.model import create_model
@@ -43,7 +44,7 @@ def step_flops(config: Config) -> dict[str, float] | None:
     try:
         plain, two_pass = count_step(json.dumps(settings))
     except Exception as error:  # a finished run must not fail here, whatever its model does on the meta device
-        log.info("FLOPs of a step were not counted: %s", " ".join(str(error).split())[:200])
+        log.info("FLOPs of a step were not counted: %s", error_line(error, 200))
         return None
     end = config.epochs if config.sam_end_epoch is None else min(config.sam_end_epoch, config.epochs)
     if config.sam_tail is not None:

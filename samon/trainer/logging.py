@@ -1,4 +1,4 @@
-"""Output of a run: log lines or a progress bar, log.txt, summary.csv, TensorBoard, wandb, run.json, the last line."""
+"""Output of a run: log lines or a progress bar, log.txt, summary.csv, trackers, run.json, the last line."""
 
 import csv
 import io
@@ -10,19 +10,18 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import samon
-from samon.errors import os_error_text
+from samon.errors import UserError, error_line, os_error_text
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.scope import norm_parameters
@@ -32,6 +31,7 @@ from samon.trainer.distributed import DistInfo, log_handler
 from samon.trainer.flags import program
 from samon.trainer.flops import step_flops
 from samon.trainer.state import Progress
+from samon.trainer.trackers import TRACKERS, TensorBoard, Tracker, tracker_names
 
 log = logging.getLogger("samon")
 # How the validation is started, by how the training was; otherwise by the script.
@@ -70,9 +70,8 @@ class RunLogger:
         self._first_epoch, self._updates = 0.0, 0  # when the first epoch started, and the updates since
         self._open = ExitStack()
         self._bar: tqdm | None = None
-        self._tensorboard: SummaryWriter | None = None
-        self._wandb: Any = None
-        self._images_logged = False
+        self._trackers: dict[str, Tracker] = {}
+        self._images_logged = self._completed = False
         if not world.is_rank_zero:
             return
         file = LogFile(directory / "log.txt")
@@ -81,25 +80,43 @@ class RunLogger:
         for record in early:
             file.handle(record)
         self._open.enter_context(log_handler(file))
-        self._tensorboard = self._open.enter_context(SummaryWriter(str(directory / "tb"), purge_step=None))
-        if config.log_wandb:
-            self._start_wandb()
 
-    def _start_wandb(self) -> None:
+    def start_trackers(self, resumed: bool) -> None:
+        """Start the trackers of --log (rank 0).
+
+        Raises:
+            UserError: a tracker cannot start, for example because its server does not answer.
+        """
+        for name in tracker_names(self.config):
+            try:
+                with redirect_stdout(sys.stderr):  # the metrics stay the last line of stdout
+                    tracker = self._trackers[name] = TRACKERS[name](self.config, self.directory, resumed)
+            except Exception as error:
+                raise UserError(f"--log {name}: {error_line(error)}") from error
+            self._open.callback(self._finish_tracker, name, tracker)
+
+    def _finish_tracker(self, name: str, tracker: Tracker) -> None:
         try:
-            import wandb
-        except ImportError:
-            log.warning("--log-wandb: wandb is not installed, metrics are not sent; pip install wandb")
-            return
-        config, run_id = self.config, self.config.wandb_resume_id
-        self._wandb = wandb.init(
-            project=config.wandb_project,
-            name=self.directory.name,
-            config=vars(config),
-            tags=config.wandb_tags,
-            **({"resume": "must", "id": run_id} if run_id else {}),
-        )
-        self._open.callback(self._wandb.finish)
+            with redirect_stdout(sys.stderr):
+                tracker.finish(self._completed)
+        except Exception as error:
+            log.warning("--log %s: the end of the run is not recorded: %s", name, error_line(error))
+
+    def _track(self, values: Mapping[str, float | None], step: int) -> None:
+        """Send values to every tracker. One that fails is dropped with a warning; training continues."""
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(known, step)
+            except Exception as error:
+                del self._trackers[name]
+                log.warning("--log %s gets no more metrics: %s", name, error_line(error))
+
+    @property
+    def _tensorboard(self) -> Any:
+        """TensorBoard's writer, which also takes images and histograms; None without TensorBoard."""
+        tracker = self._trackers.get("tensorboard")
+        return tracker.writer if isinstance(tracker, TensorBoard) else None
 
     def close(self) -> None:
         """Close all files. If the disk is full, the end of the log is lost, but no checkpoint."""
@@ -147,14 +164,14 @@ class RunLogger:
             self._bar.update()
 
     def log_update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
-        """One log line and its TensorBoard scalars.
+        """One log line, and its values to the trackers.
 
         Args:
             means: over the log interval and all processes.
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
         """
-        if self._tensorboard is None:
+        if not self.world.is_rank_zero:
             return
         step = progress.epoch * run.updates_per_epoch + progress.updates
         lr = mean_lr(run.optimizer)
@@ -165,8 +182,7 @@ class RunLogger:
             scalars["rho"] = run.sam.rho
         scalars |= {"lr": lr, "images_per_second": speed, "data_wait": waited}
         scalars |= {"skipped_steps": progress.skipped, "skipped_samples": run.train_loader.corrupt_samples}
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        self._track({f"train/{name}": value for name, value in scalars.items()}, step)
         loss = means.get("loss", float("nan"))
         perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
         skipped = f" skipped {progress.skipped}" if progress.skipped else ""
@@ -180,10 +196,10 @@ class RunLogger:
 
     def log_images(self, run: Run, progress: Progress, batch: Tensor) -> None:
         """The run's first input batch to TensorBoard; with --save-images also one per log interval to a file."""
-        if self._tensorboard is None:
+        if not self.world.is_rank_zero:
             return
         update = progress.epoch * run.updates_per_epoch + progress.updates
-        if not self._images_logged:
+        if self._tensorboard is not None and not self._images_logged:
             self._images_logged = True
             grid = make_grid(batch[:16].detach().float().cpu(), nrow=4, normalize=True)
             self._tensorboard.add_image("input", grid, update)
@@ -194,8 +210,8 @@ class RunLogger:
     # --- after an epoch -------------------------------------------------------------------------------------------
 
     def log_epoch(self, run: Run, progress: Progress, train: Metrics, evaluated: Metrics | None) -> None:
-        """A row of summary.csv, a log line, and the normalization parameters as TensorBoard histograms."""
-        if self._tensorboard is None:
+        """A row of summary.csv, a log line, metrics to the trackers, normalization parameters as histograms."""
+        if not self.world.is_rank_zero:
             return
         row: dict[str, float | None] = {"epoch": progress.epoch}
         row |= {f"train_{name}": value for name, value in train.items()}
@@ -203,16 +219,17 @@ class RunLogger:
         row["lr"] = mean_lr(run.optimizer)
         append_summary(self.directory / "summary.csv", row)
         step = (progress.epoch + 1) * run.updates_per_epoch
-        for name, value in (evaluated or {}).items():
-            self._tensorboard.add_scalar(f"eval/{name}", value, step)
+        self._track(row | {f"eval/{name}": value for name, value in (evaluated or {}).items()}, step)
+        if self._tensorboard is not None:
+            self._log_histograms(run, step)
+        log.info(" ".join(f"{k} {v:{metric_format(k)}}" for k, v in row.items() if v is not None).capitalize())
+
+    def _log_histograms(self, run: Run, step: int) -> None:
         for depth, (name, parameter) in enumerate(norm_parameters(run.model).items()):
             kind = "gamma" if name.endswith("weight") else "beta"
             if bool(parameter.isfinite().all()):
                 self._tensorboard.add_histogram(f"{kind}/{depth:03d} {name}", parameter.detach().float().cpu(), step)
         self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(row)
-        log.info(" ".join(f"{k} {v:{metric_format(k)}}" for k, v in row.items() if v is not None).capitalize())
 
     def last_epoch(self) -> dict[str, Any]:
         """Metrics of the last epoch in summary.csv."""
@@ -224,12 +241,14 @@ class RunLogger:
         """Write run.json; print where the results are, what to do next, and the metrics as the last line of stdout."""
         if not self.world.is_rank_zero:
             return
+        self._completed = True
         if self._bar is not None:
             self._bar.close()
         where, checkpoint = shlex.quote(str(self.directory)), self.directory / "model_best.pth.tar"
         best = f" (best: {checkpoint.name})" if checkpoint.exists() else ""
         print(f"\nResults      {where}: summary.csv, log.txt, checkpoints{best}")
-        print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
+        if "tensorboard" in self._trackers:
+            print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.directory / 'tb'))}")
         print(f"Next         {VALIDATE.get(program(), 'python validate.py')} --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)

@@ -22,6 +22,7 @@ from samon.trainer.resume import fast_forward_scheduler
 from samon.trainer.run_dir import RunDir, find_run_dir, load_run_settings, prepare_run_dir, restore_overwritten
 from samon.trainer.signals import SignalHandler
 from samon.trainer.state import Progress, load_class_names
+from samon.trainer.trackers import tracker_names
 
 log = logging.getLogger("samon")
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
     """Train from the start or from where the run stopped: yield after each update, return the final metrics."""
     check_name(config.dataset, config.data_dir)
+    tracker_names(config)  # raises before anything is loaded
     with distributed_session(config) as world, flags_in_errors(), ExitStack() as at_end:
         random_seed(config.seed, world.rank)
         start, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps the lines until there is a file
@@ -64,6 +66,7 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
             at_end.callback(restore_overwritten, run_dir.path)
         logger = RunLogger(config, run_dir.path, world, early.buffer, start)
         at_end.callback(logger.close)
+        rank_zero_only(world, lambda: logger.start_trackers(resumed=run_dir.source is not None))
         logger.log_setup(run)
         metrics = yield from fit(run, progress, checkpoints, signals, logger, rng)
         checkpoints.finish()

@@ -19,7 +19,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from samon.errors import UserError, reraise_as_user_error
+from samon.errors import UserError, error_line, reraise_as_user_error
 from samon.sam import CUDA_GRAPH_MODES
 from samon.trainer import ablations
 from samon.trainer.config import Config
@@ -187,7 +187,7 @@ def input_size_error(model: nn.Module, size: Sequence[int]) -> str:
     try:
         model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     except (AssertionError, RuntimeError, ValueError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return error_line(error, 200)
     finally:
         model.train(training)
     return ""

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from samon.errors import UserError
+from samon.errors import UserError, error_line
 from samon.trainer.config import FLAGS
 from samon.trainer.flags import rename_old
 
@@ -176,5 +176,4 @@ def load_weights(model: nn.Module, path: str, use_ema: bool) -> None:
     try:
         timm.models.load_checkpoint(model, path, use_ema)
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"--checkpoint {path}: {type(error).__name__}: {text}") from error
+        raise UserError(f"--checkpoint {path}: {type(error).__name__}: {error_line(error)}") from error

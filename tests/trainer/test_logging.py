@@ -1,4 +1,4 @@
-"""What a run writes: files, TensorBoard, wandb, log lines and progress bars."""
+"""What a run writes: files, TensorBoard, log lines and progress bars."""
 
 import csv
 import io
@@ -7,9 +7,7 @@ import os
 import pty
 import re
 import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -22,8 +20,7 @@ from tests.runs import CPU, built, last_line, run
 
 def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samon.trainer.logging.program", lambda: "samon-train")
-    args = ["--opt", "samon", "--epochs", "2", "--log-interval", "2", "--save-images", "--log-wandb"]
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    args = ["--opt", "samon", "--epochs", "2", "--log-interval", "2", "--save-images"]
     metrics, directory = run(tmp_path, *args)
     printed = capfd.readouterr()
     line = last_line(printed.out)
@@ -32,7 +29,6 @@ def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     assert f"samon-validate --checkpoint {directory}" in printed.out
     assert printed.err.count(" are decoded ") == 1
     assert "perturbs 2,080 parameters in 30 tensors" in printed.err
-    assert "wandb is not installed" in printed.err
     assert "\r" not in printed.err  # no progress bar without a terminal
     names = "args.yaml summary.csv log.txt tb last.pth.tar model_best.pth.tar checkpoint-0.pth.tar checkpoint-1.pth.tar"
     images = {f"train-batch-{update}.jpg" for update in (0, 2, 4, 6)}  # one per log interval
@@ -64,23 +60,6 @@ def check_tensorboard(directory: Path) -> None:
     value = {name: events.Scalars(f"train/{name}")[-1].value for name in names}
     assert value["sharpness"] == pytest.approx(value["loss_perturbed"] - value["loss"], rel=1e-4)
     assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
-
-
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in timm: the run's settings once, then each epoch's row."""
-    calls: list[Any] = []
-
-    class Session:
-        log, finish = calls.append, lambda: calls.append("finish")
-
-    fake = types.SimpleNamespace(init=lambda **kwargs: (calls.append(kwargs), Session)[1])
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run(tmp_path, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
-    settings, row, end = calls
-    assert (settings["project"], settings["name"], settings["tags"]) == ("p", "run", ["a", "b"])
-    assert settings["config"]["model"] == "test_resnet"
-    assert list(row)[:2] == ["epoch", "train_loss"]
-    assert end == "finish"
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,134 @@
+"""Trackers of --log: trackio and MLflow are the real ones (`pip install trackio mlflow`), writing to local files."""
+
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samon.errors import Stopped, UserError
+from samon.trainer import trackers
+from tests.runs import last_line, run, stop_at
+
+SHORT = ["--opt", "samon", "--log-interval", "2", "--epochs", "2"]  # 4 updates per epoch
+FROM_SUMMARY = {"epoch", "train_loss", "train_loss_perturbed", "eval_loss", "eval_top1", "eval_top5", "lr"}
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Metrics at their updates; a resumed run goes on under its name; stdout still ends with the metrics."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    log = ["--log", "trackio", "--wandb-project", "p"]
+    with pytest.raises(Stopped):
+        run(tmp_path, *SHORT, *log, on_update=stop_at(1, 2))
+    metrics, directory = run(tmp_path, *SHORT, *log, "--resume", str(tmp_path / "run"))
+    assert last_line(capfd.readouterr().out)["eval_top1"] == metrics["eval_top1"]
+    (recorded,) = trackio.Api().runs("p")
+    assert (recorded.name, recorded.config["model"]) == ("run", "test_resnet")
+    rows = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage.get_logs("p", "run")
+    assert sorted({row["step"] for row in rows if "train/loss" in row}) == [2, 4, 6, 8]
+    ends = [row for row in rows if "eval_top1" in row]
+    assert [row["step"] for row in ends] == [4, 8]
+    assert ends[-1].keys() >= FROM_SUMMARY
+    assert ends[-1]["eval/top1"] == ends[-1]["eval_top1"] == metrics["eval_top1"]
+    assert not (directory / "tb").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between MLflow and SQLAlchemy
+@pytest.mark.parametrize("completed", [True, False])
+def test_mlflow(completed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, metrics at their updates, and whether the run came to its end."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    args = [*SHORT, "--log", "tensorboard,mlflow"]
+    if completed:
+        metrics, directory = run(tmp_path, *args)
+        assert (directory / "tb").exists()
+    else:
+        with pytest.raises(Stopped):
+            run(tmp_path, *args, on_update=stop_at(0, 3))
+    (recorded,) = mlflow.search_runs(experiment_names=["samon"], output_format="list")
+    assert recorded.info.status == ("FINISHED" if completed else "FAILED")
+    assert recorded.data.params["model"] == "test_resnet"
+    history = mlflow.MlflowClient().get_metric_history(recorded.info.run_id, "train/loss")
+    assert [point.step for point in history] == ([2, 4, 6, 8] if completed else [2])
+    if completed:
+        assert recorded.data.metrics["eval_top1"] == metrics["eval_top1"]
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--log-wandb` as in timm: the settings once, then each epoch's row under timm's names."""
+    calls: list[Any] = []
+
+    class Session:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((values, step))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **settings: (calls.append(settings), Session())[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path, "--opt", "samon", "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
+    settings, *_, (row, step), exit_code = calls
+    assert (settings["project"], settings["name"], settings["tags"]) == ("p", "run", ["a", "b"])
+    assert settings["config"]["model"] == "test_resnet"
+    assert row.keys() >= FROM_SUMMARY
+    assert (step, exit_code) == (4, 0)
+
+
+class Broken:
+    """A tracker whose server is gone."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def log(self, values: object, step: int) -> None:
+        raise ConnectionError("connection\nrefused")
+
+    def finish(self, completed: bool) -> None:
+        raise ConnectionError("connection refused")
+
+
+def test_a_tracker_that_fails_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
+    run(tmp_path, *SHORT)
+    printed = capfd.readouterr().err
+    assert printed.count("--log tensorboard gets no more metrics: connection refused") == 1
+    assert printed.count("--log tensorboard: the end of the run is not recorded: connection refused") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--log tensorbord", r"--log tensorbord is not none or one of .*; did you mean 'tensorboard'\?"),
+        ("--log tensorboard,wandb", "--log wandb: wandb is not installed; run: pip install wandb"),
+        ("--log-wandb", "run: pip install wandb"),
+        ("--log trackio", "run: pip install trackio"),
+        ("--log mlflow", "run: pip install mlflow"),
+    ],
+)
+def test_mistakes_end_the_run_before_it_starts(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("wandb", "trackio", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, *flags.split())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tracker_that_cannot_start_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise Exception("no server at\nlocalhost:5000")
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", start)
+    with pytest.raises(UserError, match=r"^--log tensorboard: no server at localhost:5000$"):
+        run(tmp_path)
