@@ -9,11 +9,14 @@ import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.runs import ROOT, last_line
 
+OPTIONAL = ("webdataset", "braceexpand", "simplejpeg", "nvidia.nvimgcodec", "matplotlib", "onnx", "scipy", "datasets")
+PARTS = ((0, "train"), (1, "test"))
 SOURCES = ("samon", "hparams", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 
 
@@ -84,6 +87,31 @@ for entry in entry_points(group="console_scripts"):
     assert found == {name: f"samon.cli.{name.removeprefix('samon-')}" for name in found}
     assert {"samon-sweep", "samon-report", "samon-predict", "samon-export"} <= found.keys()
     assert all((installed / name).exists() for name in found)
+
+
+def test_arrays_train_and_validate_without_optional_packages(installed: Path, tmp_path: Path) -> None:
+    """A package that is None in `sys.modules` cannot be imported. Shards ask for theirs by name."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (2, 64, 32, 32, 3), np.uint8), random.integers(0, 10, (2, 64))
+    arrays = {f"{name}_{part}": pair[i] for name, pair in (("x", images), ("y", labels)) for i, part in PARTS}
+    np.savez(tmp_path / "random.npz", **arrays)
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({OPTIONAL})
+from samon.cli import installed
+getattr(installed, sys.argv.pop(1))()
+"""
+    run = [installed / "python", "-c", code]
+    data = ["--dataset", "npz/random", "--data-dir", ".", "-b", "16", "-j", "1", "--device", "cpu"]
+    size = ["--model", "resnet20_cifar", "--num-classes", "10", "--input-size", "3", "32", "32", "--epochs", "1"]
+    where = ["--opt", "samon", "--data-resident", "--no-aug", "--output", "out", "--experiment", "one"]
+    printed = call(*run, "train", *data, *size, *where, cwd=tmp_path)
+    assert last_line(printed)["epoch"] == 0
+    printed = call(*run, "validate", "--checkpoint", "out/one", "--device", "cpu", cwd=tmp_path)
+    assert "top1" in printed
+    shards = [*run, "train", "--dataset", "wds/x", "--data-dir", "."]
+    done = subprocess.run(shards, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: shards need webdataset; run: pip install webdataset\n")
 
 
 def test_an_epoch_and_its_report_outside_the_checkout(installed: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from samon.cli.layouts import FORMATS, LabeledImages, find_splits
 from samon.cli.program import run_script
@@ -30,7 +29,7 @@ from samon.data.classes import check_label
 from samon.data.corrupt import DataError, ImageError, SampleError
 from samon.data.decode import decode_pil, open_image
 from samon.data.images import ImageEntry
-from samon.data.shards import ShardReader, load_split, open_url
+from samon.data.shards import ShardReader, import_webdataset, load_split, open_url
 from samon.errors import UserError
 from samon.files import atomic_write, write_text
 from samon.progress import progress_bar
@@ -76,7 +75,8 @@ def encode_image(entry: ImageEntry, resize: int, quality: int) -> tuple[str, byt
 def write_shard(task: ShardTask, resize: int, quality: int) -> str:
     """Write one shard unless it exists, and return its SHA-256."""
     if not task.path.exists():
-        with atomic_write(task.path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        tar_writer = import_webdataset("webdataset.writer").TarWriter
+        with atomic_write(task.path) as file, tar_writer(file, encoder=False, mtime=0) as tar:
             for key, entry, label in task.samples:
                 suffix, data = encode_image(entry, resize, quality)
                 tar.write({"__key__": key, suffix: data, "cls": str(label).encode()})

@@ -20,16 +20,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from braceexpand import braceexpand
 from PIL import Image
-from webdataset.cache import FileCache, LRUCleanup
-from webdataset.gopen import gopen, gopen_schemes, rewrite_url
-from webdataset.tariterators import base_plus_ext
 
 from samon.data.classes import LabelMap, check_names, map_label
 from samon.data.corrupt import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
 from samon.data.decode import IMAGE_KEYS
-from samon.errors import UserError, nearest
+from samon.errors import UserError, nearest, require_package
 
 _logger = logging.getLogger(__name__)
 
@@ -38,9 +34,6 @@ MAX_ATTEMPTS = 5  # per shard; the waits between them are 1, 2, 4 and 8 seconds
 _INFO_NAMES = ("_info.json", "info.json")
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
 _SHELL = frozenset({"pipe"})
-# webdataset fetches these by running curl, gsutil or ais with the URL as ONE argument and no shell; the argument
-# starts with the scheme, so it cannot be taken for an option either.
-_REMOTE = frozenset(gopen_schemes) - _SHELL - {"__default__"}
 
 
 class RawSample(NamedTuple):
@@ -68,14 +61,34 @@ def is_hidden(path: str) -> bool:
 # --- URLs -------------------------------------------------------------------------------------------------------------
 
 
+def import_webdataset(module: str) -> Any:
+    """Import a module of webdataset, or of braceexpand, which comes with it; only shards need them.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return require_package(module, "shards need webdataset; run: pip install webdataset")
+
+
+@cache
+def _remote_schemes() -> frozenset[str]:
+    """The schemes that webdataset fetches by running curl, gsutil or ais with the URL as ONE argument and no shell.
+
+    The argument starts with the scheme, so it cannot be taken for an option either.
+    """
+    return frozenset(import_webdataset("webdataset.gopen").gopen_schemes) - _SHELL - {"__default__"}
+
+
 def url_scheme(url: str) -> str:
     """Return the URL's scheme, '' for a local path; one that webdataset cannot open is an error."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
-    scheme = match[1].lower() if match else ""
-    if scheme in _SHELL | _REMOTE or scheme == "file":
+    if match is None:
+        return ""
+    scheme = match[1].lower()
+    if scheme in _SHELL | _remote_schemes() or scheme == "file":
         return scheme
-    if match and url[match.end() :].startswith("//"):
-        known = ", ".join(sorted(_REMOTE))
+    if url[match.end() :].startswith("//"):
+        known = ", ".join(sorted(_remote_schemes()))
         raise UserError(f"{url}: {scheme}:// URLs cannot be opened; use a local path or one of {known}")
     return ""
 
@@ -86,7 +99,7 @@ def resolve_url(url: str, allow_shell: bool = False) -> str:
     Raises:
         UserError: it would run a shell command and that is not allowed, or it cannot be opened.
     """
-    url = rewrite_url(url)
+    url = import_webdataset("webdataset.gopen").rewrite_url(url)
     scheme = url_scheme(url)
     if scheme in _SHELL and not allow_shell:
         raise UserError(f"{url}: runs a shell command; if you trust its source, add --allow-shell-urls")
@@ -109,7 +122,7 @@ def is_local(url: str) -> bool:
 
 def open_url(url: str) -> BinaryIO:
     """Open a resolved URL for reading."""
-    return open(url, "rb") if is_local(url) else gopen(url)
+    return open(url, "rb") if is_local(url) else import_webdataset("webdataset.gopen").gopen(url)
 
 
 def iterate_attempts(url: str, failures: list[str]) -> Iterator[int]:
@@ -142,8 +155,9 @@ class ShardCache:
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.directory, self.max_bytes = Path(directory), max_bytes
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._files = FileCache(str(directory), url_to_name=lambda url: self.path(url).name, validator=None)
-        self._cleaner = LRUCleanup(str(directory), max_bytes, interval=None)  # goes by ctime, which utime sets
+        module = import_webdataset("webdataset.cache")
+        self._files = module.FileCache(str(directory), url_to_name=lambda url: self.path(url).name, validator=None)
+        self._cleaner = module.LRUCleanup(str(directory), max_bytes, interval=None)  # goes by ctime, which utime sets
 
     def path(self, url: str) -> Path:
         """Return the path of the copy, a different one for each URL."""
@@ -258,6 +272,7 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
         names, lengths = _check_split(where, split, splits[split])
     elif ".tar" in split or ".." in split:
         pattern, _, expected = split.partition("|")
+        braceexpand = import_webdataset("braceexpand").braceexpand
         names = [name for part in pattern.split("::") for name in braceexpand(part)]
         entries = [_check_split(where, other, entry) for other, entry in splits.items()]
         known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
@@ -335,6 +350,7 @@ def read_members(
 
 def _iterate_members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield key, suffix and header of each file whose name ends in one of `suffixes`, possibly after other suffixes."""
+    base_plus_ext = import_webdataset("webdataset.tariterators").base_plus_ext
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header in memory
         key, suffix = base_plus_ext(member.name)
