@@ -28,6 +28,10 @@ from samon.data.sources import PairSource
 from samon.data.stream import SampleStream
 from samon.errors import UserError
 
+# Batches are augmented together up to this number of samples: AutoAugment launches some hundred small kernels, whatever
+# the number of images, and a sample's augmentation does not depend on its batch.
+AUGMENTED_TOGETHER = 2048
+
 
 @dataclass
 class AugmentDraws:
@@ -139,13 +143,17 @@ class InMemoryLoader:
         else:
             order = torch.arange(self.num_samples)[self.rank :: world]
             starts = range(0, len(order), size)
-        for start in starts:
-            index = order[start : start + size]
+        together = max(1, AUGMENTED_TOGETHER // size)
+        for first in range(0, len(starts), together):
+            parts = [order[start : start + size] for start in starts[first : first + together]]
+            index = torch.cat(parts)
             where = index.to(self.images.device, non_blocking=True)
-            images = self.images[where]
+            images, labels = self.images[where], self.labels[where]
             if draws is not None and self.augment is not None:
                 images = self.augment(images, index, draws)
-            yield images.to(self.img_dtype).sub_(self.shift).div_(self.scale), self.labels[where]
+            counts = [len(part) for part in parts]
+            for batch, targets in zip(images.split(counts), labels.split(counts), strict=True):
+                yield batch.to(self.img_dtype).sub_(self.shift).div_(self.scale), targets
 
 
 def _read_all(stream: SampleStream, size: tuple[int, int, int], transform: Transform | None) -> tuple[Tensor, Tensor]:
