@@ -79,7 +79,7 @@ def test_every_ascent_source_equals_the_reference_on_the_cpu(source: str) -> Non
         {"perturb": "layer4"},
         {"radius": "raw"},
         {"radius": "loss"},
-        *({"ascent": source} for source in SOURCES if source != "batch"),
+        *({"ascent": source} for source in SOURCES if source not in ("batch", "aesam")),  # aesam decides on the host
     ],
     ids=str,
 )
