@@ -56,7 +56,8 @@ def stages(args: argparse.Namespace, seconds_of: dict[str, float]) -> Iterator[S
         for compiled in (False, True):
             name = f"step-{model}{'-compiled' if compiled else ''}"
             rows = COMPILED_ROWS.format(batch=batch) if compiled else STEP_ROWS
-            sizes = ["--model", model, "--img-size", "224", "--batch-size", str(batch), "--m", str(batch), str(batch // 8)]
+            sizes = ["--model", model, "--img-size", "224", "--batch-size", str(batch)]
+            sizes += ["--m", str(batch), str(batch // 8)]
             if args.dry_run:
                 sizes = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "4", "--m", "4", "2"]
                 sizes += ["--rounds", "1", "--no-memory"]
