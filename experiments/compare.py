@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
 """Compare methods on a recipe: rho is chosen on held-out images, then several seeds run on the test set.
 
-    python experiments/compare.py tradeoff --data-dir DIR [--jobs 2] [--only SAM-ON,SGD] [--table]
+    python experiments/compare.py tradeoff --data-dir DIR [--jobs 2] [--only SAM-ON,SGD] [--table] [-- --device cuda]
 
 An experiment is a directory with a recipe NAME.yaml and a table of methods, methods.yaml. Each method is a sweep of its
-own below --output: start the command again to continue. Flags after `--` go to every train.py. Writes results.json,
-which samon-report reads, and the figures; `--table` only collects what is finished.
+own below --output; --jobs runs of all of them train at a time. After an interruption, start the command again: finished
+runs are skipped and interrupted ones resume. Flags after `--` go to every train.py. Prints a table and writes
+results.json, which samon-report reads, and the figures; `--table` only collects what is finished.
 """
 
 import argparse
+import csv
 import shlex
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from samon.cli.program import parse_before_dashes, run_script
-from samon.cli.sweep import Sweep
+from samon.cli.sweep import Job, Sweep, run_jobs
 from samon.errors import RunError, UserError, require_matplotlib
-from samon.report.content import Content, Score, export
+from samon.report.content import EARLY_STOPPED, Content, Run, Score, export, with_std
+from samon.report.figures import mean_cost
 from samon.report.read import read_run
 
 HERE = Path(__file__).resolve().parent
@@ -45,9 +49,11 @@ class Experiment:
 
     Args:
         directory: holds NAME.yaml, the recipe, and methods.yaml: `methods` by name, `choose` with the flags of the
-            runs that choose rho (--train-split, --val-split), and the number of `seeds` on the test set.
+            runs that choose rho (--train-split, --val-split), the number of `seeds` on the test set, and
+            `early_stopping: true` if the held-out images also choose the epoch.
         output: directory of the runs, `choose/METHOD/` and `test/METHOD/`.
         train: further flags of train.py.
+        parallel: runs at a time.
     """
 
     def __init__(self, directory: Path, output: Path, train: list[str], parallel: int = 1) -> None:
@@ -57,6 +63,7 @@ class Experiment:
             self.methods = {name: Method(**row) for name, row in rows.items()}
             self.choose_flags = shlex.split(table.get("choose", ""))
             self.seeds = int(table.get("seeds", 3))
+            self.early_stopping = bool(table.get("early_stopping", False))
         except (OSError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{directory / 'methods.yaml'} is no table of methods: {error}") from None
         self.recipe = directory / f"{directory.name}.yaml"
@@ -67,78 +74,140 @@ class Experiment:
         flags = [*(self.choose_flags if stage == "choose" else []), *shlex.split(method.flags), *self.train]
         place = self.output / stage / name.replace(" ", "-")
         tried = {method.opt: rhos or (None,)}
-        return Sweep(str(self.recipe), tried, range(seeds), place, flags, parallel=self.parallel)
+        return Sweep(str(self.recipe), tried, range(seeds), place, flags)
 
     def choices(self, name: str) -> Sweep | None:
-        """The runs on held-out images; None if there is nothing to choose."""
-        rhos = self.methods[name].rho
-        return self.sweep(name, "choose", rhos, 1) if len(rhos) > 1 else None
+        """The runs on held-out images; None if there is nothing to choose, or rho is not chosen yet."""
+        method = self.methods[name]
+        rhos = self.chosen_rho(method.rho_of) if method.rho_of else method.rho
+        if rhos is None or not (self.early_stopping or len(rhos) > 1):
+            return None
+        return self.sweep(name, "choose", rhos, 1)
+
+    def held_out_scores(self, name: str) -> list[Score]:
+        """The scores on held-out images, at each run's best epoch with early stopping."""
+        if (sweep := self.choices(name)) is None:
+            return []
+        scores = early_stopped(sweep) if self.early_stopping else sweep.scores()
+        for score in scores:
+            score.held_out = True
+        return scores
 
     def chosen_rho(self, name: str) -> tuple[float | None, ...] | None:
         """The rho that the held-out images choose, () to leave it to the recipe, None before all values are tried."""
         method = self.methods[name]
         if method.rho_of:
             return self.chosen_rho(method.rho_of)
-        if (sweep := self.choices(name)) is None:
+        if len(method.rho) < 2:
             return method.rho
-        scores = sweep.scores()
+        scores = self.held_out_scores(name)
         return None if len(scores) < len(method.rho) else (max(scores, key=lambda score: score.merit).rho,)
 
     def run(self, names: list[str], choose_only: bool = False) -> None:
-        """Run what is missing. Seeds are the outer loop, so that a complete table exists as early as possible."""
-        for name in dict.fromkeys(self.methods[name].rho_of or name for name in names):
-            if (sweep := self.choices(name)) is not None:
-                finish(f"{name}: choosing rho", sweep)
-        for seeds in [] if choose_only else range(1, self.seeds + 1):
-            for name in names:
-                rho = self.chosen_rho(name)
-                assert rho is not None
-                finish(f"{name}: test set", self.sweep(name, "test", rho, seeds))
+        """Run what is missing: first whatever chooses rho, then the rest, each in one pool."""
+        sources = dict.fromkeys(self.methods[name].rho_of or name for name in names)
+        self._finish("held-out images", [self.choices(name) for name in sources])
+        # Early stopping: a method with another's rho chooses its epoch only now.
+        sweeps = [self.choices(name) for name in names]
+        for name in [] if choose_only else names:
+            rho = self.chosen_rho(name)
+            assert rho is not None
+            sweeps.append(self.sweep(name, "test", rho, self.seeds))
+        self._finish("held-out images" if choose_only else "test set", sweeps)
+
+    def _finish(self, title: str, sweeps: list[Sweep | None]) -> None:
+        """Run what is missing of these sweeps; seeds are the outer loop, so that a complete table exists early.
+
+        Raises:
+            RunError: some runs failed or were stopped.
+        """
+        jobs = [(sweep, job) for sweep in sweeps if sweep is not None for job in sweep.jobs]
+        jobs = [(sweep, job) for sweep, job in sorted(jobs, key=lambda pair: pair[1].seed) if not sweep.result(job)]
+        print(f"{title}: {len(jobs)} runs in {self.output}", flush=True)
+        if unfinished := run_jobs(jobs, self.parallel) if jobs else []:
+            raise RunError(
+                f"{len(unfinished)} of {len(jobs)} runs did not finish, see {unfinished[0] / 'sweep.log'}; start the "
+                "command again to continue"
+            )
+
+    def test_scores(self, name: str, sweep: Sweep, runs: list[Run]) -> list[Score]:
+        """The scores on the test set with all costs, also with early stopping if it is asked for."""
+        scores = sweep.scores()
+        if choices := self.held_out_scores(name) if self.early_stopping else []:
+            best = max(choices, key=lambda score: score.merit)
+            chooser = self.choices(name)
+            assert chooser is not None
+            curve = top1_by_epoch(chooser.output / Job(best.opt, best.rho, 0).name)
+            scores += early_stopped(sweep, max(curve, key=curve.__getitem__))
+        for score in scores:
+            score.costs["flops"] = [run.cost["flops"] for run in runs if "flops" in run.cost]
+        return scores
 
     def content(self) -> Content:
         """Finished runs on the test set, and the scores of both stages."""
         content = Content()
         for name in self.methods:
-            choices, rho = self.choices(name), self.chosen_rho(name)
-            scores = choices.scores() if choices is not None else []
-            for score in scores:
-                score.held_out = True
+            scores, rho = self.held_out_scores(name), self.chosen_rho(name)
             if rho is not None:
                 sweep = self.sweep(name, "test", rho, self.seeds)
                 finished = [job.name for job in sweep.jobs if sweep.result(job) is not None]
                 runs = [read_run(sweep.output / job, self.output) for job in finished]
                 for run in runs:
                     run.method = name
-                tested = sweep.scores()
-                for score in tested:
-                    score.costs["flops"] = [run.cost["flops"] for run in runs if "flops" in run.cost]
+                scores += self.test_scores(name, sweep, runs)
                 content.runs += runs
-                scores += tested
             for score in scores:
                 score.method = name
             content.scores += scores
+        for score in content.best():
+            score.differences = content.paired_differences(score)
         return content
 
 
-def finish(title: str, sweep: Sweep) -> None:
-    print(f"{title}: {sweep.output}", flush=True)
-    if unfinished := sweep.run():
-        log = sweep.output / unfinished[0] / "sweep.log"
-        raise RunError(f"{len(unfinished)} runs did not finish, see {log}; start the command again to continue")
+def top1_by_epoch(directory: Path) -> dict[int, float]:
+    """The accuracy after each evaluated epoch of a run, from 0."""
+    rows = csv.DictReader((directory / "summary.csv").read_text().splitlines())
+    return {int(row["epoch"]): float(row["eval_top1"]) for row in rows if row["eval_top1"]}
 
 
-def row_text(name: str, scores: list[Score]) -> str:
-    test = next((score for score in scores if not score.held_out), None)
-    rho = "-" if test is None or test.rho is None else f"{test.rho:g}"
-    result = "-" if test is None else f"{test.text} of {len(test.values)}"
-    choices = ", ".join(f"{score.rho:g}: {score.mean:.2f}" for score in scores if score.held_out)
-    return f"{name:24} rho {rho:6} {result:24} {choices}"
+def early_stopped(sweep: Sweep, epoch: int | None = None) -> list[Score]:
+    """The scores of a sweep after `epoch`, or after each run's best one if None."""
+    scores = sweep.scores()
+    for score in scores:
+        curves = [top1_by_epoch(sweep.output / Job(score.opt, score.rho, seed).name) for seed in score.seeds]
+        score.values = [max(curve.values()) if epoch is None else curve[epoch] for curve in curves]
+        score.metric = EARLY_STOPPED
+    return scores
+
+
+def row_text(content: Content, name: str) -> str:
+    """A method's row: rho, accuracy, paired difference to the baseline, costs, and the held-out accuracies by rho."""
+    scores = [score for score in content.scores if score.method == name]
+    grid = [score for score in scores if score.held_out and score.rho is not None]
+    tested = [score for score in scores if not score.held_out]
+    rho = tested[0].rho if tested else max(grid, key=lambda score: score.merit).rho if grid else None
+    words = [f"{name:20}", "" if rho is None else f"rho {rho:g}"]
+    tried = [score.rho for score in grid if score.rho is not None]
+    if len(tried) > 1 and rho in (min(tried), max(tried)):
+        words[1] += " (edge of the grid)"
+    for score in tested:
+        words.append(f"{score.metric} {score.text} of {len(score.values)}")
+        if score.differences:
+            std = statistics.stdev(score.differences) if len(score.differences) > 1 else None
+            mean = statistics.fmean(score.differences)
+            words.append("+" * (mean >= 0) + with_std(mean, std))
+    if tested:
+        ratio = content.cost_ratio(tested[0], "flops")
+        words += [] if ratio is None else [f"{ratio:.2f}x FLOPs"]
+        words += [mean_cost(tested[0], "cpu_seconds") + " of CPU time"] if tested[0].costs.get("cpu_seconds") else []
+    choices = ", ".join(f"{score.rho:g}: {score.mean:.2f}" for score in grid)
+    return "  ".join([*words, *(["held out " + choices] if choices else [])])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", type=Path, help="tradeoff, noisy_labels, or the directory of another experiment")
+    add("experiment", type=Path, help="directory below experiments/, such as few_images, or another path")
     add("--data-dir", type=Path, help="directory of the data set, as for train.py")
     add("--output", type=Path, help="default: output/experiments/NAME")
     add("--jobs", type=int, default=1, help="number of runs at a time")
@@ -158,14 +227,16 @@ def main(argv: list[str] | None = None) -> None:
     require_matplotlib()
     from samon.report.draw import write_figures
 
-    if not args.table:
-        experiment.run(names, args.choose_only)
-    content = experiment.content()
-    (output / "figures").mkdir(parents=True, exist_ok=True)
-    export(content, output / "results.json")
-    write_figures(Content(scores=content.scores), output / "figures")
-    for name in experiment.methods:
-        print(row_text(name, [score for score in content.scores if score.method == name]))
+    try:
+        if not args.table:
+            experiment.run(names, args.choose_only)
+    finally:  # also after Ctrl-C or SIGTERM
+        content = experiment.content()
+        (output / "figures").mkdir(parents=True, exist_ok=True)
+        export(content, output / "results.json")
+        write_figures(Content(scores=content.scores), output / "figures")
+        for name in experiment.methods:
+            print(row_text(content, name))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def metric_format(metric: str) -> str:
     """Format specification of a metric: 2 decimals for percentages, 4 for losses, otherwise 4 significant digits."""
     if "loss" in metric:
         return ".4f"
-    return ".2f" if metric.removeprefix("eval_").removeprefix("robust_") in PERCENTAGES else ".4g"
+    name = metric.removeprefix("eval_").removeprefix("early_stopped_").removeprefix("robust_")
+    return ".2f" if name in PERCENTAGES else ".4g"
 
 
 def format_quantity(value: float, unit: str, base: int = 1000) -> str:

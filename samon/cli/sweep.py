@@ -21,12 +21,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import yaml
@@ -86,8 +88,8 @@ class Sweep:
         self.output = self.output.resolve()
         self._process_ids: set[int] = set()
         self._stopping = False
-        self._devices: queue.Queue[str | None] = queue.Queue()
-        for gpu in islice(cycle(self.gpus or [None]), self.parallel):
+        self._devices: queue.Queue[str] = queue.Queue()
+        for gpu in islice(cycle(self.gpus), self.parallel):
             self._devices.put(gpu)
 
     @property
@@ -136,43 +138,14 @@ class Sweep:
                 new = Score(job.opt, job.rho, [], job.opt, model, stem, self.metric)
                 score = scores.setdefault((job.opt, job.rho), new)
                 score.values.append(float(result["metrics"][self.metric]))
+                score.seeds.append(job.seed)
                 if not result.get("resumed", True):  # a resumed run has spent more than was measured
                     score.costs.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
         return list(scores.values())
 
     def run(self) -> list[str]:
         """Run all jobs; returns the names of those that failed or were stopped."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        states: dict[str, str] = {}
-        finished = sum(self.result(job) is not None for job in self.jobs)
-        # Without a terminal the lines below are enough.
-        bar = progress_bar("sweep", len(self.jobs), "run", initial=finished, show=is_terminal())
-
-        def run_one(job: Job) -> None:
-            state = self.run_job(job)
-            with bar.external_write_mode(file=sys.stderr):  # one thread at a time
-                states[job.name] = state
-                bar.update(state != "skipped")
-                text = ""
-                if state == "dead":
-                    text = f" ({last_line(self.output / job.name / 'sweep.log')})"
-                elif state in ("done", "skipped") and (result := self.result(job)) is not None:
-                    text = f" {self.metric} {result['metrics'][self.metric]:{metric_format(self.metric)}}"
-                print(f"[{len(states)}/{len(self.jobs)}] {job.name}: {state}{text}", file=sys.stderr, flush=True)
-
-        with bar, ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(run_one, job) for job in self.jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:  # Ctrl-C, or a directory that cannot be written
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
-                with suppress(KeyboardInterrupt):  # another Ctrl-C ends the runs without saving
-                    pool.shutdown()
-                self.stop()
-                raise
-        return [name for name, state in states.items() if state in ("dead", "stopped")]
+        return [path.name for path in run_jobs([(self, job) for job in self.jobs], self.parallel)]
 
     def stop(self) -> None:
         """Send SIGTERM to all runs: they save a checkpoint and end; sent again, they end at once."""
@@ -205,6 +178,9 @@ class Sweep:
 
     @contextmanager
     def _device(self) -> Iterator[str | None]:
+        if not self.gpus:
+            yield None
+            return
         gpu = self._devices.get()
         try:
             yield gpu
@@ -236,6 +212,67 @@ class Sweep:
             return process.returncode, None
         cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
         return 0, {"metrics": json.loads(lines[-1]), **cost}
+
+
+def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:
+    """Run jobs of any sweeps in one pool, in this order; returns the directories of those that failed or were stopped.
+
+    Raises:
+        KeyboardInterrupt, Stopped: after Ctrl-C or SIGTERM, once all runs have saved a checkpoint and ended.
+    """
+    sweeps = list({id(sweep): sweep for sweep, _ in jobs}.values())
+    for sweep in sweeps:
+        sweep.output.mkdir(parents=True, exist_ok=True)
+    states: dict[Path, str] = {}
+    finished = sum(sweep.result(job) is not None for sweep, job in jobs)
+    # Without a terminal the lines below are enough.
+    bar = progress_bar("sweep", len(jobs), "run", initial=finished, show=is_terminal())
+
+    def run_one(sweep: Sweep, job: Job) -> None:
+        state = sweep.run_job(job)
+        with bar.external_write_mode(file=sys.stderr):  # one thread at a time
+            states[sweep.output / job.name] = state
+            bar.update(state != "skipped")
+            text = ""
+            if state == "dead":
+                text = f" ({last_line(sweep.output / job.name / 'sweep.log')})"
+            elif state in ("done", "skipped") and (result := sweep.result(job)) is not None:
+                text = f" {sweep.metric} {result['metrics'][sweep.metric]:{metric_format(sweep.metric)}}"
+            title = f"{sweep.output.name}/{job.name}" if len(sweeps) > 1 else job.name
+            print(f"[{len(states)}/{len(jobs)}] {title}: {state}{text}", file=sys.stderr, flush=True)
+
+    with bar, _stopped_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(run_one, sweep, job) for sweep, job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C, SIGTERM, or a directory that cannot be written
+            pool.shutdown(wait=False, cancel_futures=True)
+            for sweep in sweeps:
+                sweep.stop()
+            with suppress(KeyboardInterrupt, Stopped):  # another signal ends the runs without saving
+                pool.shutdown()
+            for sweep in sweeps:
+                sweep.stop()
+            raise
+    return [path for path, state in states.items() if state in ("dead", "stopped")]
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Raise Stopped on SIGTERM in the main thread; by default it would leave the runs behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number, "start it again to continue")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _recipe_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2) and a small one, registered with timm.
+"""The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2) and two small ones, registered with timm.
 
 `timm.create_model('wrn28_10_cifar', num_classes=100)`; inputs are [B, 3, 32, 32]. The convolutional ones are
 chains of named modules ending in global average pooling and one linear layer, initialised by He et al.'s rule
@@ -24,6 +24,9 @@ from torchvision.models.resnet import conv3x3
 # Channel statistics of the two training sets, as the paper's code normalises them.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+Norm = Any  # Callable[[int], nn.Module], the normalization layer for this number of channels; timm asks for a type
 
 
 class CifarNet(nn.Module):
@@ -92,9 +95,9 @@ def init_he(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def stem(in_chans: int, width: int) -> dict[str, nn.Module]:
+def stem(in_chans: int, width: int, norm: Norm = nn.BatchNorm2d) -> dict[str, nn.Module]:
     """3 x 3 convolution without pooling: what every CIFAR residual network has instead of the 7 x 7 stem."""
-    return {"conv1": conv3x3(in_chans, width), "bn1": nn.BatchNorm2d(width), "act1": nn.ReLU(inplace=True)}
+    return {"conv1": conv3x3(in_chans, width), "bn1": norm(width), "act1": nn.ReLU(inplace=True)}
 
 
 class PadShortcut(nn.Module):
@@ -119,12 +122,13 @@ def resnet(
     base_width: int = 64,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
+    norm: Norm = nn.BatchNorm2d,
     **head: Any,
 ) -> CifarNet:
     """Residual network: stage i has `layers[i]` blocks of `channels[i]` planes; stride 2 between stages."""
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut={shortcut!r}: use 'A' (zero padding) or 'B' (1x1 convolution)")
-    features, stages = stem(in_chans, stem_width), {"act1": (stem_width, 1)}
+    features, stages = stem(in_chans, stem_width, norm), {"act1": (stem_width, 1)}
     inplanes, index, stride = stem_width, 0, 1
     for i, (depth, planes) in enumerate(zip(layers, channels, strict=True), 1):
         outplanes = planes * block.expansion
@@ -136,10 +140,11 @@ def resnet(
                 if shortcut == "A":
                     downsample = PadShortcut(outplanes - inplanes, step)
                 else:
-                    downsample = downsample_conv(inplanes, outplanes, 1, step)
+                    downsample = downsample_conv(inplanes, outplanes, 1, step, norm_layer=norm)
             rate = drop_path_rate * index / max(1, sum(layers) - 1)  # deeper blocks are dropped more often
             path = DropPath(rate) if rate else None
-            blocks.append(block(inplanes, planes, step, downsample, cardinality, base_width, drop_path=path))
+            kwargs: dict[str, Any] = {"drop_path": path, "norm_layer": norm}
+            blocks.append(block(inplanes, planes, step, downsample, cardinality, base_width, **kwargs))
             inplanes, step, index = outplanes, 1, index + 1
         features[f"layer{i}"] = nn.Sequential(*blocks)
         stages[f"layer{i}"] = (outplanes, stride)
@@ -245,6 +250,7 @@ def _vit(width: int, heads: int) -> Callable[..., nn.Module]:
 
 
 _RESNET20, _RESNET56 = (partial(resnet, BasicBlock, (n, n, n), (16, 32, 64), 16, shortcut="A") for n in (3, 9))
+_RESNET20_GN = partial(_RESNET20, norm=partial(nn.GroupNorm, 8))
 _RESNEXT29 = partial(resnet, Bottleneck, (3, 3, 3), (64, 128, 256), 64, cardinality=32, base_width=4)
 _RESNET18 = partial(resnet, BasicBlock, (2, 2, 2, 2), _STAGES4, 64)
 _RESNET101 = partial(resnet, Bottleneck, (3, 4, 23, 3), _STAGES4, 64)
@@ -253,6 +259,10 @@ _VGG13, _VGG16, _VGG19 = (partial(vgg, depths) for depths in ((2, 2, 2, 2, 2), (
 
 NETS = {
     "resnet20_cifar": Row(_RESNET20, 4, {}, "ResNet-20 (He et al. 2016, 4.2), 0.270 M: for small experiments."),
+    # The statistics of GroupNorm (Wu & He 2018), unlike BatchNorm's, do not depend on the other images: m-sharpness 1.
+    "resnet20_gn_cifar": Row(
+        _RESNET20_GN, 4, {}, "ResNet-20 with GroupNorm of 8 groups instead of BatchNorm, 0.270 M."
+    ),
     "resnet56_cifar": Row(_RESNET56, 4, {}, "ResNet-56 (He et al. 2016, 4.2), 0.853 M; shortcut='B': 0.856 M."),
     "resnext29_32x4d_cifar": Row(_RESNEXT29, 4, {}, "ResNeXt-29, 32 x 4d (Xie et al. 2017, 5.3), 4.78 M."),
     "resnet18_cifar": Row(_RESNET18, 5, _POOL4, "ResNet-18 with a 3 x 3 stem and no max-pooling, 11.17 M."),

@@ -19,6 +19,7 @@ from samon.trainer.config import FLAGS, RECIPES
 from samon.trainer.flags import rename_old
 
 FORMAT = "samon-report 2"
+EARLY_STOPPED = "early_stopped_top1"  # test accuracy at the epoch that the held-out images choose
 COSTS = ("cpu_seconds", "seconds", "flops")
 DEFAULTS = {key: flag.default for key, flag in FLAGS.items()}
 Points = list[list[float]]  # [[x, y], ...]
@@ -39,7 +40,8 @@ class Setting:
 
     @property
     def measure(self) -> str:
-        return "accuracy, %" if self.metric == "eval_top1" else self.metric
+        names = {"eval_top1": "accuracy, %", EARLY_STOPPED: "accuracy with early stopping, %"}
+        return names.get(self.metric, self.metric)
 
 
 @dataclass
@@ -82,6 +84,9 @@ class Score:
     Attributes:
         held_out: measured on the held-out images that choose rho, not on the test set.
         base_opt: base optimizer of a sharpness-aware one, if it is not the one its name implies.
+        seeds: the seed of each value; empty if unknown.
+        differences: to the baseline's value with the same seed, which starts from the same weights and sees the same
+            batches; empty for the baseline itself.
     """
 
     method: str
@@ -94,6 +99,8 @@ class Score:
     costs: dict[str, list[float]] = field(default_factory=dict)
     held_out: bool = False
     base_opt: str = ""
+    seeds: list[int] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
 
     @property
     def base(self) -> str:
@@ -156,6 +163,14 @@ class Content:
         """The best score of the base optimizer alone in the same setting, without further options."""
         same = [s for s in self.best() if (s.setting, s.opt.lower()) == (score.setting, score.base)]
         return min(same, key=lambda s: len(s.method), default=None)
+
+    def paired_differences(self, score: Score) -> list[float]:
+        """A score's value minus its baseline's for each seed that both have; empty for the baseline itself."""
+        base = self.baseline(score)
+        if base is None or base is score:
+            return []
+        own, other = (dict(zip(s.seeds, s.values, strict=False)) for s in (score, base))
+        return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
     def cost_ratio(self, score: Score, cost: str) -> float | None:
         """A score's mean cost over its baseline's; None if one of them is unknown."""

@@ -1,7 +1,11 @@
 """experiments/compare.py: rho is chosen on held-out images, finished runs are kept, and results.json holds the rest."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from experiments import compare
 from experiments.compare import Experiment
 from samon import UserError
 from samon.cli.sweep import Job, Sweep
+from samon.errors import Stopped
 from samon.report.content import load
 from samon.trainer.config import parse
 from tests.runs import ROOT
@@ -21,7 +26,11 @@ folder, rho, choose = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "choose"
 open(f"{folder}/starts", "a").write("x")
 open(f"{folder}/args.yaml", "w").write(f"opt: x\\nmodel: resnet20_cifar\\nrho: {rho}\\n")
 json.dump({"recipe": "tradeoff"}, open(f"{folder}/run.json", "w"))
-print(json.dumps({"eval_top1": 70 - abs(rho - 0.5) + choose}))
+top1 = 70 - abs(rho - 0.5) + choose
+rows = [top1 - 1, top1 + 1, top1] if choose else [top1 + 5, top1 + 2, top1]
+with open(f"{folder}/summary.csv", "w") as file:
+    print("epoch,eval_top1", *(f"{i},{row}" for i, row in enumerate(rows)), "3,", sep="\\n", file=file)
+print(json.dumps({"eval_top1": top1}))
 """
 
 
@@ -57,10 +66,60 @@ def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
     assert scores == [("SGD", None, [69.5] * 2, *common), ("SAM-ON every 5th", 0.5, [70] * 2, *common)]
     assert [run.method for run in content.runs] == ["SGD", "SGD", "SAM-ON every 5th", "SAM-ON every 5th"]
     assert (tmp_path / "figures/rho-light.svg").exists()
-    assert "SAM-ON every 5th         rho 0.5" in capsys.readouterr().out
+    assert [s.differences for s in content.scores if not s.held_out] == [[], [0.5, 0.5]]  # with the same seed
+    out = capsys.readouterr().out
+    assert "SAM-ON every 5th      rho 0.5  eval_top1 70.00 ± 0.00 of 2  +0.50 ± 0.00" in out
+    assert "SAM-ON                rho 0.5 (edge of the grid)  held out 0.02: 70.52, 0.1: 70.60, 0.5: 71.00" in out
 
 
-@pytest.mark.parametrize("name", ["tradeoff", "noisy_labels"])
+@pytest.mark.usefixtures("_fake_training")
+def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early/early.yaml").write_text(f"base: {ROOT / 'experiments/tradeoff/tradeoff.yaml'}\n")
+    table = "choose: --val-split train[45000:]\nearly_stopping: true\nseeds: 2\nmethods:\n  SGD: {opt: sgd}\n"
+    table += "  SAM: {opt: sam, rho: [0.1, 0.5, 0.9]}\n  tail: {opt: sam, rho_of: SAM, flags: --sam-tail 0.5}\n"
+    (tmp_path / "early/methods.yaml").write_text(table)
+    compare.main([str(tmp_path / "early"), "--output", str(tmp_path / "out"), "--jobs", "3"])
+    runs = sorted(str(path.parent.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("starts"))
+    assert len(runs) == 5 + 6
+    scores = load(json.loads((tmp_path / "out/results.json").read_text()), tmp_path).scores
+    # FAKE: epoch 1 is best on the held-out images; on the test set it is 2 above the last one, and epoch 0 is 5 above.
+    values = [(s.method, s.metric, s.rho, s.values) for s in scores if not s.held_out]
+    assert values == [
+        *(("SGD", "eval_top1", None, [69.5] * 2), ("SGD", "early_stopped_top1", None, [71.5] * 2)),
+        *(("SAM", "eval_top1", 0.5, [70] * 2), ("SAM", "early_stopped_top1", 0.5, [72] * 2)),
+        *(("tail", "eval_top1", 0.5, [70] * 2), ("tail", "early_stopped_top1", 0.5, [72] * 2)),
+    ]
+    assert "rho 0.5  eval_top1 70.00 ± 0.00 of 2  +0.50 ± 0.00  early_stopped_top1 72.00" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_runs_and_collects_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pool, runs of several methods are stopped together."""
+    slow = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(file=sys.stderr, flush=True)"
+
+    def command(sweep: Sweep, job: Job) -> list[str]:
+        return [sys.executable, "-S", "-c", slow + "; time.sleep(100)"]
+
+    def terminate() -> None:
+        while sum(bool(log.read_text()) for log in tmp_path.rglob("sweep.log")) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Sweep, "command", command)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by signal 15"):
+        compare.main(["tradeoff", "--output", str(tmp_path), "--jobs", "2", "--only", "SAM,SAM-ON"])
+    thread.join()
+    assert time.monotonic() - begin < 60
+    assert len(list(tmp_path.rglob("sweep.log"))) == 2  # the others never start
+    assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted((ROOT / "experiments").glob("*/methods.yaml"))])
 def test_every_run_of_the_experiments_resolves(name: str, tmp_path: Path) -> None:
     experiment = Experiment(ROOT / "experiments" / name, tmp_path, ["--data-dir", "DIR"])
     for method, row in experiment.methods.items():

@@ -12,6 +12,7 @@ from samon.scope import norm_modules
 # Exact counts for 10 classes, and the millions their papers (or the usual public definitions) state.
 COUNTS = {
     "resnet20_cifar": (269_722, 0.27),
+    "resnet20_gn_cifar": (269_722, 0.27),
     "resnet56_cifar": (853_018, 0.85),
     "resnext29_32x4d_cifar": (4_775_754, 4.8),
     "wrn28_10_cifar": (36_479_194, 36.5),
@@ -87,7 +88,9 @@ def test_every_normalization_is_found_and_learnt(name: str) -> None:
     """Depth as in the papers: each convolution but the unnormalised ones has its batch norm."""
     model = small(name)
     norms = norm_modules(model)
-    assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) > 0
+    kind = nn.GroupNorm if "_gn_" in name else nn.BatchNorm2d
+    assert len(norms) == sum(isinstance(m, kind) for m in model.modules()) > 0
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules() if kind is nn.GroupNorm)
 
 
 def test_depth() -> None:
