@@ -41,9 +41,13 @@ class Variant:
         return GEOMETRIES[self.geometry].rho[self.norms_only]
 
     @property
+    def target(self) -> str:
+        """What is perturbed, in words."""
+        return SCOPES[self.scope].description + ("" if self.mask is None else f" through {KINDS[self.mask]}")
+
+    @property
     def description(self) -> str:
-        target = SCOPES[self.scope].description + ("" if self.mask is None else f" through {KINDS[self.mask]}")
-        return f"Sharpness-aware {self.base}: perturbs {target}, {GEOMETRIES[self.geometry].description}"
+        return f"Sharpness-aware {self.base}: perturbs {self.target}, {GEOMETRIES[self.geometry].description}"
 
 
 def _variants() -> Iterator[Variant]:

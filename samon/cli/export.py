@@ -4,12 +4,15 @@
     samon-export output/train/RUN/checkpoint-3.dcp --file weights.pth.tar   # a sharded checkpoint
     samon-export output/train/RUN --timm DIR               # timm.create_model("local-dir:DIR", pretrained=True)
     samon-export output/train/RUN --push NAME/REPO         # the same, uploaded by timm (log in with `hf auth login`)
+    samon-export output/train/RUN --timm DIR --results results.json         # samon-validate's results in the model card
 
 Weights and preprocessing are those that samon-validate evaluates; further flags of samon-validate go after --.
 """
 
 import argparse
+import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,10 @@ from samon.errors import RunError, UserError, error_line
 from samon.evals.context import EvalContext, predict
 from samon.evals.main import parse
 from samon.evals.model import Job, build
+from samon.evals.results import markdown
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
+from samon.geometry import GEOMETRIES
+from samon.registry import variant_of
 from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging
 from samon.trainer.state import DCP_SUFFIXES, load_file, load_state, stored_args
@@ -81,13 +87,53 @@ def export_onnx(context: EvalContext, path: Path) -> float:
     return difference
 
 
-def model_card(job: Job, content: dict[str, Any], license_name: str) -> dict[str, Any]:
+def perturbation_details(stored: Mapping[str, Any]) -> dict[str, str]:
+    """What a run perturbed, and when; nothing of a run without SAM."""
+    variant = variant_of(stored.get("opt", ""))
+    if variant is None:
+        return {}
+    pattern = stored.get("perturb")
+    details = {
+        "Scope": f"{variant.scope} ({variant.target}" + (f", names matching `{pattern}`)" if pattern else ")"),
+        "Geometry": GEOMETRIES[variant.geometry].description,
+    }
+    for name in ("rho", "eta", "radius", "ascent", "m_sharpness"):
+        if stored.get(name) is not None:
+            details[name.replace("_", "-")] = str(stored[name])
+    tail, end, every = stored.get("sam_tail"), stored.get("sam_end_epoch"), stored.get("sam_every") or 1
+    updates = [f"in the last {100 * tail:g} % of updates (tail)"] if tail else []
+    updates += [f"from epoch {stored['sam_start_epoch']}"] if stored.get("sam_start_epoch") else []
+    updates += [f"before epoch {end}"] if end is not None else []
+    updates += [f"in every {every}th update"] if every > 1 else []
+    return details | {"Two passes": ", ".join(updates) or "in all updates (no tail)"}
+
+
+def evaluation_table(path: Path, checkpoint: str) -> str:
+    """Markdown table of a checkpoint's results in a file of `samon-validate --results-file`.
+
+    Raises:
+        UserError: the file is not readable, or has no results of this checkpoint.
+    """
+    try:
+        rows = json.loads(path.read_text())
+        same = [row for row in rows if Path(row.get("checkpoint", "")).resolve() == Path(checkpoint).resolve()]
+        table = markdown([{key: value for key, value in row.items() if key != "checkpoint"} for row in same])
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"--results {path}: {error_line(error)}; name a .json file of samon-validate") from None
+    if not same:
+        command = f"samon-validate --checkpoint {checkpoint} --results-file FILE.json"
+        raise UserError(f"--results {path} has no results of this checkpoint; run {command}")
+    return table
+
+
+def model_card(job: Job, content: dict[str, Any], license_name: str, results: Path | None) -> dict[str, Any]:
     """timm's model card: architecture, training, accuracy and usage."""
     stored = stored_args(content)
     details = {"Model Type": "Image classification", "Architecture": job.config.model}
-    for name, key in {"Dataset": "dataset", "Optimizer": "opt", "rho": "rho", "Learning rate": "lr"}.items():
+    for name, key in {"Dataset": "dataset", "Optimizer": "opt", "Learning rate": "lr"}.items():
         if stored.get(key):
             details[name] = stored[key]
+    details |= perturbation_details(stored)
     if "epoch" in content:
         details["Epochs"] = content["epoch"] + 1
     if content.get("metric") is not None:
@@ -95,6 +141,8 @@ def model_card(job: Job, content: dict[str, Any], license_name: str) -> dict[str
     opt = stored.get("opt", "")
     method = f" with sharpness-aware minimization (`--opt {opt}`)" if samon.is_sam_name(opt) else ""
     usage = '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:NAME/REPO", pretrained=True).eval()\n```'
+    if results is not None:
+        usage += f"\n\n## Evaluation\n\n{evaluation_table(results, job.checkpoint)}"
     description = f"A timm `{job.config.model}` trained by samon {samon.__version__}{method}."
     return {"description": description, "details": details, "usage": usage, "license": license_name}
 
@@ -133,6 +181,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--file", type=Path, metavar="FILE", help="convert a sharded checkpoint to timm's single file")
     add("--timm", type=Path, metavar="DIR", help="folder to write: weights, config.json, README.md")
     add("--push", default="", metavar="NAME/REPO", help="hub repository to upload the same to")
+    add("--results", type=Path, metavar="FILE", help="results of samon-validate (.json) for the model card")
     add("--private", action="store_true", help="--push: make the repository private")
     add("--license", default="unknown", help="of the weights, for --timm and --push (default %(default)s)")
     args = parse_before_dashes(parser, argv, "samon-validate")
@@ -168,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.onnx}: onnxruntime's logits differ by at most {difference:.1e}")
     if args.timm or args.push:
         content = {} if job.checkpoint.endswith(".safetensors") else load_file(Path(job.checkpoint), "CHECKPOINT")
-        card, hub_args = model_card(job, content, args.license), hub_arguments(job, context)
+        card, hub_args = model_card(job, content, args.license, args.results), hub_arguments(job, context)
         model: Any = context.model
         model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _WEIGHTS_KEYS}
         if args.timm:

@@ -1,13 +1,17 @@
 """samon-export writes the model that validate.py evaluates."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import onnxruntime
 import pytest
 import timm
 import torch
 
-from samon.cli import export
+from samon.cli import export, validate
 from samon.errors import RunError, UserError
 
 
@@ -59,6 +63,8 @@ def test_timms_folder_recreates_the_model(license_name, gray_run, weights, tmp_p
     text = (folder / "README.md").read_text()
     for part in ("sharpness-aware minimization (`--opt samon`)", "**rho:** 0.5", "**Validation top1:**", "**Epochs:**"):
         assert part in text
+    for part in ("**Scope:** samon (only norm", "**Geometry:** l2 ball", "**ascent:** batch", "**Two passes:** in all"):
+        assert part in text
     assert f"license: {license_name}\n" in text
 
 
@@ -88,6 +94,58 @@ def test_push_gives_timm_the_same_and_its_errors_are_one_line(gray_run, monkeypa
         export.main([str(gray_run[0]), "--push", "me/model", "--private"])
 
 
+def test_the_card_says_what_was_perturbed_and_when():
+    stored = {"opt": "lookahead_samon-layerl2-adamw", "perturb": "layer4", "rho": 0.1, "ascent": "looksam:5"}
+    stored |= {"sam_tail": 0.25, "m_sharpness": 32}
+    details = export.perturbation_details(stored)
+    assert details["Scope"] == "samon (only normalization parameters (SAM-ON), names matching `layer4`)"
+    assert details["Geometry"] == "layerwise l2, T = ||tensor||_2"
+    assert [details[key] for key in ("rho", "ascent", "m-sharpness")] == ["0.1", "looksam:5", "32"]
+    assert details["Two passes"] == "in the last 25 % of updates (tail)"
+    some = {"opt": "sam", "sam_start_epoch": 2, "sam_end_epoch": 8, "sam_every": 5}
+    assert export.perturbation_details(some)["Two passes"] == "from epoch 2, before epoch 8, in every 5th update"
+    assert export.perturbation_details({"opt": "adamw"}) == {}
+
+
+class LocalHub:
+    """In place of huggingface_hub's HfApi: an upload lands in a cache directory, from which offline downloads come."""
+
+    cache: Path
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, repo_id, private, exist_ok):
+        assert private
+        return SimpleNamespace(repo_id=repo_id)
+
+    def file_exists(self, **_):
+        return False
+
+    def upload_folder(self, repo_id, folder_path, **_):
+        repository = self.cache / f"models--{repo_id.replace('/', '--')}"
+        shutil.copytree(folder_path, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_pushed_model_loads_from_the_hub(gray_run, weights, tmp_path, monkeypatch):
+    """timm's own upload and download, with a directory as the hub; the card has the table of samon-validate."""
+    run, results = str(gray_run[0]), tmp_path / "results.json"
+    validate.main(["--checkpoint", run, "--results-file", str(results), "--device", "cpu", "-j", "0"])
+    (top1,) = [row["value"] for row in json.loads(results.read_text()) if row["metric"] == "top1"]
+    monkeypatch.setattr(LocalHub, "cache", tmp_path / "cache", raising=False)
+    monkeypatch.setattr(timm.models._hub, "HfApi", LocalHub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    export.main([run, "--push", "me/model", "--private", "--results", str(results)])
+    model = timm.create_model("hf-hub:me/model", pretrained=True, cache_dir=tmp_path / "cache")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    (card,) = (tmp_path / "cache").rglob("README.md")
+    assert "## Evaluation\n\n| data set | evaluation | top-1 |" in card.read_text()
+    assert f"| accuracy | {top1:.2f} |" in card.read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -97,8 +155,11 @@ def test_push_gives_timm_the_same_and_its_errors_are_one_line(gray_run, monkeypa
         ("--timm docs", "docs is not empty"),
         ("--timm LICENSE", "LICENSE is a file"),
         ("--img-size 32", "go after --"),
+        ("--timm hub --results LICENSE", "--results LICENSE: .*name a .json file of samon-validate"),
+        ("--timm hub --results {empty}", "has no results of this checkpoint; run samon-validate"),
     ],
 )
-def test_mistakes(args, message, gray_run):
+def test_mistakes(args, message, gray_run, tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(UserError, match=message):
-        export.main([str(gray_run[0]), *args.split()])
+        export.main([str(gray_run[0]), *args.format(empty=tmp_path / "empty.json").split()])
