@@ -70,6 +70,13 @@ def test_code_is_not_cut_at_the_right(site: Path) -> None:
                 assert page.evaluate(cut) == 0, (name, width)
 
 
+def test_the_page_on_gpus_names_every_file_that_asks_for_the_device() -> None:
+    asks = re.compile(r"device\.type|\bkind = .*\.type|torch\.cuda\.|backends\.cuda|backend=\"|cudagraph")
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "samon").rglob("*.py") if asks.search(path.read_text())}
+    assert files - set(re.findall(r"`(samon/\S+\.py)`", (ROOT / "docs/gpu.md").read_text())) == set()
+    assert len(files) > 10
+
+
 def test_the_default_rho_of_each_name_is_documented() -> None:
     text = (ROOT / "docs/flags.md").read_text()
     for name, row in GEOMETRIES.items():

@@ -122,3 +122,19 @@ def test_several_right_classes_are_refused_with_the_reason(tmp_path):
     dataset = open_dataset(context, spec_of(root, "objectnet"))
     with pytest.raises(UserError, match="sharpness x: images have several right classes"):
         restrict_to_single_labels("sharpness", context.model, dataset)
+
+
+def test_evaluation_turns_tf32_off_and_restores_it():
+    def allowed():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = allowed()
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        with evaluating(nn.Linear(1, 1), requires_grad=False):
+            assert allowed() == (False, False)
+        with evaluating(nn.Linear(1, 1)):  # accuracy: as in training
+            assert allowed() == (True, True)
+        assert allowed() == (True, True)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,6 +1,7 @@
 """What each flag builds: model, loss, optimizer, schedule, average. Nothing is trained."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -86,6 +87,20 @@ def test_automatic_precision(native: bool, monkeypatch: pytest.MonkeyPatch, capl
         result = run.task(torch.randn(2, 1, 32, 32), torch.tensor([0, 1]))
     assert result["output"].dtype == (torch.bfloat16 if native else torch.float32)
     assert result["loss"].dtype == torch.float32
+
+
+def test_native_bfloat16_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert models.has_native_bfloat16(torch.device("cpu"))
+    assert not models.has_native_bfloat16(torch.device("cuda"))  # it could only emulate
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not models.has_native_bfloat16(torch.device("cpu"))
+
+
+def test_synchronized_batch_norm_needs_gpus() -> None:
+    with pytest.raises(UserError, match="--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only"):
+        build.lay_out(config.parse([*BASE, "--sync-bn"]), nn.Linear(1, 1), replace(CPU, size=2))
 
 
 def test_a_model_that_returns_more_than_logits() -> None:

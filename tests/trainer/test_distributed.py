@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from timm import utils
 
 from samon.errors import UserError
@@ -49,3 +50,24 @@ def test_a_rank_that_is_no_number_is_one_line(leftover: pytest.MonkeyPatch) -> N
     leftover.setenv("WORLD_SIZE", "x")
     with pytest.raises(UserError, match=r"^RANK, WORLD_SIZE: invalid literal"):
         world.init_distributed(CONFIG)
+
+
+def test_a_card_trains_with_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm finds the card; a run on the CPU leaves the settings as they are."""
+
+    def find_card(args: Any) -> torch.device:
+        args.rank, args.world_size = 0, 1
+        return torch.device(args.device)
+
+    monkeypatch.setattr(utils, "init_distributed_device", find_card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32
+    try:
+        cudnn.benchmark = matmul.allow_tf32 = False
+        assert world.init_distributed(CONFIG).device.type == "cpu"
+        assert (cudnn.benchmark, matmul.allow_tf32) == (False, False)
+        assert world.init_distributed(CONFIG.but(device="")).device.type == "cuda"
+        assert (cudnn.benchmark, matmul.allow_tf32) == (True, True)
+    finally:
+        cudnn.benchmark, matmul.allow_tf32 = before
