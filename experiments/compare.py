@@ -36,12 +36,14 @@ class Method:
         rho: values to choose from; the recipe's own if empty.
         rho_of: the method whose choice this one uses.
         flags: further flags of train.py.
+        baseline: the method to compare with, seed by seed; by default the base optimizer alone.
     """
 
     opt: str
     rho: tuple[float, ...] = ()
     rho_of: str = ""
     flags: str = ""
+    baseline: str = ""
 
 
 class Experiment:
@@ -159,9 +161,19 @@ class Experiment:
             for score in scores:
                 score.method = name
             content.scores += scores
-        for score in content.best():
-            score.differences = content.paired_differences(score)
+        best = {(score.method, score.metric): score for score in content.best()}
+        for (name, metric), score in best.items():
+            own = self.methods[name].baseline
+            score.differences = paired_differences(score, best.get((own, metric)) if own else content.baseline(score))
         return content
+
+
+def paired_differences(score: Score, base: Score | None) -> list[float]:
+    """A score's value minus the baseline's for each seed that both have; empty for the baseline itself."""
+    if base is None or base is score:
+        return []
+    own, other = (dict(zip(s.seeds, s.values, strict=True)) for s in (score, base))
+    return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
 def top1_by_epoch(directory: Path) -> dict[int, float]:

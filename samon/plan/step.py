@@ -25,6 +25,7 @@ from samon.plan.tracker import GRADIENTS, OPTIMIZER, PARAMETERS, REST, CostTrack
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
+from samon.trainer.flops import FORMULAS
 from samon.trainer.model import create_model, make_autocast, resolve_data_config
 
 log = logging.getLogger("samon")
@@ -119,7 +120,7 @@ def measure(model: nn.Module, optimizer: Optimizer, config: Config, x: Tensor, y
     tracker.add([*model.parameters(), *model.buffers()], PARAMETERS)
     tracker.add(states, OPTIMIZER)
     gc.collect()  # reference cycles of an earlier update
-    with tracker.track_gradients(parameters), FlopCounterMode(display=False) as flops, tracker:
+    with tracker.track_gradients(parameters), FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, tracker:
         tracker.add([x, y], REST)
         update(optimizer, config, partial(loss, model, x, y, config))
     memory, ranks = tracker.peak.copy(), dist.get_world_size()

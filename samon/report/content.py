@@ -85,8 +85,8 @@ class Score:
         held_out: measured on the held-out images that choose rho, not on the test set.
         base_opt: base optimizer of a sharpness-aware one, if it is not the one its name implies.
         seeds: the seed of each value; empty if unknown.
-        differences: to the baseline's value with the same seed, which starts from the same weights and sees the same
-            batches; empty for the baseline itself.
+        differences: to the baseline with the same seed, which starts from the same weights and sees the same batches;
+            empty for the baseline itself, or if unknown.
     """
 
     method: str
@@ -163,14 +163,6 @@ class Content:
         """The best score of the base optimizer alone in the same setting, without further options."""
         same = [s for s in self.best() if (s.setting, s.opt.lower()) == (score.setting, score.base)]
         return min(same, key=lambda s: len(s.method), default=None)
-
-    def paired_differences(self, score: Score) -> list[float]:
-        """A score's value minus its baseline's for each seed that both have; empty for the baseline itself."""
-        base = self.baseline(score)
-        if base is None or base is score:
-            return []
-        own, other = (dict(zip(s.seeds, s.values, strict=False)) for s in (score, base))
-        return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
     def cost_ratio(self, score: Score, cost: str) -> float | None:
         """A score's mean cost over its baseline's; None if one of them is unknown."""
