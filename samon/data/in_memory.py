@@ -20,6 +20,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 # Private in torchvision: what its AutoAugment does to one image, here to a batch. AutoAugment itself, called with one
 # operation at a time, takes 1.4 times as long on a CPU.
 from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.v2.functional import equalize
 
 from samon.data.classes import check_label
 from samon.data.decode import Transform
@@ -92,7 +93,11 @@ class Augment:
         fill = [float(GRAY)] * images.shape[1]
         for (name, magnitude), rows in groups.items():
             where = torch.tensor(rows, device=images.device)
-            images[where] = _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
+            images[where] = (
+                equalize(images[where])  # the other goes image by image, and waits for the device at each
+                if name == "Equalize"
+                else _apply_op(images[where], name, magnitude, InterpolationMode.NEAREST, fill)
+            )
 
 
 @dataclass(eq=False)
