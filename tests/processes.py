@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from a server that has imported what takes seconds to import.
+context = mp.get_context("forkserver")
+context.set_forkserver_preload(["timm", "torch.distributed.fsdp", "torch.distributed.tensor", "samon"])
+
 
 def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
@@ -26,7 +30,6 @@ def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -
 
 def run_ranks(function: Callable, world: int = 2, *args: Any, timeout: float = 120) -> list[Any]:
     """What `function` returned on each rank. It must be importable, and its result a tree of tensors and numbers."""
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
         for p in processes:
