@@ -104,7 +104,7 @@ getattr(installed, sys.argv.pop(1))()
     run = [installed / "python", "-c", code]
     data = ["--dataset", "npz/random", "--data-dir", ".", "-b", "16", "-j", "1", "--device", "cpu"]
     size = ["--model", "resnet20_cifar", "--num-classes", "10", "--input-size", "3", "32", "32", "--epochs", "1"]
-    where = ["--opt", "samon", "--data-resident", "--no-aug", "--output", "out", "--experiment", "one"]
+    where = ["--opt", "samon", "--in-memory", "--no-aug", "--output", "out", "--experiment", "one"]
     printed = call(*run, "train", *data, *size, *where, cwd=tmp_path)
     assert last_line(printed)["epoch"] == 0
     printed = call(*run, "validate", "--checkpoint", "out/one", "--device", "cpu", cwd=tmp_path)

@@ -66,7 +66,7 @@ def stages(args: argparse.Namespace, seconds_of: dict[str, float]) -> Iterator[S
             command += ["--rows", rows, "--json", str(args.directory / f"{name}.json")]
             yield Stage(name, command + ["--compile"] * compiled, 300 if args.dry_run else 180 if compiled else 90)
     images = ["--images", "500", "--workers", "0"] if args.dry_run else ["--workers", "8"]
-    yield Stage("loader", [sys.executable, "tools/bench_resident.py", "--device", device, *images], 60)
+    yield Stage("loader", [sys.executable, "tools/bench_in_memory.py", "--device", device, *images], 60)
     if args.cifar is None:
         return
     yield training(args, "train-one-epoch", "adamw", 1)

@@ -101,5 +101,5 @@ class CorruptSampleCounter:
         if count > self.limit * self.samples:
             raise DataError(
                 f"{count} corrupt samples in this epoch, more than {self.limit:g} of the {self.samples} that this "
-                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise --max-bad-samples"
+                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise --max-corrupt-samples"
             )

@@ -1,4 +1,4 @@
-"""Data sets kept in the device's memory and augmented there in batches (`--data-resident`).
+"""Data sets kept in the device's memory and augmented there in batches (`--in-memory`).
 
 For sets that fit (CIFAR: 150 MB): no worker processes, no copies, no waiting. Every rank keeps the whole set and takes
 its part of each global batch. The random numbers of an epoch are drawn at once on the CPU from (seed, epoch), by sample
@@ -205,7 +205,7 @@ def create_in_memory_loader(
     crop_mode: str | None = None,
     **others: Any,
 ) -> InMemoryLoader:
-    """Return the loader for `--data-resident`; the arguments are those of `samon.data.create_loader`.
+    """Return the loader for `--in-memory`; the arguments are those of `samon.data.create_loader`.
 
     Args:
         dataset: an evaluation stream with rank 0 of 1: every rank reads the whole set.
@@ -249,13 +249,13 @@ _FLAGS = {"re_prob": "reprob", "size_schedule": "train-img-sizes"}
 def _check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, others: dict[str, Any]) -> None:
     """Raise a UserError that names the flag of an augmentation that cannot be done on the device."""
     if crop_mode != "pad" and not no_aug:
-        raise UserError("--data-resident needs --train-crop-mode pad (or --no-aug)")
+        raise UserError("--in-memory needs --train-crop-mode pad (or --no-aug)")
     if policy not in (None, "", "cifar10"):
-        raise UserError(f"--data-resident cannot be combined with --aa {policy}; use --aa cifar10 or none")
+        raise UserError(f"--in-memory cannot be combined with --aa {policy}; use --aa cifar10 or none")
     if others.get("collate_fn") is not None:
-        raise UserError("--data-resident: mix on the device instead, with --no-prefetcher")
+        raise UserError("--in-memory: mix on the device instead, with --no-prefetcher")
     for key in _PER_IMAGE:
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
         if others.get(key) and not no_aug and not jitter_is_off:
             flag = _FLAGS.get(key, key.removeprefix("num_").replace("_", "-"))
-            raise UserError(f"--data-resident cannot be combined with --{flag}; leave it out or set it to 0")
+            raise UserError(f"--in-memory cannot be combined with --{flag}; leave it out or set it to 0")

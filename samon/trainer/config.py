@@ -196,7 +196,7 @@ EXCLUDES = {  # flags that cannot be combined with any of the others
     "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu",
     "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes",
     "m-sharpness": "ascent-fraction ascent-size",
-    "data-resident": "epoch-repeats train-img-sizes",
+    "in-memory": "epoch-repeats train-img-sizes",
     "fix-norm": "train-only-norm norm-dropout",
     "norm-dropout": "torchcompile",
     "sync-bn": "split-bn",

@@ -74,7 +74,7 @@ def build_data(
         class_names: of the run that is resumed, in the order of the model's outputs.
     """
     log_once: Log = log.warning if world.is_rank_zero else log.debug
-    create = data.create_in_memory_loader if config.data_resident else data.create_loader
+    create = data.create_in_memory_loader if config.in_memory else data.create_loader
     shared = {key: data_config[key] for key in ("input_size", "mean", "std")} | {
         "pin_memory": config.pin_mem,
         "img_dtype": parse_dtype(config.model_dtype) or torch.float32,
@@ -173,18 +173,18 @@ def _dataset(config: Config, data_config: dict[str, Any], split: str, training: 
         size, samples = config.validation_batch_size or size, config.val_num_samples
     elif config.train_batches_per_epoch:
         samples = config.train_batches_per_epoch * size * training.size
-    # With --data-resident every process reads the whole set once, in order.
-    ranks = {"rank": 0, "world_size": 1} if config.data_resident else {}
+    # With --in-memory every process reads the whole set once, in order.
+    ranks = {"rank": 0, "world_size": 1} if config.in_memory else {}
     return data.create_dataset(
         config.dataset,
         root=config.data_dir,
         split=split,
-        is_training=training is not None and not config.data_resident,
+        is_training=training is not None and not config.in_memory,
         batch_size=size,
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
         repeats=config.epoch_repeats,  # has an effect in training only
-        max_corrupt_fraction=config.max_bad_samples,
+        max_corrupt_fraction=config.max_corrupt_samples,
         sample_split=config.sample_split,
         shuffle_buffer=config.shuffle_buffer,
         seed=config.seed,

@@ -47,7 +47,7 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | No
     changed = changed_settings(run, state.args)
     if changed and run.world.is_rank_zero:
         text = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-        log.warning("Other settings than in %s: %s", source, text)
+        log.warning("settings differ from those in %s: %s", source, text)
     try:
         _load_model(run, run.model, state.state_dict)
         if run.ema is not None:
@@ -183,7 +183,7 @@ def _restore_stream(run: Run, progress: Progress, state: TrainState) -> None:
     if last != stream.layout and samples:
         layouts.append(last._replace(samples=samples))
         write = log.warning if run.world.is_rank_zero else log.debug
-        write("The epoch's shards were read by other readers before; those of now share what is left of it")
+        write("the number of data workers or processes has changed; they share the remaining samples of this epoch")
     progress.layouts = [list(layout) for layout in layouts]
     stream.layouts = (progress.epoch, layouts)
 

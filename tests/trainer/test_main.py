@@ -185,7 +185,7 @@ def test_other_settings_are_logged_and_used(tmp_path: Path, capfd: pytest.Captur
     seen: list[dict[str, Any]] = []
     other = ["--rho", "0.4", "--weight-decay", "0.2", "--lr", "0.07", "--epochs", "2"]
     train(["--resume", str(stopped), *other], lambda run, *_: seen.append(run.optimizer.param_groups[1]))
-    line = next(line for line in capfd.readouterr().err.splitlines() if "Other settings" in line)
+    line = next(line for line in capfd.readouterr().err.splitlines() if "settings differ" in line)
     for part in ("rho 0.1 -> 0.4", "weight_decay 0.01 -> 0.2", "lr 0.05 -> 0.07"):
         assert part in line
     assert (seen[0]["lr"], seen[0]["weight_decay"]) == (0.07, 0.2)
@@ -197,7 +197,7 @@ def test_another_optimizer_brings_its_own_rho(tmp_path: Path, capfd: pytest.Capt
     shutil.copytree(stopped, same := tmp_path / "same")
     assert settings(stopped)["rho"] == 0.5
     train(["--resume", str(same)])
-    assert "Other settings" not in capfd.readouterr().err
+    assert "settings differ" not in capfd.readouterr().err
     train(["--resume", str(stopped), "--opt", "sam"])
     assert settings(stopped)["rho"] == 0.05
 
@@ -217,7 +217,7 @@ def test_other_workers_read_the_samples_that_are_left(
     train(["--resume", str(tmp_path / "run"), "-j", "2"])
     assert len(seen) == len(set(seen)) == 28
     logged = capfd.readouterr().err
-    assert logged.count("those of now share what is left") == 2
+    assert logged.count("share the remaining samples") == 2
     assert "workers 2 -> 1" in logged
 
 

@@ -218,7 +218,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(
     assert last(tmp_path / "run")["epoch"] == 0
 
 
-def test_too_many_bad_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
+def test_too_many_corrupt_samples_name_the_last_checkpoint(tmp_path: Path) -> None:
     """Half of the second epoch's shards are unreadable by then; the first epoch's state stays."""
     root = Path(write_set(tmp_path / "data", lengths=(16, 16), num_classes=32))
     own = ["--data-dir", str(root), "--dataset", "wds/test", "--num-classes", "32", "--val-split", ""]

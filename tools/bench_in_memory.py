@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of a training loader at CIFAR's size: in-memory data set on the device, and image by image.
 
-    python tools/bench_resident.py [--device cuda] [--workers 2] [--images 10000]
+    python tools/bench_in_memory.py [--device cuda] [--workers 2] [--images 10000]
 
 Random images of 32 px, batch 128, the paper's two augmentations. The loaders of each pair alternate in one process,
 three times; medians are printed.
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             whole = create_dataset("npz/random", root=root, split="train", rank=0, world_size=1)
             stream = create_dataset("npz/random", root=root, split="train", is_training=True, batch_size=128)
             loaders = {
-                "resident": create_in_memory_loader(whole, (3, 32, 32), 128, True, **kwargs),
+                "in memory": create_in_memory_loader(whole, (3, 32, 32), 128, True, **kwargs),
                 "by image": create_loader(stream, (3, 32, 32), 128, True, num_workers=args.workers, **kwargs),
             }
             speeds: dict[str, list[float]] = {name: [] for name in loaders}
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                     if epoch:  # the first starts the workers
                         speeds[name].append(speed)
             medians = {name: statistics.median(values) for name, values in speeds.items()}
-            ratio = medians["resident"] / medians["by image"]
+            ratio = medians["in memory"] / medians["by image"]
             shown = "  ".join(f"{name} {speed:.0f} img/s" for name, speed in medians.items())
             print(f"augmentation {aa or 'basic':8} {shown}  x{ratio:.1f}")
 
