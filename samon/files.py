@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,19 @@ def atomic_write(path: Path, size: int = 0) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _sync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    if sys.platform == "win32":  # opens no directories
+        return
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def _report_thread_error(error: threading.ExceptHookArgs) -> None:
 
 def _stdout_closed() -> bool:
     """Whether the reader of stdout has gone; if so, the remaining output is discarded."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
     poll = select.poll()
     poll.register(1, 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))

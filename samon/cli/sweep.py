@@ -11,7 +11,6 @@ and leaves runs of another sweep alone.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ import yaml
 
 from samon.cli.program import parse_before_dashes, run_script
 from samon.cli.tables import write_tables
-from samon.errors import RunError, Stopped, UserError
+from samon.errors import RunError, Stopped, UserError, require_package
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.registry import VARIANTS, is_sam_name
@@ -156,6 +155,9 @@ class Sweep:
 
     def run_job(self, job: Job) -> str:
         """Run with retries. Returns 'done', 'skipped', 'elsewhere' (another sweep runs it), 'stopped' or 'dead'."""
+        fcntl = require_package(
+            "fcntl", "samon-sweep needs the file locks of Linux or macOS; start runs by samon-train"
+        )
         directory = self.output / job.name
         directory.mkdir(parents=True, exist_ok=True)
         with (self.output / f"{job.name}.lock").open("w") as lock:

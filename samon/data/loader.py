@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -178,8 +179,10 @@ class SeededErasing:
 
 def ignore_signals(_: int) -> None:
     """Let a worker outlive signals sent to the whole process group: the trainer ends it after its update."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "win32":  # the other signals are POSIX's
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # only the thread below receives it
     threading.Thread(target=_exit_on_request, args=(os.getppid(),), daemon=True).start()
 
@@ -205,19 +208,31 @@ class SharedMemoryCollate:
         return batch if get_worker_info() is None else tree_map_only(Tensor, Tensor.share_memory_, batch)
 
 
+@contextmanager
+def _no_child_handler() -> Iterator[None]:
+    """Undo that PyTorch handles the end of its workers, where it did.
+
+    Its handler raises wherever the main thread is when a worker dies, also within an update; without it the death is
+    noticed when the next batch is due.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    previous = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not previous:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+
+
 class _Batches(DataLoader):
     """The data loader; without workers it runs in this process, whose random generators it restores."""
 
     iterator: Any = None
 
     def __iter__(self) -> Any:
-        previous = signal.getsignal(signal.SIGCHLD)
         try:
-            self.iterator = iterator = super().__iter__()
-            if signal.getsignal(signal.SIGCHLD) is not previous:
-                # PyTorch's handler raises wherever the main thread is when a worker dies, also within an update;
-                # without it the death is noticed when the next batch is due.
-                signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+            with _no_child_handler():
+                self.iterator = iterator = super().__iter__()
             while True:
                 with nullcontext() if self.num_workers else rng.fork():
                     batch = next(iterator, None)

@@ -1,7 +1,6 @@
 """WebDataset shards: opening local and remote ones, the contents of `_info.json`, and reading chosen samples."""
 
 import atexit
-import fcntl
 import hashlib
 import json
 import logging
@@ -193,6 +192,7 @@ class ShardCache:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold a lock file that other processes wait for; it is removed afterwards."""
+    fcntl = require_package("fcntl", "copies of remote shards need the file locks of Linux or macOS; copy them first")
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:

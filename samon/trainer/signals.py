@@ -15,8 +15,9 @@ from samon.data.corrupt import WorkerError
 from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
 
-FAULT = signal.SIGCHLD  # the number by which the processes tell each other of a fault
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FAULT = 255  # by which the processes tell each other of a fault; larger than the number of any signal
+# Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 T = TypeVar("T")
 
 
