@@ -11,7 +11,7 @@ normalization layers, `samnn` all others. Geometry: a row of the paper's Table 9
 optimizer that applies the gradient, SGD by default.
 """
 
-from samon import models
+from samon import compat, models
 from samon.errors import UserError
 from samon.registry import is_sam_name, register
 from samon.sam import SAM, sam_of
@@ -21,6 +21,7 @@ from samon.two_pass import two_pass
 
 __version__ = "0.1.0"
 register()
+compat.check_requires_grad_in_compiled_code()
 
 __all__ = [
     "SAM",

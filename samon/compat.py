@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+
+def check_requires_grad_in_compiled_code() -> None:
+    """Let compiled functions notice that `requires_grad` of a parameter changed. torch 2.12: they do.
+
+    Before (https://github.com/pytorch/pytorch/pull/177158), the second pass would run the graph of the first, in which
+    the weights that are not perturbed have no gradient, without an error. Affects what is compiled afterwards.
+    """
+    if TorchVersion(torch.__version__) < "2.12":  # compares the numbers
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def foreach_clone(tensors: Sequence[Tensor]) -> list[Tensor]:
