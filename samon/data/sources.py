@@ -32,7 +32,6 @@ from samon.data.shards import (
     ShardSet,
     is_local,
     load_split,
-    split_synonyms,
     temporary_directory,
 )
 from samon.errors import UserError, require_package
@@ -355,14 +354,10 @@ def _open_shards(request: Request) -> Source:
 
 def _open_folder(request: Request) -> Source:
     endings = [f".{key.lstrip('.')}" for key in request.input_key.split(";")] if request.input_key else None
-    split, part = parse_split(request.split)
-    folder = _find_split_folder(request.root or "", split)
-    entries, location = find_images(folder, endings), os.path.realpath(folder)
-    if os.path.isfile(folder):
-        entries, name = _select_split_of_tar(entries, split)
-        location = os.path.join(location, name)
-    names = sorted({entry.folder for entry in entries if entry.folder}, key=class_order)
-    source = _label_by_class(entries, [entry.folder for entry in entries], names, location, part, request)
+    folder = _find_split_folder(request)
+    entries = find_images(folder, endings)
+    names = sorted({entry.folder for entry in entries} - {""}, key=class_order)
+    source = _label_by_class(entries, [entry.folder for entry in entries], names, folder, request)
     if request.keep is not None:
         source.relabel({k: k for k, name in enumerate(names) if name in request.keep}, names, len(names))
         if not source.entries:
@@ -371,12 +366,7 @@ def _open_folder(request: Request) -> Source:
 
 
 def _label_by_class(
-    entries: Sequence[ImageEntry],
-    classes: Sequence[str],
-    names: list[str],
-    location: str,
-    part: slice,
-    request: Request,
+    entries: Sequence[ImageEntry], classes: Sequence[str], names: list[str], folder: str, request: Request
 ) -> FileSource:
     """Label files by the index of their class in `names`, -1 without a class folder if the request allows that."""
     stray = [entry.where for entry, name in zip(entries, classes, strict=True) if not name]
@@ -386,16 +376,19 @@ def _label_by_class(
             "CLASS/IMAGE, or pack flat ImageNet validation images with samon-shards"
         )
     labels = {name: label for label, name in enumerate(names)} | {"": -1}
-    source = FileSource(entries, [labels[name] for name in classes], location, part)
+    _, part = parse_split(request.split)
+    source = FileSource(entries, [labels[name] for name in classes], os.path.realpath(folder), part)
     source.class_names, source.num_classes = names or None, len(names) or None
     return source
 
 
-def _find_split_folder(root: str, split: str) -> str:
-    """Return the folder of a split below `root`, by timm's synonyms; `root` itself if it has no folders of splits."""
-    if not os.path.exists(root):
-        raise UserError(f"--data-dir {root}: no such directory")
-    folder = _search_split(root, split) if split and os.path.isdir(root) else root
+def _find_split_folder(request: Request) -> str:
+    """Return the folder of a split below the root, by timm's synonyms; the root if it has no folders of splits."""
+    root, (split, _) = request.root or ".", parse_split(request.split)
+    if not os.path.isdir(root):
+        pack = "; extract it, or pack it with samon-shards" if os.path.exists(root) else ""
+        raise UserError(f"--data-dir {root}: no such directory{pack}")
+    folder = _search_split(root, split) if split else root
     others = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if split and folder == root and others:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
@@ -404,20 +397,6 @@ def _find_split_folder(root: str, split: str) -> str:
     if folder == root and os.path.isfile(os.path.join(root, "_info.json")):
         raise UserError(f"--data-dir {root}: it has shards; read them with --dataset wds/NAME")
     return folder
-
-
-def _select_split_of_tar(entries: list[ImageEntry], split: str) -> tuple[list[ImageEntry], str]:
-    """Return the images of a split in a tar and its folder's name; all and '' if it has no folders of splits."""
-    parents = [set(os.path.dirname(entry.path).split("/")[:-1]) for entry in entries]
-    present = {name for names in parents for name in names} & set(_SPLIT_FOLDERS)
-    if len(present) > 1 and not split:
-        raise UserError(f"{entries[0].file}: it has the splits {', '.join(sorted(present))}; name one of them")
-    if not present or not split:
-        return entries, ""
-    name = next((name for name in (split, *split_synonyms(split)) if name in present), None)
-    if name is None:
-        raise UserError(f"{entries[0].file}: no folder for split {split!r}, it has {', '.join(sorted(present))}")
-    return [entry for entry, names in zip(entries, parents, strict=True) if name in names], name
 
 
 def _open_arrays(request: Request) -> Source:
@@ -431,24 +410,24 @@ def _open_arrays(request: Request) -> Source:
 
 def _open_torchvision(request: Request) -> Source:
     root, kind = request.root or ".", request.name.rpartition("/")[2].lower()
-    name, part = parse_split(request.split)
+    split, part = parse_split(request.split)
     if kind in ("folder", "image_folder"):  # torchvision's numbering: by the outer folders, in the order of characters
-        folder = _find_split_folder(root, name)
+        folder = _find_split_folder(request)
         entries = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda entry: entry.path)
         classes = [entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries]
-        return _label_by_class(entries, classes, sorted({*classes} - {""}), os.path.realpath(folder), part, request)
+        return _label_by_class(entries, classes, sorted({*classes} - {""}), folder, request)
     if kind in ("imagenet", "places365", "inaturalist", "inat"):  # these have other splits than train and test
-        name = "train" if name == "training" else name
+        split = "train" if split == "training" else split
     else:
-        name = "train" if train_or_test(name, request.name) == "train" else "validation"
+        split = "train" if train_or_test(split, request.name) == "train" else "validation"
     try:
-        dataset: Any = timm.data.create_dataset(request.name, root, name, download=request.download)
+        dataset = timm.data.create_dataset(request.name, root, split, download=request.download)
     except RuntimeError as error:
         if request.download or "download" not in str(error):
             raise
         do = f"{root} does not contain it, or only in part; add --dataset-download or name the directory that does"
         raise UserError(f"--dataset {request.name} --data-dir {root}: {do}") from None
-    location = f"{request.name} in {os.path.realpath(root)}, split {name}"
+    location = f"{request.name} in {os.path.realpath(root)}, split {split}"
     if not isinstance(dataset, DatasetFolder):
         return PairSource(dataset, part, location)
     paths, labels = zip(*dataset.samples, strict=True)

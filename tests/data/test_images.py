@@ -18,7 +18,7 @@ def test_hidden_names_are_left_out_with_a_count(tmp_path, caplog):
     assert (source.class_names, len(source)) == (["cat", "dog"], 2)
     assert "4 hidden files or folders are left out, such as " in caplog.text
     (tmp_path / "set.tar").write_bytes(tar_of([(f"./{name}", jpeg(0)) for name in (*shown, *hidden)]))
-    assert open_source("", str(tmp_path / "set.tar"), "").class_names == ["cat", "dog"]
+    assert [entry.folder for entry in find_images(tmp_path / "set.tar")] == ["cat", "dog"]
     torch = open_source("torch/image_folder", root, "")
     assert (torch.class_names, len(torch)) == (["cat", "dog"], 2)
 
@@ -41,6 +41,8 @@ def test_places_that_hold_something_else_are_named(tmp_path):
         open_source("", str(tmp_path / "tars"), "")
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match="not an uncompressed tar archive"):
+        find_images(tmp_path / "a.zip")
+    with pytest.raises(UserError, match=r"a.zip: no such directory; extract it, or pack it with samon-shards"):
         open_source("", str(tmp_path / "a.zip"), "")
 
 

@@ -10,7 +10,7 @@ from samon.data import ShardError, create_dataset, create_loader
 from samon.data.decode import decode_pil
 from samon.data.sources import SOURCES, check_name, find_overlap, open_source
 from samon.errors import UserError
-from tests.sets import change_info, jpeg, tar_of, write_images, write_set
+from tests.sets import change_info, jpeg, write_images, write_set
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_hub_data_sets_train(tmp_path, monkeypatch):
     assert sorted(label for _, target in loader for label in target.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
-# --- folders and tars -------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paths", [["flat.jpg", "other.jpg"], ["a/1.jpg", "b/1.jpg", "stray.jpg"]])
@@ -141,23 +141,6 @@ def test_images_in_no_class_folder_are_refused(tmp_path, name, paths):
     count = sum("/" not in path for path in paths)
     with pytest.raises(UserError, match=rf"set/(flat|stray).jpg is in no class folder \({count} of {len(paths)} "):
         open_source(name, root, "")
-
-
-def test_a_tar_of_class_folders_is_read_as_the_folders_are(tmp_path):
-    paths = [f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in ("a9", "a10") for i in range(2)]
-    root = write_images(tmp_path / "set", *paths)
-    content = [(f"images/{path}", Path(root, path).read_bytes()) for path in paths]
-    (tmp_path / "set.tar").write_bytes(tar_of(content))
-    for split in ("train", "validation"):
-        folder, tar = (open_source("", place, split) for place in (root, str(tmp_path / "set.tar")))
-        assert tar.class_names == folder.class_names == ["a9", "a10"]
-        found = [[(r.image, r.label) for r in source.read(range(4))] for source in (folder, tar)]
-        assert found[0] == found[1]
-        assert len(folder) == len(tar) == 4
-    train, held = (open_source("", str(tmp_path / "set.tar"), split) for split in ("train", "val"))
-    assert not find_overlap(train.extents, held.extents)
-    with pytest.raises(UserError, match="no folder for split 'test', it has train, val"):
-        open_source("", str(tmp_path / "set.tar"), "test")
 
 
 @pytest.mark.parametrize("name", ["", "torch/folder"])
