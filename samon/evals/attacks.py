@@ -180,17 +180,16 @@ def apgd(
     start: Tensor,
     threat: Threat,
     on_progress: OnProgress = quiet,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run Auto-PGD (Algorithm 1) once from `start`, maximizing `loss_fn` for each image.
 
     Images are independent: one that is adversarial is finished and leaves the batch.
 
     Returns:
-        (adversarial: bool [B]; images [B, C, H, W]: adversarial ones, otherwise the clean ones;
-        vanished: bool [B], the first gradient is exactly zero)
+        (adversarial: bool [B]; vanished: bool [B], the first gradient is exactly zero)
     """
     norm, eps = threat.norm, threat.eps
-    result, adversarial = images.clone(), torch.zeros_like(label, dtype=torch.bool)
+    adversarial = torch.zeros_like(label, dtype=torch.bool)
     rows, center, x = torch.arange(len(images), device=images.device), images, start
     loss, grad, predicted = _loss_and_grad(model, x, loss_fn, rows)
     vanished = grad.flatten(1).abs().amax(1) == 0
@@ -201,7 +200,7 @@ def apgd(
     for i in range(threat.n_iter + 1):
         wrong = predicted != label[rows]
         if wrong.any():
-            result[rows[wrong]], adversarial[rows[wrong]] = x[wrong], True
+            adversarial[rows[wrong]] = True
             left = ~wrong
             step.select(left)
             state = (rows, center, x, x_before, grad, loss_before, best, best_x, best_grad)
@@ -225,7 +224,7 @@ def apgd(
             # `predicted` is of x: an adversarial x must not be replaced before it is recorded above.
             back = _per_image(halved & (predicted == label[rows]), x)
             x, grad = torch.where(back, best_x, x), torch.where(back, best_grad, grad)
-    return adversarial, result, vanished
+    return adversarial, vanished
 
 
 # --- all attacks ----------------------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def attack(
 
         noise = starting_noise(threat, name, target, restart, index[rows.cpu()], x.shape[1:]).to(x)
         start = (x + threat.eps * unit(noise, threat.norm)).clamp(0.0, 1.0)
-        adversarial, _, vanished = apgd(model, x, y, loss_fn, start, threat, report)
+        adversarial, vanished = apgd(model, x, y, loss_fn, start, threat, report)
         outcome[rows[adversarial]] = ATTACKS.index(name)
         without_gradient[rows[vanished & ~adversarial]] = VANISHED
     for name in threat.attacks[len(APGD) :]:

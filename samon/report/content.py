@@ -1,7 +1,6 @@
 """Content of a report: runs, scores and evaluation results, which `--export` writes as JSON."""
 
 import json
-import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -182,19 +181,10 @@ class Content:
         return Content(runs, [score for score in self.scores if score.setting == setting])
 
     def style_numbers(self) -> dict[str, int]:
-        """A number for each name; names of the same method ('SAM-ON previous', 'samon ascent=previous') share it."""
+        """A number for each method, in order of appearance."""
         items: list[Score | Run] = [*self.scores, *self.runs]
-        names = [(item.method, item.opt) for item in items]
-        known = dict(names)
-        names += [(name, name) for name in map(evaluation_label, self.evaluations) if name not in known]
-        numbers: dict[tuple[str, str], int] = {}
-        return {name: numbers.setdefault(_method_identity(name, opt), len(numbers)) for name, opt in names}
-
-
-def _method_identity(name: str, opt: str) -> tuple[str, str]:
-    """(optimizer, whatever else its name says)."""
-    text, own = (re.sub(r"ascent=|[^a-z0-9=.]|(?<=\d)th\b", "", word.lower()) for word in (name, opt))
-    return own, text.replace("samnonorm", "samnn").removeprefix(own)
+        names = [item.method for item in items] + [evaluation_label(row) for row in self.evaluations]
+        return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
 def evaluation_label(row: dict[str, Any]) -> str:

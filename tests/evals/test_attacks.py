@@ -148,7 +148,7 @@ def test_targets_are_the_next_classes_in_turn(monkeypatch):
     def unsuccessful(model, images, label, loss_fn, *_):
         loss_fn(model(images), torch.arange(len(images)))
         none = torch.zeros(len(images), dtype=torch.bool)
-        return none, images, none
+        return none, none
 
     monkeypatch.setattr(attacks, "apgd", unsuccessful)
     outcome = attack_all(net, torch.rand(1, 4), torch.tensor([0]), Threat("linf", 0.1, 5, n_targets=3))
@@ -216,6 +216,7 @@ def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, t
     net, x, y = trained
     names = ["apgd-ce", "apgd-t"]
     theirs = autoattack(net, norm=norm.capitalize(), eps=eps, version="custom", attacks=names, seed=0)
+    theirs.apgd.n_iter = theirs.apgd_targeted.n_iter = 100 if targets == 2 else 25
     theirs.apgd.n_restarts = 1  # as in AutoAttack's standard version
     theirs.apgd_targeted.n_target_classes = targets  # the standard version has 9
     perturbed, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
@@ -231,7 +232,7 @@ def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, t
         return 2 * noise - 1 if norm == "linf" else noise
 
     monkeypatch.setattr(attacks, "starting_noise", same_noise)
-    robust = attack_all(net, x, y, Threat(norm, eps, n_targets=targets)) == ROBUST
+    robust = attack_all(net, x, y, Threat(norm, eps, theirs.apgd.n_iter, targets)) == ROBUST
     assert torch.equal(robust, expected)
     assert 0 < robust.sum() < len(x)  # a setting in which the attack decides
 
@@ -247,23 +248,6 @@ def test_gradients_that_are_exactly_zero_are_marked(trained):
     assert (plain == 0).any()
     assert (outcome[correct] > VANISHED).all()
     assert torch.equal(without_marks(outcome) == ROBUST, plain == ROBUST)  # of ratios of logits, whatever their size
-
-
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 4 / 255)])
-def test_adversarial_images_are_in_the_ball_and_misclassified(trained, norm, eps):
-    net, x, y = trained
-
-    def loss(logits, rows):
-        return F.cross_entropy(logits, y[rows], reduction="none")
-
-    adversarial, images, vanished = apgd(net, x, y, loss, x, Threat(norm, eps, n_iter=20))
-    assert adversarial.any()
-    assert not vanished.any()
-    distance = (images - x).flatten(1).norm(dim=1, p=2 if norm == "l2" else float("inf"))
-    assert (distance <= eps * (1 + 1e-5)).all()
-    assert (images.clamp(0, 1) == images).all()
-    assert (net(images).argmax(1)[adversarial] != y[adversarial]).all()
-    assert torch.equal(images[~adversarial], x[~adversarial])
 
 
 # --- FAB-T and Square -----------------------------------------------------------------------------------------------

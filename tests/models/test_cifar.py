@@ -28,13 +28,6 @@ COUNTS = {
 CONV = [name for name in COUNTS if not name.startswith("vit")]
 
 
-def vit_count(width: int, depth: int = 12, tokens: int = 64, classes: int = 10) -> int:
-    """Parameters of a ViT counted by hand: patches, class token, positions, blocks, final norm, head."""
-    block = 12 * width**2 + 13 * width
-    stem = (48 * width + width) + width + (tokens + 1) * width
-    return stem + depth * block + 2 * width + (width + 1) * classes
-
-
 def small(name: str, **kwargs: object) -> nn.Module:
     """The network on the meta device: shapes and counts without the cost of initialising 40 M numbers."""
     with torch.device("meta"):
@@ -48,8 +41,6 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
     assert count == exact
     digits = len(str(millions).split(".")[1])
     assert round(count / 1e6, digits) == millions
-    if name.startswith("vit"):
-        assert count == vit_count({"vit_tiny_cifar": 192, "vit_small_cifar": 384}[name])
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -91,22 +82,6 @@ def test_every_normalization_is_found_and_learnt(name: str) -> None:
     kind = nn.GroupNorm if "_gn_" in name else nn.BatchNorm2d
     assert len(norms) == sum(isinstance(m, kind) for m in model.modules()) > 0
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules() if kind is nn.GroupNorm)
-
-
-def test_depth() -> None:
-    def layers(name: str) -> int:
-        """Weighted layers on the main path (projections left out): what the number in the name counts."""
-        side = ("downsample", "shortcut")
-        return sum(
-            isinstance(m, nn.Conv2d | nn.Linear) and not any(s in n for s in side)
-            for n, m in small(name).named_modules()
-        )
-
-    depths = {"resnet56": 56, "resnext29_32x4d": 29, "wrn28_10": 26, "densenet100": 100, "resnet18": 18}
-    assert {n: layers(f"{n}_cifar") for n in depths} == depths  # 28 = stem + 24 + 3 projections, no linear
-    assert layers("resnet101_cifar") == 101
-    # The VGG names count the three linear layers of the ImageNet head; these networks have one.
-    assert [layers(f"vgg{d}_bn_cifar") for d in (13, 16, 19)] == [11, 14, 17]
 
 
 @pytest.mark.parametrize("name", ["resnet56_cifar", "densenet100_cifar"])

@@ -29,14 +29,6 @@ def test_costs_are_compared_with_the_base_optimizer_of_the_same_recipe() -> None
     assert ratios == [1.8, 1.0, 1.0, None, 1.5]  # no AdamW ran in the other recipe
 
 
-def test_names_of_one_method_share_its_style() -> None:
-    names = [("SGD", "sgd"), ("sgd", "sgd"), ("SAM-ON previous", "samon"), ("samon ascent=previous", "samon")]
-    names += [("SAM no-norm", "samnn"), ("samnn", "samnn"), ("SAM-ON momentum", "samon")]
-    names += [("samon-momentum", "samon-momentum"), ("SAM-ON every 5th", "samon"), ("samon ascent=every:5", "samon")]
-    numbers = Content(scores=[score(name, opt, [1.0]) for name, opt in names]).style_numbers()
-    assert list(numbers.values()) == [0, 0, 1, 1, 2, 2, 3, 4, 5, 5]
-
-
 def test_methods_are_named_by_the_settings_that_differ() -> None:
     def run(name: str, **settings: Any) -> Run:
         return Run(name, {"opt": "samon", "rho": 0.1, "seed": 0, "ascent": "batch", "lr": 1, **settings}, [])
