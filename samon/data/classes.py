@@ -60,7 +60,7 @@ def map_label(label_map: LabelMap | None, label: object, where: str) -> object:
         raise LabelError(f"{where}: label {label!r:.40} is not in the class map") from None
 
 
-def load_class_map(class_map: str | LabelMap, root: str) -> dict[Any, int]:
+def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
     """Return {class name or stored label: label} of --class-map, a .txt of names (one per line) or a .pkl of a dict.
 
     Raises:
@@ -82,9 +82,7 @@ def load_class_map(class_map: str | LabelMap, root: str) -> dict[Any, int]:
     return labels
 
 
-def apply_class_map(
-    class_map: LabelMap, names: Sequence[str] | None, where: str
-) -> tuple[dict[Any, int], list[str] | None]:
+def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str) -> tuple[LabelMap, list[str] | None]:
     """Return ({stored label: label}, class names in the order of the new labels, None if a label has not one name).
 
     Args:

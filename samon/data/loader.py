@@ -148,7 +148,7 @@ class SplitTransform:
     def __init__(self, parts: tuple[Transform, Transform, Transform], count: int) -> None:
         self.parts, self.count = parts, count
 
-    def __call__(self, image: object) -> tuple[Any, ...]:
+    def __call__(self, image: object) -> tuple[object, ...]:
         base, augment, final = self.parts
         image = base(image)
         return (final(image), *(final(augment(image)) for _ in range(self.count - 1)))
@@ -200,7 +200,7 @@ class SharedMemoryCollate:
     main process would wait forever.
     """
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
+    def __init__(self, collate: Callable[..., object]) -> None:
         self.collate = collate
 
     def __call__(self, samples: object) -> object:
@@ -257,14 +257,16 @@ class _Batches(DataLoader):
 class Loader:
     """Batches (input, target) on the device; see `create_loader`."""
 
-    def __init__(self, stream: SampleStream, loader: _Batches, prefetcher: Any, device: torch.device) -> None:
+    def __init__(
+        self, stream: SampleStream, loader: _Batches, prefetcher: PrefetchLoader | None, device: torch.device
+    ) -> None:
         self.dataset, self.loader, self.device = stream, loader, device
         self.batches: PrefetchLoader | _Batches = loader if prefetcher is None else prefetcher
         self.worker_error: WorkerError | None = None  # why workers had to be started again
-        erasing = getattr(prefetcher, "random_erasing", None)
-        self.erasing = SeededErasing(erasing, stream, device) if erasing else None
-        if self.erasing is not None:
-            prefetcher.random_erasing = self.erasing
+        self.erasing: SeededErasing | None = None
+        if prefetcher is not None and prefetcher.random_erasing:
+            self.erasing = SeededErasing(prefetcher.random_erasing, stream, device)
+            prefetcher.random_erasing = self.erasing  # type: ignore[assignment]
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
@@ -363,7 +365,7 @@ def create_loader(
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     num_workers: int = 1,
-    collate_fn: Callable[..., Any] | None = None,
+    collate_fn: Callable[..., object] | None = None,
     pin_memory: bool = False,
     img_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cuda",

@@ -28,6 +28,7 @@ from samon.data.sources import ShardSource, Source
 from samon.errors import UserError
 
 T = TypeVar("T")
+Processed = tuple[Any, int]  # image as decode and transform leave it, label
 _FALLBACKS = 8  # samples before and after a corrupt one, of which the nearest good one replaces it
 
 
@@ -244,7 +245,7 @@ class SampleStream(IterableDataset):
         """Yield (place in the epoch, sample or its error) of one of this rank's streams, after its first `skip`."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Iterator[Processed]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         epoch, first, mixup = self.state.tolist()
@@ -264,9 +265,7 @@ class SampleStream(IterableDataset):
                 rng.seed(sample_seed(self.seed, epoch, place))
             yield self._process_or_replace(sample, [fallback for _, fallback in fallbacks], worker)
 
-    def _process_or_replace(
-        self, sample: SampleOrError, fallbacks: Sequence[SampleOrError], worker: int
-    ) -> tuple[Any, int]:
+    def _process_or_replace(self, sample: SampleOrError, fallbacks: Sequence[SampleOrError], worker: int) -> Processed:
         """Process the sample; in training, the nearest good fallback in place of a corrupt one: no rank runs short."""
         try:
             return self._process(sample)
@@ -281,7 +280,7 @@ class SampleStream(IterableDataset):
                 continue
         raise DataError(f"{len(fallbacks) + 1} samples in a row are corrupt; the log names the first ones")
 
-    def _process(self, sample: SampleOrError) -> tuple[Any, int]:
+    def _process(self, sample: SampleOrError) -> Processed:
         """Return the decoded and transformed image and the checked label."""
         if isinstance(sample, SampleError):
             raise sample

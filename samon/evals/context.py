@@ -16,7 +16,7 @@ from samon.data.corrupt import ImageError, SampleError
 from samon.data.decode import Transform, decode_pil
 from samon.data.loader import create_loader, create_transform
 from samon.data.shards import RawSample, SampleOrError
-from samon.data.stream import SampleStream
+from samon.data.stream import Processed, SampleStream
 from samon.errors import UserError
 from samon.evals.metrics import Scoring
 from samon.progress import progress_bar
@@ -103,7 +103,7 @@ class EvalDataset(SampleStream):
             batch = order[start : start + self.batch_size]
             yield from zip(batch, self.source.read(batch), strict=True)
 
-    def _process_or_replace(self, sample: SampleOrError, *_: object) -> tuple[Any, int]:
+    def _process_or_replace(self, sample: SampleOrError, *_: object) -> Processed:
         try:
             if self.label_of and isinstance(sample, RawSample):
                 sample = sample._replace(label=self.label_of(sample.where))

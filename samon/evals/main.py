@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from samon.trainer import model as models
 from samon.trainer.config import Config, check_combinations
 from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
-from samon.trainer.flags import by_key, parse_command_line
+from samon.trainer.flags import Settings, by_key, parse_command_line
 from samon.trainer.state import load_file, stored_args, validated_with_ema
 
 log = logging.getLogger("samon")
@@ -74,7 +73,7 @@ def _check_unique(flag: str, files: dict[str, str]) -> None:
             raise UserError(f"{flag}: {names} would both write {file}; rename one of them")
 
 
-def resolve(given: dict[str, Any], path: str) -> Job:
+def resolve(given: Settings, path: str) -> Job:
     """Settings for a checkpoint: defaults < its run's settings < command line."""
     content = load_file(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
     stored, limit = settings_from_run(given, content)
@@ -107,7 +106,7 @@ def resolve(given: dict[str, Any], path: str) -> Job:
     return Job(path, config, use_ema, specs, content.get("class_names"), forced_float32=forced_float32)
 
 
-def settings_from_run(given: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int | None]:
     """Return the settings that a checkpoint brings along, and the number of first images that its run validated on.
 
     A checkpoint of another model than the command line names brings none.

@@ -28,10 +28,11 @@ from samon.registry import variant_of
 from samon.trainer.config import Config, check
 from samon.trainer.distributed import log_handler
 from samon.trainer.flag_rows import TRAIN
-from samon.trainer.flags import by_key, parse_kwargs
+from samon.trainer.flags import Settings, by_key, parse_kwargs
 from samon.trainer.model import check_model_name
 
-DEVICES: dict[str, dict[str, Any]] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
+Row = dict[str, Any]  # a method's costs, and a device's figures
+DEVICES: dict[str, Row] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
 TRAIN_FLAGS = ("model", "num_classes", "img_size", "fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "amp")
 
 
@@ -78,7 +79,7 @@ def compared_optimizers(opt: str) -> dict[str, str]:
 
 def train_config(args: argparse.Namespace, opt: str) -> Config:
     """The configuration of train.py. If weights are sharded, SAM has one perturbation for all processes."""
-    values: dict[str, Any] = {key: flag.default for key, flag in by_key(TRAIN).items()}
+    values: Settings = {key: flag.default for key, flag in by_key(TRAIN).items()}
     values |= {key: getattr(args, key) for key in TRAIN_FLAGS}
     values |= {"opt": opt, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
     values["model_kwargs"] = parse_kwargs(args.model_kwargs)
@@ -126,7 +127,7 @@ def estimate_ms(cost: StepCost, args: argparse.Namespace) -> tuple[float, float]
     return 1e3 * max(compute, send), 1e3 * (compute + send)
 
 
-def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
+def plan(args: argparse.Namespace) -> list[Row]:
     """A row per optimizer."""
     limit = (args.memory or (DEVICES[args.device]["memory"] if args.device else 0)) * 1e9
     rows = []
@@ -134,7 +135,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
         with fake_processes(args.gpus) as world:
             training = FakeTraining(train_config(args, opt), world)
             cost = training.cost(args.batch_size)
-            row: dict[str, Any] = {"method": name, "opt": opt, "peak": cost.peak, **vars(cost)}
+            row: Row = {"method": name, "opt": opt, "peak": cost.peak, **vars(cost)}
             if args.device:
                 row["milliseconds"] = estimate_ms(cost, args)
             if limit:
@@ -145,7 +146,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+def table(rows: list[Row], args: argparse.Namespace) -> str:
     """Markdown with a column per optimizer."""
     base = rows[0]
     lines = [
@@ -171,7 +172,7 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse_arguments(argv)
     logging.getLogger("samon").setLevel(logging.INFO)  # large models are counted for minutes
     with warnings.catch_warnings(), log_handler(logging.StreamHandler()):

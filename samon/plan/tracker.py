@@ -2,9 +2,8 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from samon.sam import to_local
 
 PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST = "parameters", "gathered", "gradients", "optimizer", "activations"
 KINDS = (PARAMETERS, GATHERED, GRADIENTS, OPTIMIZER, REST)
+Args = tuple[object, ...]
 # Name, and how often a process sends (n - 1) / n of the full buffer in a ring.
 COLLECTIVES = {
     "allgather": ("all-gather", 1),
@@ -41,7 +41,7 @@ class CostTracker(TorchDispatchMode):
         self._live: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         self._contexts = ExitStack()
 
-    def add(self, tensors: Iterable[Any], kind: str) -> None:
+    def add(self, tensors: Iterable[object], kind: str) -> None:
         """Count the tensors among these as `kind` from now on."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
@@ -62,11 +62,13 @@ class CostTracker(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._contexts.close()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("c10d.").lstrip("_")
         collective = next((key for key in COLLECTIVES if name.startswith(key)), None) if "c10d." in str(func) else None
@@ -79,7 +81,7 @@ class CostTracker(TorchDispatchMode):
             self.add(tree_leaves(args[0]), GRADIENTS)
         return out
 
-    def _count_message(self, collective: str, args: Any) -> None:
+    def _count_message(self, collective: str, args: Args) -> None:
         name, passes = COLLECTIVES[collective]
         size = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2])
         scripts = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
@@ -115,7 +117,7 @@ def _on_storage_resize(tracker: CostTracker) -> Iterator[None]:
     """Count resized storages as gathered: FSDP allocates and frees gathered parameters by resizing their storage."""
     original = torch.UntypedStorage.resize_
 
-    def resize(storage: Any, size: int) -> None:
+    def resize(storage: torch.UntypedStorage, size: int) -> None:
         original(storage, size)
         if storage._cdata in tracker._live:
             tracker._count(storage, GATHERED)

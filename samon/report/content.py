@@ -11,17 +11,19 @@ from typing import Any
 import yaml
 
 from samon.errors import UserError
+from samon.evals.results import Result
 from samon.files import write_text
 from samon.progress import metric_format
 from samon.registry import variant_of
 from samon.trainer.config import FLAGS, RECIPES
-from samon.trainer.flags import rename_old
+from samon.trainer.flags import Settings, rename_old
 
 FORMAT = "samon-report 2"
 EARLY_STOPPED = "early_stopped_top1"  # test accuracy at the epoch that the held-out images choose
 COSTS = ("cpu_seconds", "seconds", "flops")
 DEFAULTS = {key: flag.default for key, flag in FLAGS.items()}
 Points = list[list[float]]  # [[x, y], ...]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ class Run:
     """
 
     name: str
-    settings: dict[str, Any]
+    settings: Settings
     epochs: list[dict[str, float | None]]
     scalars: dict[str, Points] = field(default_factory=dict)
     norms: dict[str, Points] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Json = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: Json = field(default_factory=dict)
     method: str = ""
 
     @property
@@ -148,7 +150,7 @@ def best_scores(scores: Iterable[Score]) -> list[Score]:
 class Content:
     runs: list[Run] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # rows of validate.py
+    evaluations: list[Result] = field(default_factory=list)  # rows of validate.py
 
     def add(self, other: "Content") -> None:
         self.runs += other.runs
@@ -187,7 +189,7 @@ class Content:
         return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def evaluation_label(row: dict[str, Any]) -> str:
+def evaluation_label(row: Result) -> str:
     """The name of an evaluated model: its run's method, its checkpoint, or the model."""
     return str(row.get("method") or row.get("checkpoint") or row["model"])
 
@@ -229,7 +231,7 @@ def _rounded(value: Any) -> Any:
     return int(number) if number == int(number) else number
 
 
-def load(data: dict[str, Any], path: Path) -> Content:
+def load(data: Json, path: Path) -> Content:
     """Raises:
     UserError: the file is of another version or damaged.
     """
@@ -244,7 +246,7 @@ def load(data: dict[str, Any], path: Path) -> Content:
         raise UserError(f"{path} is no export of samon-report: {error}; export it again") from None
 
 
-def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(settings: Settings) -> Settings:
     """Settings of train.py under the flags' current names, with defaults; those of other programs as they are."""
     return DEFAULTS | rename_old(settings, FLAGS) if "model" in settings else settings
 
@@ -267,7 +269,7 @@ def name_methods(runs: list[Run]) -> None:
     runs of one setting differ: `samon ascent=previous`. The default, or else the most frequent value, is not named."""
     for setting, opt in dict.fromkeys((run.setting, run.opt) for run in runs):
         same = [run for run in runs if (run.setting, run.opt) == (setting, opt)]
-        usual: dict[str, Any] = {}
+        usual: Settings = {}
         for key in differing_keys(same):
             values = [run.settings.get(key) for run in same]
             default = DEFAULTS.get(key)

@@ -4,11 +4,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from samon.evals.results import Result
 from samon.progress import format_quantity
 from samon.report.content import Content, Run, Score, evaluation_label
 
+XY = Sequence[Sequence[float]]  # points
 COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
 
 
@@ -119,8 +120,8 @@ def curves(content: Content) -> list[Figure]:
     """Metrics by epoch, and TensorBoard's scalars by update: a line for each run."""
     drawn = []
     for key, y in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
-        lines: list[tuple[str, Sequence[Any]]] = [
-            (run.method, [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None])
+        lines: list[tuple[str, XY]] = [
+            (run.method, [(row["epoch"] or 0, value) for row in run.epochs if (value := row.get(key)) is not None])
             for run in content.runs
         ]
         title = f"{y.split(',')[0].capitalize()} by epoch"
@@ -137,7 +138,7 @@ def curves(content: Content) -> list[Figure]:
     return drawn
 
 
-def to_series(lines: Iterable[tuple[str, Sequence[Any]]], kind: str) -> list[Series]:
+def to_series(lines: Iterable[tuple[str, XY]], kind: str) -> list[Series]:
     """A series for each (method, points [x, y]) that has points."""
     return [Series(method, [x for x, _ in points], [y for _, y in points], kind) for method, points in lines if points]
 
@@ -191,7 +192,7 @@ def robustness(content: Content) -> list[Figure]:
     return drawn
 
 
-def evaluated(content: Content, evaluation: str, metric: str) -> list[dict[str, Any]]:
+def evaluated(content: Content, evaluation: str, metric: str) -> list[Result]:
     """The rows of an evaluation's metric that have a value."""
     rows = [row for row in content.evaluations if (row["eval"], row["metric"]) == (evaluation, metric)]
     return [row for row in rows if row["value"] is not None]

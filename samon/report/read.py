@@ -7,13 +7,12 @@ import math
 import shlex
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramEvent
 
 from samon.errors import UserError
-from samon.report.content import Content, Points, Run, Score, load, name_methods, score_runs, with_defaults
+from samon.report.content import Content, Json, Points, Run, Score, load, name_methods, score_runs, with_defaults
 
 TAGS = ("train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 MAX_POINTS = 150  # per curve
@@ -127,7 +126,7 @@ def _without_location(command: str) -> str:
     return shlex.join(kept)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -151,7 +150,7 @@ def _read_events(folder: Path, run: Run) -> None:
     run.norms = {kind: _pooled(layers[kind]) for kind in ("gamma", "beta") if kind in layers}
 
 
-def _pooled(histograms: list[Any]) -> Points:
+def _pooled(histograms: list[HistogramEvent]) -> Points:
     """[[center of a bin, share of all parameters in it], ...] of all layers together."""
     low, high = min(h.min for h in histograms), max(h.max for h in histograms)
     width = (high - low) / BINS or 1.0
