@@ -146,18 +146,40 @@ class GroupedNorm:
         return affine.view(self.groups, *ones, *affine.shape[1:])
 
     def _batch_norm(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        """BatchNorm with each group's own statistics: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
+        """BatchNorm with each group's own statistics."""
         module: Any = self.module
-        groups, channels = self.groups, x.shape[1]
-        folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
         dtype = torch.promote_types(x.dtype, torch.float32)
-        mean, variance = (torch.zeros(groups * channels, dtype=dtype, device=x.device) for _ in range(2))
-        gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
-        y = F.batch_norm(folded, mean, variance, gamma, beta, training=True, momentum=HALF, eps=module.eps)
+        mean, variance = (torch.zeros(self.groups, x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+        # Single samples [G, C, ...] fold into the channels [1, G * C, ...] without a copy, unless channels_last. Copies
+        # cost more than a call for each group (up to 5 times as much in channels_last); in a compiled graph they are
+        # fused, and every call would be compiled.
+        single = x.shape[0] == self.groups and x.is_contiguous()
+        apply = _fold_batch_norm if single or torch.compiler.is_compiling() else _loop_batch_norm
+        y = apply(x, mean, variance, gamma, beta, module.eps)
         if getattr(module, "track_running_stats", False):
-            self.calls = (*self.calls, (mean.view(groups, -1), variance.view(groups, -1)))
-        y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)
-        return _merge_groups(y if y.is_contiguous() else y.contiguous(), x.shape)
+            self.calls = (*self.calls, (mean, variance))
+        return y
+
+
+def _loop_batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """[B, C, ...] -> [B, C, ...], group by group; HALF times the statistics, [G, C], go to `mean` and `variance`."""
+    gammas, betas = ([None] * len(mean) if a is None else a.unbind() for a in (gamma, beta))
+    groups = zip(x.chunk(len(mean)), mean, variance, gammas, betas, strict=True)
+    return torch.cat([F.batch_norm(part, m, v, g, b, True, HALF, eps) for part, m, v, g, b in groups])
+
+
+def _fold_batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """The same in one call: [B, C, ...] -> [m, G * C, ...] -> batch norm -> back."""
+    groups, channels = mean.shape
+    folded = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, groups * channels, *x.shape[2:])
+    gamma, beta = (None if a is None else a.flatten() for a in (gamma, beta))
+    y = F.batch_norm(folded, mean.view(-1), variance.view(-1), gamma, beta, True, HALF, eps)
+    y = y.view(-1, groups, channels, *x.shape[2:]).transpose(0, 1)
+    return _merge_groups(y if y.is_contiguous() else y.contiguous(), x.shape)
 
 
 def _merge_groups(x: Tensor, shape: torch.Size) -> Tensor:

@@ -86,6 +86,15 @@ def test_running_statistics_end_as_the_loops(bn_stats: str, momentum: float | No
     assert model.bn.num_batches_tracked == (8 if bn_stats == "both" else 4)
 
 
+@pytest.mark.parametrize("groups", [2, 8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batchnorm_in_every_memory_format(memory_format: torch.memory_format, groups: int) -> None:
+    x, y = batch()
+    data = x.to(memory_format=memory_format), y
+    models = grouped_and_looped(lambda: batchnorm_net().to(memory_format=memory_format), "samon", groups, data=data)
+    assert_equal(*models)
+
+
 class Permute(nn.Module):
     def __init__(self, *order: int) -> None:
         super().__init__()
