@@ -42,9 +42,17 @@ def scale(geometry: str, name: str, w: Tensor, g: Tensor, eta: float) -> Tensor:
     return 1 / torch.sqrt(1 + eta * g * g)
 
 
-def perturbation(geometry: str, weights: dict[str, Tensor], grads: dict[str, Tensor], rho: float) -> dict[str, Tensor]:
-    """eps of Eq. 5."""
+def perturbation(
+    geometry: str, weights: dict[str, Tensor], grads: dict[str, Tensor], rho: float, radius: str | float = "ball"
+) -> dict[str, Tensor]:
+    """eps of Eq. 5, with rho replaced by the length that `radius` prescribes."""
     eta = ETA[geometry]
+    if radius != "ball":
+        ball = perturbation(geometry, weights, grads, 1.0)
+        dual = sum(float((grads[n] * ball[n]).sum()) for n in ball)  # max of <g, eps> over the unit ball
+        length = {"raw": rho * dual, "loss": rho / dual}.get(str(radius))
+        length = rho * (float(radius) + (1 - float(radius)) * dual) if length is None else length
+        return {n: length * e for n, e in ball.items()}
     t = {n: scale(geometry, n, weights[n], grads[n], eta) for n in weights}
     if geometry == "elemlinf":
         return {n: rho * t[n] * torch.sign(grads[n]) for n in weights}
@@ -53,7 +61,12 @@ def perturbation(geometry: str, weights: dict[str, Tensor], grads: dict[str, Ten
 
 
 def sam_gradient(
-    model: nn.Module, losses: Sequence[Callable[[], Tensor]], names: Sequence[str], geometry: str, rho: float
+    model: nn.Module,
+    losses: Sequence[Callable[[], Tensor]],
+    names: Sequence[str],
+    geometry: str,
+    rho: float,
+    radius: str | float = "ball",
 ) -> tuple[float, dict[str, Tensor]]:
     """(mean loss at w, gradient at w + eps of every parameter), one perturbation for all `losses` (their mean)."""
     parameters = dict(model.named_parameters())
@@ -73,7 +86,7 @@ def sam_gradient(
         return total, sums
 
     clean, ascent = gradient()
-    eps = perturbation(geometry, {n: p.detach().clone() for n, p in chosen.items()}, ascent, rho)
+    eps = perturbation(geometry, {n: p.detach().clone() for n, p in chosen.items()}, ascent, rho, radius)
     saved = {n: p.detach().clone() for n, p in chosen.items()}
     with torch.no_grad():
         for n, p in chosen.items():
@@ -86,10 +99,15 @@ def sam_gradient(
 
 
 def m_sharpness_gradient(
-    model: nn.Module, losses: Sequence[Callable[[], Tensor]], names: Sequence[str], geometry: str, rho: float
+    model: nn.Module,
+    losses: Sequence[Callable[[], Tensor]],
+    names: Sequence[str],
+    geometry: str,
+    rho: float,
+    radius: str | float = "ball",
 ) -> tuple[float, dict[str, Tensor]]:
     """The mean over `losses` of each one's own sharpness-aware gradient: the loop over sub-batches."""
-    each = [sam_gradient(model, [loss], names, geometry, rho) for loss in losses]
+    each = [sam_gradient(model, [loss], names, geometry, rho, radius) for loss in losses]
     mean = {n: sum(g[n] for _, g in each) / len(each) for n in each[0][1]}
     return sum(clean for clean, _ in each) / len(each), mean
 

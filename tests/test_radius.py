@@ -21,10 +21,7 @@ def expected_step(geometry: str, weights: list[Tensor], grads: list[Tensor], rul
     """Eq. 5 with rho replaced by the length that the rule prescribes."""
     names = [f"layer{i}.{'weight' if i % 2 == 0 else 'bias'}" for i in range(len(weights))]
     by_name = [dict(zip(names, tensors, strict=True)) for tensors in (weights, grads)]
-    ball = reference.perturbation(geometry, *by_name, 1.0).values()
-    dual = sum((g * e).sum().item() for g, e in zip(grads, ball, strict=True))  # max of <g, eps> over the unit ball
-    length = {"raw": RHO * dual, "loss": RHO / dual, 0.25: RHO * (0.25 + 0.75 * dual)}[rule]
-    return [length * e for e in ball]
+    return list(reference.perturbation(geometry, *by_name, RHO, rule).values())
 
 
 @pytest.mark.parametrize("rule", RULES)

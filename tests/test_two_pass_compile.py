@@ -180,6 +180,21 @@ def test_compiled_arithmetic_equals_the_eager_one(geometry: str, groups: int) ->
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(("radius", "groups"), [("ball", 1), ("raw", 1), ("loss", 1), (0.5, 2)])
+def test_a_schedule_of_rho_recompiles_once(radius: str | float, groups: int) -> None:
+    """When rho first changes, it becomes an input of the graph; the results stay the eager ones, also at 0 and 1."""
+    (model, opt), (twin, eager) = (make(BatchNormNet, "samon-layerl2", radius=radius) for _ in range(2))
+    opt.compile("aot_eager")
+    for rho in (0.0, 0.1, 0.3, 1.0, 0.0, 0.7):
+        for o, m in ((opt, model), (eager, twin)):
+            o.rho = rho
+            o.zero_grad()
+            samon.two_pass(o, loss_of(m, *batch()), groups=groups)
+            o.step()
+    assert_same(model, twin)
+    assert counters["stats"]["unique_graphs"] == (4 if groups == 1 else 2)
+
+
 def test_inductor() -> None:
     """Fused loops sum in another order: 1e-12 in float64 for one step, 1e-9 after three."""
     assert_same(*train_both("samon-layerl2", "inductor", 3), 1e-9)

@@ -30,6 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {"groups": 2},
     "accumulate device": {"accumulate": True},
     "accumulate global": {"reduce": "global", "accumulate": True},
+    "raw": {"radius": "raw"},
+    "loss global": {"radius": "loss", "reduce": "global"},
+    "mix groups": {"radius": 0.5, "groups": 2},
+    "frozen": {"perturb_frozen": True},
+    "frozen global": {"perturb_frozen": True, "reduce": "global"},
+    "frozen groups": {"perturb_frozen": True, "groups": 2},
 }
 
 
@@ -77,9 +83,12 @@ def train_rank(rank: int) -> dict:
     results = {}
     for net, (case, options) in itertools.product(NETS, CASES.items()):
         model = make(net)
+        if "perturb_frozen" in options:
+            model.requires_grad_(False).head.requires_grad_(True)
         ddp = DistributedDataParallel(model, broadcast_buffers="perturb" in options)
         traffic = Traffic(ddp)
-        opt = optimizer_of(model, "samon-layerl2", perturb=perturb_of(net, options))
+        how = {k: v for k, v in options.items() if k in ("radius", "perturb_frozen")}
+        opt = optimizer_of(model, "samon-layerl2", perturb=perturb_of(net, options), **how)
         keywords = {k: v for k, v in options.items() if k in ("reduce", "groups")} | {"no_sync": ddp.no_sync}
         for _ in range(options.get("steps", 1)):
             ddp.zero_grad()
@@ -97,7 +106,7 @@ def train_rank(rank: int) -> dict:
             "grads": gradients(model),
             "buckets": traffic.buckets,
             "other": traffic.other,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "perturbed": sum(p.numel() for p in opt.perturbed_parameters().values()),
         }
     return results
@@ -108,17 +117,22 @@ def train_rank(rank: int) -> dict:
 def test_ddp_equals_the_sequential_reference(net: str, case: str, ranks: Ranks) -> None:
     options = CASES[case]
     model = make(net)
-    losses = losses_of(model, *batch(SIZE), {"device": 2, "global": 2, "replay": 2}.get(case, 4))
+    parts = 4 if "accumulate" in options or "groups" in options else 2
+    losses = losses_of(model, *batch(SIZE), parts)
     opt = optimizer_of(copy.deepcopy(model), perturb=perturb_of(net, options))
     gradient = reference.sam_gradient if options.get("reduce") == "global" else reference.m_sharpness_gradient
-    _, expected = gradient(model, losses, list(opt.perturbed_parameters()), "layerl2", RHO)
+    radius = options.get("radius", "ball")
+    _, expected = gradient(model, losses, list(opt.perturbed_parameters()), "layerl2", RHO, radius)
+    if "perturb_frozen" in options:
+        expected = {name: g for name, g in expected.items() if name.startswith("head")}
     size = torch.cat([g.flatten() for g in expected.values()]).norm()
     for rank in ranks:
         result = rank["train"][f"{net} {case}"]
+        assert result["grads"].keys() == expected.keys()
         for name, g in result["grads"].items():
             assert (g - expected[name]).norm() <= 1e-10 * size, name
         # One all-reduce of the gradients, as in plain training; `global` adds the perturbed parameters' alone.
-        assert result["buckets"] == result["parameters"]
+        assert result["buckets"] == result["trained"]
         assert result["other"] == (result["perturbed"] if options.get("reduce") == "global" else 0)
 
 
@@ -176,7 +190,31 @@ def closure_rank(rank: int) -> dict:
             opt.step(backward)
         except UserError as error:
             results[case] = "were not cleared" in str(error)
-    return results | sharded_closure(rank)
+    return results | manual_passes(rank) | sharded_closure(rank)
+
+
+def first_and_second_step(opt: Any, backward: Any) -> None:
+    opt.zero_grad()
+    backward()
+    opt.first_step(zero_grad=True)
+    backward()
+    opt.second_step()
+
+
+def manual_passes(rank: int) -> dict:
+    """`first_step` under DDP, which averages both passes; and frozen parameters, whose gradients no closure averages."""
+    model = make()
+    ddp, opt = DistributedDataParallel(model), optimizer_of(model, "samon-layerl2", lr=0.0)
+    forward = loss_of(ddp, *half(rank))
+    first_and_second_step(opt, lambda: forward().backward())
+    results: dict[str, Any] = {"first_step True": gradients(model)}
+    model.requires_grad_(False).head.requires_grad_(True)
+    opt = optimizer_of(model, perturb_frozen=True)
+    try:
+        opt.step(closure_of(opt, loss_of(model, *half(rank))))
+    except UserError as error:
+        results["frozen False"] = "does not average gradients of frozen parameters" in str(error)
+    return results
 
 
 def sharded_closure(rank: int) -> dict:
@@ -191,6 +229,8 @@ def sharded_closure(rank: int) -> dict:
     for _ in range(2):
         opt.step(lambda: (opt.zero_grad(), backward()))
     results["fsdp True"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    first_and_second_step(opt, backward)
+    results["fsdp first_step True"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     for case, closure in {"added": backward, "kept": lambda: None}.items():
         try:
             opt.step(closure)
@@ -210,7 +250,7 @@ def test_a_closure_under_ddp_and_fsdp2(ranks: Ranks) -> None:
     names = reference.scope_names(model, "samon")
     _, expected = reference.sam_gradient(model, [loss_of(model, *batch(SIZE))], names, "layerl2", RHO)
     for rank in ranks:
-        assert len(rank["closure"]) == 12
+        assert len(rank["closure"]) == 15
         for case, result in rank["closure"].items():
             if case.endswith("False"):
                 assert result is True, case

@@ -22,7 +22,7 @@ import samon
 from samon import UserError
 from samon.engines.fsdp import average_gradients, no_sync
 from samon.geometry import GEOMETRIES
-from samon.scope import select
+from samon.scope import norm_parameters
 from tests.processes import run_ranks
 from tests.steps import RHO, loss_of, losses_of, optimizer_of
 
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     geometry: str
     reduce: str
     parts: int
+    how: tuple[tuple[str, Any], ...] = ()  # further arguments of the optimizer
 
 
 CASES = [
@@ -41,6 +42,13 @@ CASES = [
     for reduce in (("device", "global") if scope == "samon" else ("global",))
     for parts in (1, 2)
 ]
+CASES += [
+    Case(scope, geometry, "global", 2, (("radius", radius),))
+    for scope in ("sam", "samon")
+    for geometry, radius in (("layerl2", "raw"), ("", "loss"), ("elemlinf", 0.5))
+]
+CASES += [Case("samon", "layerl2", "device", 2, (("ascent", source),)) for source in ("previous", "msam", "looksam:2")]
+CASES += [Case("samon", "layerl2", reduce, 2, (("perturb_frozen", True),)) for reduce in ("device", "global")]
 # 24 rows do not divide by 5 heads and classes: shards differ in size, some are empty.
 THREE = [Case("sam", "layerl2", "global", 2), Case("samon", "layerl2", "device", 1), Case("samnn", "", "global", 1)]
 # 2 x 2: parameters are sharded within a row of the mesh, the same in every column; norms add up within the row.
@@ -60,7 +68,7 @@ def shard(model: nn.Module, mesh: Any, replicated: set[nn.Parameter]) -> nn.Modu
 
 
 def norms_of(model: nn.Module) -> set[nn.Parameter]:
-    return set(select(model, "samon", None).parameters.values())
+    return set(norm_parameters(model).values())
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -70,8 +78,10 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def train(rank: int, mesh: Any, case: Case) -> Tensor:
-    """Two updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
-    model = make()
+    """Two or three updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
+    model, how = make(), dict(case.how)
+    if "perturb_frozen" in how:
+        model.requires_grad_(False).head.requires_grad_(True)
     if mesh is None:
         net: nn.Module = DistributedDataParallel(model)
         sync = net.no_sync
@@ -79,9 +89,9 @@ def train(rank: int, mesh: Any, case: Case) -> Tensor:
         net = shard(model, mesh, norms_of(model) if case.scope == "samon" else set())
         sync = no_sync(model)
     name = "-".join(filter(None, (case.scope, case.geometry, "momentum")))
-    opt = optimizer_of(model, name, rho=0.05 if case.geometry == "elemlinf" else RHO, weight_decay=1e-3)
+    opt = optimizer_of(model, name, rho=0.05 if case.geometry == "elemlinf" else RHO, weight_decay=1e-3, **how)
     results = []
-    for step in range(2):
+    for step in range(3 if how else 2):
         opt.zero_grad()
         forwards = losses_of(net, *batch(step, rank), case.parts)
         if case.reduce == "global":
@@ -93,7 +103,7 @@ def train(rank: int, mesh: Any, case: Case) -> Tensor:
         if mesh is not None:
             average_gradients(model.parameters())
         opt.step()
-        results += [opt.stats[key].detach().reshape(1) for key in ("eps_norm", "ascent_grad_norm")]
+        results += [opt.stats[key].detach().reshape(1) for key in ("eps_norm", "ascent_grad_norm") if key in opt.stats]
     full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return torch.cat([*(p.detach().flatten() for p in full), *results])
 
@@ -142,8 +152,35 @@ def messages_without_replication(rank: int) -> list[Tensor]:
     return [torch.tensor([ord(c) for c in text]) for text in texts]
 
 
+def refusals(rank: int) -> list[bool]:
+    """What sharded perturbed parameters do not allow, by name."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for frozen, how, words in (
+        (True, {"perturb_frozen": True}, "perturb_frozen needs the frozen ones replicated"),
+        *((False, {"ascent": name}, f"ascent='{name}'") for name in ("previous", "msam", "fsam", "looksam:2", "aesam")),
+        (False, {"gsam_alpha": 0.1}, "gsam_alpha need full tensors"),
+    ):
+        model = make()
+        if frozen:
+            model.requires_grad_(False).head.requires_grad_(True)
+        shard(model, mesh, set())
+        opt = optimizer_of(model, "samon", **how)
+        reduce = "device" if samon.sam_of(opt).ascent.single_pass else "global"
+        try:
+            samon.two_pass(opt, loss_of(model, *batch(0, rank)), reduce=reduce, replay=False)
+            found.append(False)
+        except UserError as error:
+            found.append(words in str(error))
+    return found
+
+
 def every_check(rank: int) -> dict[str, Any]:
-    return {"distances": compare(rank, 2, CASES), "cost": cost(rank), "messages": messages_without_replication(rank)}
+    return {
+        "distances": compare(rank, 2, CASES),
+        "cost": cost(rank),
+        "messages": messages_without_replication(rank),
+        "refusals": refusals(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +206,11 @@ def test_the_ascent_pass_sends_no_gradient_and_computes_no_weight_gradient(ranks
         assert two[2] == plain[2] == 3  # root and two blocks, once
         # The ascent adds its forward's and its backward's gathers; the second forward finds what these have gathered.
         assert two[1] < 2 * plain[1]
+
+
+def test_what_needs_full_tensors_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["refusals"] == [True] * 7
 
 
 def test_a_model_that_the_user_sharded_works_or_is_refused(ranks: list[dict[str, Any]]) -> None:

@@ -184,19 +184,21 @@ def test_a_plain_update_after_a_skipped_one_is_plain() -> None:
 
 def update(name: str, **how: Any) -> Any:
     """The second and third update on fake tensors, where any read on the host raises: whether the last was applied."""
-    groups, perturb, scope = how.pop("groups", 1), how.pop("perturb", None), how.pop("ascent", "batch")
+    groups, net, rho = how.pop("groups", 1), how.pop("net", LayerNormNet), how.pop("rho", None)
     ema, progress = ModelEmaV3(nn.Linear(1, 1), decay=0.9), SimpleNamespace(sums={})
     with FakeTensorMode():
-        net = how.pop("net", LayerNormNet)
         model = net()
+        if "perturb_frozen" in how:
+            model.requires_grad_(False).head.requires_grad_(True)
         x, y = torch.randn(8, 3, 8, 8), torch.randint(5, (8,))
-        extra: dict[str, Any] = {"perturb": perturb, "ascent": scope}
         if "adamw" in name:  # else it reads its own step, which lies on the CPU whatever the device
-            extra |= {"fused": True}
-        opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **extra)
+            how |= {"fused": True}
+        opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **how)
         ema.module = net()  # as it would be copied: a fake tensor cannot be
         run, meter = run_of(model, opt, clip=1.0), Meter(progress)
         for step in range(3):
+            if rho is not None:
+                opt.rho = rho.at(step, opt.param_groups[0]["lr"])
             opt.zero_grad()
             samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
             if step == 0:  # the host has looked and takes it
@@ -229,6 +231,11 @@ def test_no_name_reads_on_the_host(name: str) -> None:
         {"perturb": "blocks.2", "net": BatchNormNet},
         {"ascent": "previous"},
         {"ascent": "momentum"},
+        *({"radius": radius, "groups": groups} for radius in ("raw", 0.5, "loss") for groups in (1, 4)),
+        {"perturb_frozen": True},
+        {"perturb_frozen": True, "net": BatchNormNet, "groups": 2},
+        {"rho": samon.RhoSchedule("linear", 0.5, warmup=2)},
+        {"rho": samon.RhoSchedule("lr", 0.5, lr_max=0.02)},
     ],
 )
 def test_no_option_reads_on_the_host(how: dict[str, Any]) -> None:
