@@ -42,6 +42,19 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
+@contextmanager
+def scaled_learning_rates(param_groups: list[dict[str, Any]], ratio: float) -> Iterator[None]:
+    """Multiply the learning rates of the groups, whatever scheduler sets them."""
+    rates = [group["lr"] for group in param_groups]
+    try:
+        for group in param_groups if ratio != 1 else ():
+            group["lr"] = ratio * group["lr"]
+        yield
+    finally:
+        for group, rate in zip(param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 @torch.no_grad()
 def add_perturbation(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
     """Add eps in place; float32 eps on half-precision weights is rounded once. Returns copies of the old weights."""

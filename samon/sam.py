@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 COPIED = {"base", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "defaults", "sharded"}
+COPIED |= {"replacement"}
 
 
 class AscentSource:
@@ -138,10 +139,13 @@ class SAM(Optimizer):
         stats: of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm, the
             length of the applied perturbation (the mean over groups). With half-precision weights also eps_lost, the
             fraction of the perturbation lost to rounding.
+        replacement: arguments of `replace_base` if it was called.
 
     Raises:
         UserError: an argument is out of range, or the base optimizer cannot be used.
     """
+
+    replacement: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -155,7 +159,7 @@ class SAM(Optimizer):
         mask: "Mask | None" = None,
         ascent: AscentSource | None = None,
     ):
-        _check_base(base, selection.scope)
+        check_base(base, "-".join(filter(None, (selection.scope, geometry))))
         self.base, self.geometry, self.mask, self.selection = base, geometry, mask, selection
         self.replace_ascent(ascent or AscentSource())
         self.rho = validate_radius("rho", rho)
@@ -184,6 +188,35 @@ class SAM(Optimizer):
                 "perturb_frozen, or use ascent='batch' or 'fsam'"
             )
         self.ascent = ascent
+
+    def replace_base(self, opt: str, lr_ratio: float = 1.0, **options: Any) -> int:
+        """Hand over to another base optimizer, with the momentum that both have (`samon.engines.handover`).
+
+        `state_dict` records the arguments, with which `load_state_dict` of a new optimizer does the same first.
+
+        Args:
+            opt: timm's name of it.
+            lr_ratio: it steps at this multiple of the groups' learning rates, which stay the scheduler's.
+            options: further arguments of timm's factory, plain values. Weight decay stays that of the groups.
+
+        Returns:
+            The number of tensors whose momentum was carried.
+
+        Raises:
+            UserError: an argument is wrong, or the optimizer is inside Lookahead.
+        """
+        from samon.engines.handover import carry_momentum, create_base
+
+        base = create_base(self, opt, lr_ratio, options)
+        carried = carry_momentum(self.base, base)
+        self.base, self.defaults = base, base.defaults
+        self.replacement = {"opt": opt.lower(), "lr_ratio": float(lr_ratio), "options": options}
+        return carried
+
+    @property
+    def lr_ratio(self) -> float:
+        """What multiplies the groups' learning rates in a step."""
+        return 1.0 if self.replacement is None else self.replacement["lr_ratio"]
 
     def _init_instance(self) -> None:
         """Initialize a new instance or a copy. `Optimizer.__init__` would empty the base's state and groups."""
@@ -256,12 +289,24 @@ class SAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's own state, which it can load alone, plus that of the ascent source and the mask."""
         state = self.base.state_dict()
+        if self.replacement is not None:
+            state["replacement"] = self.replacement
         if self.ascent.has_state or self.ascent.counts_updates:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state written by this class or by the base optimizer alone."""
+        """Load a state written by this class or by the base optimizer alone.
+
+        Raises:
+            UserError: the state is that of another base optimizer, before or after `replace_base`.
+        """
+        stored, own = state_dict.get("replacement"), self.replacement
+        if stored is not None and own is None:
+            self.replace_base(stored["opt"], stored["lr_ratio"], **stored["options"])
+        elif (stored and stored["opt"]) != (own and own["opt"]):
+            what = f"after replace_base({stored['opt']!r})" if stored else "before replace_base"
+            raise UserError(f"the state was saved {what}; create the optimizer anew to load it")
         self.base.load_state_dict(state_dict)
         if self.mask is not None and "mask" in state_dict:
             self.mask.load_state_dict(state_dict["mask"], _local(self.perturbed_parameters()))
@@ -459,7 +504,8 @@ class SAM(Optimizer):
         self.ascent.finish_update(self)
         if self.mask is not None:
             self.mask.advance()
-        result = self.base.step()
+        with contexts.scaled_learning_rates(self.param_groups, self.lr_ratio):
+            result = self.base.step()
         torch.clear_autocast_cache()
         return result
 
@@ -544,10 +590,13 @@ def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = Non
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
-def _check_base(base: Optimizer, scope: str) -> None:
+def check_base(base: Optimizer, opt: str) -> None:
+    """Raises:
+    UserError: two passes, with the optimizer name `opt`, do not work with this base optimizer.
+    """
     name = type(base).__name__
     if isinstance(base, SAM | Lookahead):
-        raise UserError(f"{name} cannot be the base optimizer; Lookahead goes around it: use lookahead_{scope}")
+        raise UserError(f"{name} cannot be the base optimizer; Lookahead goes around it: use lookahead_{opt}")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(

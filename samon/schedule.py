@@ -16,6 +16,7 @@ class Tail:
             forward = lambda: loss_fn(model(x), y)
             samon.two_pass(optimizer, forward) if update in tail else plain_backward(forward)
 
+    Another optimizer may take over there: `if update == tail.start: optimizer.replace_base("muon", lr_ratio=0.2)`.
     Late two-pass steps reach what they reach over the whole training (Zhou et al. 2025, arXiv 2410.10373).
 
     Raises:
@@ -33,6 +34,11 @@ class Tail:
     def start(self) -> int:
         """Number of the first update with two passes."""
         return self.total_updates - round(self.fraction * self.total_updates)
+
+    @property
+    def share(self) -> float:
+        """Share of all updates that take two passes: `fraction`, rounded to whole updates."""
+        return 1 - self.start / self.total_updates
 
     def __contains__(self, update: int) -> bool:
         return update >= self.start

@@ -202,7 +202,7 @@ def first_and_second_step(opt: Any, backward: Any) -> None:
 
 
 def manual_passes(rank: int) -> dict:
-    """`first_step` under DDP, which averages both passes; and frozen parameters, whose gradients no closure averages."""
+    """`first_step` under DDP, which averages both passes; and a closure with frozen parameters, which is refused."""
     model = make()
     ddp, opt = DistributedDataParallel(model), optimizer_of(model, "samon-layerl2", lr=0.0)
     forward = loss_of(ddp, *half(rank))
@@ -307,7 +307,7 @@ def every_check(rank: int) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ranks() -> Ranks:
-    return run_ranks(every_check, 2)
+    return run_ranks(every_check, 2, timeout=240)
 
 
 def test_static_graphs_and_fsdp1_are_refused(ranks: Ranks) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import samon
 from samon.engines.fsdp import no_sync
+from samon.engines.handover import create_base
 from samon.errors import UserError, reraise_as_user_error
 from samon.geometry import LOW_PRECISION, to_float32
 from samon.trainer import fsdp as sharding
@@ -114,7 +115,7 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     check_epochs(config, epochs, sam is not None)
-    tail = None if sam is None or config.sam_tail is None else samon.Tail(epochs * updates, config.sam_tail)
+    tail = build_tail(config, sam, epochs * updates) if sam is not None else None
     distribute(config, task, model, world)
     if sam is not None:
         if config.torchcompile:
@@ -272,6 +273,29 @@ def build_loss(config: Config) -> nn.Module:
     if mixes(config):
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing=config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+
+def build_tail(config: Config, sam: samon.SAM, updates: int) -> samon.Tail | None:
+    """The updates of --sam-tail.
+
+    Raises:
+        UserError: there is none, or --tail-opt cannot be created when it starts.
+    """
+    if config.sam_tail is None:
+        return None
+    tail = samon.Tail(updates, config.sam_tail)
+    if tail.start == updates:
+        raise UserError(f"--sam-tail {config.sam_tail:g} of {updates} updates is less than one; raise it")
+    if config.tail_opt is not None:
+        create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
+    return tail
+
+
+def tail_options(config: Config) -> dict[str, Any]:
+    """Arguments of --tail-opt: timm's of the first optimizer (--momentum, --opt-eps, --opt-betas, --opt-foreach), but
+    not --opt-kwargs."""
+    options = optimizer_kwargs(cfg=config)
+    return {key: options[key] for key in ("momentum", "eps", "betas", "foreach") if key in options}
 
 
 def build_rho_schedule(

@@ -209,6 +209,8 @@ NEEDS = {  # flags without effect unless the other is used
     "train-size-probs": "train-img-sizes",
     "train-batches-per-epoch": "train-img-sizes",
     "wandb-resume-id": "resume",
+    "tail-opt": "sam-tail",
+    "tail-lr": "tail-opt",
 }
 
 
@@ -283,6 +285,8 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
         raise UserError(
             "--sam-tail excludes --sam-start-epoch, --sam-end-epoch and --sam-every; drop them or --sam-tail"
         )
+    if config.tail_opt is not None:
+        _check_tail_opt(config)
     if config.rho_min and config.rho_sched == "constant":
         raise UserError("--rho-min is for --rho-sched linear and lr; drop it or choose one")
     if isinstance(m, int) and config.batch_size % m:
@@ -303,6 +307,18 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
             f"--ascent {config.ascent} makes no ascent pass and perturbs all processes alike; drop --m-sharpness, "
             "--ascent-fraction and --ascent-size"
         )
+
+
+def _check_tail_opt(config: Config) -> None:
+    _check_opt(config.tail_opt, "--tail-opt")
+    if config.tail_opt.lower().startswith("lookahead_") or config.opt.lower().startswith("lookahead_"):
+        raise UserError("--tail-opt replaces the base optimizer, in which Lookahead keeps its state; drop lookahead_")
+    if variant_of(config.tail_opt) is not None:
+        raise UserError(
+            f"--tail-opt {config.tail_opt} is itself sharpness-aware; name a plain timm optimizer such as muon"
+        )
+    if config.sam_tail == 1:
+        raise UserError(f"--sam-tail 1 leaves no update before --tail-opt; use --base-opt {config.tail_opt} instead")
 
 
 def _check_batches(config: Config) -> None:

@@ -10,6 +10,8 @@ from samon.trainer.flags import Flag, Sections, rows_of_program
 # Texts that are too long for their row.
 SETTINGS = "YAML file of settings (keys are the flags, with _ for -), or a recipe such as imagenet/resnet50"
 RADIUS = "what rho measures: ball (its radius), raw (times the gradient norm), a mix in (0, 1), or loss (its rise)"
+TAIL_OPT = "timm optimizer that applies the gradient from the start of --sam-tail on; momentum is carried over"
+RHO_SCHED = "rho over time: constant, linear ramp, or proportional to lr"
 PERTURBATIONS = "device: one perturbation per process; global: one for all; a number m: one per m samples"
 FORMATS = "file: timm's single file; dcp: a sharded checkpoint, written by all processes while training continues"
 RESHARD = "free the parameters of a block after its forward pass"
@@ -75,13 +77,9 @@ SAM: tuple[Flag, ...] = (
     T("sam-start-epoch", int, 0, "first epoch of the two-pass step", range=">= 0"),
     T("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
     T("sam-tail", float, None, "only the last fraction of all updates takes two passes", range="in (0, 1]"),
-    T(
-        "rho-sched",
-        str,
-        "constant",
-        "rho over time: constant, linear ramp, or proportional to lr",
-        choices=RHO_SCHEDULES,
-    ),
+    T("tail-opt", str, None, TAIL_OPT),
+    T("tail-lr", float, 1.0, "factor on the schedule's learning rate for --tail-opt", range="> 0"),
+    T("rho-sched", str, "constant", RHO_SCHED, choices=RHO_SCHEDULES),
     T("rho-warmup", int, 0, "updates of the linear ramp, from the first two-pass update on", range=">= 0"),
     T("rho-min", float, 0.0, "smallest rho of a schedule", range=">= 0"),
     T("sam-every", int, 1, "use the two-pass step in every k-th update, the base step in between", range=">= 1"),

@@ -18,29 +18,23 @@ from samon.trainer.config import Config, resolve
 from samon.trainer.model import create_train_model
 
 log = logging.getLogger("samon")
-MODEL_KEYS: tuple[str, ...] = ("model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size")
-MODEL_KEYS += ("batch_size", "freeze", "fix_norm", "train_only_norm")
-SAM_KEYS: tuple[str, ...] = (
-    "perturb",
-    "perturb_frozen",
-    "sparsity",
-    "ascent",
-    "ascent_fraction",
-    "ascent_size",
-    "gsam_alpha",
-)
-SAM_KEYS += ("no_replay", "m_sharpness")
+# The settings on which the FLOPs of an update depend.
+MODEL_KEYS = {"model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size", "batch_size"}
+MODEL_KEYS |= {"freeze", "fix_norm", "train_only_norm", "opt", "base_opt", "grad_accum_steps"}
+SAM_KEYS = {"perturb", "perturb_frozen", "sparsity", "ascent", "ascent_fraction", "ascent_size", "gsam_alpha"}
+SAM_KEYS |= {"no_replay", "m_sharpness", "sam_tail", "tail_opt"}
 
 
-def step_flops(config: Config) -> dict[str, float] | None:
+def step_flops(config: Config, tail: samon.Tail | None = None) -> dict[str, float] | None:
     """FLOPs per process of the mean update of a run (`step`) and of an update without perturbation (`plain`).
 
-    None, with the reason logged, where they cannot be counted in advance."""
+    Those of the optimizer are included (Muon multiplies matrices). None, with the reason logged, where they cannot be
+    counted in advance.
+    """
     if config.ascent == "aesam":
         log.info("--ascent aesam decides during training; its FLOPs are not known in advance")
         return None
-    perturbs = samon.is_sam_name(config.opt)
-    keys = (*MODEL_KEYS, "opt", "base_opt", *(SAM_KEYS if perturbs else ()))
+    keys = sorted(MODEL_KEYS | SAM_KEYS if samon.is_sam_name(config.opt) else MODEL_KEYS)
     settings = {key: value for key in keys if (value := getattr(config, key)) is not None}
     try:
         plain, two_pass = count_step(json.dumps(settings))
@@ -48,15 +42,15 @@ def step_flops(config: Config) -> dict[str, float] | None:
         log.info("FLOPs of a step were not counted: %s", error_line(error, 200))
         return None
     end = config.epochs if config.sam_end_epoch is None else min(config.sam_end_epoch, config.epochs)
-    if config.sam_tail is not None:
-        return {"step": config.sam_tail * two_pass + (1 - config.sam_tail) * plain, "plain": plain}
     share = max(0, end - config.sam_start_epoch) / max(1, config.epochs) / config.sam_every
+    if config.sam_tail is not None:
+        share = config.sam_tail if tail is None else tail.share
     return {"step": share * two_pass + (1 - share) * plain, "plain": plain}
 
 
 @cache
 def count_step(settings: str) -> tuple[float, float]:
-    """FLOPs of a plain update, and of an update of the optimizer in these settings (JSON)."""
+    """FLOPs of a plain update, and of an update of the optimizer (or --tail-opt) in these settings (JSON)."""
     config = resolve({}, json.loads(settings))
     with torch.device("meta"):
         model = create_train_model(config).train()
@@ -66,10 +60,20 @@ def count_step(settings: str) -> tuple[float, float]:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
 
-    plain = count_flops(lambda: loss(x, y).backward())
-    if not samon.is_sam_name(config.opt):
-        return plain, plain
     optimizer = build_optimizer(config.but(lr=0.1), model)
+    sam = samon.sam_of(optimizer)
+
+    def step() -> float:
+        """FLOPs of the optimizer, per micro-batch."""
+        return count_flops(optimizer.step) / config.grad_accum_steps
+
+    if sam is not None:
+        sam.expect_plain_step()
+    plain = count_flops(lambda: loss(x, y).backward()) + step()
+    if sam is None:
+        return plain, plain
+    if config.tail_opt is not None:
+        sam.replace_base(config.tail_opt)
     groups = config.batch_size // config.m_sharpness if isinstance(config.m_sharpness, int) else 1
     ascent_forward = None
     if config.ascent_fraction < 1 or config.ascent_size:
@@ -77,16 +81,16 @@ def count_step(settings: str) -> tuple[float, float]:
         small = torch.empty(images, size[0], *[config.ascent_size or size[1]] * 2, device="meta")
         ascent_forward = partial(loss, small, y[:images])
 
-    def update() -> None:
+    def passes() -> None:
         optimizer.zero_grad()
         samon.two_pass(
             optimizer, partial(loss, x, y), groups=groups, replay=not config.no_replay, ascent_forward=ascent_forward
         )
-        optimizer.step()
 
-    update()  # the first update may record a replay plan, or have no direction yet
+    passes()  # the first update may record a replay plan, or have no direction yet
+    optimizer.step()
     period = int(config.ascent.split(":")[1]) if ":" in config.ascent else 1
-    return plain, sum(count_flops(update) for _ in range(period)) / period
+    return plain, sum(count_flops(passes) + step() for _ in range(period)) / period
 
 
 def count_flops(function: Callable[[], object]) -> int:

@@ -71,6 +71,7 @@ class RunLogger:
         self._open = ExitStack()
         self._bar: tqdm | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._tail: samon.Tail | None = None
         self._images_logged = self._completed = False
         if not world.is_rank_zero:
             return
@@ -130,6 +131,7 @@ class RunLogger:
     def log_setup(self, run: Run) -> None:
         """Log the data, the model, and which parameters are perturbed."""
         size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
+        self.config, self._tail = config, run.tail  # with what building has decided
         place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
         log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.config.num_classes, place)
@@ -144,9 +146,11 @@ class RunLogger:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
             if run.tail is not None:
-                flops = step_flops(config)
+                flops = step_flops(config, run.tail)
                 cost = "" if flops is None else f": {flops['step'] / flops['plain']:.2f}x the FLOPs of plain training"
                 log.info("two passes in the last %g %% of updates%s", 100 * run.tail.fraction, cost)
+            if config.tail_opt is not None:
+                log.info("%s takes over there, at %g times the learning rate", config.tail_opt, config.tail_lr)
 
     def start_epoch(self, run: Run, progress: Progress) -> None:
         """Show the epoch on the progress bar, if stderr is a terminal."""
@@ -252,15 +256,16 @@ class RunLogger:
         print(f"Next         {VALIDATE.get(program(), 'python validate.py')} --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
-        content = run_record(self.config, self.world.size, metrics, seconds)
+        flops = step_flops(self.config, self._tail)
+        content = run_record(self.config, self.world.size, metrics, seconds) | {"step_flops": flops}
         write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate, averaged over the parameter groups."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return float(sum(rates) / len(rates))
+    """The learning rate of the step, averaged over the parameter groups."""
+    rates, sam = [group["lr"] for group in optimizer.param_groups], samon.sam_of(optimizer)
+    return float(sum(rates) / len(rates)) * (1.0 if sam is None else sam.lr_ratio)
 
 
 def summary_rows(path: Path) -> list[dict[str, str]]:
@@ -296,7 +301,6 @@ def run_record(config: Config, processes: int, metrics: Mapping[str, Any], secon
         "command": f"{program()} {shlex.join(sys.argv[1:])}".rstrip(),
         "recipe": config.config,
         "processes": processes,
-        "step_flops": step_flops(config),
         "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus},
     }

@@ -23,7 +23,7 @@ from samon.errors import RunError, os_error_text
 from samon.evals.accuracy import accuracy
 from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_skipped, parameters
-from samon.trainer.build import Run
+from samon.trainer.build import Run, tail_options
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.flag_rows import parse_interval
 from samon.trainer.fsdp import pad_batches
@@ -76,6 +76,7 @@ def fit(
             for batches, count in updates(run, progress, timer, logger, rng):
                 perturb = takes_two_passes(run, progress)
                 set_rho(run, progress)
+                hand_over(run, progress)
                 values, samples = compute_gradient(run, batches, count, perturb)
                 values["grad_norm"], applied = apply_gradient(run)
                 meter.add(samples, values, applied)
@@ -200,6 +201,17 @@ def set_rho(run: Run, progress: Progress) -> None:
         group = run.optimizer.param_groups[0]
         lr = group["lr"] / group.get("lr_scale", 1.0)
         run.sam.rho = run.rho_schedule.at(progress.epoch * run.updates_per_epoch + progress.updates, lr)
+
+
+def hand_over(run: Run, progress: Progress) -> None:
+    """Replace the base optimizer in the first update of the tail (--tail-opt)."""
+    if run.sam is None or run.tail is None or run.config.tail_opt is None or run.sam.replacement is not None:
+        return
+    if (update := progress.epoch * run.updates_per_epoch + progress.updates) in run.tail:
+        config, before = run.config, type(run.sam.base).__name__
+        carried = run.sam.replace_base(config.tail_opt, config.tail_lr, **tail_options(config))
+        text = "update %d, the start of the tail: --tail-opt %s replaces %s, with the momentum of %d of %d tensors"
+        log.info(text, update, config.tail_opt, before, carried, sum(1 for _ in parameters(run.optimizer)))
 
 
 def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[Values, int]:

@@ -12,7 +12,7 @@ from samon.data.stream import ReaderLayout, ShardStream
 from samon.errors import UserError
 from samon.registry import base_of
 from samon.trainer import fsdp
-from samon.trainer.build import Run
+from samon.trainer.build import Run, tail_options
 from samon.trainer.dcp import load_sharded
 from samon.trainer.run_dir import LAUNCH_FLAGS, without_launch_flags
 from samon.trainer.state import DCP_SUFFIXES, Progress, TrainState, Tree, load_state
@@ -70,10 +70,22 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | No
     elif progress.epoch_done:
         progress = Progress(progress.epoch + 1, skipped=progress.skipped, bad_in_a_row=progress.bad_in_a_row)
     random_state = _restore_rank(run, progress, state.ranks)
+    _check_tail_position(run, progress, source)
     _restore_stream(run, progress, state)
     fast_forward_scheduler(run, progress, state.scheduler)
     log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
     return state, progress, random_state
+
+
+def _check_tail_position(run: Run, progress: Progress, source: Path) -> None:
+    update = progress.epoch * run.updates_per_epoch + progress.updates
+    replaced = run.sam is not None and run.sam.replacement is not None
+    if replaced and run.tail is not None and update not in run.tail:
+        raise UserError(
+            f"{source} has the state of --tail-opt {run.config.tail_opt}, and the run would continue at update "
+            f"{update}, before its tail starts at {run.tail.start}; keep --epochs, --sam-tail and --start-epoch, or "
+            "use --no-resume-opt to start with a new optimizer state"
+        )
 
 
 def _sharded_layout(run: Run) -> dict[str, Tensor]:
@@ -109,7 +121,9 @@ def describe_optimizer(run: Run) -> Tree:
     """What an optimizer state fits: `base`, timm's name of the base optimizer, and `groups` of parameter names."""
     names = {id(p): name for name, p in run.model.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in run.optimizer.param_groups]
-    return {"base": base_of(run.config.opt, run.config.base_opt), "groups": groups}
+    replacement = None if run.sam is None else run.sam.replacement
+    base = base_of(run.config.opt, run.config.base_opt) if replacement is None else base_of(replacement["opt"])
+    return {"base": base, "groups": groups}
 
 
 def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collection[str]) -> None:
@@ -121,7 +135,10 @@ def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collectio
     Raises:
         UserError: the state is of another optimizer, or of other groups of parameters.
     """
-    optimizer, stored, current = state.optimizer or {}, state.optimizer_layout, describe_optimizer(run)
+    optimizer, stored = state.optimizer or {}, state.optimizer_layout
+    if "replacement" in optimizer and run.sam is not None and run.config.tail_opt is not None:
+        run.sam.replace_base(run.config.tail_opt, run.config.tail_lr, **tail_options(run.config))
+    current = describe_optimizer(run)
     base = stored.get("base") or current["base"]  # timm's checkpoints and earlier versions do not name it
     if "base" not in stored and state.args.get("opt"):
         base = base_of(state.args["opt"], state.args.get("base_opt"))

@@ -48,6 +48,7 @@ CASES += [
     for geometry, radius in (("layerl2", "raw"), ("", "loss"), ("elemlinf", 0.5))
 ]
 CASES += [Case("samon", "layerl2", "device", 2, (("ascent", source),)) for source in ("previous", "msam", "looksam:2")]
+CASES += [Case("samon", "layerl2", "device", 1, (("replace_base", "adamw"),))]
 CASES += [Case("samon", "layerl2", reduce, 2, (("perturb_frozen", True),)) for reduce in ("device", "global")]
 # 24 rows do not divide by 5 heads and classes: shards differ in size, some are empty.
 THREE = [Case("sam", "layerl2", "global", 2), Case("samon", "layerl2", "device", 1), Case("samnn", "", "global", 1)]
@@ -78,8 +79,9 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def train(rank: int, mesh: Any, case: Case) -> Tensor:
-    """Two or three updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
+    """Some updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
     model, how = make(), dict(case.how)
+    tail_opt = how.pop("replace_base", None)
     if "perturb_frozen" in how:
         model.requires_grad_(False).head.requires_grad_(True)
     if mesh is None:
@@ -91,7 +93,9 @@ def train(rank: int, mesh: Any, case: Case) -> Tensor:
     name = "-".join(filter(None, (case.scope, case.geometry, "momentum")))
     opt = optimizer_of(model, name, rho=0.05 if case.geometry == "elemlinf" else RHO, weight_decay=1e-3, **how)
     results = []
-    for step in range(3 if how else 2):
+    for step in range(3 if case.how else 2):
+        if step == 2 and tail_opt:
+            opt.replace_base(tail_opt, 0.5)
         opt.zero_grad()
         forwards = losses_of(net, *batch(step, rank), case.parts)
         if case.reduce == "global":

@@ -1,11 +1,19 @@
 """FLOPs of a step relative to a plain one, which run.json records."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from samon.plan import main as planning
+from samon.trainer import loop
 from samon.trainer.config import parse
 from samon.trainer.flops import count_flops, step_flops
+from tests.runs import run
 
 NET = ["--data-dir", "x", "--model", "resnet20_cifar", "--num-classes", "10", "--img-size", "32", "-b", "8"]
 
@@ -27,6 +35,11 @@ def test_flops_of_every_kind_of_step() -> None:
     assert ratio("--sam-every", "2") == pytest.approx(1 + (full - 1) / 2)
     assert ratio("--epochs", "10", "--sam-start-epoch", "6") == pytest.approx(1 + (full - 1) * 0.4)
     assert ratio("--ascent", "aesam") is None  # decided during training
+    assert ratio("--sam-tail", "0.25") == pytest.approx(1 + (full - 1) / 4)
+    muon, tail = ratio("--opt", "samon-muon"), ratio("--sam-tail", "0.25", "--tail-opt", "muon")
+    assert muon is not None  # the plain step multiplies matrices as well
+    assert tail is not None
+    assert muon < full < 1 + (tail - 1) / 0.25 < 2
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 24, 3, groups=8), nn.ConvTranspose2d(8, 24, 3, stride=2, groups=4)])
@@ -47,3 +60,44 @@ def test_a_frozen_network_saves_its_backward_pass() -> None:
     assert frozen is not None
     assert frozen["step"] / all_layers["step"] == pytest.approx(1 / 3, abs=0.02)
     assert ratio(*head, "--opt", "samon", "--perturb-frozen") == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "args", ["--opt samon-momentum", "--opt samon-layerl2 --tail-opt muon --grad-accum-steps 2 -b 8"]
+)
+def test_the_figure_of_a_tail_is_that_of_the_whole_run(
+    args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted in every update of a run with a tail and of a plain one; 0.3 of 8 updates are 2."""
+    counted: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        function = getattr(loop, name)
+
+        def counting(*args: Any) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                result = function(*args)
+            counted[key] = counted.get(key, 0) + counter.get_total_flops()
+            return result
+
+        return counting
+
+    for name in ("compute_gradient", "apply_gradient"):
+        monkeypatch.setattr(loop, name, count(name))
+    size = ["--in-chans", "3", "--val-split", "", "--epochs", "2"]
+    for key, more in (("tail", ["--sam-tail", "0.3"]), ("plain", ["--opt", "sgd"])):
+        keep = args.split() if key == "tail" else [a for a in args.split() if a not in ("--tail-opt", "muon")]
+        _, directory = run(tmp_path, *size, *keep, *more, name=key)
+        capsys.readouterr()
+        if key == "tail":
+            record, log = json.loads((directory / "run.json").read_text()), (directory / "log.txt").read_text()
+    calls = 16 if "accum" in args else 8
+    assert calls * record["step_flops"]["step"] == pytest.approx(counted["tail"], rel=1e-12)
+    assert calls * record["step_flops"]["plain"] == pytest.approx(counted["plain"], rel=1e-12)
+    assert f"two passes in the last 30 % of updates: {counted['tail'] / counted['plain']:.2f}x the FLOPs" in log
+    if "--tail-opt" not in args:
+        words = ["--model", "test_resnet", "--num-classes", "10", "--img-size", "32", "-b", "16", "--sam-tail", "0.25"]
+        planning.main([*words, "--opt", "samon-momentum"])
+        assert f"| FLOPs of a training, tail 0.25 | 1.00 | 1.25 | {counted['tail'] / counted['plain']:.2f} |" in (
+            capsys.readouterr().out
+        )

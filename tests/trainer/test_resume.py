@@ -60,6 +60,43 @@ def test_stopped_in_the_first_and_after_the_last_update(updates: int, tmp_path: 
     assert_same(weights(whole), weights(stopped))
 
 
+SWITCHES = {  # the tail starts at update 2 of epoch 0
+    "sgd-muon": "--opt samon --tail-opt muon --sched-on-updates --weight-decay 0.1 --model-ema --model-ema-decay 0.9",
+    "adamw-sgd": "--opt samon-adamw --lr 0.001 --tail-opt sgd --amp --sched none --grad-accum-steps 2 -b 8",
+    "sgd-adamw": "--opt samon --tail-opt adamw --ascent msam --clip-grad 1 --layer-decay 0.7",
+}
+
+
+TAIL = ["--sam-tail", "0.75", "--tail-lr", "0.3", "--epochs", "2"]
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_stopped_before_at_and_after_the_switch_of_optimizers(case: str, tmp_path: Path) -> None:
+    args = [*SWITCHES[case].split(), *TAIL]
+    _, whole = run(tmp_path, *args, name="whole")
+    for epoch, updates in ((0, 1), (0, 2), (0, 3), (1, 2)) if case == "sgd-muon" else ((0, 2), (0, 3)):
+        stopped = run_stopped(tmp_path, epoch, updates, *args)
+        state = torch.load(stopped / f"recovery-{epoch}-{updates}.pth.tar", weights_only=True)
+        assert ("replacement" in state["optimizer"]) == ((epoch, updates) > (0, 2))
+        run(tmp_path, *args, "--resume", str(stopped), name="stopped")
+        assert_same(weights(whole), weights(stopped))
+        assert (stopped / "summary.csv").read_text() == (whole / "summary.csv").read_text()
+
+
+def test_a_state_after_the_switch_does_not_fit_a_run_before_it(tmp_path: Path) -> None:
+    args = ["--opt", "samon", "--tail-opt", "adamw", *TAIL]
+    _, whole = run(tmp_path, *args, name="whole")
+    again = [*args, "--resume", str(whole)]
+    for changed, message in (
+        (["--tail-opt", "lion", "--epochs", "3"], r"state of adamw, and lion is asked for; .*--no-resume-opt"),
+        (["--epochs", "6", "--sam-tail", "0.25"], "update 8, before its tail starts at 18; keep --epochs, --sam-tail"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, *again, *changed, name="other")
+    run(tmp_path, *again, "--epochs", "3", "--tail-opt", "lion", "--no-resume-opt", name="other")
+    assert last(tmp_path / "other")["optimizer"]["replacement"]["opt"] == "lion"
+
+
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")  # timm deprecates it, its flag stays
 def test_resume_from_the_file_of_an_epoch(tmp_path: Path) -> None:
     args = ["--opt", "samon-adamw", "--lr", "0.001", "--epochs", "3", "--sched", "plateau"]
