@@ -190,7 +190,8 @@ class RunLogger:
         loss = means.get("loss", float("nan"))
         perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
         skipped = f" skipped {progress.skipped}" if progress.skipped else ""
-        values = f"loss {loss:.4f}{perturbed} lr {lr:.4g} {speed:.0f} img/s data {100 * waited:.0f}%{skipped}"
+        rho = f" rho {run.sam.rho:.4g}" if run.sam is not None and run.rho_schedule is not None else ""
+        values = f"loss {loss:.4f}{perturbed} lr {lr:.4g}{rho} {speed:.0f} img/s data {100 * waited:.0f}%{skipped}"
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         pace = (time.monotonic() - self._first_epoch) / max(self._updates, 1)  # validation included

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from timm.layers import SplitBatchNorm2d, is_fast_norm
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -282,6 +284,36 @@ def test_the_tail_owns_the_decay_of_a_wsd_schedule() -> None:
     assert rates[0] == rates[1] != rates[2]
     falling = [a > b for a, b in pairwise(rates[0])]
     assert falling.index(True) == pytest.approx(len(rates[0]) / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"sam_tail": 0.5}, lambda run: (run.tail.start, run.tail.total_updates) == (4, 8)),
+        ({"sam_tail": 0.5, "tail_opt": "muon", "tail_lr": 0.2}, lambda run: run.config.tail_lr == 0.2),
+        ({"rho_sched": "linear", "rho_warmup": 4, "rho_min": 0.01}, lambda run: run.rho_schedule.at(2, 0) == 0.255),
+        ({"rho_sched": "lr", "sched": "cosine"}, lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5),
+        ({"radius": "raw"}, lambda run: run.sam.radius == "raw"),
+        ({"radius": "loss"}, lambda run: run.sam.radius == "loss"),
+        ({"radius": 0.25}, lambda run: run.sam.radius == 0.25),
+        ({"opt": "samon-muon"}, lambda run: type(run.sam.base).__name__ == "Muon"),
+        ({"freeze": "^(?!head|fc)", "perturb_frozen": True}, lambda run: len(run.sam.perturbed_parameters()) == 30),
+    ],
+    ids=str,
+)
+def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Callable, tmp_path: Path) -> None:
+    flags = [
+        word
+        for key, value in settings.items()
+        for word in (f"--{key.replace('_', '-')}", str(value))[: 1 if value is True else 2]
+    ]
+    base = ["--opt", "samon", "--epochs", "2"]
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({"opt": "samon"} | settings))
+    opt = ["--epochs", "2", "-c", str(file)]
+    runs = built(*base, *flags), built(*opt)
+    assert config.dump(runs[0].config) == config.dump(runs[1].config)
+    assert all(map(found, runs))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ def check_tensorboard(directory: Path) -> None:
     assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
 
 
+def test_rho_and_the_learning_rate_of_the_tail_are_logged(tmp_path: Path) -> None:
+    args = "--opt samon --sam-tail 0.5 --tail-opt lion --tail-lr 0.25 --sched none --rho-sched linear --rho-warmup 2"
+    _, directory = run(tmp_path, *args.split(), "--log-interval", "1", "--val-split", "")
+    events = EventAccumulator(str(directory / "tb")).Reload()
+    assert [event.value for event in events.Scalars("train/rho")] == [0, 0, 0, 0.25]
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates == pytest.approx([0.05, 0.05, 0.0125, 0.0125])
+    text = (directory / "log.txt").read_text()
+    assert "lion takes over there, at 0.25 times the learning rate" in text
+    assert "update 2, the start of the tail: --tail-opt lion replaces SGD, with the momentum of " in text
+    assert " lr 0.0125 rho 0.25 " in text
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
