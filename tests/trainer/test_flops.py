@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from samon.plan import main as planning
 from samon.trainer import loop
 from samon.trainer.config import parse
-from samon.trainer.flops import count_flops, step_flops
+from samon.trainer.flops import FORMULAS, count_flops, step_flops
 from tests.runs import run
 
 NET = ["--data-dir", "x", "--model", "resnet20_cifar", "--num-classes", "10", "--img-size", "32", "-b", "8"]
@@ -75,7 +75,7 @@ def test_the_figure_of_a_tail_is_that_of_the_whole_run(
         function = getattr(loop, name)
 
         def counting(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
                 result = function(*args)
             counted[key] = counted.get(key, 0) + counter.get_total_flops()
             return result
