@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,6 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 Norm = Any  # Callable[[int], nn.Module], the normalization layer for this number of channels; timm asks for a type
-
-
-class Head(TypedDict, total=False):
-    """Further arguments of `CifarNet`."""
-
-    num_classes: int
-    global_pool: str
-    drop_rate: float
 
 
 class CifarNet(nn.Module):
@@ -131,7 +123,7 @@ def resnet(
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     norm: Norm = nn.BatchNorm2d,
-    **head: Unpack[Head],
+    **head: Any,
 ) -> CifarNet:
     """Residual network: stage i has `layers[i]` blocks of `channels[i]` planes; stride 2 between stages."""
     if shortcut not in ("A", "B"):
@@ -176,7 +168,7 @@ class WideBlock(nn.Module):
         return out + shortcut
 
 
-def wide_resnet(depth: int, widen: int, *, in_chans: int = 3, **head: Unpack[Head]) -> CifarNet:
+def wide_resnet(depth: int, widen: int, *, in_chans: int = 3, **head: Any) -> CifarNet:
     """WRN-depth-widen: (depth - 4) / 6 blocks in each of three stages of (16, 32, 64) x `widen`."""
     features: dict[str, nn.Module] = {"conv1": conv3x3(in_chans, 16)}
     stages, in_chs = {"conv1": (16, 1)}, 16
@@ -189,7 +181,7 @@ def wide_resnet(depth: int, widen: int, *, in_chans: int = 3, **head: Unpack[Hea
     return CifarNet(features, stages, in_chs, **head)
 
 
-def vgg(depths: tuple[int, ...], *, in_chans: int = 3, **head: Unpack[Head]) -> CifarNet:
+def vgg(depths: tuple[int, ...], *, in_chans: int = 3, **head: Any) -> CifarNet:
     """VGG with batch norm for 32 px: five stages of 3 x 3 convolutions and 2 x 2 max-pooling."""
     features: dict[str, nn.Module] = {}
     stages, in_chs = {}, in_chans
@@ -216,7 +208,7 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
 
 
-def densenet_bc(depth: int, growth: int, *, in_chans: int = 3, **head: Unpack[Head]) -> CifarNet:
+def densenet_bc(depth: int, growth: int, *, in_chans: int = 3, **head: Any) -> CifarNet:
     """DenseNet-BC: three blocks of (depth - 4) / 6 layers, transitions halve channels and resolution."""
     chs = 2 * growth
     features: dict[str, nn.Module] = {"conv1": conv3x3(in_chans, chs)}
