@@ -43,9 +43,9 @@ from samon.data.decode import choose_decoder, decode_pil, decode_tensor
 from samon.data.shards import ShardReader, load_split
 
 BATCH = 32
-OURS = ("pil", "torch", "crop", "scaled")  # by --decoder
+OURS = ("pil", "torch", "crop")  # by --decoder
 KINDS = ("timm", "webdataset", "torchvision", *OURS)
-TARGETS = {(224, "crop"): 1.8, (160, "scaled"): 2.2}  # times timm
+TARGETS = {(224, "crop"): 1.8}  # times timm
 # Random resized crop and flip, as in the recipes; bilinear or bicubic by chance, as in timm's train.py.
 AUGMENT = {"color_jitter": None, "interpolation": "random"}
 BYTES = 110_000

@@ -5,8 +5,8 @@ choices on the tensor, so a seed gives the same crop box, flip and interpolation
 differs: bilinear resampling by one level of 255 at most; bicubic by more in about one value per thousand, where its
 overshoot is clipped; color jitter, torchvision's own, by 3 levels at most for a given image.
 
-Where the transform begins with a random crop, a JPEG can be decoded only as far as the crop needs it: only that region,
-by nvImageCodec's libjpeg-turbo on the CPU (the same pixels), or at 1/2, 1/4 or 1/8 of its size (other pixels).
+Where the transform begins with a random crop, only that region of a JPEG can be decoded, by nvImageCodec's
+libjpeg-turbo on the CPU: the same pixels.
 """
 
 import io
@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 Transform = Callable[[Any], Any]  # an image in one form -> the image in another; torchvision types no more either
 
-DECODERS = ("auto", "torch", "crop", "scaled", "pil")
+DECODERS = ("auto", "torch", "crop", "pil")
 IMAGE_KEYS = "jpg;jpeg;png;webp;bmp;ppm;pgm;tif;tiff;gif;avif;jp2;j2k"  # file name endings of the formats below
 MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet has 61 million
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
@@ -120,28 +120,6 @@ class Jpeg:
         image = decoder.decode(nvimgcodec.CodeStream(self.data).get_sub_code_stream(region=region), params=params)
         return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
-    def decode_scaled(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor | None:
-        """Return about the part in `box`, from the smallest 1/2^k of the image in which it has at least `size` pixels.
-
-        Args:
-            box: top, left, height and width in the whole image.
-            size: height and width.
-
-        Returns:
-            uint8 RGB [3, H, W]; None if only the image itself is large enough, or if it is damaged.
-        """
-        factor = next((f for f in (8, 4, 2) if box[2] >= f * size[0] and box[3] >= f * size[1]), 1)
-        if factor == 1:
-            return None
-        image = open_image(self.data)
-        image.draft(image.mode, (self.width // factor, self.height // factor))
-        try:
-            small = pil_to_tensor(decode_pil(image, "RGB"))
-        except ImageError:
-            return None
-        top, left, height, width = (round(side / factor) for side in box)
-        return small[:, top : top + height, left : left + width]
-
 
 def parse_jpeg(data: bytes | Image.Image) -> Jpeg | None:
     """Return the JPEG; None for anything else (CMYK and damaged headers included) or more than `MAX_PIXELS`."""
@@ -193,15 +171,10 @@ def decode_later(data: bytes | Image.Image) -> Jpeg | Tensor:
 
 
 class TensorCrop:
-    """timm's random resized crop of a uint8 [C, H, W] or a JPEG: the same random choices, torch's resampling.
+    """timm's random resized crop of a uint8 [C, H, W] or a JPEG: the same random choices, torch's resampling."""
 
-    Args:
-        scaled: decode JPEGs at a reduced size where that is large enough.
-    """
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation, scaled: bool = False) -> None:
-        self.crop, self.scaled, self.regions = crop, scaled, can_decode_regions()
-        modes = crop.interpolation
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self.crop, modes = crop, crop.interpolation
         self.modes = tuple(modes) if isinstance(modes, (tuple, list)) else (modes,)
 
     def __call__(self, image: Tensor | Jpeg) -> Tensor:
@@ -209,20 +182,17 @@ class TensorCrop:
         like = image.meta() if isinstance(image, Jpeg) else image
         top, left, height, width = box = self.crop.get_params(like, self.crop.scale, self.crop.ratio)
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
-        part = None
-        if isinstance(image, Jpeg):
-            part = image.decode_scaled(box, self.crop.size) if self.scaled else None
-            part = image.decode_region(*box) if part is None and self.regions else part
-            image = decode_tensor(image.data) if part is None else like
+        part = image.decode_region(*box) if isinstance(image, Jpeg) else None
         if part is None:
-            part = image[:, top : top + height, left : left + width]
+            whole = decode_tensor(image.data) if isinstance(image, Jpeg) else image
+            part = whole[:, top : top + height, left : left + width]
         return F.resize_image(part, list(self.crop.size), mode)
 
 
-def _tensor_step(step: Transform, scaled: bool) -> Transform | None:
+def _tensor_step(step: Transform) -> Transform | None:
     """Return the equivalent of a transform's step for tensors, None if it has none."""
     if isinstance(step, RandomResizedCropAndInterpolation):
-        crop = TensorCrop(step, scaled)
+        crop = TensorCrop(step)
         return crop if all(mode in _TENSOR_INTERPOLATIONS for mode in crop.modes) else None
     if isinstance(step, transforms.Resize):
         if step.interpolation not in _TENSOR_INTERPOLATIONS:
@@ -240,7 +210,7 @@ def choose_decoder(decoder: str, transform: Transform, mode: str, quiet: bool = 
     """Return the decode function and the transform of its result for `--decoder`, and log the choice unless `quiet`.
 
     `auto` takes the tensor path if every step of the transform has an equivalent for tensors, and decodes only the
-    crop, as `crop` does, if nvImageCodec is installed. `scaled` also decodes at a reduced size, which changes pixels.
+    crop, as `crop` does, if nvImageCodec is installed.
 
     Args:
         transform: as timm's `create_transform` returns it.
@@ -255,7 +225,7 @@ def choose_decoder(decoder: str, transform: Transform, mode: str, quiet: bool = 
         raise UserError("--decoder crop needs nvImageCodec: pip install 'samon-timm[decode]', or use --decoder auto")
     log = _logger.debug if quiet else _logger.info
     steps: list[Transform] = getattr(transform, "transforms", [transform])
-    converted = [_tensor_step(step, decoder == "scaled") for step in steps]
+    converted = [_tensor_step(step) for step in steps]
     missing = [type(step).__name__ for step, tensor_step in zip(steps, converted, strict=True) if tensor_step is None]
     reason = f"no tensor form of {', '.join(missing)}" if missing else f"image mode {mode!r}" if mode != "RGB" else ""
     if reason and decoder not in ("auto", "pil"):
@@ -264,10 +234,8 @@ def choose_decoder(decoder: str, transform: Transform, mode: str, quiet: bool = 
         log("training images are decoded by Pillow%s", f": {reason}" if reason and decoder == "auto" else "")
         return partial(decode_pil, mode=mode), transform
     tensor_transform = transforms.Compose(converted)
-    partly = decoder == "scaled" or (decoder != "torch" and can_decode_regions())
-    if not partly or not isinstance(converted[0], TensorCrop):
+    if decoder == "torch" or not can_decode_regions() or not isinstance(converted[0], TensorCrop):
         log("training images are decoded and augmented as tensors")
         return decode_tensor, tensor_transform
-    extent = "at the smallest scale that a crop needs" if decoder == "scaled" else "only in the region of the crop"
-    log("training images are decoded and augmented as tensors, JPEGs %s", extent)
+    log("training images are decoded and augmented as tensors, JPEGs only in the region of the crop")
     return decode_later, tensor_transform

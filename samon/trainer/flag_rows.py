@@ -19,7 +19,7 @@ OVERWRITE = "replace the run in the directory once the first state is saved (val
 NONFINITE = "stop after this many updates in a row with a non-finite gradient"
 CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
 OLD_ASCENTS = {"momentum": "msam", "friendly": "fsam", "every": "looksam", "adaptive": "aesam"}
-DECODERS = ("auto", "torch", "crop", "scaled", "pil")  # of samon.data.decode
+DECODERS = ("auto", "torch", "crop", "pil")  # of samon.data.decode
 
 
 def parse_m_sharpness(value: object) -> str | int:
@@ -126,7 +126,7 @@ SECTIONS: Sections = {
             range="in [0, 1]",
             old_name="max-bad-samples",
         ),
-        T("decoder", str, "auto", "image decoder; crop and scaled decode what a training crop needs", choices=DECODERS),
+        T("decoder", str, "auto", "image decoder; crop decodes only what a training crop needs", choices=DECODERS),
         T(
             "in-memory",
             bool,

@@ -16,11 +16,10 @@ from samon import rng
 from samon.cli import make_shards
 from samon.data import decode as decoding
 from samon.data.corrupt import ImageError
-from samon.data.decode import DECODERS, choose_decoder, decode_later, decode_pil, decode_tensor
+from samon.data.decode import DECODERS, choose_decoder, decode_pil, decode_tensor
 from samon.data.sources import open_source
 from samon.errors import UserError
 from samon.trainer.flag_rows import TRAIN as TRAIN_FLAGS
-from tests import efficientnet_lite0
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("photographs/*/*.jpg"))
 EVAL = {"is_training": False, "use_prefetcher": True}
@@ -81,28 +80,6 @@ def test_timms_default_training_stays_close():
             difference = (pil - tensor).abs()
             assert (difference > 2).float().mean() < 2e-2
             assert difference.float().mean() < 1.5  # torchvision's jitter rounds otherwise on tensors
-
-
-def test_normalised_output_without_the_prefetcher():
-    transform = create_transform((3, 64, 64), use_prefetcher=False)
-    data = PHOTOS[0].read_bytes()
-    pil, tensor = (
-        step(decode(data)) for decode, step in (choose_decoder(name, transform, "RGB") for name in ("pil", "torch"))
-    )
-    assert (pil - tensor).abs().max() < 1.01 / 255 / 0.224
-
-
-def test_a_pretrained_models_predictions_do_not_change():
-    model = efficientnet_lite0.create().eval()
-    options = EVAL | {"interpolation": "bicubic", "crop_pct": 0.875}
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.default_cfg["mean"], model.default_cfg["std"]))
-    for photo in PHOTOS:
-        image = decode_pil(photo.read_bytes())
-        large = encoded(image.resize((2 * image.width, 2 * image.height)), format="JPEG")
-        with torch.inference_mode():
-            pil, tensor = (model(((x / 255 - mean) / std)[None]).softmax(1) for x in both_paths(large, 224, options))
-        assert pil.argmax() == tensor.argmax()
-        assert (pil - tensor).abs().max() < 1e-3
 
 
 def _modes():
@@ -264,44 +241,6 @@ def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
     assert capfd.readouterr().err == ""  # neither about the file nor about libraries that the machine lacks
 
 
-def test_scaled_decoding_stays_close_and_is_used_only_where_the_crop_has_pixels_to_spare(monkeypatch):
-    decoded = []
-
-    def watched(image, mode):
-        decoded.append(image.size)
-        return decode_pil(image, mode)
-
-    monkeypatch.setattr(decoding, "decode_pil", watched)
-    transform = create_transform((3, 32, 32), **TRAIN | {"interpolation": "bilinear"})
-    exact, scaled = choose_decoder("torch", transform, "RGB"), choose_decoder("scaled", transform, "RGB")
-    means = []
-    for photo in PHOTOS:
-        data = enlarged(photo, 4, quality=90)
-        height, width = decode_tensor(data).shape[1:]
-        for seed in range(10):
-            pixels = []
-            for decode, step in (exact, scaled):
-                rng.seed(seed)
-                decoded.clear()
-                pixels.append(step(decode(data)).float())
-            rng.seed(seed)
-            like = decoding.parse_jpeg(data).meta()
-            *_, crop_height, crop_width = step.transforms[0].crop.get_params(like, (0.08, 1), (3 / 4, 4 / 3))
-            factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(crop_height, crop_width) >= 32 * f)
-            if factor > 1:
-                assert decoded == [(-(-width // factor), -(-height // factor))]
-            means.append((pixels[0] - pixels[1]).abs().mean().item())
-    # Half a pixel of the smaller image is what rounding the crop's box can move it by.
-    assert 0 < np.mean(means) < 3
-    assert max(means) < 8
-
-
-def test_a_file_without_pixels_to_spare_is_not_scaled():
-    data = PHOTOS[0].read_bytes()
-    assert decoding.parse_jpeg(data).decode_scaled((0, 0, 63, 64), (32, 32)) is None
-    assert decoding.parse_jpeg(data).decode_scaled((0, 0, 64, 64), (32, 32)).shape == (3, 32, 32)
-
-
 def test_the_decoders_are_those_of_the_flag(monkeypatch):
     flags = [flag for rows in TRAIN_FLAGS.values() for flag in rows]
     assert next(flag for flag in flags if flag.name == "decoder").choices == DECODERS
@@ -310,12 +249,11 @@ def test_the_decoders_are_those_of_the_flag(monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'samon-timm\[decode\]'"):
         choose_decoder("crop", transform, "RGB")
     assert choose_decoder("auto", transform, "RGB")[0] is decode_tensor
-    assert choose_decoder("scaled", transform, "RGB")[0] is decode_later
 
 
 def test_unknown_decoders_and_modes():
     transform = create_transform((1, 32, 32), use_prefetcher=True)
-    with pytest.raises(UserError, match="choose auto, torch, crop, scaled, pil"):
+    with pytest.raises(UserError, match="choose auto, torch, crop, pil"):
         choose_decoder("fast", transform, "RGB")
     with pytest.raises(UserError, match="image mode 'L'"):
         choose_decoder("torch", transform, "L")
