@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+CORE_TESTS := $(addprefix tests/,$(addsuffix .py,test_contexts test_geometry test_radius test_registry test_sam test_scope test_two_pass engines/test_closure engines/test_groups))
 
-.PHONY: train test lint docs bench report results clean
+.PHONY: train check test test-slow test-all lint docs bench report results clean
 
 train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
 
+# For the edit loop: style, types and the tests of the step.
+check: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope -m "not slow" $(CORE_TESTS)
+
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Real processes for distributed tests: `run_ranks(function, n)` runs `function(rank, *args)` on n gloo ranks."""
+"""Real processes for distributed tests.
+
+`run_ranks(function, n)` runs `function(rank, *args)` on n gloo ranks; `launch(main, n, *args)` does what torchrun does.
+"""
 
 import os
 import tempfile
@@ -11,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tools.check_interruptions import free_port
+
 # Processes are forked from a server that has imported what takes seconds to import.
 context = mp.get_context("forkserver")
-context.set_forkserver_preload(["timm", "torch.distributed.fsdp", "torch.distributed.tensor", "samon"])
+context.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])  # as in tools.check_interruptions
 
 
 def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -> None:
@@ -43,3 +48,24 @@ def run_ranks(function: Callable, world: int = 2, *args: Any, timeout: float = 1
         assert not errors, errors[0]
         assert all(p.exitcode == 0 for p in processes), f"exit codes {[p.exitcode for p in processes]}"
         return [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(world)]
+
+
+def _launched(function: Callable, rank: int, world: int, port: int, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    function(*args)
+
+
+def launch(function: Callable, world: int, *args: Any, timeout: float = 120) -> None:
+    """Call `function(*args)` in processes with the environment that torchrun would give them."""
+    port = free_port()
+    processes = [context.Process(target=_launched, args=(function, r, world, port, args)) for r in range(world)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(timeout)
+    for p in processes:
+        if p.is_alive():
+            p.kill()
+    assert all(p.exitcode == 0 for p in processes), f"exit codes {[p.exitcode for p in processes]}"

@@ -46,6 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
     reference = (site / "api.html").read_text()
     assert "samon.two_pass" in reference
@@ -60,6 +61,7 @@ def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
     assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', (site / "index.html").read_text())
 
 
+@pytest.mark.slow
 def test_code_is_not_cut_at_the_right(site: Path) -> None:
     cut = "[...document.querySelectorAll('pre > code')].filter(code => code.scrollWidth > code.clientWidth + 1).length"
     with chromium() as browser:

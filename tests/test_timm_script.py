@@ -20,8 +20,8 @@ import samon
 from samon import timm_script
 from samon.errors import UserError
 from samon.sam import SAM
+from tests.processes import launch
 from tests.runs import ROOT
-from tools import check_interruptions as matrix
 
 SCRIPT = ROOT / "tests/scripts/timm_style.py"
 
@@ -156,32 +156,23 @@ def test_a_script_without_a_task_is_refused(installed: None) -> None:
         optimizer.step()
 
 
-def _rank(rank: int, port: int, argv: list[str]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    timm_script.main(argv)
-
-
 def test_two_processes(tmp_path: Path) -> None:
-    """rho = 0 is the base optimizer also under DDP, with accumulation; and torchrun starts it."""
+    """rho = 0 is the base optimizer also under DDP, with accumulation."""
     common = ["--grad-accum-steps", "2", "--save"]
-    for name, args in {"base": ["--opt", "sgd"], "zero": ["--opt", "samon", "--opt-kwargs", "rho=0.0"]}.items():
-        argv = [str(SCRIPT), *common, str(tmp_path / name), *args]
-        port = matrix.free_port()
-        group = [matrix.CONTEXT.Process(target=_rank, args=(rank, port, argv)) for rank in range(2)]
-        for process in group:
-            process.start()
-        for process in group:
-            process.join()
-        assert [process.exitcode for process in group] == [0, 0]
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m samon.timm_script"
-    argv = [*torchrun.split(), str(SCRIPT), *common, str(tmp_path / "sharp"), "--opt", "samon"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, env=environment)
+    zero = ["--opt", "samon", "--opt-kwargs", "rho=0.0"]
+    for name, args in {"base": ["--opt", "sgd"], "zero": zero, "sharp": ["--opt", "samon"]}.items():
+        launch(timm_script.main, 2, [str(SCRIPT), *common, str(tmp_path / name), *args])
     base, zero, sharp = (torch.load(tmp_path / name, weights_only=True) for name in ("base", "zero", "sharp"))
     assert same(base, zero)
     assert not same(zero, sharp)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(tmp_path: Path) -> None:
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m samon.timm_script"
+    argv = [*torchrun.split(), str(SCRIPT), "--save", str(tmp_path / "sharp"), "--opt", "samon"]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "sharp").exists()
 
 
 def test_no_script_named() -> None:

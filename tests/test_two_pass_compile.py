@@ -102,7 +102,7 @@ def test_two_graphs_and_equal_gradients(name: str) -> None:
     assert descent["products"] - ascent["products"] == sum(isinstance(m, nn.Linear) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "vit_tiny_patch16_224"])
 def test_groups_keep_two_graphs(name: str) -> None:
     """Four steps with groups: two graphs, no recompilation, the FLOPs of the step without groups, and what a loop over
     the groups does (1e-9: four steps amplify rounding; one step is held to 1e-10 in test_two_pass)."""
@@ -195,6 +195,7 @@ def test_a_schedule_of_rho_recompiles_once(radius: str | float, groups: int) -> 
     assert counters["stats"]["unique_graphs"] == (4 if groups == 1 else 2)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """Fused loops sum in another order: 1e-12 in float64 for one step, 1e-9 after three."""
     assert_same(*train_both("samon-layerl2", "inductor", 3), 1e-9)

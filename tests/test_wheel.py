@@ -99,6 +99,8 @@ def test_arrays_train_and_validate_without_optional_packages(installed: Path, tm
 import sys
 sys.modules |= dict.fromkeys({OPTIONAL})
 from samon.cli import installed
+
+pytestmark = pytest.mark.slow
 getattr(installed, sys.argv.pop(1))()
 """
     run = [installed / "python", "-c", code]

@@ -3,6 +3,7 @@
 # of README and docs, scaled down (tools/runnable.py). Prints the seconds of each and stops at the first failure.
 #
 #   tools/check_fresh_clone.sh                 # the last commit of this checkout
+#   TEST=test-all tools/check_fresh_clone.sh   # the slow tests too
 #   SKIP_TEST=1 tools/check_fresh_clone.sh     # installs what `make test` needs without running it
 set -euo pipefail
 source=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
@@ -23,7 +24,7 @@ timed() {
 timed "git clone --quiet --no-hardlinks '$source' '$place/samon'"
 cd "$place/samon"
 timed "make train"
-if [ -n "${SKIP_TEST:-}" ]; then timed "make .venv/.installed-dev"; else timed "make test"; fi
+if [ -n "${SKIP_TEST:-}" ]; then timed "make .venv/.installed-dev"; else timed "make ${TEST:-test}"; fi
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 mapfile -t commands < <(python tools/runnable.py --small)
 [ ${#commands[@]} -gt 0 ] || { echo "no block is marked as runnable" >&2; exit 1; }

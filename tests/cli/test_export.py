@@ -20,6 +20,7 @@ def weights(gray_run):
     return torch.load(gray_run[0] / "model_best.pth.tar", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same_logits(gray_run, weights, tmp_path):
     export.main([str(gray_run[0]), "--onnx", str(tmp_path / "model.onnx")])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -31,6 +32,7 @@ def test_onnx_gives_the_same_logits(gray_run, weights, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_wrong_onnx_file_is_not_kept(gray_run, tmp_path, monkeypatch):
     class WrongSession:
         def __init__(self, *args, **kwargs): ...

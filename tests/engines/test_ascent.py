@@ -185,7 +185,7 @@ def test_two_processes_are_two_micro_batches() -> None:
 def test_cost_over_a_plain_step(source: str, bound: float) -> None:
     """FLOPs of three updates after the first three, over those of three plain ones."""
     with torch.device("meta"):
-        model = timm.create_model("vit_small_patch32_224").train()
+        model = timm.create_model("vit_small_patch32_224", depth=3).train()
         [forward] = losses_of(model, torch.empty(8, 3, 224, 224), torch.empty(8, dtype=torch.long), 1)
     opt = steps.optimizer_of(model, "samon-momentum", ascent=source)
     train(opt, [[forward]] * 3)

@@ -149,9 +149,9 @@ def test_every_layer_that_can_be_grouped(layer: str) -> None:
         ("vit_tiny_patch16_224", 32),
         ("resnet18", 64),
         ("convnext_atto", 32),
-        ("efficientnet_b0", 64),
-        ("swin_tiny_patch4_window7_224", 56),
-        ("coatnet_pico_rw_224", 64),
+        pytest.param("efficientnet_b0", 64, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", 56, marks=pytest.mark.slow),
+        pytest.param("coatnet_pico_rw_224", 64, marks=pytest.mark.slow),
     ],
 )
 def test_timm_models(name: str, image: int) -> None:

@@ -41,6 +41,7 @@ MODELS = {
     "test_vit": 32,
     "test_efficientnet": 32,
 }
+LARGE = {"deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "hrnet_w18_small", "densenet121", "mixer_s32_224"}
 RESIZABLE = re.compile("vit|deit|swin|mixer|xcit|cait|coatnet")
 
 
@@ -76,7 +77,7 @@ class Twins:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in MODELS])
 def test_timm_models(name: str) -> None:
     """The last 30 % of the normalization parameters perturbed; the same noise, so that stochastic depth before the
     boundary does not differ."""

@@ -208,6 +208,7 @@ def trained():
     return net, x[:24], y[:24]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "eps", "targets"), [("l2", 0.25, 2), ("l2", 0.5, 9), ("linf", 2 / 255, 2), ("linf", 4 / 255, 9)]
 )

@@ -3,9 +3,6 @@
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from samon.evals import EVALS, accuracy, apgd, load_evaluation
 from samon.evals.main import main, parse
 from tests import runs
 from tests.eval_sets import FASHION
+from tests.processes import launch
 
 MODEL = ["--model", "test_resnet", "--no-pretrained", "--num-classes", "10", "--img-size", "32"]
 SMALL = ["--workers", "0", "--device", "cpu"]
@@ -84,10 +82,7 @@ def test_one_and_two_processes_give_identical_figures(tmp_path):
     flags += ["--batch-size", "32", "--apgd-batch-size", "20", "--sharpness-samples", "96", "--sharpness-m", "32"]
     flags += ["--sharpness", "worst-linf-adaptive-3step@0.01", "average-l2-2step@0.01", "--feature-samples", "60"]
     one, two = main(flags), tmp_path / "two.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "validate.py"]
-    command, env = [*launch, *flags, "--results-file", str(two)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(main, 2, [*flags, "--results-file", str(two)])
     assert json.loads(two.read_text()) == one
     assert {row["eval"] for row in one} == {"accuracy", "apgd", "sharpness", "feature_rank", "norm_params"}
     assert {row["num_samples"] for row in one if row["eval"] in ("accuracy", "apgd")} == {90}

@@ -30,6 +30,7 @@ def example_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(path.stem, None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Lightning's and Accelerate's own
 @pytest.mark.parametrize("name", ["plain_loop", "lightning_module", "accelerate_loop"])
 def test_learns(name: str) -> None:

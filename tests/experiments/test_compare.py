@@ -43,6 +43,7 @@ def _fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sweep, "command", command)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fake_training")
 def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -72,6 +73,7 @@ def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
     assert "SAM-ON                rho 0.5 (edge of the grid)  held out 0.02: 70.52, 0.1: 70.60, 0.5: 71.00" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fake_training")
 def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

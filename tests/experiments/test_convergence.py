@@ -32,6 +32,7 @@ def test_bound_by_hand() -> None:
     assert convergence.bound(0.5, 0.1, 0.3, 10) == pytest.approx(1.60075)
 
 
+@pytest.mark.slow
 def test_measured_stays_under_the_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--h", "0.1", "0.5", "--rho", "0.01", "0.5", "--updates", "10", "200", "--seeds", "2"]
     convergence.main([*arguments, "--output", str(tmp_path / "c")])

@@ -36,6 +36,8 @@ from experiments.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError
 from samon.cli.program import run_script
 
+pytestmark = pytest.mark.slow
+
 TINY = {"d_model": 16, "heads": 2, "layers": 1, "ffn": 16, "share_all": True}
 RHO = 0.3
 GERMAN = ["ein", "roter", "Apfel", "Baum", "grüner", "kleiner", "und", "Hund"]

@@ -71,6 +71,7 @@ def planned(fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_sharded_steps_cost_what_was_planned() -> None:
     plan = planned(True, MODEL)
     for rank in run_ranks(real, 2, True, MODEL):
@@ -83,7 +84,7 @@ def test_sharded_steps_cost_what_was_planned() -> None:
     assert plain[3] == on[3] < everything[3], "SAM-ON's ascent sends no gradient"
 
 
-@pytest.mark.parametrize("about", [MODEL, CONVOLUTIONS], ids=["vit", "resnet"])
+@pytest.mark.parametrize("about", [pytest.param(MODEL, marks=pytest.mark.slow), CONVOLUTIONS], ids=["vit", "resnet"])
 def test_ddp_sends_what_was_planned(about: dict[str, Any]) -> None:
     plan = planned(False, about)
     for rank in run_ranks(real, 2, False, about):
@@ -91,6 +92,7 @@ def test_ddp_sends_what_was_planned(about: dict[str, Any]) -> None:
     assert (plan[0][5] > 0) == (about is CONVOLUTIONS), "BatchNorm's buffers are broadcast"
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     with fake_processes(1) as world:
         model = FakeTraining(settings("samon", **MODEL), world)
@@ -101,6 +103,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
             assert model.cost(best + 1).peak > limit
 
 
+@pytest.mark.slow
 def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--gpus", "64", "--batch-size", "2"]
     words += ["--opt", "samon-layerl2-adamw", "--device", "h100", "--memory", "0.5", "--sam-tail", "0.3"]

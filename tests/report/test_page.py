@@ -9,6 +9,8 @@ from tests.browser import chromium
 from tests.report.conftest import ENDING, HOSTILE
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 OVERLAPS = """plot => {
   const boxes = [...plot.querySelectorAll('text')].map(text => text.getBoundingClientRect());
   const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;

@@ -42,6 +42,7 @@ def test_timm_script_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None
     assert "python -m samon.timm_script SCRIPT.py ARGS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_leaves_the_others() -> None:
     """m = 1 on a network whose last map is one pixel: BatchNorm has no variance there."""
     args = "--model resnet10t --img-size 28 --batch-size 4 --m 2 1 --rounds 1 --no-memory"

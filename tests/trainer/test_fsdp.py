@@ -5,8 +5,6 @@ float32: FSDP and DDP add gradients in another order. 1e-4 relative over the who
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,8 @@ from samon.evals import main as evals
 from samon.trainer.dcp import load_sharded
 from samon.trainer.fsdp import find_blocks
 from samon.trainer.state import load_state
-from tests.runs import BASE, ROOT, assert_same, last, train, weights
+from tests import processes
+from tests.runs import BASE, assert_same, last, train, weights
 from tools import check_interruptions as matrix
 
 COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5"]
@@ -77,6 +76,7 @@ def test_a_killed_run_ends_bit_identical(extra: list[str], moment: matrix.Moment
     assert_same(weights(sharded), weights(directory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], DCP], ids=["file", "dcp"])
 def test_a_checkpoint_resumes_without_sharding_and_with_it(extra: list[str], sharded: Path, ddp: Path) -> None:
     for first, second in ((SHARDED, ["--no-fsdp", *SHARDED[1:]]), (SHARDED[1:], SHARDED)):
@@ -132,15 +132,13 @@ def test_sharded_validation_gives_the_same_figure(sharded: Path) -> None:
     checkpoint = ["--checkpoint", str(sharded), "--batch-size", "16", "--workers", "0", "--device", "cpu"]
     (alone,) = (row for row in evals.main(checkpoint) if row["metric"] == "loss")
     results = sharded.parent / "results.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "validate.py", *checkpoint, "--fsdp", "--results-file", str(results)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    processes.launch(evals.main, 2, [*checkpoint, "--fsdp", "--results-file", str(results)])
     (row,) = (row for row in json.loads(results.read_text()) if row["metric"] == "loss")
     assert row["value"] == pytest.approx(alone["value"], rel=1e-5)
     assert row["num_samples"] == alone["num_samples"] == 40
 
 
+@pytest.mark.slow
 def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
     """Gathering more or less often changes nothing; weights gathered in bfloat16 are those that autocast would make."""
     never = launch(sharded.parent / "never", *SHARDED, "--fsdp-reshard-after-forward", "never")

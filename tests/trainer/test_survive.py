@@ -43,7 +43,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {world: folder / f"whole-{world}" for world in (1, 2)}
 
 
-CELLS = [(1, "term", 2), (1, "kill-worker", 1), (2, "kill-one", 3), (2, "kill-all", 5), (2, "kill-worker", 1)]
+CELLS = [
+    (1, "term", 2),
+    (2, "kill-one", 3),
+    pytest.param(1, "kill-worker", 1, marks=pytest.mark.slow),
+    pytest.param(2, "kill-all", 5, marks=pytest.mark.slow),
+    pytest.param(2, "kill-worker", 1, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("world", "kind", "moment"), CELLS)
@@ -101,6 +107,7 @@ def test_status_names_the_signal(number: int, tmp_path: Path) -> None:
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
     """A rank dies by SIGKILL in mid-epoch; the agent starts all again and they find their state by themselves."""
     script = tmp_path / "killed.py"
@@ -255,6 +262,7 @@ def test_main_can_run_twice_in_a_process(tmp_path: Path) -> None:
     assert first["train_loss"] == second["train_loss"]
 
 
+@pytest.mark.slow
 def test_two_agents_on_one_host(tmp_path: Path) -> None:
     """docs/multi_node.md: one torchrun per host; here both on this one. They train as two processes of one agent do."""
     argv = [*BASE, "--opt", "samon", "--device", "cpu", "-b", "8", "--global-batch-size", "16"]
