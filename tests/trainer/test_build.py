@@ -299,7 +299,7 @@ def test_the_tail_owns_the_decay_of_a_wsd_schedule() -> None:
         ({"opt": "samon-muon"}, lambda run: type(run.sam.base).__name__ == "Muon"),
         ({"freeze": "^(?!head|fc)", "perturb_frozen": True}, lambda run: len(run.sam.perturbed_parameters()) == 30),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",  # a function's address differs by process
 )
 def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Callable, tmp_path: Path) -> None:
     flags = [
