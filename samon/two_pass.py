@@ -74,7 +74,7 @@ def two_pass(
     sam = _prepare_optimizer(optimizer, ascent)
     forwards = _as_losses(forward)
     ascent_forwards = forwards if ascent_forward is None else _as_losses(ascent_forward)
-    _check_arguments(sam, forwards, groups, reduce, bn_stats, ascent_forward)
+    _check_arguments(sam, len(forwards), groups, reduce, bn_stats, ascent_forward is not None)
     with sam.sampled_parameters() as named, _explained_errors(sam):
         if not sam.ascent.needs_ascent_pass():
             groups, bn_stats, ascent_forwards = 1, "second", []  # the only pass
@@ -83,6 +83,29 @@ def two_pass(
         engine.no_sync, engine.scaler = no_sync or engine.no_sync, scaler
         average = partial(all_reduce_mean, group=process_group) if reduce == "global" else None
         return _two_pass(engine, forwards, ascent_forwards, loss_scale, average, same_noise)
+
+
+def check_step(
+    optimizer: Any,
+    *,
+    forwards: int = 1,
+    groups: int = 1,
+    reduce: str = "device",
+    bn_stats: str = "first",
+    ascent_forward: bool = False,
+    replay: bool = True,
+    scaler: Any = None,
+) -> None:
+    """Raise what `two_pass` with these arguments raises before its first forward: for trainers, before data are read.
+
+    Args:
+        forwards: the number of forwards.
+        ascent_forward: whether there is one.
+    """
+    sam = _prepare_optimizer(optimizer, None)
+    _check_arguments(sam, forwards, groups, reduce, bn_stats, ascent_forward)
+    with sam.sampled_parameters() as named:
+        _make_engine(sam, named, groups, reduce, bn_stats, replay and not ascent_forward, False, scaler)
 
 
 def _two_pass(
@@ -281,9 +304,7 @@ def _explained_errors(sam: SAM) -> Iterator[None]:
         raise
 
 
-def _check_arguments(
-    sam: SAM, forwards: list[Forward], groups: int, reduce: str, bn_stats: str, ascent_forward: Forward | None
-) -> None:
+def _check_arguments(sam: SAM, forwards: int, groups: int, reduce: str, bn_stats: str, ascent_forward: bool) -> None:
     if torch.is_inference_mode_enabled():
         raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
     if not forwards:
@@ -294,16 +315,17 @@ def _check_arguments(
         raise UserError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
-    if groups > 1 and (reduce == "global" or len(forwards) > 1 or ascent_forward is not None):
+    if groups > 1 and (reduce == "global" or forwards > 1 or ascent_forward):
         raise UserError(
             f"groups={groups} gives each sub-batch its own perturbation, so it does not combine with reduce='global', "
             "several forwards or ascent_forward, where sub-batches share one"
         )
-    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or ascent_forward is not None):
+    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or ascent_forward):
         raise UserError(
-            f"ascent={sam.ascent.name!r} makes no ascent pass; drop groups, reduce='global' and ascent_forward"
+            f"ascent={sam.ascent.name!r} makes no ascent pass; drop groups and reduce='global' (--m-sharpness), and "
+            "ascent_forward (--ascent-fraction, --ascent-size)"
         )
-    if len(forwards) > 1 and ascent_forward is not None:
+    if forwards > 1 and ascent_forward:
         raise UserError("ascent_forward requires a single forward")
     if bn_stats != "first" and sam.model is None:
         raise UserError(f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model")

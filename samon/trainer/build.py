@@ -28,9 +28,10 @@ from samon.geometry import LOW_PRECISION, to_float32
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
-from samon.trainer.config import Config
+from samon.trainer.config import Config, flags_in_errors
 from samon.trainer.distributed import DistInfo
 from samon.trainer.loaders import Batches, build_data, data_classes, mixes, without_counts
+from samon.two_pass import check_step as check_two_pass
 
 log = logging.getLogger("samon")
 
@@ -110,6 +111,7 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
     sam = samon.sam_of(optimizer)
     if sam is not None:
         config = config.but(rho=sam.rho, eta=sam.eta, no_replay=not replays(config, sam))
+        check_step(config, sam)
     data = build_data(config, classes, data_config, world, class_names)
     metric = config.eval_metric if data.eval_loader is not None else "loss"
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
@@ -141,6 +143,25 @@ def build(config: Config, world: DistInfo, class_names: list[str] | None = None)
         epochs=epochs,
         metric=metric,
     )
+
+
+def check_step(config: Config, sam: samon.SAM) -> None:
+    """Raise what the first two-pass step would raise.
+
+    Raises:
+        UserError: the optimizer does not combine with the m-sharpness, the ascent pass or the sharded parameters.
+    """
+    m = config.m_sharpness
+    grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
+    with flags_in_errors():
+        check_two_pass(
+            sam,
+            groups=config.batch_size // m if grouped else 1,
+            reduce="global" if m == "global" else "device",
+            bn_stats="second" if config.ascent_size else config.bn_stats,
+            ascent_forward=config.ascent_fraction < 1 or config.ascent_size is not None,
+            replay=not config.no_replay,
+        )
 
 
 def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:

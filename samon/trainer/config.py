@@ -13,7 +13,6 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 import samon
-from samon.engines.ascent import make_ascent
 from samon.errors import UserError, nearest
 from samon.geometry import GEOMETRIES
 from samon.registry import BASES, variant_of
@@ -295,18 +294,6 @@ def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
         raise UserError(f"--m-sharpness {m} excludes --aug-splits and --norm-dropout; drop one of them")
     if config.ascent_size and config.bn_stats == "both":
         raise UserError("--ascent-size excludes --bn-stats both: statistics of small images differ; drop one of them")
-    variant = variant_of(opt)
-    if config.fsdp and variant is not None and not variant.norms_only:
-        if m != "global":
-            raise UserError(f"--fsdp --opt {opt} perturbs sharded weights; add --m-sharpness global, or use samon")
-        if config.ascent != "batch" or config.gsam_alpha:
-            raise UserError(f"--fsdp --opt {opt} supports --ascent batch only, and no --gsam-alpha; use samon")
-    single_pass = make_ascent(config.ascent).single_pass
-    if single_pass and (m != "device" or config.ascent_fraction < 1 or config.ascent_size):
-        raise UserError(
-            f"--ascent {config.ascent} makes no ascent pass and perturbs all processes alike; drop --m-sharpness, "
-            "--ascent-fraction and --ascent-size"
-        )
 
 
 def _check_tail_opt(config: Config) -> None:

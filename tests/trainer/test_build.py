@@ -125,6 +125,15 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize(
+    "flags", ["--m-sharpness 4", "--m-sharpness global", "--ascent-fraction 0.5", "--ascent-size 8"]
+)
+def test_the_step_is_checked_before_data_are_read(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samon.trainer.build.build_data", lambda *args: pytest.fail("data were read"))
+    with pytest.raises(UserError, match=r"--ascent 'previous' makes no ascent pass.*--m-sharpness"):
+        built("--opt", "samon", "--ascent", "previous", *flags.split())
+
+
 @pytest.mark.parametrize("args", LOSSES)
 def test_losses(args: str) -> None:
     run = built("--aa", "rand-m5-inc1", *args.split())

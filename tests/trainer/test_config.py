@@ -162,7 +162,6 @@ SAMON = ["--opt", "samon"]
         ([*SAMON, "--m-sharpness", "4", "--norm-dropout", "0.1"], "--norm-dropout"),
         ([*SAMON, "--m-sharpness", "global", "--ascent-fraction", "0.5"], "--m-sharpness and --ascent-fraction"),
         ([*SAMON, "--ascent-size", "8", "--bn-stats", "both"], "--ascent-size excludes --bn-stats both"),
-        ([*SAMON, "--ascent", "previous", "--m-sharpness", "4"], "no ascent pass"),
         (["--fix-norm", "--train-only-norm"], "--fix-norm and --train-only-norm exclude"),
         (["--weight-decay-on", "all", "--layer-decay", "0.9"], "--weight-decay-on and --layer-decay exclude"),
         (["--fsdp", "--torchcompile"], "--fsdp and --torchcompile exclude"),

@@ -158,7 +158,6 @@ ERRORS = {
     "--fsdp --amp": "--amp-dtype float16",
     "--fsdp --clip-grad 1 --clip-mode agc": "--clip-mode agc",
     "--fsdp --opt ssam-f": "--opt ssam-f",
-    "--fsdp --opt sam": "--m-sharpness global",
     "--fsdp-reshard-after-forward never": "--fsdp",
 }
 
