@@ -83,8 +83,8 @@ def draw(figure: Figure, numbers: dict[str, int]) -> Canvas:
     axes.set(xlabel=figure.x, ylabel=figure.y)
     for series in side_by_side(figure.series):
         plot(axes, series, numbers[series.method])
-    if figure.x in ("epoch", "update"):
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    # At most six: the width of a label depends on its digits, and matplotlib's guess lets long ones overlap.
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=figure.x in ("epoch", "update")))
     if len(figure.ticks) > 1:
         if 0 in figure.ticks:
             axes.set_xscale("symlog", linthresh=min(tick for tick in figure.ticks if tick > 0))
