@@ -15,6 +15,7 @@ RHO_SCHED = "rho over time: constant, linear ramp, or proportional to lr"
 PERTURBATIONS = "device: one perturbation per process; global: one for all; a number m: one per m samples"
 FORMATS = "file: timm's single file; dcp: a sharded checkpoint, written by all processes while training continues"
 RESHARD = "free the parameters of a block after its forward pass"
+TRACKERS = "comma-separated: tensorboard, wandb, trackio, mlflow; or none (torchrun itself refuses --log)"
 OVERWRITE = "replace the run in the directory once the first state is saved (validate.py: the --results-file)"
 NONFINITE = "stop after this many updates in a row with a non-finite gradient"
 CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
@@ -94,7 +95,7 @@ SECTIONS: Sections = {
         T("config", str, "", SETTINGS, short="c"),
         T("print-config", bool, False, "print the resolved configuration as YAML and exit"),
         T("global-batch-size", int, None, "require processes x batch x accumulation to be this number", range=">= 1"),
-        T("log", str, "tensorboard", "comma-separated: tensorboard, wandb, trackio, mlflow; or none"),
+        T("trackers", str, "tensorboard", TRACKERS, aliases=("log",)),
         T("checkpoint-interval", check_interval, "", "save within an epoch every N updates (500) or N minutes (10m)"),
         T("checkpoint-format", str, "file", FORMATS, choices=("file", "dcp"), old_values={"parts": "dcp"}),
         B("overwrite", bool, False, OVERWRITE),

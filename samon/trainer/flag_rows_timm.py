@@ -215,7 +215,7 @@ TIMM: Sections = {
         T("experiment", str, "", "name of the run's directory; time and model if empty"),
         T("eval-metric", str, "top1", "metric that determines the best checkpoint", choices=("top1", "top5", "loss")),
         T("use-multi-epochs-loader", bool, False, "no effect: workers always persist across epochs"),
-        T("log-wandb", bool, False, "the same as adding wandb to --log"),
+        T("log-wandb", bool, False, "the same as adding wandb to --trackers"),
         T("wandb-project", str, None, "project of wandb and trackio, experiment of MLflow"),
         T("wandb-tags", str, [], "wandb tags", nargs="+"),
         T("wandb-resume-id", str, "", "wandb run to resume; requires --resume"),

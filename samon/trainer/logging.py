@@ -83,7 +83,7 @@ class RunLogger:
         self._open.enter_context(log_handler(file))
 
     def start_trackers(self, resumed: bool) -> None:
-        """Start the trackers of --log (rank 0).
+        """Start the trackers (rank 0).
 
         Raises:
             UserError: a tracker cannot start, for example because its server does not answer.
@@ -93,7 +93,7 @@ class RunLogger:
                 with redirect_stdout(sys.stderr):  # the metrics stay the last line of stdout
                     tracker = self._trackers[name] = TRACKERS[name](self.config, self.directory, resumed)
             except Exception as error:
-                raise UserError(f"--log {name}: {error_line(error)}") from error
+                raise UserError(f"--trackers {name}: {error_line(error)}") from error
             self._open.callback(self._finish_tracker, name, tracker)
 
     def _finish_tracker(self, name: str, tracker: Tracker) -> None:
@@ -101,7 +101,7 @@ class RunLogger:
             with redirect_stdout(sys.stderr):
                 tracker.finish(self._completed)
         except Exception as error:
-            log.warning("--log %s: the end of the run is not recorded: %s", name, error_line(error))
+            log.warning("--trackers %s: the end of the run is not recorded: %s", name, error_line(error))
 
     def _track(self, values: Mapping[str, float | None], step: int) -> None:
         """Send values to every tracker. One that fails is dropped with a warning; training continues."""
@@ -111,7 +111,7 @@ class RunLogger:
                 tracker.log(known, step)
             except Exception as error:
                 del self._trackers[name]
-                log.warning("--log %s gets no more metrics: %s", name, error_line(error))
+                log.warning("--trackers %s gets no more metrics: %s", name, error_line(error))
 
     @property
     def _tensorboard(self) -> Any:

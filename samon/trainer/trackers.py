@@ -1,4 +1,4 @@
-"""Experiment trackers (`--log`), each with three functions: start (the constructor), log and finish."""
+"""Experiment trackers (`--trackers`), each with three functions: start (the constructor), log and finish."""
 
 import importlib.util
 import os
@@ -103,16 +103,16 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def tracker_names(config: Config) -> list[str]:
-    """Names of `--log` and `--log-wandb`, without duplicates.
+    """Names of `--trackers` and `--log-wandb`, without duplicates.
 
     Raises:
         UserError: a name is unknown, or its package is not installed.
     """
-    names = [] if config.log == "none" else [name.strip() for name in config.log.split(",")]
+    names = [] if config.trackers == "none" else [name.strip() for name in config.trackers.split(",")]
     names = list(dict.fromkeys([*names, *(["wandb"] * config.log_wandb)]))
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"--log {name} is not none or one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+            raise UserError(f"--trackers {name} is not none or one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log {name}: {name} is not installed; run: pip install {name}")
+            raise UserError(f"--trackers {name}: {name} is not installed; run: pip install {name}")
     return names

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import run as torchrun
 
 from samon.errors import UserError
 from samon.trainer.config import parse
@@ -131,3 +132,11 @@ def test_help_names_the_command_and_every_flag(
     assert printed.startswith(f"usage: {name} ")
     assert all(flag.flag in printed for flag in by_key(TRAIN).values())
     assert "max-bad-steps" not in printed
+
+
+@pytest.mark.parametrize("sections", [TRAIN, VALIDATE], ids=["train", "validate"])
+def test_torchrun_leaves_every_flag_to_the_program(sections: Sections) -> None:
+    """It takes an abbreviation of several of its own flags (--log) for a mistake, also after the script's name."""
+    for flag in (flag for rows in sections.values() for flag in rows if not flag.positional):
+        command = ["train.py", flag.flag, "x"]
+        assert torchrun.get_args_parser().parse_args(command).training_script_args == command[1:]

@@ -1,4 +1,4 @@
-"""Trackers of --log: trackio and MLflow are the real ones (`pip install trackio mlflow`), writing to local files."""
+"""Trackers: trackio and MLflow are the real ones (`pip install trackio mlflow`), writing to local files."""
 
 import importlib.machinery
 import sys
@@ -44,7 +44,7 @@ def test_mlflow(completed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    args = [*SHORT, "--log", "tensorboard,mlflow"]
+    args = [*SHORT, "--trackers", "tensorboard,mlflow"]
     if completed:
         metrics, directory = run(tmp_path, *args)
         assert (directory / "tb").exists()
@@ -101,18 +101,18 @@ def test_a_tracker_that_fails_does_not_stop_training(
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
     run(tmp_path, *SHORT)
     printed = capfd.readouterr().err
-    assert printed.count("--log tensorboard gets no more metrics: connection refused") == 1
-    assert printed.count("--log tensorboard: the end of the run is not recorded: connection refused") == 1
+    assert printed.count("--trackers tensorboard gets no more metrics: connection refused") == 1
+    assert printed.count("--trackers tensorboard: the end of the run is not recorded: connection refused") == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--log tensorbord", r"--log tensorbord is not none or one of .*; did you mean 'tensorboard'\?"),
-        ("--log tensorboard,wandb", "--log wandb: wandb is not installed; run: pip install wandb"),
+        ("--trackers tensorbord", r"--trackers tensorbord is not none or one of .*; did you mean 'tensorboard'\?"),
+        ("--trackers tensorboard,wandb", "--trackers wandb: wandb is not installed; run: pip install wandb"),
         ("--log-wandb", "run: pip install wandb"),
-        ("--log trackio", "run: pip install trackio"),
-        ("--log mlflow", "run: pip install mlflow"),
+        ("--trackers trackio", "run: pip install trackio"),
+        ("--trackers mlflow", "run: pip install mlflow"),
     ],
 )
 def test_mistakes_end_the_run_before_it_starts(
@@ -130,5 +130,5 @@ def test_a_tracker_that_cannot_start_is_a_user_error(tmp_path: Path, monkeypatch
         raise Exception("no server at\nlocalhost:5000")
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", start)
-    with pytest.raises(UserError, match=r"^--log tensorboard: no server at localhost:5000$"):
+    with pytest.raises(UserError, match=r"^--trackers tensorboard: no server at localhost:5000$"):
         run(tmp_path)
