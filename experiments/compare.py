@@ -192,16 +192,14 @@ def early_stopped(sweep: Sweep, epoch: int | None = None) -> list[Score]:
     return scores
 
 
-def row_text(content: Content, name: str) -> str:
+def row_text(content: Content, name: str, method: Method) -> str:
     """A method's row: rho, accuracy, paired difference to the baseline, costs, and the held-out accuracies by rho."""
-    scores = [score for score in content.scores if score.method == name]
-    grid = [score for score in scores if score.held_out and score.rho is not None]
-    tested = [score for score in scores if not score.held_out]
-    rho = tested[0].rho if tested else max(grid, key=lambda score: score.merit).rho if grid else None
-    words = [f"{name:20}", "" if rho is None else f"rho {rho:g}"]
-    tried = [score.rho for score in grid if score.rho is not None]
-    if len(tried) > 1 and rho in (min(tried), max(tried)):
-        words[1] += " (edge of the grid)"
+    held_out = [score for score in content.scores if score.method == name and score.held_out]
+    tested = [score for score in content.scores if score.method == name and not score.held_out]
+    words = [f"{name:20}"]
+    if tested and tested[0].rho is not None:
+        edge = len(method.rho) > 1 and tested[0].rho in (min(method.rho), max(method.rho))
+        words.append(f"rho {tested[0].rho:g}" + " (edge of the grid)" * edge)
     for score in tested:
         words.append(f"{score.metric} {score.text} of {len(score.values)}")
         if score.differences:
@@ -212,8 +210,9 @@ def row_text(content: Content, name: str) -> str:
         ratio = content.cost_ratio(tested[0], "flops")
         words += [] if ratio is None else [f"{ratio:.2f}x FLOPs"]
         words += [mean_cost(tested[0], "cpu_seconds") + " of CPU time"] if tested[0].costs.get("cpu_seconds") else []
-    choices = ", ".join(f"{score.rho:g}: {score.mean:.2f}" for score in grid)
-    return "  ".join([*words, *(["held out " + choices] if choices else [])])
+    choices = ", ".join(f"{s.mean:.2f}" if s.rho is None else f"{s.rho:g}: {s.mean:.2f}" for s in held_out)
+    missing = f" ({len(held_out)} of {len(method.rho)})" if len(held_out) < len(method.rho) else ""
+    return "  ".join([*words, *([f"held out {choices}{missing}"] if choices else [])])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         export(content, output / "results.json")
         write_figures(Content(scores=content.scores), output / "figures")
         for name in experiment.methods:
-            print(row_text(content, name))
+            print(row_text(content, name, experiment.methods[name]))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
     assert [s.differences for s in content.scores if not s.held_out] == [[], [0.5, 0.5]]  # with the same seed
     out = capsys.readouterr().out
     assert "SAM-ON every 5th      rho 0.5  eval_top1 70.00 ± 0.00 of 2  +0.50 ± 0.00" in out
-    assert "SAM-ON                rho 0.5 (edge of the grid)  held out 0.02: 70.52, 0.1: 70.60, 0.5: 71.00" in out
+    assert "SAM-ON                held out 0.02: 70.52, 0.1: 70.60, 0.5: 71.00\n" in out
+    compare.main([*words[:3], "--only", "SAM-ON", "--seeds", "1"])
+    assert "SAM-ON                rho 0.5 (edge of the grid)  eval_top1 70.00 of 1  +0.50" in capsys.readouterr().out
 
 
 @pytest.mark.slow

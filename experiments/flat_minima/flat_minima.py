@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""What a flat minimum is good for: the finished runs of an experiment, with rounded weights and on corrupted images.
+
+    python experiments/flat_minima/flat_minima.py output/experiments/few_images --data-dir DIR [--table]
+
+Reads the last checkpoint of each run below OUTPUT/test/ (compare.py writes them) and measures, on the test images:
+accuracy with the weights rounded to 8, 6 and 4 bits; accuracy on images corrupted at severities 3 and 5, by those
+corruptions of CIFAR-10-C (Hendrycks & Dietterich 2019) that are a formula of the pixels; the worst-case sharpness of
+Table 6 and the feature rank on training images. Writes OUTPUT/flat_minima.json after every run and skips those that are
+in it; prints the mean and standard deviation over seeds.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from samon.cli.program import run_script
+from samon.cli.tables import markdown_table
+from samon.data.sources import read_npz
+from samon.errors import UserError
+from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
+from samon.evals.sharpness import Measure, sharpness
+from samon.files import write_text
+from samon.report.content import with_std
+
+BITS = (8, 6, 4)
+MEASURE = "worst-linf-adaptive-logitnorm@0.005"
+SHARPNESS_IMAGES, M, RANK_IMAGES = 1024, 128, 1000
+SEVERITIES = {3: 2, 5: 4}  # and their place in the lists of strengths
+
+
+def gaussian_noise(x: Tensor, level: int) -> Tensor:
+    return x + torch.randn(x.shape, generator=_generator()) * (0.04, 0.06, 0.08, 0.09, 0.10)[level]
+
+
+def shot_noise(x: Tensor, level: int) -> Tensor:
+    photons = (500, 250, 100, 75, 50)[level]
+    return torch.poisson(x * photons, generator=_generator()) / photons
+
+
+def impulse_noise(x: Tensor, level: int) -> Tensor:
+    """This share of the values become 0 or 1, each as likely."""
+    share = (0.01, 0.02, 0.03, 0.05, 0.07)[level]
+    u = torch.rand(x.shape, generator=_generator())
+    return torch.where(u < share / 2, 0.0, torch.where(u > 1 - share / 2, 1.0, x))
+
+
+def blur(x: Tensor, level: int) -> Tensor:
+    sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[level]
+    return gaussian_blur(x, [9, 9], [sigma, sigma])
+
+
+def brightness(x: Tensor, level: int) -> Tensor:
+    """V of HSV plus a constant: all channels grow by the factor that takes their maximum there."""
+    v = x.amax(1, keepdim=True)
+    return torch.where(v > 0, x / v.clamp(min=1e-12), 1.0) * (v + (0.05, 0.1, 0.15, 0.2, 0.3)[level]).clamp(max=1)
+
+
+def contrast(x: Tensor, level: int) -> Tensor:
+    mean = x.mean((2, 3), keepdim=True)
+    return mean + (x - mean) * (0.75, 0.5, 0.4, 0.3, 0.15)[level]
+
+
+CORRUPTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    f.__name__: f for f in (gaussian_noise, shot_noise, impulse_noise, blur, brightness, contrast)
+}
+
+
+def _generator() -> torch.Generator:
+    """The same noise for every model."""
+    return torch.Generator().manual_seed(0)
+
+
+def corrupt(images: Tensor, name: str, severity: int) -> Tensor:
+    """uint8 images [N, C, H, W], corrupted and rounded to uint8 again."""
+    changed = CORRUPTIONS[name](images / 255, SEVERITIES[severity])
+    return (changed.clamp(0, 1) * 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, bits: int) -> None:
+    """Round matrices and convolutions in place to `bits` bits, symmetric around 0, with a scale per output channel."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            largest = parameter.abs().flatten(1).amax(1).clamp(min=1e-12)
+            scale = (largest / (2 ** (bits - 1) - 1)).view(-1, *[1] * (parameter.dim() - 1))
+            parameter.copy_((parameter / scale).round() * scale)
+
+
+class Evaluation:
+    """The measurements of a run.
+
+    Args:
+        run: directory with args.yaml and last.pth.tar.
+        data_dir: directory of the data set.
+        images: number of test images, from the first on.
+    """
+
+    def __init__(self, run: Path, data_dir: Path, device: str, images: int) -> None:
+        settings: dict[str, Any] = yaml.safe_load((run / "args.yaml").read_text())
+        self.checkpoint, self.settings, self.device = run / "last.pth.tar", settings, device
+        if not settings["dataset"].startswith("npz/"):
+            raise UserError(f"{run} was trained on {settings['dataset']}; only npz/NAME can be corrupted here")
+        path = data_dir / (settings["dataset"].removeprefix("npz/") + ".npz")
+        (train, labels), (test, test_labels) = (
+            read_npz(path.name, str(path), part) for part in ("train", "validation")
+        )
+        test, test_labels = test[:images], test_labels[:images]
+        self.train, self.test = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (train, test))
+        self.labels, self.test_labels = (torch.as_tensor(y, dtype=torch.int64) for y in (labels, test_labels))
+        self.statistics = torch.tensor([settings["mean"], settings["std"]]).view(2, 1, -1, 1, 1)
+
+    def model(self) -> nn.Module:
+        kwargs: dict[str, Any] = self.settings.get("model_kwargs") or {}
+        kwargs |= {"num_classes": self.settings["num_classes"], "checkpoint_path": str(self.checkpoint)}
+        model: nn.Module = timm.create_model(self.settings["model"], **kwargs)
+        return model.to(self.device).eval()
+
+    def batches(self, images: Tensor, labels: Tensor, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalized batches on the device."""
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            yield ((x / 255 - self.statistics[0]) / self.statistics[1]).to(self.device), y.to(self.device)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, images: Tensor) -> dict[str, float]:
+        """Accuracy in % and loss on the test labels."""
+        correct = loss = 0.0
+        for x, y in self.batches(images, self.test_labels):
+            logits = model(x)
+            correct += float((logits.argmax(1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        return {"top1": 100 * correct / len(images), "loss": loss / len(images)}
+
+    def measure(self) -> dict[str, float]:
+        """All figures by name; accuracies in %."""
+        model = self.model()
+        values = self.accuracy(model, self.test)
+        for bits in BITS:
+            rounded = self.model()
+            round_weights(rounded, bits)
+            values[f"{bits} bits"] = self.accuracy(rounded, self.test)["top1"]
+        for severity in SEVERITIES:
+            each = {c: self.accuracy(model, corrupt(self.test, c, severity))["top1"] for c in CORRUPTIONS}
+            values |= {f"{name} {severity}": top1 for name, top1 in each.items()}
+            values[f"corrupted, severity {severity}"] = statistics.fmean(each.values())
+        part = slice(SHARPNESS_IMAGES)
+        numbered = ((i, x, y) for i, (x, y) in enumerate(self.batches(self.train[part], self.labels[part], M)))
+        per_batch = sharpness(model, numbered, SHARPNESS_IMAGES // M, Measure.parse(MEASURE))
+        values["worst sharpness"] = float(next(iter(per_batch.values())).mean())
+        rows = torch.arange(RANK_IMAGES)
+        normalized = (x for x, _ in self.batches(self.train[rows], self.labels[rows], RANK_IMAGES))
+        features = feature_matrix(model, ((rows, x) for x in normalized), RANK_IMAGES)
+        values["feature rank"] = energy_rank(squared_singular_values(features, "column"))
+        return values
+
+
+COLUMNS = ("top1", *(f"{bits} bits" for bits in BITS), *(f"corrupted, severity {s}" for s in SEVERITIES))
+COLUMNS += ("worst sharpness", "feature rank")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the runs of each method, as Markdown."""
+    methods = defaultdict(list)
+    for row in rows:
+        methods[row["method"]].append(row["values"])
+    lines = [["method", "runs", *COLUMNS]]
+    for method, runs in methods.items():
+        cells = []
+        for column in COLUMNS:
+            values = [run[column] for run in runs]
+            std = statistics.stdev(values) if len(values) > 1 else None
+            form = {"worst sharpness": ".4f", "feature rank": ".0f"}.get(column, ".2f")
+            cells.append(with_std(statistics.fmean(values), std, form))
+        lines.append([method, str(len(runs)), *cells])
+    return markdown_table(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="--output of compare.py")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=10_000, help="number of test images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what is finished")
+    args = parser.parse_args(argv)
+    runs = sorted(path.parent for path in args.output.glob("test/*/*/last.pth.tar"))
+    if not runs:
+        raise UserError(f"{args.output}: no test/METHOD/RUN/last.pth.tar; name the --output of compare.py")
+    path = args.output / "flat_minima.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    known = {row["run"] for row in rows}
+    for run in runs:
+        name = str(run.relative_to(args.output))
+        if not args.table and name not in known and (run / "result.json").exists():
+            values = Evaluation(run, args.data_dir, args.device, args.images).measure()
+            rows.append({"method": run.parent.name, "run": name, "values": values})
+            write_text(path, json.dumps(rows) + "\n")
+            print(f"{name}: {values['top1']:.2f}", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main)
