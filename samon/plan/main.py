@@ -93,28 +93,23 @@ def train_config(args: argparse.Namespace, opt: str) -> Config:
 
 
 def largest_batch(training: FakeTraining, costs: dict[int, StepCost], limit: float) -> int:
-    """The largest batch whose step fits in `limit` bytes, 0 if none does. Memory is linear in the batch size, which
-    gives a first guess; it is then checked exactly.
+    """The largest batch whose step fits in `limit` bytes, 0 if none does.
+
+    Memory is piecewise linear in the batch size, so the line through the two nearest known sizes gives the next guess.
 
     Args:
         costs: by batch size, at least two; costs of further sizes are added.
     """
-    small, large = min(costs), max(costs)
-    slope = (costs[large].peak - costs[small].peak) / (large - small)
-    guess = int(large + (limit - costs[large].peak) / slope) if slope > 0 else 2 * large
-    fits, too_large = 0, 0  # too_large 0: not known yet
-    guesses = iter((guess, guess + 1, guess - 1))
-    while not too_large or too_large - fits > 1:
-        size = next(guesses, (fits + too_large) // 2 if too_large else 2 * fits or 1)
-        if size <= fits or (too_large and size >= too_large):
-            continue
-        if size not in costs:
-            costs[size] = training.cost(size)
-        if costs[size].peak <= limit:
-            fits = size
-        else:
-            too_large = size
-    return fits
+    while True:
+        below = max((size for size in costs if costs[size].peak <= limit), default=0)
+        above = min((size for size in costs if costs[size].peak > limit), default=0)
+        if above == below + 1:
+            return below
+        small, large = (below, above) if below and above else sorted(costs)[-2:] if below else sorted(costs)[:2]
+        slope = max(1.0, (costs[large].peak - costs[small].peak) / (large - small))
+        guess = max(below + 1, small + int((limit - costs[small].peak) / slope))
+        guess = min(guess, above - 1) if above else guess
+        costs[guess] = training.cost(guess)
 
 
 def estimate_ms(cost: StepCost, args: argparse.Namespace) -> tuple[float, float]:

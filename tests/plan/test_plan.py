@@ -84,12 +84,11 @@ def test_sharded_steps_cost_what_was_planned() -> None:
     assert plain[3] == on[3] < everything[3], "SAM-ON's ascent sends no gradient"
 
 
-@pytest.mark.parametrize("about", [pytest.param(MODEL, marks=pytest.mark.slow), CONVOLUTIONS], ids=["vit", "resnet"])
-def test_ddp_sends_what_was_planned(about: dict[str, Any]) -> None:
-    plan = planned(False, about)
-    for rank in run_ranks(real, 2, False, about):
+def test_ddp_sends_what_was_planned() -> None:
+    plan = planned(False, CONVOLUTIONS)
+    for rank in run_ranks(real, 2, False, CONVOLUTIONS):
         assert [[row[0], *row[2:]] for row in rank] == [[row[0], *row[2:]] for row in plan]
-    assert (plan[0][5] > 0) == (about is CONVOLUTIONS), "BatchNorm's buffers are broadcast"
+    assert plan[0][5] > 0, "BatchNorm's buffers are broadcast"
 
 
 @pytest.mark.slow
@@ -126,16 +125,8 @@ def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--model",
-        "vit_tiny_patch16_224",
-        "--model-kwargs",
-        "depth=1",
-        "--batch-size",
-        "2",
-        "--opt",
-        "SAMON-AdamW",
-    ]
+    words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--batch-size", "2", "--opt"]
+    words += ["SAMON-AdamW"]
     plain, _, on = planning.main(words)
     assert (plain["opt"], plain["wire"], plain["messages"]) == ("adamw", {}, {})
     assert on["flops"] > plain["flops"]
