@@ -5,7 +5,6 @@ An image is one color that spells a number below 1000; `Reader` reads it and ans
 
 import io
 import json
-import tarfile
 
 import torch
 from PIL import Image
@@ -16,6 +15,7 @@ from samon.evals.context import EvalContext
 from samon.trainer.config import Config
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key
+from tests.sets import tar_of
 
 SYNSETS = shifts.synsets()
 CPU = torch.device("cpu")
@@ -83,14 +83,12 @@ def write_folders(root, folders, border=None):
 
 def write_shard(root, samples, names=None):
     """One shard `val.tar` of (key, number to spell, label)."""
-    with tarfile.open(root / "val.tar", "w") as tar:
-        for key, number, label in samples:
-            buffer = io.BytesIO()
-            color(number).save(buffer, "PNG")
-            for suffix, data in (("png", buffer.getvalue()), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    members = []
+    for key, number, label in samples:
+        buffer = io.BytesIO()
+        color(number).save(buffer, "PNG")
+        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.cls", str(label).encode())]
+    (root / "val.tar").write_bytes(tar_of(members))
     split = {"name": "val", "filenames": ["val.tar"], "shard_lengths": [len(samples)], "num_samples": len(samples)}
     info = {"splits": {"val": split}} | ({"class_names": names, "num_classes": len(names)} if names else {})
     (root / "_info.json").write_text(json.dumps(info))

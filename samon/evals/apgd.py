@@ -129,27 +129,14 @@ def attack_batches(
                 if path and path.exists():
                     parts.append(torch.from_numpy(np.load(path)))
                 else:
-                    parts.append(_attack_batch(model, (index, images, label), threat, bar))
+                    parts.append(attacks.attack(model, images, label, index, threat).cpu())
                     if path:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         with atomic_write(path) as file:
                             np.save(file, parts[-1].numpy())
                 if bar is not None:
-                    bar.update(sum(len(part) for parts in outcomes.values() for part in parts) - bar.n)
+                    bar.update(len(images))
     return {threat: torch.cat(parts) for threat, parts in outcomes.items()}
-
-
-def _attack_batch(model: nn.Module, batch: Batch, threat: Threat, bar: tqdm | None) -> Tensor:
-    index, images, label = batch
-    runs = threat.restarts * (1 + threat.n_targets)
-    step = 0.999 * len(images) / (threat.n_iter * runs)  # 0.999: rounding must not exceed the batch
-
-    def on_progress(text: str) -> None:
-        if bar is not None:
-            bar.set_postfix_str(f"{threat.norm} {threat.eps:.3g} {text}", refresh=False)
-            bar.update(step)
-
-    return attacks.attack(model, images, label, index, threat, on_progress).cpu()
 
 
 def content_hash(*parts: Tensor | str) -> str:

@@ -23,7 +23,6 @@ ROBUST = len(ATTACKS)  # outcome of an image: -1 misclassified, k adversarial by
 VANISHED = 2 * ROBUST  # added to the outcome if an attack failed whose first gradient was exactly zero
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, indices of the images) -> loss per image
-OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,6 @@ class Normalized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return predict(self.model, (x - self.mean) / self.std)
-
-
-def quiet(_: str) -> None:
-    """Ignore progress."""
 
 
 # --- step size (section 3 of the paper), for the ascent in input space and in weight space --------------------------
@@ -173,13 +168,7 @@ def _loss_and_grad(model: nn.Module, x: Tensor, loss_fn: Loss, rows: Tensor) -> 
 
 @torch.no_grad()
 def apgd(
-    model: nn.Module,
-    images: Tensor,
-    label: Tensor,
-    loss_fn: Loss,
-    start: Tensor,
-    threat: Threat,
-    on_progress: OnProgress = quiet,
+    model: nn.Module, images: Tensor, label: Tensor, loss_fn: Loss, start: Tensor, threat: Threat
 ) -> tuple[Tensor, Tensor]:
     """Run Auto-PGD (Algorithm 1) once from `start`, maximizing `loss_fn` for each image.
 
@@ -207,7 +196,6 @@ def apgd(
             rows, center, x, x_before, grad, loss_before, best, best_x, best_grad = (t[left] for t in state)
         if i == threat.n_iter or not len(rows):
             break
-        on_progress(f"iteration {i + 1}/{threat.n_iter}, {len(rows)} robust")
         momentum = 0.75 if i > 0 else 1.0
         direction = grad.sign() if norm == "linf" else unit(grad, norm)
         z = project(x + _per_image(step.size, x) * direction, center, norm, eps)
@@ -251,9 +239,7 @@ def check_num_classes(num_classes: int) -> None:
 
 
 @torch.no_grad()
-def attack(
-    model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat, on_progress: OnProgress = quiet
-) -> Tensor:
+def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat) -> Tensor:
     """Attack the images in turn by all attacks of a threat, each those still robust; return outcomes [B] (`ROBUST`)."""
     logits = model(images)
     num_classes = logits.shape[1]
@@ -274,18 +260,14 @@ def attack(
                 return F.cross_entropy(z, y[r], reduction="none")
             return dlr_targeted(z, y[r], target[r])
 
-        def report(text: str, run: str = f"{name} {target - 1}" if name == "apgd-t" else name) -> None:
-            on_progress(f"{run} {text}")
-
         noise = starting_noise(threat, name, target, restart, index[rows.cpu()], x.shape[1:]).to(x)
         start = (x + threat.eps * unit(noise, threat.norm)).clamp(0.0, 1.0)
-        adversarial, vanished = apgd(model, x, y, loss_fn, start, threat, report)
+        adversarial, vanished = apgd(model, x, y, loss_fn, start, threat)
         outcome[rows[adversarial]] = ATTACKS.index(name)
         without_gradient[rows[vanished & ~adversarial]] = VANISHED
     for name in threat.attacks[len(APGD) :]:
         rows = (outcome == ROBUST).nonzero().flatten()
         if len(rows):
-            on_progress(f"{name}, {len(rows)} robust")
             adversarial = fab_or_square(name, model, images[rows], label[rows], threat)
             outcome[rows[adversarial]] = ATTACKS.index(name)
     return outcome + without_gradient

@@ -1,6 +1,5 @@
 """The models of validate.py: --model names, pretrained weights, checkpoints and test-time pooling."""
 
-import filecmp
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,24 +72,12 @@ def list_checkpoints(paths: list[str]) -> list[str]:
             if not inside:
                 raise UserError(f"--checkpoint {path}: no {', '.join(_SUFFIXES)} file in this directory")
             best = next((name for name in (f"model_best{SUFFIX}", f"last{SUFFIX}") if name in inside), None)
-            files += [inside[best]] if best else drop_copies(list(inside.values()))
+            files += [inside[best]] if best else inside.values()
         elif not Path(path).is_file():
             raise UserError(f"--checkpoint {path}: no such file")
         else:
             files.append(path)
     return list(dict.fromkeys(files)) or [""]
-
-
-def drop_copies(paths: list[str]) -> list[str]:
-    """The files without those that have the content of an earlier one."""
-    unique: list[str] = []
-    for path in paths:
-        original = next((other for other in unique if filecmp.cmp(path, other, shallow=False)), None)
-        if original:
-            log.info("%s is the same file as %s: evaluated once", path, original)
-        else:
-            unique.append(path)
-    return unique
 
 
 def build(job: Job, dist_info: DistInfo) -> EvalContext:

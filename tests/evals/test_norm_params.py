@@ -96,21 +96,3 @@ def test_histogram_counts_the_values_between_its_edges():
     found = {("BatchNorm2d", "beta"): [("a", torch.tensor([-0.5, 0.1])), ("b", torch.tensor([0.2, 0.9]))]}
     assert norm_params.histogram(found, "beta", torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == [1, 2, 1]
     assert norm_params.histogram(found, "gamma", torch.tensor([-1.0, 0.0])).tolist() == [0]
-
-
-def test_long_names_stay_in_their_panels(tmp_path):
-    """Titles lie above their own panel, and the legend above and below no axis."""
-    found = norm_params.norm_values(resnet())
-    names = [f"{i}6112{i}-2145{i}8-samon-layerl2-momentum-rho0.05/model_best.pth.tar" for i in range(3)]
-    figure = norm_params.draw_signed(dict.fromkeys(names, found))
-    figure.savefig(tmp_path / "a.png")
-    for axis in figure.axes:
-        title, panel = axis.title.get_window_extent(), axis.get_window_extent()
-        assert panel.x0 <= title.x0 < title.x1 <= panel.x1
-    figure = norm_params.draw_magnitudes(dict.fromkeys(names, found))
-    figure.savefig(tmp_path / "b.png")
-    (legend,) = figure.legends
-    assert len(legend.get_texts()) == 3
-    for axis in figure.axes:
-        assert axis.get_legend() is None
-        assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
