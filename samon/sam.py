@@ -51,7 +51,7 @@ class AscentSource:
         name: its value of `ascent=`; `former_name` is found in older checkpoints.
         single_pass: no update makes an ascent pass.
         needs_clean_grad: g is used when the optimizer steps.
-        uses_final_gradient: the next update depends on h.
+        uses_final_gradient: what is applied or kept depends on h of the perturbed parameters.
         has_state: tensors are carried from update to update.
         counts_updates: what comes next depends on the number of updates.
         keep_probability: fraction of the tensors that an update perturbs.
@@ -184,8 +184,8 @@ class SAM(Optimizer):
             raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
         if self.selection.perturb_frozen and ascent.uses_final_gradient:
             raise UserError(
-                f"ascent={ascent.name!r} uses the gradient at w + eps, which frozen parameters do not have; drop "
-                "perturb_frozen, or use ascent='batch' or 'fsam'"
+                "perturb_frozen excludes ascent sources that use the gradient at w + eps, which frozen parameters do "
+                "not have; use ascent='batch' or 'fsam', without gsam_alpha"
             )
         self.ascent = ascent
 

@@ -37,7 +37,7 @@ def by_closure(opt: samon.SAM, forward: Callable) -> None:
     opt.step(closure)
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"replay": False}])
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"perturb": "late"}, {"perturb": "late", "replay": False}])
 @pytest.mark.parametrize("name", ["samon", "samon-layerl2", "sam-fisher", "samnn-elemlinf"])
 @pytest.mark.parametrize("net", NETS)
 def test_the_gradient_is_that_of_the_unfrozen_model(net: str, name: str, options: dict) -> None:
@@ -48,10 +48,14 @@ def test_the_gradient_is_that_of_the_unfrozen_model(net: str, name: str, options
     x, y = batch()
     if "groups" in options and not name.startswith("samon"):
         pytest.skip("groups are for scope samon")
-    before = copy.deepcopy(model.state_dict())
+    before, late = copy.deepcopy(model.state_dict()), {"batchnorm": r"blocks\.2", "layernorm": r"norms\.3|mixes\.3"}
+    perturb, steps = (late[net], 3) if "perturb" in options else (None, 1)  # the first update records what is replayed
+    two_pass = {key: value for key, value in options.items() if key != "perturb"}
     for m, kwargs in ((model, {"perturb_frozen": True}), (unfrozen, {})):
-        opt = create_optimizer_v2(m, name, lr=0.1, rho=RHO, **kwargs)
-        samon.two_pass(opt, lambda m=m: F.cross_entropy(m(x), y), **options)
+        opt = create_optimizer_v2(m, name, lr=0.1, rho=RHO, perturb=perturb, **kwargs)
+        for _ in range(steps):
+            opt.zero_grad()
+            samon.two_pass(opt, lambda m=m: F.cross_entropy(m(x), y), **two_pass)
     for (n, p), q in zip(model.named_parameters(), unfrozen.parameters(), strict=True):
         assert torch.equal(p, before[n])
         assert (p.grad is not None) == p.requires_grad == (n in trained)
@@ -104,9 +108,9 @@ def test_what_cannot_be_done_is_refused() -> None:
     model = probe("layernorm")
     with pytest.raises(samon.UserError, match="perturb_frozen=True"):
         create_optimizer_v2(model, "samon", lr=0.1)
-    for source in ("previous", "msam", "looksam:2", "aesam"):
-        with pytest.raises(samon.UserError, match="frozen parameters do not have"):
-            create_optimizer_v2(model, "samon", lr=0.1, ascent=source, perturb_frozen=True)
+    for source in (*({"ascent": name} for name in ("previous", "msam", "looksam:2", "aesam")), {"gsam_alpha": 0.1}):
+        with pytest.raises(samon.UserError, match=r"perturb_frozen excludes .* use ascent='batch'"):
+            create_optimizer_v2(model, "samon", lr=0.1, perturb_frozen=True, **source)
     with pytest.raises(samon.UserError, match="create the optimizer from the model"):
         create_optimizer_v2(list(model.parameters())[-2:], "sam", lr=0.1, perturb_frozen=True)
     opt = create_optimizer_v2(model, "samon", lr=0.1, perturb_frozen=True)

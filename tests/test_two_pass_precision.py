@@ -19,12 +19,12 @@ from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
 from tests.steps import Forward, HostReads, assert_unchanged, closure_of, flat_gradient, loss_of, optimizer_of, values
 
 
-def make(net: Any = LayerNormNet, name: str = "samon") -> tuple[nn.Module, Any, Forward]:
+def make(net: Any = LayerNormNet, name: str = "samon", **how: Any) -> tuple[nn.Module, Any, Forward]:
     """(float32 network, optimizer, its loss)."""
     torch.manual_seed(0)
     model = randomized(net()).float()
     x, y = batch()
-    return model, optimizer_of(model, name), loss_of(model, x.float(), y)
+    return model, optimizer_of(model, name, **how), loss_of(model, x.float(), y)
 
 
 def scaler_of(scale: float) -> torch.amp.GradScaler:
@@ -38,12 +38,14 @@ def assert_near(model: nn.Module, twin: nn.Module) -> None:
 
 # -- scalers and autocast ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "groups"),
-    [(s + g, 1) for s in ("sam", "samon") for g in ("", "-fisher", "-elemlinf")] + [("samon", 4), ("samon-fisher", 4)],
+    ("name", "groups", "how"),
+    [(s + g, 1, {}) for s in ("sam", "samon") for g in ("", "-fisher", "-elemlinf")]
+    + [("samon", 4, {}), ("samon-fisher", 4, {})]
+    + [("samon-layerl2", groups, {"radius": rule}) for rule in ("raw", 0.5, "loss") for groups in (1, 4)],
 )
-def test_a_scaled_step_equals_an_unscaled_one(name: str, groups: int) -> None:
+def test_a_scaled_step_equals_an_unscaled_one(name: str, groups: int, how: dict[str, Any]) -> None:
     """2^12 scales float32 exactly, so only Fisher's T, where g is squared, could differ: by rounding of g / scale."""
-    (model, opt, forward), (twin, other, plain) = make(name=name), make(name=name)
+    (model, opt, forward), (twin, other, plain) = make(name=name, **how), make(name=name, **how)
     scaler = scaler_of(2.0**12)
     samon.two_pass(opt, forward, scaler=scaler, groups=groups)
     samon.two_pass(other, plain, groups=groups)

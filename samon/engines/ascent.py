@@ -157,7 +157,7 @@ class GSAM(AscentSource):
         inner: the source of the direction, with an ascent pass at every update.
     """
 
-    needs_clean_grad = True
+    needs_clean_grad = uses_final_gradient = True
 
     def __init__(self, inner: AscentSource, alpha: float) -> None:
         if alpha and type(inner) not in (AscentSource, FriendlySAM):

@@ -77,6 +77,19 @@ def test_a_killed_run_ends_bit_identical(extra: list[str], moment: matrix.Moment
 
 
 @pytest.mark.slow
+def test_another_optimizer_takes_over_in_the_tail(sharded: Path) -> None:
+    """SGDW takes SGD's sharded momentum at update 3 of 12; killed and resumed after it, also as it runs under DDP."""
+    args = ["--opt", "samon-layerl2-momentum", "--sam-tail", "0.75", "--tail-opt", "sgdw", "--tail-lr", "0.5"]
+    whole, ddp = (launch(sharded.parent / f"tail{len(more)}", *args, *more) for more in (["--fsdp", *DCP], []))
+    assert distance(whole, ddp) < 1e-4
+    log = (whole / "log.txt").read_text()
+    assert "update 3, the start of the tail: --tail-opt sgdw replaces SGD, with the momentum of " in log
+    killed = launch(sharded.parent / "tail-killed", *args, "--fsdp", *DCP, moment=("update", 1, 3))
+    launch(killed, *args, "--fsdp", *DCP, "--resume", str(killed))
+    assert_same(weights(whole), weights(killed))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], DCP], ids=["file", "dcp"])
 def test_a_checkpoint_resumes_without_sharding_and_with_it(extra: list[str], sharded: Path, ddp: Path) -> None:
     for first, second in ((SHARDED, ["--no-fsdp", *SHARDED[1:]]), (SHARDED[1:], SHARDED)):
