@@ -93,6 +93,22 @@ def test_the_same_optimizer_goes_on_bit_identically(base: str) -> None:
         assert_same(model, twin)
 
 
+def test_options_are_those_of_the_new_optimizer() -> None:
+    """Learning rate, decay and what schedulers and timm keep in a group stay; momentum, Nesterov and others do not."""
+    _, opt, _ = trained("sgd", weight_decay=0.1)
+    for i, group in enumerate(opt.param_groups):
+        group |= {"lr_scale": 0.5**i, "initial_lr": 0.3}  # of --layer-decay, and of schedulers
+    before = [dict(group) for group in opt.param_groups]
+    opt.replace_base("muon", momentum=0.95)
+    for old, new in zip(before, opt.param_groups, strict=True):
+        assert [id(p) for p in old["params"]] == [id(p) for p in new["params"]]
+        for key in ("lr", "weight_decay", "lr_scale", "initial_lr"):
+            assert old[key] == new[key]
+        assert (new["momentum"], new["nesterov"]) == (0.95, False)
+        assert "dampening" not in new
+    assert opt.defaults["lr"] == 0.3
+
+
 def test_adam_after_sgd_starts_as_a_new_one() -> None:
     """A carried momentum would be multiplied by 10 in the first update, since the step count is 0."""
     model, opt, _ = trained("sgd")

@@ -70,7 +70,7 @@ SWITCHES = {  # the tail starts at update 2 of epoch 0
 TAIL = ["--sam-tail", "0.75", "--tail-lr", "0.3", "--epochs", "2"]
 
 
-@pytest.mark.parametrize("case", SWITCHES)
+@pytest.mark.parametrize("case", [c if c == "sgd-muon" else pytest.param(c, marks=pytest.mark.slow) for c in SWITCHES])
 def test_stopped_before_at_and_after_the_switch_of_optimizers(case: str, tmp_path: Path) -> None:
     args = [*SWITCHES[case].split(), *TAIL]
     _, whole = run(tmp_path, *args, name="whole")
