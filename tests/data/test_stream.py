@@ -115,17 +115,6 @@ def test_training_sees_samples_at_most_once_with_equal_steps(root, world):
     assert epochs[0] != epochs[1]
 
 
-def test_whole_shards_stay_with_one_reader(tmp_path):
-    root = write_set(tmp_path / "even", [4] * 8)
-    for rank in range(2):
-        stream = create_dataset("wds/x", root, "train", is_training=True, batch_size=2, rank=rank, world_size=2)
-        stream.set_loader_cfg(4)
-        for worker in range(4):
-            start, size, _ = stream.read_range(worker, 4)
-            pieces = streams.shard_slices([4] * 8, start, start + size, seed=42)
-            assert [(p.start, p.stop) for p in pieces] == [(0, 4)]
-
-
 def _augmented(root, **options):
     mixup = FastCollateMixup(mixup_alpha=0.2, cutmix_alpha=1.0, num_classes=TOTAL)
     return make_loader(root, re_prob=0.5, re_mode="pixel", interpolation="random", collate_fn=mixup, **options)

@@ -126,15 +126,6 @@ def test_update_is_the_mean_over_tokens(opt: str, m_sharpness: str) -> None:
         torch.testing.assert_close(grad, wanted[name], rtol=1e-9, atol=1e-12)
 
 
-def test_padding_changes_no_logits() -> None:
-    model, batch = tiny_model(), micro_batches()[2]
-    both = model(batch.source, batch.shifted)
-    n = int((batch.target[1] != PAD).sum())
-    alone = model(batch.source[1][batch.source[1] != PAD][None], batch.shifted[1:2, :n])
-    assert n < batch.shifted.shape[1]
-    torch.testing.assert_close(both[1, :n], alone[0], rtol=1e-10, atol=1e-12)
-
-
 def test_schedule() -> None:
     assert inverse_sqrt(0, 1.0, 100) == pytest.approx(0.01)
     assert inverse_sqrt(99, 1.0, 100) == 1.0
@@ -172,19 +163,6 @@ def test_wide_beam_finds_the_best_of_all_translations() -> None:
         every = [list(p) for n in range(int(limit) + 1) for p in itertools.product(allowed, repeat=n)]
         best = max(every, key=partial(score, model, source[source != PAD]))
         assert pieces == best
-
-
-def test_beam_of_one_is_greedy() -> None:
-    model = tiny_model().eval()
-    source = torch.tensor([[4, 5, 9, EOS]])
-    pieces: list[int] = []
-    while len(pieces) < 6:
-        logits = model(source, torch.tensor([[BOS, *pieces]]))[0, -1]
-        logits[[PAD, BOS]] = -math.inf
-        if int(logits.argmax()) == EOS:
-            break
-        pieces.append(int(logits.argmax()))
-    assert beam_search(model, source, 1, torch.tensor([6])) == [pieces]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
