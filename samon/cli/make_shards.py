@@ -26,7 +26,7 @@ from PIL import Image
 from samon.cli.layouts import FORMATS, LabeledImages, find_splits
 from samon.cli.program import run_script
 from samon.data.classes import check_label
-from samon.data.corrupt import DataError, ImageError, SampleError
+from samon.data.corrupt import DataError, SampleError
 from samon.data.decode import decode_pil, open_image
 from samon.data.images import ImageEntry
 from samon.data.shards import ShardReader, import_webdataset, load_split, open_url
@@ -173,16 +173,15 @@ def find_faults(url: str, length: int, digest: str | None, num_classes: int | No
     faults = [f"{url}: its SHA-256 is not the one in _info.json"] if digest and sha256(url) != digest else []
     try:
         for _, sample in ShardReader(None, None).read(url, length, range(length)):
-            if isinstance(sample, SampleError):
-                faults.append(f"{type(sample).__name__}: {sample}")
-                continue
+            where = ""
             try:
+                if isinstance(sample, SampleError):
+                    raise sample
                 check_label(sample.label, num_classes, sample.where)
+                where = f"{sample.where}: "  # which decoding does not know
                 decode_pil(sample.image)
-            except ImageError as error:
-                faults.append(f"{sample.where}: {type(error).__name__}: {error}")
             except DataError as error:
-                faults.append(f"{type(error).__name__}: {error}")
+                faults.append(f"{where}{error}")
     except UserError as error:
         faults.append(str(error))
     return faults

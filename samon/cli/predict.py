@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.program import parse_before_dashes, run_script
-from samon.data.corrupt import ImageError
+from samon.data.corrupt import SampleError
 from samon.data.shards import RawSample, is_hidden
 from samon.data.sources import Source
 from samon.errors import UserError
@@ -49,7 +49,7 @@ class FileList(Source):
         try:
             return RawSample(str(path), path.read_bytes(), 0)
         except OSError as error:
-            raise ImageError(f"{path}: {error.strerror}") from None
+            raise SampleError(f"{path}: {error.strerror}") from None
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -9,28 +9,16 @@ equal batches on every rank, each validation sample exactly once, and a resume a
 - `corrupt`: errors in samples, which are counted.
 """
 
-from samon.data.corrupt import (
-    CorruptSampleCounter,
-    DataError,
-    ImageError,
-    ImageTooLargeError,
-    LabelError,
-    SampleError,
-    ShardError,
-)
+from samon.data.corrupt import CorruptSampleCounter, DataError, SampleError
 from samon.data.in_memory import InMemoryLoader, create_in_memory_loader
 from samon.data.loader import Loader, create_dataset, create_loader
 
 __all__ = [
     "CorruptSampleCounter",
     "DataError",
-    "ImageError",
-    "ImageTooLargeError",
     "InMemoryLoader",
-    "LabelError",
     "Loader",
     "SampleError",
-    "ShardError",
     "create_dataset",
     "create_in_memory_loader",
     "create_loader",

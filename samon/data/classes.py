@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 from timm.data.readers.class_map import load_class_map as load_timm_class_map
 
-from samon.data.corrupt import DataError, LabelError
+from samon.data.corrupt import DataError, SampleError
 from samon.errors import UserError, nearest
 
 LabelMap = Mapping[Any, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
@@ -37,13 +37,13 @@ def check_label(label: object, num_classes: int | None, where: str) -> int:
         where: names the sample in the message.
 
     Raises:
-        LabelError: not an integer, or negative: this sample is corrupt.
+        SampleError: not an integer, or negative: this sample is corrupt.
         DataError: `num_classes` or more: the settings do not fit the data.
     """
     if not isinstance(label, (int, np.integer)):
-        raise LabelError(f"{where}: label {label!r:.40} is not an integer")
+        raise SampleError(f"{where}: label {label!r:.40} is not an integer")
     if label < 0:
-        raise LabelError(f"{where}: label {label} is not in 0..{(num_classes or 1) - 1}")
+        raise SampleError(f"{where}: label {label} is not in 0..{(num_classes or 1) - 1}")
     if num_classes and label >= num_classes:
         known = f"there are {num_classes} classes (0..{num_classes - 1})"
         raise DataError(f"{where}: label {label}, but {known}; raise --num-classes or use --class-map")
@@ -51,13 +51,13 @@ def check_label(label: object, num_classes: int | None, where: str) -> int:
 
 
 def map_label(label_map: LabelMap | None, label: object, where: str) -> object:
-    """Return the label that `label_map` has for a stored label; a LabelError if it has none."""
+    """Return the label that `label_map` has for a stored label; a SampleError if it has none."""
     if label_map is None:
         return label
     try:
         return label_map[label]
     except (KeyError, TypeError):  # TypeError: a label that cannot be a key, such as a list
-        raise LabelError(f"{where}: label {label!r:.40} is not in the class map") from None
+        raise SampleError(f"{where}: label {label!r:.40} is not in the class map") from None
 
 
 def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:

@@ -19,23 +19,10 @@ class DataError(UserError):
 
 
 class SampleError(DataError):
-    """One sample is unusable. Training skips and counts it, evaluation stops."""
+    """One sample is unusable: a damaged shard, bytes that are no image or too large a one, a label that is no class.
 
-
-class ShardError(SampleError):
-    """A shard is damaged: samples that its index lists cannot be read."""
-
-
-class ImageError(SampleError):
-    """The bytes are not an image that can be decoded."""
-
-
-class ImageTooLargeError(ImageError):
-    """The image has more pixels or bytes than any photograph: a decompression bomb or damage."""
-
-
-class LabelError(SampleError):
-    """The label is missing, not an integer, or not a class."""
+    Training skips and counts it, evaluation stops.
+    """
 
 
 class WorkerError(RunError):
@@ -97,9 +84,9 @@ class CorruptSampleCounter:
         self._counts[worker] += 1
         count = int(self._counts[:, 0].sum())
         if count <= _MAX_LOGGED:
-            _logger.warning("corrupt sample skipped: %s: %s", type(error).__name__, error)
+            _logger.warning("corrupt sample skipped: %s", error)
         if count > self.limit * self.samples:
             raise DataError(
                 f"{count} corrupt samples in this epoch, more than {self.limit:g} of the {self.samples} that this "
-                f"process reads; last: {type(error).__name__}: {error}; repair the data or raise --max-corrupt-samples"
+                f"process reads; last: {error}; repair the data or raise --max-corrupt-samples"
             )

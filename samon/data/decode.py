@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 from torchvision.transforms.v2 import functional as F
 
-from samon.data.corrupt import ImageError, ImageTooLargeError
+from samon.data.corrupt import SampleError
 from samon.errors import UserError
 
 try:
@@ -61,16 +61,16 @@ def open_image(data: bytes) -> Image.Image:
     """Parse an image's header without decoding it.
 
     Raises:
-        ImageError: not an image in a known format, or more than `MAX_PIXELS`.
+        SampleError: not an image in a known format, or more than `MAX_PIXELS`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(str(error)) from error
+        raise SampleError(str(error)) from error
     except Exception as error:  # hostile bytes can make any parser raise anything
-        raise ImageError(f"not an image: {len(data)} bytes starting {data[:12]!r}") from error
+        raise SampleError(f"not an image: {len(data)} bytes starting {data[:12]!r}") from error
     if image.width * image.height > MAX_PIXELS:
-        raise ImageTooLargeError(f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}")
+        raise SampleError(f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}")
     return image
 
 
@@ -78,14 +78,14 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scale gray values of 16 bits to 8, by the high byte as Pillow does for colors; `convert` would make them white.
 
     Raises:
-        ImageError: integers or floats of 32 bits outside 0 to 255, whose white is not defined.
+        SampleError: integers or floats of 32 bits outside 0 to 255, whose white is not defined.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
         if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
-            raise ImageError(f"values from {low:g} to {high:g} of 32 bits; save it with 8 or 16 bits")
+            raise SampleError(f"values from {low:g} to {high:g} of 32 bits; save it with 8 or 16 bits")
     return image
 
 
@@ -97,10 +97,10 @@ def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
             if image.mode == "P":  # the conversion drops transparency, as timm does
                 warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             return _to_8_bits(image).convert(mode) if mode else image.copy()
-    except ImageError:
+    except SampleError:
         raise
     except Exception as error:
-        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+        raise SampleError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 class Jpeg:
@@ -127,7 +127,7 @@ def parse_jpeg(data: bytes | Image.Image) -> Jpeg | None:
         return None
     try:
         image = open_image(data)
-    except ImageError:
+    except SampleError:
         return None
     return Jpeg(data, image.height, image.width) if image.mode in ("RGB", "L") else None
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from samon.data.classes import LabelMap, check_names, map_label
-from samon.data.corrupt import DataError, ImageTooLargeError, LabelError, SampleError, ShardError
+from samon.data.corrupt import DataError, SampleError
 from samon.data.decode import IMAGE_KEYS
 from samon.errors import UserError, nearest, require_package
 
@@ -333,9 +333,9 @@ def read_members(
                 if position not in wanted:
                     continue
                 if suffix in fields:
-                    fields[suffix] = ShardError(f"{url} {key}: two members end in .{suffix}")
+                    fields[suffix] = SampleError(f"{url} {key}: two members end in .{suffix}")
                 elif member.size > MAX_BYTES:
-                    fields[suffix] = ImageTooLargeError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
+                    fields[suffix] = SampleError(f"{url} {key}.{suffix}: {member.size} bytes, limit {MAX_BYTES}")
                 else:
                     data = tar.extractfile(member)
                     fields[suffix] = b"" if data is None else data.read()
@@ -400,7 +400,7 @@ class ShardReader:
             if done == len(wanted):
                 return
         for position in wanted[done:]:
-            yield position, ShardError(f"{url}: {failures[-1]}; sample {position} of {length} cannot be read")
+            yield position, SampleError(f"{url}: {failures[-1]}; sample {position} of {length} cannot be read")
 
     def _scan(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, SampleOrError]]:
         if not wanted:
@@ -420,20 +420,20 @@ class ShardReader:
     def _make_sample(self, where: str, fields: Mapping[str, bytes | SampleError]) -> SampleOrError:
         image = next((fields[key] for key in self.image_keys if key in fields), None)
         if image is None:
-            return ShardError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
+            return SampleError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
         label = fields.get(self.label_suffix)
         if label is None:
-            return LabelError(f"{where}: no label, no {self.label_suffix} member")
+            return SampleError(f"{where}: no label, no {self.label_suffix} member")
         if isinstance(image, SampleError):
             return image
         if isinstance(label, SampleError):
             return label
         try:
             return RawSample(where, image, map_label(self.label_map, self._parse_label(label), where))
-        except LabelError as error:
+        except SampleError as error:
             return error
         except Exception as error:  # JSON of any depth and type; int() of any bytes
-            return LabelError(f"{where}: {type(error).__name__}: {error}")
+            return SampleError(f"{where}: {type(error).__name__}: {error}")
 
     def _parse_label(self, raw: bytes) -> int:
         if self.label_key:

@@ -22,7 +22,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, map_label, match_classes
-from samon.data.corrupt import ImageError, LabelError, SampleError
+from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry, find_images
 from samon.data.shards import (
     RawSample,
@@ -158,7 +158,9 @@ class Source:
         except SampleError as error:
             return error
         except Exception as error:  # libraries raise anything on damaged samples
-            return ImageError(f"{self.location} sample {index}: {type(error).__name__}: {' '.join(str(error).split())}")
+            return SampleError(
+                f"{self.location} sample {index}: {type(error).__name__}: {' '.join(str(error).split())}"
+            )
 
     def read_one(self, index: int) -> RawSample:
         """Return one sample with its stored label; may raise anything."""
@@ -242,7 +244,7 @@ class FileSource(Source):
         try:
             return RawSample(entry.where, entry.read(), self.labels[index])
         except OSError as error:
-            raise ImageError(f"{entry.where}: {error.strerror or error}") from None
+            raise SampleError(f"{entry.where}: {error.strerror or error}") from None
 
     def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
         """Leave out the files of classes that the map does not have, as timm does."""
@@ -307,9 +309,9 @@ class HubSource(Source):
         row, where = self.dataset[index], f"{self.location} sample {index}"
         image, label = row[self.image_key], get_field(row, self.label_key)
         if image is None:
-            raise ImageError(f"{where}: {self.image_key} is missing")
+            raise SampleError(f"{where}: {self.image_key} is missing")
         if label is None:
-            raise LabelError(f"{where}: {self.label_key} is missing")
+            raise SampleError(f"{where}: {self.label_key} is missing")
         return RawSample(where, image["bytes"] or ImageEntry(image["path"]).read(), label)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from samon import rng
 from samon.data.classes import check_label
-from samon.data.corrupt import CorruptSampleCounter, DataError, ImageError, SampleError
+from samon.data.corrupt import CorruptSampleCounter, DataError, SampleError
 from samon.data.decode import Transform
 from samon.data.shards import SampleOrError
 from samon.data.sources import ShardSource, Source
@@ -288,10 +288,10 @@ class SampleStream(IterableDataset):
         try:
             for step in (self.decode, self.transform):
                 image = image if step is None else step(image)
-        except ImageError as error:
-            raise type(error)(f"{sample.where}: {error}") from error
+        except SampleError as error:
+            raise SampleError(f"{sample.where}: {error}") from error
         except Exception as error:  # an augmentation can fail on some images
-            raise ImageError(f"{sample.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise SampleError(f"{sample.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
         return image, label
 
 

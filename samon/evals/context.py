@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from samon.data.corrupt import ImageError, SampleError
+from samon.data.corrupt import SampleError
 from samon.data.decode import Transform, decode_pil
 from samon.data.loader import create_loader, create_transform
 from samon.data.shards import RawSample, SampleOrError
@@ -219,7 +219,7 @@ def _crop_border(dataset: EvalDataset, data: bytes | Image.Image) -> Image.Image
     image, border = decode_pil(data, dataset.image_mode), dataset.border
     width, height = image.size
     if min(width, height) <= 2 * border:
-        raise ImageError(f"{width} x {height} pixels, too small to crop a border of {border}")
+        raise SampleError(f"{width} x {height} pixels, too small to crop a border of {border}")
     return image.crop((border, border, width - border, height - border))
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from samon.data import DataError, LabelError
+from samon.data import DataError, SampleError
 from samon.data.classes import check_label, check_names, class_order, load_class_map, match_classes
 from samon.data.sources import open_source
 from samon.errors import UserError
@@ -28,7 +28,7 @@ def test_labels_are_integers_below_the_number_of_classes():
     assert check_label(np.int64(2), 3, "x") == 2
     assert check_label(7, None, "x") == 7
     for label, message in ((-1, r"here: label -1 is not in 0\.\.2"), (1.5, "1.5 is not"), (None, "None is not")):
-        with pytest.raises(LabelError, match=message):
+        with pytest.raises(SampleError, match=message):
             check_label(label, 3, "here")
     with pytest.raises(DataError, match=r"here: label 3, but there are 3 classes \(0\.\.2\)"):
         check_label(3, 3, "here")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samon.data import DataError, ImageError, ImageTooLargeError, LabelError, SampleError, ShardError, shards
+from samon.data import DataError, SampleError, shards
 from samon.data.corrupt import WorkerError, explain_worker_error
 from samon.errors import UserError
 from tests.sets import change_info, flat, jpeg, make_loader, same, tar_of, targets, write_images, write_set
@@ -42,23 +42,23 @@ def large_png(width, height):
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n%%EOF\n"
 CORRUPT = [
-    ("jpg", b"not an image", ImageError, "not an image: 12 bytes"),
-    ("jpg", b"", ImageError, "not an image: 0 bytes"),
-    ("jpg", jpeg(0)[:-200], ImageError, "cannot be decoded: OSError"),
-    ("jpg", jpeg(0)[:100], ImageError, "s0004"),
-    ("jpg", EPS, ImageError, "not an image"),
-    ("jpg", png_bomb(), ImageTooLargeError, "exceeds limit|limit 89478485"),
-    ("jpg", large_png(10_000, 9_000), ImageTooLargeError, "10000 x 9000 pixels, limit 89478485|exceeds limit"),
-    ("jpg", None, ShardError, "no image"),
-    ("cls", None, LabelError, "no label"),
-    *(("cls", text, LabelError, "is not an integer") for text in (b"three", b"1e3", b"", b"9" * 5000)),
-    ("cls", b"-1", LabelError, r"label -1 is not in 0\.\.7"),
+    ("jpg", b"not an image", "not an image: 12 bytes"),
+    ("jpg", b"", "not an image: 0 bytes"),
+    ("jpg", jpeg(0)[:-200], "cannot be decoded: OSError"),
+    ("jpg", jpeg(0)[:100], "s0004"),
+    ("jpg", EPS, "not an image"),
+    ("jpg", png_bomb(), "exceeds limit|limit 89478485"),
+    ("jpg", large_png(10_000, 9_000), "10000 x 9000 pixels, limit 89478485|exceeds limit"),
+    ("jpg", None, "no image"),
+    ("cls", None, "no label"),
+    *(("cls", text, "is not an integer") for text in (b"three", b"1e3", b"", b"9" * 5000)),
+    ("cls", b"-1", r"label -1 is not in 0\.\.7"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(CORRUPT)))
 def test_corrupt_samples_are_skipped_in_training_and_stop_evaluation(tmp_path, caplog, number):
-    suffix, content, kind, message = CORRUPT[number]
+    suffix, content, message = CORRUPT[number]
     workers = int(number == 2)  # once in a worker, whose log goes to the terminal
     root = write_set(tmp_path / "set", [8], {4: {suffix: content}})
     loader = make_loader(root, workers=workers, dataset=HALF)
@@ -67,9 +67,9 @@ def test_corrupt_samples_are_skipped_in_training_and_stop_evaluation(tmp_path, c
     assert set(seen) == set(range(8)) - {4}
     assert loader.corrupt_samples == 1
     if not workers:
-        assert f"corrupt sample skipped: {kind.__name__}" in caplog.text
+        assert "corrupt sample skipped: " in caplog.text
         assert "train-0000.tar s0004" in caplog.text
-    with pytest.raises(kind, match=message) as caught:
+    with pytest.raises(SampleError, match=message) as caught:
         flat(make_loader(root, training=False, workers=workers))
     assert "train-0000.tar s0004" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -78,7 +78,7 @@ def test_corrupt_samples_are_skipped_in_training_and_stop_evaluation(tmp_path, c
 def test_members_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_BYTES", 2000)
     root = write_set(tmp_path / "set", [4], {1: {"jpg": b"\0" * 2001}})
-    with pytest.raises(ImageTooLargeError, match=r"s0001\.jpg: 2001 bytes, limit 2000"):
+    with pytest.raises(SampleError, match=r"s0001\.jpg: 2001 bytes, limit 2000"):
         flat(make_loader(root, training=False))
 
 
@@ -105,7 +105,7 @@ def test_truncated_shards(tmp_path, length, compress):
         flat(make_loader(root, training=False))
     assert str(path) in str(caught.value)
     path.write_bytes(b"<html>404</html>" * 100)
-    with pytest.raises(ShardError, match="ReadError"):
+    with pytest.raises(SampleError, match="ReadError"):
         flat(make_loader(root, training=False))
 
 
@@ -177,7 +177,7 @@ def test_member_names_are_never_paths(tmp_path):
         link = tarfile.TarInfo("/abs\x1b[31m\n.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with pytest.raises(ImageError, match=r"not an image") as caught:
+    with pytest.raises(SampleError, match=r"not an image") as caught:
         flat(make_loader(root, training=False))
     assert r"/abs\x1b[31m\n" in str(caught.value), "control characters must not reach a terminal"
     assert not (tmp_path.parent / "escape.jpg").exists()
@@ -189,7 +189,7 @@ def test_damaged_files_in_folders(tmp_path):
     loader = make_loader(root, name="", dataset=HALF)
     assert set(flat(loader)) == set(range(8)) - {3}
     assert loader.corrupt_samples == 1
-    with pytest.raises(ImageError, match=r"c3/image\.jpg: not an image"):
+    with pytest.raises(SampleError, match=r"c3/image\.jpg: not an image"):
         flat(make_loader(root, name="", training=False))
 
 
@@ -219,7 +219,7 @@ def test_labels_in_json(tmp_path):
 
 def test_a_class_map_without_a_label(tmp_path):
     root = write_set(tmp_path / "set", [6])
-    with pytest.raises(LabelError, match="label 5 is not in the class map"):
+    with pytest.raises(SampleError, match="label 5 is not in the class map"):
         flat(make_loader(root, training=False, dataset={"class_map": {i: (i + 1) % 6 for i in range(5)}}))
 
 
@@ -269,7 +269,7 @@ def kill_workers():
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It"), WorkerError, "/dev/shm"),
         (OSError(errno.ENOSPC, "No space left on device"), WorkerError, "/dev/shm"),
         (RuntimeError("CUDA error"), RuntimeError, "^CUDA error$"),
-        (LabelError("Caught\nTraceback\nsamon.data.corrupt.LabelError: x: y"), LabelError, "^x: y$"),
+        (SampleError("Caught\nTraceback\nsamon.data.corrupt.SampleError: x: y"), SampleError, "^x: y$"),
     ],
 )
 def test_what_ends_a_loader_is_one_line(error, kind, line):

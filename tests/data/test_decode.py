@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from samon import rng
 from samon.cli import make_shards
 from samon.data import decode as decoding
-from samon.data.corrupt import ImageError
+from samon.data.corrupt import SampleError
 from samon.data.decode import DECODERS, choose_decoder, decode_pil, decode_tensor
 from samon.data.sources import open_source
 from samon.errors import UserError
@@ -236,7 +236,7 @@ def test_a_crop_of_a_truncated_file_is_right_or_refused(capfd):
     assert torch.equal(jpeg.decode_region(0, 0, height // 8, width), decode_tensor(data)[:, : height // 8])
     assert jpeg.decode_region(0, 0, height, width) is None
     step = choose_decoder("auto", create_transform((3, 32, 32), scale=(1, 1), ratio=(1, 1), **TRAIN), "RGB")[1]
-    with pytest.raises(ImageError, match="cannot be decoded"):
+    with pytest.raises(SampleError, match="cannot be decoded"):
         step(jpeg)
     assert capfd.readouterr().err == ""  # neither about the file nor about libraries that the machine lacks
 
@@ -290,5 +290,5 @@ def test_values_of_32_bits_are_taken_only_where_white_is_known(values, taken):
     if taken:
         assert np.asarray(decode_pil(data, "L"))[0].tolist() == values
     else:
-        with pytest.raises(ImageError, match="of 32 bits; save it with 8 or 16 bits"):
+        with pytest.raises(SampleError, match="of 32 bits; save it with 8 or 16 bits"):
             decode_pil(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samon.data import DataError, ShardError, shards
+from samon.data import DataError, SampleError, shards
 from samon.errors import UserError
 from samon.evals.main import main
 from tests.sets import RANDOM_MODEL, change_info, flat, jpeg, make_loader, tar_of, write_set
@@ -68,13 +68,13 @@ def test_broken_transfers_are_tried_again_with_longer_waits(server):
     assert sorted(flat(make_loader(server.url, training=False))) == list(range(18))
     assert server.waits == [1, 2, 1, 2, 4]
     server.faults = {"/train-0001.tar": 99}
-    with pytest.raises(ShardError, match=r"train-0001\.tar"):
+    with pytest.raises(SampleError, match=r"train-0001\.tar"):
         flat(make_loader(server.url, training=False))
 
 
 def test_shards_that_are_not_there(server):
     (server.root / "train-0002.tar").unlink()
-    with pytest.raises(ShardError, match=r"train-0002\.tar"):
+    with pytest.raises(SampleError, match=r"train-0002\.tar"):
         flat(make_loader(server.url, training=False))
     with pytest.raises(UserError, match=r"_info\.json"):
         make_loader(server.url + "/nowhere")

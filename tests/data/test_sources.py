@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samon.data import ShardError, create_dataset, create_loader
+from samon.data import SampleError, create_dataset, create_loader
 from samon.data.decode import decode_pil
 from samon.data.sources import check_name, find_overlap, open_source
 from samon.errors import UserError
@@ -57,7 +57,7 @@ def test_shards_are_read_in_any_order_one_pass_each(tmp_path, monkeypatch):
     assert len(source) == source.num_classes == 8
     assert open_source("wds/x", root, "train", class_map={i: i // 4 for i in range(8)}).num_classes == 2
     (tmp_path / "set/train-0001.tar").write_bytes(b"")
-    assert [type(record) for record in source.read([3, 4])] == [ShardError, type(records[0])]
+    assert [type(record) for record in source.read([3, 4])] == [SampleError, type(records[0])]
 
 
 def test_folders_keep_timms_order_and_chosen_classes(folder):
@@ -266,7 +266,7 @@ def test_whatever_a_data_set_raises_on_a_sample_is_its_error(mnist, monkeypatch)
     source = open_source("torch/mnist", mnist, "train")
     monkeypatch.setattr(source.pairs, "data", None)
     assert "mnist" in str(source.read([1])[0])
-    assert type(source.read([1])[0]).__name__ == "ImageError"
+    assert type(source.read([1])[0]).__name__ == "SampleError"
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
@@ -360,4 +360,4 @@ def test_text_labels_of_the_hub_are_classes(hub):
 def test_samples_of_the_hub_without_image_or_label_are_corrupt(hub):
     hub(image=PICTURES, label=("ClassLabel", [0, None, 1]))
     kinds = [type(r).__name__ for r in open_source("hfds/x", None, "train").read(range(3))]
-    assert kinds == ["RawSample", "LabelError", "ImageError"]
+    assert kinds == ["RawSample", "SampleError", "SampleError"]
