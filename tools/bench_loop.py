@@ -82,13 +82,13 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
             yield
 
 
-def ours(c: config.Config, world: DistInfo, folder: Path) -> Iterator[None]:
+def ours(c: config.Config, dist_info: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
-    run = build(c, world)
-    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(c, folder, world)
+    run = build(c, dist_info)
+    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(c, folder, dist_info)
     logger.start_trackers(resumed=False)
     for _ in loop.fit(run, Progress(), checkpoints, SignalHandler(), logger):
-        if world.device.type == "cuda":
+        if dist_info.device.type == "cuda":
             torch.cuda.synchronize()
         yield
 
@@ -100,9 +100,9 @@ def main() -> None:
     chosen, rest = parser.parse_known_args()
     argv = ["-c", str(ROOT / "hparams/quickstart.yaml"), "--opt", "sgd", "--data-dir", str(ROOT / "data/fashion-mnist")]
     c = config.parse([*argv, "--epochs", "1000", "--log-interval", "50", "--val-split", "", *rest])
-    world = init_distributed(c)
+    dist_info = init_distributed(c)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        loops = {"bare": bare(c, world.device), "samon": ours(c, world, Path(folder))}
+        loops = {"bare": bare(c, dist_info.device), "samon": ours(c, dist_info, Path(folder))}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
         for turn in range(chosen.rounds + 1):
             order = list(loops) if turn % 2 else list(loops)[::-1]

@@ -127,8 +127,8 @@ def plan(args: argparse.Namespace) -> list[Row]:
     limit = (args.memory or (DEVICES[args.device]["memory"] if args.device else 0)) * 1e9
     rows = []
     for name, opt in compared_optimizers(args.opt).items():
-        with fake_processes(args.gpus) as world:
-            training = FakeTraining(train_config(args, opt), world)
+        with fake_processes(args.gpus) as dist_info:
+            training = FakeTraining(train_config(args, opt), dist_info)
             cost = training.cost(args.batch_size)
             row: Row = {"method": name, "opt": opt, "peak": cost.peak, **vars(cost)}
             if args.device:

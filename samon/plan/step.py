@@ -60,19 +60,19 @@ def fake_processes(count: int) -> Iterator[DistInfo]:
 class FakeTraining:
     """The model and the optimizer of a run of `train.py`, on fake tensors."""
 
-    def __init__(self, config: Config, world: DistInfo) -> None:
+    def __init__(self, config: Config, dist_info: DistInfo) -> None:
         self.config = config
         with torch.device("meta"):
             model: Any = create_model(config)
             if config.grad_checkpointing:
                 model.set_grad_checkpointing(enable=True)
         self.model: nn.Module = model
-        mesh = sharding.make_mesh(config, world) if config.fsdp else None
+        mesh = sharding.make_mesh(config, dist_info) if config.fsdp else None
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.model.to_empty(device="cpu")
             if mesh is not None:
-                sharding.shard_model(config, self.model, world, mesh)
+                sharding.shard_model(config, self.model, dist_info, mesh)
             self.optimizer = create_optimizer_v2(self.model, config.opt, lr=0.1, momentum=0.9, weight_decay=0.05)
         self.image_size = resolve_data_config(config, self.model)["input_size"]
         self.has_state = False

@@ -37,7 +37,7 @@ def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | 
         The gradient's norm before clipping, and whether the step was taken: a bool, or a bool tensor [] on the device.
     """
     config, scaler, optimizer = run.config, run.scaler, run.optimizer
-    reads = run.world.device.type == "cpu" if reads is None else reads
+    reads = run.dist_info.device.type == "cpu" if reads is None else reads
     reads = reads or counts_updates(optimizer)
     if scaler is not None:
         scaler.unscale_(optimizer)

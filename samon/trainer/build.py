@@ -54,7 +54,7 @@ class Run:
     """What the training loop works with."""
 
     config: Config  # with what was decided while building: it makes the same run, from args.yaml or a checkpoint
-    world: DistInfo
+    dist_info: DistInfo
     model: nn.Module  # without compilation and DDP: the state dict's names, selection of parameters, validation
     task: Task
     optimizer: torch.optim.Optimizer
@@ -88,51 +88,51 @@ class Run:
         return no_sync(self.model) if self.config.fsdp else self.task.no_sync
 
 
-def build(config: Config, world: DistInfo, class_names: list[str] | None = None) -> Run:
+def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = None) -> Run:
     """Build a run: model, task, optimizer, data, schedule.
 
     Args:
         class_names: of the run that is resumed, in the order of the model's outputs.
     """
-    config = without_counts(models.resolve_precision(config, world), world)
+    config = without_counts(models.resolve_precision(config, dist_info), dist_info)
     model = models.create_train_model(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = models.resolve_data_config(config, model)
     check_ascent_size(config, model, data_config["input_size"])
     check_batch_norm(config, model, data_config["input_size"])
-    model = lay_out(config, model, world)
-    task = build_task(config, model, world)  # copies the model for its average, so before FSDP shards both
+    model = lay_out(config, model, dist_info)
+    task = build_task(config, model, dist_info)  # copies the model for its average, so before FSDP shards both
     if config.fsdp:
-        mesh = sharding.make_mesh(config, world)
+        mesh = sharding.make_mesh(config, dist_info)
         for module in [model, task.trainable_module_ema.module] if task.has_ema() else [model]:
-            sharding.shard_model(config, module, world, mesh)
-    config = config.but(num_classes=classes, lr=learning_rate(config, world.size))
+            sharding.shard_model(config, module, dist_info, mesh)
+    config = config.but(num_classes=classes, lr=learning_rate(config, dist_info.size))
     optimizer = build_optimizer(config, model)
     sam = samon.sam_of(optimizer)
     if sam is not None:
         config = config.but(rho=sam.rho, eta=sam.eta, no_replay=not replays(config, sam))
         check_step(config, sam)
-    data = build_data(config, classes, data_config, world, class_names)
+    data = build_data(config, classes, data_config, dist_info, class_names)
     metric = config.eval_metric if data.eval_loader is not None else "loss"
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     check_epochs(config, epochs, sam is not None)
     tail = build_tail(config, sam, epochs * updates) if sam is not None else None
-    distribute(config, task, model, world)
+    distribute(config, task, model, dist_info)
     if sam is not None:
         if config.torchcompile:
             sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * updates
     return Run(
-        config=config.but(dist_bn="") if config.sync_bn and world.size > 1 else config,
-        world=world,
+        config=config.but(dist_bn="") if config.sync_bn and dist_info.size > 1 else config,
+        dist_info=dist_info,
         model=model,
         task=task,
         optimizer=optimizer,
         sam=sam,
         scheduler=scheduler,
-        scaler=torch.amp.GradScaler(world.device.type) if config.amp and config.amp_dtype == "float16" else None,
-        autocast=models.make_autocast(config, world.device),
+        scaler=torch.amp.GradScaler(dist_info.device.type) if config.amp and config.amp_dtype == "float16" else None,
+        autocast=models.make_autocast(config, dist_info.device),
         mixup=data.mixup,
         train_loader=data.train_loader,
         eval_loader=data.eval_loader,
@@ -204,26 +204,28 @@ def check_epochs(config: Config, epochs: int, uses_sam: bool) -> None:
         raise UserError(f"{start}: no epoch has the two-pass step; start earlier, or use the base optimizer")
 
 
-def lay_out(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
+def lay_out(config: Config, model: nn.Module, dist_info: DistInfo) -> nn.Module:
     """Set split or synchronized BatchNorm, device, precision and memory format."""
     if config.split_bn:
         model = convert_splitbn_model(model, max(config.aug_splits, 2))
     # FSDP takes a model from the CPU, block by block: it need not fit on one device.
-    model = models.place_model(config, model, replace(world, device=torch.device("cpu")) if config.fsdp else world)
-    if config.sync_bn and world.size > 1:
-        if world.device.type == "cpu":
+    model = models.place_model(
+        config, model, replace(dist_info, device=torch.device("cpu")) if config.fsdp else dist_info
+    )
+    if config.sync_bn and dist_info.size > 1:
+        if dist_info.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
         model = convert_sync_batchnorm(model)
     return model
 
 
-def build_task(config: Config, model: nn.Module, world: DistInfo) -> Task:
+def build_task(config: Config, model: nn.Module, dist_info: DistInfo) -> Task:
     """The task of the bare model, with its loss and weight average.
 
     For weights of half precision, which cannot hold the average's small steps, it is in float32. In bfloat16 timm
     would round stochastically, with a generator whose state no checkpoint has.
     """
-    task = Task(model, build_loss(config), device=world.device, verbose=False)
+    task = Task(model, build_loss(config), device=dist_info.device, verbose=False)
     if config.model_ema:
         task.setup_ema(
             decay=config.model_ema_decay,
@@ -235,11 +237,11 @@ def build_task(config: Config, model: nn.Module, world: DistInfo) -> Task:
     return task
 
 
-def distribute(config: Config, task: Task, model: nn.Module, world: DistInfo) -> None:
+def distribute(config: Config, task: Task, model: nn.Module, dist_info: DistInfo) -> None:
     """Compile the model, then wrap it for DDP; a sharded model is called as it is."""
     task.trainable_module = models.compile_model(config, model)
-    if world.size > 1 and not config.fsdp:
-        ids = [world.device] if world.device.type != "cpu" else None
+    if dist_info.size > 1 and not config.fsdp:
+        ids = [dist_info.device] if dist_info.device.type != "cpu" else None
         renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
         name = "forward_sync_buffers" if renamed else "broadcast_buffers"  # PyTorch 2.15 warns of the old name
         task.prepare_distributed(device_ids=ids, **{name: not config.no_ddp_bb})

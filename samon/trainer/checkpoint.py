@@ -98,7 +98,7 @@ class CheckpointManager:
     def finish(self) -> None:
         """Complete the run's checkpoints; of sharded ones write the last and the best as timm's single files too."""
         self.wait()
-        if self.sharded and self.run.world.is_rank_zero and self.best["kept"]:
+        if self.sharded and self.run.dist_info.is_rank_zero and self.best["kept"]:
             best = self.directory / f"checkpoint-{self.best['epoch']}{self.suffix}"
             for name, path in (("last", self.last_good), ("model_best", best)):
                 if path is not None and path.is_dir():
@@ -117,7 +117,7 @@ class CheckpointManager:
         try:
             if self.sharded:
                 self._writing = save_sharded(state, path, self.group), path
-            elif self.run.world.is_rank_zero:
+            elif self.run.dist_info.is_rank_zero:
                 with atomic_write(path) as file:
                     torch.save(state.to_dict(), file)
                 for name in aliases:
@@ -132,14 +132,14 @@ class CheckpointManager:
         trees: list[Tree | None] = [run.model.state_dict(), run.optimizer.state_dict()]
         trees.append(None if run.ema is None else run.ema.module.state_dict())
         if run.config.fsdp and not self.sharded:
-            trees = gather_full(trees, run.world)
+            trees = gather_full(trees, run.dist_info)
         ema_buffers = {} if run.ema is None else _running_statistics(run.ema.module)
-        rank: Tree = {"rng": rng.get_state(run.world.device), "buffers": {}, "ema_buffers": {}}
+        rank: Tree = {"rng": rng.get_state(run.dist_info.device), "buffers": {}, "ema_buffers": {}}
         ranks = [rank]
         if self.group is not None:
             rank |= {"buffers": _running_statistics(run.model), "ema_buffers": ema_buffers}
-            ranks = [{} for _ in range(run.world.size)]
-            dist.gather_object(rank, ranks if run.world.is_rank_zero else None, dst=0, group=self.group)
+            ranks = [{} for _ in range(run.dist_info.size)]
+            dist.gather_object(rank, ranks if run.dist_info.is_rank_zero else None, dst=0, group=self.group)
         # Only timm's plateau schedule has a state of its own; the others follow from the number of updates.
         plateau = getattr(run.scheduler, "lr_scheduler", None)
         return TrainState(
@@ -162,7 +162,7 @@ class CheckpointManager:
 
     def _delete(self, outdated: list[Path]) -> None:
         """Delete replaced files on rank 0: now, or once a checkpoint that is being written is complete."""
-        if self.run.world.is_rank_zero:
+        if self.run.dist_info.is_rank_zero:
             self._outdated += [*outdated, self.directory / OVERWRITTEN]
         if not self.sharded:
             self.wait()

@@ -322,10 +322,10 @@ def _check_batches(config: Config) -> None:
     if config.in_chans and channels and config.in_chans != channels:
         raise UserError(f"--in-chans {config.in_chans} contradicts --input-size with {channels} channels; drop one")
     if config.global_batch_size is not None and not config.print_config:
-        world = world_info_from_env()[2] if os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"} else 1
-        product = world * config.batch_size * config.grad_accum_steps
+        processes = world_info_from_env()[2] if os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"} else 1
+        product = processes * config.batch_size * config.grad_accum_steps
         if product != config.global_batch_size:
             raise UserError(
-                f"--global-batch-size is {config.global_batch_size}, but {world} processes x batch {config.batch_size} "
-                f"x accumulation {config.grad_accum_steps} make {product}; change one of them"
+                f"--global-batch-size is {config.global_batch_size}, but {processes} processes x batch "
+                f"{config.batch_size} x accumulation {config.grad_accum_steps} make {product}; change one of them"
             )

@@ -97,10 +97,10 @@ def distributed_session(config: Config) -> Iterator[DistInfo]:
     After a fault, or an error in the data, the group is left to the end of the process: shutting it down could wait for
     a process that is gone or still trains.
     """
-    world = init_distributed(config)
-    with console_logging(world):
+    dist_info = init_distributed(config)
+    with console_logging(dist_info):
         try:
-            yield world
+            yield dist_info
         except (Stopped, UserError) as error:
             if dist.is_initialized() and not isinstance(error, DataError):
                 dist.destroy_process_group()
@@ -152,17 +152,17 @@ def _announce_wait(rank: int, size: int) -> threading.Timer:
     return timer
 
 
-def rank_zero_only(world: DistInfo, function: Callable[[], T]) -> T:
+def rank_zero_only(dist_info: DistInfo, function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and return its result on every process; its UserError or OSError is raised on all."""
-    if world.size == 1:
+    if dist_info.size == 1:
         return function()
     answer: list[Any] = [None, None]
-    if world.is_rank_zero:
+    if dist_info.is_rank_zero:
         try:
             answer[0] = function()
         except (UserError, OSError) as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0, device=world.device if world.device.type == "cuda" else None)
+    dist.broadcast_object_list(answer, src=0, device=dist_info.device if dist_info.device.type == "cuda" else None)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
@@ -172,10 +172,10 @@ def rank_zero_only(world: DistInfo, function: Callable[[], T]) -> T:
 
 
 @contextmanager
-def console_logging(world: DistInfo) -> Iterator[None]:
+def console_logging(dist_info: DistInfo) -> Iterator[None]:
     """Log to stderr: everything of rank 0, warnings of the others."""
     handler = ConsoleHandler(sys.stderr)
-    handler.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
+    handler.setLevel(logging.INFO if dist_info.is_rank_zero else logging.WARNING)
     logging.getLogger("samon").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)
     with log_handler(handler):

@@ -50,30 +50,30 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def make_mesh(config: Config, world: DistInfo) -> DeviceMesh:
+def make_mesh(config: Config, dist_info: DistInfo) -> DeviceMesh:
     """All processes, or `--fsdp-replicate` replicas of the model that are each sharded.
 
     Raises:
         UserError: the number of processes does not allow it.
     """
-    if world.size == 1:
+    if dist_info.size == 1:
         raise UserError("--fsdp shards a model across processes, but there is only one; start several with torchrun")
-    replicas, kind = config.fsdp_replicate, world.device.type
-    if world.size % replicas or replicas == world.size:
+    replicas, kind = config.fsdp_replicate, dist_info.device.type
+    if dist_info.size % replicas or replicas == dist_info.size:
         raise UserError(
             f"--fsdp-replicate {replicas} needs a multiple of {replicas} processes, at least {2 * replicas}; got "
-            f"{world.size}"
+            f"{dist_info.size}"
         )
     if replicas == 1:
-        return init_device_mesh(kind, (world.size,))
-    return init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(kind, (dist_info.size,))
+    return init_device_mesh(kind, (replicas, dist_info.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 @torch.no_grad()
-def shard_model(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceMesh) -> None:
+def shard_model(config: Config, model: nn.Module, dist_info: DistInfo, mesh: DeviceMesh) -> None:
     """Shard the model in place, with the weights of rank 0; one block at a time is on the device."""
     for tensor in model.state_dict().values():
-        on_device = tensor.to(world.device)
+        on_device = tensor.to(dist_info.device)
         dist.broadcast(on_device, 0)
         tensor.copy_(on_device)
     norms = set(norm_parameters(model).values())
@@ -85,15 +85,15 @@ def shard_model(config: Config, model: nn.Module, world: DistInfo, mesh: DeviceM
     for module in (*find_blocks(model).values(), model):
         fully_shard(module, mesh=mesh, ignored_params=norms, mp_policy=policy, reshard_after_forward=reshard)
     for tensor in (*norms, *model.buffers()):
-        tensor.data = tensor.data.to(world.device)
+        tensor.data = tensor.data.to(dist_info.device)
 
 
-def gather_full(state: T, world: DistInfo) -> T:
+def gather_full(state: T, dist_info: DistInfo) -> T:
     """A tree of tensors with the full tensors in place of sharded ones, on rank 0; all processes take part."""
 
     def gather(tensor: DTensor) -> Tensor | None:
         full = tensor.full_tensor()
-        return full.cpu() if world.is_rank_zero else None
+        return full.cpu() if dist_info.is_rank_zero else None
 
     result: T = tree_map_only(DTensor, gather, state)
     return result

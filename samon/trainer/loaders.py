@@ -52,19 +52,19 @@ def data_classes(config: Config) -> int | None:
         return open_source(config.dataset, config.data_dir, config.train_split, **_source_kwargs(config)).num_classes
 
 
-def without_counts(config: Config, world: DistInfo) -> Config:
+def without_counts(config: Config, dist_info: DistInfo) -> Config:
     """Drop --train-num-samples and --val-num-samples if the first samples may all be of one class, as timm does."""
     counts = {key: None for key in ("train_num_samples", "val_num_samples") if getattr(config, key)}
     if not counts or not is_sorted_by_class(config.dataset):
         return config
-    if world.is_rank_zero:
+    if dist_info.is_rank_zero:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
         log.warning("%s: no effect on image folders and hfds/; name a part of a split, such as 'train[:5000]'", flags)
     return config.but(**counts)
 
 
 def build_data(
-    config: Config, classes: int, data_config: dict[str, Any], world: DistInfo, class_names: list[str] | None = None
+    config: Config, classes: int, data_config: dict[str, Any], dist_info: DistInfo, class_names: list[str] | None = None
 ) -> Data:
     """Build the loaders of both splits and check them against each other.
 
@@ -73,17 +73,17 @@ def build_data(
         data_config: preprocessing, from `model.data_config`.
         class_names: of the run that is resumed, in the order of the model's outputs.
     """
-    log_once: Log = log.warning if world.is_rank_zero else log.debug
+    log_once: Log = log.warning if dist_info.is_rank_zero else log.debug
     create = data.create_in_memory_loader if config.in_memory else data.create_loader
     shared = {key: data_config[key] for key in ("input_size", "mean", "std")} | {
         "pin_memory": config.pin_mem,
         "img_dtype": parse_dtype(config.model_dtype) or torch.float32,
-        "device": world.device,
+        "device": dist_info.device,
         "use_prefetcher": not config.no_prefetcher,
     }
     with reraise_as_user_error("data"):
         mixup, collate = _mixing(config, classes)
-        train = _dataset(config, data_config, config.train_split, world)
+        train = _dataset(config, data_config, config.train_split, dist_info)
         source = train.source
         if config.train_num_samples and train.size > len(source):
             count = f"--train-num-samples {config.train_num_samples}"

@@ -60,12 +60,12 @@ class RunLogger:
         self,
         config: Config,
         directory: Path,
-        world: DistInfo,
+        dist_info: DistInfo,
         early: Iterable[logging.LogRecord] = (),
         start: float | None = None,
     ) -> None:
         """`early`: records logged before; `start`: when the run started, by the monotonic clock."""
-        self.config, self.directory, self.world = config, directory, world
+        self.config, self.directory, self.dist_info = config, directory, dist_info
         self.start = time.monotonic() if start is None else start
         self._first_epoch, self._updates = 0.0, 0  # when the first epoch started, and the updates since
         self._open = ExitStack()
@@ -73,7 +73,7 @@ class RunLogger:
         self._trackers: dict[str, Tracker] = {}
         self._tail: samon.Tail | None = None
         self._images_logged = self._completed = False
-        if not world.is_rank_zero:
+        if not dist_info.is_rank_zero:
             return
         file = LogFile(directory / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -132,13 +132,13 @@ class RunLogger:
         """Log the data, the model, and which parameters are perturbed."""
         size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
         self.config, self._tail = config, run.tail  # with what building has decided
-        place = f"{run.world.size} x {run.world.device.type}" + ", sharded" * config.fsdp
+        place = f"{run.dist_info.size} x {run.dist_info.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
         log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.config.num_classes, place)
         samples = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
         log.info("%s, %d epochs, --opt %s, lr %.4g", samples, run.epochs, config.opt, run.config.lr)
         warmup = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
-        if warmup >= run.epochs and self.world.is_rank_zero:
+        if warmup >= run.epochs and self.dist_info.is_rank_zero:
             log.warning(
                 "--warmup-epochs %d of %d epochs: the learning rate never reaches its schedule", warmup, run.epochs
             )
@@ -155,7 +155,7 @@ class RunLogger:
     def start_epoch(self, run: Run, progress: Progress) -> None:
         """Show the epoch on the progress bar, if stderr is a terminal."""
         self._first_epoch = self._first_epoch or time.monotonic()
-        if self.world.is_rank_zero and self._bar is None and is_terminal():
+        if self.dist_info.is_rank_zero and self._bar is None and is_terminal():
             total, before = run.stop * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
             self._bar = self._open.enter_context(progress_bar("", total, "update", initial=before + progress.updates))
         if self._bar is not None:
@@ -175,7 +175,7 @@ class RunLogger:
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
         """
-        if not self.world.is_rank_zero:
+        if not self.dist_info.is_rank_zero:
             return
         step = progress.epoch * run.updates_per_epoch + progress.updates
         lr = mean_lr(run.optimizer)
@@ -201,7 +201,7 @@ class RunLogger:
 
     def log_images(self, run: Run, progress: Progress, batch: Tensor) -> None:
         """The run's first input batch to TensorBoard; with --save-images also one per log interval to a file."""
-        if not self.world.is_rank_zero:
+        if not self.dist_info.is_rank_zero:
             return
         update = progress.epoch * run.updates_per_epoch + progress.updates
         if self._tensorboard is not None and not self._images_logged:
@@ -216,7 +216,7 @@ class RunLogger:
 
     def log_epoch(self, run: Run, progress: Progress, train: Metrics, evaluated: Metrics | None) -> None:
         """A row of summary.csv, a log line, metrics to the trackers, normalization parameters as histograms."""
-        if not self.world.is_rank_zero:
+        if not self.dist_info.is_rank_zero:
             return
         row: dict[str, float | None] = {"epoch": progress.epoch}
         row |= {f"train_{name}": value for name, value in train.items()}
@@ -238,13 +238,13 @@ class RunLogger:
 
     def last_epoch(self) -> dict[str, Any]:
         """Metrics of the last epoch in summary.csv."""
-        rows = summary_rows(self.directory / "summary.csv") if self.world.is_rank_zero else []
+        rows = summary_rows(self.directory / "summary.csv") if self.dist_info.is_rank_zero else []
         row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
         return row | ({"epoch": int(row["epoch"])} if row else {})
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write run.json; print where the results are, what to do next, and the metrics as the last line of stdout."""
-        if not self.world.is_rank_zero:
+        if not self.dist_info.is_rank_zero:
             return
         self._completed = True
         if self._bar is not None:
@@ -258,7 +258,7 @@ class RunLogger:
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
         flops = step_flops(self.config, self._tail)
-        content = run_record(self.config, self.world.size, metrics, seconds) | {"step_flops": flops}
+        content = run_record(self.config, self.dist_info.size, metrics, seconds) | {"step_flops": flops}
         write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 

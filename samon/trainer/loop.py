@@ -82,7 +82,10 @@ def fit(
                 meter.add(samples, values, applied)
                 if isinstance(applied, bool):
                     count_skipped(run, progress, meter.outcomes)
-                progress.updates, progress.samples = progress.updates + 1, progress.samples + samples * run.world.size
+                progress.updates, progress.samples = (
+                    progress.updates + 1,
+                    progress.samples + samples * run.dist_info.size,
+                )
                 update_average_and_schedule(run, progress)
                 yield Update(run, progress, perturb)
                 logger.advance()
@@ -158,24 +161,24 @@ def updates(
         run.mixup.mixup_enabled = mixing
     elif not mixing:
         loader.mixup_enabled = False
-    left = len(loader) - progress.samples // (config.batch_size * run.world.size)
+    left = len(loader) - progress.samples // (config.batch_size * run.dist_info.size)
     batches = timer.timed(loader)
     while left > 0:
         count = min(config.grad_accum_steps, left)
         first = next(batches)
         if rng is not None:  # after the loader has started, which may draw too
-            generators.set_state(rng, run.world.device)
+            generators.set_state(rng, run.dist_info.device)
             rng = None
         logger.log_images(run, progress, first[0])
         yield (to_device(run, *batch) for batch in chain([first], islice(batches, count - 1))), count
         left -= count
     if rng is not None:  # the run was stopped after the last update of the epoch
-        generators.set_state(rng, run.world.device)
+        generators.set_state(rng, run.dist_info.device)
 
 
 def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
     """The batch as the model takes it. Without the prefetcher the images are mixed here."""
-    config, device = run.config, run.world.device
+    config, device = run.config, run.dist_info.device
     if config.no_prefetcher:
         images, target = images.to(device, parse_dtype(config.model_dtype)), target.to(device)
         if run.mixup is not None:
@@ -321,7 +324,7 @@ def update_average_and_schedule(run: Run, progress: Progress) -> None:
         run.ema.update(run.model, step=count)
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=count)
-    if run.config.synchronize_step and run.world.device.type == "cuda":
+    if run.config.synchronize_step and run.dist_info.device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -358,14 +361,14 @@ def renew_mask(run: Run, progress: Progress) -> None:
         return
     if not sam.mask.begin_epoch(progress.epoch, run.epochs, config.mask_epochs):
         return
-    share = -(-config.fisher_samples // run.world.size)
-    with generators.fork(run.world.device):
+    share = -(-config.fisher_samples // run.dist_info.size)
+    with generators.fork(run.dist_info.device):
         run.model.eval()
         run.train_loader.set_epoch(progress.epoch, 0)
         diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
         run.model.train()
     sam.mask.renew_fisher(diagonal)
-    log.info("SSAM-F: new mask from %d images", share * run.world.size)
+    log.info("SSAM-F: new mask from %d images", share * run.dist_info.size)
 
 
 def image_losses(run: Run) -> Iterator[Forward]:
@@ -382,8 +385,8 @@ def image_losses(run: Run) -> Iterator[Forward]:
 
 def share_running_statistics(run: Run, model: nn.Module) -> None:
     """Average or broadcast the BatchNorm statistics over the processes (--dist-bn)."""
-    if run.world.size > 1 and run.config.dist_bn:
-        distribute_bn(model, run.world.size, run.config.dist_bn == "reduce")
+    if run.dist_info.size > 1 and run.config.dist_bn:
+        distribute_bn(model, run.dist_info.size, run.config.dist_bn == "reduce")
 
 
 def validate(
@@ -403,14 +406,14 @@ def validate(
     batches: Iterator[Batch] = ((images.to(dtype), target) for images, target in signals.until_signal(run.eval_loader))
     if run.config.fsdp:
         size = resolve_data_config(run.config, run.model)["input_size"]
-        image = torch.zeros(1, *size, device=run.world.device, dtype=dtype)
+        image = torch.zeros(1, *size, device=run.dist_info.device, dtype=dtype)
         batches = pad_batches(batches, len(run.eval_loader), model, image, run.autocast)
     metrics = accuracy(
         model,
         progress_bar(
-            f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.world.is_rank_zero
+            f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.dist_info.is_rank_zero
         ),
-        device=run.world.device,
+        device=run.dist_info.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
     )

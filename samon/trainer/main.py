@@ -45,14 +45,14 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
     """Train from the start or from where the run stopped: yield after each update, return the final metrics."""
     check_name(config.dataset, config.data_dir)
     tracker_names(config)  # raises before anything is loaded
-    with distributed_session(config) as world, flags_in_errors(), ExitStack() as at_end:
-        random_seed(config.seed, world.rank)
+    with distributed_session(config) as dist_info, flags_in_errors(), ExitStack() as at_end:
+        random_seed(config.seed, dist_info.rank)
         start, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps the lines until there is a file
-        run_dir = rank_zero_only(world, lambda: find_run_dir(config))
+        run_dir = rank_zero_only(dist_info, lambda: find_run_dir(config))
         signals = SignalHandler(parse_interval(config.checkpoint_interval)[1])
         at_end.callback(signals.close)
         with log_handler(early):
-            run = build(config, world, load_class_names(run_dir.source) if run_dir.source else None)
+            run = build(config, dist_info, load_class_names(run_dir.source) if run_dir.source else None)
             checkpoints = CheckpointManager(run, run_dir)
             progress, rng = Progress(epoch=config.start_epoch or 0), None
             if run_dir.source:
@@ -61,12 +61,12 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
                 fast_forward_scheduler(run, progress)
             check_epochs_left(run, progress, run_dir)
         # All settings have been checked: the directory is written to from here on.
-        rank_zero_only(world, lambda: prepare_run_dir(run_dir, run.config))
-        if world.is_rank_zero:
+        rank_zero_only(dist_info, lambda: prepare_run_dir(run_dir, run.config))
+        if dist_info.is_rank_zero:
             at_end.callback(restore_overwritten, run_dir.path)
-        logger = RunLogger(config, run_dir.path, world, early.buffer, start)
+        logger = RunLogger(config, run_dir.path, dist_info, early.buffer, start)
         at_end.callback(logger.close)
-        rank_zero_only(world, lambda: logger.start_trackers(resumed=run_dir.source is not None))
+        rank_zero_only(dist_info, lambda: logger.start_trackers(resumed=run_dir.source is not None))
         logger.log_setup(run)
         metrics = yield from fit(run, progress, checkpoints, signals, logger, rng)
         checkpoints.finish()

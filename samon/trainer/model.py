@@ -210,9 +210,9 @@ def find_single_value_norm(model: nn.Module, size: Sequence[int]) -> str:
 # --- device and precision ---------------------------------------------------------------------------------------------
 
 
-def place_model(config: Config, model: nn.Module, world: DistInfo) -> nn.Module:
+def place_model(config: Config, model: nn.Module, dist_info: DistInfo) -> nn.Module:
     """Apply device, dtype of the weights, and memory format."""
-    model.to(device=world.device, dtype=parse_dtype(config.model_dtype))
+    model.to(device=dist_info.device, dtype=parse_dtype(config.model_dtype))
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
@@ -236,13 +236,13 @@ def uses_cuda_graphs(config: Config) -> bool:
     return bool(config.torchcompile) and config.torchcompile_mode in CUDA_GRAPH_MODES
 
 
-def resolve_precision(config: Config, world: DistInfo) -> Config:
+def resolve_precision(config: Config, dist_info: DistInfo) -> Config:
     """Decide --amp-dtype auto for this device: bfloat16 if it has instructions for it, otherwise no mixed precision."""
     if not config.amp or config.amp_dtype != "auto":
         return config
-    native = has_native_bfloat16(world.device)
-    if world.is_rank_zero:
-        log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", world.device.type)
+    native = has_native_bfloat16(dist_info.device)
+    if dist_info.is_rank_zero:
+        log.info("--amp-dtype auto: %s on this %s", "bfloat16" if native else "float32", dist_info.device.type)
     return config.but(amp=native, amp_dtype="bfloat16")
 
 

@@ -54,7 +54,7 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | No
     config = run.config
     state = load_sharded(source, _sharded_layout(run)) if source.suffix in DCP_SUFFIXES else load_state(source)
     changed = changed_settings(run, state.args)
-    if changed and run.world.is_rank_zero:
+    if changed and run.dist_info.is_rank_zero:
         text = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         log.warning("settings differ from those in %s: %s", source, text)
     try:
@@ -180,9 +180,9 @@ def _first_change(stored: Tree, current: Tree) -> str:
 
 def _restore_rank(run: Run, progress: Progress, ranks: list[Tree]) -> Tree | None:
     """Restore this process's running statistics; returns its random state."""
-    world = run.world
-    if len(ranks) == world.size:
-        own = ranks[world.rank]
+    dist_info = run.dist_info
+    if len(ranks) == dist_info.size:
+        own = ranks[dist_info.rank]
         run.model.load_state_dict(own["buffers"], strict=False)
         if run.ema is not None:
             run.ema.module.load_state_dict(own["ema_buffers"], strict=False)
@@ -190,11 +190,11 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[Tree]) -> Tree | Non
         return random_state
     if ranks:
         log.warning(
-            f"The state was saved by {len(ranks)} processes and continues on {world.size}: the epoch resumes after its "
+            f"The state was saved by {len(ranks)} processes and continues on {dist_info.size}: the epoch resumes after "
             f"{progress.samples} samples, but the order of samples and the random numbers differ"
         )
-        progress.updates = progress.samples // (world.size * run.config.batch_size * run.config.grad_accum_steps)
-    random_seed(run.config.seed + progress.epoch, world.rank)
+        progress.updates = progress.samples // (dist_info.size * run.config.batch_size * run.config.grad_accum_steps)
+    random_seed(run.config.seed + progress.epoch, dist_info.rank)
     return None
 
 
@@ -208,7 +208,7 @@ def _restore_stream(run: Run, progress: Progress, state: TrainState) -> None:
     last = ReaderLayout(len(state.ranks), args["batch_size"], max(1, args["workers"]), args["shuffle_buffer"])
     if last != stream.layout and samples:
         layouts.append(last._replace(samples=samples))
-        write = log.warning if run.world.is_rank_zero else log.debug
+        write = log.warning if run.dist_info.is_rank_zero else log.debug
         write("the number of data workers or processes has changed; they share the remaining samples of this epoch")
     progress.layouts = [list(layout) for layout in layouts]
     stream.layouts = (progress.epoch, layouts)

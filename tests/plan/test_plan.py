@@ -37,13 +37,13 @@ def settings(opt: str, **values: Any) -> Config:
 def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     """[FLOPs, memory, bytes by collective] of each method's second update."""
     found = []
-    world, size = DistInfo(torch.device("cpu"), rank, 2), about["img_size"]
+    dist_info, size = DistInfo(torch.device("cpu"), rank, 2), about["img_size"]
     for opt in METHODS:
         config = settings(opt, flags=["--fsdp"] if fsdp else [], **about)
         torch.manual_seed(0)
         model = create_model(config)
         if fsdp:
-            sharding.shard_model(config, model, world, sharding.make_mesh(config, world))
+            sharding.shard_model(config, model, dist_info, sharding.make_mesh(config, dist_info))
         net = model if fsdp else DistributedDataParallel(model)
         optimizer = create_optimizer_v2(model, opt, lr=0.1, momentum=0.9, weight_decay=0.05)
         x, y = torch.randn(BATCH, 3, size, size), torch.zeros(BATCH, dtype=torch.long)
@@ -63,9 +63,9 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
 
 def planned(fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
     found = []
-    with fake_processes(2) as world:
+    with fake_processes(2) as dist_info:
         for opt in METHODS:
-            cost = FakeTraining(settings(opt, flags=["--fsdp"] if fsdp else [], **about), world).cost(BATCH)
+            cost = FakeTraining(settings(opt, flags=["--fsdp"] if fsdp else [], **about), dist_info).cost(BATCH)
             names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
             found.append([cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)])
     return found
@@ -93,8 +93,8 @@ def test_ddp_sends_what_was_planned() -> None:
 
 @pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    with fake_processes(1) as world:
-        model = FakeTraining(settings("samon", **MODEL), world)
+    with fake_processes(1) as dist_info:
+        model = FakeTraining(settings("samon", **MODEL), dist_info)
         known = {size: model.cost(size) for size in (2, 4)}
         for limit in (0, known[4].peak - 1, 3 * known[4].peak):
             best = planning.largest_batch(model, dict(known), limit)
@@ -143,8 +143,8 @@ def test_more_processes_send_as_much_each() -> None:
     """What a GPU sends tends to a limit: twice the gradients under DDP, whatever the number of GPUs."""
     sent = {}
     for processes in (8, 4096):
-        with fake_processes(processes) as world:
-            cost = FakeTraining(settings("samon-adamw", **MODEL), world).cost(1)
+        with fake_processes(processes) as dist_info:
+            cost = FakeTraining(settings("samon-adamw", **MODEL), dist_info).cost(1)
             sent[processes] = cost.wire["all-reduce"] / cost.buffers["all-reduce"]
     assert sent == {8: pytest.approx(1.75), 4096: pytest.approx(2, rel=1e-3)}
 

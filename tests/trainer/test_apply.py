@@ -26,7 +26,7 @@ from tests.runs import CPU, built
 
 def run_of(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
     config, task = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False), Task(model, nn.CrossEntropyLoss())
-    return SimpleNamespace(model=model, task=task, optimizer=optimizer, scaler=scaler, config=config, world=CPU)
+    return SimpleNamespace(model=model, task=task, optimizer=optimizer, scaler=scaler, config=config, dist_info=CPU)
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
