@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+EXTRAS := dev,compare,report,decode,export,translation,docs
+comma := ,
 CORE_TESTS := $(addprefix tests/,$(addsuffix .py,test_contexts test_geometry test_radius test_registry test_sam test_scope test_two_pass engines/test_closure engines/test_groups))
 
-.PHONY: train check test test-slow test-all lint docs bench report results clean
+.PHONY: train check test test-slow test-all test-versions lint lock docs bench report results clean
 
 train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py -c hparams/quickstart.yaml --opt samon-layerl2
@@ -21,6 +23,10 @@ test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NPROC) --dist loadscope -m slow
 
 test-all: test test-slow
+
+# The oldest, a middle and the newest versions of Python, torch and timm, in environments of their own
+test-versions:
+	tools/check_versions.sh
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -48,13 +54,21 @@ results: $(VENV)/.installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# LOCKED=1: the versions of pylock.toml (Linux, Python 3.11); everything is installed, also for `make train`
 $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(if $(LOCKED),$(BIN)/python -m pip install --quiet uv)
+	$(if $(LOCKED),$(BIN)/uv pip install --quiet --python $(BIN)/python -r pylock.toml)
 	$(BIN)/python -m pip install --quiet -e '.[report]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,compare,report,decode,export,translation,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
 	touch $@
+
+lock: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --custom-compile-command "make lock" --format pylock.toml \
+	  --python $(BIN)/python $(addprefix --extra ,$(subst $(comma), ,$(EXTRAS))) pyproject.toml -o pylock.toml
 
 clean:
 	rm -rf $(VENV) output
