@@ -15,6 +15,8 @@ import yaml
 
 from tests.runs import ROOT, last_line
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = ("webdataset", "braceexpand", "simplejpeg", "nvidia.nvimgcodec", "matplotlib", "onnx", "scipy", "datasets")
 PARTS = ((0, "train"), (1, "test"))
 SOURCES = ("samon", "hparams", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
@@ -99,8 +101,6 @@ def test_arrays_train_and_validate_without_optional_packages(installed: Path, tm
 import sys
 sys.modules |= dict.fromkeys({OPTIONAL})
 from samon.cli import installed
-
-pytestmark = pytest.mark.slow
 getattr(installed, sys.argv.pop(1))()
 """
     run = [installed / "python", "-c", code]
