@@ -20,7 +20,7 @@ class Tail:
     Late two-pass steps reach what they reach over the whole training (Zhou et al. 2025, arXiv 2410.10373).
 
     Raises:
-        UserError: `fraction` is not in (0, 1].
+        UserError: `fraction` is not in (0, 1], or it is less than one update.
     """
 
     total_updates: int
@@ -29,6 +29,8 @@ class Tail:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise UserError(f"the tail must be a fraction in (0, 1] of all updates, got {self.fraction}")
+        if self.start >= self.total_updates:
+            raise UserError(f"the tail, {self.fraction:g} of {self.total_updates} updates, is less than one; raise it")
 
     @property
     def start(self) -> int:

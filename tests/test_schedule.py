@@ -5,7 +5,7 @@ import pytest
 import samon
 
 
-@pytest.mark.parametrize(("total", "fraction", "start"), [(10, 0.3, 7), (10, 1.0, 0), (3, 0.5, 1), (100, 0.001, 100)])
+@pytest.mark.parametrize(("total", "fraction", "start"), [(10, 0.3, 7), (10, 1.0, 0), (3, 0.5, 1), (100, 0.006, 99)])
 def test_the_tail_is_a_share_of_all_updates(total: int, fraction: float, start: int) -> None:
     tail = samon.Tail(total, fraction)
     assert tail.start == start
@@ -38,7 +38,13 @@ def test_what_is_no_schedule_is_refused(kwargs: dict, message: str) -> None:
         samon.RhoSchedule(rho=0.5, **kwargs)
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1])
-def test_a_tail_outside_the_training_is_refused(fraction: float) -> None:
-    with pytest.raises(samon.UserError, match="fraction in"):
-        samon.Tail(10, fraction)
+@pytest.mark.parametrize(
+    ("total", "fraction", "message"),
+    [
+        *[(10, fraction, "fraction in") for fraction in (0.0, -0.1, 1.1)],
+        *[(total, 0.04, f"0.04 of {total} updates, is less than one") for total in (10, 0, -5)],
+    ],
+)
+def test_a_tail_outside_the_training_is_refused(total: int, fraction: float, message: str) -> None:
+    with pytest.raises(samon.UserError, match=message):
+        samon.Tail(total, fraction)

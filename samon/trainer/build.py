@@ -302,13 +302,11 @@ def build_tail(config: Config, sam: samon.SAM, updates: int) -> samon.Tail | Non
     """The updates of --sam-tail.
 
     Raises:
-        UserError: there is none, or --tail-opt cannot be created when it starts.
+        UserError: it is less than one update, or --tail-opt cannot be created when it starts.
     """
     if config.sam_tail is None:
         return None
     tail = samon.Tail(updates, config.sam_tail)
-    if tail.start == updates:
-        raise UserError(f"--sam-tail {config.sam_tail:g} of {updates} updates is less than one; raise it")
     if config.tail_opt is not None:
         create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
     return tail
@@ -334,13 +332,31 @@ def build_rho_schedule(
     )
 
 
+def tail_decay(config: Config) -> float:
+    """--decay-epochs of wsd such that the decay starts with the tail and ends with the schedule, before a cooldown.
+
+    Raises:
+        UserError: the tail starts after the end of the schedule.
+    """
+    assert config.sam_tail is not None
+    decaying = config.epochs - (0 if config.warmup_prefix else config.warmup_epochs)  # without warmup
+    total = config.epochs + config.cooldown_epochs + (config.warmup_epochs if config.warmup_prefix else 0)
+    decay = config.sam_tail * total - config.cooldown_epochs
+    if decay <= 0:
+        raise UserError(
+            f"--sam-tail {config.sam_tail:g} lies in the {config.cooldown_epochs} --cooldown-epochs, where nothing "
+            "decays; raise it, or give --decay-epochs"
+        )
+    return decay / decaying if decay < decaying else decaying  # below 1 timm takes a fraction, else epochs
+
+
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, updates: int, metric: str
 ) -> tuple[Scheduler | None, int]:
     """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down."""
     with reraise_as_user_error(f"--sched {config.sched}"):
         if config.sched == "wsd" and config.sam_tail is not None and config.decay_epochs is None:
-            config = config.but(decay_epochs=config.sam_tail)  # the tail owns the decay of the learning rate
+            config = config.but(decay_epochs=tail_decay(config))
         kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     if scheduler is None:  # timm applies the scale of --layer-decay in its schedules only

@@ -295,6 +295,19 @@ def test_the_tail_owns_the_decay_of_a_wsd_schedule() -> None:
     assert falling.index(True) == pytest.approx(len(rates[0]) / 2, abs=1)
 
 
+@pytest.mark.parametrize("tail", ["1", "0.9", "0.5"])
+@pytest.mark.parametrize("extra", ["", "--cooldown-epochs 2", "--warmup-epochs 1", "--warmup-epochs 1 --warmup-prefix"])
+def test_a_wsd_schedule_decays_from_the_start_of_the_tail(tail: str, extra: str) -> None:
+    args = ["--opt", "samon", "--sched", "wsd", "--sched-on-updates", "--epochs", "6", "--warmup-epochs", "0"]
+    run = built(*args, "--sam-tail", tail, *extra.split())
+    total, warmup = run.epochs * run.updates_per_epoch, int(run.config.warmup_epochs) * run.updates_per_epoch
+    rates = [run.scheduler._get_lr(update)[0] for update in range(total + 1)]
+    start = max(run.tail.start, warmup)
+    assert rates[warmup] == rates[start] > rates[start + 1]
+    end = total - run.config.cooldown_epochs * run.updates_per_epoch
+    assert rates[end - 1] > rates[end] == run.config.min_lr
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
@@ -342,6 +355,7 @@ def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Call
         ("--sam-tail 0.5 --tail-opt adahessian", "second derivatives"),
         ("--sam-tail 0.5 --tail-opt muon --tail-lr 0", "--tail-lr"),
         ("--sam-tail 0.01", "is less than one; raise it"),
+        ("--sam-tail 0.1 --sched wsd --epochs 2 --warmup-epochs 0 --cooldown-epochs 2", "--cooldown-epochs, where"),
         ("--opt samon-layerl2 --base-opt lookahead_sgd", "Lookahead goes around it: use lookahead_samon-layerl2"),
         ("--rho-warmup 5", "warmup updates"),
     ],
