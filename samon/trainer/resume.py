@@ -166,6 +166,8 @@ def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collectio
         for old, group in zip(old_groups, groups, strict=True)
     ]
     optimizer = {**optimizer, "param_groups": merged}
+    if run.sam is not None and run.sam.replacement is None:  # then the base is --opt's, at the schedule's learning rate
+        optimizer.pop("replacement", None)
     run.optimizer.load_state_dict(fsdp.shard_optimizer(optimizer, run.optimizer) if run.config.fsdp else optimizer)
 
 

@@ -97,6 +97,14 @@ def test_a_state_after_the_switch_does_not_fit_a_run_before_it(tmp_path: Path) -
     assert last(tmp_path / "other")["optimizer"]["replacement"]["opt"] == "lion"
 
 
+def test_without_tail_opt_the_state_of_the_same_optimizer_goes_on_at_the_full_learning_rate(tmp_path: Path) -> None:
+    _, whole = run(tmp_path, "--opt", "samon", "--tail-opt", "adamw", *TAIL, name="whole")
+    config = tmp_path / "config.yaml"  # with -c, the settings of the stopped run (--tail-opt) are not taken over
+    config.write_text("opt: samon-adamw")
+    run(tmp_path, "-c", str(config), "--resume", str(whole / "last.pth.tar"), "--epochs", "3", name="other")
+    assert "replacement" not in last(tmp_path / "other")["optimizer"]
+
+
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")  # timm deprecates it, its flag stays
 def test_resume_from_the_file_of_an_epoch(tmp_path: Path) -> None:
     args = ["--opt", "samon-adamw", "--lr", "0.001", "--epochs", "3", "--sched", "plateau"]
