@@ -70,10 +70,10 @@ class RhoSchedule:
         if self.kind not in RHO_SCHEDULES:
             raise UserError(f"the schedule of rho must be one of {', '.join(RHO_SCHEDULES)}, got {self.kind!r}")
         if not 0 <= self.rho_min <= self.rho:
-            raise UserError(f"rho_min must be between 0 and rho = {self.rho:g}, got {self.rho_min:g}")
+            raise UserError(f"rho_min={self.rho_min:g} must be between 0 and rho = {self.rho:g}")
         if (self.kind == "linear") != (self.warmup > 0):
             raise UserError(
-                "a linear schedule of rho needs the number of warmup updates, and no other schedule has one"
+                "a linear schedule of rho needs warmup (--rho-warmup), and no other schedule (--rho-sched) has one"
             )
         if self.kind == "lr" and not self.lr_min < self.lr_max:
             raise UserError("rho cannot follow a learning rate that is constant; use a scheduler that lowers it")

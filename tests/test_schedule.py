@@ -27,9 +27,9 @@ def test_rho_follows_the_learning_rate() -> None:
     ("kwargs", "message"),
     [
         ({"kind": "cosine"}, "one of constant, linear, lr"),
-        ({"kind": "lr", "lr_max": 1.0, "rho_min": 0.6}, "rho_min must be between"),
-        ({"kind": "linear"}, "warmup updates"),
-        ({"kind": "lr", "lr_max": 1.0, "warmup": 3}, "warmup updates"),
+        ({"kind": "lr", "lr_max": 1.0, "rho_min": 0.6}, "rho_min=0.6 must be between"),
+        ({"kind": "linear"}, "needs warmup"),
+        ({"kind": "lr", "lr_max": 1.0, "warmup": 3}, "needs warmup"),
         ({"kind": "lr", "lr_max": 0.1, "lr_min": 0.1}, "learning rate that is constant"),
     ],
 )

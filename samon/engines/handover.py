@@ -26,10 +26,10 @@ def create_base(sam: SAM, opt: str, lr_ratio: float, options: dict[str, Any]) ->
         UserError: an argument is wrong, or the optimizer is inside Lookahead.
     """
     old = sam.base
-    if isinstance(lr_ratio, bool) or not 0 < lr_ratio < math.inf:
+    if isinstance(lr_ratio, bool) or not isinstance(lr_ratio, (int, float)) or not 0 < lr_ratio < math.inf:
         raise UserError(f"lr_ratio must be a finite number > 0, got {lr_ratio!r}")
     if own := sorted(KEPT & options.keys()):
-        raise UserError(f"{' and '.join(own)} stay those of the parameter groups; drop them, and see lr_ratio")
+        raise UserError(f"the parameter groups keep their {' and '.join(own)}; drop it here, and see lr_ratio")
     if any("lookahead_step" in group for group in old.param_groups):
         raise UserError("Lookahead keeps its state in the base optimizer, which can then not be replaced; drop it")
     dropped = (old.defaults.keys() - KEPT) | {"step"}

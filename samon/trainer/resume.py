@@ -38,7 +38,7 @@ NON_SEMANTIC_FLAGS = {
 }
 # Keys of a parameter group that training itself changes; the others are options.
 TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
-START_ANEW = "use what it was made with, or --no-resume-opt to start with a new optimizer state"
+START_ANEW = "add the flags it was made with (--opt, --tail-opt), or --no-resume-opt for a new optimizer state"
 
 
 def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | None]:

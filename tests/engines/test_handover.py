@@ -190,7 +190,8 @@ def test_a_state_of_the_other_side_is_refused() -> None:
         (("mon",), "mon not found in registry"),
         (("adahessian",), "second derivatives"),
         (("muon", 0.0), "lr_ratio must be a finite number > 0, got 0.0"),
-        (("muon", 1.0, {"lr": 0.1}), "lr stay those of the parameter groups"),
+        (("muon", "x"), "lr_ratio must be a finite number > 0, got .x"),
+        (("muon", 1.0, {"lr": 0.1}), "the parameter groups keep their lr"),
     ],
 )
 def test_what_cannot_take_over(arguments: tuple, message: str) -> None:

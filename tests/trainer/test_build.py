@@ -357,7 +357,7 @@ def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Call
         ("--sam-tail 0.01", "is less than one; raise it"),
         ("--sam-tail 0.1 --sched wsd --epochs 2 --warmup-epochs 0 --cooldown-epochs 2", "--cooldown-epochs, where"),
         ("--opt samon-layerl2 --base-opt lookahead_sgd", "Lookahead goes around it: use lookahead_samon-layerl2"),
-        ("--rho-warmup 5", "warmup updates"),
+        ("--rho-warmup 5", "--rho-sched"),
     ],
 )
 def test_contradictions_of_the_two_pass_phase(args: str, message: str) -> None:
