@@ -33,17 +33,22 @@ def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -
     dist.destroy_process_group()
 
 
+def run_all(processes: list[Any], timeout: float) -> None:
+    """Start the processes and wait; those that have not ended then are killed."""
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(timeout)
+    for p in processes:
+        if p.is_alive():
+            p.kill()
+
+
 def run_ranks(function: Callable, world: int = 2, *args: Any, timeout: float = 120) -> list[Any]:
     """What `function` returned on each rank. It must be importable, and its result a tree of tensors and numbers."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank, args=(function, r, world, folder, args)) for r in range(world)]
-        for p in processes:
-            p.start()
-        for p in processes:
-            p.join(timeout)
-        for p in processes:
-            if p.is_alive():
-                p.kill()
+        run_all(processes, timeout)
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         assert not errors, errors[0]
         assert all(p.exitcode == 0 for p in processes), f"exit codes {[p.exitcode for p in processes]}"
@@ -61,11 +66,5 @@ def launch(function: Callable, world: int, *args: Any, timeout: float = 120) -> 
     """Call `function(*args)` in processes with the environment that torchrun would give them."""
     port = free_port()
     processes = [context.Process(target=_launched, args=(function, r, world, port, args)) for r in range(world)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(timeout)
-    for p in processes:
-        if p.is_alive():
-            p.kill()
+    run_all(processes, timeout)
     assert all(p.exitcode == 0 for p in processes), f"exit codes {[p.exitcode for p in processes]}"
