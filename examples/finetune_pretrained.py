@@ -25,18 +25,15 @@ def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
+def create_pretrained(name: str, weights: str) -> Any:
+    """The pretrained model, with a new classifier for 10 classes of gray images."""
     overlay = {"file": weights} if weights else None
     with reraise_as_user_error(f"pretrained weights of {name}"):
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
-    config: Any = model.pretrained_cfg
-    model.get_submodule(config["first_conv"]).requires_grad_(False)
-    size = config["input_size"][-1] if config.get("fixed_input_size") else SIZE
-    optimizer: Any = timm.optim.create_optimizer_v2(
-        model, "samon", lr=0.02, momentum=0.9, weight_decay=1e-4, layer_decay=0.75, rho=0.1
-    )
-    perturbed = optimizer.perturbed_parameters().values()
-    print(f"{sum(p.numel() for p in perturbed):,} parameters in {len(perturbed)} tensors are perturbed")
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=10)
+
+
+def train(model: nn.Module, optimizer: Any, epochs: int, samples: int | None, size: int) -> float:
+    """Train by two-pass steps; returns the test accuracy in %."""
     loader = batches("train", 20, samples, size)
     for _ in range(epochs):
         model.train()
@@ -45,6 +42,19 @@ def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2
             samon.two_pass(optimizer, partial(loss_fn, model, x, y))
             optimizer.step()
     return accuracy(model, samples=samples, size=size)
+
+
+def main(name: str = "tf_efficientnet_lite0", weights: str = "", epochs: int = 2, samples: int | None = None) -> float:
+    model = create_pretrained(name, weights)
+    config: Any = model.pretrained_cfg
+    model.get_submodule(config["first_conv"]).requires_grad_(False)
+    size = config["input_size"][-1] if config.get("fixed_input_size") else SIZE
+    optimizer: Any = timm.optim.create_optimizer_v2(
+        model, "samon", lr=0.02, momentum=0.9, weight_decay=1e-4, layer_decay=0.75, rho=0.1
+    )
+    perturbed = optimizer.perturbed_parameters().values()
+    print(f"{sum(p.numel() for p in perturbed):,} parameters in {len(perturbed)} tensors are perturbed")
+    return train(model, optimizer, epochs, samples, size)
 
 
 if __name__ == "__main__":
