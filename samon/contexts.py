@@ -45,9 +45,12 @@ def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
 @contextmanager
 def scaled_learning_rates(param_groups: list[dict[str, Any]], ratio: float) -> Iterator[None]:
     """Multiply the learning rates of the groups, whatever scheduler sets them."""
+    if ratio == 1:
+        yield
+        return
     rates = [group["lr"] for group in param_groups]
     try:
-        for group in param_groups if ratio != 1 else ():
+        for group in param_groups:
             group["lr"] = ratio * group["lr"]
         yield
     finally:
