@@ -76,13 +76,12 @@ def two_pass(
     ascent_forwards = forwards if ascent_forward is None else _as_losses(ascent_forward)
     _check_arguments(sam, len(forwards), groups, reduce, bn_stats, ascent_forward is not None)
     with sam.sampled_parameters() as named, _explained_errors(sam):
-        if not sam.ascent.needs_ascent_pass():
-            groups, bn_stats, ascent_forwards = 1, "second", []  # the only pass
-        replay = replay and ascent_forwards is forwards and len(forwards) == 1 and sam.ascent.keep_probability == 1
-        engine = _make_engine(sam, named, groups, reduce, bn_stats, replay, same_noise, scaler)
+        ascent_pass = sam.ascent.needs_ascent_pass()
+        replay = replay and ascent_forward is None and len(forwards) == 1
+        engine = _make_engine(sam, named, ascent_pass, groups, reduce, bn_stats, replay, same_noise, scaler)
         engine.no_sync, engine.scaler = no_sync or engine.no_sync, scaler
         average = partial(all_reduce_mean, group=process_group) if reduce == "global" else None
-        return _two_pass(engine, forwards, ascent_forwards, loss_scale, average, same_noise)
+        return _two_pass(engine, forwards, ascent_forwards if ascent_pass else [], loss_scale, average, same_noise)
 
 
 def check_step(
@@ -105,7 +104,8 @@ def check_step(
     sam = _prepare_optimizer(optimizer, None)
     _check_arguments(sam, forwards, groups, reduce, bn_stats, ascent_forward)
     with sam.sampled_parameters() as named:
-        _make_engine(sam, named, groups, reduce, bn_stats, replay and not ascent_forward, False, scaler)
+        replay = replay and not ascent_forward and forwards == 1
+        _make_engine(sam, named, sam.ascent.needs_ascent_pass(), groups, reduce, bn_stats, replay, False, scaler)
 
 
 def _two_pass(
@@ -254,8 +254,19 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _make_engine(
-    sam: SAM, named: Named, groups: int, reduce: str, bn_stats: str, replay: bool, same_noise: bool, scaler: Any
+    sam: SAM,
+    named: Named,
+    ascent_pass: bool,
+    groups: int,
+    reduce: str,
+    bn_stats: str,
+    replay: bool,
+    same_noise: bool,
+    scaler: Any,
 ) -> WholeBatch:
+    if not ascent_pass:
+        groups, bn_stats, replay = 1, "second", False  # the only pass
+    replay = replay and sam.ascent.keep_probability == 1
     if sam.sharded:
         from samon.engines import fsdp
 
