@@ -23,16 +23,8 @@ NON_SEMANTIC_FLAGS = {
     *LAUNCH_FLAGS,
     *("config", "data", "output", "experiment", "data_dir", "shard_cache", "shard_cache_size", "dataset_download"),
     *("pin_mem", "log_interval", "checkpoint_interval", "recovery_interval", "checkpoint_hist", "checkpoint_format"),
-    *(
-        "print_config",
-        "save_images",
-        "trackers",
-        "log_wandb",
-        "wandb_project",
-        "wandb_tags",
-        "wandb_resume_id",
-        "device",
-    ),
+    *("print_config", "save_images", "device"),
+    *("trackers", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"),
     *("val_interval", "save_epochs", "validation_batch_size", "no_replay"),
     *("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate"),
 }
