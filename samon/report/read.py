@@ -102,6 +102,8 @@ def read_run(folder: Path, root: Path) -> Run:
         times = {"cpu_seconds": swept.get("cpu_seconds", record.get("cpu_seconds"))}
         times["seconds"] = record.get("seconds") or run.metrics.get("seconds")
         run.cost |= {key: value for key, value in times.items() if value is not None}
+    if record.get("updates"):  # runs without TensorBoard files have it, too
+        run.cost["updates"] = float(record["updates"])
     if flops := record.get("step_flops"):
         run.cost["step_flops"] = round(flops["step"] / flops["plain"], 4)
         if "updates" in run.cost:

@@ -72,6 +72,7 @@ class RunLogger:
         self._bar: tqdm | None = None
         self._trackers: dict[str, Tracker] = {}
         self._tail: samon.Tail | None = None
+        self._updates_per_epoch = 0
         self._images_logged = self._completed = False
         if not dist_info.is_rank_zero:
             return
@@ -132,6 +133,7 @@ class RunLogger:
         """Log the data, the model, and which parameters are perturbed."""
         size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
         self.config, self._tail = config, run.tail  # with what building has decided
+        self._updates_per_epoch = run.updates_per_epoch
         place = f"{run.dist_info.size} x {run.dist_info.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
         log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.config.num_classes, place)
@@ -258,7 +260,9 @@ class RunLogger:
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
         flops = step_flops(self.config, self._tail)
-        content = run_record(self.config, self.dist_info.size, metrics, seconds) | {"step_flops": flops}
+        content = run_record(self.config, self.dist_info.size, metrics, seconds)
+        updates = (metrics.get("epoch", -1) + 1) * self._updates_per_epoch
+        content |= {"updates": updates, "step_flops": flops}
         write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 
