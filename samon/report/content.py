@@ -41,7 +41,7 @@ class Setting:
 
     @property
     def measure(self) -> str:
-        names = {"eval_top1": "accuracy, %", EARLY_STOPPED: "accuracy with early stopping, %"}
+        names = {"eval_top1": "accuracy, %", EARLY_STOPPED: "early-stopped accuracy, %"}
         return names.get(self.metric, self.metric)
 
 
@@ -182,11 +182,13 @@ class Content:
         runs = [run for run in self.runs if run.setting == setting]
         return Content(runs, [score for score in self.scores if score.setting == setting])
 
-    def style_numbers(self) -> dict[str, int]:
-        """A number for each method, in order of appearance."""
+    def style_numbers(self) -> dict[str, tuple[int, int]]:
+        """For each method, in order of appearance: the number of its family (the same first word), and its own."""
         items: list[Score | Run] = [*self.scores, *self.runs]
         names = [item.method for item in items] + [evaluation_label(row) for row in self.evaluations]
-        return {name: number for number, name in enumerate(dict.fromkeys(names))}
+        methods = list(dict.fromkeys(names))
+        families = list(dict.fromkeys(name.split()[0] for name in methods))
+        return {name: (families.index(name.split()[0]), number) for number, name in enumerate(methods)}
 
 
 def evaluation_label(row: Result) -> str:

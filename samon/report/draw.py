@@ -25,6 +25,7 @@ DASHES = ("-", "--", ":", "-.")
 TEXT, GRID = "#010101", "#020202"  # placeholders for the page's colors
 THEMES = {"page": ("var(--front)", "var(--line)"), "light": ("#1c1c1c", "#d0d0d0"), "dark": ("#ececec", "#44474c")}
 TEXT_KEYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+Numbers = dict[str, tuple[int, int]]  # of each method: its family's, and its own
 STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
@@ -37,11 +38,12 @@ STYLE: Any = {
 WIDTH = 4.2  # inches; at this size 9 points can be read on a phone as well
 
 
-def svg(figure: Figure, numbers: dict[str, int], theme: str = "page") -> str:
+def svg(figure: Figure, numbers: Numbers, theme: str = "page") -> str:
     """The figure as an `<svg>` element with the theme's colors.
 
     Args:
-        numbers: the number of each method, which decides its color, symbol and dashes in every figure.
+        numbers: the number of each method's family, which decides its color in every figure, and its own, which decides
+            its symbol and dashes.
     """
     file = io.StringIO()
     save(figure, numbers, file, "svg", (TEXT, GRID))
@@ -54,7 +56,7 @@ def svg(figure: Figure, numbers: dict[str, int], theme: str = "page") -> str:
     return re.sub(r"\n\s*", "\n", text).replace(TEXT, text_color).replace(GRID, grid_color)
 
 
-def save(figure: Figure, numbers: dict[str, int], file: IO[Any], form: str, colors: tuple[str, str]) -> None:
+def save(figure: Figure, numbers: Numbers, file: IO[Any], form: str, colors: tuple[str, str]) -> None:
     """Write the figure in one of matplotlib's formats, with these colors for text and grid."""
     style = STYLE | dict.fromkeys(TEXT_KEYS, colors[0]) | {"grid.color": colors[1], "svg.hashsalt": figure.name}
     with matplotlib.rc_context(style):
@@ -71,14 +73,14 @@ def write_figures(content: Content, directory: Path) -> None:
             save(figure, numbers, file, "pdf", THEMES["light"])
 
 
-def draw(figure: Figure, numbers: dict[str, int]) -> Canvas:
+def draw(figure: Figure, numbers: Numbers) -> Canvas:
     """matplotlib's figure: axes, and below them the legend, which covers nothing however many methods there are."""
     methods = sorted({series.method for series in figure.series}, key=numbers.__getitem__)
     names = {method: wrap_path(method, 56) for method in methods}
     longest = max(max(map(len, name.splitlines())) for name in names.values())
     columns = max(1, min(len(methods), int(72 * WIDTH / (5.5 * longest + 40))))  # points: text, and its line with gaps
     rows = sum(name.count("\n") + 1 for name in names.values()) / columns
-    canvas = Canvas(figsize=(WIDTH, 2.7 + 0.18 * rows), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 2.8 + 0.18 * rows), layout="constrained")
     axes = canvas.subplots()
     axes.set(xlabel=figure.x, ylabel=figure.y)
     for series in side_by_side(figure.series):
@@ -109,14 +111,15 @@ def side_by_side(all_series: list[Series]) -> list[Series]:
     return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in all_series]
 
 
-def line_style(number: int, kind: str) -> dict[str, Any]:
-    """matplotlib's properties of a line; methods differ by more than color."""
+def line_style(numbers: tuple[int, int], kind: str) -> dict[str, Any]:
+    """matplotlib's properties of a line: the color shows a method's family, symbol and dashes show the method."""
+    family, number = numbers
     marker = MARKERS[number % len(MARKERS)] if kind in ("both", "points") else ""
-    dashes = "" if kind == "points" else DASHES[number // len(COLORS) % len(DASHES)]
-    return {"color": COLORS[number % len(COLORS)], "marker": marker, "ls": dashes, "ms": 6, "lw": 1.5}
+    dashes = "" if kind == "points" else DASHES[(number - family) % len(DASHES)]
+    return {"color": COLORS[family % len(COLORS)], "marker": marker, "ls": dashes, "ms": 6, "lw": 1.5}
 
 
-def plot(axes: Axes, series: Series, number: int) -> None:
-    style = line_style(number, series.kind) | ({"drawstyle": "steps-mid"} if series.kind == "steps" else {})
+def plot(axes: Axes, series: Series, numbers: tuple[int, int]) -> None:
+    style = line_style(numbers, series.kind) | ({"drawstyle": "steps-mid"} if series.kind == "steps" else {})
     x_error, y_error = series.x_error or None, series.y_error or None
     axes.errorbar(series.x, series.y, xerr=x_error, yerr=y_error, elinewidth=1, capsize=2, **style)

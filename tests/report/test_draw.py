@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 
 from samon.report.content import Content
-from samon.report.draw import STYLE, draw, side_by_side, write_figures
+from samon.report.draw import STYLE, draw, line_style, side_by_side, write_figures
 from samon.report.figures import Figure, Series
 from tests.report.conftest import score
 
@@ -23,7 +23,7 @@ def test_legends_cover_neither_points_nor_axes(length: int) -> None:
     names = [f"{i} " + "samon-layerl2 x/" * (length // 16) + "sam" for i in range(9)]
     figure = Figure("f", "t", "", [Series(name, [0.1, 0.5], [1.0, 2.0]) for name in names], "rho", "y", [0.1, 0.5])
     with matplotlib.rc_context(STYLE):
-        canvas = draw(figure, {name: i for i, name in enumerate(names)})
+        canvas = draw(figure, {name: (i, i) for i, name in enumerate(names)})
         canvas.draw_without_rendering()
     (legend,), (axes,) = canvas.legends, canvas.axes
     assert axes.get_legend() is None
@@ -41,3 +41,13 @@ def test_figures_are_files_too(tmp_path: Path) -> None:
     assert ">0.025<" in light  # a rho that was tried, not 2 3 4 5, and not rounded
     assert "#1c1c1c" in light
     assert "#010101" not in light
+
+
+def test_a_family_of_methods_has_one_color() -> None:
+    numbers = Content(
+        scores=[score(name, "sam", [1.0]) for name in ("SGD", "SAM-ON", "SAM", "SAM-ON tail")]
+    ).style_numbers()
+    styles = {name: line_style(numbers[name], "both") for name in numbers}
+    assert styles["SAM-ON tail"]["color"] == styles["SAM-ON"]["color"] != styles["SAM"]["color"]
+    assert len({style["marker"] for style in styles.values()}) == 4
+    assert styles["SAM-ON tail"]["ls"] != styles["SAM-ON"]["ls"]
