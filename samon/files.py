@@ -110,6 +110,12 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return text.getvalue()
 
 
+def markdown_table(rows: Iterable[Iterable[object]]) -> str:
+    """Rows of cells as a Markdown table; the first row is the header."""
+    head, *body = ([*map(str, row)] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Replace `target` by a hard link to `source`, or by a copy where the file system has no hard links."""
     temporary = _temporary(target)

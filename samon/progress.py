@@ -29,7 +29,7 @@ def progress_bar(
     name: str,
     total: int,
     unit: str,
-    items: Iterable[Any] | None = None,
+    items: Iterable[object] | None = None,
     *,
     show: bool = True,
     initial: int = 0,
@@ -56,7 +56,7 @@ class LineProgress(tqdm):
     """tqdm that prints a new line once a minute, and nothing for work of less than a minute."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs |= {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
+        kwargs |= dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
         kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
         super().__init__(*args, **kwargs | {"file": io.StringIO()})
 

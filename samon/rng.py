@@ -1,7 +1,7 @@
 """The random state of this process: Python, NumPy (global: timm draws from it), torch on CPU and device."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,19 +9,17 @@ import numpy as np
 import torch
 
 CPU = torch.device("cpu")
+State = dict[str, Any]  # tensors and plain types only, so that `weights_only=True` can load it
 
 
-def get_state(device: torch.device = CPU) -> dict[str, Any]:
-    """The state of all generators, in tensors and plain types only, so that `weights_only=True` can load it."""
+def get_state(device: torch.device = CPU) -> State:
+    """The state of all generators."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        **get_torch_state(device),
-    }
+    numpy = [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+    return {"python": random.getstate(), "numpy": numpy, **get_torch_state(device)}
 
 
-def set_state(state: Mapping[str, Any], device: torch.device = CPU) -> None:
+def set_state(state: State, device: torch.device = CPU) -> None:
     """Set all generators to a state from `get_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -30,19 +28,17 @@ def set_state(state: Mapping[str, Any], device: torch.device = CPU) -> None:
     set_torch_state(state, device)
 
 
-def set_torch_state(state: Mapping[str, Any], device: torch.device = CPU) -> None:
+def set_torch_state(state: State, device: torch.device = CPU) -> None:
     """Set only torch's generators, which dropout and stochastic depth draw from."""
     torch.set_rng_state(state["torch"])
     if state["device"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], device)
 
 
-def get_torch_state(device: torch.device = CPU) -> dict[str, Any]:
+def get_torch_state(device: torch.device = CPU) -> State:
     """The state of torch's generators, for `set_torch_state`."""
-    return {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "device": cuda}
 
 
 def seed(value: int, device: torch.device = CPU) -> None:

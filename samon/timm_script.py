@@ -7,7 +7,7 @@ The weights are back at w when the backward pass of that loss returns, before th
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,8 @@ class PerturbedTask:
     def __init__(self, task: TrainingTask, sam: SAM) -> None:
         self.task, self.sam, self.undo, self.in_pass = task, sam, ExitStack(), False
         self.restore = self.undo.close  # back to w, bit by bit
-        module: Any = task.get_trainable_module()
+        module = task.get_trainable_module()
+        assert module is not None
         # The loss may never be differentiated, which would leave the weights at w + eps.
         module.register_forward_pre_hook(lambda *_: None if self.in_pass else self.restore())
         module.register_state_dict_pre_hook(lambda *_: self.restore())
@@ -74,7 +75,7 @@ class PerturbedTask:
         return {**result, "loss": loss}
 
 
-def _call(task: TrainingTask, *args: Any, **kwargs: Any) -> Losses:
+def _call(task: TrainingTask, *args: object, **kwargs: object) -> Losses:
     call = partial(_call_task, task, *args, **kwargs)
     if not (task.training and torch.is_grad_enabled()):
         return call()
@@ -86,7 +87,7 @@ def _call(task: TrainingTask, *args: Any, **kwargs: Any) -> Losses:
     return call() if perturbed is None else perturbed.losses(call)
 
 
-def _refuse_plain_step(sam: Any, args: Any, kwargs: Any) -> None:
+def _refuse_plain_step(sam: SAM, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     """Refuse a step without a closure, task or `two_pass` before it, which would be a plain one in silence."""
     if not sam.stats and not args[1:] and not kwargs.get("closure"):
         raise UserError(
@@ -105,7 +106,7 @@ def install() -> None:
 def _record_instances(kind: Any, instances: WeakValueDictionary[int, Any]) -> None:
     initialize = kind.__init__
 
-    def initialize_and_record(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_and_record(self: object, *args: object, **kwargs: object) -> None:
         initialize(self, *args, **kwargs)
         instances[max(instances, default=0) + 1] = self
         if isinstance(self, SAM):

@@ -22,6 +22,7 @@ from samon.data.shards import RawSample
 from samon.data.sources import open_source
 from samon.evals.attacks import ROBUST, Threat, attack, without_marks
 from samon.evals.context import evaluating
+from samon.files import markdown_table
 
 THREATS = (("l2", 0.25), ("l2", 0.5), ("linf", 2 / 255), ("linf", 4 / 255))
 
@@ -33,8 +34,8 @@ def images(split: str, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([to_tensor(decode_pil(s.image)) for s in samples]), torch.tensor([s.label for s in samples])
 
 
-def trained(count: int) -> nn.Module:
-    """A network of two convolutions after 8 epochs on ``count`` images."""
+def train_network(count: int) -> nn.Module:
+    """A network of two convolutions after 8 epochs on `count` images."""
     x, y = images("train", count)
     layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 49, 10))
@@ -49,43 +50,41 @@ def trained(count: int) -> nn.Module:
 
 def ours(net: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, size: int) -> Tensor:
     """[N] bool: robust by this project's attacks."""
-    parts = torch.arange(len(x)).split(size)
+    batches = torch.arange(len(x)).split(size)
     with evaluating(net, requires_grad=False):
-        found = [attack(net, x[i], y[i], i, Threat(norm, eps)) for i in parts]
-    return without_marks(torch.cat(found)) == ROBUST
+        results = [attack(net, x[i], y[i], i, Threat(norm, eps)) for i in batches]
+    return without_marks(torch.cat(results)) == ROBUST
 
 
 def theirs(net: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, size: int) -> Tensor:
     """[N] bool: robust by pyautoattack's."""
     name, names = {"l2": "L2", "linf": "Linf"}[norm], ["apgd-ce", "apgd-t"]
-    whole = AutoAttack(net, norm=name, eps=eps, version="custom", attacks=names, seed=0, device="cpu")
-    whole.apgd.n_restarts = 1  # as in AutoAttack's standard version
-    found, _ = whole.run_standard_evaluation(x, y, batch_size=size)
-    return net(found).argmax(1) == y
+    attacks = AutoAttack(net, norm=name, eps=eps, version="custom", attacks=names, seed=0, device="cpu")
+    attacks.apgd.n_restarts = 1  # as in AutoAttack's standard version
+    adversarial, _ = attacks.run_standard_evaluation(x, y, batch_size=size)
+    return net(adversarial).argmax(1) == y
 
 
 def main() -> None:
-    """Train, attack, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50, help="images attacked")
     parser.add_argument("--train-images", type=int, default=2000, help="images that the network learns from")
     parser.add_argument("--batch-size", type=int, default=50, help="images at once")
     args = parser.parse_args()
     torch.manual_seed(0)
-    net = trained(args.train_images)
+    net = train_network(args.train_images)
     x, y = images("validation", args.images)
-    print("| threat | robust, theirs | robust, ours | decided alike | s, theirs | s, ours | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = [["threat", "robust, theirs", "robust, ours", "decided alike", "s, theirs", "s, ours", "ratio"]]
     for norm, eps in THREATS:
-        found, seconds = [], []
+        robust, seconds = [], []
         for run in (theirs, ours):
             start = time.perf_counter()
-            found.append(run(net, x, y, norm, eps, args.batch_size))
+            robust.append(run(net, x, y, norm, eps, args.batch_size))
             seconds.append(time.perf_counter() - start)
-        alike = int((found[0] == found[1]).sum())
-        counts = [int(robust.sum()) for robust in found]
-        line = [f"{norm} {eps:.4g}", *counts, f"{alike}/{len(x)}", *(f"{s:.1f}" for s in seconds)]
-        print(f"| {' | '.join(map(str, line))} | {seconds[1] / seconds[0]:.2f} |", flush=True)
+        counts = [str(int(images.sum())) for images in robust]
+        alike, ratio = f"{int((robust[0] == robust[1]).sum())}/{len(x)}", f"{seconds[1] / seconds[0]:.2f}"
+        rows.append([f"{norm} {eps:.4g}", *counts, alike, *(f"{s:.1f}" for s in seconds), ratio])
+    print(markdown_table(rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Makes JPEGs of 500 x 375 and about 110 kB (noise with a photograph's 1/f spectrum), packs them with make_shards.py and
 times batches of augmented uint8 images, as they go to the device, with each number of workers (0: per second of CPU
-time), in turns, so that other load on the machine hits all alike; then, in this process, each stage by itself, and how
-far each decoder's pixels are from Pillow's.
+time), in turns, so that other load on the machine hits all alike; then prints how far each decoder's pixels are from
+Pillow's.
 """
 
 import argparse
@@ -27,20 +27,16 @@ import timm.data
 import torch
 import webdataset
 from PIL import Image
-from timm.data.loader import fast_collate
-from timm.data.readers.reader_wds import log_and_continue
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode as Mode
 from torchvision.transforms import v2
-from webdataset import DataPipeline, SimpleShardList, tarfile_to_samples
 
 from samon import rng
 from samon.cli import make_shards
 from samon.data import create_dataset, create_loader
-from samon.data.decode import choose_decoder, decode_pil, decode_tensor
-from samon.data.shards import ShardReader, load_split
+from samon.data.decode import choose_decoder
 
 BATCH = 32
 OURS = ("pil", "torch", "crop")  # by --decoder
@@ -49,16 +45,18 @@ TARGETS = {(224, "crop"): 1.8}  # times timm
 # Random resized crop and flip, as in the recipes; bilinear or bicubic by chance, as in timm's train.py.
 AUGMENT = {"color_jitter": None, "interpolation": "random"}
 BYTES = 110_000
+Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG (4:2:0) of noise with a 1/f spectrum, at the quality that makes it `BYTES` long."""
-    draw = np.random.default_rng(seed)
+    random_numbers = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
 
     def field(falling: float) -> np.ndarray:
-        spectrum = draw.normal(size=frequency.shape) + 1j * draw.normal(size=frequency.shape)
+        real, imaginary = random_numbers.normal(size=(2, *frequency.shape))
+        spectrum = real + 1j * imaginary
         values = np.fft.irfft2(spectrum / frequency**falling, (height, width))
         return (values - values.mean()) / values.std()
 
@@ -75,7 +73,7 @@ def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
 
 
 def make_set(directory: Path, images: int) -> list[bytes]:
-    """Shards of ``images`` photos under ``directory``/shards; a few of them for the stages."""
+    """Write shards of `images` photos under `directory`/shards; return the different ones."""
     some = [photo(i) for i in range(min(images, 128))]
     for i in range(images):
         path = directory / f"source/train/class{i % 8}/{i:05d}.jpg"
@@ -86,7 +84,7 @@ def make_set(directory: Path, images: int) -> list[bytes]:
     return some
 
 
-def their_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
+def their_loader(kind: str, directory: Path, size: int, workers: int) -> Loader:
     """What webdataset's and torchvision's documentation would have one write; uint8 here too."""
     choices = [v2.RandomResizedCrop(size, interpolation=how) for how in (Mode.BILINEAR, Mode.BICUBIC)]
     augment = v2.Compose([v2.RandomChoice(choices), v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -99,7 +97,7 @@ def their_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
     return webdataset.WebLoader(samples.batched(BATCH, partial=False), batch_size=None, num_workers=workers)
 
 
-def make_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
+def make_loader(kind: str, directory: Path, size: int, workers: int) -> Loader:
     """Batches (uint8 [B, 3, size, size], target) on the CPU, before normalization."""
     if kind in ("webdataset", "torchvision"):
         return their_loader(kind, directory, size, workers)
@@ -118,7 +116,7 @@ def make_loader(kind: str, directory: Path, size: int, workers: int) -> Any:
     return create_loader(create_dataset("wds/bench", **common), decoder=kind, **loading).loader
 
 
-def epoch_rate(loader: Any, clock: Callable[[], float]) -> float:
+def epoch_rate(loader: Loader, clock: Callable[[], float]) -> float:
     """Images per second over an epoch, from the second batch on: workers have started."""
     count, start = 0, 0.0
     for images, _ in loader:
@@ -130,71 +128,21 @@ def epoch_rate(loader: Any, clock: Callable[[], float]) -> float:
     return count / (clock() - start)
 
 
-def milliseconds(action: Callable[[Any], Any], items: Iterable[Any], repeats: int = 5) -> float:
-    """Best of ``repeats`` mean times per item."""
-    items = list(items)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for item in items:
-            action(item)
-        best = min(best, (time.perf_counter() - start) / len(items) * 1e3)
-    return best
-
-
-def stages(root: Path, some: list[bytes], size: int) -> None:
-    """Print milliseconds per image of each stage, timm's and ours."""
-    shards = load_split(str(root), "train")
-    reader = ShardReader(None, None)
-    images = sum(shards.lengths)
-
-    def read_timm(_: Any) -> None:
-        for _sample in DataPipeline(SimpleShardList(list(shards.urls)), tarfile_to_samples(handler=log_and_continue)):
-            pass
-
-    def read_ours(_: Any) -> None:
-        for url, length in zip(shards.urls, shards.lengths, strict=True):
-            for _sample in reader.read(url, length, range(length)):
-                pass
-
-    transform = augmentation(size)
-    _, tensor_transform = choose_decoder("torch", transform, "RGB")
-    pils, tensors = [decode_pil(data) for data in some], [decode_tensor(data) for data in some]
-    ready = [(transform(image), 0) for image in pils[:BATCH]]
-    ready_tensors = [(tensor_transform(image), 0) for image in tensors[:BATCH]]
-    rows: list[tuple[str, float, float]] = [
-        ("read", milliseconds(read_timm, [0]) / images, milliseconds(read_ours, [0]) / images),
-        ("decode", milliseconds(decode_pil, some), milliseconds(decode_tensor, some)),
-        ("augment", milliseconds(transform, pils), milliseconds(tensor_transform, tensors)),
-        ("collate", milliseconds(fast_collate, [ready]) / BATCH, milliseconds(fast_collate, [ready_tensors]) / BATCH),
-    ]
-    print(f"\n{'ms per image':14}{'timm':>8}{'ours':>8}")
-    for name, theirs, ours in rows:
-        print(f"{name:14}{theirs:8.3f}{ours:8.3f}")
-    theirs, ours = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    print(f"{'sum':14}{theirs:8.3f}{ours:8.3f}   ratio {theirs / ours:.2f}")
-    print(f"bound if all but decoding and reading were free: {theirs / (rows[0][2] + rows[1][2]):.2f}")
-
-
-def augmentation(size: int) -> Any:
-    """timm's training transform, to uint8."""
-    return create_transform((3, size, size), is_training=True, use_prefetcher=True, **AUGMENT)  # type: ignore[arg-type]
-
-
 def pixels(some: list[bytes], size: int) -> None:
     """Print how far each decoder's training images are from those of timm's Pillow path, in levels of 255."""
-    transform = augmentation(size)
-    made: dict[str, list[torch.Tensor]] = {}
+    # timm's training transform, to uint8
+    transform = create_transform((3, size, size), is_training=True, use_prefetcher=True, **AUGMENT)  # type: ignore[arg-type]
+    images: dict[str, torch.Tensor] = {}
     for kind in OURS:
         decode, step = choose_decoder(kind, transform, "RGB")
-        made[kind] = []
+        tensors = []
         for seed, data in enumerate(some):
             rng.seed(seed)
-            made[kind].append(torch.as_tensor(step(decode(data))).float())
+            tensors.append(torch.as_tensor(step(decode(data))).float())
+        images[kind] = torch.stack(tensors)
     for kind in OURS[1:]:
-        apart = [(ours - theirs).abs() for ours, theirs in zip(made[kind], made["pil"], strict=True)]
-        mean, largest = (torch.stack([how(one) for one in apart]) for how in (torch.mean, torch.max))
-        print(f"{kind} against pil at {size} px: mean {mean.mean():.3f}, largest {int(largest.max())} of 255")
+        difference = (images[kind] - images["pil"]).abs()
+        print(f"{kind} against pil at {size} px: mean {difference.mean():.3f}, largest {int(difference.max())} of 255")
 
 
 def race(directory: Path, size: int, workers: int, rounds: int) -> None:
@@ -216,7 +164,6 @@ def race(directory: Path, size: int, workers: int, rounds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the set, time loaders and stages, print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
@@ -235,7 +182,6 @@ def main(argv: list[str] | None = None) -> None:
         for size in args.size:
             for workers in args.workers:
                 race(Path(directory), size, workers, args.rounds)
-        stages(Path(directory) / "shards", some, args.size[0])
         for size in args.size:
             pixels(some, size)
 

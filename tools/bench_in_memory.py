@@ -43,12 +43,16 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as root:
         np.savez(Path(root) / "random.npz", x_train=images, y_train=labels)
         for aa in (None, "cifar10"):
-            kwargs: dict[str, Any] = {"train_crop_mode": "pad", "auto_augment": aa, "color_jitter": 0.0}
-            kwargs["device"] = device
-            whole = create_dataset("npz/random", root=root, split="train", rank=0, world_size=1)
+            kwargs: dict[str, Any] = {
+                "train_crop_mode": "pad",
+                "auto_augment": aa,
+                "color_jitter": 0.0,
+                "device": device,
+            }
+            dataset = create_dataset("npz/random", root=root, split="train", rank=0, world_size=1)
             stream = create_dataset("npz/random", root=root, split="train", is_training=True, batch_size=128)
             loaders = {
-                "in memory": create_in_memory_loader(whole, (3, 32, 32), 128, True, **kwargs),
+                "in memory": create_in_memory_loader(dataset, (3, 32, 32), 128, True, **kwargs),
                 "by image": create_loader(stream, (3, 32, 32), 128, True, num_workers=args.workers, **kwargs),
             }
             speeds: dict[str, list[float]] = {name: [] for name in loaders}

@@ -29,16 +29,17 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
+from samon.files import markdown_table
 from samon.scope import norm_modules
 from samon.trainer.flops import count_flops
 
-Step = Callable[[], Any]
-
-
+Step = Callable[[], object]
+Row = dict[str, Any]  # of the table; of a variant that cannot run, its name and the reason
 SMALL = "small_blocks"
 # Largest FLOPs relative to a plain step, by prefix of the row's name. The time should be within 10 % of it.
 TARGETS = {
@@ -81,10 +82,10 @@ class Bench:
             return
         kwargs = {} if args.img_size is None else {"img_size": args.img_size}
         try:
-            model: Any = timm.create_model(args.model, **kwargs)
+            model = timm.create_model(args.model, **kwargs)
         except TypeError:  # convolutional networks take any size
             model = timm.create_model(args.model)
-        self.place(model, args.img_size or model.pretrained_cfg["input_size"][-1])
+        self.place(model, args.img_size or resolve_model_data_config(model)["input_size"][-1])
 
     def place(self, model: Any, size: int) -> None:
         args = self.args
@@ -95,7 +96,7 @@ class Bench:
         torch._dynamo.config.recompile_limit = 64  # every variant compiles its own graphs; a training has two
         self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if args.compile else self.model
 
-    def loss(self, x: Tensor | None = None, y: Tensor | None = None, model: Any = None) -> Tensor:
+    def loss(self, x: Tensor | None = None, y: Tensor | None = None, model: nn.Module | None = None) -> Tensor:
         amp = torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
         with amp:
             output = (model or self.run)(self.x if x is None else x)
@@ -108,39 +109,31 @@ class Bench:
             sam.compile()
         return opt
 
-    def plain(self, name: str = "sgd") -> Step:
-        opt = self.optimizer(name)
+    def updates(self, opt: torch.optim.Optimizer, backward: Callable[[], object], count: int = 1) -> Step:
+        """A function that makes `count` updates with the gradient that `backward` accumulates."""
 
         def step() -> None:
-            opt.zero_grad()
-            self.loss().backward()
-            opt.step()
-
-        return step
-
-    def ascending(self, updates: int = 1, **how: Any) -> Step:
-        """SAM-ON with an ascent source (`samon.engines.ascent`), averaged over `updates`."""
-        opt = self.optimizer("samon-momentum", momentum=0.9, **how)
-
-        def step() -> None:
-            for _ in range(updates):
+            for _ in range(count):
                 opt.zero_grad()
-                samon.two_pass(opt, self.loss)
+                backward()
                 opt.step()
 
-        self.updates_of[step] = updates
+        self.updates_of[step] = count
         return step
 
-    def two_pass(self, name: str, perturb: str | None = None, **kwargs: Any) -> Step:
+    def plain(self, name: str = "sgd") -> Step:
+        return self.updates(self.optimizer(name), lambda: self.loss().backward())
+
+    def ascent_source(self, updates: int = 1, **options: object) -> Step:
+        """SAM-ON with an ascent source (`samon.engines.ascent`), averaged over `updates`."""
+        opt = self.optimizer("samon-momentum", momentum=0.9, **options)
+        return self.updates(opt, lambda: samon.two_pass(opt, self.loss), updates)
+
+    def two_pass(self, name: str, perturb: str | None = None, groups: int = 1, replay: bool = True) -> Step:
         opt = self.optimizer(name, perturb=perturb)
         model = self.model if perturb else None  # replay replaces layer outputs, so it runs the uncompiled model
-
-        def step() -> None:
-            opt.zero_grad()
-            samon.two_pass(opt, lambda: self.loss(model=model), **kwargs)
-            opt.step()
-
-        return step
+        forward = partial(self.loss, model=model)
+        return self.updates(opt, lambda: samon.two_pass(opt, forward, groups=groups, replay=replay))
 
     def naive(self) -> Step:
         """SAM-ON as in other implementations: full gradients in both passes, all weights saved."""
@@ -148,8 +141,7 @@ class Bench:
         sam = samon.sam_of(opt)
         assert sam is not None
 
-        def step() -> None:
-            opt.zero_grad()
+        def backward() -> None:
             self.loss().backward()
             saved = [p.detach().clone() for p in self.model.parameters()]
             with sam.perturbed([p.grad for p in sam.perturbed_parameters().values()]):
@@ -158,21 +150,18 @@ class Bench:
             with torch.no_grad():
                 for p, value in zip(self.model.parameters(), saved, strict=True):
                     p.copy_(value)
-            opt.step()
 
-        return step
+        return self.updates(opt, backward)
 
     def loop(self, m: int) -> Step:
+        """SAM-ON on sub-batches of m images, one after another."""
         opt = self.optimizer("samon")
-        count = self.args.batch_size // m
 
-        def step() -> None:
-            opt.zero_grad()
+        def backward() -> None:
             for x, y in zip(self.x.split(m), self.y.split(m), strict=True):
-                samon.two_pass(opt, partial(self.loss, x, y, self.model), loss_scale=1 / count)
-            opt.step()
+                samon.two_pass(opt, partial(self.loss, x, y, self.model), loss_scale=m / len(self.x))
 
-        return step
+        return self.updates(opt, backward)
 
     def other(self) -> Step:
         """pytorch-optimizer's SAM over all parameters."""
@@ -190,7 +179,7 @@ class Bench:
 
     def variants(self) -> dict[str, Callable[[], Step]]:
         late, batch = self.args.perturb or late_layers(self.model), self.args.batch_size
-        found: dict[str, Callable[[], Step]] = {  # "SAM-ON" is m = batch size
+        variants: dict[str, Callable[[], Step]] = {  # "SAM-ON" is m = batch size
             "plain SGD": self.plain,
             "SAM, all parameters": lambda: self.two_pass("sam"),
             "SAM-ON, full gradients": self.naive,
@@ -201,21 +190,21 @@ class Bench:
             f"SAM-ON {late}, replay": lambda: self.two_pass("samon", late),
         }
         for source, updates in (("previous", 1), ("msam", 1), ("fsam", 1), ("looksam:5", 5), ("aesam", 1)):
-            found[f"SAM-ON, ascent {source}"] = partial(self.ascending, updates, ascent=source)
-        found["SAM-ON, GSAM"] = partial(self.ascending, gsam_alpha=0.4)
+            variants[f"SAM-ON, ascent {source}"] = partial(self.ascent_source, updates, ascent=source)
+        variants["SAM-ON, GSAM"] = partial(self.ascent_source, gsam_alpha=0.4)
         if not self.args.compile:  # it perturbs different tensors in every update
-            found["SAM-ON, ESAM, beta = 0.5"] = partial(self.ascending, esam_beta=0.5)
+            variants["SAM-ON, ESAM, beta = 0.5"] = partial(self.ascent_source, esam_beta=0.5)
         norms = norm_modules(self.model).values()
-        coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
+        has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms)
         for m in self.args.m or sorted({batch, 16, 4, 1}, reverse=True):
             if m < batch and batch % m == 0:
-                found[f"SAM-ON, m = {m}, groups"] = partial(self.two_pass, "samon", groups=batch // m)
+                variants[f"SAM-ON, m = {m}, groups"] = partial(self.two_pass, "samon", groups=batch // m)
                 # BatchNorm after global pooling or at 1 px has no statistics for one sample.
-                if not (coupled and m == 1):
-                    found[f"SAM-ON, m = {m}, loop"] = partial(self.loop, m)
+                if not (has_batch_norm and m == 1):
+                    variants[f"SAM-ON, m = {m}, loop"] = partial(self.loop, m)
         if importlib.util.find_spec("pytorch_optimizer"):
-            found["pytorch-optimizer SAM"] = self.other
-        return found
+            variants["pytorch-optimizer SAM"] = self.other
+        return variants
 
     def timed(self, step: Step) -> float:
         """Milliseconds per update."""
@@ -276,7 +265,7 @@ def resident_growth(bench: Bench, step: Step) -> float:
     return (status("VmHWM") - before) / 1024
 
 
-def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
+def measure(bench: Bench, rounds: int, memory: bool) -> list[Row]:
     steps, refused = {}, {}
     for name, make in bench.variants().items():
         if bench.args.rows and name != "plain SGD" and not re.search(bench.args.rows, name):
@@ -317,19 +306,19 @@ def measure(bench: Bench, rounds: int, memory: bool) -> list[dict[str, Any]]:
     return rows + [{"variant": name, "refused": why} for name, why in refused.items()]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| step | FLOPs | target | time | min to max | ms | peak MiB |", "|---|---|---|---|---|---|---|"]
+def table(rows: list[Row]) -> str:
+    lines = [["step", "FLOPs", "target", "time", "min to max", "ms", "peak MiB"]]
     for r in rows:
+        name = r["variant"].replace("|", r"\|")
         if "refused" in r:
-            lines.append(f"| {r['variant']} | - | - | - | {r['refused']} | - | - |")
+            lines.append([name, "-", "-", "-", r["refused"], "-", "-"])
             continue
         flop = "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}"
         peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
-        name = re.sub(r"\|", r"\\|", r["variant"])
         target = next((f"{wanted:.2f}" for start, wanted in TARGETS.items() if r["variant"].startswith(start)), "")
         span = f"{r['time_ratio_min']:.2f} to {r['time_ratio_max']:.2f}"
-        lines.append(f"| {name} | {flop} | {target} | {r['time_ratio']:.2f} | {span} | {r['ms']:.1f} | {peak} |")
-    return "\n".join(lines)
+        lines.append([name, flop, target, f"{r['time_ratio']:.2f}", span, f"{r['ms']:.1f}", peak])
+    return markdown_table(lines)
 
 
 def main() -> None:

@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO
 
 import torch
 
@@ -32,10 +33,10 @@ from samon.trainer.build import Run
 from samon.trainer.config import parse
 from samon.trainer.main import train
 from samon.trainer.run_dir import load_run_settings
-from samon.trainer.state import Progress
+from samon.trainer.state import Progress, Tree
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTEXT: Any = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])
 UPDATES = 6  # per epoch
 FLAGS = f"""
@@ -92,16 +93,16 @@ def _train(argv: list[str], moment: Moment | None, fire: Callable[[], None]) -> 
         if where == kind and (progress.epoch, progress.updates) == (epoch, update):
             fire()
 
-    def reach_before(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def reach_before(kind: str, function: Callable[..., object]) -> Callable[..., object]:
         """`function(run, progress, ...)` that reaches the moment first."""
 
-        def reaching(run: Run, progress: Progress, *args: Any) -> Any:
+        def reaching(run: Run, progress: Progress, *args: object) -> object:
             reach(kind, progress)
             return function(run, progress, *args)
 
         return reaching
 
-    def on_write(content: Any, file: Any) -> None:
+    def on_write(content: Tree, file: IO[bytes]) -> None:
         done = content["progress"]["epoch_done"]
         here = (content["epoch"] + 1, 0) if done else (content["epoch"], content["progress"]["updates"])
         if where == "write" and here == (epoch, update):
@@ -118,7 +119,7 @@ def _train(argv: list[str], moment: Moment | None, fire: Callable[[], None]) -> 
         reach("update", progress)
 
 
-def launch(argv: list[str], world: int, log: Path, moment: Moment | None = None, kind: str = "") -> list[int]:
+def launch(argv: list[str], world: int, log: Path, moment: Moment | None = None, kind: str = "") -> list[int | None]:
     """Exit codes of a run's processes. The last rank is hit by a kind of one (rank 0 where it is in a write)."""
     port = free_port()
     number = {"term": signal.SIGTERM, "kill-worker": 0}.get(kind, signal.SIGKILL)
@@ -133,7 +134,7 @@ def launch(argv: list[str], world: int, log: Path, moment: Moment | None = None,
     return [process.exitcode for process in group]
 
 
-def _watch(group: list[Any], limit: float = 240.0) -> None:
+def _watch(group: Sequence[BaseProcess], limit: float = 240.0) -> None:
     """Wait for all; once one has died abnormally the others get a few seconds, as torchrun gives them."""
     end = time.monotonic() + limit
     while any(process.is_alive() for process in group) and time.monotonic() < end:
@@ -142,7 +143,7 @@ def _watch(group: list[Any], limit: float = 240.0) -> None:
         time.sleep(0.02)
     for process in group:
         if process.is_alive():
-            os.kill(process.pid, signal.SIGUSR2)
+            os.kill(process.pid or 0, signal.SIGUSR2)
             time.sleep(0.5)
             process.kill()
         process.join()
@@ -169,12 +170,12 @@ def same(a: Path, b: Path) -> bool:
     return all(trees_equal(first[key], second[key]) for key in ("state_dict", "state_dict_ema", "optimizer"))
 
 
-def trees_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
+def trees_equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, dict):
+    if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(trees_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(trees_equal, a, b))
     return bool(a == b)
 

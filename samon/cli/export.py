@@ -12,10 +12,8 @@ Weights and preprocessing are those that samon-validate evaluates; further flags
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models import push_to_hf_hub
@@ -34,7 +32,7 @@ from samon.geometry import GEOMETRIES
 from samon.registry import variant_of
 from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging
-from samon.trainer.state import DCP_SUFFIXES, load_file, load_state, stored_args
+from samon.trainer.state import DCP_SUFFIXES, Tree, load_file, load_state, stored_args
 
 # Of timm's configuration of a model, what describes timm's own pretrained weights.
 _WEIGHTS_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -66,13 +64,20 @@ def export_onnx(context: EvalContext, path: Path) -> float:
         raise UserError(f"--onnx needs {error.name}; run: pip install onnx onnxruntime onnxscript") from None
     model, name = FirstOutput(context.model).eval(), context.config.model
     example = torch.randn(2, *context.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    args, sizes = (example,), ({0: "batch"},)
     try:
-        program: Any = torch.onnx.export(
-            model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},), **options
+        program = torch.onnx.export(
+            model,
+            args,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=sizes,
+            input_names=["images"],
+            output_names=["logits"],
         )
     except Exception as error:  # the exporter raises exceptions of many kinds
         raise UserError(f"torch cannot export {name} to ONNX: {' '.join(str(error).split())[:200]}") from None
+    assert program is not None  # dynamo=True
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     images = torch.cat([example, example.flip(0), example])[:5]  # another batch size than it was traced with
@@ -87,7 +92,7 @@ def export_onnx(context: EvalContext, path: Path) -> float:
     return difference
 
 
-def perturbation_details(stored: Mapping[str, Any]) -> dict[str, str]:
+def perturbation_details(stored: Tree) -> dict[str, str]:
     """What a run perturbed, and when; nothing of a run without SAM."""
     variant = variant_of(stored.get("opt", ""))
     if variant is None:
@@ -126,7 +131,7 @@ def evaluation_table(path: Path, checkpoint: str) -> str:
     return table
 
 
-def model_card(job: Job, content: dict[str, Any], license_name: str, results: Path | None) -> dict[str, Any]:
+def model_card(job: Job, content: Tree, license_name: str, results: Path | None) -> Tree:
     """timm's model card: architecture, training, accuracy and usage."""
     stored = stored_args(content)
     details = {"Model Type": "Image classification", "Architecture": job.config.model}
@@ -147,18 +152,14 @@ def model_card(job: Job, content: dict[str, Any], license_name: str, results: Pa
     return {"description": description, "details": details, "usage": usage, "license": license_name}
 
 
-def hub_arguments(job: Job, context: EvalContext) -> dict[str, Any]:
+def hub_arguments(job: Job, context: EvalContext) -> Tree:
     """Arguments of timm's hub functions: classes, factory arguments, preprocessing."""
-    model_config: dict[str, Any] = {"num_classes": context.num_classes}
-    if context.class_names:
-        model_config["label_names"] = list(context.class_names)
-    if job.config.gp:
-        model_config["global_pool"] = job.config.gp
-    model_args = dict(job.config.model_kwargs) or None
-    return {"model_config": model_config, "model_args": model_args, "data_config": dict(context.data_config)}
+    own = {"label_names": context.class_names, "global_pool": job.config.gp}
+    model_config = {"num_classes": context.num_classes} | {key: value for key, value in own.items() if value}
+    return {"model_config": model_config, "model_args": job.config.model_kwargs, "data_config": context.data_config}
 
 
-def save_folder(model: nn.Module, folder: Path, card: dict[str, Any], hub_args: dict[str, Any]) -> None:
+def save_folder(model: nn.Module, folder: Path, card: Tree, hub_args: Tree) -> None:
     """Write timm's folder; it appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -189,13 +190,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("nothing to export: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
     if (args.file is not None) != (Path(args.checkpoint).suffix in DCP_SUFFIXES):
         raise UserError("--file converts a sharded checkpoint (NAME.dcp); everything else needs a converted one")
-    for flag, path in {"--onnx": args.onnx, "--file": args.file, "--timm": args.timm}.items():
-        if path == args.timm and path and path.is_dir():
-            if any(path.iterdir()):
-                raise UserError(f"--timm {path} is not empty; name a new folder")
-        elif path == args.timm and path and path.exists():
-            raise UserError(f"--timm {path} is a file; name a folder")
-        elif path:
+    folder = args.timm
+    if folder and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--timm {folder} is not empty; name a new folder")
+    if folder and folder.is_file():
+        raise UserError(f"--timm {folder} is a file; name a folder")
+    for flag, path in {"--onnx": args.onnx, "--file": args.file, "--timm": folder}.items():
+        if path and not (path is folder and folder.is_dir()):
             check_writable(flag, path)
     return args
 
@@ -218,17 +219,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.timm or args.push:
         content = {} if job.checkpoint.endswith(".safetensors") else load_file(Path(job.checkpoint), "CHECKPOINT")
         card, hub_args = model_card(job, content, args.license, args.results), hub_arguments(job, context)
-        model: Any = context.model
-        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _WEIGHTS_KEYS}
+        model = context.model
+        assert isinstance(model.pretrained_cfg, dict)
+        for key in _WEIGHTS_KEYS:
+            model.pretrained_cfg.pop(key, None)
         if args.timm:
             save_folder(model, args.timm, card, hub_args)
             print(f'{args.timm}: timm.create_model("local-dir:{args.timm}", pretrained=True)')
         if args.push:
-            push(model, args.push, private=args.private, model_card=card, safe_serialization=True, **hub_args)
+            push(model, args.push, hub_args | {"private": args.private, "model_card": card, "safe_serialization": True})
             print(f'timm.create_model("hf-hub:{args.push}", pretrained=True)')
 
 
-def push(model: nn.Module, repository: str, **options: Any) -> None:
+def push(model: nn.Module, repository: str, options: Tree) -> None:
     """Upload by timm; raise RunError for whatever the hub's client raises."""
     try:
         push_to_hf_hub(model, repository, **options)

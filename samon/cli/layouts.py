@@ -125,14 +125,16 @@ def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
 
         kinds = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
         source = args.source.resolve()
-        found = [source] if source.name in kinds else [source / name for name in kinds if (source / name).is_dir()]
-        if len(found) != 1:
+        extracted = [source] if source.name in kinds else [source / name for name in kinds if (source / name).is_dir()]
+        if len(extracted) != 1:
             raise UserError(f"--source {args.source}: give the extracted {' or '.join(kinds)}, or an .npz")
-        kind, root = kinds[found[0].name], str(found[0].parent)
+        kind, root = kinds[extracted[0].name], str(extracted[0].parent)
         try:  # torchvision compares checksums before it unpickles
             sets = {"train": kind(root, train=True), "validation": kind(root, train=False)}
         except RuntimeError:
-            raise UserError(f"--source {found[0]}: files are missing or damaged; extract the archive again") from None
+            raise UserError(
+                f"--source {extracted[0]}: files are missing or damaged; extract the archive again"
+            ) from None
         arrays = {split: (data.data, data.targets) for split, data in sets.items()}
         names = sets["train"].classes
     splits = {}

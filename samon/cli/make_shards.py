@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, pairwise, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -119,7 +119,7 @@ def hash_plan(tasks: dict[str, list[ShardTask]], args: argparse.Namespace) -> st
     return digest.hexdigest()
 
 
-def check_output(output: Path, names: list[str], tasks: dict[str, list[ShardTask]], digest: str) -> dict[str, Any]:
+def check_output(output: Path, names: list[str], tasks: dict[str, list[ShardTask]], digest: str) -> dict[str, object]:
     """Return the splits that the directory's `_info.json` lists so far.
 
     Raises:
@@ -198,9 +198,9 @@ def verify(args: argparse.Namespace) -> None:
             shards = load_split(str(args.output), split)
             digests = entry.get("sha256") or [None] * len(shards.urls)
             results = pool.map(find_faults, shards.urls, shards.lengths, digests, repeat(shards.num_classes))
-            found = [fault for some in progress_bar(split, len(digests), "shard", results) for fault in some]
-            print(f"{split}: {entry['num_samples']} images, {len(found)} faults")
-            faults += found
+            split_faults = list(chain.from_iterable(progress_bar(split, len(digests), "shard", results)))
+            print(f"{split}: {entry['num_samples']} images, {len(split_faults)} faults")
+            faults += split_faults
     for line in faults[:20]:
         print(line, file=sys.stderr)
     if faults:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
@@ -91,9 +90,8 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
     source = FileList(paths)
     dataset = EvalDataset(source=source, size=len(paths), image_mode=mode, border=border, skip_corrupt=True)
     with evaluating(context.model):
-        for _, index, images, labels in load_batches(
-            context, dataset, samples, config.batch_size, progress="predicting"
-        ):
+        batches = load_batches(context, dataset, samples, config.batch_size, progress="predicting")
+        for _, index, images, labels in batches:
             with context.autocast():
                 logits = predict(context.model, images)
             top = logits.float().softmax(1).topk(topk, dim=1)
@@ -137,9 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("samon-predict runs in one process; start it without torchrun")
         context, corrupt = build(job, dist_info), 0
         topk = min(args.topk, context.num_classes)
-        output: Any = nullcontext(sys.stdout)
-        if args.output:  # line by line, so that an error keeps the rows before it; any bytes in file names
-            output = args.output.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="")
+        # Line by line, so that an error keeps the rows before it; any bytes in file names.
+        output = args.output.open("w", 1, "utf-8", "surrogateescape", "") if args.output else nullcontext(sys.stdout)
         with name_write_errors(args.output or Path("standard output")), output as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["file", *(f"{what}_{k + 1}" for k in range(topk) for what in ("label", "probability"))])

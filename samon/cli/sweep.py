@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
@@ -38,7 +37,7 @@ from samon.errors import RunError, Stopped, UserError, require_package
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
 from samon.registry import VARIANTS, is_sam_name
-from samon.report.content import Score
+from samon.report.content import Json, Score
 from samon.trainer.config import RECIPES, Config, find_recipe, load_yaml, parse
 from samon.trainer.state import find_newest
 
@@ -114,7 +113,7 @@ class Sweep:
         content = [_recipe_text(find_recipe(self.config)), job.opt, str(job.rho), str(job.seed), str(self.nproc)]
         return hashlib.sha256("\0".join([*content, *self.train]).encode()).hexdigest()[:16]
 
-    def result(self, job: Job) -> dict[str, Any] | None:
+    def result(self, job: Job) -> Json | None:
         """`metrics`, `cpu_seconds` and `resumed` of a finished run, otherwise None.
 
         Raises:
@@ -123,7 +122,7 @@ class Sweep:
         path = self.output / job.name / "result.json"
         if not path.exists():
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: Json = json.loads(path.read_text())
         if result["fingerprint"] != self.fingerprint(job):
             raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
         return result
@@ -167,7 +166,8 @@ class Sweep:
                 return "elsewhere"
             if self.result(job) is not None:
                 return "skipped"
-            with self._device() as gpu:
+            gpu = self._devices.get() if self.gpus else None
+            try:
                 for _ in range(1 + self.retries):
                     status, result = self._start(job, gpu, lock.fileno())
                     if result is not None:
@@ -176,20 +176,12 @@ class Sweep:
                         return "done"
                     if status > 128 or self._stopping:
                         return "stopped"
+            finally:
+                if gpu is not None:
+                    self._devices.put(gpu)
         return "dead"
 
-    @contextmanager
-    def _device(self) -> Iterator[str | None]:
-        if not self.gpus:
-            yield None
-            return
-        gpu = self._devices.get()
-        try:
-            yield gpu
-        finally:
-            self._devices.put(gpu)
-
-    def _start(self, job: Job, gpu: str | None, lock: int) -> tuple[int, dict[str, Any] | None]:
+    def _start(self, job: Job, gpu: str | None, lock: int) -> tuple[int, Json | None]:
         """Run train.py once: its exit status, and its metrics and cost if it succeeded.
 
         The run inherits the lock, so it keeps its directory even if the sweep is killed. It gets its own session, so
@@ -262,10 +254,7 @@ def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Raise Stopped on SIGTERM in the main thread; by default it would leave the runs behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise Stopped on SIGTERM; by default it would leave the runs behind."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number, "start it again to continue")
@@ -309,6 +298,7 @@ def rho_grid(opt: str, config: str, rho: str, grid: str, grids_file: str) -> lis
 
 
 def split_list(text: str, kind: Callable[[str], T], flag: str) -> list[T]:
+    """Parse a comma-separated list of different values."""
     try:
         values = [kind(part) for part in text.split(",") if part]
     except ValueError:
@@ -344,18 +334,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Sweep, bool]:
     if not seeds:
         raise UserError("--seeds 0 leaves nothing to run; give a number of seeds, or a list such as 5,7,")
     opts = split_list(args.opts, str, "--opts")
-    sweep = Sweep(
-        args.config,
-        {},
-        seeds,
-        args.output or Path("output/sweep") / Path(args.config).stem,
-        args.after,
-        args.metric,
-        args.jobs,
-        args.gpus.split(",") if args.gpus else (),
-        args.nproc,
-        args.retries,
-    )
+    output, gpus = args.output or Path("output/sweep") / Path(args.config).stem, [g for g in args.gpus.split(",") if g]
+    how = (args.metric, args.jobs, gpus, args.nproc, args.retries)
+    sweep = Sweep(args.config, {}, seeds, output, args.after, *how)
     for opt in opts:
         sweep.resolve(opt)
     sweep.rhos = {opt: rho_grid(opt, args.config, args.rho, args.grid, args.grids) for opt in opts}

@@ -2,19 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from samon.files import csv_text, write_text
+from samon.files import csv_text, markdown_table, write_text
 from samon.geometry import GEOMETRIES
 from samon.registry import VARIANTS
 from samon.report.content import Score, best_scores, paper_results
 from samon.scope import SCOPES
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """The first row is the header."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def scope_table(scores: list[Score], paper: dict[str, str]) -> str:
@@ -53,14 +46,14 @@ def write_tables(output: Path, scores: list[Score], config: str, train: list[str
     model = scores[0].model
     paper = {opt: "±".join(map(str, row)) for opt, row in paper_results(scores[0].recipe, model).items()}
     columns = ["opt", "rho", "runs", "mean", "std", "values", "cpu_seconds"]
-    rows: list[list[Any]] = [
+    rows: list[list[object]] = [
         [s.opt, s.rho, len(s.values), s.mean, s.std or 0.0, s.values, s.costs.get("cpu_seconds", [])] for s in scores
     ]
-    content: dict[str, Any] = {"config": config, "model": model, "metric": scores[0].metric, "train": train}
+    content: dict[str, object] = {"config": config, "model": model, "metric": scores[0].metric, "train": train}
     content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
     content |= {"best": {score.opt: score.rho for score in best_scores(scores)}, "paper": paper}
     write_text(output / "table.json", json.dumps(content, indent=1))
-    write_text(output / "table.csv", csv_text(row[:5] for row in [columns, *rows]))
+    write_text(output / "table.csv", csv_text([columns[:5], *(row[:5] for row in rows)]))
     lines = [["optimizer", "rho", scores[0].metric, "runs"]]
     lines += [[s.opt, "" if s.rho is None else f"{s.rho:g}", s.text, str(len(s.values))] for s in scores]
     text = scope_table(scores, paper) + "\n\n" + markdown_table(lines) + "\n"

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from samon.errors import UserError
-from samon.files import check_writable, write_text
+from samon.files import check_writable, markdown_table, write_text
 from samon.plan.step import FakeTraining, StepCost, fake_processes
 from samon.plan.tracker import KINDS
 from samon.progress import format_quantity
@@ -31,8 +31,8 @@ from samon.trainer.flag_rows import TRAIN
 from samon.trainer.flags import Settings, by_key, parse_kwargs
 from samon.trainer.model import check_model_name
 
-Row = dict[str, Any]  # a method's costs, and a device's figures
-DEVICES: dict[str, Row] = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
+Row = dict[str, Any]  # a method's costs
+DEVICES = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
 TRAIN_FLAGS = ("model", "num_classes", "img_size", "fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "amp")
 
 
@@ -146,14 +146,13 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
     base = rows[0]
     lines = [
         ["", *(row["method"] for row in rows)],
-        ["---"] * (len(rows) + 1),
         ["FLOPs", *(f"{format_quantity(r['flops'], 'FLOP')} ({r['flops'] / base['flops']:.2f})" for r in rows)],
         ["peak memory", *(format_quantity(row["peak"], "B", 1024) for row in rows)],
         *([f"- {kind}", *(format_quantity(r["memory"].get(kind, 0), "B", 1024) for r in rows)] for kind in KINDS),
     ]
     if args.sam_tail is not None:
         shares = (1 + args.sam_tail * (row["flops"] / base["flops"] - 1) for row in rows)
-        lines.insert(3, [f"FLOPs of a training, tail {args.sam_tail:g}", *(f"{share:.2f}" for share in shares)])
+        lines.insert(2, [f"FLOPs of a training, tail {args.sam_tail:g}", *(f"{share:.2f}" for share in shares)])
     collectives = sorted({name for row in rows for name in row["wire"]})
     lines += [[f"{n}, sent", *(format_quantity(row["wire"].get(n, 0), "B") for row in rows)] for n in collectives]
     lines.append(["sent", *(format_quantity(sum(row["wire"].values()), "B") for row in rows)])
@@ -164,7 +163,7 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
         lines.append(["largest batch that fits", *(str(row["largest_batch"]) for row in rows)])
     how = f"{'FSDP' if args.fsdp else 'DDP'}{', bfloat16' * args.amp}"
     head = f"{args.model}, {args.gpus} x {args.batch_size} images, {how}; per GPU and update"
-    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return f"{head}\n\n{markdown_table(lines)}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

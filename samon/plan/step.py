@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,8 @@ from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flops import FORMULAS
-from samon.trainer.model import create_model, make_autocast, resolve_data_config
+from samon.trainer.model import create_train_model, make_autocast, resolve_data_config
+from samon.two_pass import Context
 
 log = logging.getLogger("samon")
 
@@ -63,10 +63,7 @@ class FakeTraining:
     def __init__(self, config: Config, dist_info: DistInfo) -> None:
         self.config = config
         with torch.device("meta"):
-            model: Any = create_model(config)
-            if config.grad_checkpointing:
-                model.set_grad_checkpointing(enable=True)
-        self.model: nn.Module = model
+            self.model = create_train_model(config)
         mesh = sharding.make_mesh(config, dist_info) if config.fsdp else None
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
@@ -94,17 +91,13 @@ def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Tensor:
         return F.cross_entropy(output[0] if isinstance(output, tuple) else output, y)
 
 
-def update(optimizer: Optimizer, config: Config, forward: Callable[[], Tensor], **options: Any) -> None:
-    """One update as in train.py.
-
-    Args:
-        options: further keyword arguments of `two_pass`.
-    """
+def update(optimizer: Optimizer, config: Config, forward: Callable[[], Tensor], no_sync: Context | None = None) -> None:
+    """One update as in train.py; `no_sync` is the context of the ascent pass."""
     optimizer.zero_grad()
     if samon.sam_of(optimizer) is None:
         forward().backward()
     else:
-        samon.two_pass(optimizer, forward, reduce=config.m_sharpness, replay=not config.fsdp, **options)
+        samon.two_pass(optimizer, forward, reduce=config.m_sharpness, replay=not config.fsdp, no_sync=no_sync)
     if config.fsdp:
         average_gradients(p for group in optimizer.param_groups for p in group["params"])
     optimizer.step()

@@ -31,10 +31,10 @@ def read_sources(paths: list[Path]) -> Content:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist; name a run, a sweep's directory or a results file")
-        found = read_directory(path) if path.is_dir() else read_file(path)
-        if not (found.runs or found.scores or found.evaluations):
+        source = read_directory(path) if path.is_dir() else read_file(path)
+        if source == Content():
             raise UserError(f"{path} holds no run (args.yaml, summary.csv), table of a sweep or results of validate.py")
-        content.add(found)
+        content.add(source)
     unnamed = [run for run in content.runs if not run.method]  # those of exports have names
     name_methods(unnamed)
     content.scores += score_runs(unnamed)
@@ -119,13 +119,13 @@ def read_run(folder: Path, root: Path) -> Run:
 
 def _without_location(command: str) -> str:
     """A command without the flags that say where it writes, which change no result."""
-    words, kept = iter(shlex.split(command)), []
+    words, others = iter(shlex.split(command)), []
     for word in words:
         if word.removeprefix("--") in LOCATION_FLAGS:
             next(words, None)
         elif not word.startswith(tuple(f"--{key}=" for key in LOCATION_FLAGS)):
-            kept.append(word)
-    return shlex.join(kept)
+            others.append(word)
+    return shlex.join(others)
 
 
 def _json(path: Path) -> Json:
