@@ -17,7 +17,6 @@ import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -27,7 +26,7 @@ import samon
 from samon.cli.program import run_script
 from samon.errors import UserError
 from samon.evals.norm_params import new_figure
-from samon.files import write_text
+from samon.files import markdown_table, write_text
 
 L, M, F_STAR = 2.0, 27 / 64, 0.0
 SIZE, SAMPLES = 16, 64
@@ -119,11 +118,11 @@ def draw(points: list[Point], path: Path) -> None:
 
 
 def table(points: list[Point]) -> str:
-    lines = ["| h | rho | T | measured | bound | measured / bound |", "|---|---|---|---|---|---|"]
+    rows = [["h", "rho", "T", "measured", "bound", "measured / bound"]]
     for p in points:
-        share = p.measured / p.bound
-        lines.append(f"| {p.h:g} | {p.rho:g} | {p.updates} | {p.measured:.4f} | {p.bound:.4f} | {share:.3f} |")
-    return "\n".join(lines)
+        numbers = [f"{p.measured:.4f}", f"{p.bound:.4f}", f"{p.measured / p.bound:.3f}"]
+        rows.append([f"{p.h:g}", f"{p.rho:g}", str(p.updates), *numbers])
+    return markdown_table(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     points = [p for h in args.h for rho in args.rho for p in measure(h, rho, args.updates, args.seeds)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"L": L, "M": M, "f_star": F_STAR, "seeds": args.seeds}
-    write_text(args.output.with_suffix(".json"), json.dumps(about | {"points": [asdict(p) for p in points]}, indent=1))
+    content = {"L": L, "M": M, "f_star": F_STAR, "seeds": args.seeds, "points": [asdict(p) for p in points]}
+    write_text(args.output.with_suffix(".json"), json.dumps(content, indent=1))
     draw(points, args.output.with_suffix(".png"))
     print(table(points))
     if any(p.measured > p.bound for p in points):

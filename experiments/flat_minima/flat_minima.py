@@ -16,7 +16,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -26,13 +25,12 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from samon.cli.program import run_script
-from samon.cli.tables import markdown_table
 from samon.data.sources import read_npz
 from samon.errors import UserError
 from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
 from samon.evals.sharpness import Measure, sharpness
-from samon.files import write_text
-from samon.report.content import with_std
+from samon.files import markdown_table, write_text
+from samon.report.content import Json, with_std
 
 BITS = (8, 6, 4)
 MEASURE = "worst-linf-adaptive-logitnorm@0.005"
@@ -108,7 +106,7 @@ class Evaluation:
     """
 
     def __init__(self, run: Path, data_dir: Path, device: str, images: int) -> None:
-        settings: dict[str, Any] = yaml.safe_load((run / "args.yaml").read_text())
+        settings: Json = yaml.safe_load((run / "args.yaml").read_text())
         self.checkpoint, self.settings, self.device = run / "last.pth.tar", settings, device
         if not settings["dataset"].startswith("npz/"):
             raise UserError(f"{run} was trained on {settings['dataset']}; only npz/NAME can be corrupted here")
@@ -122,10 +120,9 @@ class Evaluation:
         self.statistics = torch.tensor([settings["mean"], settings["std"]]).view(2, 1, -1, 1, 1)
 
     def model(self) -> nn.Module:
-        kwargs: dict[str, Any] = self.settings.get("model_kwargs") or {}
+        kwargs: Json = self.settings.get("model_kwargs") or {}
         kwargs |= {"num_classes": self.settings["num_classes"], "checkpoint_path": str(self.checkpoint)}
-        model: nn.Module = timm.create_model(self.settings["model"], **kwargs)
-        return model.to(self.device).eval()
+        return timm.create_model(self.settings["model"], **kwargs).to(self.device).eval()
 
     def batches(self, images: Tensor, labels: Tensor, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalized batches on the device."""
@@ -169,7 +166,7 @@ COLUMNS = ("top1", *(f"{bits} bits" for bits in BITS), *(f"corrupted, severity {
 COLUMNS += ("worst sharpness", "feature rank")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Json]) -> str:
     """Mean and standard deviation over the runs of each method, as Markdown."""
     methods = defaultdict(list)
     for row in rows:
@@ -198,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     if not runs:
         raise UserError(f"{args.output}: no test/METHOD/RUN/last.pth.tar; name the --output of compare.py")
     path = args.output / "flat_minima.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    rows: list[Json] = json.loads(path.read_text()) if path.exists() else []
     known = {row["run"] for row in rows}
     for run in runs:
         name = str(run.relative_to(args.output))

@@ -8,7 +8,6 @@ split is translated once, with a beam of 5. A second start resumes, without fini
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from experiments.translation import train
 from experiments.translation.evaluate import evaluate
@@ -23,48 +22,49 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # optimizer, and candidat
 }
 
 
-def log_of(directory: Path) -> list[dict[str, Any]]:
+def read_log(directory: Path) -> list[dict[str, float]]:
+    """A row for each finished epoch."""
     path = directory / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def trained(directory: Path, args: argparse.Namespace, opt: str, rho: float | None, seed: int, epochs: int) -> None:
-    """Start or resume a run and train it to the given epoch."""
-    done = len(log_of(directory))
-    if done < epochs:
-        how = ["--rho", str(rho)] if rho is not None else []
-        fresh = ["-c", str(args.config), "--opt", opt, *how, "--seed", str(seed), "--output", str(directory)]
-        going = ["--resume", str(directory)] if (directory / "last.pt").exists() else fresh
-        train.main([*going, "--epochs", str(epochs)])
+def train_until(directory: Path, args: argparse.Namespace, opt: str, rho: float | None, seed: int, epochs: int) -> None:
+    """Start or resume a run and train it to the given epoch, unless --table."""
+    if args.table or len(read_log(directory)) >= epochs:
+        return
+    words = ["-c", str(args.config), "--opt", opt, "--seed", str(seed), "--output", str(directory)]
+    words += [] if rho is None else ["--rho", str(rho)]
+    words = ["--resume", str(directory)] if (directory / "last.pt").exists() else words
+    train.main([*words, "--epochs", str(epochs)])
 
 
-def method(name: str, args: argparse.Namespace, epochs: int) -> dict[str, Any]:
-    """The row of a method, after its missing runs (none with --table)."""
+def method(name: str, args: argparse.Namespace, epochs: int) -> dict[str, object]:
+    """The row of a method, after its missing runs."""
     opt, rhos = METHODS[name]
-    held: dict[str, float] = {}
+    valid_bleu: dict[float | None, float] = {}
     for rho in rhos:
         directory = args.output / f"{name}-rho{rho:g}-seed0"
-        if not args.table:
-            trained(directory, args, opt, rho, 0, epochs // 2)
-        lines = [line for line in log_of(directory) if line["epoch"] + 1 == epochs // 2]
-        held |= {f"{rho:g}": line["valid_bleu"] for line in lines}
-    row: dict[str, Any] = {"method": name, "opt": opt, "valid_bleu_by_rho": held, "test_bleu": []}
-    if len(held) < len(rhos):
+        train_until(directory, args, opt, rho, 0, epochs // 2)
+        for line in read_log(directory):
+            if line["epoch"] + 1 == epochs // 2:
+                valid_bleu[rho] = line["valid_bleu"]
+    test_bleu: list[float] = []
+    row: dict[str, object] = {"method": name, "opt": opt}
+    row |= {"valid_bleu_by_rho": {f"{rho:g}": bleu for rho, bleu in valid_bleu.items()}, "test_bleu": test_bleu}
+    if len(valid_bleu) < len(rhos):
         return row
-    chosen: float | None = float(max(held, key=held.__getitem__)) if held else None
-    row["rho"] = chosen
+    row["rho"] = chosen = max(valid_bleu, key=valid_bleu.__getitem__, default=None)
     for seed in range(args.seeds):
-        directory = args.output / (f"{name}-rho{chosen:g}-seed{seed}" if chosen is not None else f"{name}-seed{seed}")
-        if not args.table:
-            trained(directory, args, opt, chosen, seed, epochs)
-        if len(log_of(directory)) < epochs:
+        directory = args.output / ("-".join([name, *([] if chosen is None else [f"rho{chosen:g}"]), f"seed{seed}"]))
+        train_until(directory, args, opt, chosen, seed, epochs)
+        if len(read_log(directory)) < epochs:
             continue
-        scored = directory / "test.json"
-        if not scored.exists():
-            write_text(scored, json.dumps(evaluate(directory / "best.pt", "test", 5, None), indent=1))
-        found = json.loads(scored.read_text())
-        row["test_bleu"].append(found["bleu"])
-        row["bleu_of_copying"], row["pairs"] = found["bleu_of_copying"], found["pairs"]
+        path = directory / "test.json"
+        if not path.exists():
+            write_text(path, json.dumps(evaluate(directory / "best.pt", "test", 5, None), indent=1))
+        result = json.loads(path.read_text())
+        test_bleu.append(result["bleu"])
+        row |= {"bleu_of_copying": result["bleu_of_copying"], "pairs": result["pairs"]}
     return row
 
 

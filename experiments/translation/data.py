@@ -39,8 +39,8 @@ def load_corpus(settings: Settings) -> Corpus:
         UserError: files are missing, or a split is empty.
     """
     corpus = text_corpus(Path(settings.text)) if settings.text else catalogue_corpus(settings)
-    for name in ("train", "valid", "test"):
-        if not getattr(corpus, name):
+    for name, pairs in vars(corpus).items():
+        if not pairs:
             raise UserError(f"the {name} split is empty; check text:, or catalogues: and held_out:")
     return corpus
 
@@ -74,7 +74,7 @@ def catalogue_corpus(settings: Settings) -> Corpus:
     `valid` and `test` also exclude strings with paths and identifiers (`/about/contact/`, `is_staff`): a few of them
     give an untranslated source the long matches that BLEU rewards. Training keeps them.
     """
-    files = {**_catalogues(_django()), **(_catalogues(Path(settings.catalogues)) if settings.catalogues else {})}
+    files = _catalogues(_django()) | (_catalogues(Path(settings.catalogues)) if settings.catalogues else {})
     splits: list[list[Pair]] = [[], [], []]
     for path, pairs in files.items():
         splits[split_of_file(path, settings.held_out)] += pairs
@@ -82,8 +82,8 @@ def catalogue_corpus(settings: Settings) -> Corpus:
     for i, split in enumerate(splits):
         splits[i] = [pair for pair in dict.fromkeys(split) if not seen.intersection(pair)]
         seen.update(text for pair in splits[i] for text in pair)
-    train, *held = splits
-    return Corpus(train, *([pair for pair in split if not IDENTIFIERS.search("".join(pair))] for split in held))
+    train, *others = splits
+    return Corpus(train, *([pair for pair in split if not IDENTIFIERS.search("".join(pair))] for split in others))
 
 
 def split_of_file(path: str, n: int) -> int:
@@ -103,12 +103,10 @@ def _catalogues(root: Path) -> dict[str, list[Pair]]:
     if not root.is_dir():
         raise UserError(f"no directory {root}; install the packages of catalogues.txt there (docs/translation.md)")
     base = root.parent if (root / "conf" / "locale").is_dir() else root
-    files = {
-        path.relative_to(base).as_posix(): read_catalogue(path) for path in sorted(root.glob("**/de/LC_MESSAGES/*.po"))
-    }
-    if not files:
+    paths = sorted(root.glob("**/de/LC_MESSAGES/*.po"))
+    if not paths:
         raise UserError(f"{root} holds no de/LC_MESSAGES/*.po")
-    return files
+    return {path.relative_to(base).as_posix(): read_catalogue(path) for path in paths}
 
 
 def read_catalogue(path: Path) -> list[Pair]:

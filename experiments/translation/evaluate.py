@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import sacrebleu
 import sentencepiece as spm
@@ -15,6 +14,7 @@ from experiments.translation.model import Translator, beam_search
 from experiments.translation.settings import Settings
 from samon import UserError
 from samon.cli.program import run_script
+from samon.trainer.state import Tree
 
 SENTENCES = 64  # decoded at a time
 
@@ -29,13 +29,13 @@ def translate(model: Translator, processor: spm.SentencePieceProcessor, sources:
     model.eval()
     pieces = processor.encode(sources)
     order = sorted(range(len(sources)), key=lambda i: len(pieces[i]))  # little padding
-    found: dict[int, str] = {}
+    translations: dict[int, str] = {}
     for start in range(0, len(order), SENTENCES):
         batch = order[start : start + SENTENCES]
         limits = torch.tensor([int(1.2 * len(pieces[i])) + 10 for i in batch], device=device)
         source = padded([[*pieces[i], EOS] for i in batch]).to(device)
-        found.update(zip(batch, processor.decode(beam_search(model, source, beam, limits)), strict=True))
-    return [found[i] for i in range(len(sources))]
+        translations.update(zip(batch, processor.decode(beam_search(model, source, beam, limits)), strict=True))
+    return [translations[i] for i in range(len(sources))]
 
 
 def bleu(translations: list[str], pairs: list[Pair]) -> sacrebleu.metrics.bleu.BLEUScore:
@@ -43,7 +43,7 @@ def bleu(translations: list[str], pairs: list[Pair]) -> sacrebleu.metrics.bleu.B
     return sacrebleu.metrics.bleu.BLEU().corpus_score(translations, [[english for _, english in pairs]])
 
 
-def read_checkpoint(path: Path) -> tuple[Settings, bytes, dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[Settings, bytes, Tree]:
     """Settings, BPE model and content of a checkpoint; raise UserError if it does not exist or is damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,7 +55,7 @@ def read_checkpoint(path: Path) -> tuple[Settings, bytes, dict[str, Any]]:
         raise UserError(f"{path} is damaged or no checkpoint of this example ({reason})") from None
 
 
-def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[str, Any]:
+def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[str, object]:
     """BLEU of a checkpoint's translations and of the untranslated source, on a split of its corpus."""
     settings, bpe, content = read_checkpoint(checkpoint)
     settings = settings if text is None else dataclasses.replace(settings, text=text)

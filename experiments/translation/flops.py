@@ -1,23 +1,20 @@
 """FLOPs of a step: `python -m experiments.translation.flops -c experiments/translation/iwslt14.yaml`.
 
-Matrix products (`torch.utils.flop_counter`) in forward and backward, relative to a plain step, counted on the meta
-device, where nothing is computed.
+Those of matrix products in forward and backward, relative to a plain step, counted on the meta device.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import samon
 from experiments.translation.model import Translator, token_loss
 from experiments.translation.settings import Settings, load_settings
 from experiments.translation.train import make_optimizer
 from samon.cli.program import run_script
+from samon.trainer.flops import count_flops
 
 
 def step_flops(settings: Settings, length: int) -> int:
@@ -29,14 +26,8 @@ def step_flops(settings: Settings, length: int) -> int:
         forward = partial(token_loss, model, pieces, pieces, pieces, settings.smoothing)
         optimizer = make_optimizer(model, settings)
         if samon.is_sam_name(settings.opt):
-            return _count(lambda: samon.two_pass(optimizer, forward))
-        return _count(lambda: forward().backward())
-
-
-def _count(step: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+            return count_flops(lambda: samon.two_pass(optimizer, forward))
+        return count_flops(lambda: forward().backward())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """One update from micro-batches with different numbers of tokens; its loss is the mean over all tokens."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,30 +29,20 @@ def fill_gradients(optimizer: Optimizer, losses: Sequence[Loss], tokens: Sequenc
     Returns:
         L at w in nats per token, shape [], detached.
     """
-    shares = [n / sum(tokens) for n in tokens]
+    weighted = [(n / sum(tokens), loss) for n, loss in zip(tokens, losses, strict=True)]
     if samon.sam_of(optimizer) is None:
-        return _plain(losses, shares)
+        parts = []
+        for share, loss in weighted:
+            parts.append(share * loss())
+            parts[-1].backward()
+        return torch.stack(parts).sum().detach()
     if m_sharpness == "global":
-        return samon.two_pass(optimizer, [_times(loss, len(losses) * share) for loss, share in _zip(losses, shares)])
-    parts = [share * samon.two_pass(optimizer, loss, loss_scale=share) for loss, share in _zip(losses, shares)]
-    return torch.stack(parts).sum()
+        return samon.two_pass(optimizer, [partial(_times, len(losses) * share, loss) for share, loss in weighted])
+    return torch.stack([share * samon.two_pass(optimizer, loss, loss_scale=share) for share, loss in weighted]).sum()
 
 
-def _zip(losses: Sequence[Loss], shares: Sequence[float]) -> list[tuple[Loss, float]]:
-    return list(zip(losses, shares, strict=True))
-
-
-def _times(loss: Loss, factor: float) -> Loss:
-    return lambda: factor * loss()
-
-
-def _plain(losses: Sequence[Loss], shares: Sequence[float]) -> Tensor:
-    parts = []
-    for loss, share in _zip(losses, shares):
-        part = share * loss()
-        part.backward()
-        parts.append(part.detach())
-    return torch.stack(parts).sum()
+def _times(factor: float, loss: Loss) -> Tensor:
+    return factor * loss()
 
 
 def inverse_sqrt(update: int, lr: float, warmup: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from samon.evals.results import Result
-from samon.progress import format_quantity
+from samon.progress import PREFIXES, format_quantity
 from samon.report.content import Content, Run, Score, evaluation_label
 
 XY = Sequence[Sequence[float]]  # points
@@ -48,25 +48,26 @@ def figures(content: Content) -> dict[str, list[Figure]]:
             figure.name += f"-{i}"
         sections.setdefault(setting.title, []).extend(section)
     sections["Evaluations"] = [*sharpness(content), *robustness(content)]
-    drawn = {title: [figure for figure in section if figure.series] for title, section in sections.items()}
-    return {title: section for title, section in drawn.items() if section}
+    with_data = {title: [figure for figure in section if figure.series] for title, section in sections.items()}
+    return {title: section for title, section in with_data.items() if section}
 
 
 def cost(content: Content, kind: str) -> Figure:
     """Figure 3: a point for each method at its best rho, with a standard deviation in both directions."""
     scores = [score for score in content.best() if score.costs.get(kind)]
     scores = scores if len(scores) > 1 else []  # a single point compares nothing
-    bases = {score.method: score for score in map(content.baseline, scores) if score is not None}
+    bases = {s.method: base for s in scores if (base := content.baseline(s)) and base.costs.get(kind)}
     name, caption = COST_NAMES[kind], ""
-    if scores and all(content.cost_ratio(score, kind) for score in scores):
-        axis = f"{name}, relative to {' or '.join(bases)}"
-        caption = "; ".join(f"{method}: {mean_cost(score, kind)} for a run" for method, score in bases.items()) + ". "
-        unit = {s.method: statistics.fmean(s.costs[kind]) / (content.cost_ratio(s, kind) or 1) for s in scores}
+    if len(bases) == len(scores):
+        costs = {base.method: mean_cost(base, kind) for base in bases.values()}
+        axis = f"{name}, relative to {' or '.join(costs)}"
+        caption = "; ".join(f"{method}: {cost} for a run" for method, cost in costs.items()) + ". "
+        unit = {method: statistics.fmean(base.costs[kind]) for method, base in bases.items()}
     else:
-        largest = max((max(score.costs[kind]) for score in scores), default=1.0)
-        power = max((p for p in range(0, 19, 3) if largest >= 10**p), default=0) if kind == "flops" else 0
-        axis = f"{name} of a run, {['', 'k', 'M', 'G', 'T', 'P', 'E'][power // 3]}{'FLOP' if kind == 'flops' else 's'}"
-        unit = dict.fromkeys((score.method for score in scores), 10.0**power)
+        largest = max(max(score.costs[kind]) for score in scores)
+        power = (len(f"{largest:.0f}") - 1) // 3 if kind == "flops" else 0
+        axis = f"{name} of a run, {PREFIXES[1000][power]}{'FLOP' if kind == 'flops' else 's'}"
+        unit = dict.fromkeys((score.method for score in scores), 1000.0**power)
     series = []
     for score in scores:
         values = [value / unit[score.method] for value in score.costs[kind]]
@@ -118,14 +119,14 @@ def means(method: str, points: Iterable[tuple[float, list[float]]]) -> Series:
 
 def curves(content: Content) -> list[Figure]:
     """Metrics by epoch, and TensorBoard's scalars by update: a line for each run."""
-    drawn = []
+    section = []
     for key, y in (("eval_top1", "accuracy, %"), ("eval_loss", "evaluation loss"), ("train_loss", "training loss")):
         lines: list[tuple[str, XY]] = [
             (run.method, [(row["epoch"] or 0, value) for row in run.epochs if (value := row.get(key)) is not None])
             for run in content.runs
         ]
         title = f"{y.split(',')[0].capitalize()} by epoch"
-        drawn.append(Figure(f"curve-{key}", title, "A line for each run.", to_series(lines, "line"), "epoch", y))
+        section.append(Figure(f"curve-{key}", title, "A line for each run.", to_series(lines, "line"), "epoch", y))
     scalars = {
         "train/sharpness": ("Sharpness", "L(w + eps) - L(w)"),
         "train/grad_norm": ("Gradient norm", "gradient norm"),
@@ -134,8 +135,8 @@ def curves(content: Content) -> list[Figure]:
     caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
     for tag, (title, y) in scalars.items():
         series = to_series([(run.method, run.scalars.get(tag, [])) for run in content.runs], "line")
-        drawn.append(Figure(tag.replace("/", "-"), f"{title} during training", caption, series, "update", y))
-    return drawn
+        section.append(Figure(tag.replace("/", "-"), f"{title} during training", caption, series, "update", y))
+    return section
 
 
 def to_series(lines: Iterable[tuple[str, XY]], kind: str) -> list[Series]:
@@ -164,12 +165,12 @@ def sharpness(content: Content) -> list[Figure]:
             point = (row["value"], top1[row["checkpoint"]])
             measures[str(row.get("setting", row["metric"]))].append((evaluation_label(row), [point]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
-    drawn = []
+    section = []
     for i, (name, points) in enumerate(measures.items()):
         series = to_series(points, "points") if len(points) > 1 else []
         title = f"Accuracy against sharpness: {name}"
-        drawn.append(Figure(f"sharpness-{i}", title, caption, series, name, "accuracy, %"))
-    return drawn
+        section.append(Figure(f"sharpness-{i}", title, caption, series, name, "accuracy, %"))
+    return section
 
 
 def robustness(content: Content) -> list[Figure]:
@@ -184,12 +185,12 @@ def robustness(content: Content) -> list[Figure]:
         points.setdefault(float(row["eps"]), []).append(row["value"])
     caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
     caption += "Compare the paper's Tables 14 and 15."
-    drawn = []
+    section = []
     for i, (norm, models) in enumerate(by_norm.items()):
         series = [means(name, points.items()) for name, points in models.items()]
         title = f"Robust accuracy against the {norm} radius"
-        drawn.append(Figure(f"robust-{i}", title, caption, series, f"{norm} radius", "accuracy, %"))
-    return drawn
+        section.append(Figure(f"robust-{i}", title, caption, series, f"{norm} radius", "accuracy, %"))
+    return section
 
 
 def evaluated(content: Content, evaluation: str, metric: str) -> list[Result]:
