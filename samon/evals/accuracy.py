@@ -29,8 +29,6 @@ from samon.evals.metrics import (
 )
 from samon.evals.results import Result
 from samon.files import csv_text, write_text
-from samon.trainer.fsdp import pad_batches
-from samon.trainer.model import compile_model
 
 log = logging.getLogger("samon")
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -145,7 +143,7 @@ def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str,
         image = torch.zeros(1, *context.data_config["input_size"], device=context.device, dtype=dtype)
         loader = pad_batches(loader, steps, context.model, image, context.autocast)
     scores, batch_metrics = score(
-        compile_model(config, context.model),
+        context.model if context.compiled is None else context.compiled,
         loader,
         dataset.scorings,
         device=context.device,
@@ -158,6 +156,27 @@ def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str,
         start = (rank + k * world_size) * batch_size
         metrics[:, start : start + batch.shape[1]] = batch.cpu()
     return scores, context.all_reduce(metrics)
+
+
+@torch.no_grad()
+def pad_batches(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    length: int,
+    model: nn.Module,
+    image: Tensor,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's `length` batches, followed by as many forward passes of one image [1, C, H, W] as the longest
+    process has more batches, since a forward pass of a sharded model gathers parameters from all processes."""
+    longest = torch.tensor([length], device=image.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    done = 0
+    for batch in batches:
+        yield batch
+        done += 1
+    for _ in range(int(longest) - done):
+        with autocast():
+            model(image)
 
 
 def report_name(model: str, dataset: str) -> str:

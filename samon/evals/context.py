@@ -1,5 +1,6 @@
 """What an evaluation works with: a model on its device, a data set, and this process's batches of it."""
 
+import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,9 +21,9 @@ from samon.data.stream import Processed, SampleStream
 from samon.errors import UserError
 from samon.evals.metrics import Scoring
 from samon.progress import progress_bar
-from samon.trainer.config import Config
 
 log = logging.getLogger("samon")
+DataConfig = dict[str, Any]  # timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode
 
 
 @dataclass
@@ -31,21 +32,22 @@ class EvalContext:
 
     Attributes:
         config: settings of the command line.
-        data_config: timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
         autocast: makes the context of a forward pass (accuracy only; everything else is float32).
         name: the model's name in file names and figures.
         class_names: classes that the model was trained on, in the order of its outputs, if known.
+        compiled: the model as accuracy calls it, if --torchcompile asks for it.
     """
 
-    config: Config
+    config: argparse.Namespace
     model: nn.Module
-    data_config: dict[str, Any]
+    data_config: DataConfig
     device: torch.device
     rank: int = 0
     world_size: int = 1
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     name: str = ""
     class_names: list[str] | None = None
+    compiled: nn.Module | None = None
 
     @property
     def num_classes(self) -> int:

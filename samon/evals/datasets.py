@@ -1,5 +1,6 @@
 """Opening data sets: --suite files, the label conventions of ImageNet's shift sets, labels matched to the model."""
 
+import argparse
 import itertools
 import logging
 from collections import Counter
@@ -21,7 +22,6 @@ from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.evals import EVALS, corruptions, shifts
 from samon.evals.context import EvalContext, EvalDataset
 from samon.evals.metrics import Scoring
-from samon.trainer.config import Config, load_yaml
 
 log = logging.getLogger("samon")
 _warn_once = cache(log.warning)  # a set is opened several times
@@ -51,8 +51,8 @@ class EvalSpec:
 # --- which data sets ------------------------------------------------------------------------------------------------
 
 
-def read_specs(config: Config, limit: int | None) -> list[EvalSpec]:
-    """The data sets of --suite, or the one of --data-dir."""
+def read_specs(config: argparse.Namespace, suite: object, limit: int | None) -> list[EvalSpec]:
+    """The data sets of `suite`, the content of --suite, or without it the one of --data-dir."""
     names = evaluation_names(config.evals, "--evals")
     if not config.suite:
         if any(EVALS[name].needs_data for name in names):
@@ -60,10 +60,9 @@ def read_specs(config: Config, limit: int | None) -> list[EvalSpec]:
         name = config.dataset or Path(config.data_dir or "").name
         return [EvalSpec(name, config.dataset, config.data_dir or "", config.split, names, limit=limit)]
     flag = f"--suite {config.suite}"
-    content = load_yaml(config.suite, "--suite")
-    if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
+    if not isinstance(suite, list) or not suite or not all(isinstance(item, dict) for item in suite):
         raise UserError(f"{flag}: expected a list of data sets such as {{set: imagenet-r, data_dir: DIR}}")
-    specs = [_suite_spec(item, flag, config, names) for item in content]
+    specs = [_suite_spec(item, flag, config, names) for item in suite]
     counts = Counter(spec.name for spec in specs)
     specs = [replace(s, name=f"{s.name} {s.split}".strip()) if counts[s.name] > 1 else s for s in specs]
     for name, count in Counter(spec.name for spec in specs).items():
@@ -81,14 +80,14 @@ def evaluation_names(text: str | list[str], flag: str) -> list[str]:
     return names
 
 
-def _suite_spec(item: dict[str, str | list[str]], flag: str, config: Config, default_evals: list[str]) -> EvalSpec:
+def _suite_spec(item: dict[str, str | list[str]], flag: str, config: argparse.Namespace, names: list[str]) -> EvalSpec:
     for key, value in item.items():
         if key not in _SUITE_KEYS:
             raise UserError(f"{flag}: unknown key {key!r}{nearest(key, _SUITE_KEYS)}; use {', '.join(_SUITE_KEYS)}")
         texts = value if key == "evals" and isinstance(value, list) and value else [value]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{flag}: {key} is {value!r}; it must be text, write it in quotes")
-    evals = evaluation_names(item.pop("evals"), flag) if "evals" in item else default_evals
+    evals = evaluation_names(item.pop("evals"), flag) if "evals" in item else names
     entry = {key: str(value) for key, value in item.items()}
     kind, dataset = entry.get("set", ""), entry.get("dataset", "")
     if kind and kind not in shifts.SETS:

@@ -20,7 +20,7 @@ from samon.evals.model import Job, build, list_checkpoints, list_model_names
 from samon.evals.results import Result, ResultsFile, markdown, shorten_paths
 from samon.files import check_writable
 from samon.trainer import model as models
-from samon.trainer.config import Config, check_combinations
+from samon.trainer.config import Config, check_combinations, load_yaml
 from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import Settings, by_key, parse_command_line
@@ -83,7 +83,7 @@ def resolve(given: Settings, path: str) -> Job:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))
     models.check_model_name(config)
-    specs = read_specs(config, limit)
+    specs = read_specs(config, load_yaml(config.suite, "--suite") if config.suite else None, limit)
     evals = {name for spec in specs for name in spec.evals}
     others = sorted(evals - {"accuracy"})
     if config.test_pool and "feature_rank" in evals:

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -12,7 +11,7 @@ from timm.layers import apply_test_time_pool
 from torch import nn
 
 from samon.errors import UserError
-from samon.evals.context import EvalContext
+from samon.evals.context import DataConfig, EvalContext
 from samon.evals.datasets import EvalSpec
 from samon.trainer import fsdp
 from samon.trainer import model as models
@@ -102,8 +101,8 @@ def build(job: Job, dist_info: DistInfo) -> EvalContext:
     if mesh is not None:
         fsdp.shard_model(config, model, dist_info, mesh)
     device, autocast = dist_info.device, models.make_autocast(config, dist_info.device)
-    process = (device, dist_info.rank, dist_info.size)
-    return EvalContext(config, model, data_config, *process, autocast, job.name, job.class_names)
+    process, compiled = (device, dist_info.rank, dist_info.size), models.compile_model(config, model)
+    return EvalContext(config, model, data_config, *process, autocast, job.name, job.class_names, compiled)
 
 
 def create_model(config: Config, pretrained: bool) -> nn.Module:
@@ -125,14 +124,14 @@ def create_model(config: Config, pretrained: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def apply_test_pool(config: Config, model: Any, data_config: dict[str, Any]) -> nn.Module:
+def apply_test_pool(config: Config, model: nn.Module, data_config: DataConfig) -> nn.Module:
     """Apply timm's test-time pooling for images larger than the model's own.
 
     Raises:
         UserError: it would change the logits for images of the model's own size.
     """
     num_classes, channels = model.num_classes, data_config["input_size"][0]
-    size = model.pretrained_cfg["input_size"][1:]
+    size = model.pretrained_cfg["input_size"][1:]  # type: ignore[index]
     image = torch.linspace(-2, 2, channels * size[0] * size[1]).sin().reshape(1, channels, *size)
     try:
         logits = model.eval()(image)

@@ -5,8 +5,7 @@ model, by timm's own `group_matcher`, is gathered and freed separately; the root
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -121,24 +120,3 @@ def _shard_like(value: T, like: Tensor) -> T | DTensor:
         return value
     # Every process has the full value, so nothing is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def pad_batches(
-    batches: Iterator[T],
-    length: int,
-    model: nn.Module,
-    image: Tensor,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> Iterator[T]:
-    """This process's `length` batches, followed by as many forward passes of one image [1, C, H, W] as the longest
-    process has more batches, since a forward pass gathers parameters from all processes."""
-    longest = torch.tensor([length], device=image.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    done = 0
-    for batch in batches:
-        yield batch
-        done += 1
-    for _ in range(int(longest) - done):
-        with autocast():
-            model(image)

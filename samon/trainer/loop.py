@@ -20,13 +20,12 @@ from samon.engines.cuda_graph import own_gradients
 from samon.engines.fsdp import average_gradients
 from samon.engines.masks import fisher_diagonal
 from samon.errors import RunError, os_error_text
-from samon.evals.accuracy import accuracy
+from samon.evals.accuracy import accuracy, pad_batches
 from samon.progress import progress_bar
 from samon.trainer.apply import apply_gradient, count_skipped, parameters
 from samon.trainer.build import Run, tail_options
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.flag_rows import parse_interval
-from samon.trainer.fsdp import pad_batches
 from samon.trainer.logging import RunLogger
 from samon.trainer.meter import Meter, Timer
 from samon.trainer.model import parse_dtype, resolve_data_config, uses_cuda_graphs

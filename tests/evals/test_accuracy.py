@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from samon.errors import UserError
+from samon.evals import EVALS
 from samon.evals.accuracy import accuracy, score
 from samon.evals.main import main
 from samon.evals.metrics import Scoring
@@ -81,12 +82,16 @@ def test_one_pass_computes_several_scorings():
     assert found["b"]["num_samples"] == torch.isin(TARGET, torch.tensor([1, 4])).sum()
 
 
-def test_training_does_not_load_the_tables_of_shift_sets():
-    code = "import sys, samon.evals.accuracy, samon.trainer.main; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(run.stdout.split())
-    assert "samon.evals.accuracy" in loaded
-    assert not loaded & {"samon.evals.shifts", "samon.evals.datasets", "samon.evals.attacks"}
+def test_evaluations_do_not_load_the_trainer_nor_training_the_tables_of_shift_sets():
+    def loaded(*modules):
+        code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    evaluations = loaded("samon.evals.datasets", *(f"samon.evals.{name}" for name in EVALS))
+    assert not [name for name in evaluations if name.startswith("samon.trainer")]
+    training = loaded("samon.trainer.main")
+    assert "samon.evals.accuracy" in training
+    assert not {*training} & {"samon.evals.shifts", "samon.evals.datasets", "samon.evals.attacks"}
 
 
 def test_class_report_agrees_with_the_accuracy_and_rows_have_intervals(tmp_path):
