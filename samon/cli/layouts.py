@@ -41,7 +41,7 @@ def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     depth = min(entry.path.count("/") for entry in entries)
     if depth == 0:
         raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
-    if not (depth >= 2 or tops <= TRAIN_SPLITS | EVAL_SPLITS) or args.split:
+    if not (depth >= 2 or tops <= {*TRAIN_SPLITS, *EVAL_SPLITS}) or args.split:
         return {args.split or "train": label_by_folder(entries)}
     if depth == 1:
         do = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"

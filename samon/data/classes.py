@@ -3,16 +3,15 @@
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from timm.data.readers.class_map import load_class_map as load_timm_class_map
 
 from samon.data.corrupt import DataError, SampleError
-from samon.errors import UserError, nearest
+from samon.errors import UserError, error_line, nearest
 
-LabelMap = Mapping[Any, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
+LabelMap = Mapping[object, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
 
 
 def class_order(name: str) -> tuple[list[int | str], str]:
@@ -69,7 +68,7 @@ def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
     try:
         labels = dict(load_timm_class_map(class_map, root))
     except Exception as error:  # unpickling arbitrary bytes can raise anything
-        raise UserError(f"--class-map {class_map}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--class-map {class_map}: {error_line(error)}") from None
     if labels.get("") == len(labels) - 1:  # an empty last line
         del labels[""]
     if not labels:
@@ -93,19 +92,19 @@ def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str
         UserError: the map has class names and the data set has none of these.
     """
     if all(isinstance(key, int) for key in class_map):
-        return dict(class_map), None
+        return class_map, None
     if names is None:
         raise UserError(f"{where}: its classes have no names; --class-map must map stored labels (.pkl of integers)")
-    label_map = {label: class_map[name] for label, name in enumerate(names) if name in class_map}
+    label_map: LabelMap = {label: class_map[name] for label, name in enumerate(names) if name in class_map}
     if not label_map:
-        raise UserError(
-            f"{where}: --class-map has none of its classes; it lists {next(iter(class_map))!r}, the data {names[0]!r}"
-        )
+        known = f"it lists {next(iter(class_map))!r}, the data {names[0]!r}"
+        raise UserError(f"{where}: --class-map has none of its classes; {known}")
     ordered = sorted(class_map, key=class_map.__getitem__)
-    return label_map, ordered if [class_map[name] for name in ordered] == list(range(len(ordered))) else None
+    has_one_name = sorted(class_map.values()) == list(range(len(class_map)))
+    return label_map, [str(name) for name in ordered] if has_one_name else None
 
 
-def match_classes(names: Sequence[str] | None, trained: Sequence[str], where: str) -> dict[int, int]:
+def match_classes(names: Sequence[str] | None, trained: Sequence[str], where: str) -> LabelMap:
     """Return {label: label of the same class among `trained`}.
 
     Args:

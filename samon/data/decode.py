@@ -14,9 +14,8 @@ import logging
 import os
 import random
 import tempfile
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,10 +49,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own default; the largest image of ImageNet h
 # Formats that Pillow decodes by itself. Others would run programs on the bytes (EPS starts Ghostscript).
 # MPO comes with JPEG; a name that Pillow does not have would hide the ones after it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-_SAME_ON_TENSORS = (
-    *(transforms.CenterCrop, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip),
-    *(transforms.Normalize, MaybePILToTensor, RandomErasing),
-)
+FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+_SAME_ON_TENSORS = (*FLIPS, transforms.CenterCrop, transforms.Normalize, MaybePILToTensor, RandomErasing)
 _TENSOR_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
@@ -93,10 +90,9 @@ def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to `mode`; some data sets hold Pillow images already."""
     image = data if isinstance(data, Image.Image) else open_image(data)
     try:
-        with warnings.catch_warnings() if image.mode == "P" else nullcontext():
-            if image.mode == "P":  # the conversion drops transparency, as timm does
-                warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            return _to_8_bits(image).convert(mode) if mode else image.copy()
+        if image.mode == "P" and mode:  # else Pillow warns that the conversion drops it, as timm does
+            image.info.pop("transparency", None)
+        return _to_8_bits(image).convert(mode) if mode else image.copy()
     except SampleError:
         raise
     except Exception as error:
@@ -115,10 +111,7 @@ class Jpeg:
 
     def decode_region(self, top: int, left: int, height: int, width: int) -> Tensor | None:
         """Return uint8 RGB [3, height, width], equal to that part of the whole image; None if that fails."""
-        nvimgcodec, decoder, params = _region_decoder(os.getpid())
-        region = nvimgcodec.Region(top, left, top + height, left + width)
-        image = decoder.decode(nvimgcodec.CodeStream(self.data).get_sub_code_stream(region=region), params=params)
-        return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+        return _region_decoder(os.getpid())(self.data, (top, left, top + height, left + width))
 
 
 def parse_jpeg(data: bytes | Image.Image) -> Jpeg | None:
@@ -138,8 +131,8 @@ def can_decode_regions() -> bool:
 
 
 @cache
-def _region_decoder(_process: int) -> tuple[Any, Any, Any]:
-    """Return the package, a decoder that uses no GPU and no threads, and its settings; one per process."""
+def _region_decoder(_process: int) -> Callable[[bytes, tuple[int, int, int, int]], Tensor | None]:
+    """Return a function of a JPEG and (top, left, bottom, right) that uses no GPU and no threads; one per process."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # the caller reports what cannot be decoded
     spec = find_spec("nvidia.nvimgcodec")
     folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
@@ -153,8 +146,14 @@ def _region_decoder(_process: int) -> tuple[Any, Any, Any]:
         cpu = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
         decoder = nvimgcodec.Decoder(nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=cpu)
         del os.environ["NVIMGCODEC_EXTENSIONS_PATH"]
-    # As in timm and Pillow, the camera's orientation is not applied.
-    return nvimgcodec, decoder, nvimgcodec.DecodeParams(apply_exif_orientation=False)
+    params = nvimgcodec.DecodeParams(apply_exif_orientation=False)  # as in timm and Pillow
+
+    def decode(data: bytes, box: tuple[int, int, int, int]) -> Tensor | None:
+        stream = nvimgcodec.CodeStream(data).get_sub_code_stream(region=nvimgcodec.Region(*box))
+        image = decoder.decode(stream, params=params)
+        return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+
+    return decode
 
 
 def decode_tensor(data: bytes | Image.Image) -> Tensor:

@@ -6,12 +6,10 @@ index, so a sample's augmentation depends on neither its batch nor the device, t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import numpy as np
 import timm.data
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -26,7 +24,7 @@ from samon.data.classes import check_label
 from samon.data.decode import Transform
 from samon.data.loader import GRAY, pad_pixels
 from samon.data.sources import PairSource
-from samon.data.stream import SampleStream
+from samon.data.stream import SampleStream, check_epoch, process_rank
 from samon.errors import UserError
 
 # Batches are augmented together up to this number of samples: AutoAugment launches some hundred small kernels, whatever
@@ -123,9 +121,8 @@ class InMemoryLoader:
 
     def __post_init__(self) -> None:
         self.num_samples = len(self.images)
-        if self.is_training and self.num_samples < self.batch_size * self.world_size:
-            what = f"one batch of {self.batch_size} on each of {self.world_size} processes"
-            raise UserError(f"{self.num_samples} training samples do not fill {what}; lower --batch-size")
+        if self.is_training:
+            check_epoch(self.num_samples, self.batch_size, self.world_size)
         pixels = [[value * 255 for value in values] for values in (self.mean, self.std)]
         self.shift, self.scale = torch.tensor(pixels, device=self.images.device).view(2, 1, -1, 1, 1)
 
@@ -203,7 +200,7 @@ def create_in_memory_loader(
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
     crop_mode: str | None = None,
-    **others: Any,
+    **others: object,
 ) -> InMemoryLoader:
     """Return the loader for `--in-memory`; the arguments are those of `samon.data.create_loader`.
 
@@ -224,7 +221,7 @@ def create_in_memory_loader(
             size, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
         )
     images, labels = _read_all(dataset, size, transform)
-    distributed = dist.is_available() and dist.is_initialized()
+    rank, world_size = process_rank()
     return InMemoryLoader(
         images.to(device),
         labels.to(device),
@@ -234,8 +231,8 @@ def create_in_memory_loader(
         std=std,
         augment=augment,
         seed=dataset.seed,
-        rank=dist.get_rank() if distributed else 0,
-        world_size=dist.get_world_size() if distributed else 1,
+        rank=rank,
+        world_size=world_size,
         img_dtype=img_dtype,
     )
 
@@ -246,7 +243,7 @@ _PER_IMAGE += ("re_prob", "num_aug_splits", "num_aug_repeats", "size_schedule")
 _FLAGS = {"re_prob": "reprob", "size_schedule": "train-img-sizes"}
 
 
-def _check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, others: dict[str, Any]) -> None:
+def _check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, others: dict[str, object]) -> None:
     """Raise a UserError that names the flag of an augmentation that cannot be done on the device."""
     if crop_mode != "pad" and not no_aug:
         raise UserError("--in-memory needs --train-crop-mode pad (or --no-aug)")

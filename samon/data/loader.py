@@ -7,12 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import timm.data
 import torch
-import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.scheduled_sampler import ScheduledBatchSampler
@@ -25,9 +25,9 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 
 from samon import rng
 from samon.data.corrupt import DataError, WorkerError, explain_worker_error
-from samon.data.decode import Transform, choose_decoder, decode_pil
+from samon.data.decode import FLIPS, Transform, choose_decoder, decode_pil
 from samon.data.sources import ShardSource, open_source
-from samon.data.stream import IndexedStream, SampleStream, ShardStream, SizedTransform, sample_seed
+from samon.data.stream import IndexedStream, SampleStream, ShardStream, SizedTransform, process_rank, sample_seed
 from samon.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -72,8 +72,7 @@ def create_dataset(
         UserError: no such data, or numbers that cannot work.
     """
     if rank is None or world_size is None:
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        rank, world_size = process_rank()
     source = open_source(name, root, split, num_classes=num_classes, **source_options)
     if num_samples and not is_training and num_samples > len(source):
         raise UserError(f"{num_samples} evaluation samples requested, the split has {len(source)}")
@@ -103,20 +102,23 @@ def pad_pixels(size: int) -> int:
     return max(1, size // 8)
 
 
-def create_transform(input_size: int | Sequence[int], *, is_training: bool = False, **kwargs: Any) -> Any:
-    """timm's `create_transform`, extended by `train_crop_mode='pad'` and `auto_augment='cifar10'`.
+def create_transform(
+    input_size: int | Sequence[int], *, is_training: bool = False, splits: int = 0, **kwargs: Any
+) -> Transform:
+    """timm's `create_transform`, extended by `train_crop_mode='pad'`, `auto_augment='cifar10'` and AugMix's `splits`.
 
     The pad crop replaces timm's random crop (an image of another size is resized first). The policy follows the flips
     and replaces color jitter, as timm's own policies do.
     """
     pad, policy = kwargs.get("train_crop_mode") == "pad", kwargs.get("auto_augment") == "cifar10"
     if not is_training or kwargs.get("no_aug") or not (pad or policy):
-        transform = timm.data.create_transform(input_size, is_training=is_training, **kwargs)  # type: ignore[arg-type]
+        kwargs |= {"is_training": is_training, "separate": splits > 0}
+        transform = timm.data.create_transform(input_size, **kwargs)  # type: ignore[arg-type]
         first = (transform[0] if isinstance(transform, tuple) else transform).transforms[0]
         if isinstance(first, RandomResizedCropAndInterpolation):
             first.get_params = partial(_sample_box, first.get_params)  # type: ignore[method-assign]
-        return transform
-    if kwargs.get("separate"):
+        return SplitTransform(transform, splits) if isinstance(transform, tuple) else transform
+    if splits:
         raise UserError("--train-crop-mode pad and --aa cifar10 cannot be combined with --aug-splits")
     kwargs |= {"train_crop_mode": None} if pad else {}
     kwargs |= {"auto_augment": None, "color_jitter": None} if policy else {}
@@ -126,8 +128,7 @@ def create_transform(input_size: int | Sequence[int], *, is_training: bool = Fal
         resize = transforms.Resize(size, InterpolationMode.BICUBIC)
         steps[:1] = [resize, transforms.RandomCrop(size, padding=pad_pixels(min(size)))]
     if policy:
-        flips = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
-        last = max((i for i, step in enumerate(steps) if isinstance(step, flips)), default=1 if pad else 0)
+        last = max((i for i, step in enumerate(steps) if isinstance(step, FLIPS)), default=1 if pad else 0)
         steps.insert(last + 1, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=GRAY))
     return transforms.Compose(steps)
 
@@ -142,11 +143,12 @@ def _sample_box(get_params: Callable[..., tuple[int, ...]], image: object, *rang
     return top, left, height, width
 
 
+@dataclass
 class SplitTransform:
     """AugMix's input: the clean image and `count` - 1 augmented ones, from timm's three-part transform."""
 
-    def __init__(self, parts: tuple[Transform, Transform, Transform], count: int) -> None:
-        self.parts, self.count = parts, count
+    parts: tuple[Transform, Transform, Transform]
+    count: int
 
     def __call__(self, image: object) -> tuple[object, ...]:
         base, augment, final = self.parts
@@ -193,19 +195,14 @@ def _exit_on_request(trainer: int) -> None:
             os._exit(0)
 
 
-class SharedMemoryCollate:
-    """A collate function that moves a worker's batch to shared memory.
+def collate_shared(collate: Callable[..., object], samples: object) -> object:
+    """Collate a batch, a worker's in shared memory.
 
-    PyTorch does so later, in a thread of the worker, where too little shared memory raises an error that is lost: the
-    main process would wait forever.
+    PyTorch moves it there later, in a thread of the worker, where too little shared memory raises an error that is
+    lost: the main process would wait forever.
     """
-
-    def __init__(self, collate: Callable[..., object]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: object) -> object:
-        batch = self.collate(samples)
-        return batch if get_worker_info() is None else tree_map_only(Tensor, Tensor.share_memory_, batch)
+    batch = collate(samples)
+    return batch if get_worker_info() is None else tree_map_only(Tensor, Tensor.share_memory_, batch)
 
 
 @contextmanager
@@ -326,28 +323,21 @@ class Loader:
                 raise DataError(f"evaluated {samples} samples, the index lists {len(self.dataset)}")
 
 
-SizeSchedule = tuple[Sequence[int], ScheduledBatchSampler]
+SizeSchedule = tuple[Sequence[int], ScheduledBatchSampler] | None
 
 
 def _set_transform(
-    dataset: SampleStream,
-    input_size: int | Sequence[int],
-    size_schedule: SizeSchedule | None,
-    decoder: str,
-    splits: int,
-    options: dict[str, Any],
+    dataset: SampleStream, size: int | Sequence[int], schedule: SizeSchedule, decoder: str, options: dict[str, Any]
 ) -> None:
     """Set how images are decoded and augmented, at one size or at each of a schedule's."""
 
-    def create(size: int | Sequence[int], quiet: bool) -> tuple[Transform, Transform]:
-        transform = create_transform(size, separate=splits > 0, **options)
-        transform = SplitTransform(transform, splits) if splits else transform
-        return choose_decoder(decoder, transform, dataset.image_mode, quiet)
+    def choose(size: int | Sequence[int], quiet: bool) -> tuple[Transform, Transform]:
+        return choose_decoder(decoder, create_transform(size, **options), dataset.image_mode, quiet)
 
-    dataset.decode, dataset.transform = create(input_size, quiet=not options["is_training"])
-    if size_schedule is not None:
-        sizes, sampler = size_schedule
-        dataset.transform = SizedTransform([create((side, side), quiet=True)[1] for side in sizes], sampler)
+    dataset.decode, dataset.transform = choose(size, quiet=not options["is_training"])
+    if schedule is not None:
+        sizes, sampler = schedule
+        dataset.transform = SizedTransform([choose((side, side), quiet=True)[1] for side in sizes], sampler)
 
 
 def create_loader(
@@ -371,7 +361,7 @@ def create_loader(
     device: torch.device | str = "cuda",
     use_prefetcher: bool = True,
     decoder: str = "auto",
-    size_schedule: SizeSchedule | None = None,
+    size_schedule: SizeSchedule = None,
     **transform_options: Any,
 ) -> Loader:
     """timm's `create_loader` for a stream of `create_dataset`, with timm's arguments and:
@@ -387,8 +377,9 @@ def create_loader(
     device = torch.device(device)
     erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count, "mean": mean, "std": std}
     erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
-    transform_options |= {"is_training": is_training, "use_prefetcher": use_prefetcher, **erasing}
-    _set_transform(dataset, input_size, size_schedule, decoder, num_aug_splits, transform_options)
+    transform_options |= {"is_training": is_training, "splits": num_aug_splits, "use_prefetcher": use_prefetcher}
+    transform_options |= erasing
+    _set_transform(dataset, input_size, size_schedule, decoder, transform_options)
     dataset.batch_size, dataset.repeats = batch_size, num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
@@ -399,7 +390,7 @@ def create_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory and device.type == "cuda",
         drop_last=is_training,
-        collate_fn=SharedMemoryCollate(dataset.collate),
+        collate_fn=partial(collate_shared, dataset.collate),
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else it would draw its base seed from the global one
     )

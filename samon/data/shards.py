@@ -17,7 +17,8 @@ from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from types import ModuleType
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -31,7 +32,8 @@ _logger = logging.getLogger(__name__)
 MAX_BYTES = 64 << 20  # of one image or label; the largest file of ImageNet has 15 MB
 MAX_ATTEMPTS = 5  # per shard; the waits between them are 1, 2, 4 and 8 seconds
 _INFO_NAMES = ("_info.json", "info.json")
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # timm's, for folders
+TRAIN_SPLITS = ("train", "training")
+EVAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
 _SHELL = frozenset({"pipe"})
 
 
@@ -40,15 +42,10 @@ class RawSample(NamedTuple):
 
     where: str  # shard and key, or file, for messages
     image: bytes | Image.Image  # a PIL image if the data set holds no encoded ones
-    label: Any  # an integer unless the data set is wrong
+    label: object  # an integer unless the data set is wrong
 
 
 SampleOrError = RawSample | SampleError
-
-
-def split_synonyms(name: str) -> tuple[str, ...]:
-    """Return the names by which timm also looks for a split, its own included; () if it has no others."""
-    return next((group for group in _SYNONYMS if name in group), ())
 
 
 def is_hidden(path: str) -> bool:
@@ -60,7 +57,7 @@ def is_hidden(path: str) -> bool:
 # --- URLs -------------------------------------------------------------------------------------------------------------
 
 
-def import_webdataset(module: str) -> Any:
+def import_webdataset(module: str) -> ModuleType:
     """Import a module of webdataset, or of braceexpand, which comes with it; only shards need them.
 
     Raises:
@@ -215,7 +212,7 @@ class ShardSet:
     label_key: str = ""  # timm's `alt_label`: the field of the .json member that holds the label
 
 
-def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, Any]]:
+def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, object]]:
     """Return the URL and content of the info file; an empty content if a local directory has none."""
     urls = [join_url(root, name, allow_shell) for name in _INFO_NAMES]
     url = next((url for url in urls if not is_local(url) or os.path.isfile(url)), None)
@@ -266,7 +263,8 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     where, info = _load_info(root, allow_shell)
     splits = info.get("splits")
     splits = splits if isinstance(splits, dict) else {}
-    split = next((name for name in (split, *split_synonyms(split)) if name in splits), split)
+    synonyms = next((group for group in (TRAIN_SPLITS, EVAL_SPLITS[:-1]) if split in group), ())  # timm's, for folders
+    split = next((name for name in (split, *synonyms) if name in splits), split)
     expected = ""
     if split in splits:
         names, lengths = _check_split(where, split, splits[split])
@@ -290,10 +288,10 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    num_classes = info["num_classes"] if isinstance(info.get("num_classes"), int) else None
-    class_names = None
-    if isinstance(info.get("class_names"), list):
-        class_names = check_names(info["class_names"], num_classes, where)
+    count, listed = info.get("num_classes"), info.get("class_names")
+    num_classes, class_names = count if isinstance(count, int) else None, None
+    if isinstance(listed, list):
+        class_names = check_names(listed, num_classes, where)
         num_classes = len(class_names) or None
     label_key = str(splits[split].get("alt_label", "")) if split in splits else ""
     return ShardSet(tuple(urls), tuple(lengths), num_classes, class_names, label_key)

@@ -25,6 +25,8 @@ from samon.data.classes import LabelMap, apply_class_map, class_order, load_clas
 from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry, find_images
 from samon.data.shards import (
+    EVAL_SPLITS,
+    TRAIN_SPLITS,
     RawSample,
     SampleOrError,
     ShardCache,
@@ -34,11 +36,7 @@ from samon.data.shards import (
     load_split,
     temporary_directory,
 )
-from samon.errors import UserError, require_package
-
-TRAIN_SPLITS = {"train", "training"}
-EVAL_SPLITS = {"validation", "val", "valid", "eval", "evaluation", "test"}
-_SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
+from samon.errors import UserError, error_line, require_package
 
 # --- splits and parts of them -----------------------------------------------------------------------------------------
 
@@ -71,7 +69,7 @@ def parse_split(text: str) -> tuple[str, slice]:
 
 def train_or_test(name: str, where: str) -> str:
     """Return 'train' or 'test', the two splits of a data set that has no others; another name is an error."""
-    if name not in TRAIN_SPLITS | EVAL_SPLITS:
+    if name not in TRAIN_SPLITS + EVAL_SPLITS:
         raise UserError(f"{where}: unknown split {name!r}; use train or validation, or a part such as train[:45000]")
     return "train" if name in TRAIN_SPLITS else "test"
 
@@ -149,18 +147,17 @@ class Source:
 
     def read(self, indices: Sequence[int]) -> list[SampleOrError]:
         """Return the samples in the order of `indices`; the error in place of an unreadable one."""
-        return [self._read_or_error(index) for index in indices]
-
-    def _read_or_error(self, index: int) -> SampleOrError:
-        try:
-            sample = self.read_one(index)
-            return sample._replace(label=map_label(self.label_map, sample.label, sample.where))
-        except SampleError as error:
-            return error
-        except Exception as error:  # libraries raise anything on damaged samples
-            return SampleError(
-                f"{self.location} sample {index}: {type(error).__name__}: {' '.join(str(error).split())}"
-            )
+        samples: list[SampleOrError] = []
+        for index in indices:
+            try:
+                sample = self.read_one(index)
+                samples.append(sample._replace(label=map_label(self.label_map, sample.label, sample.where)))
+            except SampleError as error:
+                samples.append(error)
+            except Exception as error:  # libraries raise anything on damaged samples
+                where = f"{self.location} sample {index}"
+                samples.append(SampleError(f"{where}: {type(error).__name__}: {error_line(error)}"))
+        return samples
 
     def read_one(self, index: int) -> RawSample:
         """Return one sample with its stored label; may raise anything."""
@@ -171,7 +168,7 @@ class Source:
         if self.label_map is not None:
             pairs = self.label_map.items()
             label_map = {stored: label_map[label] for stored, label in pairs if label in label_map}
-        self.label_map, self.class_names, self.num_classes = dict(label_map), names, num_classes
+        self.label_map, self.class_names, self.num_classes = label_map, names, num_classes
 
     def renumber(self, names: Sequence[str]) -> None:
         """Number the labels as the classes `names`, which contain all of `class_names`.
@@ -391,7 +388,7 @@ def _find_split_folder(request: Request) -> str:
         pack = "; extract it, or pack it with samon-shards" if os.path.exists(root) else ""
         raise UserError(f"--data-dir {root}: no such directory{pack}")
     folder = _search_split(root, split) if split else root
-    others = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
+    others = [name for name in TRAIN_SPLITS + EVAL_SPLITS if os.path.isdir(os.path.join(root, name))]
     if split and folder == root and others:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
     if not split and len(others) > 1:
@@ -529,7 +526,7 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
     except ModuleNotFoundError as error:
         raise UserError(f"{where} needs the package {error.name}; run: pip install {error.name}") from error
     except Exception as error:  # what libraries raise depends on the data set
-        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {error_line(error)}") from error
     if not len(source):
         raise UserError(f"{where}: no sample of the classes in --class-map" if request.class_map else f"{where}: empty")
     classes, limit = source.num_classes, request.num_classes

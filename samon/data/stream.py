@@ -8,16 +8,17 @@ of batches. Two readers read the same shard only if a range ends inside it.
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, islice, product
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from samon import rng
 from samon.data.classes import check_label
@@ -25,10 +26,10 @@ from samon.data.corrupt import CorruptSampleCounter, DataError, SampleError
 from samon.data.decode import Transform
 from samon.data.shards import SampleOrError
 from samon.data.sources import ShardSource, Source
-from samon.errors import UserError
+from samon.errors import UserError, error_line
 
 T = TypeVar("T")
-Processed = tuple[Any, int]  # image as decode and transform leave it, label
+Processed = tuple[object, int]  # image as decode and transform leave it, label
 _FALLBACKS = 8  # samples before and after a corrupt one, of which the nearest good one replaces it
 
 
@@ -49,7 +50,7 @@ class ReadRange(NamedTuple):
 
 
 class ReaderLayout(NamedTuple):
-    """How readers share an epoch's samples, and how many of these they gave (all ranks together) before a restart."""
+    """How readers share an epoch's samples, and how many they read (all ranks together) before a restart."""
 
     world: int
     batch: int
@@ -102,40 +103,52 @@ def read_range(
     return ReadRange(start, min(own * batch, high - start), own)
 
 
-def shuffle_order(count: int, buffer: int, seed: int, epoch: int, start: int) -> list[int]:
-    """Return positions 0 to `count` in the order in which a shuffle buffer of `buffer` samples gives them out.
+def shuffle_order(count: int, size: int, seed: int, epoch: int, start: int) -> list[int]:
+    """Return positions 0 to `count` in the order in which they leave a shuffle buffer of `size` samples.
 
     Two samples enter for each that leaves until the buffer is full, so the first batch does not wait for a full
     buffer. Because positions are shuffled, not samples, a resumed reader can skip what was used.
     """
     generator = random.Random(f"samples {seed} {epoch} {start}")
-    held: list[int] = []
+    buffer: list[int] = []
     order: list[int] = []
     arriving = iter(range(count))
     for position in arriving:
-        held.append(position)
-        if len(held) < buffer // 4:
+        buffer.append(position)
+        if len(buffer) < size // 4:
             continue
-        if len(held) < buffer and (extra := next(arriving, None)) is not None:
-            held.append(extra)
-        chosen = generator.randrange(len(held))
-        held[chosen], held[-1] = held[-1], held[chosen]
-        order.append(held.pop())
-    generator.shuffle(held)
-    return order + held
+        if len(buffer) < size and (extra := next(arriving, None)) is not None:
+            buffer.append(extra)
+        chosen = generator.randrange(len(buffer))
+        buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+        order.append(buffer.pop())
+    generator.shuffle(buffer)
+    return order + buffer
 
 
 def remaining_places(places: np.ndarray, layout: ReaderLayout, seed: int, epoch: int) -> np.ndarray:
-    """Return the places of an epoch's sequence that the readers of `layout`, who shared `places`, have not given."""
-    given = np.zeros(len(places), dtype=bool)
+    """Return the places of an epoch's sequence that the readers of `layout`, who shared `places`, have not read."""
+    unread = np.ones(len(places), dtype=bool)
     batches = layout.samples // (layout.world * layout.batch)
     for rank, worker in product(range(layout.world), range(layout.workers)):
         reader = rank, layout.world, worker, layout.workers
         start, count, _ = read_range(len(places), layout.batch, *reader, is_training=True)
         done = worker_batches(batches, worker, layout.workers) * layout.batch
         order = shuffle_order(count, layout.buffer, seed, epoch, start)
-        given[[start + position for position in order[:done]]] = True
-    return places[~given]
+        unread[[start + position for position in order[:done]]] = False
+    return places[unread]
+
+
+def process_rank() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def check_epoch(samples: int, batch_size: int, world_size: int) -> None:
+    """Raise UserError if training has fewer samples than one batch per rank."""
+    if samples < batch_size * world_size:
+        what = f"one batch of {batch_size} on each of {world_size} processes"
+        raise UserError(f"{samples} training samples do not fill {what}; lower --batch-size")
 
 
 def sample_seed(*parts: int) -> int:
@@ -196,7 +209,7 @@ class SampleStream(IterableDataset):
     image_mode: str = "RGB"
     decode: Transform | None = None
     transform: Transform | None = None
-    collate: Any = None
+    collate: Callable[..., object] = default_collate
     num_workers: int = 1
     repeats: int = 0
 
@@ -206,14 +219,9 @@ class SampleStream(IterableDataset):
         self.state = torch.tensor([0, 0, 1]).share_memory_()
 
     def check(self) -> None:
-        """Check sizes before any worker starts.
-
-        Raises:
-            UserError: fewer samples than one batch per rank.
-        """
-        if self.is_training and self.size < self.batch_size * self.world_size:
-            what = f"one batch of {self.batch_size} on each of {self.world_size} processes"
-            raise UserError(f"{self.size} training samples do not fill {what}; lower --batch-size")
+        """Check sizes before any worker starts; raise UserError if there are too few samples."""
+        if self.is_training:
+            check_epoch(self.size, self.batch_size, self.world_size)
         if self.size < 1:
             raise UserError("the split has no samples")
 
@@ -237,8 +245,8 @@ class SampleStream(IterableDataset):
         """Samples of this rank in a whole epoch."""
         return self.read_range(0, 1).size
 
-    def batches_before(self, epoch: int) -> int:
-        """Return how many of this rank's batches of the epoch other readers gave before a restart."""
+    def samples_before(self, epoch: int) -> int:
+        """Return how many samples of the epoch, over all ranks, other readers read before a restart."""
         return 0
 
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
@@ -251,7 +259,7 @@ class SampleStream(IterableDataset):
         epoch, first, mixup = self.state.tolist()
         if hasattr(self.collate, "mixup_enabled"):
             self.collate.mixup_enabled = bool(mixup)
-        before = self.batches_before(epoch)
+        before = self.samples_before(epoch) // (self.batch_size * self.world_size)
         first = max(0, first - before)
         # The loader always asks worker 0 first, so worker 0 continues the stream whose turn it was.
         stream = (worker + first) % workers
@@ -291,7 +299,7 @@ class SampleStream(IterableDataset):
         except SampleError as error:
             raise SampleError(f"{sample.where}: {error}") from error
         except Exception as error:  # an augmentation can fail on some images
-            raise SampleError(f"{sample.where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise SampleError(f"{sample.where}: {type(error).__name__}: {error_line(error)}") from error
         return image, label
 
 
@@ -302,7 +310,7 @@ class ShardStream(SampleStream):
     Args:
         buffer: samples in the shuffle buffer, still encoded (at 110 kB each, 2,048 take 225 MB per worker).
         sample_split: allow fewer shards than readers, which then share them sample by sample.
-        layouts: an epoch, and the readers that gave its first samples before a restart.
+        layouts: an epoch, and the readers that read its first samples before a restart.
         source, size, ...: see `SampleStream`.
     """
 
@@ -316,15 +324,12 @@ class ShardStream(SampleStream):
         """The present readers."""
         return ReaderLayout(self.world_size, self.batch_size, self.num_workers, self.buffer)
 
-    def _samples_before(self, epoch: int) -> int:
+    def samples_before(self, epoch: int) -> int:
         return sum(layout.samples for layout in self.layouts[1]) if epoch == self.layouts[0] else 0
 
-    def batches_before(self, epoch: int) -> int:
-        return self._samples_before(epoch) // (self.batch_size * self.world_size)
-
     def places(self, epoch: int) -> Sequence[int] | np.ndarray:
-        """Return the places of the epoch's sequence that the present readers share: those not given before."""
-        before = self._samples_before(epoch)
+        """Return the places of the epoch's sequence that the present readers share: those not read before."""
+        before = self.samples_before(epoch)
         if not before:
             return range(self.size)
         all_places = remaining = np.arange(self.size)
