@@ -37,7 +37,8 @@ def check(context: EvalContext, dataset: EvalDataset) -> None:
     if context.config.attack == "standard":
         require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
     classes, _ = next(iter(dataset.scorings.values()))
-    attacks.check_num_classes(context.num_classes if classes is None else len(classes))
+    if (count := context.num_classes if classes is None else len(classes)) < 4:
+        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {count}; drop apgd")
     restrict_to_single_labels("apgd", context.model, dataset)
     parse_threats(context.config)
 

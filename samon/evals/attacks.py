@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samon.errors import UserError
 from samon.evals.context import predict
 
 APGD = ("apgd-ce", "apgd-t")
@@ -232,20 +231,11 @@ def starting_noise(threat: Threat, attack: str, target: int, restart: int, index
     return torch.stack(rows) * 2 - 1 if threat.norm == "linf" else torch.stack(rows)
 
 
-def check_num_classes(num_classes: int) -> None:
-    """Raise UserError if the model has too few classes for the attacks."""
-    if num_classes < 4:
-        raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {num_classes}; drop apgd")
-
-
 @torch.no_grad()
 def attack(model: nn.Module, images: Tensor, label: Tensor, index: Tensor, threat: Threat) -> Tensor:
     """Attack the images in turn by all attacks of a threat, each those still robust; return outcomes [B] (`ROBUST`)."""
-    logits = model(images)
-    num_classes = logits.shape[1]
-    check_num_classes(num_classes)
-    threat = replace(threat, n_targets=min(threat.n_targets, num_classes - 1))
-    ranking = logits.argsort(dim=1)  # last column: the predicted class
+    ranking = model(images).argsort(dim=1)  # last column: the predicted class
+    threat = replace(threat, n_targets=min(threat.n_targets, ranking.shape[1] - 1))
     outcome = torch.where(ranking[:, -1] == label, ROBUST, -1)
     without_gradient = torch.zeros_like(outcome)
     ranks = [("apgd-ce", 0), *(("apgd-t", rank) for rank in range(2, threat.n_targets + 2))]  # of the target class

@@ -188,13 +188,15 @@ def evaluate_jobs(jobs: list[Job], dist_info: DistInfo, file: ResultsFile) -> No
                 raise
             log.error("%s is left out: %s", job.config.model, error_line(error))
             continue
-        evaluated = any(name == "norm_params" for *_, name in list_tasks(job))
-        if evaluated and (config.norm_figure or config.norm_tensorboard):
+        if any(name == "norm_params" for *_, name in list_tasks(job)):
             models_to_draw[context.name] = norm_params.norm_values(context.model)
     if by_name and not file.results:
         raise UserError(f"--model: none of the {len(jobs)} models could be evaluated; the log says why")
     if models_to_draw and dist_info.is_rank_zero:
-        norm_params.draw_models(models_to_draw, config)
+        if config.norm_figure:
+            norm_params.plot(models_to_draw, Path(config.norm_figure))
+        if config.norm_tensorboard:
+            norm_params.write_tensorboard(models_to_draw, Path(config.norm_tensorboard))
 
 
 def evaluate_job(

@@ -23,19 +23,11 @@ class Scoring(NamedTuple):
     label_sets: Tensor | None = None
 
 
-def label_set_loss(logits: Tensor, right: Tensor) -> Tensor:
-    """-log of the summed probability of the right classes per sample, [B]: cross-entropy if one class is right.
-
-    Args:
-        logits: [B, C].
-        right: bool [B, C], at least one True per row.
-    """
-    logits = logits.float()
-    return logits.logsumexp(1) - logits.masked_fill(~right, float("-inf")).logsumexp(1)
-
-
 def per_sample_metrics(logits: Tensor, target: Tensor, scoring: Scoring) -> Tensor:
-    """`COLUMNS` per sample, float64 [B, 7]. Samples without a right class are not valid: their first four are 0."""
+    """`COLUMNS` per sample, float64 [B, 7]. Samples without a right class are not valid: their first four are 0.
+
+    The loss is -log of the summed probability of the right classes: cross-entropy if one class is right.
+    """
     classes, label_sets = scoring
     logits = (logits if classes is None else logits[:, classes]).float()
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, k]
@@ -45,7 +37,8 @@ def per_sample_metrics(logits: Tensor, target: Tensor, scoring: Scoring) -> Tens
     else:
         right = label_sets[target] if classes is None else label_sets[target][:, classes]
         label, valid = right.float().argmax(1), right.any(1)
-        hits, loss = right.gather(1, top), torch.where(valid, label_set_loss(logits, right), 0)
+        loss = logits.logsumexp(1) - logits.masked_fill(~right, float("-inf")).logsumexp(1)
+        hits, loss = right.gather(1, top), torch.where(valid, loss, 0)
     confidence = (logits.amax(1) - logits.logsumexp(1)).exp()
     columns = (hits[:, 0], hits.any(1), loss, valid, confidence, top[:, 0], label)
     return torch.stack([column.double() for column in columns], 1)

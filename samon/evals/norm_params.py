@@ -1,6 +1,5 @@
 """Distributions of the normalization parameters gamma and beta, by layer type and depth (Figures 5 and 9)."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,14 +63,6 @@ def describe(values: Tensor) -> dict[str, float]:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def draw_models(models: dict[str, NormValues], config: argparse.Namespace) -> None:
-    """Write --norm-figure and --norm-tensorboard."""
-    if config.norm_figure:
-        plot(models, Path(config.norm_figure))
-    if config.norm_tensorboard:
-        write_tensorboard(models, Path(config.norm_tensorboard))
-
-
 def new_figure(width: float, height: float) -> "Figure":
     """A matplotlib figure of this size in inches that needs no display; raise UserError if matplotlib is missing."""
     return require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
@@ -80,11 +71,6 @@ def new_figure(width: float, height: float) -> "Figure":
 def _all_layers(values: NormValues, role: str) -> Tensor:
     """Gamma or beta of all layers, flat."""
     return torch.cat([torch.empty(0), *(w for (_, r), layers in values.items() if r == role for _, w in layers)])
-
-
-def histogram(values: NormValues, role: str, edges: Tensor) -> Tensor:
-    """Number of values of gamma or beta, over all layers, between each two edges."""
-    return torch.histogram(_all_layers(values, role).double(), edges.double()).hist
 
 
 def draw_signed(models: dict[str, NormValues]) -> "Figure":
@@ -96,7 +82,8 @@ def draw_signed(models: dict[str, NormValues]) -> "Figure":
         low, high = (float(pooled.min()), float(pooled.max())) if len(pooled) else (0.0, 0.0)
         edges = torch.linspace(low - 1e-6, high + 1e-6, 61, dtype=torch.float64)
         for axis, (name, values) in zip(panels[row], models.items(), strict=True):
-            axis.stairs(histogram(values, role, edges).numpy(), edges.numpy(), fill=True)
+            counts = torch.histogram(_all_layers(values, role).double(), edges).hist
+            axis.stairs(counts.numpy(), edges.numpy(), fill=True)
             axis.set(xlabel=f"$\\{role}$")
             axis.set_title(wrap_path(name, 34), fontsize="small")
         panels[row][0].set_ylabel("parameters")

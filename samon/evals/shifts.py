@@ -69,11 +69,6 @@ def objectnet_classes() -> dict[str, list[int]]:
     return json.loads(Path(__file__).with_name("objectnet_to_imagenet.json").read_text())
 
 
-def class_folders(name: str) -> set[str] | None:
-    """Class folders of a set to read; None for all."""
-    return set(objectnet_classes()) if name == "objectnet" else None
-
-
 def real_labels(path: str = "") -> Tensor:
     """ReaL labels of the ImageNet validation images in order, bool [50000, 1000]; timm's file if `path` is empty.
 

@@ -10,7 +10,6 @@ from torchvision.transforms.functional import to_tensor
 
 from samon.data.decode import decode_pil
 from samon.data.sources import open_source
-from samon.errors import UserError
 from samon.evals import attacks
 from samon.evals.attacks import (
     ATTACKS,
@@ -157,16 +156,20 @@ def test_targets_are_the_next_classes_in_turn(monkeypatch):
 
 
 def test_the_targeted_loss_decides_where_cross_entropy_has_no_gradient():
-    """It vanishes in float32 if the net is sure of itself; differences of logits do not."""
+    """It vanishes in float32 if the net is sure of itself, and is marked; ratios of logits are those of any scale."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     x = 0.25 + 0.5 * torch.rand(64, 3, 2, 2)
+    y = net(x).argmax(1)
+    plain = attack_all(net, x, y, Threat("linf", 0.1, 10))
     with torch.no_grad():
-        net[1].weight *= 1000
-        y = net(x).argmax(1)
+        net[1].weight *= 1e5
+        net[1].bias *= 1e5
     outcome = attack_all(net, x, y, Threat("linf", 0.1, 10))
+    assert (plain < VANISHED).all()
+    assert (plain == 0).any()
     assert (outcome == 1 + VANISHED).sum() > 5
-    assert (outcome == -1).sum() == 0
+    assert torch.equal(without_marks(outcome) == ROBUST, plain == ROBUST)
 
 
 def test_a_linear_model_has_the_robust_radius_of_the_closed_form():
@@ -177,12 +180,6 @@ def test_a_linear_model_has_the_robust_radius_of_the_closed_form():
         robust = without_marks(attack_all(net, x, y, Threat(norm, eps))) == ROBUST
         clear = (radius - eps).abs() > 1e-3 * eps
         assert torch.equal(robust[clear], (radius > eps)[clear])
-
-
-def test_too_few_classes_are_refused():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(UserError, match="at least 4 classes"):
-        attack_all(net, torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.long), Threat("l2", 1))
 
 
 # --- the authors' code ----------------------------------------------------------------------------------------------
@@ -236,19 +233,6 @@ def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, t
     robust = attack_all(net, x, y, Threat(norm, eps, theirs.apgd.n_iter, targets)) == ROBUST
     assert torch.equal(robust, expected)
     assert 0 < robust.sum() < len(x)  # a setting in which the attack decides
-
-
-def test_gradients_that_are_exactly_zero_are_marked(trained):
-    """With logits this large, softmax leaves nothing to follow: cross-entropy fails on every image."""
-    net, x, y = trained
-    large = nn.Sequential(net, nn.Linear(10, 10, bias=False)).eval()
-    large[1].weight.data = 1e5 * torch.eye(10)
-    plain, outcome = (attack_all(model, x, y, Threat("linf", 8 / 255, 10, n_targets=1)) for model in (net, large))
-    correct = plain >= 0
-    assert (plain < VANISHED).all()
-    assert (plain == 0).any()
-    assert (outcome[correct] > VANISHED).all()
-    assert torch.equal(without_marks(outcome) == ROBUST, plain == ROBUST)  # of ratios of logits, whatever their size
 
 
 # --- FAB-T and Square -----------------------------------------------------------------------------------------------

@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from PIL import Image
 
 from samon.errors import UserError
 from samon.evals import accuracy, load_evaluation, shifts
 from samon.evals.datasets import EvalSpec, open_dataset
 from samon.evals.main import main, parse, prepare
 from tests import efficientnet_lite0
-from tests.eval_sets import (
-    DATA_CONFIG,
-    SYNSETS,
-    DifferentiableReader,
-    Reader,
-    color,
-    make_context,
-    write_folders,
-    write_shard,
-)
+from tests.eval_sets import SYNSETS, DifferentiableReader, Reader, color, make_context, write_folders, write_shard
 
 
 def spec_of(root, kind="", dataset="", split="", limit=None):
@@ -41,11 +31,13 @@ def top1(rows):
 # --- shift sets -----------------------------------------------------------------------------------------------------
 
 
-def test_imagenet_v2_folders_are_integers(tmp_path):
-    root = write_folders(tmp_path, {str(i): [i] for i in (0, 7, 10, 999)})
-    rows = evaluate(root, "imagenetv2-matched-frequency")["1000 classes"]
+@pytest.mark.parametrize(("kind", "count"), [("imagenetv2-matched-frequency", 10000), ("imagenet-sketch", 50889)])
+def test_folders_are_integers_or_synsets(tmp_path, kind, count):
+    classes = (0, 7, 10, 999)
+    root = write_folders(tmp_path, {str(i) if "v2" in kind else SYNSETS[i]: [i] for i in classes})
+    rows = evaluate(root, kind)["1000 classes"]
     assert top1(rows) == (100, 4)
-    assert rows["top1"]["mismatch"] == "4 classes, published 1000; 4 images, published 10000"
+    assert rows["top1"]["mismatch"] == f"4 classes, published 1000; 4 images, published {count}"
 
 
 @pytest.mark.parametrize(("letter", "published"), [("r", 30000), ("a", 7500)])
@@ -69,13 +61,6 @@ def test_imagenet_is_also_scored_on_the_clean_subsets(tmp_path):
     assert found["1000 classes"]["top1"]["value"] == pytest.approx(100 / 3)
     for letter in "ar":
         assert top1(found[f"clean subset of imagenet-{letter}"]) == (100, 2)
-
-
-def test_sketch_goes_by_synset(tmp_path):
-    root = write_folders(tmp_path, {SYNSETS[i]: [i] for i in (0, 3, 999)})
-    rows = evaluate(root, "imagenet-sketch")["1000 classes"]
-    assert top1(rows) == (100, 3)
-    assert rows["top1"]["mismatch"] == "3 classes, published 1000; 3 images, published 50889"
 
 
 def test_objectnet_crops_the_border_and_has_both_conventions(tmp_path):
@@ -195,18 +180,6 @@ def test_a_label_that_is_no_class_stops_every_evaluation(tmp_path, name, label):
     dataset = prepare(context, spec_of(tmp_path, dataset="wds", split="val"), name)
     with pytest.raises(UserError, match=rf"val\.tar b: label {label}\b.*0\.\.999"):
         load_evaluation(name).evaluate(context, dataset)
-
-
-def test_gray_and_color_are_compared(tmp_path, caplog):
-    root = write_folders(tmp_path, {str(i): [i] for i in range(9)})
-    for path, mode in (("0/0.png", "1"), ("4/0.png", "L")):  # the first images are not representative
-        Image.new(mode, (8, 8)).save(root / path)
-    open_dataset(make_context(Reader()), spec_of(root))
-    assert "its images are" not in caplog.text
-    for path in ("0/0.png", "4/0.png"):
-        color(0).save(root / path)
-    open_dataset(make_context(Reader(), DATA_CONFIG | {"input_size": (1, 8, 8)}), spec_of(root))
-    assert "its images are RGB, the model takes L: they are converted to gray, their color is lost" in caplog.text
 
 
 def test_processes_compare_the_classes_they_read(tmp_path, monkeypatch):

@@ -90,9 +90,3 @@ def test_figure_5_has_signed_values_on_linear_axes_and_a_panel_per_model():
         middle = edges[:-1] + (edges[1] - edges[0]) / 2
         assert (counts * middle).sum() / 40 == pytest.approx(center, abs=0.006)  # a bin is 0.012 wide
     assert panels[2].get_xlim() == panels[3].get_xlim()
-
-
-def test_histogram_counts_the_values_between_its_edges():
-    found = {("BatchNorm2d", "beta"): [("a", torch.tensor([-0.5, 0.1])), ("b", torch.tensor([0.2, 0.9]))]}
-    assert norm_params.histogram(found, "beta", torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == [1, 2, 1]
-    assert norm_params.histogram(found, "gamma", torch.tensor([-1.0, 0.0])).tolist() == [0]

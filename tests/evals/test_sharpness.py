@@ -71,18 +71,6 @@ def test_l2_adaptive_maximum_of_a_linear_loss_is_the_closed_form():
     assert 0.9 * exact < found <= exact * (1 + 1e-6)
 
 
-def test_first_step_is_whole_or_three_quarters():
-    g, weights = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 2.0, -1.0])
-
-    def loss_of(delta, _):
-        return (g * delta[0]).sum(), [g]
-
-    whole = 0.1 * float((g * weights).abs().sum())
-    for mode, fraction in (("autopgd", 1), ("reference", 0.75)):
-        found = worst_case(loss_of, [weights.abs()], Measure(0.1, steps=1), mode)
-        assert found == pytest.approx(fraction * whole)
-
-
 def small_net():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 5)).double()
