@@ -111,8 +111,6 @@ class InMemoryLoader:
     std: Sequence[float]
     augment: Augment | None = None
     seed: int = 42
-    rank: int = 0
-    world_size: int = 1
     img_dtype: torch.dtype = torch.float32
 
     mixup_enabled = False
@@ -121,6 +119,7 @@ class InMemoryLoader:
 
     def __post_init__(self) -> None:
         self.num_samples = len(self.images)
+        self.rank, self.world_size = process_rank()
         if self.is_training:
             check_epoch(self.num_samples, self.batch_size, self.world_size)
         pixels = [[value * 255 for value in values] for values in (self.mean, self.std)]
@@ -221,7 +220,6 @@ def create_in_memory_loader(
             size, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
         )
     images, labels = _read_all(dataset, size, transform)
-    rank, world_size = process_rank()
     return InMemoryLoader(
         images.to(device),
         labels.to(device),
@@ -231,8 +229,6 @@ def create_in_memory_loader(
         std=std,
         augment=augment,
         seed=dataset.seed,
-        rank=rank,
-        world_size=world_size,
         img_dtype=img_dtype,
     )
 

@@ -73,7 +73,7 @@ def create_dataset(
     """
     if rank is None or world_size is None:
         rank, world_size = process_rank()
-    source = open_source(name, root, split, num_classes=num_classes, **source_options)
+    source = open_source(name, root, split, **source_options)
     if num_samples and not is_training and num_samples > len(source):
         raise UserError(f"{num_samples} evaluation samples requested, the split has {len(source)}")
     make: Callable[..., SampleStream] = IndexedStream

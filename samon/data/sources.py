@@ -333,7 +333,6 @@ class Request:
     target_key: str | None = None
     download: bool = False
     trust_remote_code: bool = False
-    num_classes: int | None = None
     allow_shell_urls: bool = False
     shard_cache: str | None = None
     shard_cache_size: int = 200 << 30
@@ -374,10 +373,10 @@ def _label_by_class(
             f"{stray[0]} is in no class folder ({len(stray)} of {len(entries)} images are not); move images to "
             "CLASS/IMAGE, or pack flat ImageNet validation images with samon-shards"
         )
-    labels = {name: label for label, name in enumerate(names)} | {"": -1}
+    labels = {name: label for label, name in enumerate(names)}
     _, part = parse_split(request.split)
-    source = FileSource(entries, [labels[name] for name in classes], os.path.realpath(folder), part)
-    source.class_names, source.num_classes = names or None, len(names) or None
+    source = FileSource(entries, [labels.get(name, -1) for name in classes], os.path.realpath(folder), part)
+    source.set_classes(labels)
     return source
 
 
@@ -510,7 +509,7 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         **options: the other fields of `Request`.
 
     Raises:
-        UserError: no such data, or more classes than `num_classes`.
+        UserError: no such data.
     """
     check_name(name, root)
     request = Request(name, root, split, **options)
@@ -529,9 +528,4 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         raise UserError(f"{where}: {type(error).__name__}: {error_line(error)}") from error
     if not len(source):
         raise UserError(f"{where}: no sample of the classes in --class-map" if request.class_map else f"{where}: empty")
-    classes, limit = source.num_classes, request.num_classes
-    if limit and classes and classes > limit:
-        raise UserError(
-            f"{root}: split {split!r} has {classes} classes, the model {limit}; use --num-classes {classes}"
-        )
     return source

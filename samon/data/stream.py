@@ -218,17 +218,13 @@ class SampleStream(IterableDataset):
         # Shared memory is the only way to reach persistent workers: epoch, first batch, whether mixup is enabled.
         self.state = torch.tensor([0, 0, 1]).share_memory_()
 
-    def check(self) -> None:
-        """Check sizes before any worker starts; raise UserError if there are too few samples."""
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
+        """Set the number of loader workers (timm's name for this method); raise UserError if samples are too few."""
+        self.num_workers = max(1, num_workers or 0)
         if self.is_training:
             check_epoch(self.size, self.batch_size, self.world_size)
         if self.size < 1:
             raise UserError("the split has no samples")
-
-    def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        """Set the number of loader workers (timm's name for this method)."""
-        self.num_workers = max(1, num_workers or 0)
-        self.check()
         self.corrupt.samples = len(self)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -339,9 +335,9 @@ class ShardStream(SampleStream):
         missing = (self.size // step - before // step) * step - len(remaining)  # whole steps repeat some samples
         return np.sort(np.append(remaining, np.setdiff1d(all_places, remaining)[: max(missing, 0)]))
 
-    def check(self) -> None:
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
         """Also check that training has at least one shard per reader, unless samples may be split."""
-        super().check()
+        super().set_loader_cfg(num_workers)
         if self.repeats:
             raise UserError("--aug-repeats needs an image folder; shards are read once from front to back")
         readers = self.world_size * self.num_workers

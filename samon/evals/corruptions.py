@@ -1,30 +1,14 @@
 """ImageNet-C: 15 corruptions at five severities, and the mean corruption error (Hendrycks & Dietterich 2019)."""
 
-import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from samon.evals.results import Result
-
-if TYPE_CHECKING:
-    from samon.evals.datasets import EvalSpec
 
 # AlexNet's top-1 error in %, mean over the severities, by corruption (the name of its folder), as published.
 ALEXNET: dict[str, float] = json.loads(Path(__file__).with_name("alexnet_errors.json").read_text())
 SEVERITIES = range(1, 6)
-
-
-def split(spec: "EvalSpec") -> "list[EvalSpec]":
-    """The 75 sets of ImageNet-C, at CORRUPTION/SEVERITY below its directory."""
-    specs = []
-    for corruption, severity in itertools.product(ALEXNET, SEVERITIES):
-        name, root = f"{spec.name}/{corruption}/{severity}", Path(spec.root, corruption, str(severity))
-        metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity, "whole": spec.name}
-        specs.append(replace(spec, name=name, root=str(root), metadata=metadata))
-    return specs
 
 
 def corruption_errors(results: Iterable[Result]) -> list[Result]:

@@ -64,7 +64,17 @@ def read_specs(config: argparse.Namespace, suite: object, limit: int | None) -> 
     for name, count in Counter(spec.name for spec in specs).items():
         if count > 1:
             raise UserError(f"{flag}: {count} entries are called {name!r}; give each a `name` of its own")
-    return [part for spec in specs for part in (corruptions.split(spec) if spec.kind == "imagenet-c" else [spec])]
+    return [part for spec in specs for part in (_corruption_specs(spec) if spec.kind == "imagenet-c" else [spec])]
+
+
+def _corruption_specs(spec: EvalSpec) -> list[EvalSpec]:
+    """The 75 sets of ImageNet-C, at CORRUPTION/SEVERITY below its directory."""
+    specs = []
+    for corruption, severity in itertools.product(corruptions.ALEXNET, corruptions.SEVERITIES):
+        name, root = f"{spec.name}/{corruption}/{severity}", Path(spec.root, corruption, str(severity))
+        metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity, "whole": spec.name}
+        specs.append(replace(spec, name=name, root=str(root), metadata=metadata))
+    return specs
 
 
 def evaluation_names(text: str | list[str], flag: str) -> list[str]:

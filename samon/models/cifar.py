@@ -1,7 +1,7 @@
 """The 11 networks of the paper's CIFAR experiments (A.1, B.1, B.2) and two small ones, registered with timm.
 
 `timm.create_model('wrn28_10_cifar', num_classes=100)`; inputs are [B, 3, 32, 32]. The convolutional ones are
-chains of named modules ending in global average pooling and one linear layer, initialised by He et al.'s rule
+chains of named modules ending in global average pooling and one linear layer, initialized by He et al.'s rule
 with fan-out, as the authors' code of ResNet, WideResNet, ResNeXt and DenseNet does. Parameter counts below
 are for 10 classes; `docs/recipes.md` says which one is built where a published name has several meanings.
 """
@@ -21,7 +21,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import Tensor, nn
 from torchvision.models.resnet import conv3x3
 
-# Channel statistics of the two training sets, as the paper's code normalises them.
+# Channel statistics of the two training sets, as the paper's code normalizes them.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -51,7 +51,11 @@ class CifarNet(nn.Module):
         self.num_features = self.head_hidden_size = num_features
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool)
-        init_he(self)
+        for module in self.modules():  # N(0, 2 / fan_out) for convolutions, normalization (1, 0) as PyTorch has it
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, num_features, H', W']"""
@@ -86,20 +90,6 @@ class CifarNet(nn.Module):
             raise ValueError("the CIFAR networks have no gradient checkpointing; remove --grad-checkpointing")
 
 
-def init_he(model: nn.Module) -> None:
-    """N(0, 2 / fan_out) for convolutions, (1, 0) for normalization, zero bias for the linear layer."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def stem(in_chans: int, width: int, norm: Norm = nn.BatchNorm2d) -> dict[str, nn.Module]:
-    """3 x 3 convolution without pooling: what every CIFAR residual network has instead of the 7 x 7 stem."""
-    return {"conv1": conv3x3(in_chans, width), "bn1": norm(width), "act1": nn.ReLU(inplace=True)}
-
-
 class PadShortcut(nn.Module):
     """Option A of the ResNet paper: subsample; new channels are zero, half before and half after."""
 
@@ -125,10 +115,11 @@ def resnet(
     norm: Norm = nn.BatchNorm2d,
     **head: Any,
 ) -> CifarNet:
-    """Residual network: stage i has `layers[i]` blocks of `channels[i]` planes; stride 2 between stages."""
+    """Residual network: 3 x 3 stem, then stages i of `layers[i]` blocks of `channels[i]` planes, stride 2 between."""
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut={shortcut!r}: use 'A' (zero padding) or 'B' (1x1 convolution)")
-    features, stages = stem(in_chans, stem_width, norm), {"act1": (stem_width, 1)}
+    features = {"conv1": conv3x3(in_chans, stem_width), "bn1": norm(stem_width), "act1": nn.ReLU(inplace=True)}
+    stages = {"act1": (stem_width, 1)}
     inplanes, index, stride = stem_width, 0, 1
     for i, (depth, planes) in enumerate(zip(layers, channels, strict=True), 1):
         outplanes = planes * block.expansion
@@ -273,7 +264,7 @@ NETS = {
     "vgg19_bn_cifar": Row(_VGG19, 5, _VGG, "VGG-19 with batch norm and one linear layer, 20.04 M."),
     # Without bottlenecks and compression it would have 7.0 M.
     "densenet100_cifar": Row(_DENSENET100, 4, {}, "DenseNet-BC-100, k = 12 (Huang et al. 2017), 0.77 M."),
-    # timm's initialisation; 12 layers.
+    # timm's initialization; 12 layers.
     "vit_tiny_cifar": Row(_vit(192, 3), 0, _VIT, "ViT-T (width 192, 3 heads), 4 x 4 patches of 32 px, 5.36 M."),
     "vit_small_cifar": Row(_vit(384, 6), 0, _VIT, "ViT-S (width 384, 6 heads), 4 x 4 patches of 32 px, 21.34 M."),
 }

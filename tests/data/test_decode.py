@@ -84,17 +84,17 @@ def test_timms_default_training_stays_close():
 
 def _modes():
     rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8), "RGBA")
-    rgb = colour.convert("RGB")
+    color = Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8), "RGBA")
+    rgb = color.convert("RGB")
     palette = rgb.convert("P")
     palette.info["transparency"] = b"\x80" * 200
     return {
-        "rgba png": (colour, {"format": "PNG"}),
+        "rgba png": (color, {"format": "PNG"}),
         "palette png": (palette, {"format": "PNG"}),
         "bilevel png": (rgb.convert("1"), {"format": "PNG"}),
-        "grey png": (rgb.convert("L"), {"format": "PNG"}),
-        "grey alpha png": (colour.convert("LA"), {"format": "PNG"}),
-        "grey jpeg": (rgb.convert("L"), {"format": "JPEG"}),
+        "gray png": (rgb.convert("L"), {"format": "PNG"}),
+        "gray alpha png": (color.convert("LA"), {"format": "PNG"}),
+        "gray jpeg": (rgb.convert("L"), {"format": "JPEG"}),
         "cmyk jpeg": (rgb.convert("CMYK"), {"format": "JPEG"}),
         "progressive jpeg": (rgb, {"format": "JPEG", "progressive": True}),
         "444 jpeg": (rgb, {"format": "JPEG", "subsampling": 0}),
@@ -103,7 +103,7 @@ def _modes():
         "bmp": (rgb, {"format": "BMP"}),
         "tiff": (rgb, {"format": "TIFF"}),
         "float tiff": (rgb.convert("F"), {"format": "TIFF"}),
-        "webp": (colour, {"format": "WEBP", "lossless": True}),
+        "webp": (color, {"format": "WEBP", "lossless": True}),
     }
 
 
@@ -200,7 +200,7 @@ def test_a_region_has_the_pixels_of_the_whole(options):
 
 
 @partial
-def test_regions_leave_orientation_alone_and_make_grey_three_channels():
+def test_regions_leave_orientation_alone_and_make_gray_three_channels():
     exif = Image.Exif()
     exif[0x0112] = 6
     for data in (encoded(Image.open(PHOTOS[0]), format="JPEG", exif=exif), _modes_jpeg("L")):

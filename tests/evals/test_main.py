@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from samon.errors import UserError
@@ -195,21 +194,6 @@ def test_a_model_of_one_channel_needs_no_mean(tmp_path):
     assert [row["value"] for row in found[0]] == pytest.approx([row["value"] for row in found[1]], rel=1e-5)
     rows = {row["metric"]: row for row in found[0]}
     assert rows["robust_top1"]["clean_top1"] == rows["top1"]["value"]
-
-
-def test_arrays_and_folders_are_data_sets_too(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(40) % 10
-    np.savez(tmp_path / "toy.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
-    for k in range(40):
-        folder = tmp_path / "folder" / "val" / str(labels[k])
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[k]).save(folder / f"{k}.png")
-    flags = [*MODEL, *SMALL, "--checkpoint", save_model(tmp_path / "net.pth")]
-    arrays = main([*flags, "--dataset", "npz/toy", "--data-dir", str(tmp_path), "--split", "test"])
-    folder = main([*flags, "--data-dir", str(tmp_path / "folder")])
-    assert [row["num_samples"] for row in arrays] == [40] * 4
-    assert [row["value"] for row in arrays] == pytest.approx([row["value"] for row in folder], rel=1e-5)
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

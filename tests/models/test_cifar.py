@@ -1,4 +1,4 @@
-"""The CIFAR networks: published sizes, initialisation, and timm's model interface."""
+"""The CIFAR networks: published sizes, initialization, and timm's model interface."""
 
 import pytest
 import timm
@@ -29,7 +29,7 @@ CONV = [name for name in COUNTS if not name.startswith("vit")]
 
 
 def small(name: str, **kwargs: object) -> nn.Module:
-    """The network on the meta device: shapes and counts without the cost of initialising 40 M numbers."""
+    """The network on the meta device: shapes and counts without the cost of initializing 40 M numbers."""
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
 
@@ -75,8 +75,8 @@ def test_feature_taps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONV)
-def test_every_normalization_is_found_and_learnt(name: str) -> None:
-    """Depth as in the papers: each convolution but the unnormalised ones has its batch norm."""
+def test_every_normalization_is_learned(name: str) -> None:
+    """Depth as in the papers: each convolution but the unnormalized ones has its batch norm."""
     model = small(name)
     norms = norm_modules(model)
     kind = nn.GroupNorm if "_gn_" in name else nn.BatchNorm2d
@@ -85,7 +85,7 @@ def test_every_normalization_is_found_and_learnt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet56_cifar", "densenet100_cifar"])
-def test_initialisation_is_he_fan_out(name: str) -> None:
+def test_initialization_is_he_fan_out(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
