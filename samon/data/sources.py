@@ -1,5 +1,6 @@
 """Sources of samples for training and evaluation: one row per kind of data set."""
 
+import argparse
 import bisect
 import os
 import re
@@ -499,6 +500,16 @@ def check_name(dataset: str, data_dir: str | None) -> None:
     if SOURCES[kind].root and not data_dir:
         what = f"--dataset {dataset} needs" if dataset else "no data set; give"
         raise UserError(f"{what} --data-dir, {SOURCES[kind].root}")
+
+
+def source_options(config: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `open_source` besides name, root and split, from the settings of train and validate."""
+    same = ("class_map", "input_key", "target_key", "allow_shell_urls", "shard_cache")
+    return {key: getattr(config, key) for key in same} | {
+        "download": config.dataset_download,
+        "trust_remote_code": config.dataset_trust_remote_code,
+        "shard_cache_size": int(config.shard_cache_size * 2**30),
+    }
 
 
 def open_source(name: str, root: str | None, split: str, **options: Any) -> Source:

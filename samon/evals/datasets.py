@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samon.data.classes import check_ranks, validation_number
-from samon.data.sources import check_name, open_source
+from samon.data.sources import check_name, open_source, source_options
 from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.evals import EVALS, corruptions, shifts
 from samon.evals.context import EvalContext, EvalDataset
@@ -147,27 +147,17 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
 
 
 def _open_images(context: EvalContext, spec: EvalSpec, split: str) -> EvalDataset:
-    config, shift = context.config, shifts.SETS.get(spec.kind)
-    source = open_source(
-        spec.dataset,
-        spec.root,
-        split,
-        keep=set(shifts.objectnet_classes()) if spec.kind == "objectnet" else None,
-        class_map="" if shift else config.class_map,  # class names determine the labels of a shift set
-        input_key=config.input_key,
-        target_key=config.target_key,
-        unlabeled=bool(config.real_labels) or (shift is not None and shift.names == "real"),
-        download=config.dataset_download,
-        trust_remote_code=config.dataset_trust_remote_code,
-        allow_shell_urls=config.allow_shell_urls,
-        shard_cache=config.shard_cache,
-        shard_cache_size=int(config.shard_cache_size * 2**30),
-        random_access=True,
-    )
+    config, shift = context.config, shifts.SETS.get(spec.kind, shifts.ImageNetSet("", 0, 0))
+    options = source_options(config) | {
+        "keep": set(shifts.objectnet_classes()) if spec.kind == "objectnet" else None,
+        "unlabeled": bool(config.real_labels) or shift.names == "real",
+        "random_access": True,
+    }
+    options |= {"class_map": ""} if spec.kind else {}  # class names determine the labels of a shift set
+    source = open_source(spec.dataset, spec.root, split, **options)
     mode = config.input_img_mode or ("L" if context.data_config["input_size"][0] == 1 else "RGB")
-    border = (shift.border if shift else 0) + (config.crop_border_pixels or 0)
-    dataset = EvalDataset(source=source, size=len(source), image_mode=mode, name=spec.name, split=split, border=border)
-    dataset.keeps_size = shift is not None and shift.keeps_size
+    dataset = EvalDataset(source=source, size=len(source), image_mode=mode, name=spec.name, split=split)
+    dataset.border, dataset.keeps_size = shift.border + (config.crop_border_pixels or 0), shift.keeps_size
     return dataset
 
 
@@ -230,27 +220,26 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
     source, num_classes, trained = dataset.source, context.num_classes, context.class_names or []
     names, count, where = source.class_names or [], source.num_classes or 0, f"{spec.name} {spec.root}"
     numbers = [str(index) for index in range(num_classes)]
-    cure = "; map its classes with --class-map FILE"
-    if context.config.class_map:
-        if count > num_classes > 0:
-            raise UserError(f"{where}: it has {count} classes, the model {num_classes}{cure}")
-    elif names and trained and names != trained:
+    counts, cure = f"it has {count} classes, the model {num_classes}", "; map its classes with --class-map FILE"
+    class_map = context.config.class_map
+    if names and trained and names != trained and not class_map:
         source.renumber(trained)
         _warn(context, f"{where}: its labels are renumbered by the {len(trained)} classes of the training data")
     elif count > num_classes > 0:
-        raise UserError(f"{where}: it has {count} classes, the model {num_classes}{cure}")
-    elif 0 < count < num_classes and num_classes == 1000 and names and set(names) <= set(shifts.synsets()):
+        raise UserError(f"{where}: {counts}{cure}")
+    elif class_map or not 0 < count < num_classes:
+        return
+    elif num_classes == 1000 and names and set(names) <= set(shifts.synsets()):
         dataset.scorings = {"": Scoring(None, shifts.label_table("imagenet", names))}
         _warn(context, f"{where}: its {count} class names are ImageNet synsets and determine the labels")
-    elif 0 < count < num_classes and names and set(names) <= set(numbers):
+    elif names and set(names) <= set(numbers):
         source.renumber(numbers)
         _warn(context, f"{where}: its {count} class names are numbers and determine the labels")
-    elif 0 < count < num_classes and names:
-        fault = f"it has {count} classes, the model {num_classes}, and the name {names[0]!r} does not tell which"
-        raise UserError(f"{where}: {fault}{cure}")
-    elif 0 < count < num_classes:
+    elif names:
+        raise UserError(f"{where}: {counts}, and the name {names[0]!r} does not tell which{cure}")
+    else:
         assumption = f"its labels are taken as the model's first {count} classes; if that is wrong, use --class-map"
-        _warn(context, f"{where}: it has {count} classes, the model {num_classes}: {assumption}")
+        _warn(context, f"{where}: {counts}: {assumption}")
 
 
 def _warn(context: EvalContext, text: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import SequentialSampler
 
 from samon import data
 from samon.data.classes import check_ranks
-from samon.data.sources import Source, find_overlap, is_sorted_by_class, open_source
+from samon.data.sources import Source, find_overlap, is_sorted_by_class, open_source, source_options
 from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
@@ -26,7 +26,6 @@ _RENAMED = {"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re
 _RENAMED |= {"auto_augment": "aa", "num_aug_splits": "aug_splits", "num_workers": "workers"}
 _AUGMENTATION = ["no_aug", "scale", "ratio", "hflip", "vflip", "train_crop_mode", "color_jitter", "color_jitter_prob"]
 _AUGMENTATION += ["grayscale_prob", "gaussian_blur_prob", "worker_seeding"]
-_SOURCE = ("class_map", "input_key", "target_key", "allow_shell_urls", "shard_cache")
 
 
 class Data(NamedTuple):
@@ -49,7 +48,7 @@ def data_classes(config: Config) -> int | None:
     if config.num_classes is not None or pretrained_head:
         return config.num_classes
     with reraise_as_user_error("data"):
-        return open_source(config.dataset, config.data_dir, config.train_split, **_source_kwargs(config)).num_classes
+        return open_source(config.dataset, config.data_dir, config.train_split, **source_options(config)).num_classes
 
 
 def without_counts(config: Config, dist_info: DistInfo) -> Config:
@@ -188,18 +187,9 @@ def _dataset(config: Config, data_config: dict[str, Any], split: str, training: 
         sample_split=config.sample_split,
         shuffle_buffer=config.shuffle_buffer,
         seed=config.seed,
-        **_source_kwargs(config),
+        **source_options(config),
         **ranks,
     )
-
-
-def _source_kwargs(config: Config) -> dict[str, Any]:
-    """Arguments of `open_source` besides name, root and split."""
-    return {key: getattr(config, key) for key in _SOURCE} | {
-        "download": config.dataset_download,
-        "trust_remote_code": config.dataset_trust_remote_code,
-        "shard_cache_size": int(config.shard_cache_size * 2**30),
-    }
 
 
 def _training_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
