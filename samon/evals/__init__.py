@@ -19,19 +19,21 @@ class Evaluation:
         batch_size: key of the setting with the images per batch, which an out-of-memory error names.
         column: heading of its figures in the table; empty: the metric's name.
         needs_data: whether it reads a data set; otherwise `dataset` is None.
+        single_label: whether its loss is defined for one label per image: `context.model` has the set's classes alone.
     """
 
     split: str = ""
     batch_size: str = "batch_size"
     column: str = ""
     needs_data: bool = True
+    single_label: bool = False
 
 
 EVALS = {  # by module name, which is the name on the command line
     "accuracy": Evaluation(),
-    "apgd": Evaluation(batch_size="apgd_batch_size"),
-    "sharpness": Evaluation("sharpness_split", "sharpness_m", "value"),
-    "hessian": Evaluation("hessian_split", column="value"),
+    "apgd": Evaluation(batch_size="apgd_batch_size", single_label=True),
+    "sharpness": Evaluation("sharpness_split", "sharpness_m", "value", single_label=True),
+    "hessian": Evaluation("hessian_split", column="value", single_label=True),
     "feature_rank": Evaluation("feature_split", column="value"),
     "norm_params": Evaluation(column="value", needs_data=False),
 }

@@ -14,15 +14,7 @@ from tqdm import tqdm
 from samon.errors import UserError, require_package
 from samon.evals import attacks
 from samon.evals.attacks import Normalized, Threat
-from samon.evals.context import (
-    EvalContext,
-    EvalDataset,
-    choose_samples,
-    evaluating,
-    load_batches,
-    restrict_to_single_labels,
-    shard_samples,
-)
+from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, shard_samples
 from samon.evals.metrics import interval_columns
 from samon.evals.results import Result
 from samon.files import atomic_write
@@ -33,24 +25,18 @@ Batch = tuple[Tensor, Tensor, Tensor]  # sample indices, images in [0, 1], label
 
 
 def check(context: EvalContext, dataset: EvalDataset) -> None:
-    """Check package, number of classes, labels and threats."""
+    """Check package, number of classes and threats."""
     if context.config.attack == "standard":
         require_package("pyautoattack", "--attack standard needs pyautoattack; run: pip install pyautoattack==0.2.0")
-    classes, _ = next(iter(dataset.scorings.values()))
-    if (count := context.num_classes if classes is None else len(classes)) < 4:
+    if (count := context.num_classes) < 4:
         raise UserError(f"apgd: the targeted DLR loss needs at least 4 classes, the model has {count}; drop apgd")
-    restrict_to_single_labels("apgd", context.model, dataset)
     parse_threats(context.config)
 
 
 def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
-    """Robust accuracy after all attacks and after each of them, for every threat.
-
-    On a set with predictions among some classes, the attacked model has the logits of these alone.
-    """
+    """Robust accuracy after all attacks and after each of them, for every threat."""
     config, data, threats = context.config, context.data_config, parse_threats(context.config)
-    restricted = restrict_to_single_labels("apgd", context.model, dataset)
-    model = Normalized(restricted, data["mean"], data["std"]).to(context.device)
+    model = Normalized(context.model, data["mean"], data["std"]).to(context.device)
     samples = choose_samples(len(dataset), config.num_samples, config.seed, dataset.limit)
     size = config.apgd_batch_size
     batches = ((index, x, y) for _, index, x, y in load_batches(context, dataset, samples, size, raw=True))

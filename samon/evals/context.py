@@ -126,7 +126,7 @@ class ClassSubset(nn.Module):
 
     def __init__(self, model: nn.Module, classes: Tensor | list[int]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.num_classes = model, len(classes)
         self.register_buffer("classes", torch.as_tensor(classes, device=next(model.parameters()).device))
 
     def forward(self, x: Tensor) -> Tensor:

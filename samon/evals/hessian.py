@@ -15,15 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.context import (
-    EvalContext,
-    EvalDataset,
-    choose_samples,
-    evaluating,
-    load_batches,
-    predict,
-    restrict_to_single_labels,
-)
+from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
 from samon.evals.norm_params import new_figure
 from samon.evals.results import Result
 from samon.evals.sharpness import select_parameters, weights_restored
@@ -38,15 +30,14 @@ SCOPES = ("all", "norm")
 
 
 def check(context: EvalContext, dataset: EvalDataset) -> None:
-    """Check that the model has parameters of each scope, and the labels."""
+    """Check that the model has parameters of each scope."""
     for scope in SCOPES:
         select_parameters(context.model, scope)
-    restrict_to_single_labels("hessian", context.model, dataset)
 
 
 def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     """Largest eigenvalue and trace along all and along the normalization parameters."""
-    config, model = context.config, restrict_to_single_labels("hessian", context.model, dataset)
+    config, model = context.config, context.model
     samples = choose_samples(len(dataset), config.hessian_samples, config.seed)
     n = len(samples)
     if n < context.world_size:
@@ -67,7 +58,7 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
                 metadata = {"scope": scope, "split": dataset.split, "num_samples": n, "setting": f"{metric} {scope}"}
                 results.append({"metric": metric, "value": value, **metadata})
             if config.landscape_figure:
-                _draw_landscape(context, model, batches, n, dataset.name, scope)
+                _draw_landscape(context, batches, n, dataset.name, scope)
     return results
 
 
@@ -156,15 +147,13 @@ def loss_plane(
     return all_reduce(losses)
 
 
-def _draw_landscape(
-    context: EvalContext, model: nn.Module, batches: Batches, count: int, name: str, scope: str
-) -> None:
+def _draw_landscape(context: EvalContext, batches: Batches, count: int, name: str, scope: str) -> None:
     """Evaluate the loss plane along two random directions and save its figure."""
-    config, parameters = context.config, select_parameters(model, scope)
+    config, parameters = context.config, select_parameters(context.model, scope)
     generator = torch.Generator().manual_seed(config.seed + 1)
     first, second = (filter_normalized_direction(parameters, generator) for _ in range(2))
     steps = torch.linspace(-1, 1, config.landscape_points, dtype=torch.float64)
-    plane = loss_plane(model, batches, count, parameters, (first, second), steps, context.all_reduce)
+    plane = loss_plane(context.model, batches, count, parameters, (first, second), steps, context.all_reduce)
     if context.rank == 0:
         path = Path(config.landscape_figure)
         stem = "-".join([path.stem, *f"{context.name}/{name}".split("/"), scope])

@@ -13,7 +13,7 @@ import torch
 
 from samon.errors import RunError, Stopped, UserError, error_line, require_matplotlib
 from samon.evals import EVALS, accuracy, load_evaluation, norm_params
-from samon.evals.context import EvalContext, EvalDataset
+from samon.evals.context import EvalContext, EvalDataset, restrict_to_single_labels
 from samon.evals.corruptions import corruption_errors
 from samon.evals.datasets import EvalSpec, open_dataset, read_specs
 from samon.evals.model import Job, build, list_checkpoints, list_model_names
@@ -134,14 +134,16 @@ def list_tasks(job: Job) -> Iterator[tuple[str, EvalSpec, str]]:
     yield from ((f"- {name}", EvalSpec("", "", "", "", []), name) for name in without_data)
 
 
-def prepare(context: EvalContext, spec: EvalSpec, name: str) -> EvalDataset | None:
-    """Open the data set of an evaluation, and check the settings."""
+def prepare(context: EvalContext, spec: EvalSpec, name: str) -> tuple[EvalContext, EvalDataset | None]:
+    """Open the data set of an evaluation, restrict the model to its classes if need be, and check the settings."""
     evaluation, module = EVALS[name], load_evaluation(name)
     split = getattr(context.config, evaluation.split) if evaluation.split else ""
     dataset = open_dataset(context, spec, split or None) if evaluation.needs_data else None
+    if evaluation.single_label and dataset is not None:
+        context = replace(context, model=restrict_to_single_labels(name, context.model, dataset))
     if hasattr(module, "check"):
         module.check(context, dataset)
-    return dataset
+    return context, dataset
 
 
 def evaluate(context: EvalContext, spec: EvalSpec, name: str) -> list[Result]:
@@ -153,7 +155,7 @@ def evaluate(context: EvalContext, spec: EvalSpec, name: str) -> list[Result]:
     while True:
         config, key = context.config, EVALS[name].batch_size
         try:
-            return load_evaluation(name).evaluate(context, prepare(context, spec, name))
+            return load_evaluation(name).evaluate(*prepare(context, spec, name))
         except torch.OutOfMemoryError as error:
             size = config.batch_size
             if not config.retry or key != "batch_size" or size == 1 or context.world_size > 1:

@@ -35,15 +35,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError
 from samon.evals.attacks import StepSize, checkpoints
-from samon.evals.context import (
-    EvalContext,
-    EvalDataset,
-    choose_samples,
-    evaluating,
-    load_batches,
-    predict,
-    restrict_to_single_labels,
-)
+from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
 from samon.evals.results import Result
 from samon.geometry import global_norm, project
 from samon.scope import norm_parameters
@@ -93,21 +85,19 @@ class Measure:
 
 
 def check(context: EvalContext, dataset: EvalDataset) -> None:
-    """Check measures, scope, labels and number of images."""
+    """Check measures, scope and number of images."""
     _measures(context)
     select_parameters(context.model, context.config.sharpness_scope)
-    restrict_to_single_labels("sharpness", context.model, dataset)
     _choose_samples(context, dataset)
 
 
 def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     """Mean sharpness over batches of m training images, for every measure."""
     config, m = context.config, context.config.sharpness_m
-    model = restrict_to_single_labels("sharpness", context.model, dataset)
     samples, mode, scope = _choose_samples(context, dataset), config.sharpness_mode, config.sharpness_scope
     loader = load_batches(context, dataset, samples, m, progress=f"sharpness {dataset.name}")
     batches = ((number, images, labels) for number, _, images, labels in loader)
-    values = sharpness(model, batches, len(samples) // m, _measures(context), config.seed, mode, scope)
+    values = sharpness(context.model, batches, len(samples) // m, _measures(context), config.seed, mode, scope)
     results: list[Result] = []
     for measure, per_batch in values.items():
         setting = f"{measure} {mode}" + ("" if scope == "all" else f" {scope}")

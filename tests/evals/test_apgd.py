@@ -11,8 +11,8 @@ from samon.errors import UserError
 from samon.evals import apgd
 from samon.evals.apgd import attack_batches, parse_threats, summarize
 from samon.evals.attacks import ROBUST, VANISHED, Threat
-from samon.evals.datasets import EvalSpec, open_dataset
-from samon.evals.main import main
+from samon.evals.datasets import EvalSpec
+from samon.evals.main import main, prepare
 from tests.eval_sets import FASHION, SYNSETS, DifferentiableReader, make_context, write_folders
 from tests.nets import two_logits
 from tests.sets import RANDOM_MODEL
@@ -83,8 +83,7 @@ def test_counts_are_of_images_that_are_still_robust():
 def test_vanished_gradients_are_noted_in_rows_and_log(tmp_path, caplog):
     root = write_folders(tmp_path, {SYNSETS[i]: [i] for i in (1, 2, 4, 6)})  # of ImageNet-R
     context = make_context(DifferentiableReader(), norm="linf", eps="0.001", apgd_iters=1, apgd_targets=1)
-    dataset = open_dataset(context, EvalSpec("r", "", str(root), "", ["apgd"], "imagenet-r"))
-    rows = apgd.evaluate(context, dataset)
+    rows = apgd.evaluate(*prepare(context, EvalSpec("r", "", str(root), "", ["apgd"], "imagenet-r"), "apgd"))
     assert {row["metric"]: row["value"] for row in rows}["robust_top1"] == 100
     note = "gradients of 4 images are exactly zero: accuracy may be overstated"  # this model rounds what it sees
     assert {row["note"] for row in rows} == {note}

@@ -177,9 +177,9 @@ def test_a_label_that_is_no_class_stops_every_evaluation(tmp_path, name, label):
     write_shard(tmp_path, [("a", 0, 0), ("b", 1, label)])
     settings = {"sharpness_split": "val", "sharpness_m": 2, "sharpness": ["average-l2-1step@0.1"]}
     context = make_context(DifferentiableReader(), apgd_iters=1, hessian_split="val", **settings)
-    dataset = prepare(context, spec_of(tmp_path, dataset="wds", split="val"), name)
+    arguments = prepare(context, spec_of(tmp_path, dataset="wds", split="val"), name)
     with pytest.raises(UserError, match=rf"val\.tar b: label {label}\b.*0\.\.999"):
-        load_evaluation(name).evaluate(context, dataset)
+        load_evaluation(name).evaluate(*arguments)
 
 
 def test_processes_compare_the_classes_they_read(tmp_path, monkeypatch):
