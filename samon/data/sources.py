@@ -313,10 +313,10 @@ class HubSource(Source):
         return RawSample(where, image["bytes"] or ImageEntry(image["path"]).read(), label)
 
 
-def _column_type(feature: Any) -> str:
+def _column_type(feature: object) -> str:
     """Return the type of a Hugging Face column: a feature's name, or the type of its values."""
     kind = type(feature).__name__
-    return str(feature.dtype) if kind == "Value" else kind
+    return str(getattr(feature, "dtype", "")) if kind == "Value" else kind
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from samon.contexts import frozen, trainable
 from samon.data.corrupt import SampleError
 from samon.data.decode import Transform, decode_pil
 from samon.data.loader import create_loader, create_transform
@@ -206,14 +207,12 @@ def load_batches(
         options = {"use_prefetcher": not config.no_prefetcher, "mean": mean, "std": std}
         exact = create_transform(size, **options, **crop | {"crop_pct": 1.0})
         stream.transform = partial(_transform_by_size, exact, stream.transform or exact, (size[2], size[1]))
-    try:
-        with progress_bar(progress, len(mine), "image", show=bool(progress) and context.rank == 0) as bar:
-            for k, (images, labels) in enumerate(loader):
-                index = torch.tensor(mine[k * batch_size : (k + 1) * batch_size])
-                yield context.rank + k * context.world_size, index, images, labels
-                bar.update(len(images))
-    finally:
-        loader.close()
+    show = bool(progress) and context.rank == 0
+    with closing(loader), progress_bar(progress, len(mine), "image", show=show) as bar:
+        for k, (images, labels) in enumerate(loader):
+            index = torch.tensor(mine[k * batch_size : (k + 1) * batch_size])
+            yield context.rank + k * context.world_size, index, images, labels
+            bar.update(len(images))
 
 
 def _crop_border(dataset: EvalDataset, data: bytes | Image.Image) -> Image.Image:
@@ -242,18 +241,14 @@ def evaluating(model: nn.Module, requires_grad: bool | None = None) -> Iterator[
 
     If `requires_grad` is given, all parameters have it inside the block, and GPUs compute in float32 without TF32.
     """
-    training = model.training
-    changed = [] if requires_grad is None else [p for p in model.parameters() if p.requires_grad != requires_grad]
+    training, set_gradients = model.training, trainable if requires_grad else frozen
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     model.eval()
     try:
-        for parameter in changed:
-            parameter.requires_grad_(bool(requires_grad))
         if requires_grad is not None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield
+        with nullcontext() if requires_grad is None else set_gradients(model.parameters()):
+            yield
     finally:
         model.train(training)
-        for parameter in changed:
-            parameter.requires_grad_(not requires_grad)
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,27 +19,21 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, root):
         self.root, self.faults, self.requests = Path(root), {}, []
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=root))
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
-    """GET only."""
-
+class Handler(SimpleHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
-        file = self.server.root / self.path.lstrip("/")
-        if not file.is_file():
-            self.send_error(404)
-            return
-        data = file.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        broken = self.server.faults.get(self.path, 0) > 0
-        if broken:
-            self.server.faults[self.path] -= 1
-        self.wfile.write(data[: len(data) // 2] if broken else data)
+        super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        data, faults = source.read(), self.server.faults
+        if faults.get(self.path, 0) > 0:
+            faults[self.path] -= 1
+            data = data[: len(data) // 2]
+        outputfile.write(data)
 
     def log_message(self, *_):
         pass
