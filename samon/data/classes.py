@@ -9,7 +9,7 @@ import torch.distributed as dist
 from timm.data.readers.class_map import load_class_map as load_timm_class_map
 
 from samon.data.corrupt import DataError, SampleError
-from samon.errors import UserError, error_line, nearest
+from samon.errors import UserError, error_line
 
 LabelMap = Mapping[object, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
 
@@ -102,26 +102,6 @@ def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str
     ordered = sorted(class_map, key=class_map.__getitem__)
     has_one_name = sorted(class_map.values()) == list(range(len(class_map)))
     return label_map, [str(name) for name in ordered] if has_one_name else None
-
-
-def match_classes(names: Sequence[str] | None, trained: Sequence[str], where: str) -> LabelMap:
-    """Return {label: label of the same class among `trained`}.
-
-    Args:
-        names: the classes of the data in the order of their labels.
-        trained: the classes that the model was trained on, in the order of its outputs.
-
-    Raises:
-        UserError: a class that was not trained, or classes without names.
-    """
-    if names is None:
-        raise UserError(f"{where}: its classes have no names, so they cannot be matched with the trained classes")
-    labels = {name: label for label, name in enumerate(trained)}
-    if unknown := [name for name in names if name not in labels]:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        hint = nearest(unknown[0], trained)
-        raise UserError(f"{where}: class {unknown[0]!r}{more} is not among the {len(trained)} trained{hint}")
-    return {label: labels[name] for label, name in enumerate(names)}
 
 
 def check_names(names: Sequence[object], num_classes: int | None, where: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, map_label, match_classes
+from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, map_label
 from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry, find_images
 from samon.data.shards import (
@@ -37,7 +37,7 @@ from samon.data.shards import (
     load_split,
     temporary_directory,
 )
-from samon.errors import UserError, error_line, require_package
+from samon.errors import UserError, error_line, nearest, require_package
 
 # --- splits and parts of them -----------------------------------------------------------------------------------------
 
@@ -172,12 +172,18 @@ class Source:
         self.label_map, self.class_names, self.num_classes = label_map, names, num_classes
 
     def renumber(self, names: Sequence[str]) -> None:
-        """Number the labels as the classes `names`, which contain all of `class_names`.
+        """Number the labels as the classes `names` that the model was trained on, in the order of its outputs.
 
         Raises:
-            UserError: a class is not among them, or the classes of this source have no names.
+            UserError: a class of this source is not among them.
         """
-        self.relabel(match_classes(self.class_names, names, self.location), list(names), len(names))
+        labels = {name: label for label, name in enumerate(names)}
+        own = self.class_names or []
+        if unknown := [name for name in own if name not in labels]:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            hint = nearest(unknown[0], names)
+            raise UserError(f"{self.location}: class {unknown[0]!r}{more} is not among the {len(names)} trained{hint}")
+        self.relabel({label: labels[name] for label, name in enumerate(own)}, list(names), len(names))
 
     def set_classes(self, labels: Mapping[str, int] | None) -> None:
         """Set class names and their number from {name: label}; of several names for one label, the first counts."""
