@@ -10,15 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
-from samon.evals.context import (
-    EvalContext,
-    EvalDataset,
-    choose_samples,
-    evaluating,
-    load_batches,
-    predict,
-    shard_samples,
-)
+from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
 from samon.evals.metrics import (
     COLUMNS,
     Scoring,
@@ -139,7 +131,7 @@ def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str,
     batches = load_batches(context, dataset, samples, batch_size, progress=f"accuracy {dataset.name}")
     loader: Iterator[tuple[Tensor, Tensor]] = ((images.to(dtype), labels) for _, _, images, labels in batches)
     if config.fsdp:
-        steps = -(-len(shard_samples(samples, batch_size, rank, world_size)) // batch_size)
+        steps = len(range(rank * batch_size, len(samples), world_size * batch_size))  # as in `shard_samples`
         image = torch.zeros(1, *context.data_config["input_size"], device=context.device, dtype=dtype)
         loader = pad_batches(loader, steps, context.model, image, context.autocast)
     scores, batch_metrics = score(
