@@ -21,9 +21,9 @@ from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.program import parse_before_dashes, run_script
-from samon.data.corrupt import SampleError
-from samon.data.shards import RawSample, is_hidden
-from samon.data.sources import Source
+from samon.data.images import ImageEntry
+from samon.data.shards import is_hidden
+from samon.data.sources import FileSource
 from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
 from samon.evals.main import parse
@@ -32,23 +32,6 @@ from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import distributed_session
 
 log = logging.getLogger("samon")
-
-
-class FileList(Source):
-    """Image files without labels."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read_one(self, index: int) -> RawSample:
-        path = self.paths[index]
-        try:
-            return RawSample(str(path), path.read_bytes(), 0)
-        except OSError as error:
-            raise SampleError(f"{path}: {error.strerror}") from None
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -87,7 +70,7 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
     config, names = context.config, output_names(context)
     mode = config.input_img_mode or ("RGB" if context.data_config["input_size"][0] == 3 else "L")
     border, samples = config.crop_border_pixels or 0, list(range(len(paths)))
-    source = FileList(paths)
+    source = FileSource([ImageEntry(str(path)) for path in paths], [0] * len(paths), "files", slice(None))
     dataset = EvalDataset(source=source, size=len(paths), image_mode=mode, border=border, skip_corrupt=True)
     with evaluating(context.model):
         batches = load_batches(context, dataset, samples, config.batch_size, progress="predicting")
