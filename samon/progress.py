@@ -74,6 +74,11 @@ class ConsoleHandler(logging.StreamHandler):
                 super().emit(record)
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def metric_format(metric: str) -> str:
     """Format specification of a metric: 2 decimals for percentages, 4 for losses, otherwise 4 significant digits."""
     if "loss" in metric:

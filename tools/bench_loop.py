@@ -31,7 +31,6 @@ from samon.trainer.distributed import DistInfo, init_distributed
 from samon.trainer.logging import RunLogger
 from samon.trainer.run_dir import RunDir
 from samon.trainer.signals import SignalHandler
-from samon.trainer.state import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,9 +84,9 @@ def bare(c: Any, device: torch.device) -> Iterator[None]:
 def ours(c: config.Config, dist_info: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
     run = build(c, dist_info)
-    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(c, folder, dist_info)
+    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(run, folder)
     logger.start_trackers(resumed=False)
-    for _ in loop.fit(run, Progress(), checkpoints, SignalHandler(), logger):
+    for _ in loop.fit(run, checkpoints, SignalHandler(), logger):
         if dist_info.device.type == "cuda":
             torch.cuda.synchronize()
         yield

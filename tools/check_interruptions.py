@@ -94,11 +94,11 @@ def _train(argv: list[str], moment: Moment | None, fire: Callable[[], None]) -> 
             fire()
 
     def reach_before(kind: str, function: Callable[..., object]) -> Callable[..., object]:
-        """`function(run, progress, ...)` that reaches the moment first."""
+        """`function(run, ...)` that reaches the moment first."""
 
-        def reaching(run: Run, progress: Progress, *args: object) -> object:
-            reach(kind, progress)
-            return function(run, progress, *args)
+        def reaching(run: Run, *args: object) -> object:
+            reach(kind, run.progress)
+            return function(run, *args)
 
         return reaching
 

@@ -1,6 +1,6 @@
 """The paper's ablations of normalization layers (B.7 to B.9)."""
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,23 +26,22 @@ def train_only_norm(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in norms)
 
 
-def weight_decay_groups(model: nn.Module, decay: float, on: str) -> list[dict[str, Any]]:
+def weight_decay_groups(model: nn.Module, decay: float, on: str) -> list[dict[str, object]]:
     """Parameter groups without and with weight decay, of the trained parameters (B.9, Figure 11 right).
 
     Args:
         on: what decays: `all`, `non-norm` (all but normalization parameters; biases decay), or `none`.
     """
     norms = {id(p) for p in norm_parameters(model).values()}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "param_names": [], "weight_decay": 0.0},
-        {"params": [], "param_names": [], "weight_decay": decay},
-    ]
+    groups: list[dict[str, nn.Parameter]] = [{}, {}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[on == "all" or (on == "non-norm" and id(parameter) not in norms)]
-            group["params"].append(parameter)
-            group["param_names"].append(name)
-    return [group for group in groups if group["params"]]
+            groups[on == "all" or (on == "non-norm" and id(parameter) not in norms)][name] = parameter
+    return [
+        {"params": list(group.values()), "param_names": list(group), "weight_decay": rate}
+        for group, rate in zip(groups, (0.0, decay), strict=True)
+        if group
+    ]
 
 
 def add_norm_dropout(model: nn.Module, rate: float) -> None:
@@ -52,15 +51,14 @@ def add_norm_dropout(model: nn.Module, rate: float) -> None:
     for module in norm_modules(model).values():
         if any(isinstance(getattr(module, name, None), nn.Parameter) for name in IDENTITY):
             # The hooks refer to no module, so that a copy (EMA) drops its own parameters.
-            module._samon_dropout = rate  # type: ignore[assignment]
-            module.register_forward_pre_hook(_drop, prepend=True)
+            module.register_forward_pre_hook(partial(_drop, rate), prepend=True)
             module.register_forward_hook(_restore, always_call=True)
 
 
-def _drop(module: Any, inputs: tuple[Tensor, ...]) -> None:
+def _drop(rate: float, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if module.training:
         full = module._parameters
-        dropped = {name: F.dropout(p, module._samon_dropout) for name in IDENTITY if (p := full.get(name)) is not None}
+        dropped = {name: F.dropout(p, rate) for name in IDENTITY if (p := full.get(name)) is not None}
         module.__dict__.update(_parameters=full | dropped, _samon_full=full)
 
 

@@ -23,7 +23,6 @@ from samon.engines.fsdp import norm_reduction
 from samon.geometry import global_norm
 from samon.sam import SAM, sam_of, to_local
 from samon.trainer.build import Run
-from samon.trainer.state import Progress
 
 
 def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | Tensor]:
@@ -138,12 +137,13 @@ def changed_by_step(optimizer: torch.optim.Optimizer, sam: SAM | None) -> dict[t
     return tensors
 
 
-def count_skipped(run: Run, progress: Progress, outcomes: list[bool | Tensor]) -> None:
+def count_skipped(run: Run, outcomes: list[bool | Tensor]) -> None:
     """Count the skipped updates among `outcomes` in one transfer, and empty the list.
 
     Raises:
         FloatingPointError: --max-nonfinite-steps updates in a row were skipped.
     """
+    progress = run.progress
     flags = torch.stack([torch.as_tensor(outcome) for outcome in outcomes]).tolist() if outcomes else []
     outcomes.clear()
     for applied in flags:

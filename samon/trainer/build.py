@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -30,7 +29,9 @@ from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
 from samon.trainer.config import Config, flags_in_errors
 from samon.trainer.distributed import DistInfo
+from samon.trainer.flags import Settings
 from samon.trainer.loaders import Batches, build_data, data_classes, mixes, without_counts
+from samon.trainer.state import Progress
 from samon.two_pass import check_step as check_two_pass
 
 log = logging.getLogger("samon")
@@ -61,7 +62,7 @@ class Run:
     sam: samon.SAM | None
     scheduler: Scheduler | None
     scaler: torch.amp.GradScaler | None
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager[object]]
     mixup: Mixup | None  # on the host, where the loader does not mix
     train_loader: Batches
     eval_loader: Batches | None
@@ -71,6 +72,7 @@ class Run:
     updates_per_epoch: int
     epochs: int  # with cycles, warm-up prefix and cool-down
     metric: str  # of the validation (or training) metrics, the one that decides the best checkpoint
+    progress: Progress
 
     @property
     def ema(self) -> ModelEmaV3 | None:
@@ -83,7 +85,12 @@ class Run:
         return self.config.stop_epoch or self.epochs
 
     @property
-    def no_sync(self) -> Callable[[], AbstractContextManager[Any]]:
+    def update(self) -> int:
+        """Number of the next update, over the whole run."""
+        return self.progress.epoch * self.updates_per_epoch + self.progress.updates
+
+    @property
+    def no_sync(self) -> Callable[[], AbstractContextManager[object]]:
         """Context for all micro-batches of an update but the last, in which no gradients are sent."""
         return no_sync(self.model) if self.config.fsdp else self.task.no_sync
 
@@ -142,6 +149,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         updates_per_epoch=updates,
         epochs=epochs,
         metric=metric,
+        progress=Progress(epoch=config.start_epoch or 0),
     )
 
 
@@ -312,7 +320,7 @@ def build_tail(config: Config, sam: samon.SAM, updates: int) -> samon.Tail | Non
     return tail
 
 
-def tail_options(config: Config) -> dict[str, Any]:
+def tail_options(config: Config) -> Settings:
     """Arguments of --tail-opt: timm's of the first optimizer (--momentum, --opt-eps, --opt-betas, --opt-foreach), but
     not --opt-kwargs."""
     options = optimizer_kwargs(cfg=config)

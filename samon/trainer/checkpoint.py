@@ -2,9 +2,7 @@
 
 import re
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +13,11 @@ from samon.errors import RunError
 from samon.files import atomic_write, link_or_copy
 from samon.trainer.build import Run
 from samon.trainer.dcp import convert_to_file, save_sharded
+from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
 from samon.trainer.resume import describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
-from samon.trainer.state import DCP_SUFFIXES, SUFFIX, Progress, TrainState, Tree
+from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree
 
 
 class CheckpointManager:
@@ -29,7 +28,7 @@ class CheckpointManager:
     what they replace is deleted once they are complete, and the run ends by converting `last` and `model_best`.
 
     Attributes:
-        best: metric and epoch of the best epoch, and the `kept` [file, metric] pairs, best first.
+        best: metric and epoch of the best epoch, and `kept`: [file, metric] of --checkpoint-hist epochs, best first.
         last_good: the newest complete checkpoint that this process knows of.
     """
 
@@ -39,44 +38,41 @@ class CheckpointManager:
         self.last_good: Path | None = None
         self.sharded = run.config.checkpoint_format == "dcp"
         self.suffix = DCP_SUFFIXES[0] if self.sharded else SUFFIX
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = gloo_group()
         self._writing: tuple[Future[object], Path] | None = None
         self._outdated: list[Path] = []
 
-    def save_epoch(self, progress: Progress, metric: float | None) -> None:
+    def save_epoch(self, metric: float | None) -> None:
         """Save after an epoch and its validation, and delete the worst epochs beyond --checkpoint-hist."""
-        config, epoch = self.run.config, progress.epoch
+        config, epoch = self.run.config, self.run.progress.epoch
         path = self.directory / f"checkpoint-{epoch}{self.suffix}"
-        pairs = [pair for pair in self.best["kept"] if pair[0] != path.name] + [[path.name, metric]]
-        pairs.sort(key=lambda pair: self._loss(pair[1]))
-        kept, dropped = pairs[: config.checkpoint_hist], pairs[config.checkpoint_hist :]
+        ranking = [pair for pair in self.best["kept"] if pair[0] != path.name] + [[path.name, metric]]
+        ranking.sort(key=lambda pair: self._loss(pair[1]))
         aliases = ["last"]
         if metric is not None and self._loss(metric) < self._loss(self.best["metric"]):
             self.best = {"metric": metric, "epoch": epoch}
             aliases.append("model_best")
-        self.best = self.best | {"kept": kept}
+        self.best = self.best | {"kept": ranking[: config.checkpoint_hist]}
         if epoch + 1 in config.save_epochs:
             aliases.append(f"milestone-{epoch + 1}")
-        outdated = [*(self.directory / name for name, _ in dropped), *self.directory.glob("recovery-*")]
-        self._save(path, replace(progress, epoch_done=True), metric, aliases)
+        outdated = [self.directory / name for name, _ in ranking[config.checkpoint_hist :]]
+        outdated += self.directory.glob("recovery-*")
+        self.run.progress.epoch_done = True
+        self._save(path, metric, aliases)
         self._delete(outdated)
 
-    def save_recovery(self, progress: Progress) -> None:
-        """Save within an epoch; the state before it is kept until the next one."""
-        path = self.directory / f"recovery-{progress.epoch}-{progress.updates}{self.suffix}"
-        self._save(path, progress, None, [])
+    def save_recovery(self) -> None:
+        """Save within an epoch; the previous such state stays until the next one."""
+        progress = self.run.progress
+        self._save(self.directory / f"recovery-{progress.epoch}-{progress.updates}{self.suffix}", None, [])
         self._delete(sorted(self.directory.glob("recovery-*"), key=_numbers)[:-2])
 
-    def restore(self, source: Path) -> tuple[Progress, Tree | None]:
-        """Restore the run from a checkpoint.
-
-        Returns:
-            The position to resume at, and this process's random state, to be set before the next update.
-        """
-        state, progress, random_state = restore_run(self.run, source)
+    def restore(self, source: Path) -> Tree | None:
+        """Restore the run from a checkpoint; return this process's random state, to be set before the next update."""
+        state, random_state = restore_run(self.run, source)
         if source.parent.resolve() == self.directory.resolve():
             self.best, self.last_good = state.best or self.best, source
-        return progress, random_state
+        return random_state
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete, and delete what it replaces.
@@ -111,9 +107,9 @@ class CheckpointManager:
             return "no checkpoint was written before it"
         return f"the last good checkpoint is {path}; remove the cause and use --resume {self.directory}"
 
-    def _save(self, path: Path, progress: Progress, metric: float | None, aliases: list[str]) -> None:
+    def _save(self, path: Path, metric: float | None, aliases: list[str]) -> None:
         self.wait()
-        state = self._take_state(progress, metric)
+        state = self._take_state(metric)
         try:
             if self.sharded:
                 self._writing = save_sharded(state, path, self.group), path
@@ -126,7 +122,7 @@ class CheckpointManager:
         except OSError as error:
             raise self._write_error(path, error) from error
 
-    def _take_state(self, progress: Progress, metric: float | None) -> TrainState:
+    def _take_state(self, metric: float | None) -> TrainState:
         """This run's state, complete on rank 0; FSDP's shards are gathered there unless each process writes its own."""
         run = self.run
         trees: list[Tree | None] = [run.model.state_dict(), run.optimizer.state_dict()]
@@ -147,13 +143,13 @@ class CheckpointManager:
             optimizer=trees[1],
             state_dict_ema=trees[2],
             optimizer_layout=describe_optimizer(run),
-            epoch=progress.epoch,
+            epoch=run.progress.epoch,
             arch=run.config.model,
             args={key: value for key, value in vars(without_launch_flags(run.config)).items() if key != "config"},
             metric=metric,
             amp_scaler=None if run.scaler is None else run.scaler.state_dict(),
             scheduler=plateau and {"inner": plateau.state_dict(), "restore_lr": vars(run.scheduler)["restore_lr"]},
-            progress=progress,
+            progress=run.progress,
             ranks=ranks,
             best=self.best,
             started=self.started,

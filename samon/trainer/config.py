@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None, load_stored: Callable[[str], Settings] 
     return config
 
 
-def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
+def resolve(given: Settings, file: Settings) -> Config:
     """Merge defaults, `file` (which may contain `per_opt: {opt name: {key: value}}`) and the command line."""
     where = given.get("config", STORED)
     per_opt = file.get("per_opt") or {}
@@ -74,7 +74,7 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any]) -> Config:
     for name in per_opt:
         _check_opt(name, f"per_opt in {where}")
     typed = {name: _parse_settings(rows or {}, f"per_opt[{name}] in {where}") for name, rows in per_opt.items()}
-    values = {key: flag.default for key, flag in FLAGS.items()}
+    values: Settings = {key: flag.default for key, flag in FLAGS.items()}
     values |= _parse_settings({key: value for key, value in file.items() if key != "per_opt"}, where)
     values |= typed.get(given.get("opt", values["opt"]), {})
     values |= _expand_loss(given)
@@ -179,7 +179,7 @@ def _parse_settings(settings: Mapping[str, object], where: str) -> Settings:
     return _expand_loss(parsed)
 
 
-def _expand_loss(settings: Mapping[str, Any]) -> Settings:
+def _expand_loss(settings: Settings) -> Settings:
     """Replace `--loss NAME` by the switches --bce-loss and --jsd-loss."""
     loss, switches = settings.get("loss"), ("bce_loss", "jsd_loss")
     if not loss:
@@ -229,7 +229,7 @@ def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
         raise UserError("--fsdp does not support --amp-dtype float16; use bfloat16")
 
 
-def check(config: Config, given: Mapping[str, Any]) -> None:
+def check(config: Config, given: Collection[str]) -> None:
     """Raises:
     UserError: settings that contradict each other, or have no effect.
     """
@@ -267,13 +267,13 @@ def _check_opt(name: str, where: str) -> None:
         raise UserError(f"{where}: unknown optimizer {name!r}{nearest(plain, known)}")
 
 
-def _check_sam(config: Config, given: Mapping[str, Any]) -> None:
+def _check_sam(config: Config, given: Collection[str]) -> None:
     opt, m = config.opt, config.m_sharpness
     base = next((suffix[1:] for suffix in filter(None, BASES) if opt.endswith(suffix)), "")
     if base and config.base_opt not in (None, base, BASES[f"-{base}"]):
         other = f"--opt {opt.removesuffix(f'-{base}')} --base-opt {config.base_opt}"
         raise UserError(f"--opt {opt} says {base}, --base-opt {config.base_opt}; use {other}")
-    if {"fisher_samples", "mask_epochs"} & given.keys() and not opt.startswith("ssam-"):
+    if {"fisher_samples", "mask_epochs"}.intersection(given) and not opt.startswith("ssam-"):
         raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {opt}")
     if config.sam_end_epoch is not None and config.sam_end_epoch <= config.sam_start_epoch:
         raise UserError(

@@ -152,6 +152,12 @@ def _announce_wait(rank: int, size: int) -> threading.Timer:
     return timer
 
 
+def gloo_group() -> dist.ProcessGroup | None:
+    """A new group of all processes that communicates on the CPU, beside the device's; None for a single process."""
+    group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return group
+
+
 def rank_zero_only(dist_info: DistInfo, function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and return its result on every process; its UserError or OSError is raised on all."""
     if dist_info.size == 1:

@@ -57,7 +57,7 @@ class Flag:
     """One setting: `--name` on the command line, `name` with `_` for `-` in YAML."""
 
     name: str
-    type: Callable[[Any], Any]  # bool makes a switch, `parse_kwargs` takes KEY=VALUE pairs
+    type: Callable[[Any], object]  # bool makes a switch, `parse_kwargs` takes KEY=VALUE pairs
     default: Any
     help: str
     nargs: str | int | None = None
@@ -86,7 +86,7 @@ class Flag:
         """Whether the default is worth showing."""
         return self.default not in (None, False, "", [], {})
 
-    def parse(self, value: object) -> Any:
+    def parse(self, value: object) -> object:
         """Convert a YAML or command-line value to this flag's type.
 
         Raises:
@@ -106,7 +106,7 @@ class Flag:
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.flag}: {error}") from None
 
-    def _parse_item(self, value: object) -> Any:
+    def _parse_item(self, value: object) -> object:
         if self.type is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"takes true or false, got {value!r}")
@@ -127,7 +127,7 @@ class Flag:
             raise ValueError(f"must be {self.range}, got {parsed}")
         return parsed
 
-    def parse_argument(self, value: Any) -> Any:
+    def parse_argument(self, value: object) -> object:
         """`parse` for the command line, where a refused flag may only be given its default."""
         if not self.refused:
             return self.parse(value)
@@ -174,7 +174,7 @@ def by_key(sections: Sections) -> dict[str, Flag]:
     return {flag.key: flag for rows in sections.values() for flag in rows}
 
 
-def rename_old(settings: Mapping[str, Any], flags: Mapping[str, Flag], warn: bool = False) -> Settings:
+def rename_old(settings: Mapping[str, object], flags: Mapping[str, Flag], warn: bool = False) -> Settings:
     """Replace the names and values of earlier releases by the current ones; `warn`: with a line on stderr for each."""
     old_keys = {flag.old_name.replace("-", "_"): key for key, flag in flags.items() if flag.old_name}
     renamed: Settings = {}

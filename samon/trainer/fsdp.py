@@ -94,8 +94,7 @@ def gather_full(state: T, dist_info: DistInfo) -> T:
         full = tensor.full_tensor()
         return full.cpu() if dist_info.is_rank_zero else None
 
-    result: T = tree_map_only(DTensor, gather, state)
-    return result
+    return tree_map_only(DTensor, gather, state)
 
 
 def shard_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

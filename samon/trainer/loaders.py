@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup
@@ -16,6 +16,7 @@ from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
+from samon.trainer.flags import Settings
 from samon.trainer.model import parse_dtype
 
 log = logging.getLogger("samon")
@@ -63,7 +64,7 @@ def without_counts(config: Config, dist_info: DistInfo) -> Config:
 
 
 def build_data(
-    config: Config, classes: int, data_config: dict[str, Any], dist_info: DistInfo, class_names: list[str] | None = None
+    config: Config, classes: int, data_config: Settings, dist_info: DistInfo, class_names: list[str] | None = None
 ) -> Data:
     """Build the loaders of both splits and check them against each other.
 
@@ -165,7 +166,7 @@ def _mixing(config: Config, classes: int) -> tuple[Mixup | None, Mixup | None]:
     return (mixup, None) if config.no_prefetcher else (None, mixup)
 
 
-def _dataset(config: Config, data_config: dict[str, Any], split: str, training: DistInfo | None) -> SampleStream:
+def _dataset(config: Config, data_config: Settings, split: str, training: DistInfo | None) -> SampleStream:
     """A split, for training by the processes of `training`, or for validation if None."""
     size, samples = config.batch_size, config.train_num_samples
     if training is None:
@@ -192,7 +193,7 @@ def _dataset(config: Config, data_config: dict[str, Any], split: str, training: 
     )
 
 
-def _training_kwargs(config: Config, data_config: dict[str, Any], batches: int) -> dict[str, Any]:
+def _training_kwargs(config: Config, data_config: Settings, batches: int) -> Settings:
     """create_loader's arguments for training, as timm's script sets them."""
     default = config.no_aug or not config.train_interpolation
     kwargs = {name: getattr(config, key) for name, key in _RENAMED.items()}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -23,20 +23,22 @@ from tqdm import tqdm
 import samon
 from samon.errors import UserError, error_line, os_error_text
 from samon.files import write_text
-from samon.progress import is_terminal, metric_format, progress_bar
+from samon.progress import is_terminal, metric_format, plural, progress_bar
 from samon.scope import norm_parameters
 from samon.trainer.build import Run
 from samon.trainer.config import Config
-from samon.trainer.distributed import DistInfo, log_handler
+from samon.trainer.distributed import log_handler
 from samon.trainer.flags import program
 from samon.trainer.flops import step_flops
-from samon.trainer.state import Progress
+from samon.trainer.state import Metrics
 from samon.trainer.trackers import TRACKERS, TensorBoard, Tracker, tracker_names
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("samon")
 # How the validation is started, by how the training was; otherwise by the script.
 VALIDATE = {"samon-train": "samon-validate", "python -m samon.cli.train": "python -m samon.cli.validate"}
-Metrics = Mapping[str, float | None]
 
 
 class LogFile(logging.FileHandler):
@@ -57,24 +59,17 @@ class RunLogger:
     """Writes the output of a run on rank 0; on the other processes every method does nothing."""
 
     def __init__(
-        self,
-        config: Config,
-        directory: Path,
-        dist_info: DistInfo,
-        early: Iterable[logging.LogRecord] = (),
-        start: float | None = None,
+        self, run: Run, directory: Path, early: Iterable[logging.LogRecord] = (), start: float | None = None
     ) -> None:
         """`early`: records logged before; `start`: when the run started, by the monotonic clock."""
-        self.config, self.directory, self.dist_info = config, directory, dist_info
+        self.run, self.config, self.directory, self.dist_info = run, run.config, directory, run.dist_info
         self.start = time.monotonic() if start is None else start
         self._first_epoch, self._updates = 0.0, 0  # when the first epoch started, and the updates since
         self._open = ExitStack()
         self._bar: tqdm | None = None
         self._trackers: dict[str, Tracker] = {}
-        self._tail: samon.Tail | None = None
-        self._updates_per_epoch = 0
         self._images_logged = self._completed = False
-        if not dist_info.is_rank_zero:
+        if not self.dist_info.is_rank_zero:
             return
         file = LogFile(directory / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -115,7 +110,7 @@ class RunLogger:
                 log.warning("--trackers %s gets no more metrics: %s", name, error_line(error))
 
     @property
-    def _tensorboard(self) -> Any:
+    def _tensorboard(self) -> "SummaryWriter | None":
         """TensorBoard's writer, which also takes images and histograms; None without TensorBoard."""
         tracker = self._trackers.get("tensorboard")
         return tracker.writer if isinstance(tracker, TensorBoard) else None
@@ -129,21 +124,20 @@ class RunLogger:
 
     # --- while training -------------------------------------------------------------------------------------------
 
-    def log_setup(self, run: Run) -> None:
+    def log_setup(self) -> None:
         """Log the data, the model, and which parameters are perturbed."""
-        size, config = sum(p.numel() for p in run.model.parameters()) / 1e6, run.config
-        self.config, self._tail = config, run.tail  # with what building has decided
-        self._updates_per_epoch = run.updates_per_epoch
+        run, config = self.run, self.config
+        size = sum(p.numel() for p in run.model.parameters()) / 1e6
         place = f"{run.dist_info.size} x {run.dist_info.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
-        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, run.config.num_classes, place)
-        samples = f"{run.train_loader.num_samples} training samples, {run.updates_per_epoch} updates per epoch"
-        log.info("%s, %d epochs, --opt %s, lr %.4g", samples, run.epochs, config.opt, run.config.lr)
+        log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, config.num_classes, place)
+        updates = plural(run.updates_per_epoch, "update")
+        samples = f"{plural(run.train_loader.num_samples, 'training sample')}, {updates} per epoch"
+        log.info("%s, %s, --opt %s, lr %.4g", samples, plural(run.epochs, "epoch"), config.opt, config.lr)
         warmup = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
         if warmup >= run.epochs and self.dist_info.is_rank_zero:
-            log.warning(
-                "--warmup-epochs %d of %d epochs: the learning rate never reaches its schedule", warmup, run.epochs
-            )
+            epochs = plural(run.epochs, "epoch")
+            log.warning("--warmup-epochs %d of %s: the learning rate never reaches its schedule", warmup, epochs)
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
@@ -154,14 +148,14 @@ class RunLogger:
             if config.tail_opt is not None:
                 log.info("%s takes over there, at %g times the learning rate", config.tail_opt, config.tail_lr)
 
-    def start_epoch(self, run: Run, progress: Progress) -> None:
+    def start_epoch(self) -> None:
         """Show the epoch on the progress bar, if stderr is a terminal."""
         self._first_epoch = self._first_epoch or time.monotonic()
         if self.dist_info.is_rank_zero and self._bar is None and is_terminal():
-            total, before = run.stop * run.updates_per_epoch, progress.epoch * run.updates_per_epoch
-            self._bar = self._open.enter_context(progress_bar("", total, "update", initial=before + progress.updates))
+            total = self.run.stop * self.run.updates_per_epoch
+            self._bar = self._open.enter_context(progress_bar("", total, "update", initial=self.run.update))
         if self._bar is not None:
-            self._bar.set_description(f"epoch {progress.epoch}", refresh=False)
+            self._bar.set_description(f"epoch {self.run.progress.epoch}", refresh=False)
 
     def advance(self) -> None:
         """Count an update."""
@@ -169,7 +163,7 @@ class RunLogger:
         if self._bar is not None:
             self._bar.update()
 
-    def log_update(self, run: Run, progress: Progress, means: Mapping[str, float], speed: float, waited: float) -> None:
+    def log_update(self, means: Mapping[str, float], speed: float, waited: float) -> None:
         """One log line, and its values to the trackers.
 
         Args:
@@ -179,8 +173,7 @@ class RunLogger:
         """
         if not self.dist_info.is_rank_zero:
             return
-        step = progress.epoch * run.updates_per_epoch + progress.updates
-        lr = mean_lr(run.optimizer)
+        run, progress, lr = self.run, self.run.progress, mean_lr(self.run.optimizer)
         scalars = dict(means)
         if "loss_perturbed" in means:
             scalars["sharpness"] = means["loss_perturbed"] - means["loss"]
@@ -188,7 +181,7 @@ class RunLogger:
             scalars["rho"] = run.sam.rho
         scalars |= {"lr": lr, "images_per_second": speed, "data_wait": waited}
         scalars |= {"skipped_steps": progress.skipped, "skipped_samples": run.train_loader.corrupt_samples}
-        self._track({f"train/{name}": value for name, value in scalars.items()}, step)
+        self._track({f"train/{name}": value for name, value in scalars.items()}, run.update)
         loss = means.get("loss", float("nan"))
         perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
         skipped = f" skipped {progress.skipped}" if progress.skipped else ""
@@ -197,54 +190,54 @@ class RunLogger:
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         pace = (time.monotonic() - self._first_epoch) / max(self._updates, 1)  # validation included
-        left = tqdm.format_interval(pace * (run.stop * run.updates_per_epoch - step))
+        left = tqdm.format_interval(pace * (run.stop * run.updates_per_epoch - run.update))
         where = f"Train {progress.epoch} [{progress.updates}/{run.updates_per_epoch}]"
         log.info("%s %s eta %s", where, values, left, extra={"shown": self._bar is not None})
 
-    def log_images(self, run: Run, progress: Progress, batch: Tensor) -> None:
+    def log_images(self, batch: Tensor) -> None:
         """The run's first input batch to TensorBoard; with --save-images also one per log interval to a file."""
         if not self.dist_info.is_rank_zero:
             return
-        update = progress.epoch * run.updates_per_epoch + progress.updates
         if self._tensorboard is not None and not self._images_logged:
             self._images_logged = True
             grid = make_grid(batch[:16].detach().float().cpu(), nrow=4, normalize=True)
-            self._tensorboard.add_image("input", grid, update)
-        if self.config.save_images and progress.updates % self.config.log_interval == 0:
-            path = self.directory / f"train-batch-{update}.jpg"
+            self._tensorboard.add_image("input", grid, self.run.update)
+        if self.config.save_images and self.run.progress.updates % self.config.log_interval == 0:
+            path = self.directory / f"train-batch-{self.run.update}.jpg"
             save_image(batch.detach().float().cpu(), path, padding=0, normalize=True)
 
     # --- after an epoch -------------------------------------------------------------------------------------------
 
-    def log_epoch(self, run: Run, progress: Progress, train: Metrics, evaluated: Metrics | None) -> None:
+    def log_epoch(self, train: Metrics, evaluated: dict[str, float] | None) -> None:
         """A row of summary.csv, a log line, metrics to the trackers, normalization parameters as histograms."""
         if not self.dist_info.is_rank_zero:
             return
-        row: dict[str, float | None] = {"epoch": progress.epoch}
+        row: Metrics = {"epoch": self.run.progress.epoch}
         row |= {f"train_{name}": value for name, value in train.items()}
         row |= {f"eval_{name}": evaluated[name] for name in ("loss", "top1", "top5")} if evaluated else {}
-        row["lr"] = mean_lr(run.optimizer)
-        append_summary(self.directory / "summary.csv", row)
-        step = (progress.epoch + 1) * run.updates_per_epoch
+        row["lr"] = mean_lr(self.run.optimizer)
+        append_summary(self.directory / "summary.csv", self.run.progress.epoch, row)
+        step = (self.run.progress.epoch + 1) * self.run.updates_per_epoch
         self._track(row | {f"eval/{name}": value for name, value in (evaluated or {}).items()}, step)
         if self._tensorboard is not None:
-            self._log_histograms(run, step)
+            self._log_histograms(self._tensorboard, step)
         log.info(" ".join(f"{k} {v:{metric_format(k)}}" for k, v in row.items() if v is not None).capitalize())
 
-    def _log_histograms(self, run: Run, step: int) -> None:
-        for depth, (name, parameter) in enumerate(norm_parameters(run.model).items()):
+    def _log_histograms(self, writer: "SummaryWriter", step: int) -> None:
+        for depth, (name, parameter) in enumerate(norm_parameters(self.run.model).items()):
             kind = "gamma" if name.endswith("weight") else "beta"
             if bool(parameter.isfinite().all()):
-                self._tensorboard.add_histogram(f"{kind}/{depth:03d} {name}", parameter.detach().float().cpu(), step)
-        self._tensorboard.flush()
+                value = parameter.detach().float().cpu()
+                writer.add_histogram(f"{kind}/{depth:03d} {name}", value, step)
+        writer.flush()
 
-    def last_epoch(self) -> dict[str, Any]:
+    def last_epoch(self) -> Metrics:
         """Metrics of the last epoch in summary.csv."""
         rows = summary_rows(self.directory / "summary.csv") if self.dist_info.is_rank_zero else []
-        row = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
-        return row | ({"epoch": int(row["epoch"])} if row else {})
+        row: Metrics = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
+        return row | ({"epoch": int(rows[-1]["epoch"])} if rows else {})
 
-    def finish(self, metrics: Mapping[str, Any]) -> None:
+    def finish(self, metrics: Metrics) -> None:
         """Write run.json; print where the results are, what to do next, and the metrics as the last line of stdout."""
         if not self.dist_info.is_rank_zero:
             return
@@ -259,10 +252,8 @@ class RunLogger:
         print(f"Next         {VALIDATE.get(program(), 'python validate.py')} --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
-        flops = step_flops(self.config, self._tail)
         content = run_record(self.config, self.dist_info.size, metrics, seconds)
-        updates = (metrics.get("epoch", -1) + 1) * self._updates_per_epoch
-        content |= {"updates": updates, "step_flops": flops}
+        content |= {"updates": self.run.update, "step_flops": step_flops(self.config, self.run.tail)}
         write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 
@@ -278,9 +269,9 @@ def summary_rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def append_summary(path: Path, row: Mapping[str, Any]) -> None:
+def append_summary(path: Path, epoch: int, row: Metrics) -> None:
     """Add the row of an epoch; remove rows of this epoch and later, left by an earlier attempt."""
-    earlier = [old for old in summary_rows(path) if int(old["epoch"]) < row["epoch"]]
+    earlier = [old for old in summary_rows(path) if int(old["epoch"]) < epoch]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(row), extrasaction="ignore", lineterminator="\r\n")
     writer.writeheader()
@@ -288,7 +279,7 @@ def append_summary(path: Path, row: Mapping[str, Any]) -> None:
     write_text(path, text.getvalue())
 
 
-def run_record(config: Config, processes: int, metrics: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def run_record(config: Config, processes: int, metrics: Metrics, seconds: float) -> dict[str, object]:
     """How a run was made and what it cost, for `samon-report`.
 
     `cpu_seconds` is the processor time of rank 0 and its ended children; if `resumed`, since the last start only.

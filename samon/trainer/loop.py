@@ -1,23 +1,19 @@
 """The training loop: epochs of updates, each followed by validation and a checkpoint."""
 
 import logging
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from samon import rng as generators
 from samon.data import DataError
 from samon.data.corrupt import WorkerError
-from samon.engines.cuda_graph import own_gradients
-from samon.engines.fsdp import average_gradients
 from samon.engines.masks import fisher_diagonal
 from samon.errors import RunError, os_error_text
 from samon.evals.accuracy import accuracy, pad_batches
@@ -26,17 +22,14 @@ from samon.trainer.apply import apply_gradient, count_skipped, parameters
 from samon.trainer.build import Run, tail_options
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.flag_rows import parse_interval
+from samon.trainer.gradient import Batch, Forward, compute_gradient
 from samon.trainer.logging import RunLogger
 from samon.trainer.meter import Meter, Timer
-from samon.trainer.model import parse_dtype, resolve_data_config, uses_cuda_graphs
+from samon.trainer.model import parse_dtype, resolve_data_config
 from samon.trainer.signals import SignalHandler
-from samon.trainer.state import Progress
-from samon.two_pass import two_pass
+from samon.trainer.state import Metrics, Progress, Tree
 
 log = logging.getLogger("samon")
-Batch = tuple[Tensor, Tensor]
-Forward = Callable[[], Tensor]
-Values = dict[str, Tensor]  # mean losses and norms of an update, 0-dim tensors on the device
 
 
 class Update(NamedTuple):
@@ -48,14 +41,9 @@ class Update(NamedTuple):
 
 
 def fit(
-    run: Run,
-    progress: Progress,
-    checkpoints: CheckpointManager,
-    signals: SignalHandler,
-    logger: RunLogger,
-    rng: dict[str, Any] | None = None,
-) -> Generator[Update, None, dict[str, Any]]:
-    """Train from `progress` to the last epoch: yield after each update, return the final metrics.
+    run: Run, checkpoints: CheckpointManager, signals: SignalHandler, logger: RunLogger, rng: Tree | None = None
+) -> Generator[Update, None, Metrics]:
+    """Train from `run.progress` to the last epoch: yield after each update, return the final metrics.
 
     Args:
         rng: state of the random generators to set before the first update.
@@ -64,69 +52,62 @@ def fit(
         UserError: the data do not fit the settings, or too many samples are corrupt.
         RunError: too many non-finite updates, a loader worker was killed, or a file cannot be written.
     """
-    config = run.config
-    metrics = logger.last_epoch() if progress.epoch >= run.stop else {}
+    metrics = logger.last_epoch() if run.progress.epoch >= run.stop else {}
     with naming_last_checkpoint(checkpoints):
-        while progress.epoch < run.stop:
-            renew_mask(run, progress)
+        while run.progress.epoch < run.stop:
+            progress = run.progress
+            renew_mask(run)
             run.task.trainable_module.train()
             meter, timer = Meter(progress), Timer(progress)
-            logger.start_epoch(run, progress)
-            for batches, count in updates(run, progress, timer, logger, rng):
-                perturb = takes_two_passes(run, progress)
-                set_rho(run, progress)
-                hand_over(run, progress)
+            logger.start_epoch()
+            for batches, count in updates(run, timer, logger, rng):
+                perturb = takes_two_passes(run)
+                set_rho(run)
+                hand_over(run)
                 values, samples = compute_gradient(run, batches, count, perturb)
                 values["grad_norm"], applied = apply_gradient(run)
                 meter.add(samples, values, applied)
                 if isinstance(applied, bool):
-                    count_skipped(run, progress, meter.outcomes)
-                progress.updates, progress.samples = (
-                    progress.updates + 1,
-                    progress.samples + samples * run.dist_info.size,
-                )
-                update_average_and_schedule(run, progress)
+                    count_skipped(run, meter.outcomes)
+                progress.updates += 1
+                progress.samples += samples * run.dist_info.size
+                update_average_and_schedule(run)
                 yield Update(run, progress, perturb)
                 logger.advance()
-                if progress.updates % config.log_interval == 0 or progress.updates == run.updates_per_epoch:
-                    count_skipped(run, progress, meter.outcomes)
-                    logger.log_update(run, progress, meter.read(signals.reduce), *timer.read())
-                save_or_stop(run, progress, checkpoints, signals, meter)
+                if progress.updates % run.config.log_interval == 0 or progress.updates == run.updates_per_epoch:
+                    count_skipped(run, meter.outcomes)
+                    logger.log_update(meter.read(signals.reduce), *timer.read())
+                save_or_stop(run, checkpoints, signals, meter)
             rng = None
-            metrics = finish_epoch(run, progress, checkpoints, signals, logger, meter)
-        best, corrupt = checkpoints.best, torch.tensor([run.train_loader.corrupt_samples])
+            metrics = finish_epoch(run, checkpoints, signals, logger, meter)
+        corrupt = torch.tensor([run.train_loader.corrupt_samples])
         signals.reduce(corrupt)
-        metrics |= {"best_metric": best["metric"], "best_epoch": best["epoch"]}
-        return metrics | {"skipped_steps": progress.skipped, "skipped_samples": int(corrupt)}
+        metrics |= {f"best_{key}": checkpoints.best[key] for key in ("metric", "epoch")}
+        return metrics | {"skipped_steps": run.progress.skipped, "skipped_samples": int(corrupt)}
 
 
 def finish_epoch(
-    run: Run,
-    progress: Progress,
-    checkpoints: CheckpointManager,
-    signals: SignalHandler,
-    logger: RunLogger,
-    meter: Meter,
-) -> dict[str, Any]:
-    """Validate, step the schedule, save a checkpoint, and move `progress` to the next epoch; return the metrics."""
-    config, done = run.config, progress.epoch + 1
+    run: Run, checkpoints: CheckpointManager, signals: SignalHandler, logger: RunLogger, meter: Meter
+) -> Metrics:
+    """Validate, step the schedule, save a checkpoint, and start the next epoch; return the metrics."""
+    config, done = run.config, run.progress.epoch + 1
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     share_running_statistics(run, run.model)
-    train = {name: meter.epoch_mean(name) for name in ("loss", "loss_perturbed")}
-    evaluated = decisive = None
+    train: Metrics = {name: meter.epoch_mean(name) for name in ("loss", "loss_perturbed")}
+    evaluated, decisive = None, None
     due = done % config.val_interval == 0 or done == run.stop or done in config.save_epochs
     if due:
-        evaluated = validate(run, progress, checkpoints, signals)
+        evaluated = validate(run, checkpoints, signals)
         decisive = (train if evaluated is None else evaluated)[run.metric]
-        logger.log_epoch(run, progress, train, evaluated)
+        logger.log_epoch(train, evaluated)
     if run.scheduler is not None:
         run.scheduler.step(done, decisive)
     if due:
-        checkpoints.save_epoch(progress, decisive)
-    metrics: dict[str, Any] = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in train.items()}
+        checkpoints.save_epoch(decisive)
+    metrics: Metrics = {"epoch": run.progress.epoch} | {f"train_{k}": v for k, v in train.items()}
     metrics |= {f"eval_{k}": v for k, v in (evaluated or {}).items() if k != "num_samples"}
-    progress.epoch, progress.updates, progress.samples, progress.sums, progress.layouts = done, 0, 0, {}, []
+    run.progress = run.progress.next_epoch()
     return metrics
 
 
@@ -149,11 +130,9 @@ def naming_last_checkpoint(checkpoints: CheckpointManager) -> Iterator[None]:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def updates(
-    run: Run, progress: Progress, timer: Timer, logger: RunLogger, rng: dict[str, Any] | None
-) -> Iterator[tuple[Iterator[Batch], int]]:
-    """For each update from `progress` to the end of the epoch, its micro-batches and their number."""
-    config, loader = run.config, run.train_loader
+def updates(run: Run, timer: Timer, logger: RunLogger, rng: Tree | None) -> Iterator[tuple[Iterator[Batch], int]]:
+    """For each update from `run.progress` to the end of the epoch, its micro-batches and their number."""
+    config, loader, progress = run.config, run.train_loader, run.progress
     loader.set_epoch(progress.epoch, progress.samples)
     mixing = not config.mixup_off_epoch or progress.epoch < config.mixup_off_epoch
     if run.mixup is not None:
@@ -168,7 +147,7 @@ def updates(
         if rng is not None:  # after the loader has started, which may draw too
             generators.set_state(rng, run.dist_info.device)
             rng = None
-        logger.log_images(run, progress, first[0])
+        logger.log_images(first[0])
         yield (to_device(run, *batch) for batch in chain([first], islice(batches, count - 1))), count
         left -= count
     if rng is not None:  # the run was stopped after the last update of the epoch
@@ -188,159 +167,55 @@ def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
-def takes_two_passes(run: Run, progress: Progress) -> bool:
+def takes_two_passes(run: Run) -> bool:
     """Whether the next update perturbs the weights (--sam-start-epoch, --sam-end-epoch, --sam-every, --sam-tail)."""
-    config, end = run.config, run.config.sam_end_epoch
-    if run.sam is None or progress.epoch < config.sam_start_epoch or (end is not None and progress.epoch >= end):
+    config, epoch, end = run.config, run.progress.epoch, run.config.sam_end_epoch
+    if run.sam is None or epoch < config.sam_start_epoch or (end is not None and epoch >= end):
         return False
-    update = progress.epoch * run.updates_per_epoch + progress.updates
-    return update % config.sam_every == 0 and (run.tail is None or update in run.tail)
+    return run.update % config.sam_every == 0 and (run.tail is None or run.update in run.tail)
 
 
-def set_rho(run: Run, progress: Progress) -> None:
+def set_rho(run: Run) -> None:
     """Set rho of the next update (--rho-sched)."""
     if run.sam is not None and run.rho_schedule is not None:
         group = run.optimizer.param_groups[0]
-        lr = group["lr"] / group.get("lr_scale", 1.0)
-        run.sam.rho = run.rho_schedule.at(progress.epoch * run.updates_per_epoch + progress.updates, lr)
+        run.sam.rho = run.rho_schedule.at(run.update, group["lr"] / group.get("lr_scale", 1.0))
 
 
-def hand_over(run: Run, progress: Progress) -> None:
+def hand_over(run: Run) -> None:
     """Replace the base optimizer in the first update of the tail (--tail-opt)."""
-    if run.sam is None or run.tail is None or run.config.tail_opt is None or run.sam.replacement is not None:
+    config, sam = run.config, run.sam
+    if sam is None or run.tail is None or config.tail_opt is None or sam.replacement is not None:
         return
-    if (update := progress.epoch * run.updates_per_epoch + progress.updates) in run.tail:
-        config, before = run.config, type(run.sam.base).__name__
-        carried = run.sam.replace_base(config.tail_opt, config.tail_lr, **tail_options(config))
+    if run.update in run.tail:
+        before = type(sam.base).__name__
+        carried = sam.replace_base(config.tail_opt, config.tail_lr, **tail_options(config))
         text = "update %d, the start of the tail: --tail-opt %s replaces %s, with the momentum of %d of %d tensors"
-        log.info(text, update, config.tail_opt, before, carried, sum(1 for _ in parameters(run.optimizer)))
+        log.info(text, run.update, config.tail_opt, before, carried, sum(1 for _ in parameters(run.optimizer)))
 
 
-def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bool) -> tuple[Values, int]:
-    """Leave in `.grad` the gradient of the mean loss over `count` micro-batches, at w + eps if `perturb`.
-
-    Returns:
-        The values of the update, and the number of samples of this process.
-    """
-    run.optimizer.zero_grad()
-    rows, samples = [], 0
-    if perturb and run.config.m_sharpness == "global":
-        held = list(batches)
-        samples = sum(len(images) for images, _ in held)
-        rows.append(perturbed_gradient(run, [forward(run, *batch) for batch in held], reduce="global"))
-    else:
-        for index, (images, target) in enumerate(batches):
-            samples += len(images)
-            with nullcontext() if index + 1 == count else run.no_sync():  # gradients are sent with the last one
-                rows.append((sam_gradient if perturb else plain_gradient)(run, images, target, 1 / count))
-    if run.config.fsdp:
-        average_gradients(parameters(run.optimizer))
-    return mean_values(rows), samples
-
-
-def mean_values(rows: Sequence[Values]) -> Values:
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-
-def forward(run: Run, images: Tensor, target: Tensor) -> Forward:
-    """A function that computes the mean loss of a batch."""
-
-    def loss() -> Tensor:
-        with run.autocast():
-            return run.task(images, target)["loss"]
-
-    return loss
-
-
-def plain_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Values:
-    """Add the gradient at w, times `scale`."""
-    if run.sam is not None:
-        run.sam.expect_plain_step()
-    graphs = uses_cuda_graphs(run.config)
-    if graphs:
-        torch.compiler.cudagraph_mark_step_begin()
-    with own_gradients(parameters(run.optimizer)) if graphs else nullcontext():
-        loss = forward(run, images, target)()
-        scaled = loss * scale
-        scaled = scaled if run.scaler is None else run.scaler.scale(scaled)
-        scaled.backward(create_graph=getattr(run.optimizer, "is_second_order", False))
-    return {"loss": loss.detach()}  # computed outside the CUDA graphs
-
-
-def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Values:
-    """Add the gradient at w + eps, times `scale`; in sub-batches of m, each with its own eps, if --m-sharpness is m."""
-    config, size = run.config, len(images)
-    if config.m_sharpness in ("device", size):
-        part, ascent = math.ceil(config.ascent_fraction * size), None
-        if part < size or config.ascent_size is not None:
-            small, scale_to = images[:part], config.ascent_size
-            if scale_to is not None:
-                small = F.interpolate(small, size=scale_to, mode="bilinear", antialias=True)
-            ascent = forward(run, small, target[:part])
-        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
-    m = int(config.m_sharpness)
-    groups = size // m
-    if run.sam is not None and run.sam.can_group:  # all sub-batches in one pass
-        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, groups=groups)
-    rows = []
-    for index, (x, y) in enumerate(zip(images.split(m), target.split(m), strict=True)):
-        with nullcontext() if index + 1 == groups else run.no_sync():
-            rows.append(perturbed_gradient(run, forward(run, x, y), loss_scale=scale / groups))
-    return mean_values(rows)
-
-
-def perturbed_gradient(
-    run: Run,
-    forwards: Forward | Sequence[Forward],
-    *,
-    loss_scale: float = 1.0,
-    groups: int = 1,
-    reduce: str = "device",
-    ascent_forward: Forward | None = None,
-) -> Values:
-    """`samon.two_pass` with the settings of the run."""
-    config = run.config
-    two_pass(
-        run.optimizer,
-        forwards,
-        groups=groups,
-        reduce=reduce,
-        no_sync=run.no_sync,
-        scaler=run.scaler,
-        bn_stats="second" if config.ascent_size else config.bn_stats,  # small images have other statistics
-        same_noise=config.same_noise,
-        replay=not run.config.no_replay,
-        ascent_forward=ascent_forward,
-        loss_scale=loss_scale,
-    )
-    return {} if run.sam is None else dict(run.sam.stats)
-
-
-def update_average_and_schedule(run: Run, progress: Progress) -> None:
+def update_average_and_schedule(run: Run) -> None:
     """What follows the optimizer's step: weight average, learning rate, --synchronize-step."""
-    count = progress.epoch * run.updates_per_epoch + progress.updates
     if run.ema is not None:
-        run.ema.update(run.model, step=count)
+        run.ema.update(run.model, step=run.update)
     if run.scheduler is not None:
-        run.scheduler.step_update(num_updates=count)
+        run.scheduler.step_update(num_updates=run.update)
     if run.config.synchronize_step and run.dist_info.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def save_or_stop(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, signals: SignalHandler, meter: Meter
-) -> None:
+def save_or_stop(run: Run, checkpoints: CheckpointManager, signals: SignalHandler, meter: Meter) -> None:
     """Save a mid-epoch state if one is due; stop after a signal."""
     for loader in (run.train_loader, run.eval_loader):
         if loader is not None and loader.worker_error is not None:
             signals.fail(loader.worker_error)
     signum, due = signals.poll()
     steps = parse_interval(run.config.checkpoint_interval)[0] or run.config.recovery_interval
-    due |= bool(steps) and progress.updates % steps == 0
-    if signum or (due and progress.updates < run.updates_per_epoch):
-        count_skipped(run, progress, meter.outcomes)
+    due |= bool(steps) and run.progress.updates % steps == 0
+    if signum or (due and run.progress.updates < run.updates_per_epoch):
+        count_skipped(run, meter.outcomes)
         meter.read(signals.reduce)
-        checkpoints.save_recovery(progress)
+        checkpoints.save_recovery()
     if signum:
         signals.stop(signum, checkpoints)
 
@@ -348,7 +223,7 @@ def save_or_stop(
 # --- around an epoch ------------------------------------------------------------------------------------------------
 
 
-def renew_mask(run: Run, progress: Progress) -> None:
+def renew_mask(run: Run) -> None:
     """Renew a sparse mask at every --mask-epochs-th epoch, unless `mask_every` in --opt-kwargs counts steps.
 
     The Fisher diagonal is the sum over --fisher-samples images, one by one, in the order and with the augmentation of
@@ -358,12 +233,12 @@ def renew_mask(run: Run, progress: Progress) -> None:
     sam, config = run.sam, run.config
     if sam is None or sam.mask is None or "mask_every" in config.opt_kwargs:
         return
-    if not sam.mask.begin_epoch(progress.epoch, run.epochs, config.mask_epochs):
+    if not sam.mask.begin_epoch(run.progress.epoch, run.epochs, config.mask_epochs):
         return
     share = -(-config.fisher_samples // run.dist_info.size)
     with generators.fork(run.dist_info.device):
         run.model.eval()
-        run.train_loader.set_epoch(progress.epoch, 0)
+        run.train_loader.set_epoch(run.progress.epoch, 0)
         diagonal = fisher_diagonal(sam, islice(image_losses(run), share))
         run.model.train()
     sam.mask.renew_fisher(diagonal)
@@ -388,9 +263,7 @@ def share_running_statistics(run: Run, model: nn.Module) -> None:
         distribute_bn(model, run.dist_info.size, run.config.dist_bn == "reduce")
 
 
-def validate(
-    run: Run, progress: Progress, checkpoints: CheckpointManager, signals: SignalHandler
-) -> dict[str, float] | None:
+def validate(run: Run, checkpoints: CheckpointManager, signals: SignalHandler) -> dict[str, float] | None:
     """Metrics of the model, or of its average if there is one on the device; None without validation data.
 
     After a signal the run stops, with the epoch's training saved.
@@ -407,16 +280,15 @@ def validate(
         size = resolve_data_config(run.config, run.model)["input_size"]
         image = torch.zeros(1, *size, device=run.dist_info.device, dtype=dtype)
         batches = pad_batches(batches, len(run.eval_loader), model, image, run.autocast)
+    shown, total = run.dist_info.is_rank_zero, len(run.eval_loader)
     metrics = accuracy(
         model,
-        progress_bar(
-            f"validation {progress.epoch}", len(run.eval_loader), "batch", batches, show=run.dist_info.is_rank_zero
-        ),
+        progress_bar(f"validation {run.progress.epoch}", total, "batch", batches, show=shown),
         device=run.dist_info.device,
         amp_autocast=run.autocast,
         channels_last=run.config.channels_last,
     )
     if signum := signals.agree():
-        checkpoints.save_recovery(progress)
+        checkpoints.save_recovery()
         signals.stop(signum, checkpoints)
     return metrics

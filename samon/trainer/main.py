@@ -5,12 +5,12 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from logging.handlers import MemoryHandler
-from typing import Any
 
 from timm.utils import random_seed
 
 from samon.data.sources import check_name
 from samon.errors import UserError
+from samon.progress import plural
 from samon.trainer.build import Run, build
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.config import Config, dump, flags_in_errors, parse
@@ -21,13 +21,13 @@ from samon.trainer.loop import Update, fit
 from samon.trainer.resume import fast_forward_scheduler
 from samon.trainer.run_dir import RunDir, find_run_dir, load_run_settings, prepare_run_dir, restore_overwritten
 from samon.trainer.signals import SignalHandler
-from samon.trainer.state import Progress, load_class_names
+from samon.trainer.state import Metrics, load_state
 from samon.trainer.trackers import tracker_names
 
 log = logging.getLogger("samon")
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> Metrics:
     """Train to the end, or print the configuration; return the final metrics."""
     config = parse(argv, load_run_settings)
     if config.print_config:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return end.value
 
 
-def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
+def train(config: Config) -> Generator[Update, None, Metrics]:
     """Train from the start or from where the run stopped: yield after each update, return the final metrics."""
     check_name(config.dataset, config.data_dir)
     tracker_names(config)  # raises before anything is loaded
@@ -52,38 +52,39 @@ def train(config: Config) -> Generator[Update, None, dict[str, Any]]:
         signals = SignalHandler(parse_interval(config.checkpoint_interval)[1])
         at_end.callback(signals.close)
         with log_handler(early):
-            run = build(config, dist_info, load_class_names(run_dir.source) if run_dir.source else None)
-            checkpoints = CheckpointManager(run, run_dir)
-            progress, rng = Progress(epoch=config.start_epoch or 0), None
+            run = build(config, dist_info, load_state(run_dir.source).class_names if run_dir.source else None)
+            checkpoints, rng = CheckpointManager(run, run_dir), None
             if run_dir.source:
-                progress, rng = checkpoints.restore(run_dir.source)
-            elif progress.epoch:
-                fast_forward_scheduler(run, progress)
-            check_epochs_left(run, progress, run_dir)
+                rng = checkpoints.restore(run_dir.source)
+            elif run.progress.epoch:
+                fast_forward_scheduler(run)
+            check_epochs_left(run, run_dir)
         # All settings have been checked: the directory is written to from here on.
         rank_zero_only(dist_info, lambda: prepare_run_dir(run_dir, run.config))
         if dist_info.is_rank_zero:
             at_end.callback(restore_overwritten, run_dir.path)
-        logger = RunLogger(config, run_dir.path, dist_info, early.buffer, start)
+        logger = RunLogger(run, run_dir.path, early.buffer, start)
         at_end.callback(logger.close)
         rank_zero_only(dist_info, lambda: logger.start_trackers(resumed=run_dir.source is not None))
-        logger.log_setup(run)
-        metrics = yield from fit(run, progress, checkpoints, signals, logger, rng)
+        logger.log_setup()
+        metrics = yield from fit(run, checkpoints, signals, logger, rng)
         checkpoints.finish()
         logger.finish(metrics)
         return metrics
 
 
-def check_epochs_left(run: Run, progress: Progress, run_dir: RunDir) -> None:
+def check_epochs_left(run: Run, run_dir: RunDir) -> None:
     """Warn if a finished run is started again, which ends as it did.
 
     Raises:
         UserError: no epoch is left for another reason.
     """
-    if progress.epoch < run.stop:
+    if run.progress.epoch < run.stop:
         return
     same_run = run_dir.source is not None and run_dir.source.parent.resolve() == run_dir.path.resolve()
     if not same_run or run.config.start_epoch is not None:
         where = f"{run_dir.source} continues" if run_dir.source else "--start-epoch starts"
-        raise UserError(f"{where} at epoch {progress.epoch} of {run.stop}: nothing is left to train; raise --epochs")
-    log.warning("%s has finished its %d epochs: nothing is left to do", run_dir.path, run.stop)
+        raise UserError(
+            f"{where} at epoch {run.progress.epoch} of {run.stop}: nothing is left to train; raise --epochs"
+        )
+    log.warning("%s has finished its %s: nothing is left to do", run_dir.path, plural(run.stop, "epoch"))

@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from samon.errors import UserError, error_line, reraise_as_user_error
+from samon.progress import plural
 from samon.sam import CUDA_GRAPH_MODES
 from samon.trainer import ablations
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.flags import nearest
+from samon.trainer.flags import Settings, nearest
 from samon.trainer.state import load_file
 
 log = logging.getLogger("samon")
@@ -59,14 +60,13 @@ def create_train_model(config: Config) -> nn.Module:
             raise UserError(f"{flag}: no file {path}")
         if path and not path.endswith((".safetensors", ".npz", ".npy")):
             load_file(Path(path), flag)  # names what is wrong; timm would guess
-    weights: dict[str, Any] = {"pretrained": config.pretrained, "checkpoint_path": config.initial_checkpoint}
-    if config.pretrained_path:
-        overlay = {"file": config.pretrained_path, "num_classes": -1}
-        weights |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    overlay = {"file": config.pretrained_path, "num_classes": -1} if config.pretrained_path else None
     with check_pretrained(config.pretrained_path) if config.pretrained_path else nullcontext():
         model: Any = create_model(
             config,
-            **weights,
+            pretrained=config.pretrained or overlay is not None,
+            pretrained_cfg_overlay=overlay,
+            checkpoint_path=config.initial_checkpoint,
             drop_rate=config.drop,
             drop_block_rate=config.drop_block,
             drop_path_rate=config.drop_connect if config.drop_path is None else config.drop_path,
@@ -89,8 +89,7 @@ def create_train_model(config: Config) -> nn.Module:
         ablations.train_only_norm(model)
     if config.norm_dropout:
         ablations.add_norm_dropout(model, config.norm_dropout)
-    trained: nn.Module = model
-    return trained
+    return model
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def check_pretrained(path: str) -> Iterator[None]:
     load: Any = nn.Module.load_state_dict
     loads: list[tuple[nn.Module, set[str]]] = []  # the last one is that of the model itself
 
-    def watch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def watch(module: nn.Module, *args: Any, **kwargs: Any) -> object:
         result = load(module, *args, **kwargs)
         loads.append((module, set(result.missing_keys)))
         return result
@@ -153,14 +152,14 @@ def freeze(model: nn.Module, pattern: str) -> None:
 # --- input ------------------------------------------------------------------------------------------------------------
 
 
-def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = False) -> dict[str, Any]:
+def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = False) -> Settings:
     """timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Raises:
         UserError: a size or numbers that do not fit the model, or channels that images do not have.
     """
     with reraise_as_user_error(f"--model {config.model}"):
-        data: dict[str, Any] = resolve_input_data_config(model, vars(config), use_test_size=use_test_size)
+        data = resolve_input_data_config(model, vars(config), use_test_size=use_test_size)
     try:
         str_to_interp_mode(data["interpolation"])
     except KeyError:
@@ -174,8 +173,8 @@ def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = 
         raise UserError(f"--input-img-mode {mode}: Pillow has no such mode; use L or RGB") from None
     if bands != channels:
         raise UserError(
-            f"--in-chans {channels}: images are read as {mode}, {bands} channel{'s' * (bands > 1)}; use --in-chans 1 "
-            "or 3, or another --input-img-mode"
+            f"--in-chans {channels}: images are read as {mode}, {plural(bands, 'channel')}; use --in-chans 1 or "
+            "3, or another --input-img-mode"
         )
     return data
 
@@ -256,7 +255,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def make_autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """A factory of the forward pass's context: autocast under --amp, otherwise one that does nothing."""
     if not config.amp:
         return nullcontext

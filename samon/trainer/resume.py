@@ -15,7 +15,7 @@ from samon.trainer import fsdp
 from samon.trainer.build import Run, tail_options
 from samon.trainer.dcp import load_sharded
 from samon.trainer.run_dir import LAUNCH_FLAGS, without_launch_flags
-from samon.trainer.state import DCP_SUFFIXES, Progress, TrainState, Tree, load_state
+from samon.trainer.state import DCP_SUFFIXES, TrainState, Tree, load_state
 
 log = logging.getLogger("samon")
 # Settings that change no weight: where and how often things are read and written. Resuming does not mention them.
@@ -33,12 +33,12 @@ TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
 START_ANEW = "add the flags it was made with (--opt, --tail-opt), or --no-resume-opt for a new optimizer state"
 
 
-def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | None]:
-    """Restore a run from a checkpoint.
+def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
+    """Restore a run, with its position, from a checkpoint.
 
     Returns:
-        The checkpoint's content, the position to resume at, and this process's random state, which is to be set before
-        the next update (None if the checkpoint has none for this number of processes).
+        The checkpoint's content, and this process's random state, which is to be set before the next update (None if
+        the checkpoint has none for this number of processes).
 
     Raises:
         UserError: the checkpoint does not fit the model or the optimizer.
@@ -65,28 +65,19 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Progress, Tree | No
             f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by --model "
             f"{state.args.get('model')} --opt {state.args.get('opt')}): {' '.join(str(error).split())[:300]}"
         ) from None
-    progress = state.progress
-    if config.start_epoch is not None:
-        progress = Progress(epoch=config.start_epoch)
-    elif progress.epoch_done:
-        progress = Progress(progress.epoch + 1, skipped=progress.skipped, bad_in_a_row=progress.bad_in_a_row)
-    random_state = _restore_rank(run, progress, state.ranks)
-    _check_tail_position(run, progress, source)
-    _restore_stream(run, progress, state)
-    fast_forward_scheduler(run, progress, state.scheduler)
-    log.info("Continuing %s at epoch %d, update %d", source, progress.epoch, progress.updates)
-    return state, progress, random_state
-
-
-def _check_tail_position(run: Run, progress: Progress, source: Path) -> None:
-    update = progress.epoch * run.updates_per_epoch + progress.updates
-    replaced = run.sam is not None and run.sam.replacement is not None
-    if replaced and run.tail is not None and update not in run.tail:
+    if config.start_epoch is None:
+        run.progress = state.progress.next_epoch() if state.progress.epoch_done else state.progress
+    random_state = _restore_rank(run, state.ranks)
+    if run.sam is not None and run.sam.replacement is not None and run.tail is not None and run.update not in run.tail:
         raise UserError(
-            f"{source} has the state of --tail-opt {run.config.tail_opt}, and the run would continue at update "
-            f"{update}, before its tail starts at {run.tail.start}; keep --epochs, --sam-tail and --start-epoch, or "
-            "use --no-resume-opt to start with a new optimizer state"
+            f"{source} has the state of --tail-opt {config.tail_opt}, and the run would continue at update "
+            f"{run.update}, before its tail starts at {run.tail.start}; keep --epochs, --sam-tail and --start-epoch, "
+            "or use --no-resume-opt to start with a new optimizer state"
         )
+    _restore_stream(run, state)
+    fast_forward_scheduler(run, state.scheduler)
+    log.info("Continuing %s at epoch %d, update %d", source, run.progress.epoch, run.progress.updates)
+    return state, random_state
 
 
 def _sharded_layout(run: Run) -> dict[str, Tensor]:
@@ -172,16 +163,15 @@ def _first_change(stored: Tree, current: Tree) -> str:
 # --- position ---------------------------------------------------------------------------------------------------------
 
 
-def _restore_rank(run: Run, progress: Progress, ranks: list[Tree]) -> Tree | None:
+def _restore_rank(run: Run, ranks: list[Tree]) -> Tree | None:
     """Restore this process's running statistics; returns its random state."""
-    dist_info = run.dist_info
+    dist_info, progress = run.dist_info, run.progress
     if len(ranks) == dist_info.size:
         own = ranks[dist_info.rank]
         run.model.load_state_dict(own["buffers"], strict=False)
         if run.ema is not None:
             run.ema.module.load_state_dict(own["ema_buffers"], strict=False)
-        random_state: Tree = own["rng"]
-        return random_state
+        return own["rng"]
     if ranks:
         log.warning(
             f"The state was saved by {len(ranks)} processes and continues on {dist_info.size}: the epoch resumes after "
@@ -192,9 +182,9 @@ def _restore_rank(run: Run, progress: Progress, ranks: list[Tree]) -> Tree | Non
     return None
 
 
-def _restore_stream(run: Run, progress: Progress, state: TrainState) -> None:
+def _restore_stream(run: Run, state: TrainState) -> None:
     """Tell a stream of shards which samples of the epoch were read, and by how many readers."""
-    stream = getattr(run.train_loader, "dataset", None)
+    stream, progress = getattr(run.train_loader, "dataset", None), run.progress
     if not isinstance(stream, ShardStream) or not progress.samples or not state.ranks:
         return
     args, layouts = state.args, [ReaderLayout(*layout) for layout in progress.layouts]
@@ -208,14 +198,14 @@ def _restore_stream(run: Run, progress: Progress, state: TrainState) -> None:
     stream.layouts = (progress.epoch, layouts)
 
 
-def fast_forward_scheduler(run: Run, progress: Progress, plateau: Tree | None = None) -> None:
-    """Set the learning rate of the update after `progress`; `plateau` is the state of timm's plateau schedule."""
+def fast_forward_scheduler(run: Run, plateau: Tree | None = None) -> None:
+    """Set the learning rate of the next update; `plateau` is the state of timm's plateau schedule."""
     if run.scheduler is None:
         return
     if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
         run.scheduler.lr_scheduler.load_state_dict(plateau["inner"])
         vars(run.scheduler)["restore_lr"] = plateau["restore_lr"]
     elif run.config.sched_on_updates:
-        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.updates)
-    elif progress.epoch > 0 or run.config.start_epoch is not None:  # otherwise the rate is the checkpoint's
-        run.scheduler.step(progress.epoch)
+        run.scheduler.step_update(run.update)
+    elif run.progress.epoch > 0 or run.config.start_epoch is not None:  # otherwise the rate is the checkpoint's
+        run.scheduler.step(run.progress.epoch)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from samon.data.corrupt import WorkerError
 from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
+from samon.trainer.distributed import gloo_group
 
 FAULT = 255  # by which the processes tell each other of a fault; larger than the number of any signal
 # Windows has no SIGUSR1.
@@ -32,8 +33,8 @@ class SignalHandler:
         """`minutes`: interval of the timed saves; 0 for none."""
         self.signum = 0
         self.fault: RunError | None = None
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[torch.Tensor, Any] | None = None
+        self.group = gloo_group()
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._period = minutes * 60
         self._saved = time.monotonic()
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}

@@ -15,6 +15,7 @@ from samon.trainer.config import FLAGS
 from samon.trainer.flags import rename_old
 
 Tree = dict[str, Any]  # nested tensors and plain values, which `torch.load(weights_only=True)` reads
+Metrics = dict[str, float | None]
 
 SUFFIX = ".pth.tar"
 DCP_SUFFIXES = (".dcp", ".parts")  # sharded checkpoints (samon.trainer.dcp); `.parts` was written by earlier versions
@@ -34,6 +35,10 @@ class Progress:
     bad_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # running sums of this epoch's training metrics
     layouts: list[list[int]] = field(default_factory=list)  # `ReaderLayout`s by which this epoch's shards were read
+
+    def next_epoch(self) -> "Progress":
+        """The start of the next epoch."""
+        return Progress(self.epoch + 1, skipped=self.skipped, bad_in_a_row=self.bad_in_a_row)
 
 
 @dataclass
@@ -64,7 +69,7 @@ class TrainState:
         return {k: v for k, v in vars(self).items() if v is not None} | {"progress": asdict(self.progress)}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "TrainState":
+    def from_dict(cls, content: Tree) -> "TrainState":
         """Accept our own checkpoints and timm's, which store the number of a complete epoch."""
         known = {f.name for f in fields(cls)}
         state = cls(**{"version": 1, "samon": 0} | {k: v for k, v in content.items() if k in known})
@@ -153,18 +158,13 @@ def find_newest(directory: Path, started: str | None = None) -> tuple[Path | Non
     return max(usable, key=lambda pair: pair[0], default=(None, None))[1], skipped
 
 
-def load_class_names(path: Path) -> list[str] | None:
-    """Read the classes that a checkpoint was trained on, in the order of the outputs; None if it has no names."""
-    return load_state(path).class_names
-
-
-def stored_args(content: Mapping[str, Any]) -> Tree:
+def stored_args(content: Tree) -> Tree:
     """The settings that a checkpoint was trained with, by the current names; empty for bare weights."""
     args = content.get("args") or {}
     return rename_old(args if isinstance(args, Mapping) else vars(args), FLAGS)
 
 
-def validated_with_ema(content: Mapping[str, Any]) -> bool:
+def validated_with_ema(content: Tree) -> bool:
     """Whether the run that wrote a checkpoint validated, and chose its best, by the averaged weights."""
     args = stored_args(content)
     ema = bool(args.get("model_ema")) and not args.get("model_ema_force_cpu") and bool(args.get("val_split", True))

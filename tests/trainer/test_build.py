@@ -231,7 +231,8 @@ def test_schedules(args: str, expected: Any) -> None:
     if isinstance(expected, list):
         found = [rates(run)[0]]
         for epoch in (1, 2):
-            fast_forward_scheduler(run, Progress(epoch=epoch))
+            run.progress = Progress(epoch=epoch)
+            fast_forward_scheduler(run)
             found += rates(run)[:1]
         assert found == pytest.approx(expected)
 
@@ -250,7 +251,8 @@ def test_schedule_flags_of_timm() -> None:
     own = {"num_epochs": 8, "decay_epochs": 3.0, "warmup_epochs": 2, "warmup_lr": 1e-5}
     timms, _ = create_scheduler_v2(other, "rsqrt", decay_fn="cosine", stable_timescale=1.5, **own)
     for epoch in range(8):
-        fast_forward_scheduler(run, Progress(epoch=epoch))
+        run.progress = Progress(epoch=epoch)
+        fast_forward_scheduler(run)
         timms.step(epoch)
         assert rates(run)[0] == other.param_groups[0]["lr"], epoch
 

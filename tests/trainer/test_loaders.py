@@ -22,11 +22,11 @@ def batches(tmp_path: Path, *args: str, epochs: int = 1) -> list[tuple[Tensor, T
     """The training batches of the first epochs as the model sees them."""
     torch.manual_seed(42)
     run = built(*args)
-    logger = RunLogger(run.config, tmp_path, CPU)
+    logger = RunLogger(run, tmp_path)
     found: list[tuple[Tensor, Tensor]] = []
     for epoch in range(epochs):
-        progress = Progress(epoch=epoch)
-        for micro_batches, _ in updates(run, progress, Timer(progress), logger, None):
+        run.progress = Progress(epoch=epoch)
+        for micro_batches, _ in updates(run, Timer(run.progress), logger, None):
             found += micro_batches
     logger.close()
     return found

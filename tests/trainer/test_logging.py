@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from samon.trainer import config
 from samon.trainer.logging import RunLogger
-from tests.runs import CPU, built, last_line, run
+from tests.runs import built, last_line, run
 
 
 def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +111,8 @@ def test_a_terminal_without_rows_gets_lines(tmp_path: Path, monkeypatch: pytest.
 )
 def test_a_warm_up_that_never_ends(args: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = built(*args.split())
-    logger = RunLogger(made.config, tmp_path, CPU)
-    logger.log_setup(made)
+    logger = RunLogger(made, tmp_path)
+    logger.log_setup()
     logger.close()
-    said = "--warmup-epochs 1 of 1 epochs: the learning rate never reaches its schedule"
+    said = "--warmup-epochs 1 of 1 epoch: the learning rate never reaches its schedule"
     assert (said in caplog.text) is warns

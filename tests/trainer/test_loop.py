@@ -34,7 +34,7 @@ def first_gradient(*args: str) -> dict[str, Tensor]:
     made = built(*args)
     count = made.config.grad_accum_steps
     batches = (loop.to_device(made, *batch) for batch in islice(made.train_loader, count))
-    loop.compute_gradient(made, batches, count, loop.takes_two_passes(made, Progress()))
+    loop.compute_gradient(made, batches, count, loop.takes_two_passes(made))
     grads = {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
     return grads | dict(made.model.named_buffers())
 

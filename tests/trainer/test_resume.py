@@ -149,8 +149,8 @@ def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[d
     """The optimizer's groups and the position after a resume of a run with other arguments."""
     seen: list[Any] = []
 
-    def begun(job: Run, progress: Progress) -> None:
-        seen.extend([job.optimizer.param_groups, progress])
+    def begun(job: Run) -> None:
+        seen.extend([job.optimizer.param_groups, job.progress])
         raise Restored
 
     resumed = ["--epochs", "3", "--resume", str(done / source)]
