@@ -1,7 +1,7 @@
 """The models of validate.py: --model names, pretrained weights, checkpoints and test-time pooling."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -93,8 +93,7 @@ def build(job: Job, dist_info: DistInfo) -> EvalContext:
     if config.test_pool:
         model = apply_test_pool(config, model, data_config)
     mesh = fsdp.make_mesh(config, dist_info) if config.fsdp else None
-    on_cpu = replace(dist_info, device=torch.device("cpu"))
-    model = models.place_model(config, model, dist_info if mesh is None else on_cpu).eval()
+    model = models.place_model(config, model, dist_info.device if mesh is None else torch.device("cpu")).eval()
     size = data_config["input_size"]
     if fault := models.input_size_error(model, size):
         raise UserError(f"{config.model} does not take images of {list(size)} ({fault}); give another --img-size")

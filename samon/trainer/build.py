@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -124,7 +124,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     check_epochs(config, epochs, sam is not None)
-    tail = build_tail(config, sam, epochs * updates) if sam is not None else None
+    tail = None if sam is None or config.sam_tail is None else samon.Tail(epochs * updates, config.sam_tail)
     distribute(config, task, model, dist_info)
     if sam is not None:
         if config.torchcompile:
@@ -154,11 +154,16 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
 
 
 def check_step(config: Config, sam: samon.SAM) -> None:
-    """Raise what the first two-pass step would raise.
+    """Raise what the first two-pass step would raise, and the creation of --tail-opt.
 
     Raises:
         UserError: the optimizer does not combine with the m-sharpness, the ascent pass or the sharded parameters.
     """
+    if config.tail_opt is not None:
+        try:
+            create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
+        except UserError as error:
+            raise UserError(f"--tail-opt {config.tail_opt}: {error}") from None
     m = config.m_sharpness
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
     with flags_in_errors():
@@ -173,9 +178,7 @@ def check_step(config: Config, sam: samon.SAM) -> None:
 
 
 def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Raises:
-    UserError: --ascent-size is not smaller than the images, or the model does not take it.
-    """
+    """Raise UserError if --ascent-size is not smaller than the images, or the model does not take it."""
     size = config.ascent_size
     if size is None:
         return
@@ -189,9 +192,7 @@ def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int
 
 
 def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Raises:
-    UserError: a pass over single images leaves a BatchNorm layer with one value per channel.
-    """
+    """Raise UserError if a pass over single images leaves a BatchNorm layer with one value per channel."""
     m = config.m_sharpness
     images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
     if images == 1 and (layer := models.find_single_value_norm(model, input_size)):
@@ -202,9 +203,7 @@ def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]
 
 
 def check_epochs(config: Config, epochs: int, uses_sam: bool) -> None:
-    """Raises:
-    UserError: a flag names an epoch after the last one.
-    """
+    """Raise UserError if a flag names an epoch after the last one."""
     if (config.stop_epoch or 0) > epochs:
         raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs is never reached; raise --epochs")
     if uses_sam and config.sam_start_epoch >= epochs:
@@ -217,9 +216,7 @@ def lay_out(config: Config, model: nn.Module, dist_info: DistInfo) -> nn.Module:
     if config.split_bn:
         model = convert_splitbn_model(model, max(config.aug_splits, 2))
     # FSDP takes a model from the CPU, block by block: it need not fit on one device.
-    model = models.place_model(
-        config, model, replace(dist_info, device=torch.device("cpu")) if config.fsdp else dist_info
-    )
+    model = models.place_model(config, model, torch.device("cpu") if config.fsdp else dist_info.device)
     if config.sync_bn and dist_info.size > 1:
         if dist_info.device.type == "cpu":
             raise UserError("--sync-bn: PyTorch's SyncBatchNorm runs on GPUs only; drop it on --device cpu")
@@ -304,20 +301,6 @@ def build_loss(config: Config) -> nn.Module:
     if mixes(config):
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing=config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
-
-
-def build_tail(config: Config, sam: samon.SAM, updates: int) -> samon.Tail | None:
-    """The updates of --sam-tail.
-
-    Raises:
-        UserError: it is less than one update, or --tail-opt cannot be created when it starts.
-    """
-    if config.sam_tail is None:
-        return None
-    tail = samon.Tail(updates, config.sam_tail)
-    if config.tail_opt is not None:
-        create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
-    return tail
 
 
 def tail_options(config: Config) -> Settings:

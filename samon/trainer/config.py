@@ -214,9 +214,7 @@ NEEDS = {  # flags without effect unless the other is used
 
 
 def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
-    """Raises:
-    UserError: flags that are in use (not at their default) exclude each other, or one lacks another that it needs.
-    """
+    """Raise UserError if flags in use (not at their default) exclude each other, or one lacks another that it needs."""
     used = {flag.name for key, flag in flags.items() if getattr(config, key) != flag.default}
     for name, others in EXCLUDES.items():
         for other in others.split():
@@ -230,9 +228,7 @@ def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
 
 
 def check(config: Config, given: Collection[str]) -> None:
-    """Raises:
-    UserError: settings that contradict each other, or have no effect.
-    """
+    """Raise UserError if settings contradict each other or have no effect."""
     _check_opt(config.opt, "--opt")
     if samon.is_sam_name(config.opt):
         _check_sam(config, given)
@@ -284,8 +280,12 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
         raise UserError(
             "--sam-tail excludes --sam-start-epoch, --sam-end-epoch and --sam-every; drop them or --sam-tail"
         )
-    if config.tail_opt is not None:
-        _check_tail_opt(config)
+    if (tail_opt := config.tail_opt) is not None:
+        _check_opt(tail_opt, "--tail-opt")
+        if any(name.lower().startswith("lookahead_") for name in (opt, tail_opt)):
+            raise UserError("--tail-opt replaces the base optimizer, where Lookahead keeps its state; drop lookahead_")
+        if config.sam_tail == 1:
+            raise UserError(f"--sam-tail 1 leaves no update before --tail-opt; use --base-opt {tail_opt} instead")
     if config.rho_min and config.rho_sched == "constant":
         raise UserError("--rho-min is for --rho-sched linear and lr; drop it or choose one")
     if isinstance(m, int) and config.batch_size % m:
@@ -294,18 +294,6 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
         raise UserError(f"--m-sharpness {m} excludes --aug-splits and --norm-dropout; drop one of them")
     if config.ascent_size and config.bn_stats == "both":
         raise UserError("--ascent-size excludes --bn-stats both: statistics of small images differ; drop one of them")
-
-
-def _check_tail_opt(config: Config) -> None:
-    _check_opt(config.tail_opt, "--tail-opt")
-    if config.tail_opt.lower().startswith("lookahead_") or config.opt.lower().startswith("lookahead_"):
-        raise UserError("--tail-opt replaces the base optimizer, in which Lookahead keeps its state; drop lookahead_")
-    if variant_of(config.tail_opt) is not None:
-        raise UserError(
-            f"--tail-opt {config.tail_opt} is itself sharpness-aware; name a plain timm optimizer such as muon"
-        )
-    if config.sam_tail == 1:
-        raise UserError(f"--sam-tail 1 leaves no update before --tail-opt; use --base-opt {config.tail_opt} instead")
 
 
 def _check_batches(config: Config) -> None:

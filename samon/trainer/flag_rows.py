@@ -18,6 +18,8 @@ RESHARD = "free the parameters of a block after its forward pass"
 TRACKERS = "comma-separated: tensorboard, wandb, trackio, mlflow; or none (torchrun itself refuses --log)"
 OVERWRITE = "replace the run in the directory once the first state is saved (validate.py: the --results-file)"
 NONFINITE = "stop after this many updates in a row with a non-finite gradient"
+CORRUPT = "fraction of corrupt samples to skip before stopping"
+IN_MEMORY = "keep the whole data set on the device and augment it there"
 CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
 OLD_ASCENTS = {"momentum": "msam", "friendly": "fsam", "every": "looksam", "adaptive": "aesam"}
 DECODERS = ("auto", "torch", "crop", "pil")  # of samon.data.decode
@@ -35,11 +37,6 @@ def parse_m_sharpness(value: object) -> str | int:
 def parse_ascent(value: object) -> str:
     """Check the name of an ascent source."""
     return make_ascent(str(value)).name
-
-
-def parse_radius(value: object) -> str | float:
-    """Check what rho measures: a name, or a number in (0, 1)."""
-    return validate_radius_rule(value)
 
 
 def parse_interval(text: str) -> tuple[int, float]:
@@ -62,7 +59,7 @@ def check_interval(value: object) -> str:
 SAM: tuple[Flag, ...] = (
     T("rho", float, None, "radius of the perturbation; by default the optimizer name's own", range=">= 0"),
     T("eta", float, None, "eta of the geometry; by default the optimizer name's own", range=">= 0"),
-    T("radius", parse_radius, "ball", RADIUS),
+    T("radius", validate_radius_rule, "ball", RADIUS),
     T("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
     T("perturb", str, None, "perturb only the parameters of the scope whose qualified name matches this regex"),
     T("perturb-frozen", bool, False, "perturb the parameters of the scope that are not trained, too"),
@@ -119,22 +116,9 @@ SECTIONS: Sections = {
         T("sample-split", bool, False, "allow fewer shards than processes x workers"),
         T("shuffle-buffer", int, 2048, "encoded samples that each worker holds for shuffling", range=">= 1"),
         B("allow-shell-urls", bool, False, "allow pipe: commands in lists of shards"),
-        T(
-            "max-corrupt-samples",
-            float,
-            0.001,
-            "fraction of corrupt samples to skip before stopping",
-            range="in [0, 1]",
-            old_name="max-bad-samples",
-        ),
+        T("max-corrupt-samples", float, 0.001, CORRUPT, range="in [0, 1]", old_name="max-bad-samples"),
         T("decoder", str, "auto", "image decoder; crop decodes only what a training crop needs", choices=DECODERS),
-        T(
-            "in-memory",
-            bool,
-            False,
-            "keep the whole data set on the device and augment it there",
-            old_name="data-resident",
-        ),
+        T("in-memory", bool, False, IN_MEMORY, old_name="data-resident"),
     ),
     "What to evaluate": (
         V("evals", str, "accuracy", f"comma-separated: {', '.join(EVALS)}"),

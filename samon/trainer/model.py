@@ -209,9 +209,9 @@ def find_single_value_norm(model: nn.Module, size: Sequence[int]) -> str:
 # --- device and precision ---------------------------------------------------------------------------------------------
 
 
-def place_model(config: Config, model: nn.Module, dist_info: DistInfo) -> nn.Module:
+def place_model(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
     """Apply device, dtype of the weights, and memory format."""
-    model.to(device=dist_info.device, dtype=parse_dtype(config.model_dtype))
+    model.to(device=device, dtype=parse_dtype(config.model_dtype))
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 

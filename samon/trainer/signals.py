@@ -100,11 +100,3 @@ class SignalHandler:
         """Sum a CPU tensor over the processes, in place."""
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
-
-    def gather(self, item: T) -> list[T] | None:
-        """The items of all processes, by rank, on rank 0; None on the others."""
-        if self.group is None:
-            return [item]
-        items: list[T] | None = [item] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(item, items, dst=0, group=self.group)
-        return items

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from timm.layers import SplitBatchNorm2d, is_fast_norm
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -288,13 +285,8 @@ def test_the_tail_owns_the_decay_of_a_wsd_schedule() -> None:
     rates = []
     for extra in (["--sam-tail", "0.5"], ["--decay-epochs", "0.5"], ["--sam-tail", "0.5", "--decay-epochs", "0.2"]):
         run = built(*args, *extra)
-        total = run.epochs * run.updates_per_epoch
-        rates.append([run.scheduler._get_lr(update)[0] for update in range(total)])
-        if "--sam-tail" in extra:
-            assert run.tail.start == total // 2
+        rates.append([run.scheduler._get_lr(update)[0] for update in range(run.epochs * run.updates_per_epoch)])
     assert rates[0] == rates[1] != rates[2]
-    falling = [a > b for a, b in pairwise(rates[0])]
-    assert falling.index(True) == pytest.approx(len(rates[0]) / 2, abs=1)
 
 
 @pytest.mark.parametrize("tail", ["1", "0.9", "0.5"])
@@ -311,33 +303,19 @@ def test_a_wsd_schedule_decays_from_the_start_of_the_tail(tail: str, extra: str)
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("args", "holds"),
     [
-        ({"sam_tail": 0.5}, lambda run: (run.tail.start, run.tail.total_updates) == (4, 8)),
-        ({"sam_tail": 0.5, "tail_opt": "muon", "tail_lr": 0.2}, lambda run: run.config.tail_lr == 0.2),
-        ({"rho_sched": "linear", "rho_warmup": 4, "rho_min": 0.01}, lambda run: run.rho_schedule.at(2, 0) == 0.255),
-        ({"rho_sched": "lr", "sched": "cosine"}, lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5),
-        ({"radius": "raw"}, lambda run: run.sam.radius == "raw"),
-        ({"radius": "loss"}, lambda run: run.sam.radius == "loss"),
-        ({"radius": 0.25}, lambda run: run.sam.radius == 0.25),
-        ({"opt": "samon-muon"}, lambda run: type(run.sam.base).__name__ == "Muon"),
-        ({"freeze": "^(?!head|fc)", "perturb_frozen": True}, lambda run: len(run.sam.perturbed_parameters()) == 30),
+        ("--sam-tail 0.5", lambda run: (run.tail.start, run.tail.total_updates) == (4, 8)),
+        ("--rho-sched linear --rho-warmup 4 --rho-min 0.01", lambda run: run.rho_schedule.at(2, 0) == 0.255),
+        ("--rho-sched lr --sched cosine", lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5),
+        ("--radius raw", lambda run: run.sam.radius == "raw"),
+        ("--radius 0.25", lambda run: run.sam.radius == 0.25),
+        ("--freeze ^(?!head|fc) --perturb-frozen", lambda run: len(run.sam.perturbed_parameters()) == 30),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",  # a function's address differs by process
+    ids=lambda value: value if isinstance(value, str) else "",  # a function's address differs by process
 )
-def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Callable, tmp_path: Path) -> None:
-    flags = [
-        word
-        for key, value in settings.items()
-        for word in (f"--{key.replace('_', '-')}", str(value))[: 1 if value is True else 2]
-    ]
-    base = ["--opt", "samon", "--epochs", "2"]
-    file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump({"opt": "samon"} | settings))
-    opt = ["--epochs", "2", "-c", str(file)]
-    runs = built(*base, *flags), built(*opt)
-    assert config.dump(runs[0].config) == config.dump(runs[1].config)
-    assert all(map(found, runs))
+def test_flags_of_the_two_pass_phase(args: str, holds: Callable[[build.Run], bool]) -> None:
+    assert holds(built("--opt", "samon", "--epochs", "2", *args.split()))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +327,7 @@ def test_the_two_pass_phase_from_flags_and_from_yaml(settings: dict, found: Call
         ("--rho-sched lr --sched none", "learning rate that is constant"),
         ("--tail-opt muon", "--tail-opt needs --sam-tail"),
         ("--sam-tail 0.3 --tail-lr 0.1", "--tail-lr needs --tail-opt"),
-        ("--sam-tail 0.3 --tail-opt samon-muon", "samon-muon is itself sharpness-aware"),
+        ("--sam-tail 0.3 --tail-opt samon-muon", "--tail-opt samon-muon: .* is itself sharpness-aware"),
         ("--sam-tail 0.3 --tail-opt mon", "--tail-opt: unknown optimizer 'mon'; did you mean 'muon'"),
         ("--sam-tail 0.3 --tail-opt lookahead_sgd", "--tail-opt replaces .*drop lookahead_"),
         ("--sam-tail 0.3 --tail-opt muon --opt lookahead_samon", "--tail-opt replaces .*drop lookahead_"),

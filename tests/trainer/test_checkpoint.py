@@ -37,11 +37,12 @@ RUNS = [
     ["--opt", "samon", "--model-ema", "--model-ema-decay", "0.5"],
     ["--opt", "samon", "--model", "resnet10t", "--gp", "max", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8"],
     ["--opt", "samon", "--amp", "--amp-dtype", "bfloat16", "--channels-last", "--crop-pct", "0.8"],
+    ["--opt", "sgd", "--model", "test_vit", "--img-size", "64"],  # without --model-kwargs img_size
     ["--opt", "sgd", "--in-chans", "3", "--mean", "0.3", "--std", "0.4", "--interpolation", "nearest"],
 ]
 
 
-@pytest.mark.parametrize("args", RUNS, ids=["average", "model", "precision", "input"])
+@pytest.mark.parametrize("args", RUNS, ids=["average", "model", "precision", "size", "input"])
 def test_the_printed_command_reproduces_the_figure(
     args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

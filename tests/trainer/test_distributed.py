@@ -1,6 +1,7 @@
 """How processes find each other, and what is said while they do not."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,11 @@ def test_a_card_trains_with_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (cudnn.benchmark, matmul.allow_tf32) == (True, True)
     finally:
         cudnn.benchmark, matmul.allow_tf32 = before
+
+
+def test_device_modules_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "backend_of_a_test.py").write_text("import torch\ntorch.imported_by_a_test = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch, "imported_by_a_test", False, raising=False)
+    world.init_distributed(CONFIG.but(device_modules=["backend_of_a_test"]))
+    assert torch.imported_by_a_test

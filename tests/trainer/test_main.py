@@ -13,8 +13,6 @@ from PIL import Image
 from samon.errors import Stopped, UserError
 from samon.evals.main import main as validate
 from samon.trainer.build import Run
-from samon.trainer.config import parse
-from samon.trainer.distributed import init_distributed
 from samon.trainer.state import Progress
 from tests.runs import BASE, assert_same, last, run, run_stopped, stop_at, train, watch_batches, weights
 from tests.sets import write_set
@@ -290,27 +288,12 @@ def test_a_start_after_the_end(whole: Path, args: str) -> None:
         run(whole.parent, *args.replace("RUN", str(whole)).split(), name="new")
 
 
-def test_device_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "backend_of_a_test.py").write_text("import torch\ntorch.imported_by_a_test = True\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(torch, "imported_by_a_test", False, raising=False)
-    init_distributed(parse([*BASE, "--device-modules", "backend_of_a_test"]))
-    assert torch.imported_by_a_test
-
-
 # --- and validate.py --------------------------------------------------------------------------------------------------
 
 
 def figure(name: str, *args: str) -> float:
     (value,) = (row["value"] for row in validate([*args, "--device", "cpu"]) if row["metric"] == name)
     return float(value)
-
-
-def test_networks_of_one_image_size_take_another(tmp_path: Path) -> None:
-    """As if --model-kwargs img_size had been given, in training and in validate.py."""
-    metrics, directory = run(tmp_path, "--model", "test_vit", "--img-size", "64")
-    loss = figure("loss", "--checkpoint", str(directory), "--workers", "0")
-    assert loss == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
 def test_a_missing_class_shifts_no_label(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

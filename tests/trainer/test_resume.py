@@ -130,14 +130,6 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path: Path, capfd: 
     assert_same(weights(whole), weights(other))
 
 
-def test_nothing_to_resume(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no complete training state"):
-        run(tmp_path, "--resume", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="no such file"):
-        run(tmp_path, "--resume", str(tmp_path / "missing.pth.tar"))
-
-
 # --- what of a finished run is restored -------------------------------------------------------------------------------
 
 
@@ -164,11 +156,6 @@ def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[d
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("done"), "--opt", "samon", "--weight-decay", "0.1")[1]
-
-
-def test_a_state_of_another_model_does_not_fit(done: Path) -> None:
-    with pytest.raises(UserError, match="does not fit --model test_vit"):
-        run(done.parent, "--model", "test_vit", "--resume", str(done / "last.pth.tar"), name="other")
 
 
 def test_weights_alone(tmp_path: Path) -> None:

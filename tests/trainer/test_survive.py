@@ -23,7 +23,7 @@ from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.state import find_newest, load_state
 from tests.disks import fill, small_disk
-from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, train, watch_batches, weights
+from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, watch_batches, weights
 from tests.sets import write_set
 from tools import check_interruptions as matrix
 
@@ -254,12 +254,6 @@ def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path, monkeypatch: 
     assert metrics["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(directory).values())
     assert metrics["train_loss"] == metrics["train_loss"]  # the skipped update is not in the mean
-
-
-def test_main_can_run_twice_in_a_process(tmp_path: Path) -> None:
-    first = train([*BASE, "--output", str(tmp_path), "--experiment", "a"])
-    second = train([*BASE, "--output", str(tmp_path), "--experiment", "b"])
-    assert first["train_loss"] == second["train_loss"]
 
 
 @pytest.mark.slow
