@@ -106,7 +106,7 @@ class Sweep:
         words += ["-c", self.config, "--opt", job.opt, *([] if job.rho is None else ["--rho", str(job.rho)])]
         words += ["--seed", str(job.seed), *self.train, "--output", str(self.output), "--experiment", job.name]
         directory = self.output / job.name
-        return [*words, *(["--resume", str(directory)] if find_newest(directory)[0] else ["--overwrite"])]
+        return [*words, *(["--resume", str(directory)] if find_newest(directory) else ["--overwrite"])]
 
     def fingerprint(self, job: Job) -> str:
         """Hash of everything that decides a run's result: the text of the recipe and train.py's flags."""

@@ -98,12 +98,8 @@ def changed_settings(run: Run, stored: Mapping[str, object]) -> dict[str, tuple[
     ignored = NON_SEMANTIC_FLAGS
     if not isinstance(getattr(run.train_loader, "dataset", None), ShardStream):
         ignored = ignored | {"workers"}  # their number decides the order in which shards are read
-
-    def plain(value: object) -> object:
-        return list(value) if isinstance(value, tuple) else value
-
     current = {k: v for k, v in vars(without_launch_flags(run.config)).items() if k in stored and k not in ignored}
-    return {key: (stored[key], value) for key, value in current.items() if plain(stored[key]) != plain(value)}
+    return {key: (stored[key], value) for key, value in current.items() if stored[key] != value}
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

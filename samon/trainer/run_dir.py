@@ -44,7 +44,7 @@ def find_run_dir(config: Config) -> RunDir:
     if old.is_dir() and not (restarted or config.overwrite or list_states(path)):
         raise UserError(f"{old} holds the run that --overwrite would have replaced; move its files back to {path}, or "
                         "give --overwrite again")  # fmt: skip
-    source = _find_newest(path, started) if restarted or config.resume == AUTO else None
+    source = find_newest(path, started) if restarted or config.resume == AUTO else None
     same_run = restarted or source is not None
     if source is None:
         started = None
@@ -131,16 +131,9 @@ def _resolve_resume(resume: str) -> Path:
         raise UserError(f"--resume {resume}: no such file or directory")
     if not path.is_dir() or path.suffix in DCP_SUFFIXES:
         return path
-    newest = _find_newest(path, _read_header(path)[0])
+    newest = find_newest(path, _read_header(path)[0])
     if newest is None:
         raise UserError(f"no complete training state in {resume}; name a checkpoint file or drop --resume")
-    return newest
-
-
-def _find_newest(path: Path, started: str | None) -> Path | None:
-    newest, skipped = find_newest(path, started)
-    for reason in skipped:
-        log.warning("Skipped: %s", reason)
     return newest
 
 

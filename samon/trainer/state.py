@@ -1,6 +1,7 @@
 """The state of a training run: what a checkpoint contains, and how it is read without unpickling code."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from samon.errors import UserError, error_line
 from samon.trainer.config import FLAGS
 from samon.trainer.flags import rename_old
 
+log = logging.getLogger("samon")
 Tree = dict[str, Any]  # nested tensors and plain values, which `torch.load(weights_only=True)` reads
 Metrics = dict[str, float | None]
 
@@ -132,17 +134,13 @@ def list_states(directory: Path) -> list[Path]:
     return sorted([*directory.glob(f"*{SUFFIX}"), *(path for path in sharded if (path / ".metadata").is_file())])
 
 
-def find_newest(directory: Path, started: str | None = None) -> tuple[Path | None, list[str]]:
-    """Find the newest complete checkpoint of a directory.
+def find_newest(directory: Path, started: str | None = None) -> Path | None:
+    """Find the newest complete checkpoint of a directory; None if there is none. Logs which files are skipped, and why.
 
     Args:
         started: consider only the run that this identifies (`TrainState.started`).
-
-    Returns:
-        Its path (None if there is none), and why other checkpoints were skipped.
     """
     usable: list[tuple[tuple[int, bool, int], Path]] = []
-    skipped: list[str] = []
     for path in sorted(path for suffix in (SUFFIX, *DCP_SUFFIXES) for path in directory.glob(f"*{suffix}")):
         try:
             state = load_state(path, "")
@@ -152,10 +150,10 @@ def find_newest(directory: Path, started: str | None = None) -> tuple[Path | Non
                 position = state.progress
                 usable.append(((position.epoch, position.epoch_done, position.updates), path))
         except UserError as error:
-            skipped.append(str(error))
+            log.warning("Skipped: %s", error)
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-            skipped.append(f"{path} is damaged ({error})")
-    return max(usable, key=lambda pair: pair[0], default=(None, None))[1], skipped
+            log.warning("Skipped: %s is damaged (%s)", path, error)
+    return max(usable, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def stored_args(content: Tree) -> Tree:

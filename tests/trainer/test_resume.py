@@ -44,7 +44,7 @@ def test_stopped_within_an_epoch(case: str, tmp_path: Path) -> None:
     args = [*CASES[case].split(), "--epochs", "2"]
     _, whole = run(tmp_path, *args, name="whole")
     stopped = run_stopped(tmp_path, 1, 2, *args)
-    assert find_newest(stopped)[0] == stopped / "recovery-1-2.pth.tar"
+    assert find_newest(stopped) == stopped / "recovery-1-2.pth.tar"
     metrics, _ = run(tmp_path, *args, "--resume", str(stopped), name="stopped")
     assert metrics["epoch"] == 1
     assert_same(weights(whole), weights(stopped))

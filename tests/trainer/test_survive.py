@@ -67,7 +67,7 @@ def test_another_number_of_processes_resumes_at_the_sample(tmp_path: Path) -> No
     directory, log = tmp_path / "run", tmp_path / "resumed.log"
     argv = [*matrix.ARGS, "--output", str(tmp_path), "--experiment", "run"]
     matrix.launch(argv, 2, tmp_path / "run.log", ("update", 1, 3), "kill-all")
-    path, _ = find_newest(directory)
+    path = find_newest(directory)
     assert path is not None
     progress = load_state(path).progress
     assert (progress.epoch, progress.samples) == (1, 64)
