@@ -33,7 +33,7 @@ class CheckpointManager:
     """
 
     def __init__(self, run: Run, run_dir: RunDir) -> None:
-        self.run, self.directory, self.started = run, run_dir.path, run_dir.started
+        self.run, self.run_dir, self.directory = run, run_dir, run_dir.path
         self.best: Tree = {"metric": None, "epoch": None, "kept": []}
         self.last_good: Path | None = None
         self.sharded = run.config.checkpoint_format == "dcp"
@@ -70,7 +70,7 @@ class CheckpointManager:
     def restore(self, source: Path) -> Tree | None:
         """Restore the run from a checkpoint; return this process's random state, to be set before the next update."""
         state, random_state = restore_run(self.run, source)
-        if source.parent.resolve() == self.directory.resolve():
+        if self.run_dir.same_run:
             self.best, self.last_good = state.best or self.best, source
         return random_state
 
@@ -152,7 +152,7 @@ class CheckpointManager:
             progress=run.progress,
             ranks=ranks,
             best=self.best,
-            started=self.started,
+            started=self.run_dir.started,
             class_names=run.class_names,
         )
 

@@ -77,9 +77,9 @@ def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Valu
     if config.m_sharpness in ("device", size):
         part, ascent = math.ceil(config.ascent_fraction * size), None
         if part < size or config.ascent_size is not None:
-            small, scale_to = images[:part], config.ascent_size
-            if scale_to is not None:
-                small = F.interpolate(small, size=scale_to, mode="bilinear", antialias=True)
+            small = images[:part]
+            if config.ascent_size is not None:
+                small = F.interpolate(small, size=config.ascent_size, mode="bilinear", antialias=True)
             ascent = forward(run, small, target[:part])
         return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
     m = int(config.m_sharpness)
@@ -111,7 +111,7 @@ def perturbed_gradient(
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # small images have other statistics
         same_noise=config.same_noise,
-        replay=not run.config.no_replay,
+        replay=not config.no_replay,
         ascent_forward=ascent_forward,
         loss_scale=loss_scale,
     )

@@ -81,8 +81,7 @@ def check_epochs_left(run: Run, run_dir: RunDir) -> None:
     """
     if run.progress.epoch < run.stop:
         return
-    same_run = run_dir.source is not None and run_dir.source.parent.resolve() == run_dir.path.resolve()
-    if not same_run or run.config.start_epoch is not None:
+    if run_dir.source is None or not run_dir.same_run or run.config.start_epoch is not None:
         where = f"{run_dir.source} continues" if run_dir.source else "--start-epoch starts"
         raise UserError(
             f"{where} at epoch {run.progress.epoch} of {run.stop}: nothing is left to train; raise --epochs"

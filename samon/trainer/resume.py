@@ -9,9 +9,10 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from samon.data.stream import ReaderLayout, ShardStream
-from samon.errors import UserError
+from samon.errors import UserError, error_line
 from samon.registry import base_of
 from samon.trainer import fsdp
+from samon.trainer.apply import parameters
 from samon.trainer.build import Run, tail_options
 from samon.trainer.dcp import load_sharded
 from samon.trainer.run_dir import LAUNCH_FLAGS, without_launch_flags
@@ -63,7 +64,7 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by --model "
-            f"{state.args.get('model')} --opt {state.args.get('opt')}): {' '.join(str(error).split())[:300]}"
+            f"{state.args.get('model')} --opt {state.args.get('opt')}): {error_line(error)}"
         ) from None
     if config.start_epoch is None:
         run.progress = state.progress.next_epoch() if state.progress.epoch_done else state.progress
@@ -81,8 +82,7 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
 
 
 def _sharded_layout(run: Run) -> dict[str, Tensor]:
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    layout = {f"optimizer/{index}": p for index, p in enumerate(parameters)}
+    layout = {f"optimizer/{index}": p for index, p in enumerate(parameters(run.optimizer))}
     for tree, model in (("state_dict", run.model), ("state_dict_ema", run.ema and run.ema.module)):
         layout |= {f"{tree}/{name}": t for name, t in model.state_dict().items()} if model is not None else {}
     return layout

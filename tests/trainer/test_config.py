@@ -87,6 +87,13 @@ def test_a_file_changes_the_one_that_it_is_based_on(write: Write) -> None:
         parse("-c", own)
 
 
+def test_another_optimizer_brings_its_own_rho_to_a_resumed_run() -> None:
+    stored: Callable[[str], dict[str, object]] = lambda resume: {"opt": "samon", "rho": 0.7, "epochs": 7}  # noqa: E731
+    for opt, rho in (([], 0.7), (["--opt", "samon"], 0.7), (["--opt", "sam"], 0.05)):
+        c = config.parse(["--resume", "run", *opt], stored)
+        assert (c.rho, c.epochs) == (rho, 7)
+
+
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse("-c", "imagenet/resnet50", "--print-config").model == "resnet50"

@@ -50,14 +50,6 @@ def test_pretrained_path_loads_all_but_the_head(weights: Path) -> None:
     assert loaded["classifier.weight"].shape == (10, 1280)
 
 
-@needs_weights
-def test_ten_first_convolutions_for_grey_images(weights: Path) -> None:
-    """timm folds the three colour channels of the first convolution into one."""
-    saved = torch.load(weights, weights_only=True)
-    model = build("--pretrained-path", str(weights), "--in-chans", "1")[1]
-    torch.testing.assert_close(model.conv_stem.weight, saved["conv_stem.weight"].sum(1, keepdim=True))
-
-
 def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pth"):
         build("--pretrained-path", str(tmp_path / "nowhere.pth"))
