@@ -18,6 +18,7 @@ import samon
 from samon.registry import VARIANTS
 from samon.trainer.apply import apply_gradient, step_if
 from samon.trainer.build import Task
+from samon.trainer.flags import Settings
 from samon.trainer.loop import compute_gradient, to_device
 from samon.trainer.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
@@ -33,7 +34,7 @@ def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x), y)
 
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+OPTIMIZERS: dict[str, Settings] = {
     "sgd": {},
     "samon-momentum": {},
     "samon-adamw": {},
@@ -129,7 +130,7 @@ def test_a_skipped_update_leaves_no_trace(base: str, sharp: bool) -> None:
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
 
 
-STATEFUL: dict[str, dict[str, Any]] = {
+STATEFUL: dict[str, Settings] = {
     "ssam-f": {"mask_every": 2},
     "ssam-d": {"mask_every": 2},
     "sam-random": {},
@@ -238,7 +239,7 @@ def test_no_name_reads_on_the_host(name: str) -> None:
         {"rho": samon.RhoSchedule("lr", 0.5, lr_max=0.02)},
     ],
 )
-def test_no_option_reads_on_the_host(how: dict[str, Any]) -> None:
+def test_no_option_reads_on_the_host(how: Settings) -> None:
     assert isinstance(update("samon-layerl2-adamw", **how), FakeTensor)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def batch_norms(model: nn.Module) -> set[tuple[float | None, float]]:
     return {(m.momentum, m.eps) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
 
 
-MODEL_FLAGS: dict[str, Callable[[Any], bool]] = {
+MODEL_FLAGS: dict[str, Callable[[nn.Module], bool]] = {
     "--drop 0.3": lambda m: m.drop_rate == 0.3,
     "--drop-path 0.2": lambda m: any(getattr(x, "drop_prob", 0) > 0 for x in m.modules()),
     "--drop-connect 0.2": lambda m: any(getattr(x, "drop_prob", 0) > 0 for x in m.modules()),
@@ -59,7 +59,7 @@ def test_head_initialization() -> None:
     assert (heads[1].bias == -3).all()
 
 
-def test_initial_and_pretrained_weights(tmp_path: Any) -> None:
+def test_initial_and_pretrained_weights(tmp_path: Path) -> None:
     stem = (first := built().model).conv1[0].weight
     torch.save(first.state_dict(), path := str(tmp_path / "plain.pth"))
     assert not torch.equal(stem, built().model.conv1[0].weight)
@@ -75,7 +75,7 @@ def test_fast_norm() -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_automatic_precision(native: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_automatic_precision(native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """--amp-dtype auto is bfloat16 where the device has it; the log and args.yaml say what runs. Losses are float32."""
     caplog.set_level("INFO")
     monkeypatch.setattr(models, "has_native_bfloat16", lambda device: native)
@@ -195,7 +195,7 @@ def test_the_average_of_half_precision_is_float32(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("other", [["--torchcompile", "eager"], ["--grad-checkpointing"]], ids=str)
-def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], caplog: Any) -> None:
+def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], caplog: pytest.LogCaptureFixture) -> None:
     args = ["--opt", "samon", "--model", "test_vit", "--perturb", "blocks.[4-9]|^norm"]
     assert not built(*args).config.no_replay
     caplog.set_level("INFO")
@@ -222,7 +222,7 @@ def rates(run: build.Run) -> list[float]:
         ("--warmup-epochs 2 --warmup-prefix", 5),
     ],
 )
-def test_schedules(args: str, expected: Any) -> None:
+def test_schedules(args: str, expected: list[float] | int) -> None:
     run = built("--epochs", "3", *args.split())
     assert run.epochs == (expected if isinstance(expected, int) else 3)
     if isinstance(expected, list):

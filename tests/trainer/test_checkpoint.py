@@ -6,7 +6,6 @@ import logging
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,7 +115,7 @@ def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeyp
     _, directory = run(tmp_path, "--opt", "sgd")
     before = (directory / "args.yaml").read_bytes()
 
-    def dies(*_: Any) -> None:
+    def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(samon.files.os, "replace", dies)

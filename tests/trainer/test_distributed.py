@@ -1,8 +1,8 @@
 """How processes find each other, and what is said while they do not."""
 
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def leftover(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def waits(settings: Any) -> None:
+def waits(settings: object) -> None:
     time.sleep(0.3)
     raise RuntimeError("nobody came")
 
 
 @pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
 def test_a_process_that_waits_for_others_says_so(
-    leftover: pytest.MonkeyPatch, capfd: Any, patience: float, shown: bool
+    leftover: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], patience: float, shown: bool
 ) -> None:
     leftover.setattr(world, "NOTICE_DELAY", patience)
     leftover.setattr(utils, "init_distributed_device", waits)
@@ -56,7 +56,7 @@ def test_a_rank_that_is_no_number_is_one_line(leftover: pytest.MonkeyPatch) -> N
 def test_a_card_trains_with_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm finds the card; a run on the CPU leaves the settings as they are."""
 
-    def find_card(args: Any) -> torch.device:
+    def find_card(args: Namespace) -> torch.device:
         args.rank, args.world_size = 0, 1
         return torch.device(args.device)
 

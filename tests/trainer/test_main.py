@@ -3,7 +3,6 @@
 import csv
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,18 +12,19 @@ from PIL import Image
 from samon.errors import Stopped, UserError
 from samon.evals.main import main as validate
 from samon.trainer.build import Run
+from samon.trainer.flags import Settings
 from samon.trainer.run_dir import load_run_settings
-from samon.trainer.state import Progress
+from samon.trainer.state import Metrics, Progress
 from tests.runs import BASE, assert_same, run, run_stopped, stop_at, train, watch_batches, weights
 from tests.sets import write_set
 
 
-def start(tmp_path: Path, *args: str) -> dict[str, Any]:
+def start(tmp_path: Path, *args: str) -> Metrics:
     """As `run`, without --overwrite."""
     return train([*BASE, "--output", str(tmp_path), "--experiment", "run", *args])
 
 
-def settings(directory: Path) -> dict[str, Any]:
+def settings(directory: Path) -> Settings:
     return yaml.safe_load((directory / "args.yaml").read_text())
 
 
@@ -179,7 +179,7 @@ def test_other_settings_are_logged_and_used(tmp_path: Path, capfd: pytest.Captur
     args = ("--opt", "samon", "--rho", "0.1", "--weight-decay", "0.01", "--epochs", "1", "--sched", "none")
     stopped = run_stopped(tmp_path, 0, 2, *args)
     capfd.readouterr()
-    seen: list[dict[str, Any]] = []
+    seen: list[Settings] = []
     other = ["--rho", "0.4", "--weight-decay", "0.2", "--lr", "0.07", "--epochs", "2"]
     train(["--resume", str(stopped), *other], lambda run, *_: seen.append(run.optimizer.param_groups[1]))
     line = next(line for line in capfd.readouterr().err.splitlines() if "settings differ" in line)

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,11 @@ import yaml
 import samon
 from samon.trainer import config
 from samon.trainer.build import build_optimizer, build_schedule
+from samon.trainer.flags import Settings
 from samon.trainer.main import main
 
 ROOT = Path(__file__).parents[2]
-TABLE8: dict[str, Any] = yaml.safe_load((ROOT / "tests/paper_table8.yaml").read_text())
+TABLE8: dict[str, Settings] = yaml.safe_load((ROOT / "tests/paper_table8.yaml").read_text())
 SETTINGS = [(recipe, opt) for recipe, block in TABLE8.items() for opt in block["rho"]]
 GRIDS: dict[str, dict[str, list[float]]] = yaml.safe_load((ROOT / "hparams/rho_grids.yaml").read_text())
 CIFAR = sorted(path.stem for path in (ROOT / "hparams/cifar").glob("*.yaml"))

@@ -11,6 +11,7 @@ import torch
 from samon.errors import UserError
 from samon.trainer import loop
 from samon.trainer.build import Run
+from samon.trainer.flags import Settings
 from samon.trainer.state import Progress, find_newest
 from tests.runs import assert_same, last, run, run_stopped, weights
 
@@ -137,7 +138,7 @@ class Restored(Exception):
     """The state is restored: no need to train."""
 
 
-def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[dict[str, Any]], Progress]:
+def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[Settings], Progress]:
     """The optimizer's groups and the position after a resume of a run with other arguments."""
     seen: list[Any] = []
 

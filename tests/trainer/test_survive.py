@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from samon.data import DataError
 from samon.errors import RunError, Stopped
+from samon.trainer.build import Run
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.state import find_newest, load_state
+from samon.trainer.state import Progress, find_newest, load_state
 from tests.disks import fill, small_disk
 from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, watch_batches, weights
 from tests.sets import write_set
@@ -139,7 +139,7 @@ def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     original = CheckpointManager.save_recovery
     monkeypatch.setattr(
-        CheckpointManager, "save_recovery", lambda self, p: (saved.append(p.updates), original(self, p))[1]
+        CheckpointManager, "save_recovery", lambda self: (saved.append(self.run.progress.updates), original(self))[1]
     )
     run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
     assert saved == [1, 2, 3]
@@ -180,8 +180,8 @@ def test_disk_full(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
-def at(epoch: int, updates: int, function: Callable[[], Any]) -> OnUpdate:
-    def on_update(job: Any, progress: Any, two_pass: bool) -> None:
+def at(epoch: int, updates: int, function: Callable[[], object]) -> OnUpdate:
+    def on_update(job: Run, progress: Progress, two_pass: bool) -> None:
         if (progress.epoch, progress.updates) == (epoch, updates):
             function()
 
