@@ -75,13 +75,6 @@ def test_label_sets_accept_any_of_their_classes_and_skip_samples_without_one():
     assert found["loss"] == pytest.approx(-probability[valid].log().mean().item(), rel=1e-5)
 
 
-def test_one_pass_computes_several_scorings():
-    one_hot = F.one_hot(TARGET, 9).bool()
-    found = score_table(torch.arange(37), a=Scoring(None, one_hot), b=Scoring([1, 4], one_hot))
-    assert found["a"]["top1"] == pytest.approx(accuracy(Table(), loader(), device="cpu")["top1"])
-    assert found["b"]["num_samples"] == torch.isin(TARGET, torch.tensor([1, 4])).sum()
-
-
 def test_evaluations_do_not_load_the_trainer_nor_training_the_tables_of_shift_sets():
     def loaded(*modules):
         code = f"import sys, {', '.join(modules)}; print(*sys.modules)"

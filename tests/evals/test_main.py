@@ -144,17 +144,6 @@ def test_checkpoints_of_train_py_score_as_in_training(tmp_path):
         assert scores[""][key] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4)
 
 
-def test_checkpoints_with_one_name_are_distinguished(tmp_path):
-    paths = [tmp_path / place / "run/last.pth" for place in ("a", "b", "b/a")]
-    for path in paths:
-        path.parent.mkdir(parents=True)
-        torch.save({}, path)
-    names = [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", *map(str, paths)])]
-    assert names == [f"{tmp_path.name}/a/run/last.pth", "b/run/last.pth", "b/a/run/last.pth"]
-    assert [job.name for job in parse([*MODEL, *FASHION, "--checkpoint", str(paths[0])])] == ["run/last.pth"]
-    assert [job.name for job in parse([*MODEL, *FASHION])] == ["test_resnet"]
-
-
 def test_reports_that_would_overwrite_each_other_are_refused(tmp_path):
     """Slashes become underscores in file names."""
     path = tmp_path / "suite.yaml"
