@@ -100,8 +100,7 @@ class EvalDataset(SampleStream):
 
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
         """Yield every `num_streams`-th batch; each is read at once, so that a shard is scanned once per batch."""
-        starts = range(stream * self.batch_size, self.size, num_streams * self.batch_size)
-        order = [i for start in starts for i in self.chosen[start : start + self.batch_size]][skip:]
+        order = shard_samples(self.chosen, self.batch_size, stream, num_streams)[skip:]
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             yield from zip(batch, self.source.read(batch), strict=True)
@@ -159,7 +158,7 @@ def choose_samples(size: int, count: int | None, seed: int, limit: int | None = 
 
 
 def shard_samples(samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[int]:
-    """This process's samples: every `world_size`-th batch, so that batches do not depend on the number of processes."""
+    """Every `world_size`-th batch of samples: batches do not depend on the number of processes (or workers)."""
     starts = range(rank * batch_size, len(samples), world_size * batch_size)
     return [i for start in starts for i in samples[start : start + batch_size]]
 

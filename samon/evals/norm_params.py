@@ -31,7 +31,7 @@ def evaluate(context: EvalContext, dataset: None = None) -> list[Result]:
         pooled = torch.cat([values for _, values in layers])
         for depth, (layer, values) in enumerate([("all", pooled), *layers]):
             metadata = {"layer_type": layer_type, "layer": layer, "depth": depth, "num_samples": values.numel()}
-            for statistic, value in describe(values).items():
+            for statistic, value in summarize(values).items():
                 metric = f"{role}_{statistic}"
                 results.append({"metric": metric, "value": value, **metadata, "setting": f"{layer_type} {metric}"})
     return results
@@ -51,7 +51,7 @@ def norm_values(model: nn.Module) -> NormValues:
     return groups
 
 
-def describe(values: Tensor) -> dict[str, float]:
+def summarize(values: Tensor) -> dict[str, float]:
     """Statistics of values, and of their magnitudes (Figure 9 shows these)."""
     exact = values.double()
     low, median, high = torch.quantile(exact, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
