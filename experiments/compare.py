@@ -21,7 +21,7 @@ import yaml
 from samon.cli.program import parse_before_dashes, run_script
 from samon.cli.sweep import Job, Sweep, run_jobs
 from samon.errors import RunError, UserError, require_matplotlib
-from samon.report.content import EARLY_STOPPED, Content, Run, Score, export, with_std
+from samon.report.content import EARLY_STOPPED, Content, Run, Score, export, mean_text
 from samon.report.figures import mean_cost
 from samon.report.read import read_run
 
@@ -203,9 +203,7 @@ def row_text(content: Content, name: str, method: Method) -> str:
     for score in tested:
         words.append(f"{score.metric} {score.text} of {len(score.values)}")
         if score.differences:
-            std = statistics.stdev(score.differences) if len(score.differences) > 1 else None
-            mean = statistics.fmean(score.differences)
-            words.append("+" * (mean >= 0) + with_std(mean, std))
+            words.append("+" * (statistics.fmean(score.differences) >= 0) + mean_text(score.differences))
     if tested:
         ratio = content.cost_ratio(tested[0], "flops")
         words += [] if ratio is None else [f"{ratio:.2f}x FLOPs"]

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -40,7 +39,7 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def bare(c: Any, device: torch.device) -> Iterator[None]:
+def bare(c: config.Config, device: torch.device) -> Iterator[None]:
     """An update at a time of the shortest loop: forward, backward, step, nothing else."""
     input_size = (c.in_chans or 3, c.img_size, c.img_size)
     dataset = timm.data.create_dataset(

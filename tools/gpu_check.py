@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -22,6 +23,7 @@ import torch
 
 from samon.cli.program import run_script
 from samon.errors import RunError
+from samon.files import markdown_table
 
 STEP_ROWS = r"^SAM, all|^SAM-ON, m = \d+(, groups)?$|layer4|blocks|ascent previous"
 COMPILED_ROWS = r"^SAM, all|^SAM-ON, m = {batch}$|ascent previous"  # every other variant compiles graphs of its own
@@ -35,6 +37,14 @@ class Stage:
 
     name: str
     command: list[str]
+    seconds: float
+
+
+class Result(NamedTuple):
+    """How a stage ended: the exit code and its time."""
+
+    name: str
+    code: int
     seconds: float
 
 
@@ -86,11 +96,11 @@ def training(args: argparse.Namespace, name: str, opt: str, epochs: int) -> Stag
     return Stage(name, command, max(120, 60 * args.minutes))
 
 
-def run(stage: Stage, directory: Path) -> dict[str, object]:
+def run(stage: Stage, directory: Path) -> Result:
     """Run a stage, or return the result of an earlier run."""
     path = directory / f"{stage.name}.result.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return Result(*json.loads(path.read_text()))
     print(f"{stage.name}: at most {stage.seconds:.0f} s", flush=True)
     began = time.monotonic()
     with open(directory / f"{stage.name}.log", "w") as log:
@@ -98,38 +108,36 @@ def run(stage: Stage, directory: Path) -> dict[str, object]:
             code = subprocess.run(stage.command, stdout=log, stderr=subprocess.STDOUT, timeout=stage.seconds).returncode
         except subprocess.TimeoutExpired:
             code = 124
-    result: dict[str, object] = {"name": stage.name, "code": code, "seconds": round(time.monotonic() - began, 1)}
+    result = Result(stage.name, code, round(time.monotonic() - began, 1))
     if code in (0, 5):  # pytest: no test was selected
         path.write_text(json.dumps(result))
     return result
 
 
-def table(results: list[dict[str, object]], directory: Path) -> str:
+def table(results: list[Result], directory: Path) -> str:
     """One Markdown table of all that was measured."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
-    lines = [f"{card}; {versions}", "", "| what | result | time | peak MiB |", "|---|---|---|---|"]
-    for result in results:
-        name, log = str(result["name"]), (directory / f"{result['name']}.log").read_text().rstrip().splitlines()
-        if result["code"] not in (0, 5):
-            lines.append(f"| {name} | failed ({result['code']}): {log[-1] if log else ''} | {result['seconds']} s | |")
+    rows = [["what", "result", "time", "peak MiB"]]
+    for name, code, seconds in results:
+        log = (directory / f"{name}.log").read_text().rstrip().splitlines()
+        if code not in (0, 5):
+            rows.append([name, f"failed ({code}): {log[-1] if log else ''}", f"{seconds} s", ""])
         elif name.startswith("step"):
             for row in json.loads((directory / f"{name}.json").read_text()):
                 if "time_ratio" in row:
                     flops = f"{row['flops_ratio']:.3f}x FLOPs" if row["flops_ratio"] else ""
                     peak = f"{row['peak_mib']:.0f}" if row["peak_mib"] is not None else ""
-                    time_column = f"{row['time_ratio']:.2f}x, {row['ms']:.1f} ms"
-                    lines.append(
-                        f"| {name.removeprefix('step-')}: {row['variant']} | {flops} | {time_column} | {peak} |"
-                    )
+                    what = f"{name.removeprefix('step-')}: {row['variant']}"
+                    rows.append([what, flops, f"{row['time_ratio']:.2f}x, {row['ms']:.1f} ms", peak])
         elif name.startswith("train"):
             final = json.loads(log[-1])
             score = f"top-1 {final['eval_top1']:.2f} after {final['epoch'] + 1} epochs"
-            lines.append(f"| {name} | {score} | {result['seconds']} s | |")
+            rows.append([name, score, f"{seconds} s", ""])
         else:
             shown = [line for line in log if re.search(r"img/s|\d (passed|skipped)", line)] or log[-1:]
-            lines += [f"| {name} | {line.strip()} | {result['seconds']} s | |" for line in shown]
-    return "\n".join(lines)
+            rows += [[name, line.strip(), f"{seconds} s", ""] for line in shown]
+    return f"{card}; {versions}\n\n{markdown_table(rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,15 +154,15 @@ def main(argv: list[str] | None = None) -> None:
         write_random_cifar(args.directory / "cifar10.npz")
     elif not torch.cuda.is_available():
         raise RunError("torch sees no CUDA device; --dry-run runs the same commands on the CPU")
-    results: list[dict[str, object]] = []
+    results: list[Result] = []
     seconds_of: dict[str, float] = {}
     for stage in stages(args, seconds_of):
         results.append(run(stage, args.directory))
-        seconds_of[stage.name] = float(str(results[-1]["seconds"]))
+        seconds_of[stage.name] = results[-1].seconds
     text = table(results, args.directory)
     (args.directory / "table.md").write_text(text + "\n")
     print(text)
-    if failed := [str(r["name"]) for r in results if r["code"] not in (0, 5)]:
+    if failed := [result.name for result in results if result.code not in (0, 5)]:
         raise RunError(f"failed: {', '.join(failed)}; logs are in {args.directory}")
 
 

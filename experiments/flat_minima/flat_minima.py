@@ -30,7 +30,7 @@ from samon.errors import UserError
 from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
 from samon.evals.sharpness import Measure, sharpness
 from samon.files import markdown_table, write_text
-from samon.report.content import Json, with_std
+from samon.report.content import Json, mean_text
 
 BITS = (8, 6, 4)
 MEASURE = "worst-linf-adaptive-logitnorm@0.005"
@@ -164,6 +164,7 @@ class Evaluation:
 
 COLUMNS = ("top1", *(f"{bits} bits" for bits in BITS), *(f"corrupted, severity {s}" for s in SEVERITIES))
 COLUMNS += ("worst sharpness", "feature rank")
+FORMATS = {"worst sharpness": ".4f", "feature rank": ".0f"}
 
 
 def table(rows: list[Json]) -> str:
@@ -173,12 +174,7 @@ def table(rows: list[Json]) -> str:
         methods[row["method"]].append(row["values"])
     lines = [["method", "runs", *COLUMNS]]
     for method, runs in methods.items():
-        cells = []
-        for column in COLUMNS:
-            values = [run[column] for run in runs]
-            std = statistics.stdev(values) if len(values) > 1 else None
-            form = {"worst sharpness": ".4f", "feature rank": ".0f"}.get(column, ".2f")
-            cells.append(with_std(statistics.fmean(values), std, form))
+        cells = [mean_text([run[column] for run in runs], FORMATS.get(column, ".2f")) for column in COLUMNS]
         lines.append([method, str(len(runs)), *cells])
     return markdown_table(lines)
 

@@ -21,7 +21,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
-from samon.cli.program import parse_before_dashes, run_script
+from samon.cli.program import parse_before_dashes
 from samon.errors import RunError, UserError, error_line
 from samon.evals.context import EvalContext, predict
 from samon.evals.main import parse
@@ -237,7 +237,3 @@ def push(model: nn.Module, repository: str, options: Tree) -> None:
         push_to_hf_hub(model, repository, **options)
     except Exception as error:
         raise RunError(f"--push {repository}: {error_line(error)}; nothing is lost, start the command again") from error
-
-
-if __name__ == "__main__":
-    run_script(main)

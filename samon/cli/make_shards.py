@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Pack images into WebDataset shards with an `_info.json` that timm reads too; `--verify` checks a finished set.
 
     samon-shards --source DIR --output DIR                      # DIR/<split>/<class>/<image>
@@ -24,7 +23,6 @@ from typing import NamedTuple
 from PIL import Image
 
 from samon.cli.layouts import FORMATS, LabeledImages, find_splits
-from samon.cli.program import run_script
 from samon.data.classes import check_label
 from samon.data.corrupt import DataError, SampleError
 from samon.data.decode import decode_pil, open_image
@@ -236,7 +234,3 @@ def main(argv: list[str] | None = None) -> None:
     """Pack or verify."""
     args = parse_args(argv)
     verify(args) if args.verify else convert(args)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -20,7 +20,7 @@ import torch
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
-from samon.cli.program import parse_before_dashes, run_script
+from samon.cli.program import parse_before_dashes
 from samon.data.images import ImageEntry
 from samon.data.shards import is_hidden
 from samon.data.sources import FileSource
@@ -132,7 +132,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{corrupt} of {len(paths)} files cannot be read: their rows are empty", file=sys.stderr)
     if args.output:
         print(args.output)
-
-
-if __name__ == "__main__":
-    run_script(main)

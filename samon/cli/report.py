@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """One page of figures and tables from runs, sweeps and results of validate.py; it opens without a network.
 
     samon-report output/train/RUN output/sweep/cifar100_resnet results.json -o report.html
@@ -14,7 +13,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from samon.cli.program import run_script
 from samon.errors import require_matplotlib
 from samon.files import check_writable, write_text
 from samon.report.content import export
@@ -67,7 +65,3 @@ def main(argv: list[str] | None = None) -> None:
         command = f"{program()} {shlex.join(sys.argv[1:] if argv is None else argv)}"
         write_text(args.output, render(content, title, command))
     print("\n".join(str(path) for path in (args.output, args.export, args.tables, args.figures) if path))
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a recipe over optimizers x rho x seeds and tabulate the accuracies in the layout of the paper's Table 1.
 
     samon-sweep -c hparams/cifar/cifar100_resnet.yaml --opts sgd,sam,samon --seeds 3 -- --data-dir DIR
@@ -31,7 +30,7 @@ from typing import TypeVar
 
 import yaml
 
-from samon.cli.program import parse_before_dashes, run_script
+from samon.cli.program import parse_before_dashes
 from samon.cli.tables import write_tables
 from samon.errors import RunError, Stopped, UserError, require_package
 from samon.files import write_text
@@ -361,7 +360,3 @@ def main(argv: list[str] | None = None) -> None:
         raise RunError(
             f"{len(unfinished)} of {len(sweep.jobs)} runs did not finish, see {log}; start the sweep again to continue"
         )
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -119,8 +119,7 @@ class Score:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation; None for one run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return deviation(self.values)
 
     @property
     def merit(self) -> float:
@@ -129,11 +128,21 @@ class Score:
 
     @property
     def text(self) -> str:
-        return with_std(self.mean, self.std, metric_format(self.metric))
+        return mean_text(self.values, metric_format(self.metric))
+
+
+def deviation(values: list[float]) -> float | None:
+    """Sample standard deviation; None for one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def with_std(mean: float, std: float | None, form: str = ".2f") -> str:
     return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form}}"
+
+
+def mean_text(values: list[float], form: str = ".2f") -> str:
+    """`mean ± standard deviation`; the value alone if there is one."""
+    return with_std(statistics.fmean(values), deviation(values), form)
 
 
 def best_scores(scores: Iterable[Score]) -> list[Score]:

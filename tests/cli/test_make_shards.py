@@ -183,26 +183,33 @@ def _imagenet(root, labels):
         (root / f"ILSVRC2012_img_val/ILSVRC2012_val_{i + 1:08d}.JPEG").write_bytes(jpeg(100 + i))
 
 
-@pytest.mark.parametrize("kind", ["list", "csv", "devkit"])
+def write_devkit(directory, order):
+    scipy_io = pytest.importorskip("scipy.io", reason="the devkit's .mat file needs scipy")
+    (directory / "data").mkdir(parents=True)
+    ids = [2, 3, 1]  # the devkit numbers classes in an order of its own
+    columns = [("ILSVRC2012_ID", object), ("WNID", object)]
+    rows = np.array(list(zip(ids, SYNSETS, strict=True)), dtype=columns)
+    scipy_io.savemat(directory / "data/meta.mat", {"synsets": rows})
+    (directory / "data/ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(str(ids[k]) for k in order))
+
+
+@pytest.mark.parametrize("kind", ["list", "names", "csv", "marked csv", "devkit"])
 def test_imagenet(tmp_path, kind):
     order = [2, 0, 1, 1, 0]
     _imagenet(tmp_path / "in", order)
-    labels = tmp_path / {"list": "labels.txt", "csv": "LOC_val_solution.csv", "devkit": "devkit"}[kind]
-    if kind == "list":
-        labels.write_text("\n".join(SYNSETS[k] for k in order))
-    elif kind == "csv":
-        rows = [f"ILSVRC2012_val_{i + 1:08d},{SYNSETS[k]} 1 2 3 4" for i, k in enumerate(order)]
-        labels.write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+    labels, rows = tmp_path / "labels", list(enumerate((SYNSETS[k] for k in order), 1))
+    csv = [f"ILSVRC2012_val_{i:08d},{synset} 1 2 3 4 {SYNSETS[0]} 5 6 7 8" for i, synset in reversed(rows)]
+    if kind == "devkit":
+        write_devkit(labels, order)
+    elif kind == "list":
+        labels.write_text("\n".join(synset for _, synset in rows))
+    elif kind == "names":
+        labels.write_text("\r\n".join(f"ILSVRC2012_val_{i:08d}.JPEG {synset}" for i, synset in reversed(rows)))
     else:
-        scipy_io = pytest.importorskip("scipy.io", reason="the devkit's .mat file needs scipy")
-        (labels / "data").mkdir(parents=True)
-        ids = [2, 3, 1]  # the devkit numbers classes in an order of its own
-        rows = np.array(
-            [(i, name) for i, name in zip(ids, SYNSETS, strict=True)],
-            dtype=[("ILSVRC2012_ID", object), ("WNID", object)],
-        )
-        scipy_io.savemat(labels / "data/meta.mat", {"synsets": rows})
-        (labels / "data/ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(str(ids[k]) for k in order))
+        labels.write_text("\n".join(["\ufeff" * (kind == "marked csv") + "ImageId,PredictionString", *csv]))
+    if kind == "names":  # extracted by a tool that renames
+        for path in (tmp_path / "in/ILSVRC2012_img_val").iterdir():
+            path.rename(path.with_suffix(".png"))
     arguments = ("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet")
     assert "give their labels with --val-labels" in pack(*arguments)
     assert pack(*arguments, "--val-labels", labels) == ""
@@ -230,21 +237,6 @@ def test_labels_of_validation_images_are_synsets(tmp_path, kind):
     arguments = ("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet")
     assert re.search(said, pack(*arguments, "--val-labels", tmp_path / "labels.txt"))
     assert not (tmp_path / "out").exists()
-
-
-def test_labels_of_validation_images_go_by_name(tmp_path):
-    order = [2, 0, 1]
-    _imagenet(tmp_path / "in", order)
-    for path in (tmp_path / "in/ILSVRC2012_img_val").iterdir():  # extracted by a tool that renames
-        path.rename(path.with_suffix(".png"))
-    lines = [f"ILSVRC2012_val_{i + 1:08d}.JPEG {SYNSETS[k]}" for i, k in enumerate(order)]
-    rows = [f"ILSVRC2012_val_{i + 1:08d},{SYNSETS[k]} 1 2 3 4 {SYNSETS[0]} 5 6 7 8" for i, k in enumerate(order)]
-    texts = {"names.txt": lines[::-1], "marked.csv": ["\ufeffImageId,PredictionString", *rows[::-1]]}
-    for name, text in texts.items():
-        (tmp_path / name).write_text("\r\n".join(text))
-        arguments = ("--source", tmp_path / "in", "--output", tmp_path / name[:5], "--format", "imagenet")
-        assert pack(*arguments, "--val-labels", tmp_path / name) == ""
-        assert dict(samples(tmp_path / name[:5], "validation")) == {jpeg(100 + i): k for i, k in enumerate(order)}
 
 
 def test_cifar_is_found_by_the_directory_it_lies_in(tmp_path, monkeypatch):

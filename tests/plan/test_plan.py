@@ -34,9 +34,15 @@ def settings(opt: str, **values: Any) -> Config:
     return planning.train_config(args, opt).but(**values)
 
 
+def numbers(cost: StepCost) -> list[int]:
+    """[FLOPs, memory, bytes by collective]."""
+    names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
+    return [cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)]
+
+
 def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
-    """[FLOPs, memory, bytes by collective] of each method's second update."""
-    found = []
+    """The numbers of each method's second update."""
+    costs = []
     dist_info, size = DistInfo(torch.device("cpu"), rank, 2), about["img_size"]
     for opt in METHODS:
         config = settings(opt, flags=["--fsdp"] if fsdp else [], **about)
@@ -56,19 +62,14 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
             with FlopCounterMode(display=False) as flops, CostTracker() as tracker:
                 update(optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
             cost = StepCost(int(flops.get_total_flops()), {REST: 0}, {}, dict(tracker.buffers), dict(tracker.wire))
-        names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
-        found.append([cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)])
-    return found
+        costs.append(numbers(cost))
+    return costs
 
 
 def planned(fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
-    found = []
+    flags = ["--fsdp"] if fsdp else []
     with fake_processes(2) as dist_info:
-        for opt in METHODS:
-            cost = FakeTraining(settings(opt, flags=["--fsdp"] if fsdp else [], **about), dist_info).cost(BATCH)
-            names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
-            found.append([cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)])
-    return found
+        return [numbers(FakeTraining(settings(o, flags=flags, **about), dist_info).cost(BATCH)) for o in METHODS]
 
 
 @pytest.mark.slow
