@@ -17,7 +17,7 @@ class Tail:
             samon.two_pass(optimizer, forward) if update in tail else plain_backward(forward)
 
     Another optimizer may take over there: `if update == tail.start: optimizer.replace_base("muon", lr_ratio=0.2)`.
-    Late two-pass steps reach what they reach over the whole training (Zhou et al. 2025, arXiv 2410.10373).
+    SAM late in training reaches about the accuracy of SAM throughout (Zhou et al. 2025, arXiv 2410.10373).
 
     Raises:
         UserError: `fraction` is not in (0, 1], or it is less than one update.
