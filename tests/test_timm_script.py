@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -24,6 +23,7 @@ from tests.processes import launch
 from tests.runs import ROOT
 
 SCRIPT = ROOT / "tests/scripts/timm_style.py"
+Weights = dict[str, dict[str, torch.Tensor]]  # of the model and of its average
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     timm_script._scalers.clear()
 
 
-def script(path: Path, *args: str) -> dict[str, Any]:
+def script(path: Path, *args: str) -> Weights:
     """Run the script in this process; return what it saved."""
     argv, sys.argv = sys.argv, [str(SCRIPT), "--save", str(path), *args]
     try:
@@ -48,7 +48,7 @@ def script(path: Path, *args: str) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same(a: Weights, b: Weights) -> bool:
     return all(torch.equal(a[part][name], b[part][name]) for part in a for name in a[part])
 
 
@@ -88,7 +88,7 @@ def own_loop(opt: str, rho: float, args: list[str]) -> dict[str, torch.Tensor]:
             images = torch.randn(8, 1, 32, 32, generator=generator)
             target = torch.randint(0, 10, (8,), generator=generator)
 
-            def forward(images: Any = images, target: Any = target) -> torch.Tensor:
+            def forward(images: torch.Tensor = images, target: torch.Tensor = target) -> torch.Tensor:
                 with amp:
                     return criterion(model(images), target)
 

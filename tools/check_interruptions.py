@@ -195,16 +195,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for world in chosen.processes:
             prepare(world)
-            whole = Path(folder) / f"whole-{world}"
-            codes = launch([*ARGS, "--output", folder, "--experiment", whole.name], world, whole.with_suffix(".log"))
+            reference = Path(folder) / f"reference-{world}"
+            log = reference.with_suffix(".log")
+            codes = launch([*ARGS, "--output", folder, "--experiment", reference.name], world, log)
             if any(codes):
-                print(whole.with_suffix(".log").read_text())
+                print(log.read_text())
                 raise SystemExit(f"the uninterrupted run ended with {codes}")
             for kind in chosen.kinds:
                 for number in chosen.moments:
                     directory = Path(folder) / f"{kind}-{number}-{world}"
                     problem = interrupted(directory, world, MOMENTS[number], kind)
-                    problem = problem or ("" if same(whole, directory) else "the final weights differ")
+                    problem = problem or ("" if same(reference, directory) else "the final weights differ")
                     total, failures = total + 1, failures + bool(problem)
                     print(f"{world} process(es), {kind:8}, {MOMENTS[number]}: {problem or 'identical'}", flush=True)
                     if problem:

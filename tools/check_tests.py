@@ -104,29 +104,29 @@ def main(argv: list[str] | None = None) -> None:
     add("--again", action="store_true", help="ignore the cache")
     args = parser.parse_args(argv)
     listed = changes(args.list, args.only)
-    known = json.loads(args.results.read_text()) if args.results.exists() and not args.again else {}
-    left = [change for change in listed if change.key not in known]
+    results = json.loads(args.results.read_text()) if args.results.exists() and not args.again else {}
+    missing = [change for change in listed if change.key not in results]
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, progress_bar("wrong changes", len(left), "change") as shown:
+    with tempfile.TemporaryDirectory() as folder, progress_bar("wrong changes", len(missing), "change") as bar:
         places = [Path(folder) / str(job) for job in range(args.jobs)]
         for place in places:
             shutil.copytree(ROOT, place, ignore=LEFT_OUT, symlinks=True)
-        if left:
-            status, why = pytest(places[0], tuple(sorted({name for change in left for name in change.tests})))
+        if missing:
+            status, why = pytest(places[0], tuple(sorted({name for change in missing for name in change.tests})))
             if status:
                 raise RunError(f"the tests fail without any change: {why}")
 
         def test(change: Change) -> None:
             place = places.pop()
-            known[change.key] = run_change(change, place)
+            results[change.key] = run_change(change, place)
             places.append(place)
-            print(f"{known[change.key]:10} {change}", flush=True)
-            write_text(args.results, json.dumps(known, indent=1))
-            shown.update()
+            print(f"{results[change.key]:10} {change}", flush=True)
+            write_text(args.results, json.dumps(results, indent=1))
+            bar.update()
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(test, left))
-    survivors = [change for change in listed if known[change.key] != NOTICED]
+            list(pool.map(test, missing))
+    survivors = [change for change in listed if results[change.key] != NOTICED]
     print(f"{len(listed)} wrong changes, {len(listed) - len(survivors)} noticed")
     if survivors:
         raise RunError(f"{len(survivors)} not noticed: {'; '.join(map(str, survivors))}")

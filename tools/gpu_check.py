@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The stages of tools/gpu_check.sh: each one command with a time limit, a log, and a result that is kept.
+"""The stages of tools/gpu_check.sh: each one command with a time limit, a log and a stored result.
 
 Args: see tools/gpu_check.sh.
 """
@@ -100,7 +100,7 @@ def run(stage: Stage, directory: Path) -> Result:
     """Run a stage, or return the result of an earlier run."""
     path = directory / f"{stage.name}.result.json"
     if path.exists():
-        return Result(*json.loads(path.read_text()))
+        return Result(**json.loads(path.read_text()))
     print(f"{stage.name}: at most {stage.seconds:.0f} s", flush=True)
     began = time.monotonic()
     with open(directory / f"{stage.name}.log", "w") as log:
@@ -110,7 +110,7 @@ def run(stage: Stage, directory: Path) -> Result:
             code = 124
     result = Result(stage.name, code, round(time.monotonic() - began, 1))
     if code in (0, 5):  # pytest: no test was selected
-        path.write_text(json.dumps(result))
+        path.write_text(json.dumps(result._asdict()))
     return result
 
 

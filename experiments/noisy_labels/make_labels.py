@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A copy of an `npz/NAME` data set in which a part of the training labels is wrong; the test labels stay right.
+"""Copy an `npz/NAME` data set and make a fraction of its training labels wrong; the test labels stay correct.
 
     python experiments/noisy_labels/make_labels.py DIR/cifar10.npz DIR/cifar10_noise20.npz --fraction 0.2
 
-`round(fraction * N)` training images, drawn at random, get the label of another class, each of the others as likely
-(symmetric noise). The same seed gives the same labels wherever it is made.
+`round(fraction * N)` training images, sampled at random, get the label of another class, each class with the same
+probability (symmetric noise). The labels depend only on the seed.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def method(name: str, args: argparse.Namespace, epochs: int) -> dict[str, object
             continue
         path = directory / "test.json"
         if not path.exists():
-            write_text(path, json.dumps(evaluate(directory / "best.pt", "test", 5, None), indent=1))
+            write_text(path, json.dumps(evaluate(directory / "best.pt", "test", 5), indent=1))
         result = json.loads(path.read_text())
         test_bleu.append(result["bleu"])
         row |= {"bleu_of_copying": result["bleu_of_copying"], "pairs": result["pairs"]}

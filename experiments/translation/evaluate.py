@@ -1,7 +1,6 @@
 """BLEU of a checkpoint: `python -m experiments.translation.evaluate output/translation/run`."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -55,10 +54,9 @@ def read_checkpoint(path: Path) -> tuple[Settings, bytes, Tree]:
         raise UserError(f"{path} is damaged or no checkpoint of this example ({reason})") from None
 
 
-def evaluate(checkpoint: Path, split: str, beam: int, text: str | None) -> dict[str, object]:
+def evaluate(checkpoint: Path, split: str, beam: int) -> dict[str, object]:
     """BLEU of a checkpoint's translations and of the untranslated source, on a split of its corpus."""
     settings, bpe, content = read_checkpoint(checkpoint)
-    settings = settings if text is None else dataclasses.replace(settings, text=text)
     processor = spm.SentencePieceProcessor(model_proto=bpe)
     model = Translator(settings, processor.get_piece_size())
     model.load_state_dict(content["model"])
@@ -86,11 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", help="directory of a run (its best.pt is used), or a checkpoint file")
     parser.add_argument("--split", choices=("test", "valid"), default="test")
     parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--text", metavar="DIR", help="directory of train.de, ..., if it has moved since the training")
     options = parser.parse_args(arguments)
     path = Path(options.run)
     path = path / "best.pt" if path.is_dir() else path
-    print(json.dumps(evaluate(path, options.split, options.beam, options.text), ensure_ascii=False, indent=1))
+    print(json.dumps(evaluate(path, options.split, options.beam), ensure_ascii=False, indent=1))
 
 
 if __name__ == "__main__":

@@ -148,13 +148,13 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
         ["", *(row["method"] for row in rows)],
         ["FLOPs", *(f"{format_quantity(r['flops'], 'FLOP')} ({r['flops'] / base['flops']:.2f})" for r in rows)],
         ["peak memory", *(format_quantity(row["peak"], "B", 1024) for row in rows)],
-        *([f"- {kind}", *(format_quantity(r["memory"].get(kind, 0), "B", 1024) for r in rows)] for kind in KINDS),
+        *([f"- {kind}", *(format_quantity(r["memory"][kind], "B", 1024) for r in rows)] for kind in KINDS),
     ]
     if args.sam_tail is not None:
         shares = (1 + args.sam_tail * (row["flops"] / base["flops"] - 1) for row in rows)
         lines.insert(2, [f"FLOPs of a training, tail {args.sam_tail:g}", *(f"{share:.2f}" for share in shares)])
     collectives = sorted({name for row in rows for name in row["wire"]})
-    lines += [[f"{n}, sent", *(format_quantity(row["wire"].get(n, 0), "B") for row in rows)] for n in collectives]
+    lines += [[f"{n}, sent", *(format_quantity(row["wire"][n], "B") for row in rows)] for n in collectives]
     lines.append(["sent", *(format_quantity(sum(row["wire"].values()), "B") for row in rows)])
     if "milliseconds" in base:
         times = ("{:.1f} to {:.1f}".format(*row["milliseconds"]) for row in rows)

@@ -33,14 +33,13 @@ log = logging.getLogger("samon")
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of one update of one process: FLOPs, peak bytes by kind, and by collective the number of messages, the bytes
-    of their buffers, and the bytes that the process sends in a ring."""
+    """Cost of one update of one process: FLOPs, peak bytes by kind, and by collective the bytes of message buffers and
+    the bytes that the process sends in a ring."""
 
     flops: int
-    memory: dict[str, int]
-    messages: dict[str, int]
-    buffers: dict[str, int]
-    wire: dict[str, int]
+    memory: Counter[str]
+    buffers: Counter[str]
+    wire: Counter[str]
 
     @property
     def peak(self) -> int:
@@ -122,5 +121,4 @@ def measure(model: nn.Module, optimizer: Optimizer, config: Config, x: Tensor, y
         memory += Counter({GRADIENTS: gradients})
         tracker.buffers += Counter({"all-reduce": gradients, "broadcast": buffers})
         tracker.wire += Counter({"all-reduce": 2 * gradients * (ranks - 1) // ranks, "broadcast": buffers})
-    counts = (dict(memory), dict(tracker.messages), dict(tracker.buffers), dict(tracker.wire))
-    return StepCost(int(flops.get_total_flops()), *counts)
+    return StepCost(int(flops.get_total_flops()), memory, tracker.buffers, tracker.wire)

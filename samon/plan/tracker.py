@@ -27,17 +27,17 @@ COLLECTIVES = {
 
 
 class CostTracker(TorchDispatchMode):
-    """Counts live storages by kind, and messages by collective.
+    """Counts the bytes of live storages by kind, and those of messages by collective.
 
     Attributes:
         now, peak: bytes by kind; `peak` when their sum was largest.
-        messages, buffers, wire: number of messages, bytes of their buffers, bytes that a process sends in a ring.
+        buffers, wire: bytes of the messages' buffers, bytes that a process sends in a ring.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak = Counter[str](), Counter[str]()
-        self.messages, self.buffers, self.wire = Counter[str](), Counter[str](), Counter[str]()
+        self.buffers, self.wire = Counter[str](), Counter[str]()
         self._live: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         self._contexts = ExitStack()
 
@@ -86,7 +86,6 @@ class CostTracker(TorchDispatchMode):
         size = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2])
         scripts = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
         ranks = ProcessGroup.unbox(scripts[0]).size() if scripts else 1
-        self.messages[name] += 1
         self.buffers[name] += size
         self.wire[name] += passes * size * (ranks - 1) // ranks
 

@@ -62,7 +62,7 @@ def read_directory(path: Path) -> Content:
 
 
 def read_file(path: Path) -> Content:
-    """A JSON file, by its content; empty if it is none that is known."""
+    """The content of a JSON file, whose kind its keys tell; empty for other kinds."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,7 +45,7 @@ def ended(error: BaseException, capfd: pytest.CaptureFixture[str]) -> tuple[int,
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "error: Broken pipe\n"),  # standard output is open
     ],
 )
-def test_one_line_and_a_status(error: BaseException, status: int, line: str, capfd: Any) -> None:
+def test_one_line_and_a_status(error: BaseException, status: int, line: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert ended(error, capfd) == (status, line)
 
 

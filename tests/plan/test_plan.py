@@ -4,8 +4,8 @@ Memory is allowed 10 % beside: gloo's thread lets go of a message's buffer a mom
 """
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from samon import UserError
 from samon.plan import main as planning
 from samon.plan.step import FakeTraining, StepCost, fake_processes, loss, measure, update
-from samon.plan.tracker import REST, CostTracker
+from samon.plan.tracker import CostTracker
 from samon.trainer import fsdp as sharding
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
+from samon.trainer.flags import Settings
 from samon.trainer.model import create_model
 from tests.processes import run_ranks
 
@@ -29,7 +30,7 @@ BATCH = 16
 METHODS = ("adamw", "samon-adamw", "sam-adamw")
 
 
-def settings(opt: str, **values: Any) -> Config:
+def settings(opt: str, **values: object) -> Config:
     args = planning.parse_arguments(["--model", values.pop("model"), "--num-classes", "10", *values.pop("flags", [])])
     return planning.train_config(args, opt).but(**values)
 
@@ -37,10 +38,10 @@ def settings(opt: str, **values: Any) -> Config:
 def numbers(cost: StepCost) -> list[int]:
     """[FLOPs, memory, bytes by collective]."""
     names = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
-    return [cost.flops, cost.peak, *(cost.buffers.get(name, 0) for name in names)]
+    return [cost.flops, cost.peak, *(cost.buffers[name] for name in names)]
 
 
-def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
+def real(rank: int, fsdp: bool, about: Settings) -> list[list[int]]:
     """The numbers of each method's second update."""
     costs = []
     dist_info, size = DistInfo(torch.device("cpu"), rank, 2), about["img_size"]
@@ -61,12 +62,12 @@ def real(rank: int, fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
         else:
             with FlopCounterMode(display=False) as flops, CostTracker() as tracker:
                 update(optimizer, config, lambda: loss(net, x, y, config), **sync)  # noqa: B023
-            cost = StepCost(int(flops.get_total_flops()), {REST: 0}, {}, dict(tracker.buffers), dict(tracker.wire))
+            cost = StepCost(int(flops.get_total_flops()), Counter(), tracker.buffers, tracker.wire)
         costs.append(numbers(cost))
     return costs
 
 
-def planned(fsdp: bool, about: dict[str, Any]) -> list[list[int]]:
+def planned(fsdp: bool, about: Settings) -> list[list[int]]:
     flags = ["--fsdp"] if fsdp else []
     with fake_processes(2) as dist_info:
         return [numbers(FakeTraining(settings(o, flags=flags, **about), dist_info).cost(BATCH)) for o in METHODS]
@@ -129,7 +130,7 @@ def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: p
     words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--batch-size", "2", "--opt"]
     words += ["SAMON-AdamW"]
     plain, _, on = planning.main(words)
-    assert (plain["opt"], plain["wire"], plain["messages"]) == ("adamw", {}, {})
+    assert (plain["opt"], plain["wire"]) == ("adamw", {})
     assert on["flops"] > plain["flops"]
     printed = capsys.readouterr()
     assert "counting a step of --opt samon-adamw on 2 images" in printed.err.lower()  # large models take minutes

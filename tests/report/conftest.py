@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from samon.evals.results import Result
 from samon.report.content import Content, Score
 from samon.report.figures import Figure, figures
 from samon.report.read import read_sources
@@ -15,10 +16,10 @@ ENDING = "</script><script>document.title='owned'</script><b>.pth.tar"
 HOSTILE = "<img src=x onerror=document.title='owned'><b>$data & 'q'"
 
 
-def evaluation_rows(checkpoint: str, **more: str) -> list[dict[str, Any]]:
+def evaluation_rows(checkpoint: str, **more: str) -> list[Result]:
     """As validate.py writes them."""
     common = {"model": "net", "checkpoint": checkpoint, "dataset": "wds/x", "split": "validation", "num_samples": 10}
-    rows: list[dict[str, Any]] = [{"eval": "accuracy", "metric": "top1", "value": 80.0}]
+    rows: list[Result] = [{"eval": "accuracy", "metric": "top1", "value": 80.0}]
     for norm, eps, value in (("l2", 0.25, 60.0), ("l2", 0.5, 40.0), ("linf", 0.001, 70.0)):
         attack = {"eval": "apgd", "metric": "robust_top1", "value": value, "norm": norm, "eps": eps}
         rows.append(attack | {"setting": f"{norm} {eps}"})
