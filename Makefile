@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NPROC ?= 2
 EXTRAS := dev,compare,report,decode,export,translation,docs
 comma := ,
-CORE_TESTS := $(addprefix tests/,$(addsuffix .py,test_contexts test_geometry test_radius test_registry test_sam test_scope test_two_pass engines/test_closure engines/test_groups))
+CORE_TESTS := $(addprefix tests/,$(addsuffix .py,test_contexts test_geometry test_registry test_sam test_scope test_two_pass engines/test_closure engines/test_groups))
 
 .PHONY: train check test test-slow test-all test-versions lint lock docs bench report results clean
 

@@ -5,6 +5,7 @@ Written from the paper's formulas alone: no foreach kernels, no freezing, no sha
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,74 +61,52 @@ def perturbation(
     return {n: rho * t[n] ** 2 * grads[n] / norm if norm > 0 else torch.zeros_like(t[n]) for n in weights}
 
 
-def sam_gradient(
-    model: nn.Module,
-    losses: Sequence[Callable[[], Tensor]],
-    names: Sequence[str],
-    geometry: str,
-    rho: float,
-    radius: str | float = "ball",
-) -> tuple[float, dict[str, Tensor]]:
-    """(mean loss at w, gradient at w + eps of every parameter), one perturbation for all `losses` (their mean)."""
-    parameters = dict(model.named_parameters())
-    chosen = {n: parameters[n] for n in names}
-
-    def gradient() -> tuple[float, dict[str, Tensor]]:
-        total, sums = 0.0, {n: torch.zeros_like(p) for n, p in parameters.items()}
-        for loss in losses:
-            model.zero_grad()
-            value = loss()
-            value.backward()
-            total += value.item() / len(losses)
-            for n, p in parameters.items():
-                if p.grad is not None:
-                    sums[n] += p.grad / len(losses)
-        model.zero_grad()
-        return total, sums
-
-    clean, ascent = gradient()
-    eps = perturbation(geometry, {n: p.detach().clone() for n, p in chosen.items()}, ascent, rho, radius)
-    saved = {n: p.detach().clone() for n, p in chosen.items()}
-    with torch.no_grad():
-        for n, p in chosen.items():
-            p.copy_(saved[n] + eps[n])
-    _, final = gradient()
-    with torch.no_grad():
-        for n, p in chosen.items():
-            p.copy_(saved[n])
-    return clean, final
-
-
-def m_sharpness_gradient(
-    model: nn.Module,
-    losses: Sequence[Callable[[], Tensor]],
-    names: Sequence[str],
-    geometry: str,
-    rho: float,
-    radius: str | float = "ball",
-) -> tuple[float, dict[str, Tensor]]:
-    """The mean over `losses` of each one's own sharpness-aware gradient: the loop over sub-batches."""
-    each = [sam_gradient(model, [loss], names, geometry, rho, radius) for loss in losses]
-    mean = {n: sum(g[n] for _, g in each) / len(each) for n in each[0][1]}
-    return sum(clean for clean, _ in each) / len(each), mean
-
-
+Loss = Callable[[], Tensor]
 Gradients = dict[str, Tensor]
 
 
-def gradient_at(model: nn.Module, loss: Callable[[], Tensor], eps: Gradients | None = None) -> Gradients:
-    """The gradient at w + eps; the weights are w again at the end."""
+def gradient_at(model: nn.Module, losses: Sequence[Loss], eps: Gradients | None = None) -> tuple[float, Gradients]:
+    """(mean loss, its gradient) at w + eps; the weights are w again at the end."""
     parameters = dict(model.named_parameters())
     saved = {n: p.detach().clone() for n, p in parameters.items()}
-    model.zero_grad()
+    total, sums = 0.0, {n: torch.zeros_like(p) for n, p in parameters.items()}
     with torch.no_grad():
         for n, e in (eps or {}).items():
             parameters[n] += e
-    loss().backward()
+    for loss in losses:
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        total += value.item() / len(losses)
+        for n, p in parameters.items():
+            if p.grad is not None:
+                sums[n] += p.grad / len(losses)
+    model.zero_grad()
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(saved[n])
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+    return total, sums
+
+
+def sam_gradient(
+    model: nn.Module,
+    losses: Sequence[Loss],
+    names: Sequence[str],
+    geometry: str,
+    rho: float,
+    radius: str | float = "ball",
+) -> tuple[float, Gradients]:
+    """(mean loss at w, gradient at w + eps of every parameter), one perturbation for all `losses` (their mean)."""
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
+    clean, ascent = gradient_at(model, losses)
+    return clean, gradient_at(model, losses, perturbation(geometry, weights, ascent, rho, radius))[1]
+
+
+def m_sharpness_gradient(model: nn.Module, losses: Sequence[Loss], *args: Any) -> tuple[float, Gradients]:
+    """The mean over `losses` of each one's own `sam_gradient`: the loop over sub-batches."""
+    each = [sam_gradient(model, [loss], *args) for loss in losses]
+    mean = {n: sum(g[n] for _, g in each) / len(each) for n in each[0][1]}
+    return sum(clean for clean, _ in each) / len(each), mean
 
 
 class AscentLoop:
@@ -180,7 +159,7 @@ class AscentLoop:
 
 def ascent_training(
     model: nn.Module,
-    updates: Sequence[Sequence[Callable[[], Tensor]]],
+    updates: Sequence[Sequence[Loss]],
     names: Sequence[str],
     geometry: str,
     rho: float,
@@ -201,10 +180,10 @@ def ascent_training(
         for loss in losses:
             eps = None if way == "plain" else loop.stored
             if way == "sam":
-                g = gradient_at(model, loss)
+                _, g = gradient_at(model, [loss])
                 clean = {n: clean[n] + g[n] / len(losses) for n in clean}
                 eps = loop.direction(g)
-            h = gradient_at(model, loss, None if eps is None else perturbation(geometry, weights, eps, rho))
+            _, h = gradient_at(model, [loss], None if eps is None else perturbation(geometry, weights, eps, rho))
             final = {n: final[n] + h[n] / len(losses) for n in final}
         if gsam_alpha:
             share = loop.dot(clean, final) / loop.dot(final, final)
@@ -216,5 +195,4 @@ def ascent_training(
                 p -= lr * buffers[n]
         if source == "msam":
             loop.stored = {n: -buffers[n] for n in names}
-    model.zero_grad()
     return ways

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
+import samon
 from tests.nets import LayerNormNet, randomized
 
 RHO = 0.3
@@ -37,16 +39,40 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor, parts: int) -> list[Forwar
     return [loss_of(model, a, b) for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True)]
 
 
-def closure_of(opt: Any, forward: Forward) -> Forward:
+def closure_of(opt: Any, forward: Forward, backward: Callable[[Tensor], object] = Tensor.backward) -> Forward:
     """The standard closure: clear the gradients, forward, backward, return the loss."""
 
     def closure() -> Tensor:
         opt.zero_grad()
         loss = forward()
-        loss.backward()
+        backward(loss)
         return loss
 
     return closure
+
+
+def update(
+    opt: Any, *forwards: Forward | list[Forward], scaler: torch.amp.GradScaler | None = None, **options: Any
+) -> Tensor:
+    """One update by `two_pass` from these micro-batches (a list shares one perturbation); returns their mean loss."""
+    opt.zero_grad()
+    scale = 1 / len(forwards)
+    losses = [samon.two_pass(opt, forward, loss_scale=scale, scaler=scaler, **options) for forward in forwards]
+    if scaler is None:
+        opt.step()
+    else:
+        scaler.step(opt)
+        scaler.update()
+    return torch.stack(losses).mean()
+
+
+def error_of(act: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """The message of the UserError that the call raises; empty if it raises none."""
+    try:
+        act(*args, **kwargs)
+    except samon.UserError as error:
+        return str(error)
+    return ""
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -71,10 +97,25 @@ def assert_gradients(model: nn.Module, expected: Mapping[str, Tensor], tolerance
         assert (g - expected[name]).norm() <= tolerance * size, name
 
 
+def assert_same_step(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> None:
+    """Equal gradients (`assert_gradients`), missing ones included, and buffers (1e-12)."""
+    assert gradients(model).keys() == gradients(twin).keys()
+    assert_gradients(model, gradients(twin), tolerance)
+    for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=1e-12, atol=1e-13, msg=name)
+
+
 def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> None:
     """Equal parameters and buffers: bit for bit, or within a relative tolerance."""
     for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance / 10, msg=name)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors and other values are equal, tensors bit for bit."""
+    (ours, how), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    pairs = zip(ours, theirs, strict=True)
+    return how == other and all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 def assert_unchanged(model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Eq. 5 and Table 9 against entry-by-entry formulas, and the ball's invariants.
+"""Eq. 5, Table 9 and what rho measures against entry-by-entry formulas, and the ball's invariants.
 
 Tolerance 1e-12: float64, sums of some hundred terms.
 """
@@ -16,11 +16,14 @@ from torch import Tensor
 from samon.geometry import GEOMETRIES, Geometry, ascent_step, global_norm, project
 from samon.registry import Variant
 from tests import reference
+from tests.nets import LayerNormNet
+from tests.runs import ROOT
+from tests.steps import optimizer_of
 
 NAMES = ("conv.weight", "bn.weight", "bn.bias")
 IS_WEIGHT = [n.endswith("weight") for n in NAMES]
 RHO = 0.7
-ROOT = Path(__file__).parents[1]
+RULES = ("ball", "raw", 0.25, "loss")
 
 
 @pytest.fixture
@@ -30,19 +33,31 @@ def vectors() -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(s, dtype=torch.float64) for s in shapes], [torch.randn(s, dtype=torch.float64) for s in shapes]
 
 
+def rise(eps: list[Tensor], grads: list[Tensor]) -> float:
+    """Of the linearized loss."""
+    return sum(float((e * g).sum()) for e, g in zip(eps, grads, strict=True))
+
+
+@pytest.mark.parametrize("radius", RULES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_against_reference(geometry: str, vectors) -> None:
+def test_every_geometry_and_radius_equals_the_reference(geometry: str, radius: str | float, vectors) -> None:
+    """Alone, and in groups, which are independent vectors."""
     weights, grads = vectors
-    eps, _ = ascent_step(geometry, weights, grads, RHO, GEOMETRIES[geometry].eta, IS_WEIGHT)
-    named = [dict(zip(NAMES, tensors, strict=True)) for tensors in (weights, grads)]
-    expected = reference.perturbation(geometry, *named, RHO)
-    for name, e in zip(NAMES, eps, strict=True):
-        torch.testing.assert_close(e, expected[name], rtol=1e-12, atol=0)
+    rows = [grads, [3 * g.flip(0) for g in grads], [g.square() for g in grads]]
+    stacked, eta = [torch.stack(tensors) for tensors in zip(*rows, strict=True)], GEOMETRIES[geometry].eta
+    grouped, norms = ascent_step(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True, radius=radius)
+    for i, row in enumerate(rows):
+        eps, norm = ascent_step(geometry, weights, row, RHO, eta, IS_WEIGHT, radius=radius)
+        named = [dict(zip(NAMES, tensors, strict=True)) for tensors in (weights, row)]
+        expected = [*reference.perturbation(geometry, *named, RHO, radius).values()]
+        torch.testing.assert_close(eps, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close([e[i] for e in grouped], expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(norms[i], norm, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
-    """||T^-1 eps||_p = rho."""
+    """||T^-1 eps||_p = rho, at the best point; with radius="loss" the linearized loss rises by rho."""
     weights, grads = vectors
     row = GEOMETRIES[geometry]
     eps, _ = ascent_step(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
@@ -50,35 +65,32 @@ def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
     t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
     radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
     assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
-    # ... and is the best point of it: no random other point raises the linearised loss more.
-    gain = sum(float((e * g).sum()) for e, g in zip(eps, grads, strict=True))
     for _ in range(50):
         other = [torch.randn_like(w) for w in weights]
         factor = RHO / global_norm(other, row.p)
-        assert gain >= sum(float((factor * a * o * g).sum()) for a, o, g in zip(t, other, grads, strict=True))
+        assert rise(eps, grads) >= rise([factor * a * o for a, o in zip(t, other, strict=True)], grads)
+    loss_eps, _ = ascent_step(geometry, weights, grads, RHO, row.eta, IS_WEIGHT, radius="loss")
+    assert math.isclose(rise(loss_eps, grads), RHO, rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("radius", RULES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_groups_are_independent_vectors(geometry: str, vectors) -> None:
+def test_zero_gradients_and_zero_radius_do_not_move(geometry: str, radius: str | float, vectors) -> None:
     weights, grads = vectors
-    stacked = [torch.stack([g, 3 * g.flip(0), g.square()]) for g in grads]
-    eta = GEOMETRIES[geometry].eta
-    eps, norm = ascent_step(geometry, weights, stacked, RHO, eta, IS_WEIGHT, grouped=True)
-    assert norm.shape == (3,)
-    for i in range(3):
-        single, one = ascent_step(geometry, weights, [g[i] for g in stacked], RHO, eta, IS_WEIGHT)
-        torch.testing.assert_close(norm[i], one, rtol=1e-12, atol=0)
-        for e, s in zip(eps, single, strict=True):
-            torch.testing.assert_close(e[i], s, rtol=1e-12, atol=0)
+    for g, rho in (([torch.zeros_like(g) for g in grads], RHO), (grads, 0.0)):
+        eps, _ = ascent_step(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT, radius=radius)
+        assert not any(e.any() for e in eps)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_zero_gradients_and_zero_radius_do_not_move(geometry: str, vectors) -> None:
-    weights, grads = vectors
-    zeros = [torch.zeros_like(g) for g in grads]
-    for g, rho in ((zeros, RHO), (grads, 0.0)):
-        eps, _ = ascent_step(geometry, weights, g, rho, GEOMETRIES[geometry].eta, IS_WEIGHT)
-        assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+@pytest.mark.parametrize("radius", RULES)
+@pytest.mark.parametrize("geometry", ["", "elemlinf"])
+def test_a_tiny_gradient_moves_nothing_where_its_inverse_overflows(geometry: str, radius: str | float) -> None:
+    """1e-42 in float32: the update is skipped as one with a non-finite gradient is."""
+    opt = optimizer_of(LayerNormNet(), f"samon-{geometry}".strip("-"), radius=radius)
+    named = opt.perturbed_parameters()
+    eps, _, finite = opt.perturbation(named, [torch.full_like(p, 1e-42) for p in named.values()])
+    assert all(e.isfinite().all() for e in eps)
+    assert finite != (radius == "loss" and geometry == "elemlinf")  # the 2-norm underflows to zero before
 
 
 @pytest.mark.parametrize("size", [1e-18, 1e18])  # their squares are still float32 numbers

@@ -10,8 +10,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import samon
-from tests.nets import NETS, LayerNormNet, batch, randomized
-from tests.steps import assert_same, assert_unchanged, closure_of, loss_of, make, optimizer_of, values
+from samon import UserError
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.steps import assert_same, assert_unchanged, closure_of, loss_of, make, optimizer_of, update, values
 
 FORGOTTEN = "call samon.two_pass"  # the warning of a step whose gradient was taken at w
 
@@ -30,11 +31,10 @@ def train_step(model: nn.Module, opt: Any, step: int, closure: bool = False) -> 
     forward = loss_of(model, *batch(seed=step))
     if closure:
         return opt.step(closure_of(opt, forward))
+    if samon.sam_of(opt) is not None:
+        return update(opt, forward)
     opt.zero_grad()
-    if samon.sam_of(opt) is None:
-        forward().backward()
-    else:
-        samon.two_pass(opt, forward)
+    forward().backward()
     return opt.step()
 
 
@@ -62,13 +62,6 @@ def test_only_norm_parameters_of_a_model_without_mask_can_be_grouped() -> None:
     assert not bare.can_group
 
 
-def test_closure_returns_the_clean_loss() -> None:
-    model, opt = trained("samon", 0)
-    x, y = batch(seed=0)
-    clean = loss_of(model, x, y)().item()
-    assert train_step(model, opt, 0, closure=True).item() == pytest.approx(clean, rel=1e-12)
-
-
 def test_groups_and_state_are_shared_with_the_base() -> None:
     _, opt = trained("samon-adamw")
     assert opt.param_groups is opt.base.param_groups
@@ -80,12 +73,20 @@ def test_groups_and_state_are_shared_with_the_base() -> None:
     assert opt.base.param_groups[0]["lr"] == pytest.approx(0.005)
 
 
-@pytest.mark.parametrize("name", ["samon-adamw", "sam-lion", "ssam-d", "lookahead_samon", "sam-random-adamw"])
-def test_state_dict_continues_bit_exactly(name: str) -> None:
-    model, opt = trained(name, 4)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("ssam-d", {"mask_every": 2}),
+        ("sam-random-adamw", {}),
+        ("lookahead_samon", {}),
+        ("samon-momentum", {"esam_beta": 0.5}),
+    ],
+)
+def test_state_dict_continues_bit_exactly(name: str, how: dict[str, Any]) -> None:
+    model, opt = trained(name, 4, **how)
     resumed = randomized(LayerNormNet())
     resumed.load_state_dict(copy.deepcopy(model.state_dict()))
-    again = create_optimizer_v2(resumed, name, lr=0.05, weight_decay=1e-3)
+    again = create_optimizer_v2(resumed, name, lr=0.05, weight_decay=1e-3, **how)
     again.load_state_dict(copy.deepcopy(opt.state_dict()))
     for step in range(4, 8):
         train_step(model, opt, step)
@@ -109,7 +110,8 @@ def test_loads_the_base_optimizers_state() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_continue_bit_exactly(copied) -> None:
-    model, opt = trained("samon-layerl2-adamw")
+    model, opt = trained("samon-layerl2-adamw", radius="raw")
+    assert "radius=raw" in repr(opt)
     torch.optim.lr_scheduler.StepLR(opt, 1)  # it replaces opt.step by a bound wrapper that cannot be copied
     twin, twin_opt = copied((model, opt))
     for step in range(3, 6):
@@ -121,12 +123,13 @@ def test_copies_continue_bit_exactly(copied) -> None:
 
 
 def test_add_param_group() -> None:
-    """Layers that are unfrozen later are perturbed from then on."""
-    model = randomized(LayerNormNet())
+    """Layers that are unfrozen later are perturbed from then on; before, the optimizer does not train them either."""
+    model, _ = make()
     model.norms[3].requires_grad_(False)
     opt = optimizer_of(model)
     assert len(opt.perturbed_parameters()) == 6
     model.norms[3].requires_grad_(True)
+    assert len(opt.perturbed_parameters()) == 6
     opt.add_param_group({"params": list(model.norms[3].parameters())})
     assert len(opt.perturbed_parameters()) == 8
     assert len(opt.base.param_groups) == len(opt.param_groups)
@@ -192,7 +195,6 @@ def test_frozen_later_is_left_alone() -> None:
     model.norms[0].requires_grad_(False)
     assert "norms.0.weight" not in opt.perturbed_parameters()
     frozen = model.norms[0].weight.clone()
-    opt.zero_grad()
     train_step(model, opt, 1)
     assert torch.equal(model.norms[0].weight, frozen)
     for norm in model.norms:
@@ -210,6 +212,22 @@ def test_a_state_is_loaded_while_everything_is_frozen() -> None:
         norm.requires_grad_(False)
     opt.load_state_dict(state)
     assert opt.ascent.state.keys() == state["ascent"]["kept"].keys() != set()
+
+
+def test_frozen_parameters_are_perturbed_on_request() -> None:
+    model, whole = make(BatchNormNet)
+    named, summary = whole.perturbed_parameters(), whole.selection.summary()
+    model.requires_grad_(False).head.requires_grad_(True)
+    with pytest.raises(UserError, match="perturb_frozen=True"):
+        optimizer_of(model)
+    opt = optimizer_of(model, perturb_frozen=True)
+    assert opt.perturbed_parameters() == named
+    assert opt.selection.summary() == summary
+    for source in (*({"ascent": name} for name in ("previous", "msam", "looksam:2", "aesam")), {"gsam_alpha": 0.1}):
+        with pytest.raises(UserError, match=r"perturb_frozen excludes .* use ascent='batch'"):
+            optimizer_of(model, perturb_frozen=True, **source)
+    with pytest.raises(UserError, match="create the optimizer from the model"):
+        optimizer_of(model.head.parameters(), "sam", perturb_frozen=True)
 
 
 def test_a_forgotten_two_pass_warns_once() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 import samon
 from samon.registry import VARIANTS
+from tests.steps import same
 
 BASES = [n for n in list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]) if not samon.is_sam_name(n)]
 # PyTorch loads NAdam's float32 running product in the type of the weights: the plain optimizer resumes no better.
@@ -49,12 +49,6 @@ def through_a_file(value: Any) -> Any:
     torch.save(value, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def same(a: Any, b: Any) -> bool:
-    (ours, how), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    pairs = zip(ours, theirs, strict=True)
-    return how == other and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @pytest.mark.filterwarnings("ignore")  # some bases use what torch has deprecated

@@ -15,7 +15,7 @@ import samon
 from samon import UserError
 from tests import steps
 from tests.nets import batch
-from tests.steps import closure_of, loss_of
+from tests.steps import closure_of, loss_of, make, update
 
 lightning = pytest.importorskip("lightning")
 accelerate = pytest.importorskip("accelerate")
@@ -25,25 +25,16 @@ BATCHES = [batch(seed=step) for step in range(6)]
 ASCENTS = ("batch", "fsam", "looksam:2", "previous")
 
 
-make = steps.make
-
-
 def own_loop(accumulate: int = 1, logits: torch.dtype = torch.float64, **how: Any) -> nn.Module:
     model, opt = make(**how)
-    for i, (x, y) in enumerate(BATCHES):
-        if i % accumulate == 0:
-            opt.zero_grad()
-        samon.two_pass(opt, lambda x=x, y=y: F.cross_entropy(model(x).to(logits), y), loss_scale=1 / accumulate)
-        if (i + 1) % accumulate == 0:
-            opt.step()
+    losses = [lambda x=x, y=y: F.cross_entropy(model(x).to(logits), y) for x, y in BATCHES]
+    for i in range(0, len(losses), accumulate):
+        update(opt, *losses[i : i + accumulate])
     return model
 
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
-    """By name: wrappers add modules of their own."""
-    parameters = dict(expected.named_parameters())
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p, parameters[name], rtol=1e-9, atol=1e-12, msg=name)
+    steps.assert_same(model, expected, 1e-9)
 
 
 class Module(lightning.LightningModule):
@@ -53,7 +44,6 @@ class Module(lightning.LightningModule):
         super().__init__()
         self.model, self.opt = make(**how)
         self.automatic_optimization, self.accumulate = not accumulate, accumulate
-        self.seen: list[dict[str, Tensor]] = []
 
     def configure_optimizers(self) -> Any:
         return self.opt
@@ -137,20 +127,10 @@ def test_lightnings_manual_backward_alone_is_refused_unless_announced() -> None:
 def run_wrapped(way: str, model: nn.Module, opt: Any, backward: Callable[[Tensor], None]) -> None:
     """The loop of a library whose wrappers are around model and optimizer."""
     for x, y in BATCHES:
-        forward = loss_of(model, x, y)
         if way == "two_pass":
-            opt.zero_grad()
-            samon.two_pass(opt, forward)
-            opt.step()
-            continue
-
-        def closure(forward: Callable[[], Tensor] = forward) -> Tensor:
-            opt.zero_grad()
-            loss = forward()
-            backward(loss)
-            return loss
-
-        opt.step(closure)
+            update(opt, loss_of(model, x, y))
+        else:
+            opt.step(closure_of(opt, loss_of(model, x, y), backward))
 
 
 @pytest.mark.parametrize("way", ["two_pass", "closure"])
@@ -179,28 +159,3 @@ def test_fabric(way: str) -> None:
     run_wrapped(way, model, opt, fabric.backward)
     assert samon.sam_of(opt).stats
     assert_same(model.module, own_loop(logits=torch.float32))  # what Fabric's modules return
-
-
-def test_timms_closure() -> None:
-    """As in timm's own optimizer tests: `optimizer.step(closure)` with the standard closure."""
-    model, opt = make()
-    for x, y in BATCHES:
-        opt.step(closure_of(opt, loss_of(model, x, y)))
-    assert_same(model, own_loop())
-
-
-@pytest.mark.parametrize("first_backward", [True, False])
-def test_davda54s_closure(first_backward: bool) -> None:
-    """There the caller runs the first pass and the closure, which clears nothing, the second; without the caller's
-    pass and with cleared gradients it is right here as well."""
-    model, opt = make()
-    for x, y in BATCHES:
-        forward = loss_of(model, x, y)
-        if first_backward:
-            forward().backward()
-            with pytest.raises(UserError, match="no backward before step"):
-                opt.step(lambda forward=forward: forward().backward())
-            return
-        opt.step(lambda forward=forward: forward().backward())
-        opt.zero_grad()
-    assert_same(model, own_loop())

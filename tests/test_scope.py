@@ -153,17 +153,6 @@ def test_parameters_unfrozen_later_are_perturbed(way: str) -> None:
     assert {id(p) for p in opt.perturbed_parameters().values()} >= {id(p) for p in model[1].parameters()}
 
 
-def test_optimizer_without_the_frozen_parameters_leaves_them_alone() -> None:
-    """timm's parameter groups hold no frozen parameters: nobody trains them later either."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
-    model[1].requires_grad_(False)
-    opt = create_optimizer_v2(model, "samon", lr=0.1, weight_decay=0.1)
-    model[1].requires_grad_(True)
-    assert list(opt.perturbed_parameters()) == ["2.weight", "2.bias"]
-    opt.add_param_group({"params": list(model[1].parameters())})
-    assert set(opt.perturbed_parameters()) == {"1.weight", "1.bias", "2.weight", "2.bias"}
-
-
 def test_everything_frozen_and_bare() -> None:
     with pytest.raises(
         samon.UserError, match="none of the 0 trainable parameters of scope sam in the parameter groups"

@@ -19,7 +19,7 @@ import samon
 from samon import UserError
 from tests import reference
 from tests.nets import BatchNormNet, batch
-from tests.steps import assert_same, gradients, loss_of, losses_of, make, optimizer_of
+from tests.steps import assert_gradients, assert_same, gradients, loss_of, losses_of, make, optimizer_of, update
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {"channels": [16, 32, 64, 128], "stem_width": 16},
@@ -81,19 +81,24 @@ def build(name: str) -> tuple[nn.Module, Any, Graphs]:
     return model, torch.compile(model, backend=graphs.backend(), fullgraph=True), graphs
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_graphs_and_equal_gradients(name: str) -> None:
-    """1e-9: four steps amplify another order of summation."""
+CASES = [*((name, 1) for name in MODELS), ("vit_tiny_patch16_224", 2)]
+
+
+@pytest.mark.parametrize(("name", "groups"), [*CASES, pytest.param("resnet10t", 2, marks=pytest.mark.slow)])
+def test_two_graphs_and_equal_weights(name: str, groups: int) -> None:
+    """Four steps: two graphs, no recompilation, and what the eager loop over the groups does (1e-9: four steps amplify
+    another order of summation; one step is held to 1e-10 in test_two_pass)."""
     model, fast, graphs = build(name)
     twin = copy.deepcopy(model)
-    opt, eager = (optimizer_of(m, "samon-layerl2", rho=0.5) for m in (model, twin))
+    opt, eager = (optimizer_of(m, "samon-layerl2", lr=0.01, rho=0.2) for m in (model, twin))
     data = batch(4, image=64)
-    for step in range(4):
-        for o, m in ((opt, fast), (eager, twin)):
-            o.zero_grad()
-            samon.two_pass(o, loss_of(m, *data))
-            o.step()
-        assert graphs.forward == len(graphs.backward) == 2, step
+    for _ in range(4):
+        graphs.flops = 0
+        update(opt, loss_of(fast, *data), groups=groups)
+        update(eager, *losses_of(twin, *data, groups))
+        assert graphs.forward == len(graphs.backward) == 2
+    assert counters["stats"]["unique_graphs"] == 2
+    step = graphs.flops
     assert_same(model, twin, 1e-9)
     ascent, descent = graphs.backward
     assert ascent["weight gradients"] == 0
@@ -101,39 +106,15 @@ def test_two_graphs_and_equal_gradients(name: str) -> None:
     # Every linear layer has one product for its input's gradient and one for its weight's.
     assert descent["products"] - ascent["products"] == sum(isinstance(m, nn.Linear) for m in model.modules())
 
-
-@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "vit_tiny_patch16_224"])
-def test_groups_keep_two_graphs(name: str) -> None:
-    """Four steps with groups: two graphs, no recompilation, the FLOPs of the step without groups, and what a loop over
-    the groups does (1e-9: four steps amplify rounding; one step is held to 1e-10 in test_two_pass)."""
-    model, fast, graphs = build(name)
-    twin = copy.deepcopy(model)
-    opt, looped = (optimizer_of(m, "samon-layerl2", lr=0.01, rho=0.2) for m in (model, twin))
-    data = batch(4, image=64)
-    for _ in range(4):
-        opt.zero_grad()
-        looped.zero_grad()
-        graphs.flops = 0
-        samon.two_pass(opt, loss_of(fast, *data), groups=2)
-        for forward in losses_of(twin, *data, 2):
-            samon.two_pass(looped, forward, loss_scale=1 / 2)
-        opt.step()
-        looped.step()
-        assert graphs.forward == len(graphs.backward) == 2
-    assert counters["stats"]["unique_graphs"] == 2
-    step = graphs.flops
-    assert_same(model, twin, 1e-9)
-
-    # A plain step on the same compiled model is a plain one, with a graph of its own, and invalidates none.
+    # A plain step on the same compiled model is a plain one and invalidates no graph; after groups it has its own.
     graphs.flops = 0
     for m in (fast, twin):
         m.zero_grad()
         loss_of(m, *data)().backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+    assert_gradients(model, gradients(twin), 1e-9)
     assert 1.6 < step / graphs.flops <= 1.67
-    samon.two_pass(opt, loss_of(fast, *data), groups=2)
-    assert graphs.forward == 3
+    update(opt, loss_of(fast, *data), groups=groups)
+    assert graphs.forward == (2 if groups == 1 else 3)
 
 
 def test_replay_runs_the_model_eagerly() -> None:
@@ -163,9 +144,7 @@ def train_both(
     called: Any = torch.compile(model, backend=backend) if compile_model else model
     for _ in range(steps):
         for o, m in ((opt, called), (eager, twin)):
-            o.zero_grad()
-            samon.two_pass(o, loss_of(m, *batch()), **options)
-            o.step()
+            update(o, loss_of(m, *batch()), **options)
     assert opt.stats.keys() == eager.stats.keys()
     return model, twin
 
@@ -188,9 +167,7 @@ def test_a_schedule_of_rho_recompiles_once(radius: str | float, groups: int) -> 
     for rho in (0.0, 0.1, 0.3, 1.0, 0.0, 0.7):
         for o, m in ((opt, model), (eager, twin)):
             o.rho = rho
-            o.zero_grad()
-            samon.two_pass(o, loss_of(m, *batch()), groups=groups)
-            o.step()
+            update(o, loss_of(m, *batch()), groups=groups)
     assert_same(model, twin)
     assert counters["stats"]["unique_graphs"] == (4 if groups == 1 else 2)
 

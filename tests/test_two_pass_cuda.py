@@ -18,8 +18,8 @@ from tests import reference
 from tests.engines.test_ascent import SOURCES, UPDATES, assert_close, losses, train
 from tests.engines.test_cuda_graph import RUNS
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch
-from tests.steps import RHO, assert_gradients, assert_same, loss_of, losses_of, make, optimizer_of, values
-from tests.test_two_pass import ENGINES, LATE
+from tests.steps import RHO, assert_same, loss_of, losses_of, make, optimizer_of, update, values
+from tests.test_two_pass import ENGINES, check_engine
 
 pytestmark = [
     pytest.mark.cuda,
@@ -43,21 +43,7 @@ def data(size: int = 8, seed: int = 1) -> list[Tensor]:
 @pytest.mark.parametrize("geometry", reference.GEOMETRIES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_equals_the_reference_on_the_cpu(engine: str, geometry: str, net: str) -> None:
-    step, parts, shared = ENGINES[engine]
-    name, perturb = f"samon-{geometry}".strip("-"), LATE[net] if engine == "Replay" else None
-    twin = make(NETS[net])[0]
-    model, opt = on_gpu(NETS[net], name, perturb=perturb)
-    before = values(model)
-    names = [n for n, p in model.named_parameters() if any(p is q for q in opt.selection.parameters.values())]
-    gradient = reference.sam_gradient if shared else reference.m_sharpness_gradient
-    clean, expected = gradient(twin, losses_of(twin, *batch(8), parts), names, geometry, RHO)
-    for _ in range(2):  # the first step of Replay records, the second replays
-        opt.zero_grad()
-        loss = step(opt, model, *data())
-        assert loss.item() == pytest.approx(clean, rel=1e-9)
-        assert_gradients(model, {n: g.cuda() for n, g in expected.items()}, 1e-9)
-    for n, p in model.named_parameters():
-        assert torch.equal(p, before[n])
+    check_engine(engine, "samon", geometry, net, device="cuda", tolerance=1e-9)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -137,9 +123,7 @@ def test_a_compiled_step_equals_an_eager_one(scope: str) -> None:
     for seed in range(3):
         x, y = data(seed=seed)
         for o, m in ((opt, fast), (eager, twin)):
-            o.zero_grad()
-            samon.two_pass(o, loss_of(m, x, y))
-            o.step()
+            update(o, loss_of(m, x, y))
     assert_same(model, twin, 1e-9)
 
 
@@ -149,7 +133,8 @@ def test_fused_optimizers_equal_the_loop(name: str) -> None:
         model, opt = on_gpu(
             LayerNormNet, f"samon-{name}", **({"momentum": 0.9} if name == "momentum" else {}), **options
         )
-        train(opt, [[loss_of(model, *data(seed=t))] for t in range(3)])
+        for seed in range(3):
+            update(opt, loss_of(model, *data(seed=seed)))
         return model
 
     assert_same(trained(fused=True), trained(foreach=False), 1e-9)
@@ -162,9 +147,6 @@ def test_an_update_that_overflows_is_skipped() -> None:
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
     before, (x, y) = copy.deepcopy(values(model)), data()
     for factor, skipped in ((1e38, True), (1.0, False)):
-        opt.zero_grad()
-        samon.two_pass(opt, lambda: loss_of(model, x.float(), y)() * factor, scaler=scaler)  # noqa: B023
-        scaler.step(opt)
-        scaler.update()
+        update(opt, lambda: loss_of(model, x.float(), y)() * factor, scaler=scaler)  # noqa: B023
         assert scaler.get_scale() == 2.0**7
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) == skipped

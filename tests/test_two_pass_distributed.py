@@ -14,11 +14,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import samon
-from samon import UserError
 from tests import reference
 from tests.nets import NETS, batch
 from tests.processes import run_ranks
-from tests.steps import RHO, closure_of, gradients, loss_of, losses_of, optimizer_of, values
+from tests.steps import RHO, closure_of, error_of, gradients, loss_of, losses_of, optimizer_of, values
 from tests.steps import make as make_both
 
 SIZE = 8
@@ -186,10 +185,7 @@ def closure_rank(rank: int) -> dict:
             results[case] = gradients(model)
             continue
         backward()  # as a trainer that accumulates
-        try:
-            opt.step(backward)
-        except UserError as error:
-            results[case] = "were not cleared" in str(error)
+        results[case] = "were not cleared" in error_of(opt.step, backward)
     return results | manual_passes(rank) | sharded_closure(rank)
 
 
@@ -210,11 +206,8 @@ def manual_passes(rank: int) -> dict:
     results: dict[str, Any] = {"first_step True": gradients(model)}
     model.requires_grad_(False).head.requires_grad_(True)
     opt = optimizer_of(model, perturb_frozen=True)
-    try:
-        opt.step(closure_of(opt, loss_of(model, *half(rank))))
-    except UserError as error:
-        results["frozen False"] = "does not average gradients of frozen parameters" in str(error)
-    return results
+    error = error_of(opt.step, closure_of(opt, loss_of(model, *half(rank))))
+    return results | {"frozen False": "does not average gradients of frozen parameters" in error}
 
 
 def sharded_closure(rank: int) -> dict:
@@ -227,21 +220,15 @@ def sharded_closure(rank: int) -> dict:
         forward().backward()
 
     for _ in range(2):
-        opt.step(lambda: (opt.zero_grad(), backward()))
+        opt.step(closure_of(opt, forward))
     results["fsdp True"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     first_and_second_step(opt, backward)
     results["fsdp first_step True"] = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     for case, closure in {"added": backward, "kept": lambda: None}.items():
-        try:
-            opt.step(closure)
-        except UserError as error:
-            results[f"fsdp {case} False"] = "were not cleared" in str(error)
+        results[f"fsdp {case} False"] = "were not cleared" in error_of(opt.step, closure)
     gsam = optimizer_of(model, gsam_alpha=0.1)
-    try:
-        gsam.step(lambda: (gsam.zero_grad(), backward()))
-    except UserError as error:
-        results["fsdp gsam False"] = "gsam_alpha need full tensors" in str(error)
-    return results
+    error = error_of(gsam.step, closure_of(gsam, forward))
+    return results | {"fsdp gsam False": "gsam_alpha need full tensors" in error}
 
 
 def test_a_closure_under_ddp_and_fsdp2(ranks: Ranks) -> None:
@@ -259,40 +246,25 @@ def test_a_closure_under_ddp_and_fsdp2(ranks: Ranks) -> None:
                     torch.testing.assert_close(g, expected[name], rtol=1e-9, atol=1e-12, msg=f"{case} {name}")
 
 
-def refused_rank(rank: int) -> dict:
-    results: dict[str, Any] = {}
-
-    def attempt(case: str, act: Any) -> None:
-        try:
-            act()
-            results[case] = "no error"
-        except UserError as error:
-            results[case] = str(error)
-
+def refused_rank(rank: int) -> dict[str, str]:
+    results = {}
     for compiled, quiet in itertools.product((False, True), repeat=2):
         model = make()
         ddp = DistributedDataParallel(model, static_graph=True)
-        net = torch.compile(ddp, backend="eager") if compiled else ddp
-        opt = optimizer_of(model)
+        loss = loss_of(torch.compile(ddp, backend="eager") if compiled else ddp, *half(rank))
         how = {"no_sync": ddp.no_sync} if quiet else {}
-        loss = loss_of(net, *half(rank))
-        attempt(f"static {compiled} {quiet}", lambda opt=opt, loss=loss, how=how: samon.two_pass(opt, loss, **how))
+        results[f"static {compiled} {quiet}"] = error_of(samon.two_pass, optimizer_of(model), loss, **how)
     samon.two_pass(opt := optimizer_of(model), loss_of(model, *half(rank)))
-    attempt("static, after steps of the bare model", lambda: samon.two_pass(opt, loss_of(ddp, *half(rank))))
-    for original, scope, way in itertools.product(
-        (False, True), ("sam", "samon"), ("made", "bare", "two_pass", "step")
-    ):
-        model = make()
+    results["static, after steps of the bare model"] = error_of(samon.two_pass, opt, loss_of(ddp, *half(rank)))
+    for original, scope in itertools.product((False, True), ("sam", "samon")):
+        model, case = make(), f"{original} {scope}"
         opt = optimizer_of(model, scope)  # before the model is sharded
         net = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
         loss = loss_of(net, *half(rank))
-        acts = {
-            "made": lambda net=net, scope=scope: optimizer_of(net, scope),
-            "bare": lambda net=net: optimizer_of(net.parameters(), "sam"),
-            "two_pass": lambda opt=opt, loss=loss: samon.two_pass(opt, loss),
-            "step": lambda opt=opt, loss=loss: opt.step(lambda: loss().backward()),
-        }
-        attempt(f"{way} {original} {scope}", acts[way])
+        results[f"made {case}"] = error_of(optimizer_of, net, scope)
+        results[f"bare {case}"] = error_of(optimizer_of, net.parameters(), "sam")
+        results[f"two_pass {case}"] = error_of(samon.two_pass, opt, loss)
+        results[f"step {case}"] = error_of(opt.step, lambda loss=loss: loss().backward())
     return results
 
 

@@ -1,4 +1,5 @@
-"""`step(closure)`, however the closure treats gradients: the gradient of the naive float64 loop, or refused.
+"""`step(closure)`, however the closure treats gradients, and `first_step` and `second_step`: the gradient of the naive
+float64 loop, or refused.
 
 Tolerance 1e-9 relative: float64 sums in another order."""
 
@@ -16,8 +17,8 @@ import samon
 from samon import UserError
 from samon.scope import select
 from tests import reference, steps
-from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
-from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, values
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, values
 
 UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
 NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
@@ -42,7 +43,11 @@ def assert_gradient_at_w_plus_eps(model: nn.Module, start: nn.Module, name: str,
     forwards = [lambda step=step: loss_of(start, step) for step in losses]
     _, expected = reference.sam_gradient(start, forwards, reference.scope_names(start, scope), geometry, RHO)
     for n, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[n], rtol=1e-9, atol=1e-12, msg=n)
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[n], rtol=1e-9, atol=1e-12, msg=n)
+        else:
+            assert p.grad is None
+            assert torch.equal(p, start.get_parameter(n))
 
 
 def clear_by_hand(model: nn.Module, in_place: bool) -> None:
@@ -103,6 +108,16 @@ def test_micro_batches_inside_the_closure(create_graph: bool) -> None:
         assert_gradient_at_w_plus_eps(model, start, "samon", [1, 2])
         for p in model.parameters():
             p.grad = p.grad.detach()
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_frozen_parameters_are_perturbed_and_not_updated(net: str) -> None:
+    start, _ = steps.make(NETS[net])
+    model = copy.deepcopy(start)
+    model.requires_grad_(False).head.requires_grad_(True)
+    opt = optimizer_of(model, perturb_frozen=True)
+    opt.step(closure_of(opt, lambda: loss_of(model)))
+    assert_gradient_at_w_plus_eps(model, start, "samon", [0])
 
 
 def test_gradients_that_are_written_by_hand_count() -> None:
@@ -281,6 +296,70 @@ def test_nothing_is_read_on_the_host_if_the_closure_clears(set_to_none: bool) ->
             opt.step(lambda: (opt.zero_grad(set_to_none), forward().backward()))
         with pytest.raises(Exception, match="_local_scalar_dense"):
             opt.step(lambda: forward().backward())
+
+
+def two_steps(opt: samon.SAM, forward: Callable[[], Tensor]) -> None:
+    """The protocol of davda54/sam."""
+    forward().backward()
+    opt.first_step(zero_grad=True)
+    forward().backward()
+    opt.second_step(zero_grad=True)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("sam", {}),
+        ("samon-layerl2-adamw", {}),
+        ("samnn-elemlinf", {}),
+        ("sam-random", {}),
+        ("samon", {"ascent": "looksam:2"}),
+        ("samon", {"gsam_alpha": 0.3}),
+        ("samon", {"esam_beta": 0.5}),
+        ("samon", {"radius": "raw"}),
+    ],
+)
+def test_first_and_second_step_equal_the_closure(net: str, name: str, how: dict[str, Any]) -> None:
+    ends = []
+    for by_hand in (True, False):
+        model, opt = steps.make(NETS[net], name, **how)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            forward = steps.loss_of(model, *batch())
+            if by_hand:
+                two_steps(opt, forward)
+            else:
+                opt.step(closure_of(opt, forward))
+                opt.zero_grad()
+        ends.append((dict(model.state_dict()), opt.state_dict()))
+    assert same(*ends)
+
+
+def test_first_and_second_step_in_another_order_are_refused_and_the_weights_come_back() -> None:
+    model, opt = steps.make(BatchNormNet)
+    with pytest.raises(UserError, match=r"second_step\(\) needs first_step"):
+        opt.second_step()
+    with pytest.raises(UserError, match="depends on no parameter"):
+        opt.first_step()
+    backward(model)
+    before = values(model)
+    opt.first_step()
+    for call in (opt.first_step, opt.step, lambda: samon.two_pass(opt, lambda: loss_of(model))):
+        with pytest.raises(UserError, match="call second_step"):
+            call()
+    backward(model)  # adds to the gradients at w
+    with pytest.raises(UserError, match="not cleared"):
+        opt.second_step()
+    assert_unchanged(model, before)
+    opt.zero_grad()
+    two_steps(opt, lambda: loss_of(model))  # usable again
+    backward(model)
+    with pytest.raises(UserError, match="makes a single pass"):
+        optimizer_of(model, ascent="previous").first_step()
+    model.requires_grad_(False).head.requires_grad_(True)
+    with pytest.raises(UserError, match="no gradients of frozen parameters"):
+        optimizer_of(model, perturb_frozen=True).first_step()
 
 
 def test_gradients_of_another_optimizer_are_those_at_w_plus_eps() -> None:

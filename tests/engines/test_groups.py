@@ -25,7 +25,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import samon
 from samon import UserError, scope
 from tests.nets import BatchNormNet, batch, randomized
-from tests.steps import assert_unchanged, loss_of, losses_of, make, optimizer_of, values
+from tests.steps import assert_same_step, assert_unchanged, loss_of, losses_of, make, optimizer_of, values
 
 Pair = tuple[nn.Module, nn.Module]
 Data = tuple[Tensor, Tensor]
@@ -58,15 +58,6 @@ def grouped_and_looped(
     return models
 
 
-def assert_equal(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> None:
-    size = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None]).norm()
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        assert p.grad is None or (p.grad - q.grad).norm() <= tolerance * size, name
-    for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13, msg=name)
-
-
 def batchnorm_net() -> nn.Module:
     return randomized(BatchNormNet())
 
@@ -82,17 +73,15 @@ def test_running_statistics_end_as_the_loops(bn_stats: str, momentum: float | No
         return model
 
     model, twin = grouped_and_looped(build, "samon", 4, bn_stats)
-    assert_equal(model, twin)
+    assert_same_step(model, twin)
     assert model.bn.num_batches_tracked == (8 if bn_stats == "both" else 4)
 
 
-@pytest.mark.parametrize("groups", [2, 8])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_batchnorm_in_every_memory_format(memory_format: torch.memory_format, groups: int) -> None:
+def test_batchnorm_in_channels_last() -> None:
     x, y = batch()
-    data = x.to(memory_format=memory_format), y
-    models = grouped_and_looped(lambda: batchnorm_net().to(memory_format=memory_format), "samon", groups, data=data)
-    assert_equal(*models)
+    data = x.to(memory_format=torch.channels_last), y
+    build = lambda: batchnorm_net().to(memory_format=torch.channels_last)  # noqa: E731
+    assert_same_step(*grouped_and_looped(build, "samon", 2, data=data))
 
 
 class Permute(nn.Module):
@@ -140,7 +129,7 @@ def with_norm(norm: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_that_can_be_grouped(layer: str) -> None:
-    assert_equal(*grouped_and_looped(lambda: with_norm(LAYERS[layer]()), "samon-eleml2", 4))
+    assert_same_step(*grouped_and_looped(lambda: with_norm(LAYERS[layer]()), "samon-eleml2", 4))
 
 
 @pytest.mark.parametrize(
@@ -157,16 +146,12 @@ def test_every_layer_that_can_be_grouped(layer: str) -> None:
 def test_timm_models(name: str, image: int) -> None:
     sized = {"img_size": image} if name.startswith(("vit", "swin", "coat")) else {}
     build = lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.0, **sized).double().train()  # noqa: E731
-    assert_equal(*grouped_and_looped(build, "samon-layerl2", 2, data=batch(4, image=image)))
-
-
-def test_one_group_is_the_plain_step() -> None:
-    assert_equal(*grouped_and_looped(batchnorm_net, "samon", 1), tolerance=0.0)
+    assert_same_step(*grouped_and_looped(build, "samon-layerl2", 2, data=batch(4, image=image)))
 
 
 def test_only_some_layers_perturbed() -> None:
     """BatchNorms that are not perturbed still couple samples, so they are grouped too."""
-    assert_equal(*grouped_and_looped(batchnorm_net, "samon", 4, perturb="blocks.2"))
+    assert_same_step(*grouped_and_looped(batchnorm_net, "samon", 4, perturb="blocks.2"))
 
 
 def test_a_batch_that_does_not_divide_is_refused_and_layers_are_restored() -> None:
@@ -195,7 +180,7 @@ def test_layers_kept_between_steps_follow_the_model() -> None:
     model.bn[1].act = nn.Tanh()
     twin = copy.deepcopy(model)
     step_both((model, twin), (opt, optimizer_of(twin)), (x, y), 4)
-    assert_equal(model, twin)
+    assert_same_step(model, twin)
 
 
 def test_a_group_that_is_not_finite_changes_no_weight_and_makes_the_gradient_nan() -> None:
@@ -254,7 +239,7 @@ def test_unperturbed_parameters_may_be_read_anywhere() -> None:
             penalized = lambda f=forward, others=others: f() + sum(p.square().sum() for p in others)  # noqa: E731
             samon.two_pass(opt, penalized, groups=groups, loss_scale=groups / 4)
         models.append(model)
-    assert_equal(*models)
+    assert_same_step(*models)
 
 
 # -- classes of the user's own -----------------------------------------------------------------------------------------
@@ -313,7 +298,7 @@ def assert_refused(model: nn.Module, message: str, name: str = "samon") -> None:
 def test_a_registered_class_is_grouped() -> None:
     samon.register_norm(LlamaNorm, dim=-1)
     model, twin = grouped_and_looped(lambda: with_norm(channels_last(LlamaNorm(8))), "samon", 4)
-    assert_equal(model, twin)
+    assert_same_step(model, twin)
     assert model[1][1].weight.grad is not None
 
 

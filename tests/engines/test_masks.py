@@ -107,15 +107,6 @@ def test_a_state_from_before_epochs_continues() -> None:
     assert (mask.step, mask.every, mask.rate) == (1, 2, 0.5)
 
 
-def test_state_continues() -> None:
-    one, two = Mask("dynamic", 0.8, every=2), Mask("dynamic", 0.8, every=2)
-    for seed in range(3):
-        update(one, seed)
-    two.load_state_dict(one.state_dict(), gradients())
-    for seed in range(3, 6):
-        assert torch.equal(update(one, seed), update(two, seed))
-
-
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0])
 def test_bad_sparsity(sparsity: float) -> None:
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)"):
