@@ -1,5 +1,7 @@
 """Small networks for the tests, one for each kind of normalization, in float64."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,15 +23,18 @@ class Residual(nn.Module):
 
 
 class BatchNormNet(nn.Module):
-    def __init__(self, width: int = 6, classes: int = 5):
+    def __init__(self, width: int = 6, classes: int = 5, depth: int = 3):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
         self.bn = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(*[Residual(width) for _ in range(3)])
+        self.blocks = nn.Sequential(*[Residual(width) for _ in range(depth)])
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+ShallowNet = partial(BatchNormNet, depth=1)  # where compiling or counting costs more than the fact needs
 
 
 class LayerNormNet(nn.Module):
@@ -53,6 +58,39 @@ class LayerNormNet(nn.Module):
         return self.head(x[:, 0])
 
 
+class Peek(nn.Module):
+    """Reads the weight of a late layer early, without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(3, 3), nn.Linear(3, 5), nn.LayerNorm(3)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(self.first(self.other(x.mean((2, 3)))) * self.norm.weight[:3]))
+
+
+class OwnBatchNorm(nn.Module):
+    """A BatchNorm of the user's own, in the ways that people update running statistics."""
+
+    def __init__(self, width: int, way: str = "replaced"):
+        super().__init__()
+        self.way = way
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("table", torch.arange(3.0).expand(2, 3), persistent=False)  # cannot be written to
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((0, 2, 3))
+        if self.way == "in place":
+            self.mean.lerp_(mean.detach(), 0.1)
+        elif self.way == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+        else:
+            self.mean.data.lerp_(mean.data, 0.1)
+        return (x - mean[:, None, None]) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter away from its special initial value, so that |w| and ||w|| matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -69,6 +107,7 @@ def batch(size: int = 8, classes: int = 5, image: int = 8, seed: int = 1) -> tup
 
 
 NETS = {"batchnorm": BatchNormNet, "layernorm": LayerNormNet}
+LATE = {"batchnorm": r"blocks\.2", "layernorm": r"(norms|mixes)\.3"}  # as `perturb`
 
 
 def two_logits(count: int, size: int) -> tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]]:

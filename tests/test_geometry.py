@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.geometry import GEOMETRIES, Geometry, ascent_step, global_norm, project
-from samon.registry import Variant
+from samon.geometry import GEOMETRIES, ascent_step, global_norm, project
 from tests import reference
 from tests.nets import LayerNormNet
 from tests.runs import ROOT
@@ -120,25 +119,6 @@ def test_projection(p: float, vectors) -> None:
         torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
     for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
         assert torch.equal(far, torch.where(a > 0, d, 0))
-
-
-def test_a_new_row_is_ascended(vectors, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, grads = vectors
-    rho = (0.2, 0.1)
-    monkeypatch.setitem(GEOMETRIES, "linf", Geometry(math.inf, 0.0, "linf", "l_inf ball, T = 1", rho))
-    eps, _ = ascent_step("linf", weights, grads, RHO)
-    assert all(torch.equal(e, RHO * g.sign()) for e, g in zip(eps, grads, strict=True))
-    twice = Geometry(
-        2, 0.5, "twice", "T = 2", rho, lambda w, g, eta, is_weight: [4 * eta * torch.ones_like(x) for x in w]
-    )
-    monkeypatch.setitem(GEOMETRIES, "twice", twice)
-    doubled, norm = ascent_step("twice", weights, grads, RHO, twice.eta)
-    single, one = ascent_step("", weights, grads, RHO)
-    assert norm == 2 * one
-    for a, b in zip(doubled, single, strict=True):
-        torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=0)
-    assert Variant("samon-twice", "samon", "twice", "sgd").rho == 0.1
-    assert Variant("sam-twice", "sam", "twice", "sgd").rho == 0.2
 
 
 def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:

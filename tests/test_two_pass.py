@@ -18,7 +18,7 @@ import samon
 from samon import UserError
 from samon.engines.replay import PLANS
 from tests import reference
-from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.nets import LATE, NETS, BatchNormNet, LayerNormNet, OwnBatchNorm, batch, randomized
 from tests.steps import (
     RHO,
     Forward,
@@ -35,8 +35,6 @@ from tests.steps import (
     update,
     values,
 )
-
-LATE = {"batchnorm": r"blocks\.2", "layernorm": r"(norms|mixes)\.3"}
 
 
 def accumulate(opt: Any, forwards: list) -> Tensor:
@@ -138,28 +136,8 @@ def test_ascent_from_a_part_of_the_batch() -> None:
 
 
 # -- buffers and noise -------------------------------------------------------------------------------------------------
-class OwnBatchNorm(nn.Module):
-    """A BatchNorm of the user's own, in the ways that people update running statistics."""
-
-    def __init__(self, way: str):
-        super().__init__()
-        self.way, self.scale = way, nn.Parameter(torch.ones(3))
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("table", torch.arange(3.0).expand(2, 3), persistent=False)  # cannot be written to
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((0, 2, 3))
-        if self.way == "in place":
-            self.mean.lerp_(mean.detach(), 0.1)
-        elif self.way == "replaced":
-            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
-        else:
-            self.mean.data.lerp_(mean.data, 0.1)
-        return (x - mean[:, None, None]) * self.scale[:, None, None]
-
-
 WITH_BUFFERS = {
-    **{way: lambda way=way: OwnBatchNorm(way) for way in ("in place", "replaced", ".data")},
+    **{way: lambda way=way: OwnBatchNorm(3, way) for way in ("in place", "replaced", ".data")},
     "BatchNormAct2d": lambda: BatchNormAct2d(3),
     "cumulative average": lambda: nn.BatchNorm2d(3, momentum=None),
     "no statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),

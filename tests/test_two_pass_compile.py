@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 import samon
 from samon import UserError
 from tests import reference
-from tests.nets import BatchNormNet, batch
+from tests.nets import ShallowNet, batch
 from tests.steps import assert_gradients, assert_same, gradients, loss_of, losses_of, make, optimizer_of, update
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def train_both(
     name: str, backend: str, steps: int, compile_model: bool = False, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
     """A network after this many steps with compiled arithmetic, and one after as many with the eager one."""
-    (model, opt), (twin, eager) = make(BatchNormNet, name), make(BatchNormNet, name)
+    (model, opt), (twin, eager) = make(ShallowNet, name), make(ShallowNet, name)
     opt.compile(backend)
     called: Any = torch.compile(model, backend=backend) if compile_model else model
     for _ in range(steps):
@@ -162,7 +162,7 @@ def test_compiled_arithmetic_equals_the_eager_one(geometry: str, groups: int) ->
 @pytest.mark.parametrize(("radius", "groups"), [("ball", 1), ("raw", 1), ("loss", 1), (0.5, 2)])
 def test_a_schedule_of_rho_recompiles_once(radius: str | float, groups: int) -> None:
     """When rho first changes, it becomes an input of the graph; the results stay the eager ones, also at 0 and 1."""
-    (model, opt), (twin, eager) = (make(BatchNormNet, "samon-layerl2", radius=radius) for _ in range(2))
+    (model, opt), (twin, eager) = (make(ShallowNet, "samon-layerl2", radius=radius) for _ in range(2))
     opt.compile("aot_eager")
     for rho in (0.0, 0.1, 0.3, 1.0, 0.0, 0.7):
         for o, m in ((opt, model), (eager, twin)):
@@ -186,7 +186,7 @@ def test_inductor_with_groups(bn_stats: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_perturbs_nothing() -> None:
-    _, opt = make(BatchNormNet)
+    _, opt = make(ShallowNet)
     opt.compile("aot_eager")
     named = opt.perturbed_parameters()
     eps, _, finite = opt.perturbation(named, [torch.full_like(p, torch.inf) for p in named.values()])
@@ -197,4 +197,4 @@ def test_a_gradient_that_is_not_finite_perturbs_nothing() -> None:
 def test_a_random_subset_is_refused() -> None:
     """Another ascent graph at each update: one step took 40 times a plain one's time."""
     with pytest.raises(UserError, match=r"--esam-beta.* would be recompiled each time; drop it or --torchcompile"):
-        make(BatchNormNet, esam_beta=0.5)[1].compile()
+        make(ShallowNet, esam_beta=0.5)[1].compile()

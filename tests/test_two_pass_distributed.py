@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samon
 from tests import reference
-from tests.nets import NETS, batch
+from tests.nets import LATE, NETS, batch
 from tests.processes import run_ranks
 from tests.steps import RHO, closure_of, error_of, gradients, loss_of, losses_of, optimizer_of, values
 from tests.steps import make as make_both
@@ -45,10 +45,6 @@ def make(net: str = "layernorm") -> nn.Module:
 def half(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = (t.chunk(2)[rank] for t in batch(SIZE))
     return x, y
-
-
-def perturb_of(net: str, options: dict) -> str | None:
-    return {"batchnorm": r"blocks\.2", "layernorm": r"norms\.3"}[net] if "perturb" in options else None
 
 
 class Traffic:
@@ -87,7 +83,7 @@ def train_rank(rank: int) -> dict:
         ddp = DistributedDataParallel(model, broadcast_buffers="perturb" in options)
         traffic = Traffic(ddp)
         how = {k: v for k, v in options.items() if k in ("radius", "perturb_frozen")}
-        opt = optimizer_of(model, "samon-layerl2", perturb=perturb_of(net, options), **how)
+        opt = optimizer_of(model, "samon-layerl2", perturb=LATE[net] if "perturb" in options else None, **how)
         keywords = {k: v for k, v in options.items() if k in ("reduce", "groups")} | {"no_sync": ddp.no_sync}
         for _ in range(options.get("steps", 1)):
             ddp.zero_grad()
@@ -118,7 +114,7 @@ def test_ddp_equals_the_sequential_reference(net: str, case: str, ranks: Ranks) 
     model = make(net)
     parts = 4 if "accumulate" in options or "groups" in options else 2
     losses = losses_of(model, *batch(SIZE), parts)
-    opt = optimizer_of(copy.deepcopy(model), perturb=perturb_of(net, options))
+    opt = optimizer_of(copy.deepcopy(model), perturb=LATE[net] if "perturb" in options else None)
     gradient = reference.sam_gradient if options.get("reduce") == "global" else reference.m_sharpness_gradient
     radius = options.get("radius", "ball")
     _, expected = gradient(model, losses, list(opt.perturbed_parameters()), "layerl2", RHO, radius)

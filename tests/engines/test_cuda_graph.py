@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import samon
 from tests.graph_memory import Pool
-from tests.nets import BatchNormNet, batch
+from tests.nets import ShallowNet, batch
 from tests.steps import assert_same, loss_of, make
 
 
@@ -45,7 +45,7 @@ RUNS = {one_call: 2, grouped: 2, accumulated: 4, shared: 4}
 
 def train_both(pool: Pool, update: Callable, mode: str | None) -> tuple[nn.Module, nn.Module]:
     """A model after three updates on captured graphs, and one after three eager ones."""
-    (model, opt), (twin, eager) = (make(BatchNormNet, "samon-fisher") for _ in range(2))
+    (model, opt), (twin, eager) = (make(ShallowNet, "samon-fisher") for _ in range(2))
     plain = lambda x, y: loss_of(twin, x, y)()  # noqa: E731
     fast = torch.compile(lambda x, y: loss_of(model, x, y)(), backend=pool.backend)
     opt.compile("aot_eager", mode)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import samon
 from samon import UserError
 from tests.nets import LayerNormNet, batch, randomized
-from tests.steps import assert_gradients, gradients, loss_of, make, optimizer_of
+from tests.steps import assert_gradients, gradients, loss_of, optimizer_of
 
 # torch says so when the input of the checkpointed part needs no gradient; the error must come all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
@@ -102,9 +102,3 @@ def test_an_unused_parameter_counts_as_zero_and_costs_one_forward_once(scope: st
     assert model.unused.weight.grad is None
     for name, value in lean.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-12, atol=1e-14, msg=name)
-
-
-def test_a_loss_without_graph_is_refused() -> None:
-    _, opt = make()
-    with pytest.raises(UserError, match="the loss depends on no parameter that samon perturbs"):
-        samon.two_pass(opt, lambda: torch.zeros(()))

@@ -39,7 +39,7 @@ CASES = [
     for scope in ("sam", "samon", "samnn")
     for geometry in GEOMETRIES
     for reduce in (("device", "global") if scope == "samon" else ("global",))
-    for parts in (1, 2)
+    for parts in ((1, 2) if geometry == "layerl2" else (2,))
 ]
 CASES += [
     Case(scope, geometry, "global", 2, (("radius", radius),))

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import samon
 from samon import UserError, scope
-from tests.nets import BatchNormNet, batch, randomized
+from tests.nets import BatchNormNet, OwnBatchNorm, Peek, batch, randomized
 from tests.steps import assert_same_step, assert_unchanged, loss_of, losses_of, make, optimizer_of, values
 
 Pair = tuple[nn.Module, nn.Module]
@@ -77,11 +77,12 @@ def test_running_statistics_end_as_the_loops(bn_stats: str, momentum: float | No
     assert model.bn.num_batches_tracked == (8 if bn_stats == "both" else 4)
 
 
-def test_batchnorm_in_channels_last() -> None:
+@pytest.mark.parametrize("groups", [2, 8])
+def test_batchnorm_in_channels_last(groups: int) -> None:
     x, y = batch()
     data = x.to(memory_format=torch.channels_last), y
     build = lambda: batchnorm_net().to(memory_format=torch.channels_last)  # noqa: E731
-    assert_same_step(*grouped_and_looped(build, "samon", 2, data=data))
+    assert_same_step(*grouped_and_looped(build, "samon", groups, data=data))
 
 
 class Permute(nn.Module):
@@ -194,19 +195,6 @@ def test_a_group_that_is_not_finite_changes_no_weight_and_makes_the_gradient_nan
 
 
 # -- perturbed parameters outside their layer's call -------------------------------------------------------------------
-class Functional(nn.Module):
-    """Reads a layer's parameters without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.n, self.norm, self.head = nn.Linear(12, 8), nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(F.pixel_unshuffle(x, 2).flatten(2).mT)
-        x = F.layer_norm(x, (8,), self.n.weight, self.n.bias)
-        return self.head(self.norm(x).tanh().mean(1))
-
-
 PENALTIES = {
     "l1 on gammas": lambda m: sum(n.weight.abs().sum() for n in m.modules() if isinstance(n, nn.LayerNorm)),
     "l2 on all": lambda m: sum(p.square().sum() for p in m.parameters()),
@@ -223,9 +211,9 @@ def test_a_penalty_on_perturbed_parameters_is_refused(penalty: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_functional_use_of_a_perturbed_parameter_is_refused(compiled: bool) -> None:
-    model, opt = make(Functional)
+    model, opt = make(Peek)
     run = torch.compile(model, backend="eager") if compiled else model
-    with pytest.raises(UserError, match=r"groups=4: .* 'n\.weight' outside the call"):
+    with pytest.raises(UserError, match=r"groups=4: .* 'norm\.weight' outside the call"):
         samon.two_pass(opt, loss_of(run, *batch()), groups=4)
 
 
@@ -252,18 +240,6 @@ class LlamaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.weight + self.shift)
-
-
-class OwnBatchNorm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((0, 2, 3), keepdim=True)
-        self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach().flatten()
-        return (x - mean) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class GemmaNorm(nn.RMSNorm):

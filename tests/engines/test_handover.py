@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import samon
 from samon import UserError
-from tests.nets import BatchNormNet, batch
+from tests.nets import ShallowNet, batch
 from tests.steps import assert_same, loss_of, make, optimizer_of
 
 BETA = 0.9  # timm's momentum, and beta1 of the Adam family; Lion's buffer has 0.99
@@ -34,7 +34,7 @@ def train(model: nn.Module, opt: Any, updates: range, plain: bool = False) -> No
 
 def trained(base: str, updates: int = 3, **how: Any) -> tuple[nn.Module, Any, list[list[Tensor]]]:
     """A network after some updates, its optimizer, and the gradients [update][parameter]."""
-    model, opt = make(BatchNormNet, "samon", base_opt=base, **how)
+    model, opt = make(ShallowNet, "samon", base_opt=base, **how)
     grads = []
     for t in range(updates):
         train(model, opt, range(t, t + 1))
@@ -152,11 +152,11 @@ def test_resuming_before_at_and_after_the_switch(saved: int, old: str, new: str)
             train(model, opt, range(t, t + 1), plain=t not in tail)
 
     kinds = {"base_opt": old, "weight_decay": 0.01}
-    (model, opt), (twin, other) = make(BatchNormNet, "samon", **kinds), make(BatchNormNet, "samon", **kinds)
+    (model, opt), (twin, other) = make(ShallowNet, "samon", **kinds), make(ShallowNet, "samon", **kinds)
     run(model, opt, range(6))
     run(twin, other, range(saved))
     state = copy.deepcopy(other.state_dict())
-    resumed, fresh = make(BatchNormNet, "samon", **kinds)
+    resumed, fresh = make(ShallowNet, "samon", **kinds)
     resumed.load_state_dict(twin.state_dict())
     fresh.load_state_dict(state)
     run(resumed, fresh, range(saved, 6))
@@ -206,6 +206,6 @@ def test_what_cannot_take_over(arguments: tuple, message: str) -> None:
 
 
 def test_lookahead_is_refused() -> None:
-    _, opt = make(BatchNormNet, "lookahead_samon")
+    _, opt = make(ShallowNet, "lookahead_samon")
     with pytest.raises(UserError, match="Lookahead keeps its state in the base optimizer"):
         samon.sam_of(opt).replace_base("muon")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import samon
 from samon.engines.replay import PLANS
-from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
+from tests.nets import BatchNormNet, LayerNormNet, Peek, batch, randomized
 from tests.steps import assert_same_step, count_flops, loss_of, optimizer_of
 
 # One of each way to be built: plain and fused norms, class tokens, relative positions, windows, dense and multi-branch
@@ -23,7 +23,9 @@ swin_tiny_patch4_window7_224 efficientnet_b0 mobilenetv3_small_050 densenet121 r
 xcit_nano_12_p16_224 cait_xxs24_224 coatnet_pico_rw_224 edgenext_xx_small hrnet_w18_small repvgg_a0 test_vit
 test_efficientnet"""
 MODELS = NAMES.split()
-LARGE = {"deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "hrnet_w18_small", "densenet121", "mixer_s32_224"}
+LARGE = {"swin_tiny_patch4_window7_224", "hrnet_w18_small", "densenet121", "mixer_s32_224", "efficientnet_b0"}
+LARGE |= {"resnet26", "coatnet_pico_rw_224"}
+SHALLOW = {"cait_xxs24_224", "xcit_nano_12_p16_224", "deit3_small_patch16_224"}  # built with 4 blocks
 SIZES = {"resnet18": 64, "swin_tiny_patch4_window7_224": 56, "edgenext_xx_small": 64, "hrnet_w18_small": 64}  # else 32
 RESIZABLE = re.compile("vit|deit|swin|mixer|xcit|cait|coatnet")
 
@@ -32,6 +34,7 @@ def build(name: str) -> tuple[nn.Module, int]:
     torch.manual_seed(0)
     size = SIZES.get(name, 32)
     kwargs: dict = {"img_size": size} if RESIZABLE.search(name) else {}
+    kwargs |= {"depth": 4} if name in SHALLOW else {}
     kwargs |= {} if name.startswith(("densenet", "hrnet")) else {"drop_path_rate": 0.1}
     return timm.create_model(name, num_classes=5, **kwargs).double().train(), size
 
@@ -152,18 +155,6 @@ def test_a_changed_order_is_noticed() -> None:
         for model in twins.models:
             model.swapped = swapped
         twins.step()
-
-
-class Peek(nn.Module):
-    """Reads a late layer's weight early, without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.other = nn.Linear(3, 3), nn.Linear(3, 5), nn.LayerNorm(3)
-        self.norm = nn.LayerNorm(5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.second(self.first(self.other(x.mean((2, 3)))) * self.norm.weight[:3]))
 
 
 @pytest.mark.parametrize(

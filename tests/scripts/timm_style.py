@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip-grad", type=float, default=None)
     parser.add_argument("--grad-accum-steps", type=int, default=1)
     parser.add_argument("--amp-dtype", default="")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--skip-backward-at", type=int, default=-1)
     parser.add_argument("--save", required=True)
     return parser.parse_args()
