@@ -19,7 +19,8 @@ from samon.registry import VARIANTS
 from samon.trainer.apply import apply_gradient, step_if
 from samon.trainer.build import Task
 from samon.trainer.flags import Settings
-from samon.trainer.loop import compute_gradient, to_device
+from samon.trainer.gradient import compute_gradient
+from samon.trainer.loop import to_device
 from samon.trainer.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 from tests.runs import CPU, built
