@@ -110,12 +110,6 @@ def test_runnable_commands_are_joined_and_scaled_down() -> None:
     assert small("samon-report a") == "samon-report a"
 
 
-def test_there_are_runnable_commands() -> None:
-    runnable = [command for page in PAGES for command in commands(page.read_text())]
-    assert any("train" in command for command in runnable)
-    assert any("report" in command for command in runnable)
-
-
 @pytest.mark.parametrize(("program", "arguments"), documented_commands())
 def test_documented_flags_exist(program: str, arguments: str) -> None:
     assert parse_command_line(PROGRAMS[program], shlex.split(arguments), "")
@@ -130,6 +124,8 @@ def test_links_to_files_exist(name: str) -> None:
 
 
 def test_every_program_is_documented() -> None:
+    runnable = [command for page in PAGES for command in commands(page.read_text())]
+    assert all(any(program in command for command in runnable) for program in ("train", "report"))
     assert {program for program, _ in documented_commands()} == set(PROGRAMS)
     assert len(documented_commands()) > 20
 

@@ -6,6 +6,7 @@ Tolerance 1e-9 relative: float64 sums in another order."""
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from samon import UserError
 from samon.scope import select
 from tests import reference, steps
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
-from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, values
+from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, update, values
 
 UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
 NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
@@ -243,38 +244,38 @@ def test_a_plain_step_with_a_trainers_empty_closure(cleared: bool) -> None:
         opt.step(lambda: opt.zero_grad() if cleared else None)
 
 
-@pytest.mark.parametrize("name", ["sam", "samon", "samnn"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sam", "samon"])
 @pytest.mark.parametrize("how", ["closure", "perturbed", "two_pass", "previous"])
-def test_autocast_around_the_step_is_autocast_inside(name: str, how: str) -> None:
-    """Its cached bfloat16 copies are of the weights as they were when they were cast."""
-
-    def run(outside: bool) -> nn.Module:
-        torch.manual_seed(0)
-        model = randomized(LayerNormNet()).float()
+def test_autocast_around_the_step_is_autocast_inside(name: str, how: str, dtype: torch.dtype) -> None:
+    """Its cached half-precision copies are of the weights as they were when they were cast."""
+    models = []
+    for outside in (True, False):
+        model, _ = steps.make()
+        model.float()
         opt = optimizer_of(model, name, rho=2.0, ascent="previous" if how == "previous" else "batch")
         x, y = batch()
+        autocast = partial(torch.autocast, "cpu", dtype)
+        around, inside = (autocast, nullcontext) if outside else (nullcontext, autocast)
 
-        def loss() -> Tensor:
-            with nullcontext() if outside else torch.autocast("cpu", torch.bfloat16):
-                return torch.nn.functional.cross_entropy(model(x.float()).float(), y)
+        def loss(model: nn.Module = model, inside: Any = inside) -> Tensor:
+            with inside():
+                return torch.nn.functional.cross_entropy(model(x.float()).float(), y)  # noqa: B023
 
         closure = closure_of(opt, loss)
-        with torch.autocast("cpu", torch.bfloat16) if outside else nullcontext():
+        with around():
             for _ in range(2):
-                if how in ("closure", "previous"):
-                    opt.step(closure)
-                    continue
                 if how == "two_pass":
-                    opt.zero_grad()
-                    samon.two_pass(opt, loss)
-                else:
+                    update(opt, loss)
+                elif how == "perturbed":
                     closure()
                     with opt.perturbed([p.grad for p in opt.perturbed_parameters().values()]):
                         closure()
-                opt.step()
-        return model
-
-    assert_same(run(True), run(False))
+                    opt.step()
+                else:
+                    opt.step(closure)
+        models.append(model)
+    assert_same(*models)
 
 
 def test_esam_samples_in_perturbed_too() -> None:

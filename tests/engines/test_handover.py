@@ -185,22 +185,20 @@ def test_a_state_of_the_other_side_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("samon",), "itself sharpness-aware"),
-        (("lookahead_sgd",), "lookahead_sgd"),
-        (("mon",), "mon not found in registry"),
-        (("adahessian",), "second derivatives"),
-        (("muon", 0.0), "lr_ratio must be a finite number > 0, got 0.0"),
-        (("muon", "x"), "lr_ratio must be a finite number > 0, got .x"),
-        (("muon", 1.0, {"lr": 0.1}), "the parameter groups keep their lr"),
+        ({"opt": "samon"}, "itself sharpness-aware"),
+        ({"opt": "lookahead_sgd"}, "lookahead_sgd"),
+        ({"opt": "mon"}, "mon not found in registry"),
+        ({"opt": "adahessian"}, "second derivatives"),
+        ({"opt": "muon", "lr_ratio": 0.0}, "lr_ratio must be a finite number > 0, got 0.0"),
+        ({"opt": "muon", "lr_ratio": "x"}, "lr_ratio must be a finite number > 0, got .x"),
+        ({"opt": "muon", "lr": 0.1}, "the parameter groups keep their lr"),
     ],
 )
-def test_what_cannot_take_over(arguments: tuple, message: str) -> None:
+def test_what_cannot_take_over(arguments: dict[str, Any], message: str) -> None:
     _, opt, _ = trained("sgd", 1)
-    name, *rest = arguments
-    options = rest.pop() if rest and isinstance(rest[-1], dict) else {}
     base = opt.base
     with pytest.raises(UserError, match=message):
-        opt.replace_base(name, *rest, **options)
+        opt.replace_base(**arguments)
     assert opt.base is base
     assert opt.replacement is None
 
