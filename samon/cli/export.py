@@ -171,7 +171,6 @@ def save_folder(model: nn.Module, folder: Path, card: Tree, hub_args: Tree) -> N
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="samon-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -206,7 +206,6 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, help="directory, uncompressed tar or .npz")
@@ -231,6 +230,5 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Pack or verify."""
     args = parse_args(argv)
     verify(args) if args.verify else convert(args)

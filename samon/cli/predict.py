@@ -86,7 +86,6 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="samon-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

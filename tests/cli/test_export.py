@@ -80,15 +80,11 @@ def test_an_incomplete_folder_is_removed(gray_run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_push_gives_timm_the_same_and_its_errors_are_one_line(gray_run, monkeypatch):
+def test_errors_of_the_hub_are_one_line(gray_run, monkeypatch):
     class ConnectError(Exception):
         """As httpx's, which is no OSError."""
 
     def push(model, repository, **options):
-        assert (repository, options["private"], options["model_config"]["num_classes"]) == ("me/model", True, 3)
-        assert options["model_card"]["details"]["Optimizer"] == "samon"
-        assert options["data_config"]["mean"] == (0.4,) * 3
-        assert model.num_classes == 3
         raise ConnectError("[Errno -3] Temporary failure\nin name resolution")
 
     monkeypatch.setattr(export, "push_to_hf_hub", push)
@@ -144,6 +140,8 @@ def test_a_pushed_model_loads_from_the_hub(gray_run, weights, tmp_path, monkeypa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     (card,) = (tmp_path / "cache").rglob("README.md")
+    assert model.pretrained_cfg["mean"] == [0.4] * 3
+    assert "**Optimizer:** samon" in card.read_text()
     assert "## Evaluation\n\n| data set | evaluation | top-1 |" in card.read_text()
     assert f"| accuracy | {top1:.2f} |" in card.read_text()
 

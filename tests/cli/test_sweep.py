@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import re
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,33 +143,22 @@ def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The running one is asked to save, queued ones never start."""
-    slow = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, file=sys.stderr, flush=True)"
-    )
+    interrupt = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); os.kill(os.getppid(), 2)"
 
     def command(sweep: Sweep, job: Job) -> list[str]:
         if job.seed == 0:
             return [sys.executable, "-S", "-c", FAKE, str(sweep.output / job.name / "starts"), "0", "1"]
-        return [sys.executable, "-S", "-c", slow]
-
-    def interrupt() -> None:
-        log = tmp_path / "sgd-seed1/sweep.log"
-        while not (log.exists() and log.read_text()):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        return [sys.executable, "-S", "-c", f"{interrupt}; time.sleep(100)"]
 
     monkeypatch.setattr(Sweep, "command", command)
-    thread = threading.Thread(target=interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
     begin = time.monotonic()
     try:
-        thread.start()
         with pytest.raises(Stopped, match="stopped by signal 2; start the sweep again"):
             program.main(["-c", RECIPE, "--opts", "sgd", "--seeds", "4", "--output", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 30
-    thread.join()
     out, err = capsys.readouterr()
     assert "| sgd |  | 50.00 | 1 |" in out
     assert "sgd-seed1: stopped" in err

@@ -1,10 +1,7 @@
 """experiments/compare.py: rho is chosen on held-out images, finished runs are kept, and results.json holds the rest."""
 
 import json
-import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -101,23 +98,17 @@ def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
 
 def test_sigterm_ends_the_runs_and_collects_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the pool, runs of several methods are stopped together."""
-    slow = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(file=sys.stderr, flush=True)"
+    slow = "import glob, os, signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(143))\n"
+    terminate = f"while len(glob.glob('{tmp_path}/**/sweep.log', recursive=True)) < 2: time.sleep(0.02)\n"
+    terminate += "os.kill(os.getppid(), 15)\n"
 
     def command(sweep: Sweep, job: Job) -> list[str]:
-        return [sys.executable, "-S", "-c", slow + "; time.sleep(100)"]
-
-    def terminate() -> None:
-        while sum(bool(log.read_text()) for log in tmp_path.rglob("sweep.log")) < 2:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        return [sys.executable, "-S", "-c", f"{slow}{terminate * (job.opt == 'sam')}time.sleep(100)"]
 
     monkeypatch.setattr(Sweep, "command", command)
-    thread = threading.Thread(target=terminate)
-    thread.start()
     begin = time.monotonic()
     with pytest.raises(Stopped, match="stopped by signal 15"):
         compare.main(["tradeoff", "--output", str(tmp_path), "--jobs", "2", "--only", "SAM,SAM-ON"])
-    thread.join()
     assert time.monotonic() - begin < 60
     assert len(list(tmp_path.rglob("sweep.log"))) == 2  # the others never start
     assert (tmp_path / "results.json").exists()
