@@ -203,7 +203,7 @@ def test_a_terminal_shows_a_bar_that_starts_at_the_finished_runs(
 
 
 def test_a_run_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
-    """train.py itself behind it: the final line is read."""
+    """With the real train.py, whose final line is read."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         f"dataset: wds/fashion-mnist\ndata_dir: {ROOT / 'data/fashion-mnist'}\nmodel: test_resnet\nnum_classes: 10\n"

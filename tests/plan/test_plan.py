@@ -1,6 +1,6 @@
 """The plan of a step against the step itself, run by two real processes: bytes, FLOPs and memory are the same numbers.
 
-Memory is allowed 10 % beside: gloo's thread lets go of a message's buffer a moment after the step could, 5 % here.
+Memory may differ by 10 %: gloo's thread frees a message's buffer a moment later than planned, which is 5 % here.
 """
 
 import json

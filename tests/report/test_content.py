@@ -53,8 +53,8 @@ def test_committed_results_are_compact_and_current(path: Path) -> None:
     content = load(json.loads(path.read_text()), path)
     assert path.stat().st_size < 100_000
     assert content.settings()[0].model
-    strange = {key for run in content.runs for key in run.settings} - DEFAULTS.keys()
-    assert not strange, "flags of an earlier version"
+    unknown = {key for run in content.runs for key in run.settings} - DEFAULTS.keys()
+    assert not unknown, "flags of an earlier version"
 
 
 def test_there_are_committed_results() -> None:
