@@ -1,4 +1,4 @@
-"""experiments/compare.py: rho is chosen on held-out images, finished runs are skipped, and results.json has all scores."""
+"""experiments/compare.py: rho is chosen on held-out images, finished runs are skipped, results.json has all scores."""
 
 import json
 import sys
