@@ -5,15 +5,19 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from samon.data.classes import check_ranks, validation_number
-from samon.data.sources import check_name, open_source, source_options
+from samon.data.corrupt import SampleError
+from samon.data.decode import open_image
+from samon.data.sources import ShardSource, Source, check_name, open_source, source_options
 from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.evals import EVALS, corruptions, shifts
 from samon.evals.context import EvalContext, EvalDataset
@@ -137,6 +141,7 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
         dataset.scorings = {", ".join(names): Scoring(classes, label_sets)}
     else:
         _match_model_classes(context, spec, dataset)
+        _compare_colors(context, spec, dataset)
     scoring = next(iter(dataset.scorings.values()))
     columns = range(num_classes) if scoring.classes is None else scoring.classes
     dataset.num_classes = len(columns if scoring.label_sets is None else scoring.label_sets)
@@ -240,6 +245,28 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
     else:
         assumption = f"its labels are taken as the model's first {count} classes; if that is wrong, use --class-map"
         _warn(context, f"{where}: {counts}: {assumption}")
+
+
+def _compare_colors(context: EvalContext, spec: EvalSpec, dataset: EvalDataset) -> None:
+    """Warn if a sample of the images is gray and the model takes color, or the other way round."""
+    modes = _image_modes(dataset.source) if context.config.input_img_mode is None else []
+    gray_model = dataset.image_mode == "L"
+    if modes and all((mode in ("1", "L")) != gray_model for mode in modes):
+        effect = "converted to gray, their color is lost" if gray_model else "converted to RGB, three times the gray"
+        where = f"{spec.name} {spec.root}"
+        _warn(context, f"{where}: its images are {modes[0]}, the model takes {dataset.image_mode}: they are {effect}")
+
+
+def _image_modes(source: Source) -> list[str]:
+    """PIL modes of up to eight readable images: the first ones of shards, otherwise spread over the set."""
+    step = 1 if isinstance(source, ShardSource) else max(1, len(source) // 8)
+    modes = []
+    for record in source.read(range(0, len(source), step)[:8]):
+        with suppress(SampleError):
+            if not isinstance(record, SampleError):
+                image = record.image
+                modes.append((image if isinstance(image, Image.Image) else open_image(image)).mode)
+    return modes
 
 
 def _warn(context: EvalContext, text: str) -> None:

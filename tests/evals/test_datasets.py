@@ -2,13 +2,23 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from samon.errors import UserError
 from samon.evals import accuracy, load_evaluation, shifts
 from samon.evals.datasets import EvalSpec, open_dataset
 from samon.evals.main import main, parse, prepare
 from tests import efficientnet_lite0
-from tests.eval_sets import SYNSETS, DifferentiableReader, Reader, color, make_context, write_folders, write_shard
+from tests.eval_sets import (
+    DATA_CONFIG,
+    SYNSETS,
+    DifferentiableReader,
+    Reader,
+    color,
+    make_context,
+    write_folders,
+    write_shard,
+)
 
 
 def spec_of(root, kind="", dataset="", split="", limit=None):
@@ -268,3 +278,15 @@ def test_the_shipped_suite_names_the_papers_sets_under_the_data_dir(tmp_path):
     others = ["imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"]
     assert [spec.kind for spec in job.specs] == ["imagenet", "imagenet-real", *v2, *others]
     assert (job.specs[0].root, job.specs[0].split) == (str(tmp_path / "imagenet"), "validation")
+
+
+def test_gray_and_color_are_compared(tmp_path, caplog):
+    root = write_folders(tmp_path, {str(i): [i] for i in range(9)})
+    for path, mode in (("0/0.png", "1"), ("4/0.png", "L")):  # the first images are not representative
+        Image.new(mode, (8, 8)).save(root / path)
+    open_dataset(make_context(Reader()), spec_of(root))
+    assert "its images are" not in caplog.text
+    for path in ("0/0.png", "4/0.png"):
+        color(0).save(root / path)
+    open_dataset(make_context(Reader(), DATA_CONFIG | {"input_size": (1, 8, 8)}), spec_of(root))
+    assert "its images are RGB, the model takes L: they are converted to gray, their color is lost" in caplog.text
