@@ -1,9 +1,8 @@
 """Temporary changes to a model, each undone exactly, also after an exception."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,47 +14,17 @@ from torch.optim import Optimizer
 from samon.compat import foreach_clone
 
 
-# -- parameters and attributes -----------------------------------------------------------------------------------------
 @contextmanager
-def frozen(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Compute no gradients for these parameters, and store no activations for them."""
-    trainable = [p for p in parameters if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
+def requires_grad(parameters: Iterable[Parameter], value: bool) -> Iterator[None]:
+    """Freeze parameters, which then cost neither gradients nor activations, or compute gradients for frozen ones."""
+    changed = [p for p in parameters if p.requires_grad != value]
+    for p in changed:
+        p.requires_grad_(value)
     try:
         yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def trainable(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Compute gradients for these frozen parameters."""
-    frozen_now = [p for p in parameters if not p.requires_grad]
-    for p in frozen_now:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen_now:
-            p.requires_grad_(False)
-
-
-@contextmanager
-def scaled_learning_rates(param_groups: list[dict[str, Any]], ratio: float) -> Iterator[None]:
-    """Multiply the learning rates of the groups, whatever scheduler sets them."""
-    if ratio == 1:
-        yield
-        return
-    rates = [group["lr"] for group in param_groups]
-    try:
-        for group in param_groups:
-            group["lr"] = ratio * group["lr"]
-        yield
-    finally:
-        for group, rate in zip(param_groups, rates, strict=True):
-            group["lr"] = rate
+        for p in changed:
+            p.requires_grad_(not value)
 
 
 @torch.no_grad()
@@ -72,61 +41,28 @@ def restore_weights(weights: list[Tensor], saved: list[Tensor]) -> None:
     torch._foreach_copy_(weights, saved)
 
 
-@contextmanager
-def override_attrs(overrides: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
-    """Temporarily override instance attributes: {object: {name: value}}."""
-    before = {item: {n: vars(item)[n] for n in values if n in vars(item)} for item, values in overrides.items()}
-    for item, values in overrides.items():
-        vars(item).update(values)
-    try:
-        yield
-    finally:
-        for item, own in before.items():
-            for name in overrides[item].keys() - own.keys():
-                del vars(item)[name]
-            vars(item).update(own)
-
-
-@contextmanager
-def patch_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the `forward` of these modules; their hooks still run. Compiled models run eagerly, since their graphs
-    contain the original forwards."""
-    with override_attrs({m: {"forward": f} for m, f in forwards.items()}), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def forward_hooks(
-    modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Call hooks before and after the forward of these modules; compiled models run eagerly, since graphs call none."""
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.register_forward_pre_hook(before))
-            if after is not None:
-                stack.enter_context(module.register_forward_hook(after))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
 # -- modules and running statistics ------------------------------------------------------------------------------------
 _recorded_modules: WeakKeyDictionary[Optimizer, set[nn.Module]] = WeakKeyDictionary()
 
 
-def iterate_modules(model: nn.Module) -> Iterator[nn.Module]:
+def all_modules(model: nn.Module) -> list[nn.Module]:
     """`model.modules()` without computing names, which takes 1.5 of a step's 10 ms for 600 small layers."""
-    seen, stack = {model}, [model]
-    while stack:
-        module = stack.pop()
-        yield module
+    modules, seen = [model], {model}
+    for module in modules:
         new = [m for m in module._modules.values() if m is not None and m not in seen]
         seen.update(new)
-        stack += new
+        modules += new
+    return modules
 
 
 def modules_of(optimizer: Optimizer, model: nn.Module | None) -> list[nn.Module]:
     """All modules of the model, or those recorded in the first step if the optimizer was created without a model."""
-    return list(_recorded_modules.get(optimizer, ()) if model is None else iterate_modules(model))
+    return list(_recorded_modules.get(optimizer, ())) if model is None else all_modules(model)
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> dict[int, Parameter]:
+    """The modules' own parameters by id."""
+    return {id(p): p for m in modules if m._parameters for p in m._parameters.values() if p is not None}
 
 
 @contextmanager

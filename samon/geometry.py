@@ -235,16 +235,3 @@ class FlatTensors(list[Tensor]):
         self.flat = flat
         sizes = [t.numel() for t in like] if flat.dim() == 1 else [t[0].numel() for t in like]
         super().__init__(part.view_as(t) for part, t in zip(flat.split(sizes, -1), like, strict=True))
-
-
-def project(deltas: Tensors, scales: Tensors, rho: float, order: float) -> list[Tensor]:
-    """Project the deltas onto the ball ||T^-1 delta||_order <= rho: clipped for infinity, rescaled for 2.
-
-    Where T (`scales`) is zero the ball has no extent, so delta is zero there.
-    """
-    if order == math.inf:
-        return [torch.clamp(d, -rho * t, rho * t) for d, t in zip(deltas, scales, strict=True)]
-    inside = [torch.where(t > 0, d, 0) for d, t in zip(deltas, scales, strict=True)]
-    radius = global_norm([torch.where(t > 0, d / t, 0) for d, t in zip(inside, scales, strict=True)])
-    factor = torch.where(radius > rho, rho / radius, 1)
-    return list(torch._foreach_mul(inside, factor))

@@ -1,23 +1,21 @@
 """SAM: a base optimizer, the parameters to perturb, and how far (Eqs. 2 to 5)."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from timm.optim import Lookahead
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from samon import contexts, geometry
+from samon.engines.handover import OptimizerWrapper
 from samon.errors import UserError
 from samon.geometry import (
     GEOMETRIES,
@@ -32,99 +30,19 @@ from samon.geometry import (
 from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
 
 if TYPE_CHECKING:
-    from samon.engines.closure import ManualPasses
+    from samon.engines.ascent import AscentSource
     from samon.engines.masks import Mask
 
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-COPIED = {"base", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "defaults", "sharded"}
-COPIED |= {"replacement"}
+COPIED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "sharded"}
 
 
-class AscentSource:
-    """Where the direction of the perturbation comes from. This one is SAM (Eq. 3): g, this batch's gradient at w.
-
-    h below is the gradient at w + eps as it is applied: averaged over micro-batches and processes, unscaled, clipped.
-    Subclasses are in `samon.engines.ascent`.
-
-    Attributes:
-        name: its value of `ascent=`; `former_name` is found in older checkpoints.
-        single_pass: no update makes an ascent pass.
-        needs_clean_grad: g is used when the optimizer steps.
-        uses_final_gradient: what is applied or kept depends on h of the perturbed parameters.
-        has_state: tensors are carried from update to update.
-        counts_updates: what comes next depends on the number of updates.
-        keep_probability: fraction of the tensors that an update perturbs.
-        updates: two-pass updates applied.
-        used: the current update has been perturbed (or would have been, by a step at w).
-    """
-
-    name = former_name = "batch"
-    single_pass = needs_clean_grad = uses_final_gradient = has_state = counts_updates = False
-    keep_probability = 1.0
-
-    def __init__(self) -> None:
-        self.updates, self.used = 0, False
-        self.clean: list[Tensor] = []  # g of the current update
-        self.state: dict[str, Tensor] = {}  # by parameter name
-        self.moments: list[Tensor] = []
-        self.total: int | None = None  # updates of the whole training, if known
-
-    def needs_ascent_pass(self) -> bool:
-        """Whether the current update takes the gradient at w first."""
-        return not self.single_pass
-
-    def sample(self, named: Named) -> Named:
-        """The parameters that the current update perturbs."""
-        return named
-
-    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
-        """The direction from g, or without an ascent pass (None) from the state; None for a step at w."""
-        return grads
-
-    def accumulate_clean_grad(self, grads: Sequence[Tensor], weight: float) -> None:
-        """Add a micro-batch's g, which counts for `weight` in the update's mean."""
-        terms = [weight * to_float32(g) for g in grads]
-        self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
-
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
-        """Change `.grad` if the method says so, and keep what the next update needs. `clean` is the mean over the
-        update's samples on all processes, empty if no ascent pass was made."""
-
-    def finish_update(self, sam: "SAM") -> None:
-        """End the current update, just before the base optimizer's step."""
-        if self.needs_clean_grad or self.has_state:
-            if self.clean and dist.is_available() and dist.is_initialized():
-                self.clean = all_reduce_mean(self.clean)
-            self.before_step(sam.perturbed_parameters(), sam.state)
-        self.updates += self.used
-        self.discard_update()
-
-    def discard_update(self) -> None:
-        """Forget an update that is not applied."""
-        self.used, self.clean = False, []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"source": self.name, "updates": self.updates, "kept": dict(self.state), "moments": list(self.moments)}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Load the state of the same source; that of another one is ignored."""
-        if state["source"] in (self.name, self.former_name):
-            self.updates = state["updates"]
-            self.state = {name: tensor.to(device) for name, tensor in state["kept"].items()}
-            self.moments = [tensor.to(device) for tensor in state["moments"]]
-
-
-def _of_base(name: str) -> property:
-    return property(lambda sam: getattr(sam.base, name), lambda sam, value: setattr(sam.base, name, value))
-
-
-class SAM(Optimizer):
+class SAM(OptimizerWrapper):
     """Sharpness-aware minimization over a selection of parameters.
 
-    The base optimizer applies the gradient; SAM shares its `param_groups`, `state` and `defaults`, so schedulers,
-    gradient scalers, checkpoints and Lookahead see a plain optimizer. `samon.two_pass` is the fast way to fill `.grad`
-    with the gradient at w + eps; `step(closure)` does the same in any trainer that passes a standard closure.
+    The base optimizer applies the gradient. `samon.two_pass` is the fast way to fill `.grad` with the gradient at
+    w + eps; `step(closure)` does the same in any trainer that passes a standard closure.
 
     Args:
         base: optimizer over all trained parameters.
@@ -139,13 +57,10 @@ class SAM(Optimizer):
         stats: of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm, the
             length of the applied perturbation (the mean over groups). With half-precision weights also eps_lost, the
             fraction of the perturbation lost to rounding.
-        replacement: arguments of `replace_base` if it was called.
 
     Raises:
         UserError: an argument is out of range, or the base optimizer cannot be used.
     """
-
-    replacement: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -157,11 +72,14 @@ class SAM(Optimizer):
         eta: float | None = None,
         radius: str | float = "ball",
         mask: "Mask | None" = None,
-        ascent: AscentSource | None = None,
+        ascent: "AscentSource | None" = None,
     ):
-        check_base(base, "-".join(filter(None, (selection.scope, geometry))))
-        self.base, self.geometry, self.mask, self.selection = base, geometry, mask, selection
-        self.replace_ascent(ascent or AscentSource())
+        from samon.engines.ascent import AscentSource
+
+        super().__init__(base, "-".join(filter(None, (selection.scope, geometry))))
+        self.geometry, self.mask, self.selection = geometry, mask, selection
+        self.ascent = ascent or AscentSource()
+        self.ascent.check(mask, selection)
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
@@ -171,65 +89,13 @@ class SAM(Optimizer):
             for n, p in selection.parameters.items()
             if id(p) in trained or (selection.perturb_frozen and not p.requires_grad)
         }
-        self.defaults = base.defaults
-        self._init_instance()
-
-    def replace_ascent(self, ascent: AscentSource) -> None:
-        """Change where the direction of the perturbation comes from.
-
-        Raises:
-            UserError: the source does not combine with the mask or the frozen parameters.
-        """
-        if self.mask is not None and ascent.keep_probability < 1:
-            raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
-        if self.selection.perturb_frozen and ascent.uses_final_gradient:
-            raise UserError(
-                "perturb_frozen excludes ascent sources that use the gradient at w + eps, which frozen parameters do "
-                "not have; use ascent='batch' or 'fsam', without gsam_alpha"
-            )
-        self.ascent = ascent
-
-    def replace_base(self, opt: str, lr_ratio: float = 1.0, **options: Any) -> int:
-        """Hand over to another base optimizer, with the momentum that both have (`samon.engines.handover`).
-
-        `state_dict` records the arguments, with which `load_state_dict` of a new optimizer does the same first.
-
-        Args:
-            opt: timm's name of it.
-            lr_ratio: it steps at this multiple of the groups' learning rates, which stay the scheduler's.
-            options: further arguments of timm's factory, plain values. Weight decay stays that of the groups.
-
-        Returns:
-            The number of tensors whose momentum was carried.
-
-        Raises:
-            UserError: an argument is wrong, or the optimizer is inside Lookahead.
-        """
-        from samon.engines.handover import carry_momentum, create_base
-
-        base = create_base(self, opt, lr_ratio, options)
-        carried = carry_momentum(self.base, base)
-        self.base, self.defaults = base, base.defaults
-        self.replacement = {"opt": opt.lower(), "lr_ratio": float(lr_ratio), "options": options}
-        return carried
-
-    @property
-    def lr_ratio(self) -> float:
-        """What multiplies the groups' learning rates in a step."""
-        return 1.0 if self.replacement is None else self.replacement["lr_ratio"]
 
     def _init_instance(self) -> None:
-        """Initialize a new instance or a copy. `Optimizer.__init__` would empty the base's state and groups."""
-        super().__setstate__({})
-        vars(self).update({name: hooks for name, hooks in vars(self.base).items() if "state_dict" in name})
+        super()._init_instance()
         self.stats: dict[str, Tensor] = {}
         self.arithmetic = Arithmetic()
-        self._manual: ManualPasses | None = None  # between first_step and second_step
-        self._in_step = self._expect_plain = self._warned_plain = self._checked_rounding = False
-
-    # -- one set of groups and one state with the base ---------------------------------------------------------------
-    param_groups: Any = _of_base("param_groups")
-    state: Any = _of_base("state")
+        self._manual: ExitStack | None = None  # between first_step and second_step
+        self._in_step = self._expect_plain = self._warned_plain = False
 
     @property
     def scope(self) -> str:
@@ -242,7 +108,7 @@ class SAM(Optimizer):
     @cached_property
     def sharded(self) -> bool:
         """Whether any parameter, perturbed or not, is sharded across processes (FSDP2)."""
-        return any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"])
+        return any(isinstance(p, DTensor) for p in self.parameters())
 
     @property
     def can_group(self) -> bool:
@@ -258,14 +124,14 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the group to the base; those of its parameters that are in the scope are perturbed from now on."""
-        self.base.add_param_group(param_group)
+        super().add_param_group(param_group)
         old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
         reselect = partial(select_bare, self.base.param_groups) if old.model is None else partial(select, old.model)
         known = {id(p) for p in old.parameters.values()}
         selected = reselect(old.scope, old.perturb).parameters
         old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
-    def compile(self, backend: Any = "inductor", mode: str | None = None) -> None:
+    def compile(self, backend: str | Callable[..., object] = "inductor", mode: str | None = None) -> None:
         """Compile the arithmetic of the perturbation, for a model compiled with these arguments. In the modes that
         capture CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of their
         memory. A copy of this optimizer is not compiled.
@@ -288,9 +154,7 @@ class SAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's own state, which it can load alone, plus that of the ascent source and the mask."""
-        state = self.base.state_dict()
-        if self.replacement is not None:
-            state["replacement"] = self.replacement
+        state = super().state_dict()
         if self.ascent.has_state or self.ascent.counts_updates:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
@@ -301,13 +165,7 @@ class SAM(Optimizer):
         Raises:
             UserError: the state is that of another base optimizer, before or after `replace_base`.
         """
-        stored, own = state_dict.get("replacement"), self.replacement
-        if stored is not None and own is None:
-            self.replace_base(stored["opt"], stored["lr_ratio"], **stored["options"])
-        elif (stored and stored["opt"]) != (own and own["opt"]):
-            what = f"after replace_base({stored['opt']!r})" if stored else "before replace_base"
-            raise UserError(f"the state was saved {what}; create the optimizer anew to load it")
-        self.base.load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
         if self.mask is not None and "mask" in state_dict:
             self.mask.load_state_dict(state_dict["mask"], _local(self.perturbed_parameters()))
         if "ascent" in state_dict:
@@ -328,10 +186,6 @@ class SAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k in COPIED}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._init_instance()
-
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
         """The perturbed parameters by qualified name: those that are trainable now, or all with `perturb_frozen`."""
@@ -349,7 +203,7 @@ class SAM(Optimizer):
         named = self.perturbed_parameters()
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
-        trained = [p for p in named.values() if p.requires_grad] or [p for g in self.param_groups for p in g["params"]]
+        trained = [p for p in named.values() if p.requires_grad] or self.parameters()
         if all(p.grad is None for p in trained):  # cleared by the model or by Lookahead, not by `zero_grad`
             self._discard_update()
         named = self.ascent.sample(named)
@@ -390,14 +244,19 @@ class SAM(Optimizer):
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def ascend(
-        self, named: Named, grads: Grads | None, grouped: bool = False
+        self, named: Named, grads: Grads | None, weight: float = 1.0, grouped: bool = False
     ) -> tuple[list[Tensor] | None, Tensor | None]:
         """The perturbation along the ascent source's direction: `(eps, finite)`, or `(None, None)` for a step at w.
 
         Args:
             grads: gradients at w in the order of `named`; None if the update makes no ascent pass.
+            weight: share of this micro-batch in the update.
+            grouped: gradients and perturbation have a leading dimension [G].
         """
         self.ascent.used = True
+        if grads is not None and self.ascent.needs_clean_grad:
+            dense = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)]
+            self.ascent.accumulate_clean_grad([g.mean(0) for g in dense] if grouped else dense, weight)
         direction = self.ascent.direction(named, grads, self.state)
         if direction is None:
             self.stats = {}
@@ -436,39 +295,26 @@ class SAM(Optimizer):
         saved = self.arithmetic.add(weights, list(eps))
         torch.clear_autocast_cache()  # an autocast context around the step caches half-precision copies of the weights
         try:
-            with torch.no_grad():
-                applied = eps
-                if any(w.dtype in LOW_PRECISION for w in weights):
-                    triples = zip(weights, saved, eps, strict=True)
-                    applied = [w.float() - s.float() if w.dtype in LOW_PRECISION else e for w, s, e in triples]
-                self.record_perturbation(named, eps, applied)
+            self.record_perturbation(named, eps, saved)
             yield
         finally:
             self.arithmetic.restore(weights, saved)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def record_perturbation(
-        self, named: Named, eps: Sequence[Tensor], applied: Sequence[Tensor], grouped: bool = False
-    ) -> None:
-        """Record in `stats` the length of the perturbation, as intended and as the weights took it."""
-        reduce = self.norm_reduction(named)
+    def record_perturbation(self, named: Named, eps: Sequence[Tensor], saved: list[Tensor] | None = None) -> None:
+        """Record the length of the perturbation in `stats`.
+
+        Args:
+            saved: the weights before it was added; without them it is one per group, [G, ...], which rounds no weight.
+        """
+        reduce, applied = self.norm_reduction(named), eps
+        if any(p.dtype in LOW_PRECISION for p in named.values()):
+            from samon.engines.diagnostics import record_rounding
+
+            applied = record_rounding(self, _local(named), eps, saved, reduce)
         vectors = [applied.flat] if isinstance(applied, FlatTensors) and reduce is None else applied
-        self.stats["eps_norm"] = global_norm(vectors, grouped=grouped, reduce=reduce).mean()
-        if not any(p.dtype in LOW_PRECISION for p in named.values()):
-            return
-        lost = global_norm([e - a for e, a in zip(eps, applied, strict=True)], reduce=reduce)
-        fraction = lost / global_norm(eps, reduce=reduce).clamp(min=torch.finfo(lost.dtype).tiny)
-        self.stats["eps_lost"] = fraction
-        if self._checked_rounding or fraction.is_meta or isinstance(fraction, FakeTensor):
-            return
-        self._checked_rounding = True  # one read on the host, in the first step
-        if fraction.item() > 0.5:
-            warnings.warn(
-                f"rounding to half-precision weights loses {fraction.item():.0%} of the perturbation (rho={self.rho}); "
-                "keep float32 weights (--amp instead of --model-dtype) or raise rho",
-                stacklevel=2,
-            )
+        self.stats["eps_norm"] = global_norm(vectors, grouped=saved is None, reduce=reduce).mean()
 
     # -- the step ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -486,26 +332,24 @@ class SAM(Optimizer):
         Raises:
             UserError: the closure computes no gradients, or does not clear old ones that are not zero.
         """
-        loss = None
         if self._manual is not None:
             raise UserError("first_step() has moved the weights to w + eps; call second_step() instead of step()")
         if closure is None:
             self._warn_if_plain()
-        else:
-            from samon.engines.closure import run_closure
+            return self._apply_gradients()
+        from samon.engines.closure import run_closure
 
-            filled, self._expect_plain = self.ascent.used or self._expect_plain, False
-            with self.sampled_parameters() as named:
-                loss = run_closure(self, named, torch.enable_grad()(closure), filled)
-        result = self._apply_gradients()
-        return result if closure is None else loss
+        filled, self._expect_plain = self.ascent.used or self._expect_plain, False
+        with self.sampled_parameters() as named:
+            loss = run_closure(self, named, torch.enable_grad()(closure), filled)
+        self._apply_gradients()
+        return loss
 
     def _apply_gradients(self) -> Any:
         self.ascent.finish_update(self)
         if self.mask is not None:
             self.mask.advance()
-        with contexts.scaled_learning_rates(self.param_groups, self.lr_ratio):
-            result = self.base.step()
+        result = self.step_base()
         torch.clear_autocast_cache()
         return result
 
@@ -517,9 +361,11 @@ class SAM(Optimizer):
         Args:
             zero_grad: clear the gradients, which the second backward must not add to.
         """
-        from samon.engines.closure import ManualPasses
+        from samon.engines.closure import manual_passes
 
-        self._manual = ManualPasses(self)
+        stack = ExitStack()
+        stack.enter_context(manual_passes(self))
+        self._manual = stack
         if zero_grad:
             self.zero_grad()
 
@@ -536,7 +382,7 @@ class SAM(Optimizer):
         if self._manual is None:
             raise UserError("second_step() needs first_step() before it")
         passes, self._manual = self._manual, None
-        passes.finish()
+        passes.close()
         self._apply_gradients()
         if zero_grad:
             self.zero_grad()
@@ -572,7 +418,7 @@ class Arithmetic:
     cuda_graphs: bool = False
 
 
-def sam_of(optimizer: Any) -> SAM | None:
+def sam_of(optimizer: object) -> SAM | None:
     """The SAM optimizer inside `optimizer`: itself, or inside timm's Lookahead, Accelerate's, Lightning's and Fabric's
     wrappers. None if there is none."""
     # The last two imitate the class of what they wrap, including its attributes; only `vars` distinguishes them.
@@ -588,26 +434,6 @@ def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = Non
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-
-
-def check_base(base: Optimizer, opt: str) -> None:
-    """Raises:
-    UserError: two passes, with the optimizer name `opt`, do not work with this base optimizer.
-    """
-    name = type(base).__name__
-    if isinstance(base, SAM | Lookahead):
-        raise UserError(f"{name} cannot be the base optimizer; Lookahead goes around it: use lookahead_{opt}")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(
-            f"{name} evaluates the loss several times in its step, which two passes do not cover; choose a base "
-            "optimizer that applies a gradient, such as adamw"
-        )
-    if getattr(base, "is_second_order", False):
-        raise UserError(
-            f"{name} needs second derivatives, which neither pass computes; choose a first-order base optimizer such "
-            "as adamw"
-        )
 
 
 def to_local(tensor: Tensor) -> Tensor:

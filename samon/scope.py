@@ -195,11 +195,6 @@ class Selection:
         """The parameters to perturb now: those that are trainable, or all with `perturb_frozen`."""
         return {name: p for name, p in self.parameters.items() if p.requires_grad or self.perturb_frozen}
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the parameters to perturb now."""
-        return list(self.current())
-
     def summary(self) -> str:
         """Text for the log: how much of the model is perturbed, and in which types of layer."""
         perturbed = list(self.current().values())

@@ -21,7 +21,7 @@ from torch import Tensor
 from samon.cli.program import run_script
 from samon.errors import UserError
 from samon.sam import SAM
-from samon.two_pass import WholeBatch
+from samon.two_pass import StepOptions, WholeBatch
 
 Losses = dict[str, Tensor]
 _sams: WeakValueDictionary[int, SAM] = WeakValueDictionary()  # in the order of their creation, as are the scalers
@@ -48,15 +48,13 @@ class PerturbedTask:
         sam, scalers, ascends = self.sam, list(_scalers.values()), self.sam.ascent.needs_ascent_pass()
         scaler = scalers[-1] if scalers else None
         named = self.undo.enter_context(sam.sampled_parameters())  # zero_grad() before backward() belongs to the step
-        engine = WholeBatch(sam, named, "first" if ascends else "second")
-        engine.no_sync, engine.scaler = self.task.no_sync, scaler
+        options = StepOptions(no_sync=self.task.no_sync, scaler=scaler, bn_stats="first" if ascends else "second")
+        engine = WholeBatch(sam, named, options)
         clean = grads = None
         self.in_pass = True
         try:
             if ascends:
                 clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
-                if sam.ascent.needs_clean_grad:
-                    sam.ascent.accumulate_clean_grad(grads, 1.0)
             eps, finite = sam.ascend(named, grads)
             if eps is not None:
                 self.undo.enter_context(engine.perturbed(eps))

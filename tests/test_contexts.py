@@ -6,23 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from samon import contexts
 from tests.nets import BatchNormNet, batch, randomized
 from tests.steps import assert_unchanged, values
 
-
-def double(x: Tensor) -> Tensor:
-    return 2 * x
-
-
 CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
-    "frozen": lambda model: contexts.frozen(model.parameters()),
-    "trainable": lambda model: contexts.trainable(model.parameters()),
-    "override_attrs": lambda model: contexts.override_attrs({model: {"training": False, "other": 1}}),
-    "patch_forward": lambda model: contexts.patch_forward({model.bn: double, model.head: double}),
-    "forward_hooks": lambda model: contexts.forward_hooks(model.modules(), print, print),
+    "frozen": lambda model: contexts.requires_grad(model.parameters(), False),
+    "trainable": lambda model: contexts.requires_grad(model.parameters(), True),
     "preserve_buffers": lambda model: contexts.preserve_buffers(model.modules()),
 }
 
@@ -50,22 +42,16 @@ def test_everything_is_restored_after_an_exception(name: str) -> None:
 def test_their_effect_inside() -> None:
     model, (x, _) = randomized(BatchNormNet()), batch()
     model.stem.bias.requires_grad_(False)
-    with contexts.frozen(model.parameters()):
+    with contexts.requires_grad(model.parameters(), False):
         assert not model(x).requires_grad
-    with contexts.trainable([model.stem.bias]):
+    with contexts.requires_grad([model.stem.bias], True):
         assert torch.autograd.grad(model(x).sum(), model.stem.bias)
-    with contexts.patch_forward({model.head: double}):
-        assert model(x).shape == (8, 6)
-    calls: list[nn.Module] = []
-    with contexts.forward_hooks([model.bn, model.head], lambda module, args: calls.append(module)):
-        torch.compile(model, backend="eager")(x)  # graphs call no hooks
-    assert calls == [model.bn, model.head]
 
 
-def test_iterate_modules_is_modules() -> None:
+def test_all_modules_is_modules() -> None:
     model = nn.Sequential(shared := nn.Linear(2, 2), nn.Sequential(shared, nn.ReLU()))
-    assert set(contexts.iterate_modules(model)) == set(model.modules())
-    assert len(list(contexts.iterate_modules(model))) == len(list(model.modules()))
+    assert set(contexts.all_modules(model)) == set(model.modules())
+    assert len(contexts.all_modules(model)) == len(list(model.modules()))
 
 
 def test_modules_without_a_model_are_recorded_in_the_first_pass() -> None:

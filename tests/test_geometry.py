@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samon.geometry import GEOMETRIES, ascent_step, global_norm, project
+from samon.geometry import GEOMETRIES, ascent_step, global_norm
 from tests import reference
 from tests.nets import LayerNormNet
 from tests.runs import ROOT
@@ -104,21 +104,6 @@ def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:
     eps, _ = ascent_step("layerl2", weights, grads, RHO)
     assert torch.equal(eps[2], torch.zeros_like(eps[2]))
     assert eps[1].abs().min() > 0
-
-
-@pytest.mark.parametrize("p", [2, math.inf])
-def test_projection(p: float, vectors) -> None:
-    weights, deltas = vectors
-    t = [w.abs() for w in weights]
-    t[1][0] = 0
-    inside = project(deltas, t, 0.05, p)
-    scaled = [torch.where(a > 0, d / a, 0) for d, a in zip(inside, t, strict=True)]
-    assert global_norm(scaled, p).item() <= 0.05 * (1 + 1e-12)
-    assert inside[1][0] == 0
-    for again, once in zip(project(inside, t, 0.05, p), inside, strict=True):
-        torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
-    for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
-        assert torch.equal(far, torch.where(a > 0, d, 0))
 
 
 def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ def on_meta(name: str) -> nn.Module:
         return timm.create_model(name)
 
 
+def names_of(model: nn.Module, name: str) -> list[str]:
+    """Names of the parameters that the scope perturbs."""
+    return list(select(model, name).current())
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_architectures(name: str) -> None:
     model = on_meta(name)
@@ -48,8 +53,8 @@ def test_architectures(name: str) -> None:
     assert all("Norm" in owner for owner in owners)
     # The two scopes split the model: nothing is lost, nothing in both.
     rest = select(model, "samnn").parameters
-    assert not set(rest) & set(selection.names)
-    assert {*rest, *selection.names} == {n for n, _ in model.named_parameters()}
+    assert not set(rest) & set(selection.current())
+    assert {*rest, *selection.current()} == {n for n, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -59,7 +64,7 @@ def test_no_normalization_parameters(name: str) -> None:
 
 
 def test_downsample_norms_have_no_norm_in_their_name() -> None:
-    names = select(on_meta("resnet50"), "samon").names
+    names = names_of(on_meta("resnet50"), "samon")
     hidden = [n for n in names if "bn" not in n and "norm" not in n]
     assert len(names) == 106
     assert sorted(hidden) == sorted(f"layer{i}.0.downsample.1.{k}" for i in (1, 2, 3, 4) for k in ("weight", "bias"))
@@ -69,7 +74,7 @@ def test_frozen_parameters_are_left_out_and_shared_ones_counted_once() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
     model[2].weight = model[0].weight
     model[3].bias.requires_grad_(False)
-    assert select(model, "samon").names == ["0.weight", "0.bias", "2.bias", "3.weight"]
+    assert names_of(model, "samon") == ["0.weight", "0.bias", "2.bias", "3.weight"]
     for module in (model[0], model[2], model[3]):
         module.requires_grad_(False)
     with pytest.raises(ValueError, match=r"layers: LayerNorm.*unfreeze"):
@@ -107,8 +112,8 @@ def test_regular_expression() -> None:
     model = on_meta("resnet18")
     late = select(model, "samon", r"layer4|^fc")
     assert late.narrowed
-    assert all(n.startswith("layer4") for n in late.names)
-    assert len(late.names) == 10
+    assert all(n.startswith("layer4") for n in late.current())
+    assert len(late.current()) == 10
     assert not select(model, "samon", ".").narrowed
     with pytest.raises(ValueError, match="perturb='layer9' matches none of the 40 trainable parameters"):
         select(model, "samon", "layer9")
@@ -119,9 +124,9 @@ def test_regular_expression() -> None:
 def test_names_and_wrappers() -> None:
     """Names are those of the bare model, whatever wraps it."""
     model = timm.create_model("test_resnet")
-    bare = select(model, "samon").names
-    assert select(torch.compile(model), "samon").names == bare
-    assert select(nn.DataParallel(model), "samon").names == bare
+    bare = names_of(model, "samon")
+    assert names_of(torch.compile(model), "samon") == bare
+    assert names_of(nn.DataParallel(model), "samon") == bare
 
 
 def test_summary_counts_by_layer_type() -> None:
@@ -169,18 +174,18 @@ def test_an_attribute_called_module_is_no_wrapper() -> None:
 
     names = ["norm.weight", "norm.bias", "module.norm.weight", "module.norm.bias"]
     everything = [*names, "_orig_mod.weight", "_orig_mod.bias"]
-    assert select(Pair(), "samon").names == names
-    assert select(Pair(), "sam").names == everything
-    assert select(nn.DataParallel(Pair()), "sam").names == everything
+    assert names_of(Pair(), "samon") == names
+    assert names_of(Pair(), "sam") == everything
+    assert names_of(nn.DataParallel(Pair()), "sam") == everything
 
 
 def test_wrappers_inside_a_model() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)), nn.LayerNorm(4))
-    bare = select(model, "sam").names
+    bare = names_of(model, "sam")
     model[1] = torch.compile(nn.DataParallel(model[1]), backend="eager")
     model[2] = torch.compile(model[2], backend="eager")
-    assert select(model, "sam").names == bare
-    assert select(model, "samon").names == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
+    assert names_of(model, "sam") == bare
+    assert names_of(model, "samon") == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
 
 
 def test_two_parameters_of_one_name() -> None:
@@ -223,8 +228,8 @@ def test_unknown_normalization_layers(registry) -> None:
     create_optimizer_v2(mixed, "sam", lr=0.1)  # no warning: all is perturbed whatever it is
     samon.register_norm(LlamaRMSNorm, dim=-1)
     mixed.append(OwnLayerNorm(4))
-    assert select(mixed, "samon").names == ["1.scale", "2.weight", "2.bias", "3.scale"]
-    assert select(mixed, "samnn").names == ["0.weight", "0.bias"]
+    assert names_of(mixed, "samon") == ["1.scale", "2.weight", "2.bias", "3.scale"]
+    assert names_of(mixed, "samnn") == ["0.weight", "0.bias"]
 
 
 def test_register_norm_refuses_what_is_no_class_or_dimension() -> None:

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from samon.engines.masks import Mask
 from samon.errors import UserError
 from samon.geometry import global_norm, to_float32
-from samon.sam import SAM, AscentSource, Grads
-from samon.scope import Named
+from samon.sam import SAM, Grads, all_reduce_mean
+from samon.scope import Named, Selection
 
 SOURCES = {
     "batch": "this batch's gradient at w",
@@ -27,8 +29,91 @@ SOURCES = {
     "looksam:k": "this batch's gradient at every k-th update; in between, a part of the last one is reused at w",
     "aesam": "this batch's gradient if the gradient norm is large; otherwise a plain step",
 }
-_FORMER = {"momentum": "msam", "friendly": "fsam", "adaptive": "aesam"}
 Tensors = list[Tensor]
+BaseState = Mapping[Parameter, Mapping[str, Tensor]]
+
+
+class AscentSource:
+    """Where the direction of the perturbation comes from. This one is SAM (Eq. 3): g, this batch's gradient at w.
+
+    Attributes:
+        name: its value of `ascent=`; `former_name` is found in older checkpoints.
+        single_pass: no update makes an ascent pass.
+        needs_clean_grad: g is used when the optimizer steps.
+        uses_final_gradient: what is applied or kept depends on h of the perturbed parameters.
+        has_state: tensors are carried from update to update.
+        counts_updates: what comes next depends on the number of updates.
+        keep_probability: fraction of the tensors that an update perturbs.
+        updates: two-pass updates applied.
+        used: the current update has been perturbed (or would have been, by a step at w).
+    """
+
+    name = former_name = "batch"
+    single_pass = needs_clean_grad = uses_final_gradient = has_state = counts_updates = False
+    keep_probability = 1.0
+
+    def __init__(self) -> None:
+        self.updates, self.used = 0, False
+        self.clean: list[Tensor] = []  # g of the current update
+        self.state: dict[str, Tensor] = {}  # by parameter name
+        self.moments: list[Tensor] = []
+        self.total: int | None = None  # updates of the whole training, if known
+
+    def check(self, mask: Mask | None, selection: Selection) -> None:
+        """Raises:
+        UserError: the source does not combine with the mask or the frozen parameters of an optimizer.
+        """
+        if mask is not None and self.keep_probability < 1:
+            raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
+        if selection.perturb_frozen and self.uses_final_gradient:
+            raise UserError(
+                "perturb_frozen excludes ascent sources that use the gradient at w + eps, which frozen parameters do "
+                "not have; use ascent='batch' or 'fsam', without gsam_alpha"
+            )
+
+    def needs_ascent_pass(self) -> bool:
+        """Whether the current update takes the gradient at w first."""
+        return not self.single_pass
+
+    def sample(self, named: Named) -> Named:
+        """The parameters that the current update perturbs."""
+        return named
+
+    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
+        """The direction from g, or without an ascent pass (None) from the state; None for a step at w."""
+        return grads
+
+    def accumulate_clean_grad(self, grads: Tensors, weight: float) -> None:
+        """Add a micro-batch's g, which counts for `weight` in the update's mean."""
+        terms = [weight * to_float32(g) for g in grads]
+        self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
+
+    def before_step(self, named: Named, base_state: BaseState) -> None:
+        """Change `.grad` if the method says so, and keep what the next update needs. `clean` is the mean over the
+        update's samples on all processes, empty if no ascent pass was made."""
+
+    def finish_update(self, sam: SAM) -> None:
+        """End the current update, just before the base optimizer's step."""
+        if self.needs_clean_grad or self.has_state:
+            if self.clean and dist.is_available() and dist.is_initialized():
+                self.clean = all_reduce_mean(self.clean)
+            self.before_step(sam.perturbed_parameters(), sam.state)
+        self.updates += self.used
+        self.discard_update()
+
+    def discard_update(self) -> None:
+        """Forget an update that is not applied."""
+        self.used, self.clean = False, []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self.name, "updates": self.updates, "kept": dict(self.state), "moments": list(self.moments)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Load the state of the same source; that of another one is ignored."""
+        if state["source"] in (self.name, self.former_name):
+            self.updates = state["updates"]
+            self.state = {name: tensor.to(device) for name, tensor in state["kept"].items()}
+            self.moments = [tensor.to(device) for tensor in state["moments"]]
 
 
 class PreviousGradient(AscentSource):
@@ -37,10 +122,10 @@ class PreviousGradient(AscentSource):
     name = former_name = "previous"
     single_pass = uses_final_gradient = has_state = True
 
-    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
         return _stored(self.state, named)
 
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+    def before_step(self, named: Named, base_state: BaseState) -> None:
         self.state = _by_name(named, [h.clone() for h in final_gradients(named)])
 
 
@@ -55,11 +140,11 @@ class MSAM(AscentSource):
     single_pass = uses_final_gradient = has_state = True
     decay = 0.9
 
-    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
         momenta = base_momenta(named.values(), base_state) or _stored(self.state, named)
         return None if momenta is None else list(torch._foreach_neg(momenta))
 
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+    def before_step(self, named: Named, base_state: BaseState) -> None:
         if base_momenta(named.values(), base_state) is not None:
             self.state = {}
             return
@@ -78,14 +163,14 @@ class FriendlySAM(AscentSource):
     needs_clean_grad = has_state = counts_updates = True
     sigma, decay = 1.0, 0.9
 
-    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
+    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
         mean = _stored(self.state, named)
         if mean is None or grads is None:
             return grads
         dense = [m.new_zeros(()) if g is None else to_float32(g) for m, g in zip(mean, grads, strict=True)]
         return [g - self.sigma * m for g, m in zip(dense, mean, strict=True)]
 
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+    def before_step(self, named: Named, base_state: BaseState) -> None:
         if self.clean:
             before = _stored(self.state, named)
             new = self.clean if before is None else _mix(self.decay, before, 1 - self.decay, self.clean)
@@ -109,7 +194,7 @@ class LookSAM(AscentSource):
     def needs_ascent_pass(self) -> bool:
         return self.updates % self.k == 0
 
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+    def before_step(self, named: Named, base_state: BaseState) -> None:
         final, before = final_gradients(named), _stored(self.state, named)
         if self.clean:
             self.state = _by_name(named, orthogonal_part(final, self.clean))
@@ -138,7 +223,7 @@ class AESAM(AscentSource):
         c = progress * self.lambda_1 + (1 - progress) * self.lambda_2
         return bool(size >= mean + c * variance.sqrt())
 
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
+    def before_step(self, named: Named, base_state: BaseState) -> None:
         if not self.used:
             return
         size = global_norm(final_gradients(named)).square()
@@ -151,34 +236,20 @@ class AESAM(AscentSource):
 
 
 class GSAM(AscentSource):
-    """h - alpha (g - (g.h / h.h) h) is applied: GSAM (Zhuang et al. 2022, Algorithm 1), for the perturbed parameters.
-
-    Args:
-        inner: the source of the direction, with an ascent pass at every update.
-    """
+    """h - alpha (g - (g.h / h.h) h) is applied: GSAM (Zhuang et al. 2022, Algorithm 1), on the perturbed parameters."""
 
     needs_clean_grad = uses_final_gradient = True
+    alpha = 0.0
 
-    def __init__(self, inner: AscentSource, alpha: float) -> None:
-        if alpha and type(inner) not in (AscentSource, FriendlySAM):
-            raise UserError(
-                f"gsam_alpha needs the gradient at w of every update, which ascent={inner.name!r} does not take"
-            )
-        self.inner, self.alpha = inner, alpha
-        super().__init__()
-        self.name, self.former_name = inner.name, inner.former_name
-        self.has_state, self.counts_updates = inner.has_state, inner.counts_updates
-
-    state = property(lambda self: self.inner.state, lambda self, value: setattr(self.inner, "state", value))
-
-    def direction(self, named: Named, grads: Grads | None, base_state: Mapping[Parameter, Any]) -> Grads | None:
-        return self.inner.direction(named, grads, base_state)
-
-    def before_step(self, named: Named, base_state: Mapping[Parameter, Any]) -> None:
-        final, self.inner.clean = final_gradients(named), self.clean
-        self.inner.before_step(named, base_state)
+    def before_step(self, named: Named, base_state: BaseState) -> None:
+        super().before_step(named, base_state)
         if self.clean:
-            _add_to_gradients(named, [-self.alpha * v for v in orthogonal_part(self.clean, final)])
+            parts = orthogonal_part(self.clean, final_gradients(named))
+            _add_to_gradients(named, [-self.alpha * v for v in parts])
+
+
+class FriendlyGSAM(GSAM, FriendlySAM):
+    """The direction of F-SAM, and the gradient of GSAM."""
 
 
 class ESAM(AscentSource):
@@ -212,26 +283,24 @@ def make_ascent(source: str = "batch", gsam_alpha: float = 0.0, esam_beta: float
         if source != "batch" or gsam_alpha:
             raise UserError("esam_beta samples other tensors at every update and combines only with ascent='batch'")
         return ESAM(esam_beta)
-    name = _FORMER.get(str(source), str(source))
-    simple = {cls.name: cls for cls in (AscentSource, PreviousGradient, MSAM, FriendlySAM, AESAM)}
-    if name in simple:
-        ascent = simple[name]()
-    elif match := re.fullmatch(r"(?:looksam|every):([1-9]\d*)", name):
+    classes = (AscentSource, PreviousGradient, MSAM, FriendlySAM, AESAM)
+    ascent = next((cls() for cls in classes if source in (cls.name, cls.former_name)), None)
+    if match := re.fullmatch(r"(?:looksam|every):([1-9]\d*)", str(source)):
         ascent = LookSAM(int(match[1]))
-    else:
+    if ascent is None:
         raise UserError(f"ascent must be one of {', '.join(SOURCES)} (k a number), got {source!r}")
-    return GSAM(ascent, gsam_alpha) if gsam_alpha else ascent
+    if not gsam_alpha:
+        return ascent
+    if type(ascent) not in (AscentSource, FriendlySAM):
+        raise UserError(
+            f"gsam_alpha needs the gradient at w of every update, which ascent={ascent.name!r} does not take"
+        )
+    gsam = GSAM() if type(ascent) is AscentSource else FriendlyGSAM()
+    gsam.alpha = gsam_alpha
+    return gsam
 
 
-def replace_ascent(sam: SAM, source: str) -> None:
-    """Change the ascent source of an optimizer; nothing happens if it is the same one by a former name."""
-    alpha = sam.ascent.alpha if isinstance(sam.ascent, GSAM) else 0.0
-    ascent = make_ascent(source, alpha, sam.ascent.keep_probability)
-    if ascent.name != sam.ascent.name:
-        sam.replace_ascent(ascent)
-
-
-def base_momenta(parameters: Iterable[Parameter], base_state: Mapping[Parameter, Any]) -> Tensors | None:
+def base_momenta(parameters: Iterable[Parameter], base_state: BaseState) -> Tensors | None:
     """The base optimizer's momentum (sum or mean of gradients) of each parameter, zero if it has none yet; None if it
     has none at all."""
     momenta: list[Tensor | None] = []

@@ -1,7 +1,7 @@
 """The two passes as the caller runs them: `SAM.step(closure)`, `SAM.first_step()` and `SAM.second_step()`."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from samon.contexts import modules_of, preserve_buffers, record_modules, trainable
+from samon.contexts import modules_of, parameters_of, preserve_buffers, record_modules, requires_grad
+from samon.engines.diagnostics import raise_no_gradient
 from samon.errors import UserError
 from samon.sam import SAM
 from samon.scope import Named
-from samon.two_pass import raise_no_gradient
 
 VERSION = "_samon_version"  # attribute of a gradient: its version counter when the closure was called
 
@@ -31,8 +31,8 @@ class GradientObserver:
     that is still there counts as not cleared.
     """
 
-    def __init__(self, parameters: Iterable[Parameter]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: list[Parameter]) -> None:
+        self.parameters = parameters
         self.accumulated: set[Parameter] = set()
         self.old_norms: list[Tensor] = []  # [] each, of old gradients that were not cleared
 
@@ -52,7 +52,7 @@ class GradientObserver:
             for handle in handles:
                 handle.remove()
 
-    def _before_accumulation(self, p: Parameter, grads: Any) -> None:
+    def _before_accumulation(self, p: Parameter, grads: object) -> None:
         if p not in self.accumulated:
             self._record_old(p, moved=True)
             self.accumulated.add(p)
@@ -115,21 +115,20 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     untrained = [p for p in named.values() if not p.requires_grad]
     if untrained and dist.is_available() and dist.is_initialized():
         raise UserError("step(closure) does not average gradients of frozen parameters; use samon.two_pass")
-    gradients = GradientObserver(p for group in sam.param_groups for p in group["params"])
-    loss: Any = None
+    gradients = GradientObserver(sam.parameters())
+    loss = None
     grads: list[Tensor | None] | None = None
-    others = [p for p in _parameters_of_other_optimizers(sam) if p.grad is None]
+    own = set(map(id, gradients.parameters))
+    modules = parameters_of(modules_of(sam, sam.model))
+    others = [p for key, p in modules.items() if key not in own and p.requires_grad and p.grad is None]
     if ascends or filled:
-        with record_modules(sam, sam.model), trainable(untrained), gradients.observe():
+        with record_modules(sam, sam.model), requires_grad(untrained, True), gradients.observe():
             loss = closure()
         if filled and not any(map(gradients.received, gradients.parameters)):
             return loss
         gradients.check(sam, named)
         if ascends:
             grads, sam.ascent.clean = [p.grad for p in named.values()], []
-            if sam.ascent.needs_clean_grad:
-                dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
-                sam.ascent.accumulate_clean_grad(dense, 1.0)
     for p in untrained:
         p.grad = None
     eps, _ = sam.ascend(named, grads)
@@ -147,54 +146,31 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     return loss
 
 
-class ManualPasses:
-    """The first and the second pass by the caller: at w before this object is created, at w + eps until `finish`.
+@contextmanager
+def manual_passes(sam: SAM) -> Iterator[None]:
+    """Between the first and the second pass by the caller: the weights are at w + eps.
 
     Raises:
-        UserError: no perturbed parameter has a gradient, or the ascent source makes a single pass.
+        UserError: no perturbed parameter has a gradient, or the ascent source makes a single pass; at the end,
+            gradients of the first pass were not cleared, or the second pass computed none.
     """
-
-    def __init__(self, sam: SAM) -> None:
-        self.sam, self.stack = sam, ExitStack()
-        if sam.ascent.single_pass:
-            raise UserError(f"ascent={sam.ascent.name!r} makes a single pass; use samon.two_pass or step(closure)")
-        if sam.selection.perturb_frozen:
-            raise UserError("first_step() finds no gradients of frozen parameters; use samon.two_pass or step(closure)")
-        with ExitStack() as stack:
-            self.named = stack.enter_context(sam.sampled_parameters())
-            if all(p.grad is None for p in self.named.values()):
-                raise_no_gradient(sam)
-            grads = None
-            if sam.ascent.needs_ascent_pass():
-                grads = [p.grad for p in self.named.values()]
-                if sam.ascent.needs_clean_grad:
-                    dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.named.values()]
-                    sam.ascent.accumulate_clean_grad(dense, 1.0)
-            eps, _ = sam.ascend(self.named, grads)
-            stack.enter_context(preserve_buffers(modules_of(sam, sam.model)))
-            if eps is not None:
-                stack.enter_context(sam.add_perturbation(self.named, eps))
-            self.gradients = GradientObserver(p for group in sam.param_groups for p in group["params"])
-            stack.enter_context(self.gradients.observe())
-            self.stack = stack.pop_all()
-
-    def finish(self) -> None:
-        """Restore the weights.
-
-        Raises:
-            UserError: gradients of the first pass were not cleared, or the second pass computed none.
-        """
-        self.stack.close()
-        self.gradients.check(self.sam, self.named)
-
-
-def _parameters_of_other_optimizers(sam: SAM) -> list[Parameter]:
-    """The model's trainable parameters that are not in this optimizer."""
-    own = {id(p) for group in sam.param_groups for p in group["params"]}
-    parameters = {
-        id(p): p
-        for m in modules_of(sam, sam.model)
-        for p in m._parameters.values()
-        if p is not None and p.requires_grad
-    }
-    return [p for key, p in parameters.items() if key not in own]
+    if sam.ascent.single_pass:
+        raise UserError(f"ascent={sam.ascent.name!r} makes a single pass; use samon.two_pass or step(closure)")
+    if sam.selection.perturb_frozen:
+        raise UserError("first_step() finds no gradients of frozen parameters; use samon.two_pass or step(closure)")
+    with sam.sampled_parameters() as named:
+        grads = [p.grad for p in named.values()]
+        if all(g is None for g in grads):
+            raise_no_gradient(sam)
+        eps, _ = sam.ascend(named, grads if sam.ascent.needs_ascent_pass() else None)
+        del grads  # not in memory together with those of the second pass
+        gradients = GradientObserver(sam.parameters())
+        perturbed = nullcontext() if eps is None else sam.add_perturbation(named, eps)
+        with preserve_buffers(modules_of(sam, sam.model)), perturbed, gradients.observe():
+            yield
+    if not any(map(gradients.received, gradients.parameters)):
+        raise UserError(
+            "second_step() found no gradients at w + eps; run a backward pass between first_step(zero_grad=True) and "
+            "second_step()"
+        )
+    gradients.check(sam, named)

@@ -12,8 +12,8 @@ one, from a full backward pass. The arithmetic is elementwise and runs on the sh
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from samon.compat import fsdp_param_groups
-from samon.contexts import iterate_modules, override_attrs
+from samon.contexts import all_modules
+from samon.engines.diagnostics import raise_no_gradient
 from samon.engines.groups import PerGroup
+from samon.engines.patches import override_attrs
 from samon.errors import UserError
 from samon.geometry import NormReduction
 from samon.sam import SAM, all_reduce_mean
 from samon.scope import Named
-from samon.two_pass import Forward, WholeBatch, raise_no_gradient
+from samon.two_pass import Forward, StepOptions, WholeBatch
 
 SHARDED = "perturbed parameters are sharded (FSDP): "
 
 
 def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None]:
     """Temporarily set attributes of FSDP's parameter groups. Its setters are public; the values before are not."""
-    modules = [] if model is None else iterate_modules(model)
+    modules = [] if model is None else all_modules(model)
     states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
     return override_attrs({group: values for state in states for group in fsdp_param_groups(state)})
 
@@ -46,7 +48,7 @@ def no_sync(model: nn.Module | None) -> Callable[[], AbstractContextManager[None
     return lambda: _set(model, reduce_grads=False, all_reduce_grads=False)
 
 
-def average_gradients(parameters: Iterable[Tensor], group: Any = None) -> None:
+def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Average `.grad` of the replicated parameters of a sharded model over the processes, in one message. Call it once
     per update, before clipping; FSDP averages the sharded ones itself."""
     if grads := [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]:
@@ -56,9 +58,9 @@ def average_gradients(parameters: Iterable[Tensor], group: Any = None) -> None:
 class Replicated(WholeBatch):
     """Replicated perturbed parameters in a model whose other parameters are sharded."""
 
-    def __init__(self, sam: SAM, *args: Any) -> None:
-        super().__init__(sam, *args)
-        self.no_sync = no_sync(sam.model)
+    def __init__(self, sam: SAM, named: Named, options: StepOptions) -> None:
+        super().__init__(sam, named, options)
+        self.no_sync = options.no_sync or no_sync(sam.model)
 
     def frozen_parameters(self) -> list[Parameter]:
         return []
@@ -79,18 +81,16 @@ class ReplicatedPerGroup(Replicated, PerGroup):
 class Sharded(Replicated):
     """Sharded perturbed parameters: a full backward pass, whose gradients FSDP averages and shards."""
 
-    averages_gradients = True
-
     def ascent_gradient(self, forwards: Sequence[Forward]) -> tuple[Tensor, list[Tensor]]:
         """The mean loss at w, [] and detached, and the gradients of the mean over processes, sharded as the parameters
         are. `.grad` is unchanged at the end."""
-        parameters = [p for group in self.sam.param_groups for p in group["params"]]
+        parameters = self.sam.parameters()
         before = [p.grad for p in parameters]
         losses = []
         try:
             for p in parameters:
                 p.grad = None
-            with WholeBatch.ascent_pass(self), self.each_ascent():
+            with WholeBatch.ascent_pass(self), self.each_pass():
                 for i, forward in enumerate(forwards):
                     with nullcontext() if i + 1 == len(forwards) else self.no_sync():
                         loss = forward()
@@ -107,29 +107,27 @@ class Sharded(Replicated):
         return torch.stack(losses).mean(), grads
 
 
-def make_engine(
-    sam: SAM, named: Named, groups: int, reduce: str, bn_stats: str, replay: bool, scaler: Any
-) -> WholeBatch:
+def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bool) -> WholeBatch:
     """Raises:
     UserError: naming what a sharded model does not support.
     """
-    if replay and sam.selection.narrowed and sam.model is not None:
+    if replay:
         raise UserError(
             "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
             "replay=False (--no-replay)"
         )
     if not any(map(is_sharded, named.values())):
-        return Replicated(sam, named, bn_stats) if groups == 1 else ReplicatedPerGroup(sam, named, groups, bn_stats)
-    if reduce != "global" or groups > 1:
+        return (Replicated if options.groups == 1 else ReplicatedPerGroup)(sam, named, options)
+    if options.reduce != "global" or options.groups > 1:
         raise UserError(
             f"{SHARDED}all processes share one perturbation of them; pass reduce='global' (--m-sharpness global), or "
             "replicate them with fully_shard(ignored_params=...)"
         )
     if not all(p.requires_grad for p in named.values()):
         raise UserError(f"{SHARDED}perturb_frozen needs the frozen ones replicated, by fully_shard(ignored_params=...)")
-    if scaler is not None:
+    if options.scaler is not None:
         raise UserError(f"{SHARDED}float16 with a GradScaler is not supported; use bfloat16")
-    return Sharded(sam, named, bn_stats)
+    return Sharded(sam, named, replace(options, reduce="device"))  # FSDP averages
 
 
 def check_sharded_parameters(sam: SAM, named: Named) -> None:

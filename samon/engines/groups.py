@@ -7,7 +7,7 @@ channels.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from samon.contexts import override_attrs, preserve_buffers
-from samon.engines.grouped_norm import HALF, BatchStatistics, GroupedNorm
+from samon.contexts import preserve_buffers
+from samon.engines.grouped_norm import HALF, GroupedNorm
+from samon.engines.patches import override_attrs
 from samon.errors import UserError
 from samon.geometry import to_float32
 from samon.sam import SAM
 from samon.scope import Named, affine_dim, looks_like_norm, norm_modules
-from samon.two_pass import WholeBatch, unscaled_gradients
+from samon.two_pass import StepOptions, WholeBatch
 
 # Layers of the last step, reused while they fit: a compiled graph was made of them.
 LAYERS: WeakKeyDictionary[SAM, list[GroupedNorm]] = WeakKeyDictionary()
@@ -31,30 +32,27 @@ LAYERS: WeakKeyDictionary[SAM, list[GroupedNorm]] = WeakKeyDictionary()
 class PerGroup(WholeBatch):
     """One perturbation per group: normalization layers have one set of affine parameters for each.
 
-    Args:
-        groups: G, equal groups of consecutive samples in the leading dimension.
-
     Attributes:
+        groups: G, equal groups of consecutive samples in the leading dimension.
         inputs: the offsets [G, *parameter shape], in float32 or wider, so that no half-precision sum rounds them away.
 
     Raises:
         UserError: naming the layer or option that cannot be grouped.
     """
 
-    def __init__(self, sam: SAM, named: Named, groups: int, bn_stats: str):
+    def __init__(self, sam: SAM, named: Named, options: StepOptions):
+        groups = self.groups = options.groups
         if not sam.can_group:
             raise UserError(
                 f"groups={groups} needs a copy of the perturbed parameters per group, which is possible only for scope "
                 f"samon, created from a model (this is scope {sam.scope}); loop over the sub-batches instead"
             )
         assert sam.model is not None
-        super().__init__(sam, named, bn_stats)
-        self.groups = groups
+        super().__init__(sam, named, options)
         self.perturbed_by_id = {id(p): p for p in named.values()}
         self.inputs = [to_float32(p.new_zeros(groups, *p.shape)).requires_grad_() for p in named.values()]
         # Per module the (mean, variance), [G, C] each, of every call in the passes that count.
-        self.statistics: dict[Any, list[BatchStatistics]] = defaultdict(list)
-        self.current_pass = "first"
+        self.statistics: dict[Any, list[Sequence[Tensor]]] = defaultdict(list)
         for module in self.modules:
             if module.training and module._buffers and looks_like_norm(module):
                 raise UserError(
@@ -84,43 +82,38 @@ class PerGroup(WholeBatch):
             )
         return True
 
-    def gradients(self, loss: Tensor) -> list[Tensor | None]:
-        """Raises:
-        UserError: the loss also depends on a perturbed parameter outside its layer's call: a loop would have each
+    def gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Those of each group's own loss: the loss is their mean, and each depends on its own offsets alone.
+
+        Raises:
+            UserError: the loss also depends on a perturbed parameter outside its layer's call: a loop would have each
             group's own value there.
         """
-        grads = unscaled_gradients(loss, [*self.inputs, *self.named.values()], self.scaler)
-        for name, grad in zip(self.named, grads[len(self.inputs) :], strict=True):
+        grads = super().gradients(loss, [*inputs, *self.named.values()])
+        for name, grad in zip(self.named, grads[len(inputs) :], strict=True):
             if grad is not None:
                 raise UserError(
                     f"groups={self.groups}: the loss depends on {name!r} outside the call of its layer (a penalty on "
                     "the parameters, or functional code that reads them), where the groups cannot have values of "
                     "their own; call the layer, use the optimizer's weight_decay, or groups=1 (--m-sharpness device)"
                 )
-        return grads[: len(self.inputs)]
+        torch._foreach_mul_([g for g in grads[: len(inputs)] if g is not None], self.groups)
+        return grads[: len(inputs)]
 
     @contextmanager
-    def each_ascent(self) -> Iterator[None]:
-        with super().each_ascent(), self._grouped_layers():
-            yield
-
-    @contextmanager
-    def each_descent(self) -> Iterator[None]:
-        with super().each_descent(), self._grouped_layers():
-            yield
-
-    @contextmanager
-    def _grouped_layers(self) -> Iterator[None]:
+    def each_pass(self) -> Iterator[None]:
         """Replace the forwards of the layers, with the current `inputs` as offsets."""
         offsets = dict(zip(self.perturbed_by_id, self.inputs, strict=True))
         for layer in self.layers:
             layer.sync_attributes()
             layer.offsets = [offsets.get(id(p)) for p in layer.affine]
         try:
-            with override_attrs({layer.module: {"forward": layer.forward} for layer in self.layers}):
+            forwards = override_attrs({layer.module: {"forward": layer.forward} for layer in self.layers})
+            with super().each_pass(), forwards:
                 yield
-            for layer in self.layers if self.bn_stats in (self.current_pass, "both") else []:
-                self.statistics[layer.module] += [(self.keep(mean), self.keep(var)) for mean, var in layer.calls]
+            counts = self.options.bn_stats in ("second" if self.descending else "first", "both")
+            for layer in self.layers if counts else []:
+                self.statistics[layer.module] += [self.keep(call) for call in layer.calls]
         finally:
             for layer in self.layers:
                 layer.offsets, layer.calls = (None, None), ()
@@ -128,9 +121,9 @@ class PerGroup(WholeBatch):
     @contextmanager
     def perturbed(self, eps: list[Tensor]) -> Iterator[None]:
         """Around the second pass, with eps [G, *shape] as offsets; the running statistics are updated at the end."""
-        self.inputs, self.current_pass = eps, "second"
-        self.sam.record_perturbation(self.named, eps, eps, grouped=True)
-        with preserve_buffers(self.modules if self.bn_stats == "first" else []):
+        self.inputs = eps
+        self.sam.record_perturbation(self.named, eps)
+        with preserve_buffers(self.modules if self.options.bn_stats == "first" else []):
             yield
         self._update_running_statistics()
 

@@ -7,7 +7,7 @@ module (class token, position embedding) receive their gradient through the kept
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +15,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from samon import rng
-from samon.contexts import forward_hooks, patch_forward
 from samon.engines.groups import refuse_checkpointing
+from samon.engines.patches import forward_hooks, patch_forward
 from samon.sam import SAM
 from samon.scope import Named
-from samon.two_pass import WholeBatch
+from samon.two_pass import StepOptions, WholeBatch
 
 
 @dataclass
@@ -31,14 +32,14 @@ class Trace:
     """[start, end] event numbers of every call of each module, and the autograd nodes of its outputs."""
 
     calls: dict[nn.Module, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
-    nodes: dict[nn.Module, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    nodes: dict[nn.Module, list[Node]] = field(default_factory=lambda: defaultdict(list))
     clock: int = 0
 
-    def start(self, module: nn.Module, args: Any) -> None:
+    def start(self, module: nn.Module, args: object) -> None:
         self.clock += 1
         self.calls[module].append([self.clock, -1])
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def end(self, module: nn.Module, args: object, output: object) -> None:
         self.clock += 1
         next(call for call in reversed(self.calls[module]) if call[1] < 0)[1] = self.clock
         self.nodes[module] += [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
@@ -97,8 +98,8 @@ def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
     return _first_start(model, name.rpartition(".")[0], trace) if name else 0
 
 
-def _reaches(nodes: list[Any], perturbed: set[int]) -> bool:
-    seen, stack = set(), list(nodes)
+def _reaches(nodes: Iterable[Node | None], perturbed: set[int]) -> bool:
+    seen, stack = set[Node](), list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -120,7 +121,7 @@ class ActivationCache:
 
     def __init__(self, plan: ReplayPlan, device: torch.device, same_noise: bool):
         self.plan, self.device, self.same_noise = plan, device, same_noise
-        self.outputs: dict[nn.Module, list[tuple[Any, dict[str, Any] | None]]] = defaultdict(list)
+        self.outputs: dict[nn.Module, list[tuple[object, dict[str, Any] | None]]] = defaultdict(list)
         self.versions: list[tuple[nn.Module, Tensor, int]] = []
         self.valid, self.boundary_reached, self.reordered = True, False, False
 
@@ -128,7 +129,7 @@ class ActivationCache:
     def recording(self) -> Iterator[None]:
         """Around the first pass's forward."""
 
-        def reach_boundary(*_: Any) -> None:
+        def reach_boundary(*_: object) -> None:
             self.boundary_reached = True
 
         recorders = {m: self._recorder(m, m.forward) for m in self.plan.prefix}
@@ -136,8 +137,8 @@ class ActivationCache:
             yield
         self._check_versions()
 
-    def _recorder(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
+    def _recorder(self, module: nn.Module, forward: Callable[..., object]) -> Callable[..., object]:
+        def record(*args: object, **kwargs: object) -> object:
             self._check_versions()
             output = forward(*args, **kwargs)
             if self.boundary_reached:
@@ -155,7 +156,7 @@ class ActivationCache:
         self.plan.cloned |= overwritten  # from the next step on
         self.valid &= not overwritten
 
-    def _returned(self, module: nn.Module, output: Any) -> Any:
+    def _returned(self, module: nn.Module, output: object) -> object:
         if module not in self.plan.cloned:
             return output
         return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
@@ -164,10 +165,10 @@ class ActivationCache:
     def replaying(self) -> Iterator[None]:
         """Around the second pass's forward."""
 
-        def player(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def player(module: nn.Module, forward: Callable[..., object]) -> Callable[..., object]:
             remaining = iter(self.outputs[module])
 
-            def play(*args: Any, **kwargs: Any) -> Any:
+            def play(*args: object, **kwargs: object) -> object:
                 output, noise = next(remaining, (None, None))
                 if output is None:  # not called in the first pass
                     return forward(*args, **kwargs)
@@ -181,7 +182,7 @@ class ActivationCache:
             yield
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _tensors(output: object) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
@@ -192,14 +193,16 @@ class Replay(WholeBatch):
         UserError: the model uses gradient checkpointing.
     """
 
-    def __init__(self, sam: SAM, named: Named, same_noise: bool):
-        super().__init__(sam, named, "first")
+    def __init__(self, sam: SAM, named: Named, options: StepOptions):
+        super().__init__(sam, named, options)
         assert sam.model is not None
         refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
         self.model, self.perturbed_ids = sam.model, {id(p) for p in named.values()}
         plan = PLANS.get(sam)
         self.plan = plan if plan is not None and plan.perturbed == self.perturbed_ids else None
-        self.cache = ActivationCache(self.plan, self.device, same_noise) if self.plan and self.plan.prefix else None
+        self.cache: ActivationCache | None = None
+        if self.plan is not None and self.plan.prefix:
+            self.cache = ActivationCache(self.plan, self.device, options.same_noise)
 
     def frozen_parameters(self) -> list[Parameter]:
         if self.plan is None:  # the trace needs the whole graph
@@ -207,27 +210,18 @@ class Replay(WholeBatch):
         return self.plan.suffix if self.plan.prefix else super().frozen_parameters()
 
     @contextmanager
-    def each_ascent(self) -> Iterator[None]:
-        with super().each_ascent():
-            if self.cache is not None:
-                with self.cache.recording():
-                    yield
-            elif self.plan is not None:
-                yield
-            else:
+    def each_pass(self) -> Iterator[None]:
+        with super().each_pass():
+            if self.plan is None and not self.descending:
                 trace = Trace()
                 with forward_hooks(self.model.modules(), trace.start, trace.end):
                     yield
                 PLANS[self.sam] = make_plan(self.model, self.perturbed_ids, trace)
-
-    @contextmanager
-    def each_descent(self) -> Iterator[None]:
-        with super().each_descent():
-            if self.cache is None or not self.cache.valid:
+            elif self.cache is None or not self.cache.valid:
                 yield
-                return
-            with self.cache.replaying():
-                yield
+            else:
+                with self.cache.replaying() if self.descending else self.cache.recording():
+                    yield
 
     @contextmanager
     def perturbed(self, eps: list[Tensor]) -> Iterator[None]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from samon.contexts import frozen, trainable
+from samon import contexts
 from samon.data.corrupt import SampleError
 from samon.data.decode import Transform, decode_pil
 from samon.data.loader import create_loader, create_transform
@@ -240,13 +240,13 @@ def evaluating(model: nn.Module, requires_grad: bool | None = None) -> Iterator[
 
     If `requires_grad` is given, all parameters have it inside the block, and GPUs compute in float32 without TF32.
     """
-    training, set_gradients = model.training, trainable if requires_grad else frozen
+    training = model.training
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     model.eval()
     try:
         if requires_grad is not None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        with nullcontext() if requires_grad is None else set_gradients(model.parameters()):
+        with nullcontext() if requires_grad is None else contexts.requires_grad(model.parameters(), requires_grad):
             yield
     finally:
         model.train(training)

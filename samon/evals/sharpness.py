@@ -37,7 +37,7 @@ from samon.errors import UserError
 from samon.evals.attacks import StepSize, checkpoints
 from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
 from samon.evals.results import Result
-from samon.geometry import global_norm, project
+from samon.geometry import global_norm
 from samon.scope import norm_parameters
 
 LossFn = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]  # (eps, with gradients) -> loss [], gradients
@@ -272,6 +272,19 @@ def reference_checkpoints(n_iter: int) -> dict[int, int]:
         fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
         ends.append(math.ceil(fractions[-1] * n_iter))
     return {end: end - before for before, end in itertools.pairwise(ends)}
+
+
+def project(deltas: list[Tensor], scales: list[Tensor], rho: float, order: float) -> list[Tensor]:
+    """Project the deltas onto the ball ||T^-1 delta||_order <= rho: clipped for infinity, rescaled for 2.
+
+    Where T (`scales`) is zero the ball has no extent, so delta is zero there.
+    """
+    if order == math.inf:
+        return [torch.clamp(d, -rho * t, rho * t) for d, t in zip(deltas, scales, strict=True)]
+    inside = [torch.where(t > 0, d, 0) for d, t in zip(deltas, scales, strict=True)]
+    radius = global_norm([torch.where(t > 0, d / t, 0) for d, t in zip(inside, scales, strict=True)])
+    factor = torch.where(radius > rho, rho / radius, 1)
+    return list(torch._foreach_mul(inside, factor))
 
 
 def project_euclidean(delta: list[Tensor], scales: list[Tensor], rho: float) -> list[Tensor]:

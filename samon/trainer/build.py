@@ -32,6 +32,7 @@ from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.loaders import Batches, build_data, data_classes, mixes, without_counts
 from samon.trainer.state import Progress
+from samon.two_pass import StepOptions
 from samon.two_pass import check_step as check_two_pass
 
 log = logging.getLogger("samon")
@@ -167,14 +168,14 @@ def check_step(config: Config, sam: samon.SAM) -> None:
     m = config.m_sharpness
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
     with flags_in_errors():
-        check_two_pass(
-            sam,
+        options = StepOptions(
+            ascent_forward=config.ascent_fraction < 1 or config.ascent_size is not None,
             groups=config.batch_size // m if grouped else 1,
             reduce="global" if m == "global" else "device",
             bn_stats="second" if config.ascent_size else config.bn_stats,
-            ascent_forward=config.ascent_fraction < 1 or config.ascent_size is not None,
             replay=not config.no_replay,
         )
+        check_two_pass(sam, options)
 
 
 def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:

@@ -60,10 +60,7 @@ def plain_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Va
     """Add the gradient at w, times `scale`."""
     if run.sam is not None:
         run.sam.expect_plain_step()
-    graphs = uses_cuda_graphs(run.config)
-    if graphs:
-        torch.compiler.cudagraph_mark_step_begin()
-    with own_gradients(parameters(run.optimizer)) if graphs else nullcontext():
+    with own_gradients(parameters(run.optimizer)) if uses_cuda_graphs(run.config) else nullcontext():
         loss = forward(run, images, target)()
         scaled = loss * scale
         scaled = scaled if run.scaler is None else run.scaler.scale(scaled)

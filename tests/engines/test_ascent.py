@@ -74,16 +74,12 @@ def test_gsam_subtracts_the_orthogonal_part_of_the_clean_gradient(source: str) -
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_ways_to_the_same_training(source: str) -> None:
-    """A closure; the source given to `two_pass`; a gradient scaler (2^12 scales float64 exactly)."""
-    (model, opt), (closed, by_closure), (late, plain), (scaled, with_scaler) = (
-        make(ascent=s) for s in (source, source, "batch", source)
-    )
+    """A closure, and a gradient scaler (2^12 scales float64 exactly)."""
+    (model, opt), (closed, by_closure), (scaled, with_scaler) = (make(ascent=source) for _ in range(3))
     train(opt, losses(model))
     for [forward] in losses(closed):
         by_closure.step(closure_of(by_closure, forward))
     assert_close(closed, model)
-    train(plain, losses(late), ascent=source)
-    assert_same(late, model)
     train(with_scaler, losses(scaled), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
     assert_close(scaled, model, 1e-14)
 
@@ -265,15 +261,7 @@ def test_sources_without_ascent_pass_refuse_its_options(source: str, options: di
         samon.two_pass(opt, losses(model)[0][0], **options)
 
 
-def test_two_pass_replaces_the_source_but_not_what_excludes_it() -> None:
-    model, opt = make(gsam_alpha=0.3)
-    [forward] = losses(model)[0]
-    samon.two_pass(opt, forward, ascent="fsam")
-    assert opt.ascent.name == "fsam"
-    assert opt.ascent.alpha == 0.3
-    samon.two_pass(opt, forward, ascent="friendly")  # a former name of the same source
-    assert opt.ascent.clean
-    for kwargs, source in (({"esam_beta": 0.5}, "fsam"), ({"perturb_frozen": True}, "msam")):
-        _, opt = make(**kwargs)
-        with pytest.raises(UserError, match=r"combines only|frozen parameters do not have"):
-            samon.two_pass(opt, forward, ascent=source)
+@pytest.mark.parametrize("kwargs", [{"ascent": "msam"}, {"gsam_alpha": 0.3}])
+def test_sources_that_need_the_final_gradient_refuse_frozen_parameters(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="frozen parameters do not have"):
+        make(perturb_frozen=True, **kwargs)

@@ -352,8 +352,10 @@ def test_first_and_second_step_in_another_order_are_refused_and_the_weights_come
     backward(model)  # adds to the gradients at w
     with pytest.raises(UserError, match="not cleared"):
         opt.second_step()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(UserError, match="run a backward pass between first_step"):
+        opt.second_step()
     assert_unchanged(model, before)
-    opt.zero_grad()
     two_steps(opt, lambda: loss_of(model))  # usable again
     backward(model)
     with pytest.raises(UserError, match="makes a single pass"):

@@ -14,10 +14,12 @@ from samon.evals.sharpness import (
     average_case,
     batch_sharpness,
     normalize_logits,
+    project,
     project_euclidean,
     reference_checkpoints,
     worst_case,
 )
+from samon.geometry import global_norm
 
 MODES = ["autopgd", "reference"]
 
@@ -259,3 +261,19 @@ def test_short_form():
     for wrong in ("worst-linf", "worst-linf@0", "best-l2@1", "worst-linf-adaptve@1", "worst-l2@1,x"):
         with pytest.raises(UserError, match="sharpness measure"):
             Measure.parse(wrong)
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_projection(p: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, deltas = ([torch.randn(n, generator=generator, dtype=torch.float64) for n in (7, 5)] for _ in range(2))
+    t = [w.abs() for w in weights]
+    t[1][0] = 0
+    inside = project(deltas, t, 0.05, p)
+    scaled = [torch.where(a > 0, d / a, 0) for d, a in zip(inside, t, strict=True)]
+    assert global_norm(scaled, p).item() <= 0.05 * (1 + 1e-12)
+    assert inside[1][0] == 0
+    for again, once in zip(project(inside, t, 0.05, p), inside, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
+    for far, d, a in zip(project(deltas, t, 1e6, p), deltas, t, strict=True):
+        assert torch.equal(far, torch.where(a > 0, d, 0))
