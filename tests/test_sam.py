@@ -139,6 +139,7 @@ def test_add_param_group() -> None:
 
 
 def test_perturbed_context_restores_bit_exactly() -> None:
+    """(w + eps) - eps is not w."""
     model, opt = trained("samon", 1)
     before = values(model)
     grads = {n: torch.randn_like(p) for n, p in opt.perturbed_parameters().items()}

@@ -1,6 +1,5 @@
 """A timm-style script, unchanged, with our optimizers: rho = 0 is the base optimizer, rho > 0 our own loop."""
 
-import contextlib
 import os
 import runpy
 import subprocess
@@ -78,8 +77,8 @@ def own_loop(opt: str, rho: float, args: list[str]) -> dict[str, torch.Tensor]:
     criterion = LabelSmoothingCrossEntropy(0.1)
     count = int(value.get("--grad-accum-steps", 1))
     dtype = getattr(torch, value.get("--amp-dtype", "float32"))
-    scaler = torch.amp.GradScaler("cpu") if dtype == torch.float16 else None
-    amp = torch.autocast("cpu", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    amp = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     generator = torch.Generator().manual_seed(100)
     for _ in range(3):
         for _ in range(count):
@@ -91,15 +90,11 @@ def own_loop(opt: str, rho: float, args: list[str]) -> dict[str, torch.Tensor]:
                     return criterion(model(images), target)
 
             samon.two_pass(optimizer, forward, loss_scale=1 / count, scaler=scaler)
-        if scaler is not None:
-            scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)
         if clip := value.get("--clip-grad"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), float(clip))
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
     return dict(model.state_dict())
 
