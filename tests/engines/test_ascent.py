@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -137,9 +136,7 @@ def rank_training(rank: int) -> dict[str, list[Tensor]]:
         ddp = DistributedDataParallel(model)
         for t in range(UPDATES):
             x, y = (part.chunk(2)[rank] for part in batch(8, seed=10 + t))
-            opt.zero_grad()
-            samon.two_pass(opt, lambda: F.cross_entropy(ddp(x), y), no_sync=ddp.no_sync)  # noqa: B023
-            opt.step()
+            update(opt, steps.loss_of(ddp, x, y), no_sync=ddp.no_sync)
         results[source] = [p.detach() for p in model.parameters()]
     return results
 

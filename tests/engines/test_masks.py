@@ -1,7 +1,6 @@
 """Masks of sparse perturbations, and the Fisher diagonal of SSAM-F."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import samon
 from samon.engines.masks import Mask, fisher_diagonal
 from tests.nets import batch
 from tests.processes import run_ranks
-from tests.steps import loss_of, make, optimizer_of
+from tests.steps import loss_of, losses_of, make, optimizer_of
 
 
 def gradients(seed: int = 0) -> list[Tensor]:
@@ -175,18 +174,16 @@ def rank_diagonal(rank: int, size: int = 3) -> list[Tensor]:
     """From this rank's part of the batch."""
     model, opt = make(name="ssam-f")
     x, y = (t[size * rank :][:size] for t in batch(6))
-    pairs = zip(x.split(1), y.split(1), strict=True)
-    return fisher_diagonal(opt, [partial(lambda a, b: loss_of(model, a, b)(), a, b) for a, b in pairs])
+    return fisher_diagonal(opt, losses_of(model, x, y, size))
 
 
 def test_the_fisher_diagonal_sums_squared_gradients_of_single_samples() -> None:
     """On one process and two. Tolerance 1e-12: sums of squares in float64."""
     model, _ = make()
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    x, y = batch(6)
-    for i in range(6):
+    for forward in losses_of(model, *batch(6), 6):
         model.zero_grad()
-        loss_of(model, x[i : i + 1], y[i : i + 1])().backward()
+        forward().backward()
         total = {n: total[n] + p.grad**2 for n, p in model.named_parameters()}
     for found in (rank_diagonal(0, 6), *run_ranks(rank_diagonal, 2)):
         for got, want in zip(found, total.values(), strict=True):
