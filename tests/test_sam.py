@@ -73,27 +73,37 @@ def test_groups_and_state_are_shared_with_the_base() -> None:
     assert opt.base.param_groups[0]["lr"] == pytest.approx(0.005)
 
 
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize(
     ("name", "how"),
     [
+        ("samon-layerl2-adamw", {"radius": "raw"}),
         ("ssam-d", {"mask_every": 2}),
         ("sam-random-adamw", {}),
         ("lookahead_samon", {}),
         ("samon-momentum", {"esam_beta": 0.5}),
     ],
 )
-def test_state_dict_continues_bit_exactly(name: str, how: dict[str, Any]) -> None:
+def test_a_run_continues_bit_exactly(name: str, how: dict[str, Any], way: str) -> None:
+    if "lookahead" in name and way != "state_dict":
+        pytest.skip("timm's Lookahead cannot be copied")
     model, opt = trained(name, 4, **how)
-    resumed = randomized(LayerNormNet())
-    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
-    again = create_optimizer_v2(resumed, name, lr=0.05, weight_decay=1e-3, **how)
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for step in range(4, 8):
+    torch.optim.lr_scheduler.StepLR(opt, 1)  # it replaces opt.step by a bound wrapper that cannot be copied
+    if way == "state_dict":
+        other, again = trained(name, 0, **how)
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        pair = model, opt
+        other, again = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    for step in range(4, 7):
         train_step(model, opt, step)
-        train_step(resumed, again, step)
-    assert_same(model, resumed)
-    sam = samon.sam_of(again)
+        train_step(other, again, step)
+    assert_same(model, other)
+    sam, parameters = samon.sam_of(again), dict(other.named_parameters())
+    assert repr(sam) == repr(samon.sam_of(opt))
     assert sam.param_groups is sam.base.param_groups
+    assert all(p is parameters[n] for n, p in sam.perturbed_parameters().items())
 
 
 def test_loads_the_base_optimizers_state() -> None:
@@ -106,20 +116,6 @@ def test_loads_the_base_optimizers_state() -> None:
         assert opt.state[p]["step"] == 2
     train_step(model, opt, 3)
     assert opt.state[model.head.weight]["step"] == 3
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_continue_bit_exactly(copied) -> None:
-    model, opt = trained("samon-layerl2-adamw", radius="raw")
-    assert "radius=raw" in repr(opt)
-    torch.optim.lr_scheduler.StepLR(opt, 1)  # it replaces opt.step by a bound wrapper that cannot be copied
-    twin, twin_opt = copied((model, opt))
-    for step in range(3, 6):
-        train_step(model, opt, step)
-        train_step(twin, twin_opt, step)
-    assert_same(model, twin)
-    parameters = dict(twin.named_parameters())
-    assert all(p is parameters[n] for n, p in twin_opt.perturbed_parameters().items())
 
 
 def test_add_param_group() -> None:
