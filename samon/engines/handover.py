@@ -61,9 +61,11 @@ class OptimizerWrapper(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the group to the base optimizer."""
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's own state, which it can load alone, and the arguments of `replace_base`."""
         state = self.base.state_dict()
         if self.replacement is not None:
             state["replacement"] = self.replacement
