@@ -1,4 +1,4 @@
-"""Wrong uses of `two_pass`: refused before the first forward, or explained where PyTorch does so badly or not at all."""
+"""Wrong uses of `two_pass`, refused or explained: PyTorch reports them badly, or not at all."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
