@@ -50,6 +50,11 @@ results: $(VENV)/.installed
 	$(BIN)/python tools/report.py experiments/tradeoff/results.json --figures output/figures
 	cp output/figures/cost-flops-light.svg output/figures/cost-flops-dark.svg docs/images
 	cp output/figures/cost-cpu_seconds-light.svg output/figures/cost-cpu_seconds-dark.svg docs/images
+	$(BIN)/python tools/report.py experiments/vit_scratch/results.json --figures output/figures/vit
+	cp output/figures/vit/cost-flops-light.svg docs/images/vit-cost-light.svg
+	cp output/figures/vit/cost-flops-dark.svg docs/images/vit-cost-dark.svg
+	cp output/figures/vit/rho-light.svg docs/images/vit-rho-light.svg
+	cp output/figures/vit/rho-dark.svg docs/images/vit-rho-dark.svg
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
