@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from samon import rng
 from samon.compat import foreach_clone
@@ -38,7 +37,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @torch.enable_grad()
 def two_pass(
-    optimizer: Optimizer,
+    optimizer: object,
     forward: Forward | Sequence[Forward],
     *,
     groups: int = 1,

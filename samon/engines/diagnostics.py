@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from samon import rng
 from samon.contexts import modules_of, preserve_buffers
@@ -36,7 +35,7 @@ _checked_ddp: WeakSet[SAM] = WeakSet()
 _checked_rounding: WeakSet[SAM] = WeakSet()
 
 
-def require_sam(optimizer: Optimizer) -> SAM:
+def require_sam(optimizer: object) -> SAM:
     """The SAM optimizer inside `optimizer`."""
     if (sam := sam_of(optimizer)) is None:
         raise UserError(
@@ -47,9 +46,7 @@ def require_sam(optimizer: Optimizer) -> SAM:
 
 
 def check_options(sam: SAM, options: "StepOptions") -> None:
-    """Raises:
-    UserError: arguments of `two_pass` that are wrong, or exclude each other or the optimizer.
-    """
+    """Raise UserError for arguments of `two_pass` that are wrong, or exclude each other or the optimizer."""
     groups, reduce, bn_stats = options.groups, options.reduce, options.bn_stats
     if torch.is_inference_mode_enabled():
         raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
