@@ -285,9 +285,7 @@ def _matching(
 
 
 def refuse_fsdp1(parameters: Iterable[Tensor]) -> None:
-    """Raises:
-    UserError: FSDP1 has flattened a parameter, so which part of it a process holds is unknown.
-    """
+    """Raise UserError if FSDP1 has flattened a parameter: which part of it a process holds is unknown."""
     if any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         raise UserError(
             "FullyShardedDataParallel (FSDP1) hides which part of a parameter a process holds; shard the model with "

@@ -60,9 +60,7 @@ class AscentSource:
         self.total: int | None = None  # updates of the whole training, if known
 
     def check(self, mask: Mask | None, selection: Selection) -> None:
-        """Raises:
-        UserError: the source does not combine with the mask or the frozen parameters of an optimizer.
-        """
+        """Raise UserError if the source does not combine with the mask or the frozen parameters of an optimizer."""
         if mask is not None and self.keep_probability < 1:
             raise UserError("esam_beta samples other tensors at every update, so it does not combine with a mask")
         if selection.perturb_frozen and self.uses_final_gradient:

@@ -108,9 +108,7 @@ class Sharded(Replicated):
 
 
 def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bool) -> WholeBatch:
-    """Raises:
-    UserError: naming what a sharded model does not support.
-    """
+    """The engine of a step; UserError names what a sharded model does not support."""
     if replay:
         raise UserError(
             "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
@@ -131,9 +129,7 @@ def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bo
 
 
 def check_sharded_parameters(sam: SAM, named: Named) -> None:
-    """Raises:
-    UserError: the ascent source or the mask needs full tensors, and a perturbed parameter is sharded.
-    """
+    """Raise UserError if the ascent source or the mask needs full tensors, and a perturbed parameter is sharded."""
     needs_full = sam.ascent.has_state or sam.ascent.needs_clean_grad or sam.mask is not None
     if needs_full and any(map(is_sharded, named.values())):
         what = f"ascent={sam.ascent.name!r} and gsam_alpha need" if sam.mask is None else "sparse perturbations need"

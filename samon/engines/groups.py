@@ -148,9 +148,7 @@ class PerGroup(WholeBatch):
 
 
 def refuse_checkpointing(model: nn.Module, purpose: str) -> None:
-    """Raises:
-    UserError: the model recomputes parts of its forward in the backward pass (timm's `set_grad_checkpointing`).
-    """
+    """Raise UserError if the model recomputes its forward in the backward pass (timm's `set_grad_checkpointing`)."""
     for name, module in model.named_modules():
         if getattr(module, "grad_checkpointing", False) is True:
             raise UserError(

@@ -72,9 +72,7 @@ class OptimizerWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises:
-        UserError: the state is that of another base optimizer, before or after `replace_base`.
-        """
+        """Load the state; UserError if it is that of another base optimizer, before or after `replace_base`."""
         stored, own = state_dict.get("replacement"), self.replacement
         if stored is not None and own is None:
             self.replace_base(stored["opt"], stored["lr_ratio"], **stored["options"])
@@ -125,9 +123,7 @@ class OptimizerWrapper(Optimizer):
 
 
 def check_base(base: Optimizer, opt: str) -> None:
-    """Raises:
-    UserError: two passes, with the optimizer name `opt`, do not work with this base optimizer.
-    """
+    """Raise UserError if two passes, with the optimizer name `opt`, do not work with this base optimizer."""
     name = type(base).__name__
     if isinstance(base, OptimizerWrapper | timm.optim.Lookahead):
         raise UserError(f"{name} cannot be the base optimizer; Lookahead goes around it: use lookahead_{opt}")

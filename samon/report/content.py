@@ -243,9 +243,7 @@ def _rounded(value: Any) -> Any:
 
 
 def load(data: Json, path: Path) -> Content:
-    """Raises:
-    UserError: the file is of another version or damaged.
-    """
+    """The content of an export; UserError if the file is of another version or damaged."""
     if data.get("format") != FORMAT:
         raise UserError(f"{path} is {data.get('format')!r}, this program reads {FORMAT!r}; export it again")
     try:
