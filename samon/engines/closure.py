@@ -74,7 +74,7 @@ class GradientObserver:
         return version is None or (isinstance(p.grad, DTensor) and version != p.grad._version)
 
     def check(self, sam: SAM, named: Named) -> None:
-        """Raise UserError if the closure left old gradients that are not zero, or no perturbed parameter received one."""
+        """Raise UserError if the closure left gradients that are not zero, or no perturbed parameter received one."""
         for p in self.parameters:
             if p not in self.accumulated:
                 self._record_old(p)
