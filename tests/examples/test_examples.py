@@ -107,10 +107,10 @@ def test_lora_perturbs_the_frozen_normalization_layers(tmp_path: Path, capsys: p
 
 
 def test_finetune_pretrained(tmp_path: Path) -> None:
-    """From real ImageNet weights, 20 updates are enough to be far above chance."""
+    """From real ImageNet weights, 40 updates are enough to be far above chance: 31 to 67 % for five seeds."""
     torch.save(efficientnet_lite0.state_dict(), tmp_path / "lite0.pth")
     example = importlib.import_module("finetune_pretrained")
-    assert example.main(weights=str(tmp_path / "lite0.pth"), epochs=1, samples=400) > 20 > CHANCE
+    assert example.main(weights=str(tmp_path / "lite0.pth"), epochs=1, samples=800) > 20 > CHANCE
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit"])
