@@ -3,7 +3,7 @@
 The first pass keeps their outputs, with the autograd graph; the second pass returns them. The order in which modules
 run determines which ones: a module belongs to the prefix if every call of it ends before the first module with
 perturbed parameters starts. Code between modules runs again on equal inputs, so parameters that belong to no child
-module (class token, position embedding) receive their gradient through the kept graph, once.
+module (class token, position embedding) receive their gradient through the stored graph, once.
 """
 
 from collections import defaultdict
@@ -50,7 +50,7 @@ class ReplayPlan:
     """Which activations of a model are reused.
 
     Attributes:
-        prefix: outermost modules whose outputs are kept; empty if none can be.
+        prefix: outermost modules whose outputs are stored; empty if none can be.
         suffix: unperturbed parameters used only after the boundary, frozen in the ascent pass.
         perturbed_modules: modules that own perturbed parameters.
         perturbed: ids of these parameters; with others the plan is void.
@@ -112,11 +112,11 @@ def _reaches(nodes: Iterable[Node | None], perturbed: set[int]) -> bool:
 
 
 class ActivationCache:
-    """The outputs kept from one first pass.
+    """The outputs stored in one first pass.
 
     Attributes:
         valid: whether they may be reused. Not if a prefix module ran after the boundary this time (`reordered`), or if
-            code that the second pass runs again has overwritten a kept output in place.
+            code that the second pass runs again has overwritten a stored output in place.
     """
 
     def __init__(self, plan: ReplayPlan, device: torch.device, same_noise: bool):
@@ -144,7 +144,7 @@ class ActivationCache:
             if self.boundary_reached:
                 self.valid, self.reordered = False, True
             self.outputs[module].append((output, rng.get_torch_state(self.device) if self.same_noise else None))
-            # If this module overwrote an earlier output in place (activations do), its own kept output replaces it.
+            # If this module overwrote an earlier output in place (activations do), its own stored output replaces it.
             self.versions = [(m, t, t._version) for m, t, _ in self.versions]
             self.versions += [(module, t, t._version) for t in _tensors(output)]
             return self._returned(module, output)

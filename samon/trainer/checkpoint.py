@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which are written, atomically, and which are kept."""
+"""Checkpoints of a run: which are written, atomically, and which remain."""
 
 import re
 from concurrent.futures import Future
