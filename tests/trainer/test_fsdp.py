@@ -3,6 +3,7 @@
 float32: FSDP and DDP add gradients in another order. 1e-4 relative over the whole run; one update differs by 1e-7.
 """
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import samon  # noqa: F401 - registers the CIFAR networks
 from samon import UserError
 from samon.cli import export
 from samon.evals import main as evals
-from samon.trainer.dcp import load_sharded
+from samon.trainer.dcp import _MetadataUnpickler, load_sharded
 from samon.trainer.fsdp import find_blocks
 from samon.trainer.state import load_state
 from tests import processes
@@ -127,10 +129,21 @@ def test_foreign_metadata_is_not_executed(dcp: Path, tmp_path: Path) -> None:
         (state / ".metadata").write_bytes(words.encode())
         with pytest.raises(UserError, match=f"{module}.{what} is not allowed in a checkpoint"):
             load_sharded(state)
+    words = b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\nMetadata\nS'__init__'\ntR."
+    (state / ".metadata").write_bytes(words)
+    with pytest.raises(UserError, match=r"builtins\.getattr is not allowed in a checkpoint"):
+        load_sharded(state)
     assert not (tmp_path / "owned").exists()
     (state / ".metadata").unlink()
     with pytest.raises(UserError, match="is incomplete"):
         load_state(state)
+
+
+def test_metadata_of_every_python_is_read() -> None:
+    """Python 3.11.0 to 3.11.3 pickle the members of an Enum by `getattr`, others by its value."""
+    for words in (b"cbuiltins\ngetattr\n(%sS'TORCH_CHANNELS_LAST'\ntR.", b"%s(I1\ntR."):
+        data = words % b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+        assert _MetadataUnpickler(io.BytesIO(data)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
 
 
 def test_sharded_weights_are_perturbed_alike_on_all_processes(sharded: Path) -> None:
