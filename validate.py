@@ -2,7 +2,7 @@
 """Evaluate timm models and checkpoints: accuracy, shifts, attacks, sharpness, feature rank, normalization."""
 
 from samon.cli.program import run_script
-from samon.evals.main import main
+from samon.cli.validate import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,7 +18,7 @@ from tools.check_interruptions import free_port
 
 # Processes are forked from a server that has imported what takes seconds to import.
 context = mp.get_context("forkserver")
-context.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])  # as in tools.check_interruptions
+context.set_forkserver_preload(["samon.trainer.main", "samon.cli.validate"])  # as in tools.check_interruptions
 
 
 def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -> None:

@@ -83,7 +83,7 @@ for entry in entry_points(group="console_scripts"):
 """
     found = dict(line.split() for line in call(installed / "python", "-c", code, cwd=tmp_path).splitlines())
     assert found.pop("samon-train") == "samon.trainer.main"
-    assert found.pop("samon-validate") == "samon.evals.main"
+    assert found.pop("samon-validate") == "samon.cli.validate"
     assert found.pop("samon-shards") == "samon.cli.make_shards"
     assert found.pop("samon-plan") == "samon.plan.main"
     assert found == {name: f"samon.cli.{name.removeprefix('samon-')}" for name in found}

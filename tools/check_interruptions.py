@@ -37,7 +37,7 @@ from samon.trainer.state import Progress, Tree
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.evals.main"])
+CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.cli.validate"])
 UPDATES = 6  # per epoch
 FLAGS = f"""
 --data-dir {ROOT}/data/fashion-mnist --dataset wds/fashion-mnist --num-classes 10 --in-chans 1 --img-size 32

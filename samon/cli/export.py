@@ -21,11 +21,11 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 import samon
+from samon.cli.eval_model import Job, build
 from samon.cli.program import parse_before_dashes
+from samon.cli.validate import parse
 from samon.errors import RunError, UserError, error_line
 from samon.evals.context import EvalContext, predict
-from samon.evals.main import parse
-from samon.evals.model import Job, build
 from samon.evals.results import markdown
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
 from samon.geometry import GEOMETRIES

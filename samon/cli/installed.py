@@ -12,7 +12,7 @@ def _run(module: str) -> NoReturn:
 
 
 train = partial(_run, "samon.trainer.main")
-validate = partial(_run, "samon.evals.main")
+validate = partial(_run, "samon.cli.validate")
 shards = partial(_run, "samon.cli.make_shards")
 sweep = partial(_run, "samon.cli.sweep")
 report = partial(_run, "samon.cli.report")

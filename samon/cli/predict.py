@@ -20,14 +20,14 @@ import torch
 from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 
+from samon.cli.eval_model import build
 from samon.cli.program import parse_before_dashes
+from samon.cli.validate import parse
 from samon.data.images import ImageEntry
 from samon.data.shards import is_hidden
 from samon.data.sources import FileSource
 from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
-from samon.evals.main import parse
-from samon.evals.model import build
 from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import distributed_session
 

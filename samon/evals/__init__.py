@@ -12,7 +12,7 @@ from types import ModuleType
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How `samon.evals.main` runs an evaluation.
+    """How `samon.cli.validate` runs an evaluation.
 
     Attributes:
         split: key of the setting that names the split to read; empty: the data set's own split.

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from samon.cli import report
+from samon.cli import report, validate
 from samon.cli.program import run_script
 from samon.errors import RunError, Stopped, UserError
-from samon.evals import main as validate
 
 ROOT = Path(__file__).parents[1]
 

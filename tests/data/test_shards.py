@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from samon.cli.validate import main
 from samon.data import DataError, SampleError, shards
 from samon.errors import UserError
-from samon.evals.main import main
 from tests.sets import RANDOM_MODEL, change_info, flat, jpeg, make_loader, tar_of, write_set
 
 

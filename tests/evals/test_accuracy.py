@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from samon.cli.validate import main
 from samon.errors import UserError
 from samon.evals import EVALS
 from samon.evals.accuracy import accuracy, score
-from samon.evals.main import main
 from samon.evals.metrics import Scoring
 from tests.eval_sets import FASHION, write_folders
 from tests.sets import RANDOM_MODEL

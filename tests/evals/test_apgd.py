@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 
+from samon.cli.validate import main, prepare
 from samon.errors import UserError
 from samon.evals import apgd
 from samon.evals.apgd import attack_batches, parse_threats, summarize
 from samon.evals.attacks import ROBUST, VANISHED, Threat
 from samon.evals.datasets import EvalSpec
-from samon.evals.main import main, prepare
 from tests.eval_sets import FASHION, SYNSETS, DifferentiableReader, make_context, write_folders
 from tests.nets import two_logits
 from tests.sets import RANDOM_MODEL

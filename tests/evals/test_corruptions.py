@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 
+from samon.cli.validate import main
 from samon.evals import corruptions
-from samon.evals.main import main
 from tests.eval_sets import SYNSETS, write_folders
 
 

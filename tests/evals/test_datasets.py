@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from samon.cli.validate import main, parse, prepare
 from samon.errors import UserError
 from samon.evals import accuracy, load_evaluation, shifts
 from samon.evals.datasets import EvalSpec, open_dataset
-from samon.evals.main import main, parse, prepare
 from tests import efficientnet_lite0
 from tests.eval_sets import (
     DATA_CONFIG,

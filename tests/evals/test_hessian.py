@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from samon.cli.validate import main
 from samon.errors import UserError
 from samon.evals import hessian
-from samon.evals.main import main
 from samon.evals.sharpness import Measure, batch_sharpness, select_parameters
 from tests.eval_sets import FASHION
 from tests.sets import RANDOM_MODEL

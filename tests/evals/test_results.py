@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
+from samon.cli.validate import main
 from samon.errors import Stopped, UserError
 from samon.evals import accuracy
-from samon.evals.main import main
 from samon.evals.results import ResultsFile, markdown, mean_over_checkpoints, shorten_paths
 from tests.eval_sets import FASHION
 from tests.sets import RANDOM_MODEL

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from samon import UserError
-from samon.evals.main import main as validate
-from samon.evals.main import parse
+from samon.cli.validate import main as validate
+from samon.cli.validate import parse
 from samon.trainer.main import main as train
 from samon.trainer.state import load_state, validated_with_ema
 from tests.runs import BASE, ROOT, last, run

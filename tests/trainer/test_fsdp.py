@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 import samon  # noqa: F401 - registers the CIFAR networks
 from samon import UserError
 from samon.cli import export
-from samon.evals import main as evals
+from samon.cli import validate as evals
 from samon.trainer.dcp import _MetadataUnpickler, load_sharded
 from samon.trainer.fsdp import find_blocks
 from samon.trainer.state import load_state

@@ -9,8 +9,8 @@ import torch
 import yaml
 from PIL import Image
 
+from samon.cli.validate import main as validate
 from samon.errors import Stopped, UserError
-from samon.evals.main import main as validate
 from samon.trainer.build import Run
 from samon.trainer.flags import Settings
 from samon.trainer.run_dir import load_run_settings

@@ -10,9 +10,9 @@ import timm
 import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
+from samon.cli.validate import main, parse
 from samon.errors import UserError
 from samon.evals import EVALS, accuracy, apgd, load_evaluation
-from samon.evals.main import main, parse
 from samon.evals.results import render
 from tests import runs
 from tests.eval_sets import FASHION

@@ -10,10 +10,10 @@ import timm
 import torch
 from timm.layers import apply_test_time_pool
 
+from samon.cli import eval_model
+from samon.cli.eval_model import build, create_model, list_checkpoints, list_model_names
+from samon.cli.validate import main, parse
 from samon.errors import UserError
-from samon.evals import model as eval_model
-from samon.evals.main import main, parse
-from samon.evals.model import build, create_model, list_checkpoints, list_model_names
 from samon.trainer.distributed import DistInfo
 from tests.eval_sets import CPU, FASHION
 
