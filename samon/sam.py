@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from samon import contexts, geometry
-from samon.engines.handover import OptimizerWrapper
+from samon.ascent import AscentSource, Grads
 from samon.errors import UserError
 from samon.geometry import (
     GEOMETRIES,
@@ -28,12 +28,11 @@ from samon.geometry import (
     validate_radius_rule,
 )
 from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
+from samon.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
-    from samon.engines.ascent import AscentSource
     from samon.engines.masks import Mask
 
-Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 COPIED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "sharded"}
 
@@ -72,10 +71,8 @@ class SAM(OptimizerWrapper):
         eta: float | None = None,
         radius: str | float = "ball",
         mask: "Mask | None" = None,
-        ascent: "AscentSource | None" = None,
+        ascent: AscentSource | None = None,
     ):
-        from samon.engines.ascent import AscentSource
-
         super().__init__(base, "-".join(filter(None, (selection.scope, geometry))))
         self.geometry, self.mask, self.selection = geometry, mask, selection
         self.ascent = ascent or AscentSource()
@@ -346,7 +343,12 @@ class SAM(OptimizerWrapper):
         return loss
 
     def _apply_gradients(self) -> Any:
-        self.ascent.finish_update(self)
+        source = self.ascent
+        if source.needs_clean_grad or source.has_state:
+            if source.clean and dist.is_available() and dist.is_initialized():
+                source.clean = all_reduce_mean(source.clean)
+            source.before_step(self.perturbed_parameters(), self.state)
+        source.finish_update()
         if self.mask is not None:
             self.mask.advance()
         result = self.step_base()

@@ -18,16 +18,9 @@ from torch.amp import GradScaler
 from torch.nn import Parameter
 
 from samon import rng
+from samon.checks import as_losses, check_options, explained_errors, raise_no_gradient, require_sam
 from samon.compat import foreach_clone
 from samon.contexts import modules_of, parameters_of, preserve_buffers, record_modules, requires_grad
-from samon.engines.diagnostics import (
-    as_losses,
-    check_options,
-    explain_missing_gradients,
-    explained_errors,
-    raise_no_gradient,
-    require_sam,
-)
 from samon.sam import SAM, all_reduce_mean
 from samon.scope import Named
 
@@ -173,6 +166,8 @@ class WholeBatch:
                     dense = self.keep([torch.zeros_like(x) if g is None else g for x, g in pairs])
                     total = [a + b for a, b in zip(total, dense, strict=True)] if total else dense
                     if any(g is None for g in grads):
+                        from samon.engines.diagnostics import explain_missing_gradients
+
                         explain_missing_gradients(self.sam, self.named, grads, loss, forward)
         if len(losses) > 1:
             torch._foreach_div_(total, len(losses))

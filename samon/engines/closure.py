@@ -12,8 +12,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from samon.checks import raise_no_gradient
 from samon.contexts import modules_of, parameters_of, preserve_buffers, record_modules, requires_grad
-from samon.engines.diagnostics import raise_no_gradient
 from samon.errors import UserError
 from samon.sam import SAM
 from samon.scope import Named

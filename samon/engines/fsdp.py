@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from samon.checks import raise_no_gradient
 from samon.compat import fsdp_param_groups
 from samon.contexts import all_modules
-from samon.engines.diagnostics import raise_no_gradient
 from samon.engines.groups import PerGroup
 from samon.engines.patches import override_attrs
 from samon.errors import UserError

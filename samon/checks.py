@@ -1,0 +1,114 @@
+"""Wrong arguments of `two_pass`, and PyTorch's errors for what its functions did wrong, as one line each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from samon.errors import UserError
+from samon.sam import SAM, sam_of
+from samon.scope import refuse_fsdp1
+
+if TYPE_CHECKING:
+    from samon.two_pass import StepOptions
+
+BN_STATS = ("first", "second", "both")  # the pass that updates running statistics
+REENTRANT = (
+    "torch.utils.checkpoint(use_reentrant=True) hides {} from the ascent pass, which differentiates with respect to "
+    "the perturbed parameters only; pass use_reentrant=False (timm: timm.layers.set_reentrant_ckpt(False))"
+)
+
+
+def require_sam(optimizer: object) -> SAM:
+    """The SAM optimizer inside `optimizer`."""
+    if (sam := sam_of(optimizer)) is None:
+        raise UserError(
+            f"two_pass needs one of samon's optimizers, got {type(optimizer).__name__}; create one with "
+            "timm.optim.create_optimizer_v2(model, 'samon-layerl2', ...)"
+        )
+    return sam
+
+
+def check_options(sam: SAM, options: "StepOptions") -> None:
+    """Raise UserError for arguments of `two_pass` that are wrong, or exclude each other or the optimizer."""
+    groups, reduce, bn_stats = options.groups, options.reduce, options.bn_stats
+    if torch.is_inference_mode_enabled():
+        raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
+    if not options.forwards:
+        raise UserError("forward is an empty sequence")
+    if reduce not in ("device", "global"):
+        raise UserError(f"reduce must be 'device' or 'global', got {reduce!r}")
+    if bn_stats not in BN_STATS:
+        raise UserError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+    if groups < 1:
+        raise UserError(f"groups must be at least 1, got {groups}")
+    if groups > 1 and (reduce == "global" or options.forwards > 1 or options.ascent_forward):
+        raise UserError(
+            f"groups={groups} gives each sub-batch its own perturbation, so it does not combine with reduce='global', "
+            "several forwards or ascent_forward, where sub-batches share one"
+        )
+    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or options.ascent_forward):
+        raise UserError(
+            f"ascent={sam.ascent.name!r} makes no ascent pass; drop groups and reduce='global' (--m-sharpness), and "
+            "ascent_forward (--ascent-fraction, --ascent-size)"
+        )
+    if options.forwards > 1 and options.ascent_forward:
+        raise UserError("ascent_forward requires a single forward")
+    if bn_stats != "first" and sam.model is None:
+        raise UserError(f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model")
+
+
+def as_losses(forward: Any) -> list[Callable[[], Tensor]]:
+    """Each of the forwards, checked to return a loss."""
+    forwards = [forward] if callable(forward) or not isinstance(forward, Sequence) else list(forward)
+    for f in forwards:
+        if not callable(f):
+            raise UserError(
+                "forward must be a function that two_pass calls in each pass, such as lambda: loss_fn(model(x), y), "
+                f"got {type(f).__name__}"
+            )
+    return [partial(_call_loss, f) for f in forwards]
+
+
+def _call_loss(forward: Callable[[], object]) -> Tensor:
+    loss = forward()
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise UserError(f"forward must return the mean loss and nothing else, a tensor of one element, got {got}")
+
+
+def raise_no_gradient(sam: SAM) -> NoReturn:
+    """Raise the error for a loss without a gradient for any perturbed parameter."""
+    if sam.model is not None:
+        refuse_fsdp1(sam.model.parameters())
+    raise UserError(
+        f"the loss depends on no parameter that {sam.scope} perturbs: return it with its graph attached (a closure "
+        "clears the gradients, then runs backward), and create the optimizer after the model's last change"
+    )
+
+
+@contextmanager
+def explained_errors(sam: SAM) -> Iterator[None]:
+    """Around a step: raise PyTorch's errors that a wrong `forward` causes as UserError."""
+    try:
+        if dist.is_available() and dist.is_initialized():
+            from samon.engines.diagnostics import refuse_static_graph
+
+            with refuse_static_graph(sam):
+                yield
+        else:
+            yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UserError(REENTRANT.format("layers")) from error
+        if "backward through the graph a second time" in str(error):
+            raise UserError(
+                "forward must not run backward, which two_pass does itself (step(closure) takes a closure that does), "
+                "nor use a graph that was built outside of it"
+            ) from error
+        raise
