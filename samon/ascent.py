@@ -1,4 +1,4 @@
-"""The seam for sources of the ascent direction (`ascent=`): what a step asks one, and the source of SAM itself."""
+"""The base class of ascent sources (`ascent=`), which is also the default source: this batch's gradient."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,13 +22,13 @@ class AscentSource:
     Attributes:
         name: its value of `ascent=`; `former_name` is found in older checkpoints.
         single_pass: no update makes an ascent pass.
-        needs_clean_grad: g is used when the optimizer steps.
+        needs_clean_grad: `before_step` uses g, the update's mean gradient at w.
         uses_final_gradient: what is applied or kept depends on h of the perturbed parameters.
         has_state: tensors are carried from update to update.
-        counts_updates: what comes next depends on the number of updates.
+        counts_updates: the number of updates decides what the next one does.
         keep_probability: fraction of the tensors that an update perturbs.
         updates: two-pass updates applied.
-        used: the current update has been perturbed (or would have been, by a step at w).
+        used: a two-pass step has run since the optimizer's last step.
     """
 
     name = former_name = "batch"
@@ -61,11 +61,16 @@ class AscentSource:
         return named
 
     def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
-        """The direction from g, or without an ascent pass (None) from the state; None for a step at w."""
+        """The direction of the perturbation, in the order of `named`; None for a step at w.
+
+        Args:
+            grads: g; None if the update makes no ascent pass.
+            base_state: the base optimizer's state by parameter.
+        """
         return grads
 
     def accumulate_clean_grad(self, grads: Tensors, weight: float) -> None:
-        """Add a micro-batch's g, which counts for `weight` in the update's mean."""
+        """Add weight * g of a micro-batch to the update's mean gradient at w."""
         terms = [weight * to_float32(g) for g in grads]
         self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
 

@@ -1,4 +1,4 @@
-"""Wrong arguments of `two_pass`, and PyTorch's errors for what its functions did wrong, as one line each."""
+"""Argument checks of `two_pass`, and clear messages for PyTorch's errors that a wrong `forward` causes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def check_options(sam: SAM, options: "StepOptions") -> None:
     groups, reduce, bn_stats = options.groups, options.reduce, options.bn_stats
     if torch.is_inference_mode_enabled():
         raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
-    if not options.forwards:
+    if not options.num_forwards:
         raise UserError("forward is an empty sequence")
     if reduce not in ("device", "global"):
         raise UserError(f"reduce must be 'device' or 'global', got {reduce!r}")
@@ -46,17 +46,17 @@ def check_options(sam: SAM, options: "StepOptions") -> None:
         raise UserError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
-    if groups > 1 and (reduce == "global" or options.forwards > 1 or options.ascent_forward):
+    if groups > 1 and (reduce == "global" or options.num_forwards > 1 or options.partial_ascent):
         raise UserError(
             f"groups={groups} gives each sub-batch its own perturbation, so it does not combine with reduce='global', "
             "several forwards or ascent_forward, where sub-batches share one"
         )
-    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or options.ascent_forward):
+    if sam.ascent.single_pass and (groups > 1 or reduce == "global" or options.partial_ascent):
         raise UserError(
             f"ascent={sam.ascent.name!r} makes no ascent pass; drop groups and reduce='global' (--m-sharpness), and "
             "ascent_forward (--ascent-fraction, --ascent-size)"
         )
-    if options.forwards > 1 and options.ascent_forward:
+    if options.num_forwards > 1 and options.partial_ascent:
         raise UserError("ascent_forward requires a single forward")
     if bn_stats != "first" and sam.model is None:
         raise UserError(f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model")
@@ -96,7 +96,7 @@ def raise_no_gradient(sam: SAM) -> NoReturn:
 def explained_errors(sam: SAM) -> Iterator[None]:
     """Around a step: raise PyTorch's errors that a wrong `forward` causes as UserError."""
     try:
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             from samon.engines.diagnostics import refuse_static_graph
 
             with refuse_static_graph(sam):

@@ -1,4 +1,4 @@
-"""The ball of a perturbation (Eq. 5, Table 9): maximize the linearized loss over ||T^-1 eps||_p <= rho.
+"""The perturbation of SAM in each geometry (Eq. 5, Table 9): maximize the linearized loss over ||T^-1 eps||_p <= rho.
 
 Every function treats a list of tensors as one vector. If `grouped`, gradients have a leading dimension, [G, *shape],
 and each of the G rows is a vector of its own; weights never have it. Nothing here reads a value on the host.
@@ -26,6 +26,8 @@ class Geometry:
     """A row of Table 9.
 
     Attributes:
+        p: of the norm in which the ball has radius rho.
+        eta: default constant of T.
         label: its name in the paper's Table 1.
         rho: default radius, and that for SAM-ON: middle values of the paper's Tables 7 and 8, not tuned.
         scale: T from (weights, gradients, eta, is_weight), one tensor per weight that broadcasts against its gradient;
@@ -174,7 +176,7 @@ def ascent_step(
         signs = [rho * x for x in scaled([g.sgn() for g in grads])]
         scale = None if radius == "ball" else radius_scale(radius, _norm_1(scaled_grads, grouped, reduce))
         return signs if scale is None else [x * _per_row(scale, x) for x in signs], norm
-    # One division, exact for rho = 0 too (x / inf = 0). If the norm is zero, so is every numerator.
+    # One division by norm / rho, which for rho = 0 gives x / inf = 0. If the norm is zero, then so is T g.
     divisor = torch.where(norm > 0, norm, 1) / rho
     if (scale := radius_scale(radius, norm)) is not None:
         divisor = divisor / torch.where(norm > 0, scale, 1)
@@ -221,8 +223,7 @@ def perturbation(
     if radius != "ball":  # 1 / ||g||* overflows for tiny gradients
         finite = finite & torch.stack([t.isfinite().flatten(int(grouped)).all(-1) for t in eps]).all(0)
     if len({(t.dtype, t.device) for t in eps}) > 1:
-        masks = [finite.view(-1, *[1] * (t.dim() - 1)) if grouped else finite for t in eps]
-        return [torch.where(mask, t, 0) for mask, t in zip(masks, eps, strict=True)], norm, finite
+        return [torch.where(_per_row(finite, t), t, 0) for t in eps], norm, finite
     if grouped:
         return [torch.cat([t.flatten(1) for t in eps], 1).masked_fill_(~finite[:, None], 0)], norm, finite
     return [torch.cat([t.reshape(-1) for t in eps]).masked_fill_(~finite, 0)], norm, finite

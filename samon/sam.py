@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from samon.engines.masks import Mask
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-COPIED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent", "sharded"}
+# What a copy and a pickle have; compiled functions, `stats` and an open `first_step` are not among them.
+PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
 
 
 class SAM(OptimizerWrapper):
@@ -48,7 +49,8 @@ class SAM(OptimizerWrapper):
         selection: the parameters to perturb.
         geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own). `rho` is a plain
             attribute, which a schedule may set.
-        radius: what rho measures (`samon.geometry.radius_scale`): `ball`, `raw`, `loss`, or a number in (0, 1).
+        radius: what rho measures: the length of the perturbation (`ball`), its ratio to the gradient (`raw`: eps =
+            rho T^2 g), the rise of the linearized loss (`loss`), or a mix of ball and raw (a number in (0, 1)).
         mask: sparse perturbation (section 5.1).
         ascent: where the direction of the perturbation comes from.
 
@@ -74,18 +76,19 @@ class SAM(OptimizerWrapper):
         ascent: AscentSource | None = None,
     ):
         super().__init__(base, "-".join(filter(None, (selection.scope, geometry))))
-        self.geometry, self.mask, self.selection = geometry, mask, selection
+        self.geometry, self.mask = geometry, mask
         self.ascent = ascent or AscentSource()
         self.ascent.check(mask, selection)
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
         trained = {id(p) for group in base.param_groups for p in group["params"]}
-        selection.parameters = {
+        own = {
             n: p
             for n, p in selection.parameters.items()
             if id(p) in trained or (selection.perturb_frozen and not p.requires_grad)
         }
+        self.selection = replace(selection, parameters=own)
 
     def _init_instance(self) -> None:
         super()._init_instance()
@@ -123,15 +126,20 @@ class SAM(OptimizerWrapper):
         """Add the group to the base; those of its parameters that are in the scope are perturbed from now on."""
         super().add_param_group(param_group)
         old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
-        reselect = partial(select_bare, self.base.param_groups) if old.model is None else partial(select, old.model)
+        if old.model is None:
+            selected = select_bare(self.base.param_groups, old.scope, old.perturb).parameters
+        else:
+            selected = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
         known = {id(p) for p in old.parameters.values()}
-        selected = reselect(old.scope, old.perturb).parameters
         old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
     def compile(self, backend: str | Callable[..., object] = "inductor", mode: str | None = None) -> None:
-        """Compile the arithmetic of the perturbation, for a model compiled with these arguments. In the modes that
-        capture CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass` copies what outlives a pass out of their
-        memory. A copy of this optimizer is not compiled.
+        """Compile the arithmetic of the perturbation, with the backend of a compiled model. A copy of this optimizer is
+        not compiled.
+
+        Args:
+            mode: the model's. In those that capture CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass`
+                copies what outlives a pass out of their memory; the arithmetic itself is compiled without a mode.
 
         Raises:
             UserError: the ascent source is ESAM.
@@ -170,7 +178,8 @@ class SAM(OptimizerWrapper):
             self.ascent.load_state_dict(state_dict["ascent"], device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; outside a step this also ends an update that was skipped."""
+        """Clear the gradients; outside a step also discard an update that was computed but not applied, as after an
+        overflow."""
         super().zero_grad(set_to_none)
         self._discard_update()
 
@@ -181,7 +190,7 @@ class SAM(OptimizerWrapper):
             self.mask.stale = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in COPIED}
+        return {k: v for k, v in self.__dict__.items() if k in PICKLED}
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
@@ -240,14 +249,15 @@ class SAM(OptimizerWrapper):
         )
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
-    def ascend(
+    def step_perturbation(
         self, named: Named, grads: Grads | None, weight: float = 1.0, grouped: bool = False
     ) -> tuple[list[Tensor] | None, Tensor | None]:
-        """The perturbation along the ascent source's direction: `(eps, finite)`, or `(None, None)` for a step at w.
+        """The perturbation of a step, along the ascent source's direction: `(eps, finite)`, or `(None, None)` for a
+        step at w.
 
         Args:
             grads: gradients at w in the order of `named`; None if the update makes no ascent pass.
-            weight: share of this micro-batch in the update.
+            weight: of this micro-batch in the update's mean gradient at w, which some sources store; no factor on eps.
             grouped: gradients and perturbation have a leading dimension [G].
         """
         self.ascent.used = True
@@ -263,7 +273,7 @@ class SAM(OptimizerWrapper):
         return eps, finite.all() if grouped else finite
 
     def norm_reduction(self, named: Named) -> NormReduction:
-        """For `geometry.global_norm`: what completes norms of sharded parameters; None if none is sharded."""
+        """A function of the norms of local shards, to norms of the full parameters; None if no parameter is sharded."""
         if not self.sharded:
             return None
         from samon.engines import fsdp
@@ -272,10 +282,13 @@ class SAM(OptimizerWrapper):
 
     @contextmanager
     def perturbed(self, grads: Mapping[str, Tensor | None] | Grads) -> Iterator[None]:
-        """w + eps inside, w bit-exactly outside, also after an exception.
+        """Perturb the weights: w + eps inside, w bit-exactly outside, also after an exception.
+
+        Buffers are not preserved: a forward in training mode updates running statistics.
 
         Args:
-            grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`.
+            grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`. If one is not finite,
+                eps is zero.
         """
         if not isinstance(grads, Mapping):
             grads = dict(zip(self.perturbed_parameters(), grads, strict=True))
@@ -303,7 +316,7 @@ class SAM(OptimizerWrapper):
         """Record the length of the perturbation in `stats`.
 
         Args:
-            saved: the weights before it was added; without them it is one per group, [G, ...], which rounds no weight.
+            saved: the weights before eps was added; None for one eps per group, [G, ...], which is not added to them.
         """
         reduce, applied = self.norm_reduction(named), eps
         if any(p.dtype in LOW_PRECISION for p in named.values()):
@@ -336,7 +349,8 @@ class SAM(OptimizerWrapper):
             return self._apply_gradients()
         from samon.engines.closure import run_closure
 
-        filled, self._expect_plain = self.ascent.used or self._expect_plain, False
+        filled = self.ascent.used or self._expect_plain  # then a closure may compute no gradients
+        self._expect_plain = False
         with self.sampled_parameters() as named:
             loss = run_closure(self, named, torch.enable_grad()(closure), filled)
         self._apply_gradients()
@@ -345,7 +359,7 @@ class SAM(OptimizerWrapper):
     def _apply_gradients(self) -> Any:
         source = self.ascent
         if source.needs_clean_grad or source.has_state:
-            if source.clean and dist.is_available() and dist.is_initialized():
+            if source.clean and dist.is_initialized():
                 source.clean = all_reduce_mean(source.clean)
             source.before_step(self.perturbed_parameters(), self.state)
         source.finish_update()
@@ -408,7 +422,7 @@ class SAM(OptimizerWrapper):
 
 @dataclass
 class Arithmetic:
-    """The functions of tensors in a step, eager or compiled.
+    """The tensor functions of a step, eager or compiled.
 
     Attributes:
         cuda_graphs: the model's graphs are captured as CUDA graphs, whose outputs the next run overwrites.
@@ -442,7 +456,7 @@ def to_local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor, sharing its memory; any other tensor unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with torch.no_grad():
+    with torch.no_grad():  # `to_local` is differentiable, and the shard must be writable
         return tensor.to_local()
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from samon.errors import UserError
 
 Named = dict[str, Parameter]
-T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Scope:
 
     Attributes:
         label: its column in the paper's Table 1.
-        choose: from (all parameters, normalization parameters), both by qualified name.
+        choose: the parameters in the scope, from (all parameters, normalization parameters) by qualified name.
         norms_only: only normalization parameters: few enough for a copy per group of samples, and replicated if the
             rest is sharded.
     """
@@ -58,9 +58,9 @@ _TIMM: dict[int | None, str] = {
     None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
     "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
 }
-# Modules whose `weight` and `bias` are gamma and beta of Eq. 1, and the first dimension these run along; None if one
-# module cannot carry several gammas (engines/groups.py). Not every timm exports all of its own. Gates and scales that
-# do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
+# Modules whose `weight` and `bias` are gamma and beta of Eq. 1, and the first dimension of the input that these run
+# along; None if there cannot be one gamma per group of samples (engines/groups.py). Not every timm exports all of its
+# own. Gates and scales that do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
 NORM_TYPES: dict[type[nn.Module], int | None] = {
     _BatchNorm: 1,
     nn.SyncBatchNorm: None,
@@ -166,8 +166,8 @@ def named_parameters(model: nn.Module) -> Named:
     return _by_unique_name((name, parameter) for parameter, name in names.items())
 
 
-def _by_unique_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
-    result: dict[str, T] = {}
+def _by_unique_name(pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
+    result: dict[str, V] = {}
     for name, value in pairs:
         if name in result:
             raise UserError(f"{name!r} names two parameters or layers; rename one, since perturbations go by name")

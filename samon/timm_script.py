@@ -55,7 +55,7 @@ class PerturbedTask:
         try:
             if ascends:
                 clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
-            eps, finite = sam.ascend(named, grads)
+            eps, finite = sam.step_perturbation(named, grads)
             if eps is not None:
                 self.undo.enter_context(engine.perturbed(eps))
             result = call()

@@ -1,9 +1,12 @@
-"""The two-pass step: where the gradient is taken. How it is applied stays with the optimizer (Eqs. 3 and 5).
+"""The SAM step: compute the gradient at w + eps. The base optimizer then applies it at w (Eqs. 3 and 5).
 
 g = dL/dw at w, with respect to the perturbed parameters only
-eps = rho T^2 g / ||T g||
+eps = rho T^2 g / ||T g||_2, or rho T sign(g) for the l_inf ball; T is the scaling of `samon.geometry`
 h = dL/dw at w + eps, accumulated into `.grad`
-w is restored bit for bit; the base optimizer applies h there
+w is restored bit for bit
+
+Equations and tables are those of Mueller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs"
+(NeurIPS 2023, arXiv 2306.04226).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,35 +49,39 @@ def two_pass(
 ) -> Tensor:
     """Accumulate the gradient at w + eps into `.grad`, leave w bit-exactly as it was, return the loss at w.
 
-    Nothing is read on the host (with half-precision weights once, in the first step). A non-finite ascent gradient
-    gives NaN in `.grad`, so that a GradScaler or a check of the gradient norm skips the step on all processes.
+    The host does not wait for the device, except once with half-precision weights, and per step with `ascent='aesam'`.
+    A non-finite ascent gradient gives NaN in `.grad`, so that a GradScaler or a check of the gradient norm skips the
+    step on all processes.
 
     Args:
         optimizer: a SAM optimizer, or a wrapper around it (Lookahead, Accelerate's, Lightning's, Fabric's).
         forward: returns the mean loss, a tensor of one element, without running backward; or a sequence of forwards,
             micro-batches that share one perturbation (their losses are averaged).
-        groups: m-sharpness: that many equal sub-batches of consecutive samples, each with its own perturbation.
-        reduce: whose ascent gradient counts: this process's (`device`), or the mean over all processes (`global`).
-        no_sync: DistributedDataParallel's method, for the ascent pass. FSDP2 needs none.
+        groups: number G of equal sub-batches of consecutive samples, each with its own perturbation: m-sharpness with
+            m = batch size / G.
+        reduce: ascent gradient of this process (`device`), or the mean over all processes (`global`).
+        no_sync: DistributedDataParallel's method; no gradients are sent in the ascent pass, and in the descent pass
+            only with the last forward. FSDP2 needs none.
         scaler: GradScaler; the ascent gradient is unscaled before use.
         bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`.
         same_noise: use the same dropout and stochastic-depth masks in both passes.
-        replay: if `perturb` selects only late layers, reuse the activations before the first of them.
+        replay: if `perturb` selects only late layers, run the layers before them once and reuse their outputs in the
+            second pass.
         ascent_forward: the loss for the ascent pass, over a part of the batch.
         loss_scale: factor on the final gradient, 1/K for K accumulated calls.
-        process_group: for `reduce='global'`.
+        process_group: the processes of `reduce='global'` (default: all).
 
     Returns:
-        The detached loss at w; at w + eps if the ascent source makes a single pass. `SAM.stats` has more.
+        The detached loss at w; at w + eps if the ascent source makes a single pass. `SAM.stats` has further values.
 
     Raises:
-        UserError: naming what this model or combination does not support.
+        UserError: an argument is invalid, or the model or this combination of arguments is not supported.
     """
     sam = require_sam(optimizer)
     forwards = as_losses(forward)
     ascent_forwards = forwards if ascent_forward is None else as_losses(ascent_forward)
-    partial_ascent = ascent_forward is not None
-    options = StepOptions(len(forwards), partial_ascent, groups, reduce, no_sync, scaler, bn_stats, same_noise, replay)
+    passes = (len(forwards), ascent_forward is not None)
+    options = StepOptions(*passes, groups, reduce, no_sync, scaler, bn_stats, same_noise, replay)
     check_options(sam, options)
     with sam.sampled_parameters() as named, explained_errors(sam):
         engine = make_engine(sam, named, options)
@@ -88,38 +95,39 @@ def _two_pass(
     loss_scale: float,
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    sam, options, loss, grads = engine.sam, engine.options, None, None
+    sam, loss, grads = engine.sam, None, None
+    options = engine.options  # of a single-pass source they differ from the caller's
     noise = rng.get_torch_state(engine.device) if options.same_noise else None
-    if options.ascends:
+    if options.ascent_pass:
         # The ascent gradient: g = dL/dw at w (Eq. 3).
         loss, grads = engine.ascent_gradient(ascent_forwards)
         if options.reduce == "global" and dist.is_initialized():
             grads = all_reduce_mean(grads, process_group)
     # The perturbation: eps = rho T^2 g / ||T g|| (Eq. 5).
-    eps, finite = sam.ascend(engine.named, grads, loss_scale, grouped=options.groups > 1)
+    eps, finite = sam.step_perturbation(engine.named, grads, loss_scale, grouped=options.groups > 1)
     if noise is not None:
         rng.set_torch_state(noise, engine.device)
     # The descent gradient: h = dL/dw at w + eps, added to `.grad`. The weights are restored when the context ends.
     with nullcontext() if eps is None else engine.perturbed(eps):
         perturbed_loss = engine.descent_gradient(forwards, loss_scale, finite)
     if loss is None and all(p.grad is None for p in engine.named.values()):
-        raise_no_gradient(sam)
+        raise_no_gradient(sam)  # after an ascent pass, `ascent_gradient` has done so
     sam.stats |= {"loss": perturbed_loss} if loss is None else {"loss": loss, "loss_perturbed": perturbed_loss}
     return sam.stats["loss"]
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The arguments of `two_pass` of these names, which choose the engine of a step.
+    """The options of a step, which select its engine; further ones are arguments of `two_pass`.
 
     Attributes:
-        forwards: the number of forwards.
-        ascent_forward: whether there is one.
-        ascends: this update takes the gradient at w; the ascent source decides.
+        num_forwards: the number of micro-batches in `forward`.
+        partial_ascent: the ascent pass has a forward of its own.
+        ascent_pass: this update takes the gradient at w; the ascent source decides.
     """
 
-    forwards: int = 1
-    ascent_forward: bool = False
+    num_forwards: int = 1
+    partial_ascent: bool = False
     groups: int = 1
     reduce: str = "device"
     no_sync: Context | None = None
@@ -127,18 +135,18 @@ class StepOptions:
     bn_stats: str = "first"
     same_noise: bool = False
     replay: bool = True
-    ascends: bool = True
+    ascent_pass: bool = True
 
 
 class WholeBatch:
-    """Both passes of a step, with one perturbation for the whole batch. The other engines derive from it.
+    """The two passes of a step with one perturbation for the whole batch. The other engines derive from it.
 
     Args:
         named: the parameters that this step perturbs.
 
     Attributes:
-        inputs: what the ascent gradient is taken with respect to.
-        descending: in the second pass.
+        inputs: the tensors that the ascent gradient is taken with respect to: the perturbed parameters.
+        in_descent_pass: whether the second pass has begun.
     """
 
     def __init__(self, sam: SAM, named: Named, options: StepOptions):
@@ -147,7 +155,7 @@ class WholeBatch:
         self.device = self.inputs[0].device
         self.modules = modules_of(sam, sam.model)
         self.no_sync: Context = options.no_sync or nullcontext
-        self.descending = False
+        self.in_descent_pass = False
 
     # -- the algorithm -----------------------------------------------------------------------------------------------
     def ascent_gradient(self, forwards: Sequence[Forward]) -> tuple[Tensor, list[Tensor]]:
@@ -163,8 +171,8 @@ class WholeBatch:
                         grads = self.gradients(loss, self.inputs)
                     losses += self.keep([loss.detach()])
                     pairs = zip(self.inputs, grads, strict=True)
-                    dense = self.keep([torch.zeros_like(x) if g is None else g for x, g in pairs])
-                    total = [a + b for a, b in zip(total, dense, strict=True)] if total else dense
+                    filled = self.keep([torch.zeros_like(x) if g is None else g for x, g in pairs])
+                    total = [a + b for a, b in zip(total, filled, strict=True)] if total else filled
                     if any(g is None for g in grads):
                         from samon.engines.diagnostics import explain_missing_gradients
 
@@ -174,12 +182,12 @@ class WholeBatch:
         return torch.stack(losses).mean(), total
 
     def descent_gradient(self, forwards: Sequence[Forward], loss_scale: float, finite: Tensor | None) -> Tensor:
-        """The second pass: accumulate into `.grad`, NaN if the ascent gradient was not finite; the mean loss, [] and
-        detached."""
+        """The second pass: accumulate into `.grad`, NaN if the ascent gradient was not finite, so that the step is
+        skipped. Returns the mean loss, [] and detached."""
         losses: list[Tensor] = []
-        scaler, self.descending = self.options.scaler, True
+        scaler, self.in_descent_pass = self.options.scaler, True
         for i, forward in enumerate(forwards):
-            # Gradients are sent with the last one. The backward is inside: checkpointed layers rerun their forward.
+            # Only the last backward sends gradients. It is in `each_pass`: checkpointed layers rerun their forward.
             sync = nullcontext() if i + 1 == len(forwards) else self.no_sync()
             with sync, self.each_pass():
                 loss = forward()
@@ -199,9 +207,9 @@ class WholeBatch:
         scaler = self.options.scaler
         grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), inputs, allow_unused=True)
         dense: list[Tensor | None] = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
-        if scaler is not None:
-            torch._foreach_div_([g for g in dense if g is not None], scaler.scale(torch.ones((), device=loss.device)))
-        return dense
+        if scaler is None:
+            return dense
+        return foreach(torch._foreach_div, dense, scaler.scale(torch.ones((), device=loss.device)))
 
     def frozen_parameters(self) -> list[Parameter]:
         """Parameters without a gradient in the first pass: all that this step does not perturb."""
@@ -211,22 +219,22 @@ class WholeBatch:
 
     @contextmanager
     def ascent_pass(self) -> Iterator[None]:
-        """Around the first pass."""
+        """Compute gradients of the perturbed parameters only, and leave the buffers if the second pass updates them."""
         buffers = preserve_buffers(self.modules if self.options.bn_stats == "second" else [])
-        parameters = requires_grad(self.frozen_parameters(), False), requires_grad(self.named.values(), True)
-        with parameters[0], parameters[1], buffers, record_modules(self.sam, self.sam.model):
+        frozen, trained = requires_grad(self.frozen_parameters(), False), requires_grad(self.named.values(), True)
+        with frozen, trained, buffers, record_modules(self.sam, self.sam.model):
             yield
 
     @contextmanager
     def perturbed(self, eps: list[Tensor]) -> Iterator[None]:
-        """Around the second pass: the weights are at w + eps."""
-        modules = self.modules or modules_of(self.sam, self.sam.model)
+        """Move the weights to w + eps, and leave the buffers if the first pass has updated them."""
+        modules = self.modules or modules_of(self.sam, self.sam.model)  # without a model, the first pass recorded them
         buffers = preserve_buffers(modules if self.options.bn_stats == "first" else [])
         with buffers, self.sam.add_perturbation(self.named, eps):
             yield
 
     def each_pass(self) -> AbstractContextManager[None]:
-        """Around each forward and its backward, in both passes."""
+        """The context of each forward and its backward, in both passes."""
         if not self.sam.arithmetic.cuda_graphs:
             return nullcontext()
         from samon.engines.cuda_graph import own_gradients
@@ -234,19 +242,29 @@ class WholeBatch:
         return own_gradients(self.sam.parameters())
 
     def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Results that outlive a run of the model: copies if the next run of a CUDA graph would overwrite them."""
+        """The results of a run of the model: copies if the next run of a CUDA graph would overwrite them."""
         return foreach_clone(tensors) if self.sam.arithmetic.cuda_graphs else list(tensors)
+
+
+def foreach(
+    function: Callable[..., Sequence[Tensor]], grads: Sequence[Tensor | None], factor: object
+) -> list[Tensor | None]:
+    """`torch._foreach_div` or `_foreach_mul` of the gradients that are not None by one factor. Not in place: autograd
+    may return one tensor for two inputs, as for a + b, or views of it."""
+    given = [g for g in grads if g is not None]
+    results = iter(function(given, factor) if given else ())
+    return [None if g is None else next(results) for g in grads]
 
 
 def make_engine(sam: SAM, named: Named, options: StepOptions) -> WholeBatch:
     """The engine of a step.
 
     Raises:
-        UserError: naming what the model or the optimizer does not support.
+        UserError: the model or the optimizer does not support an option.
     """
-    if not sam.ascent.needs_ascent_pass():
-        options = replace(options, ascends=False, groups=1, bn_stats="second", replay=False)  # the only pass
-    replay = options.replay and options.forwards == 1 and not options.ascent_forward
+    if not sam.ascent.needs_ascent_pass():  # the only pass updates the running statistics
+        options = replace(options, ascent_pass=False, groups=1, bn_stats="second", replay=False)
+    replay = options.replay and options.num_forwards == 1 and not options.partial_ascent
     replay = replay and sam.ascent.keep_probability == 1 and sam.selection.narrowed and sam.model is not None
     if sam.sharded:
         from samon.engines.fsdp import make_sharded_engine
@@ -256,7 +274,7 @@ def make_engine(sam: SAM, named: Named, options: StepOptions) -> WholeBatch:
         from samon.engines.groups import PerGroup
 
         return PerGroup(sam, named, options)
-    # Buffers are written by a pass that runs, so the second pass must not be the one that updates them.
+    # Replayed layers do not run in the second pass, so they could not update their statistics there.
     if replay and options.bn_stats == "first":
         from samon.engines.replay import Replay
 

@@ -73,13 +73,13 @@ class OptimizerWrapper(Optimizer):
         self.base.load_state_dict(state_dict)
 
     def replace_base(self, opt: str, lr_ratio: float = 1.0, **options: Any) -> int:
-        """Hand over to another base optimizer, with the momentum that both have (`carry_momentum`).
+        """Replace the base optimizer, and give the new one the momentum of the old (`carry_momentum`).
 
-        `state_dict` records the arguments, with which `load_state_dict` of a new optimizer does the same first.
+        `state_dict` records the arguments, and `load_state_dict` of a new optimizer repeats the call.
 
         Args:
             opt: timm's name of it.
-            lr_ratio: it steps at this multiple of the groups' learning rates, which stay the scheduler's.
+            lr_ratio: it steps at this multiple of the groups' learning rates, which the scheduler still sets.
             options: further arguments of timm's factory, plain values. Weight decay stays that of the groups.
 
         Returns:

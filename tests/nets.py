@@ -58,6 +58,21 @@ class LayerNormNet(nn.Module):
         return self.head(x[:, 0])
 
 
+class SharedGradients(nn.Module):
+    """Sums whose terms get the same tensor from autograd as their gradient: `a` and `b`, and with one sample per group
+    the biases of the two norms."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.a, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, : len(self.a)]
+        return self.head((self.norms[0](x) + self.norms[1](x.square())) * (self.a + self.b))
+
+
 class Peek(nn.Module):
     """Reads the weight of a late layer early, without calling the layer."""
 

@@ -134,6 +134,22 @@ def test_add_param_group() -> None:
     assert not torch.equal(model.norms[3].weight, before)
 
 
+def test_add_param_group_to_frozen_layers() -> None:
+    model, _ = make()
+    model.norms.requires_grad_(False)
+    opt = optimizer_of(model, perturb_frozen=True)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    assert len(opt.perturbed_parameters()) == 8
+
+
+def test_a_selection_serves_several_optimizers() -> None:
+    model, _ = make()
+    selection = samon.scope.select(model, "sam")
+    for parameters, count in ((model.head.parameters(), 2), (model.parameters(), len(list(model.parameters())))):
+        opt = samon.SAM(torch.optim.SGD(parameters, lr=0.1), selection, rho=0.1)
+        assert len(opt.perturbed_parameters()) == count
+
+
 def test_perturbed_context_restores_bit_exactly() -> None:
     """(w + eps) - eps is not w."""
     model, opt = trained("samon", 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import samon
-from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.nets import NETS, BatchNormNet, LayerNormNet, SharedGradients, batch, randomized
 from tests.steps import Forward, HostReads, assert_unchanged, closure_of, flat_gradient, loss_of, optimizer_of, values
 
 
@@ -52,6 +52,22 @@ def test_a_scaled_step_equals_an_unscaled_one(name: str, groups: int, how: dict[
     torch.testing.assert_close(flat_gradient(model), flat_gradient(twin) * 2**12, rtol=1e-5, atol=1e-3)
     scaler.unscale_(opt)
     torch.testing.assert_close(flat_gradient(model), flat_gradient(twin), rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_autograd_shares_is_unscaled_once() -> None:
+    (model, opt, forward), (twin, other, plain) = make(SharedGradients, "sam"), make(SharedGradients, "sam")
+    samon.two_pass(opt, forward, scaler=scaler_of(2.0**12))
+    samon.two_pass(other, plain)
+    assert opt.stats["ascent_grad_norm"].item() == pytest.approx(other.stats["ascent_grad_norm"].item(), rel=1e-6)
+    torch.testing.assert_close(flat_gradient(model), flat_gradient(twin) * 2**12, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("scope", "groups"), [("sam", 1), ("samon", 1), ("samon", 4)])
+def test_a_scaled_loss_without_perturbed_parameters_is_refused(scope: str, groups: int) -> None:
+    _, opt, _ = make(name=scope)
+    elsewhere = torch.ones((), requires_grad=True)
+    with pytest.raises(samon.UserError, match="depends on no parameter"):
+        samon.two_pass(opt, lambda: elsewhere * 2, scaler=scaler_of(2.0**12), groups=groups)
 
 
 @pytest.mark.parametrize("bad_pass", [1, 2])

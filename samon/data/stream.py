@@ -141,7 +141,7 @@ def remaining_places(places: np.ndarray, layout: ReaderLayout, seed: int, epoch:
 
 def process_rank() -> tuple[int, int]:
     """Return this process's rank and the number of processes, (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def check_epoch(samples: int, batch_size: int, world_size: int) -> None:

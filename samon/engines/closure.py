@@ -111,7 +111,7 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
         raise UserError("step(closure) cannot run under torch.inference_mode(); call it outside")
     ascends = sam.ascent.needs_ascent_pass()
     untrained = [p for p in named.values() if not p.requires_grad]
-    if untrained and dist.is_available() and dist.is_initialized():
+    if untrained and dist.is_initialized():
         raise UserError("step(closure) does not average gradients of frozen parameters; use samon.two_pass")
     gradients = GradientObserver(sam.parameters())
     loss = None
@@ -129,7 +129,7 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
             grads, sam.ascent.clean = [p.grad for p in named.values()], []
     for p in untrained:
         p.grad = None
-    eps, _ = sam.ascend(named, grads)
+    eps, _ = sam.step_perturbation(named, grads)
     del grads  # not in memory together with those of the second run
     if not (ascends or filled):
         with nullcontext() if eps is None else sam.add_perturbation(named, eps), gradients.observe():
@@ -160,7 +160,7 @@ def manual_passes(sam: SAM) -> Iterator[None]:
         grads = [p.grad for p in named.values()]
         if all(g is None for g in grads):
             raise_no_gradient(sam)
-        eps, _ = sam.ascend(named, grads if sam.ascent.needs_ascent_pass() else None)
+        eps, _ = sam.step_perturbation(named, grads if sam.ascent.needs_ascent_pass() else None)
         del grads  # not in memory together with those of the second pass
         gradients = GradientObserver(sam.parameters())
         perturbed = nullcontext() if eps is None else sam.add_perturbation(named, eps)

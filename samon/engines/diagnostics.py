@@ -31,8 +31,8 @@ def explain_missing_gradients(
 ) -> None:
     """Distinguish perturbed parameters that the loss does not use from those whose gradient got lost on the way.
 
-    The owner of a lost one runs with gradients disabled. To see it, the forward runs once more, without side effects,
-    the first time that a parameter's gradient is missing; no other step pays for it.
+    A gradient gets lost if the module that owns the parameter runs under no_grad. To see that, the forward runs once
+    more, without side effects, the first time that a parameter's gradient is missing; no other step pays for it.
 
     Raises:
         UserError: a gradient got lost, or the loss depends on no perturbed parameter.

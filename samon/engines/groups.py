@@ -23,7 +23,7 @@ from samon.errors import UserError
 from samon.geometry import to_float32
 from samon.sam import SAM
 from samon.scope import Named, affine_dim, looks_like_norm, norm_modules
-from samon.two_pass import StepOptions, WholeBatch
+from samon.two_pass import StepOptions, WholeBatch, foreach
 
 # Layers of the last step, reused while they fit: a compiled graph was made of them.
 LAYERS: WeakKeyDictionary[SAM, list[GroupedNorm]] = WeakKeyDictionary()
@@ -49,7 +49,7 @@ class PerGroup(WholeBatch):
             )
         assert sam.model is not None
         super().__init__(sam, named, options)
-        self.perturbed_by_id = {id(p): p for p in named.values()}
+        self.perturbed_ids = {id(p): None for p in named.values()}  # in order
         self.inputs = [to_float32(p.new_zeros(groups, *p.shape)).requires_grad_() for p in named.values()]
         # Per module the (mean, variance), [G, C] each, of every call in the passes that count.
         self.statistics: dict[Any, list[Sequence[Tensor]]] = defaultdict(list)
@@ -71,7 +71,7 @@ class PerGroup(WholeBatch):
         dim = affine_dim(module)
         batch_norm = isinstance(module, _BatchNorm)
         couples_samples = module.training and (batch_norm or dim is None)
-        perturbed = {name for name, p in module._parameters.items() if id(p) in self.perturbed_by_id}
+        perturbed = {name for name, p in module._parameters.items() if id(p) in self.perturbed_ids}
         if not couples_samples and not perturbed:
             return False
         tracks_otherwise = module.training and not batch_norm and getattr(module, "track_running_stats", False)
@@ -83,7 +83,7 @@ class PerGroup(WholeBatch):
         return True
 
     def gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Those of each group's own loss: the loss is their mean, and each depends on its own offsets alone.
+        """The gradients of each group's own loss with respect to its offsets: G times those of the mean loss.
 
         Raises:
             UserError: the loss also depends on a perturbed parameter outside its layer's call: a loop would have each
@@ -97,13 +97,12 @@ class PerGroup(WholeBatch):
                     "the parameters, or functional code that reads them), where the groups cannot have values of "
                     "their own; call the layer, use the optimizer's weight_decay, or groups=1 (--m-sharpness device)"
                 )
-        torch._foreach_mul_([g for g in grads[: len(inputs)] if g is not None], self.groups)
-        return grads[: len(inputs)]
+        return foreach(torch._foreach_mul, grads[: len(inputs)], self.groups)
 
     @contextmanager
     def each_pass(self) -> Iterator[None]:
         """Replace the forwards of the layers, with the current `inputs` as offsets."""
-        offsets = dict(zip(self.perturbed_by_id, self.inputs, strict=True))
+        offsets = dict(zip(self.perturbed_ids, self.inputs, strict=True))
         for layer in self.layers:
             layer.sync_attributes()
             layer.offsets = [offsets.get(id(p)) for p in layer.affine]
@@ -111,7 +110,7 @@ class PerGroup(WholeBatch):
             forwards = override_attrs({layer.module: {"forward": layer.forward} for layer in self.layers})
             with super().each_pass(), forwards:
                 yield
-            counts = self.options.bn_stats in ("second" if self.descending else "first", "both")
+            counts = self.options.bn_stats in ("second" if self.in_descent_pass else "first", "both")
             for layer in self.layers if counts else []:
                 self.statistics[layer.module] += [self.keep(call) for call in layer.calls]
         finally:
@@ -129,7 +128,7 @@ class PerGroup(WholeBatch):
 
     @torch.no_grad()
     def _update_running_statistics(self) -> None:
-        """Update the running statistics as a loop over the groups, two passes each, would have."""
+        """Update the running statistics as a loop over the groups would have."""
         for module, calls in self.statistics.items():
             if not calls or module.running_mean is None:
                 continue

@@ -59,8 +59,8 @@ def carry_momentum(old: Optimizer, new: Optimizer) -> int:
     | Adam, AdamW, NAdamW; Muon's and AdaMuon's other tensors | `exp_avg` | buffer |
 
     The last row divides m by 1 - beta1^step, so m without its step count would be 1 / (1 - beta1) times too large in
-    the first update. These therefore take `step`, `exp_avg` and `exp_avg_sq` from each other, and from the rows above
-    nothing: they start as new. So do all other optimizers.
+    the first update. `step`, `exp_avg` and `exp_avg_sq` are therefore copied only within that row; after one of
+    another row it starts without a state, and so do all other optimizers.
     """
     carried = 0
     for old_group, new_group in zip(old.param_groups, new.param_groups, strict=True):

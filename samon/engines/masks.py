@@ -88,7 +88,7 @@ class Mask:
     def _renewed(self, grads: Sequence[Tensor], kind: str, summed: bool = False) -> list[Tensor]:
         flat = torch.cat([g.flatten() for g in grads])
         keep = max(1, round((1 - self.sparsity) * flat.numel()))
-        if kind != "random" and not summed and dist.is_available() and dist.is_initialized():
+        if kind != "random" and not summed and dist.is_initialized():
             dist.all_reduce(flat)
         size = self._random(flat) if kind == "random" else flat.abs()
         if kind == "dynamic":
@@ -133,7 +133,7 @@ def fisher_diagonal(sam: SAM, losses: Iterable[Callable[[], Tensor]]) -> list[Te
     for loss in losses:
         grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
         total = [t + to_float32(g).abs().square() for t, g in zip(total, grads, strict=True)]
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         for part in total:
             dist.all_reduce(part)
     return total

@@ -212,7 +212,7 @@ class Replay(WholeBatch):
     @contextmanager
     def each_pass(self) -> Iterator[None]:
         with super().each_pass():
-            if self.plan is None and not self.descending:
+            if self.plan is None and not self.in_descent_pass:
                 trace = Trace()
                 with forward_hooks(self.model.modules(), trace.start, trace.end):
                     yield
@@ -220,7 +220,7 @@ class Replay(WholeBatch):
             elif self.cache is None or not self.cache.valid:
                 yield
             else:
-                with self.cache.replaying() if self.descending else self.cache.recording():
+                with self.cache.replaying() if self.in_descent_pass else self.cache.recording():
                     yield
 
     @contextmanager

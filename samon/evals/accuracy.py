@@ -83,7 +83,7 @@ def score(
             if log_interval and (index + 1) % log_interval == 0:
                 top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
                 log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, loss, 100 * top1)
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(sums)
     if scorings and sums[0, 3] == 0:
         raise UserError("nothing to evaluate: no sample has a label; check the split")

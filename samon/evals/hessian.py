@@ -69,7 +69,7 @@ def hessian_product(
     result = [torch.zeros_like(v) for v in vector]
     for images, label in batches:
         loss = F.cross_entropy(predict(model, images), label, reduction="sum") / count
-        grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
         along = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)]).sum()
         products = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(result, list(products))

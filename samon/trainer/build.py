@@ -169,7 +169,7 @@ def check_step(config: Config, sam: samon.SAM) -> None:
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
     with flags_in_errors():
         options = StepOptions(
-            ascent_forward=config.ascent_fraction < 1 or config.ascent_size is not None,
+            partial_ascent=config.ascent_fraction < 1 or config.ascent_size is not None,
             groups=config.batch_size // m if grouped else 1,
             reduce="global" if m == "global" else "device",
             bn_stats="second" if config.ascent_size else config.bn_stats,

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import samon
 from samon import UserError, scope
-from tests.nets import BatchNormNet, OwnBatchNorm, Peek, batch, randomized
+from tests.nets import BatchNormNet, OwnBatchNorm, Peek, SharedGradients, batch, randomized
 from tests.steps import assert_same_step, assert_unchanged, loss_of, losses_of, make, optimizer_of, values
 
 Pair = tuple[nn.Module, nn.Module]
@@ -148,6 +148,10 @@ def test_timm_models(name: str, image: int) -> None:
     sized = {"img_size": image} if name.startswith(("vit", "swin", "coat")) else {}
     build = lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.0, **sized).double().train()  # noqa: E731
     assert_same_step(*grouped_and_looped(build, "samon-layerl2", 2, data=batch(4, image=image)))
+
+
+def test_gradients_that_autograd_shares_between_layers() -> None:
+    assert_same_step(*grouped_and_looped(lambda: randomized(SharedGradients()), "samon", 8))
 
 
 def test_only_some_layers_perturbed() -> None:
