@@ -72,7 +72,7 @@ for name in $names; do
     echo "failed: $name resumed $other's state and ended at $loss, not ${trained[$other]}" | tee -a "$place/failures" >&2
 done
 
-echo "| | Python | torch | timm | core | engines | checkpoints | loss of 2 epochs | resumed after the first epoch of |"
+echo "| | Python | torch | timm | core tests | engine tests | checkpoint tests | loss of 2 epochs | resumed after the first epoch of |"
 echo "|---|---|---|---|---|---|---|---|---|"
 for name in $names; do
   found=$("$place/$name/bin/python" -c "import platform, timm, torch

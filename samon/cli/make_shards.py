@@ -216,7 +216,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--samples-per-shard", type=int, default=0, help="samples in each shard except the last")
     shard_bytes = f"size of a shard, with at least {MIN_SHARDS} shards (default %(default)s)"
     add("--shard-bytes", type=int, default=SHARD_BYTES, help=shard_bytes)
-    add("--resize", type=int, default=0, help="re-encode images with a longer shorter edge to this")
+    add("--resize", type=int, default=0, help="downscale images whose shorter side exceeds this many pixels")
     add("--quality", type=int, default=95, help="JPEG quality for --resize (default %(default)s)")
     add("--seed", type=int, default=0, help="of the samples' order (default %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
