@@ -17,12 +17,15 @@ from tests.browser import chromium
 from tests.runs import ROOT
 from tools.runnable import commands, small
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = {"train": TRAIN, "validate": VALIDATE}
 
 
 def documented_commands() -> list[tuple[str, str]]:
-    """(train or validate, its arguments) of the commands in shell blocks; those that contain `...` are left out."""
+    """(train or validate, its arguments) of the commands in shell blocks; those that contain `...` are left out.
+
+    What follows `--` in the command of a sweep or an experiment are arguments of train.
+    """
     blocks = [
         block
         for page in PAGES
@@ -30,9 +33,12 @@ def documented_commands() -> list[tuple[str, str]]:
         if language in ("", "bash")
     ]
     lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
+    lines = [re.sub(r"\s#.*| &$", "", line) for line in lines]
     program = re.compile(r"(?: |samon-|samon\.cli\.|^)(train|validate)(?:\.py)? (-.*)")
-    matches = [program.search(re.sub(r"\s#.*| &$", "", line)) for line in lines]
-    return [(match[1], match[2]) for match in matches if match and "..." not in match[2]]
+    programs = [(match[1], match[2]) for line in lines if (match := program.search(line))]
+    sweep = re.compile(r"(?:samon-sweep|sweep\.py|compare\.py) .*? -- (.*)")
+    programs += [("train", match[1]) for line in lines if (match := sweep.search(line))]
+    return [(name, arguments) for name, arguments in programs if "..." not in arguments]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
     reference = (site / "api.html").read_text()
     assert "samon.two_pass" in reference
     assert "equal sub-batches of consecutive samples" in reference  # from its docstring
-    assert {path.stem for path in PAGES[1:]} <= {path.stem for path in site.glob("*.html")}
+    assert {path.stem for path in PAGES[1:]} <= {path.stem for path in site.rglob("*.html")}
     links = dict(
         re.findall(
             r'href="([^"#]*)" class="md-nav__link">\s*<span[^>]*>\s*([^<]*?)\s*<', (site / "data.html").read_text()

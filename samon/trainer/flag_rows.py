@@ -16,7 +16,6 @@ PERTURBATIONS = "device: one perturbation per process; global: one for all; a nu
 FORMATS = "file: timm's single file; dcp: a sharded checkpoint, written by all processes while training continues"
 RESHARD = "free the parameters of a block after its forward pass"
 TRACKERS = "comma-separated: tensorboard, wandb, trackio, mlflow; or none (torchrun itself refuses --log)"
-OVERWRITE = "replace the run in the directory once the first state is saved (validate.py: the --results-file)"
 NONFINITE = "stop after this many updates in a row with a non-finite gradient"
 CORRUPT = "fraction of corrupt samples to skip before stopping"
 IN_MEMORY = "keep the whole data set on the device and augment it there"
@@ -95,7 +94,8 @@ SECTIONS: Sections = {
         T("trackers", str, "tensorboard", TRACKERS, aliases=("log",)),
         T("checkpoint-interval", check_interval, "", "save within an epoch every N updates (500) or N minutes (10m)"),
         T("checkpoint-format", str, "file", FORMATS, choices=("file", "dcp"), old_values={"parts": "dcp"}),
-        B("overwrite", bool, False, OVERWRITE),
+        T("overwrite", bool, False, "replace the run in the directory once the first state is saved"),
+        V("overwrite", bool, False, "replace a --results-file that is complete or from another command"),
         T("max-nonfinite-steps", int, 20, NONFINITE, range=">= 1", old_name="max-bad-steps"),
     ),
     "Sharded models": (

@@ -26,7 +26,7 @@ NO_JIT = "PyTorch no longer develops TorchScript and functorch's AOT; use --torc
 NO_MULTILABEL = "each image has one label here; run timm's own script with `python -m samon.timm_script`"
 NO_LOSS = "of timm's losses, cross-entropy, --bce-loss (with --bce-pos-weight) and --jsd-loss are supported"
 NO_KD = "distillation needs a second model; run timm's own script with `python -m samon.timm_script`"
-NO_NAFLEX = "sequence-packed batches are not supported; use --train-img-sizes for several resolutions"
+NO_NAFLEX = "sequence-packed batches are not supported; train.py has --train-img-sizes for several resolutions"
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, for all image sizes"
 
 

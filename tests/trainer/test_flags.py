@@ -44,7 +44,7 @@ def test_both_programs_share_their_rows() -> None:
     train, validate = by_key(TRAIN), by_key(VALIDATE)
     shared = train.keys() & validate.keys()
     different = {key: (train[key].default, validate[key].default) for key in shared if train[key] != validate[key]}
-    assert different == {"model": ("resnet50", None), "batch_size": (128, 256)}
+    assert different == {"model": ("resnet50", None), "batch_size": (128, 256), "overwrite": (False, False)}
     assert {"num_classes", "data_dir", "mean", "amp", "workers", "device"} <= shared
 
 
