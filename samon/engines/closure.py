@@ -100,6 +100,12 @@ class GradientObserver:
 def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool) -> Any:
     """Run the closure at w, at w + eps, or both, and leave the gradient of the last run; returns its first result.
 
+    | the ascent source | `filled` | runs |
+    |---|---|---|
+    | needs an ascent pass | no | at w, at w + eps |
+    | makes a single pass | no | at w + eps |
+    | either | yes | once; if it computes gradients, again at w + eps |
+
     Args:
         named: the parameters that this step perturbs.
         filled: `two_pass` has filled the gradients of this update, so a closure that computes none runs once.
@@ -116,9 +122,9 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     gradients = GradientObserver(sam.parameters())
     loss = None
     grads: list[Tensor | None] | None = None
-    own = set(map(id, gradients.parameters))
-    modules = parameters_of(modules_of(sam, sam.model))
-    others = [p for key, p in modules.items() if key not in own and p.requires_grad and p.grad is None]
+    optimized = set(map(id, gradients.parameters))
+    parameters = parameters_of(modules_of(sam, sam.model))
+    others = [p for key, p in parameters.items() if key not in optimized and p.requires_grad and p.grad is None]
     if ascends or filled:
         with record_modules(sam, sam.model), requires_grad(untrained, True), gradients.observe():
             loss = closure()

@@ -25,7 +25,7 @@ from samon.sam import SAM
 from samon.scope import Named, affine_dim, looks_like_norm, norm_modules
 from samon.two_pass import StepOptions, WholeBatch, foreach
 
-# Layers of the last step, reused while they fit: a compiled graph was made of them.
+# Layers of the last step, reused while they fit, because compiled graphs refer to them.
 LAYERS: WeakKeyDictionary[SAM, list[GroupedNorm]] = WeakKeyDictionary()
 
 
@@ -37,7 +37,7 @@ class PerGroup(WholeBatch):
         inputs: the offsets [G, *parameter shape], in float32 or wider, so that no half-precision sum rounds them away.
 
     Raises:
-        UserError: naming the layer or option that cannot be grouped.
+        UserError: a layer or the scope cannot be grouped.
     """
 
     def __init__(self, sam: SAM, named: Named, options: StepOptions):
@@ -74,8 +74,8 @@ class PerGroup(WholeBatch):
         perturbed = {name for name, p in module._parameters.items() if id(p) in self.perturbed_ids}
         if not couples_samples and not perturbed:
             return False
-        tracks_otherwise = module.training and not batch_norm and getattr(module, "track_running_stats", False)
-        if dim is None or tracks_otherwise or perturbed - {"weight", "bias"} or "forward" in vars(module):
+        other_statistics = module.training and not batch_norm and getattr(module, "track_running_stats", False)
+        if dim is None or other_statistics or perturbed - {"weight", "bias"} or "forward" in vars(module):
             raise UserError(
                 f"groups={self.groups}: {type(module).__name__} {name!r} cannot be grouped; use groups=1 "
                 "(--m-sharpness device) or another normalization layer"

@@ -1,6 +1,6 @@
-"""Replay: modules that run before the first perturbed parameter compute the same in both passes, so they run once.
+"""Replay: modules that run before the first perturbed parameter have the same outputs in both passes, so they run once.
 
-The first pass keeps their outputs, with the autograd graph; the second pass returns them. The order in which modules
+The first pass stores their outputs, with the autograd graph; the second pass returns them. The order in which modules
 run determines which ones: a module belongs to the prefix if every call of it ends before the first module with
 perturbed parameters starts. Code between modules runs again on equal inputs, so parameters that belong to no child
 module (class token, position embedding) receive their gradient through the stored graph, once.
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from samon import rng
+from samon.contexts import parameters_of
 from samon.engines.groups import refuse_checkpointing
 from samon.engines.patches import forward_hooks, patch_forward
 from samon.sam import SAM
@@ -70,8 +72,8 @@ PLANS: WeakKeyDictionary[SAM, ReplayPlan] = WeakKeyDictionary()
 def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan:
     """The plan for these perturbed parameters (ids), from one recorded pass."""
     starts = {module: _first_start(model, name, trace) for name, module in model.named_modules()}
-    owners = [m for m in starts if any(id(p) in perturbed for p in m.parameters(recurse=False))]
-    boundary = min([trace.clock, *(starts[m] for m in owners)])
+    perturbed_modules = [m for m in starts if any(id(p) in perturbed for p in m.parameters(recurse=False))]
+    boundary = min([trace.clock, *(starts[m] for m in perturbed_modules)])
 
     def outermost(parent: nn.Module) -> Iterator[nn.Module]:
         for module in parent.children():
@@ -81,13 +83,12 @@ def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan
 
     prefix = list(outermost(model))
     # Functional code can pass a parameter to an output without calling its module: the graph decides.
-    if any(_reaches(trace.nodes[m], perturbed) for m in prefix) or not any(
-        True for m in prefix for _ in m.parameters()
-    ):
+    reached = any(_reaches(trace.nodes[m], perturbed) for m in prefix)
+    if reached or not parameters_of(chain.from_iterable(m.modules() for m in prefix)):  # or nothing is saved
         prefix = []
     early = {id(p) for module, start in starts.items() if start < boundary for p in module.parameters(recurse=False)}
     suffix = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
-    return ReplayPlan(prefix, suffix, owners, perturbed)
+    return ReplayPlan(prefix, suffix, perturbed_modules, perturbed)
 
 
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
