@@ -58,8 +58,9 @@ def check_options(sam: SAM, options: "StepOptions") -> None:
         )
     if options.num_forwards > 1 and options.partial_ascent:
         raise UserError("ascent_forward requires a single forward")
-    if bn_stats != "first" and sam.model is None:
-        raise UserError(f"bn_stats={bn_stats!r} must know the BatchNorm layers; create the optimizer from the model")
+    if (bn_stats != "first" or options.partial_ascent) and sam.model is None:
+        argument = "ascent_forward" if options.partial_ascent else f"bn_stats={bn_stats!r}"
+        raise UserError(f"{argument} must know the BatchNorm layers; create the optimizer from the model")
 
 
 def as_losses(forward: Any) -> list[Callable[[], Tensor]]:

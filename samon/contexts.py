@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from samon.compat import foreach_clone
@@ -41,6 +42,13 @@ def restore_weights(weights: list[Tensor], saved: list[Tensor]) -> None:
     torch._foreach_copy_(weights, saved)
 
 
+def clear_weight_caches() -> None:
+    """Forget what contexts around the step computed from the weights: autocast's copies in half precision, and the
+    tensors of `torch.nn.utils.parametrize.cached`."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+
+
 # -- modules and running statistics ------------------------------------------------------------------------------------
 _recorded_modules: WeakKeyDictionary[Optimizer, set[nn.Module]] = WeakKeyDictionary()
 
@@ -71,13 +79,13 @@ def record_modules(optimizer: Optimizer, model: nn.Module | None) -> Iterator[No
     if model is not None or optimizer in _recorded_modules:
         yield
         return
-    modules = set[nn.Module]()
+    modules = _recorded_modules.setdefault(optimizer, set())
     hook = register_module_forward_pre_hook(lambda module, args: modules.add(module))
     with hook, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
         yield
-    if modules:  # a closure that computes nothing is not a first pass
-        _recorded_modules[optimizer] = modules
+    if not modules:  # a closure that computes nothing is not a first pass
+        del _recorded_modules[optimizer]
 
 
 @contextmanager

@@ -303,13 +303,13 @@ class SAM(OptimizerWrapper):
         """w + eps inside, w outside: saved values are copied back, since (w + eps) - eps is not w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
-        torch.clear_autocast_cache()  # an autocast context around the step caches half-precision copies of the weights
+        contexts.clear_weight_caches()
         try:
             self.record_perturbation(named, eps, saved)
             yield
         finally:
             self.arithmetic.restore(weights, saved)
-            torch.clear_autocast_cache()
+            contexts.clear_weight_caches()
 
     @torch.no_grad()
     def record_perturbation(self, named: Named, eps: Sequence[Tensor], saved: list[Tensor] | None = None) -> None:
@@ -366,7 +366,7 @@ class SAM(OptimizerWrapper):
         if self.mask is not None:
             self.mask.advance()
         result = self.step_base()
-        torch.clear_autocast_cache()
+        contexts.clear_weight_caches()
         return result
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 from samon.errors import UserError
 
@@ -121,9 +122,18 @@ def norm_parameters(model: nn.Module) -> Named:
         # FRN and EvoNorm own further parameters, which are not affine.
         own = ("weight", "bias") if _closest_norm_type(module) in BUILT_IN else module._parameters
         for name in own:
-            if isinstance(parameter := getattr(module, name, None), Parameter):
-                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+            for path, parameter in _parameters_of_attribute(module, name):
+                names.setdefault(parameter, f"{prefix}.{path}" if prefix else path)
     return {name: parameter for parameter, name in names.items()}
+
+
+def _parameters_of_attribute(module: nn.Module, name: str) -> Iterator[tuple[str, Parameter]]:
+    """The parameter `name` of a module by its path in it, or those that a parametrization computes the tensor from."""
+    if parametrize.is_parametrized(module, name):
+        path = f"parametrizations.{name}"
+        yield from module.get_submodule(path).named_parameters(path)
+    elif isinstance(parameter := getattr(module, name, None), Parameter):
+        yield name, parameter
 
 
 def looks_like_norm(module: nn.Module) -> bool:

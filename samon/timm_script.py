@@ -34,13 +34,19 @@ class PerturbedTask:
 
     def __init__(self, task: TrainingTask, sam: SAM) -> None:
         self.task, self.sam, self.undo, self.in_pass = task, sam, ExitStack(), False
+        self.micro_batches = 0  # of the current update
         self.restore = self.undo.close  # back to w, bit by bit
         module = task.get_trainable_module()
         assert module is not None
         # The loss may never be differentiated, which would leave the weights at w + eps.
         module.register_forward_pre_hook(lambda *_: None if self.in_pass else self.restore())
         module.register_state_dict_pre_hook(lambda *_: self.restore())
-        sam.register_step_pre_hook(lambda *_: self.restore())
+        sam.register_step_pre_hook(self.before_step)
+
+    def before_step(self, *_: object) -> None:
+        """Restore the weights, and turn the sum of the micro-batches' gradients at w into their mean."""
+        self.restore()
+        self.sam.ascent.clean = [g / self.micro_batches for g in self.sam.ascent.clean]
 
     def losses(self, call: Callable[[], Losses]) -> Losses:
         """The result of the task's `call` at w + eps."""
@@ -53,6 +59,9 @@ class PerturbedTask:
         clean = grads = None
         self.in_pass = True
         try:
+            if not sam.ascent.clean:  # applied or discarded
+                self.micro_batches = 0
+            self.micro_batches += 1
             if ascends:
                 clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
             eps, finite = sam.step_perturbation(named, grads)

@@ -63,7 +63,9 @@ def two_pass(
         no_sync: DistributedDataParallel's method; no gradients are sent in the ascent pass, and in the descent pass
             only with the last forward. FSDP2 needs none.
         scaler: GradScaler; the ascent gradient is unscaled before use.
-        bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`.
+        bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`. With
+            `ascent_forward`, `first` means `second`, which sees the whole batch. Layers outside the optimizer's model
+            are updated by both passes, whatever this says.
         same_noise: use the same dropout and stochastic-depth masks in both passes.
         replay: if `perturb` selects only late layers, run the layers before them once and reuse their outputs in the
             second pass.
@@ -264,6 +266,8 @@ def make_engine(sam: SAM, named: Named, options: StepOptions) -> WholeBatch:
     """
     if not sam.ascent.needs_ascent_pass():  # the only pass updates the running statistics
         options = replace(options, ascent_pass=False, groups=1, bn_stats="second", replay=False)
+    if options.partial_ascent and options.bn_stats == "first":  # statistics of the whole batch
+        options = replace(options, bn_stats="second")
     replay = options.replay and options.num_forwards == 1 and not options.partial_ascent
     replay = replay and sam.ascent.keep_probability == 1 and sam.selection.narrowed and sam.model is not None
     if sam.sharded:

@@ -11,6 +11,7 @@ from torch import nn
 import samon
 from samon import scope
 from samon.scope import norm_modules, norm_parameters, select, select_bare
+from tests.nets import parametrized_norms
 
 # architecture: number of affine normalization tensors. Two (gamma and beta) per normalization layer, one for RMS norms
 # and the NoBias variants; layer scale, ResMLP's Affine, ConvNeXt-V2's GRN, tau and v of FRN and EvoNorm do not count.
@@ -106,6 +107,13 @@ def test_norm_types(norm: nn.Module) -> None:
 def test_activation_inside_a_norm_layer_is_not_normalization() -> None:
     norm = timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU)
     assert list(norm_parameters(nn.Sequential(norm))) == ["0.weight", "0.bias"]
+
+
+def test_parametrized_gamma() -> None:
+    """gamma is computed from other parameters, which are then those of the normalization layer."""
+    model = parametrized_norms(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)))
+    assert names_of(model, "samon") == ["1.parametrizations.weight.original", "1.bias"]
+    assert names_of(model, "samnn") == ["0.weight", "0.bias"]
 
 
 def test_regular_expression() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,9 +20,10 @@ import samon
 from samon import timm_script
 from samon.errors import UserError
 from samon.sam import SAM
+from tests.nets import LayerNormNet, batch
 from tests.processes import launch
 from tests.runs import ROOT
-from tests.steps import assert_unchanged, same, values
+from tests.steps import assert_unchanged, loss_of, make, same, values
 
 SCRIPT = ROOT / "tests/scripts/timm_style.py"
 Weights = dict[str, dict[str, torch.Tensor]]  # of the model and of its average
@@ -136,6 +138,30 @@ def test_weights_are_perturbed_until_the_backward_pass_and_in_training_alone(ins
     with torch.no_grad():
         task(*data)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("how", [{"gsam_alpha": 0.4}, {"ascent": "fsam"}])
+def test_accumulated_gradients_at_w_are_averaged(how: dict[str, Any], installed: None) -> None:
+    ends = []
+    for by_task in (True, False):
+        model, opt = make(LayerNormNet, "sam", **how)
+        task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+        task.train()
+        for seed in range(4):
+            for part in range(2):
+                x, y = batch(seed=2 * seed + part)
+                if by_task:
+                    (task(x, y)["loss"] / 2).backward()
+                else:
+                    samon.two_pass(opt, loss_of(model, x, y), loss_scale=0.5)
+            if seed == 1:  # an update that is not applied
+                opt.zero_grad()
+                continue
+            opt.step()
+            opt.zero_grad()
+        ends.append(values(model))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-12, atol=1e-14)
 
 
 def test_a_script_without_a_task_is_refused(installed: None) -> None:

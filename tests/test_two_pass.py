@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import samon
 from samon import UserError
 from samon.engines.replay import PLANS
 from tests import reference
-from tests.nets import LATE, NETS, BatchNormNet, LayerNormNet, OwnBatchNorm, batch, randomized
+from tests.nets import LATE, NETS, BatchNormNet, LayerNormNet, OwnBatchNorm, batch, parametrized_norms, randomized
 from tests.steps import (
     RHO,
     Forward,
@@ -32,6 +34,7 @@ from tests.steps import (
     losses_of,
     make,
     optimizer_of,
+    same,
     update,
     values,
 )
@@ -133,6 +136,33 @@ def test_ascent_from_a_part_of_the_batch() -> None:
     loss = samon.two_pass(opt, loss_of(model, x, y), ascent_forward=loss_of(model, x[:2], y[:2]))
     assert loss.item() == pytest.approx(part().item(), rel=1e-12)
     assert_gradients(model, {n: p.grad for n, p in twin.named_parameters()})
+
+
+def test_running_statistics_are_those_of_the_whole_batch() -> None:
+    model, opt = make(BatchNormNet)
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    samon.two_pass(opt, loss_of(model, x, y), ascent_forward=loss_of(model, x[:2], y[:2]))
+    with opt.perturbed(dict.fromkeys(opt.perturbed_parameters())):  # w: all gradients are missing
+        twin(x)
+    torch.testing.assert_close(model.bn.running_mean, twin.bn.running_mean, rtol=1e-12, atol=0)
+    assert model.bn.num_batches_tracked == 1
+    bare = optimizer_of(list(model.parameters()), "sam")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="ascent_forward must know the BatchNorm layers"):
+        samon.two_pass(bare, loss_of(model, x, y), ascent_forward=loss_of(model, x[:2], y[:2]))
+
+
+@pytest.mark.parametrize("name", ["sam", "samon-layerl2"])
+def test_cached_parametrizations_follow_the_weights(name: str) -> None:
+    """`parametrize.cached` around a step: the second pass must compute its tensors anew, from w + eps."""
+    ends = []
+    for context in (nullcontext, parametrize.cached):
+        model, opt = make(lambda: parametrized_norms(LayerNormNet()), name)
+        with context():
+            samon.two_pass(opt, loss_of(model, *batch()))
+            opt.step(closure_of(opt, loss_of(model, *batch(seed=2))))
+        ends.append(values(model))
+    assert same(*ends)
 
 
 # -- buffers and noise -------------------------------------------------------------------------------------------------

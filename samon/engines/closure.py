@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from samon.checks import raise_no_gradient
-from samon.contexts import modules_of, parameters_of, preserve_buffers, record_modules, requires_grad
+from samon.contexts import modules_of, preserve_buffers, record_modules, requires_grad
+from samon.engines.patches import graph_leaves
 from samon.errors import UserError
 from samon.sam import SAM
 from samon.scope import Named
@@ -97,6 +98,28 @@ class GradientObserver:
                 p.grad = None
 
 
+@contextmanager
+def record_foreign_gradients(own: set[int]) -> Iterator[dict[Tensor, Tensor | None]]:
+    """During a run of a closure, record the `.grad` that leaves other than `own` (ids) have before its backward: those
+    of another optimizer's parameters, which the closure may not clear. Any backward comes through one function of
+    PyTorch, where the graph says which leaves there are."""
+    gradients: dict[Tensor, Tensor | None] = {}
+    original = torch.autograd.backward
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        roots = [tensors] if isinstance(tensors, Tensor) else tensors
+        for leaf in graph_leaves(t.grad_fn for t in roots if isinstance(t, Tensor)):
+            if id(leaf) not in own and leaf not in gradients:
+                gradients[leaf] = None if leaf.grad is None else leaf.grad.clone()
+        original(tensors, *args, **kwargs)
+
+    torch.autograd.backward = backward
+    try:
+        yield gradients
+    finally:
+        torch.autograd.backward = original
+
+
 def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool) -> Any:
     """Run the closure at w, at w + eps, or both, and leave the gradient of the last run; returns its first result.
 
@@ -122,11 +145,10 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     gradients = GradientObserver(sam.parameters())
     loss = None
     grads: list[Tensor | None] | None = None
-    optimized = set(map(id, gradients.parameters))
-    parameters = parameters_of(modules_of(sam, sam.model))
-    others = [p for key, p in parameters.items() if key not in optimized and p.requires_grad and p.grad is None]
+    own = set(map(id, gradients.parameters))
     if ascends or filled:
-        with record_modules(sam, sam.model), requires_grad(untrained, True), gradients.observe():
+        frozen, first_run = requires_grad(untrained, True), record_modules(sam, sam.model)
+        with first_run, frozen, gradients.observe(), record_foreign_gradients(own) as foreign:
             loss = closure()
         if filled and not any(map(gradients.received, gradients.parameters)):
             return loss
@@ -143,8 +165,8 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
         gradients.check(sam, named)
     elif eps is not None:
         gradients.clear()
-        for p in others:
-            p.grad = None
+        for leaf, grad in foreign.items():
+            leaf.grad = grad
         with preserve_buffers(modules_of(sam, sam.model)), sam.add_perturbation(named, eps):
             closure()
     return loss

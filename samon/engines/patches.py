@@ -1,11 +1,12 @@
-"""Temporary changes to a model that only some engines make, each undone exactly, also after an exception."""
+"""Temporary changes to a model that only some engines make, each undone exactly, also after an exception; its graph."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 
 @contextmanager
@@ -43,3 +44,16 @@ def forward_hooks(
                 stack.enter_context(module.register_forward_hook(after))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def graph_leaves(nodes: Iterable[Node | None]) -> Iterator[Tensor]:
+    """The tensors that a backward from these autograd nodes accumulates gradients in."""
+    seen, stack = set[Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            yield leaf
+        stack += [following for following, _ in node.next_functions]

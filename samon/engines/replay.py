@@ -3,11 +3,12 @@
 The first pass stores their outputs, with the autograd graph; the second pass returns them. The order in which modules
 run determines which ones: a module belongs to the prefix if every call of it ends before the first module with
 perturbed parameters starts. Code between modules runs again on equal inputs, so parameters that belong to no child
-module (class token, position embedding) receive their gradient through the stored graph, once.
+module (class token, position embedding) receive their gradient through the stored graph, once. If such code draws
+random numbers (mixup, random masks), nothing is replayed, since the second pass would see other inputs.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from samon import rng
 from samon.contexts import parameters_of
 from samon.engines.groups import refuse_checkpointing
-from samon.engines.patches import forward_hooks, patch_forward
+from samon.engines.patches import forward_hooks, graph_leaves, patch_forward
 from samon.sam import SAM
 from samon.scope import Named
 from samon.two_pass import StepOptions, WholeBatch
@@ -31,20 +32,42 @@ from samon.two_pass import StepOptions, WholeBatch
 
 @dataclass
 class Trace:
-    """[start, end] event numbers of every call of each module, and the autograd nodes of its outputs."""
+    """What happens in one pass: events, the starts and ends of the calls of modules, numbered from 1.
 
+    Attributes:
+        calls: [start, end] of every call of each module.
+        nodes: the autograd nodes of its outputs.
+        draws: events before which, since the event before, a random number generator was used.
+    """
+
+    device: torch.device
     calls: dict[nn.Module, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
     nodes: dict[nn.Module, list[Node]] = field(default_factory=lambda: defaultdict(list))
+    draws: list[int] = field(default_factory=list)
     clock: int = 0
 
+    def __post_init__(self) -> None:
+        self.generators = generator_states(self.device)
+
     def start(self, module: nn.Module, args: object) -> None:
-        self.clock += 1
+        self._next_event()
         self.calls[module].append([self.clock, -1])
 
     def end(self, module: nn.Module, args: object, output: object) -> None:
-        self.clock += 1
+        self._next_event()
         next(call for call in reversed(self.calls[module]) if call[1] < 0)[1] = self.clock
         self.nodes[module] += [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+
+    def _next_event(self) -> None:
+        self.clock += 1
+        if (generators := generator_states(self.device)) != self.generators:
+            self.draws.append(self.clock)
+            self.generators = generators
+
+    def draws_outside(self, modules: Sequence[nn.Module], boundary: int) -> bool:
+        """Whether code outside these modules draws random numbers before the boundary."""
+        inside = [call for module in modules for call in self.calls[module]]
+        return any(t <= boundary and not any(start < t <= end for start, end in inside) for t in self.draws)
 
 
 @dataclass
@@ -83,8 +106,9 @@ def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan
 
     prefix = list(outermost(model))
     # Functional code can pass a parameter to an output without calling its module: the graph decides.
-    reached = any(_reaches(trace.nodes[m], perturbed) for m in prefix)
-    if reached or not parameters_of(chain.from_iterable(m.modules() for m in prefix)):  # or nothing is saved
+    reached = any(id(leaf) in perturbed for m in prefix for leaf in graph_leaves(trace.nodes[m]))
+    random = trace.draws_outside(prefix, int(boundary))
+    if reached or random or not parameters_of(chain.from_iterable(m.modules() for m in prefix)):  # or nothing is saved
         prefix = []
     early = {id(p) for module, start in starts.items() if start < boundary for p in module.parameters(recurse=False)}
     suffix = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
@@ -97,19 +121,6 @@ def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
     if calls := trace.calls.get(model.get_submodule(name)):
         return calls[0][0]
     return _first_start(model, name.rpartition(".")[0], trace) if name else 0
-
-
-def _reaches(nodes: Iterable[Node | None], perturbed: set[int]) -> bool:
-    seen, stack = set[Node](), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in perturbed:
-            return True
-        stack += [following for following, _ in node.next_functions]
-    return False
 
 
 class ActivationCache:
@@ -183,6 +194,14 @@ class ActivationCache:
             yield
 
 
+def generator_states(device: torch.device) -> tuple[object, ...]:
+    """The state of all generators, comparable by ==."""
+    state = rng.get_state(device)
+    kind, keys, *rest = state["numpy"]
+    torch_states = [t for t in (state["torch"], state["device"]) if t is not None]
+    return (state["python"], kind, keys.numpy().tobytes(), *rest, *(t.numpy().tobytes() for t in torch_states))
+
+
 def _tensors(output: object) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
@@ -214,7 +233,7 @@ class Replay(WholeBatch):
     def each_pass(self) -> Iterator[None]:
         with super().each_pass():
             if self.plan is None and not self.in_descent_pass:
-                trace = Trace()
+                trace = Trace(self.device)
                 with forward_hooks(self.model.modules(), trace.start, trace.end):
                     yield
                 PLANS[self.sam] = make_plan(self.model, self.perturbed_ids, trace)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
@@ -68,7 +69,8 @@ def hessian_product(
     """H v of the mean cross-entropy over the `count` images of all processes."""
     result = [torch.zeros_like(v) for v in vector]
     for images, label in batches:
-        loss = F.cross_entropy(predict(model, images), label, reduction="sum") / count
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            loss = F.cross_entropy(predict(model, images), label, reduction="sum") / count
         grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
         along = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)]).sum()
         products = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -18,7 +19,7 @@ import samon
 from samon import UserError
 from samon.scope import select
 from tests import reference, steps
-from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
+from tests.nets import NETS, BatchNormNet, LayerNormNet, batch
 from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, update, values
 
 UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
@@ -365,12 +366,28 @@ def test_first_and_second_step_in_another_order_are_refused_and_the_weights_come
         optimizer_of(model, perturb_frozen=True).first_step()
 
 
-def test_gradients_of_another_optimizer_are_those_at_w_plus_eps() -> None:
-    """The closure clears the gradients of one optimizer; those of the other are cleared outside."""
+@pytest.mark.parametrize("cleared_to", [None, 0.0, 2.0])
+@pytest.mark.parametrize("created_from", ["model", "backbone", "parameters"])
+def test_gradients_of_another_optimizer_are_those_at_w_plus_eps(created_from: str, cleared_to: float | None) -> None:
+    """The closure clears the gradients of one optimizer only. Those of the head are not its own; 2.0 is accumulated."""
     torch.manual_seed(0)
-    model = randomized(LayerNormNet())
-    start = copy.deepcopy(model)
-    norms = [p for n, p in model.named_parameters() if n.startswith("norms.")]
-    opt = samon.SAM(torch.optim.SGD(norms, lr=0.1), select(model, "samon"), rho=RHO)
-    opt.step(closure_of(opt, lambda: loss_of(model)))
-    assert_gradient_at_w_plus_eps(model, start, "samon", [0])
+    backbone, head = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)).double(), nn.Linear(6, 5).double()
+    norm, x, y = list(backbone[1].parameters()), torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 5
+    if created_from == "parameters":
+        opt = optimizer_of(norm, "sam")  # type: ignore[arg-type]
+    else:
+        model = backbone if created_from == "backbone" else nn.Sequential(backbone, head)
+        opt = samon.SAM(torch.optim.SGD(norm, lr=0.0), select(model, "samon"), rho=RHO)
+
+    def forward() -> Tensor:
+        return F.cross_entropy(head(backbone(x)), y)
+
+    for _ in range(2):
+        with opt.perturbed(torch.autograd.grad(forward(), norm)):
+            expected = torch.autograd.grad(forward(), list(head.parameters()))
+        for p in head.parameters():
+            p.grad = None if cleared_to is None else torch.full_like(p, cleared_to)
+        opt.step(closure_of(opt, forward))
+        for p, h in zip(head.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, h + (cleared_to or 0), rtol=1e-12, atol=1e-14)
+        opt.zero_grad()

@@ -1,10 +1,12 @@
 """Replay changes no gradient: float64, 1e-12 relative (the loss sums in the same order, most differ by nothing)."""
 
 import copy
+import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samon
+from samon import rng
 from samon.engines.replay import PLANS
 from tests.nets import BatchNormNet, LayerNormNet, Peek, batch, randomized
 from tests.steps import assert_same_step, count_flops, loss_of, optimizer_of
@@ -147,6 +150,32 @@ def test_functional_use_of_a_perturbed_parameter_and_dropout(net: Callable[[], n
     twins = Twins(randomized(net()), perturb)
     for _ in range(3):
         twins.step(same_noise=True)
+
+
+class RandomInputs(nn.Module):
+    """Draws random numbers before the perturbed layer, outside any module that runs there as a whole."""
+
+    def __init__(self, generator: str) -> None:
+        super().__init__()
+        self.generator, self.first, self.second = generator, nn.Linear(192, 6), nn.Linear(6, 5)
+        self.other, self.norm = nn.LayerNorm(192), nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        draw = {"torch": torch.rand(()).item, "numpy": np.random.rand, "python": random.random}[self.generator]
+        return self.norm(self.second(draw() * self.first(self.other(x.flatten(1)) + draw())))
+
+
+@pytest.mark.parametrize("generator", ["torch", "numpy", "python"])
+def test_nothing_is_replayed_if_code_between_modules_draws_random_numbers(generator: str) -> None:
+    torch.manual_seed(0)
+    twins = Twins(RandomInputs(generator).double(), "^norm")
+    for _ in range(2):
+        for model, opt, replay in zip(twins.models, twins.opts, (True, False), strict=True):
+            rng.seed(7)
+            model.zero_grad()
+            samon.two_pass(opt, loss_of(model, *twins.data), replay=replay)
+        assert_same_step(*twins.models, 1e-12)
+    assert not twins.plan.prefix
 
 
 def test_the_prefix_runs_once() -> None:

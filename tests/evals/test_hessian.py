@@ -1,6 +1,7 @@
 """Curvature against the whole Hessian of a small network, and the plane of losses point by point."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +33,16 @@ def whole_hessian(net, x, y, parameters):
         return F.cross_entropy(torch.func.functional_call(net, parts, (x,)), y)
 
     return torch.autograd.functional.hessian(loss, parameters_to_vector(parameters).detach())
+
+
+def test_attention_has_second_derivatives():
+    """Of PyTorch's implementations of attention only one has them."""
+    net = timm.create_model("vit_tiny_cifar", num_classes=5, depth=1, img_size=8).eval()
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    parameters = select_parameters(net, "norm")
+    vector = [torch.ones_like(p) for p in parameters]
+    product = hessian.hessian_product(net, [(x, y)], 2, vector, parameters, lambda values: values)
+    assert all(p.isfinite().all() for p in product)
 
 
 @pytest.mark.parametrize("scope", ["all", "norm"])
