@@ -167,6 +167,18 @@ COLUMNS += ("worst sharpness", "feature rank")
 FORMATS = {"worst sharpness": ".4f", "feature rank": ".0f"}
 
 
+def origin(run: Path, images: int) -> Json:
+    """What a row was measured on: the fingerprint of the run's settings, and the number of test images."""
+    path = run / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return {"fingerprint": result.get("fingerprint"), "images": images}
+
+
+def is_current(row: Json, directory: Path, images: int) -> bool:
+    """Whether a row is of the run now in its directory, on as many images; earlier versions recorded neither."""
+    return all(row.get(key, value) == value for key, value in origin(directory / row["run"], images).items())
+
+
 def table(rows: list[Json]) -> str:
     """Mean and standard deviation over the runs of each method, as Markdown."""
     methods = defaultdict(list)
@@ -192,12 +204,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.output}: no test/METHOD/RUN/last.pth.tar; name the --output of compare.py")
     path = args.output / "flat_minima.json"
     rows: list[Json] = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in rows if is_current(row, args.output, args.images)]
     known = {row["run"] for row in rows}
     for run in runs:
         name = str(run.relative_to(args.output))
         if not args.table and name not in known and (run / "result.json").exists():
             values = Evaluation(run, args.data_dir, args.device, args.images).measure()
-            rows.append({"method": run.parent.name, "run": name, "values": values})
+            rows.append({"method": run.parent.name, "run": name, "values": values, **origin(run, args.images)})
             write_text(path, json.dumps(rows) + "\n")
             print(f"{name}: {values['top1']:.2f}", flush=True)
     print(table(rows))

@@ -1,17 +1,19 @@
 """Adam, SAM and SAM-ON side by side: `python -m experiments.translation.compare --output output/translation`.
 
 Rho is chosen by the validation BLEU of seed 0 after half of the epochs; then every seed runs to the end and the test
-split is translated once, with a beam of 5. A second start resumes, without finished runs. `--only SAM` runs one method;
-`results.json` in --output has the finished ones.
+split is translated once, with a beam of 5. A second start resumes, without finished runs; it refuses runs of another
+recipe. `--only SAM` runs one method; `results.json` in --output has the finished ones.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from experiments.translation import train
-from experiments.translation.evaluate import evaluate
-from experiments.translation.settings import load_settings
+from experiments.translation.evaluate import evaluate, read_checkpoint
+from experiments.translation.settings import Settings, load_settings
+from samon import UserError
 from samon.cli.program import run_script
 from samon.files import write_text
 
@@ -28,10 +30,26 @@ def read_log(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def check_settings(directory: Path, settings: Settings) -> None:
+    """Check that the run in a directory, if there is one, has these settings; it may have fewer epochs.
+
+    Raises:
+        UserError: it was made with others.
+    """
+    checkpoints = (directory / "last.pt", directory / "best.pt")  # the last one may be deleted after the run
+    for path in [path for path in checkpoints if path.exists()][:1]:
+        stored, _, _ = read_checkpoint(path)
+        if replace(stored, epochs=settings.epochs) != settings or stored.epochs > settings.epochs:
+            source = "comes from another recipe or other arguments"
+            raise UserError(f"the run in {directory} {source}; use another --output or remove it")
+
+
 def train_until(directory: Path, args: argparse.Namespace, opt: str, rho: float | None, seed: int, epochs: int) -> None:
     """Start or resume a run and train it to the given epoch, unless --table."""
+    check_settings(directory, load_settings(str(args.config), {"opt": opt, "rho": rho, "seed": seed}))
     if args.table or len(read_log(directory)) >= epochs:
         return
+    (directory / "test.json").unlink(missing_ok=True)  # of the run before it is extended
     words = ["-c", str(args.config), "--opt", opt, "--seed", str(seed), "--output", str(directory)]
     words += [] if rho is None else ["--rho", str(rho)]
     words = ["--resume", str(directory)] if (directory / "last.pt").exists() else words

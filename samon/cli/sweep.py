@@ -6,7 +6,7 @@
 Flags after `--` go to every train.py. rho comes from the recipe's grid in hparams/rho_grids.yaml (`--grid`), from
 `--rho 0.1,0.5`, or from the recipe itself with `--rho recipe`. Every run has its own directory under --output. After
 an interruption, start the sweep again: it skips finished runs, resumes interrupted ones from their last checkpoint,
-and leaves runs of another sweep alone.
+leaves runs of another sweep alone, and refuses a directory that has a run of another recipe or other flags.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from samon.trainer.state import find_newest
 
 T = TypeVar("T")
 METRICS = ("eval_top1", "eval_top5", "eval_loss", "train_loss")
+FINGERPRINT = "fingerprint.txt"  # of the settings with which the run in a directory was started last
 SWEEP_FLAGS = {"--opt", "--rho", "--seed", "--output", "--experiment", "--resume", "-c", "--config"}
 
 
@@ -116,14 +117,19 @@ class Sweep:
         """`metrics`, `cpu_seconds` and `resumed` of a finished run, otherwise None.
 
         Raises:
-            UserError: the run was made with other settings.
+            UserError: the run, finished or to be resumed, was made with other settings.
         """
-        path = self.output / job.name / "result.json"
-        if not path.exists():
-            return None
-        result: Json = json.loads(path.read_text())
-        if result["fingerprint"] != self.fingerprint(job):
-            raise UserError(f"{path} comes from another recipe or other arguments; use another --output or remove it")
+        directory = self.output / job.name
+        path, started = directory / "result.json", directory / FINGERPRINT
+        result: Json | None = json.loads(path.read_text()) if path.exists() else None
+        own = stored = self.fingerprint(job)
+        if result is not None:
+            stored = result["fingerprint"]
+        elif started.exists():  # runs that an earlier version started have no such file
+            stored = started.read_text().strip()
+        if stored != own and (result is not None or find_newest(directory)):  # without a checkpoint it starts over
+            source = "comes from another recipe or other arguments"
+            raise UserError(f"the run in {directory} {source}; use another --output or remove it")
         return result
 
     def scores(self) -> list[Score]:
@@ -131,8 +137,9 @@ class Sweep:
         scores: dict[tuple[str, float | None], Score] = {}
         for job in self.jobs:
             if (result := self.result(job)) is not None:
-                model, stem = self.resolve(job.opt).model, Path(self.config).stem
-                new = Score(job.opt, job.rho, [], job.opt, model, stem, self.metric)
+                config, stem = self.resolve(job.opt), Path(self.config).stem
+                base = config.base_opt or ""
+                new = Score(job.opt, job.rho, [], job.opt, config.model, stem, self.metric, base_opt=base)
                 score = scores.setdefault((job.opt, job.rho), new)
                 score.values.append(float(result["metrics"][self.metric]))
                 score.seeds.append(job.seed)
@@ -168,10 +175,10 @@ class Sweep:
             gpu = self._devices.get() if self.gpus else None
             try:
                 for _ in range(1 + self.retries):
+                    self.result(job)  # raises if the recipe was changed before a retry
                     status, result = self._start(job, gpu, lock.fileno())
                     if result is not None:
-                        content = {"fingerprint": self.fingerprint(job), **result}
-                        write_text(directory / "result.json", json.dumps(content, indent=1))
+                        write_text(directory / "result.json", json.dumps(result, indent=1))
                         return "done"
                     if status > 128 or self._stopping:
                         return "stopped"
@@ -181,11 +188,12 @@ class Sweep:
         return "dead"
 
     def _start(self, job: Job, gpu: str | None, lock: int) -> tuple[int, Json | None]:
-        """Run train.py once: its exit status, and its metrics and cost if it succeeded.
+        """Run train.py once: its exit status, and the content of result.json if it succeeded.
 
         The run inherits the lock, so it keeps its directory even if the sweep is killed. It gets its own session, so
         that Ctrl-C reaches it only through `stop`: a second signal would end it before it has saved its state."""
-        words = self.command(job)
+        words, fingerprint = self.command(job), self.fingerprint(job)  # the recipe may change during the run
+        write_text(self.output / job.name / FINGERPRINT, fingerprint + "\n")
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with (
             (self.output / job.name / "sweep.log").open("a") as log,
@@ -204,7 +212,7 @@ class Sweep:
         if process.returncode or not lines:
             return process.returncode, None
         cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
-        return 0, {"metrics": json.loads(lines[-1]), **cost}
+        return 0, {"fingerprint": fingerprint, "metrics": json.loads(lines[-1]), **cost}
 
 
 def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:

@@ -24,8 +24,10 @@ def scope_table(scores: list[Score], paper: dict[str, str]) -> str:
         if variant is None or variant.mask:
             rows[score.opt] = {"sam" if variant else "": score}
         else:
-            base = "" if variant.base == "sgd" else f" ({variant.base})"
-            rows.setdefault(GEOMETRIES[variant.geometry].label + base, {})[variant.scope] = score
+            name = GEOMETRIES[variant.geometry].label + ("" if score.base == "sgd" else f" ({score.base})")
+            if variant.scope in rows.get(name, {}):  # samon with base_opt=adamw beside samon-adamw
+                name = score.opt
+            rows.setdefault(name, {})[variant.scope] = score
     labels = {"": "none"} | {name: scope.label for name, scope in SCOPES.items()}
     scopes = [scope for scope in labels if any(scope in row for row in rows.values())]
     lines = [["variant", *(labels[s] for s in scopes), *(f"paper, {labels[s]}" for s in scopes if paper)]]
@@ -45,9 +47,10 @@ def write_tables(output: Path, scores: list[Score], config: str, train: list[str
     """Write table.csv, table.json (read by samon-report) and table.md; returns the Markdown."""
     model = scores[0].model
     paper = {opt: "±".join(map(str, row)) for opt, row in paper_results(scores[0].recipe, model).items()}
-    columns = ["opt", "rho", "runs", "mean", "std", "values", "cpu_seconds"]
+    columns = ["opt", "rho", "runs", "mean", "std", "values", "cpu_seconds", "base_opt"]
     rows: list[list[object]] = [
-        [s.opt, s.rho, len(s.values), s.mean, s.std or 0.0, s.values, s.costs.get("cpu_seconds", [])] for s in scores
+        [s.opt, s.rho, len(s.values), s.mean, s.std or 0.0, s.values, s.costs.get("cpu_seconds", []), s.base_opt]
+        for s in scores
     ]
     content: dict[str, object] = {"config": config, "model": model, "metric": scores[0].metric, "train": train}
     content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]

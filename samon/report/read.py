@@ -74,6 +74,7 @@ def read_file(path: Path) -> Content:
         for row in data["rows"]:
             recipe = Path(data["config"]).stem
             score = Score(row["opt"], row["rho"], row["values"], row["opt"], data["model"], recipe, data["metric"])
+            score.base_opt = row.get("base_opt", "")
             if seconds := [value for value in row.get("cpu_seconds", []) if value is not None]:
                 score.costs["cpu_seconds"] = seconds
             scores.append(score)

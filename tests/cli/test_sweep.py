@@ -15,6 +15,8 @@ from samon import UserError
 from samon.cli import sweep as program
 from samon.cli.sweep import Job, Sweep
 from samon.errors import RunError, Stopped
+from samon.report.content import Content
+from samon.report.read import read_file
 from tests.runs import ROOT
 
 RECIPE = str(ROOT / "hparams/cifar/cifar100_resnet_aa.yaml")
@@ -218,6 +220,63 @@ def test_a_run_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
     assert not result["resumed"]
     command = sweep.command(job)
     assert command[command.index("--resume") + 1] == str(sweep.output / job.name)
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints: list[Path] = []  # those of an interrupted run
+    monkeypatch.setattr(program, "find_newest", lambda directory: next(iter(checkpoints), None))
+    words = ["-c", RECIPE, "--opts", "sgd", "--seeds", "1", "--output", str(tmp_path), "--"]
+    fake_training(monkeypatch, die=9, status=143)
+    before, after = make(tmp_path, "--", "--lr", "0.1"), make(tmp_path, "--", "--lr", "0.002")
+    assert before.run_job(JOB) == "stopped"
+    assert after.run_job(JOB) == "stopped"  # nothing to resume: it starts over
+    assert before.run_job(JOB) == "stopped"
+    checkpoints.append(tmp_path / JOB.name / "last.pth.tar")
+    fake_training(monkeypatch)
+    for act in ("--dry-run", ""):
+        with pytest.raises(UserError, match=f"the run in .*{JOB.name} .* use another --output"):
+            program.main([*words[:-1], *filter(None, [act]), "--", "--lr", "0.002"])
+    assert starts(tmp_path) == {JOB.name: 3}
+    assert before.run_job(JOB) == "done"
+    result = json.loads((tmp_path / JOB.name / "result.json").read_text())
+    assert list(result) == ["fingerprint", "metrics", "cpu_seconds", "resumed"]
+    assert result["fingerprint"] == before.fingerprint(JOB)
+    (tmp_path / JOB.name / "result.json").unlink()  # its checkpoints are still those of the other settings
+    with pytest.raises(UserError, match="use another --output"):
+        after.run_job(JOB)
+    (tmp_path / JOB.name / program.FINGERPRINT).unlink()  # as an earlier version left an unfinished run
+    assert after.run_job(JOB) == "done"
+
+
+def test_a_recipe_that_changes_during_a_run_is_not_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("model: resnet18\nlr: 0.1\n")
+    sweep = make(tmp_path / "out", "--opts", "sgd", recipe=str(recipe))
+    change = f"open({str(recipe)!r}, 'a').write('epochs: 3')\n"
+    monkeypatch.setattr("tests.cli.test_sweep.FAKE", FAKE.replace("where, die", f"{change}where, die"))
+    fake_training(monkeypatch)
+    assert sweep.run_job(JOB) == "done"
+    with pytest.raises(UserError, match="use another --output"):
+        sweep.result(JOB)
+
+
+def test_scores_are_compared_with_the_base_optimizer_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_training(monkeypatch)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("model: resnet18\nlr: 0.1\nper_opt: {samon: {base_opt: adamw, rho: 0.5}}\n")
+    words = ["--opts", "sgd,adamw,samon,samon-adamw", "--rho", "recipe"]
+    sweep = make(tmp_path / "out", *words, recipe=str(recipe))
+    assert sweep.run() == []
+    text = program.write_tables(sweep.output, sweep.scores(), sweep.config, sweep.train)
+    rows = [line.split(" | ")[0] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    assert rows == ["| sgd", "| adamw", "| SAM (adamw)", "| samon-adamw"]  # the last two are not in one cell
+    for content in (Content(scores=sweep.scores()), read_file(sweep.output / "table.json")):
+        bases = [base.opt for score in content.scores if (base := content.baseline(score))]
+        assert bases == ["sgd", "adamw", "adamw", "adamw"]
 
 
 def test_a_change_of_the_base_recipe_is_another_run(tmp_path: Path) -> None:

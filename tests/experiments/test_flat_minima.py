@@ -84,5 +84,11 @@ def test_every_figure_of_a_finished_run(
     assert "| SAM-ON | 2 | " in capsys.readouterr().out
     (tmp_path / "x.npz").unlink()
     flat_minima.main(words)  # nothing is measured again
+    capsys.readouterr()
+    (tmp_path / "out/test/SAM-ON/seed1/result.json").write_text('{"fingerprint": "of another run in its place"}')
+    flat_minima.main([*words, "--table"])
+    assert "| SAM-ON | 1 | " in capsys.readouterr().out
+    flat_minima.main([*words[:3], "--images", "20", "--table"])
+    assert "SAM-ON" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no test/METHOD/RUN/last\.pth\.tar"):
         flat_minima.main([str(tmp_path), "--data-dir", str(tmp_path)])

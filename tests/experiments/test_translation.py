@@ -223,6 +223,29 @@ def test_compare_chooses_rho_by_validation_and_goes_on(tmp_path: Path, monkeypat
     compare.main(command)
 
 
+def test_compare_refuses_runs_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, run, command = tmp_path / "recipe.yaml", tmp_path / "Adam-seed0", ["--only", "Adam", "--seeds", "1"]
+    command += ["-c", str(recipe), "--output", str(tmp_path)]
+    recipe.write_text("epochs: 4\nlr: 0.1\n")
+    run.mkdir()
+    settings = dataclasses.asdict(load_settings(str(recipe), {"opt": "adamw"}))
+    torch.save({"settings": settings, "bpe": torch.zeros(1, dtype=torch.uint8)}, run / "last.pt")
+    (run / "log.jsonl").write_text('{"epoch": 0}\n' * 4)
+    (run / "test.json").write_text('{"bleu": 12.3, "bleu_of_copying": 1, "pairs": 5}')
+    compare.main(command)
+    for changed in ("epochs: 4\nlr: 0.5\n", "epochs: 2\nlr: 0.1\n"):
+        recipe.write_text(changed)
+        for words in (command, [*command, "--table"]):
+            with pytest.raises(UserError, match="Adam-seed0 comes from another recipe"):
+                compare.main(words)
+    recipe.write_text("epochs: 8\nlr: 0.1\n")
+    extensions: list[list[str]] = []
+    monkeypatch.setattr(compare.train, "main", extensions.append)
+    compare.main(command)
+    assert extensions == [["--resume", str(run), "--epochs", "8"]]
+    assert not (run / "test.json").exists()  # it was the shorter run's
+
+
 def write_text(directory: Path) -> Path:
     """Pairs of three to five words, word for word."""
     draw = torch.Generator().manual_seed(5)
