@@ -64,10 +64,11 @@ class Trace:
             self.draws.append(self.clock)
             self.generators = generators
 
-    def draws_outside(self, modules: Sequence[nn.Module], boundary: int) -> bool:
-        """Whether code outside these modules draws random numbers before the boundary."""
+    def draws_before(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether code outside these modules draws random numbers before the last of their calls, which may use it."""
         inside = [call for module in modules for call in self.calls[module]]
-        return any(t <= boundary and not any(start < t <= end for start, end in inside) for t in self.draws)
+        last = max((end for _, end in inside), default=0)
+        return any(t <= last and not any(start < t <= end for start, end in inside) for t in self.draws)
 
 
 @dataclass
@@ -107,7 +108,7 @@ def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan
     prefix = list(outermost(model))
     # Functional code can pass a parameter to an output without calling its module: the graph decides.
     reached = any(id(leaf) in perturbed for m in prefix for leaf in graph_leaves(trace.nodes[m]))
-    random = trace.draws_outside(prefix, int(boundary))
+    random = trace.draws_before(prefix)
     if reached or random or not parameters_of(chain.from_iterable(m.modules() for m in prefix)):  # or nothing is saved
         prefix = []
     early = {id(p) for module, start in starts.items() if start < boundary for p in module.parameters(recurse=False)}
