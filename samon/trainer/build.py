@@ -86,6 +86,11 @@ class Run:
         return self.config.stop_epoch or self.epochs
 
     @property
+    def images_per_sample(self) -> int:
+        """Number of images into which the loader augments a sample (--aug-splits)."""
+        return self.config.aug_splits or 1
+
+    @property
     def update(self) -> int:
         """Number of the next update, over the whole run."""
         return self.progress.epoch * self.updates_per_epoch + self.progress.updates

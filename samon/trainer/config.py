@@ -193,7 +193,7 @@ def _expand_loss(settings: Settings) -> Settings:
 
 EXCLUDES = {  # flags that cannot be combined with any of the others
     "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu",
-    "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes",
+    "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes no-prefetcher",
     "m-sharpness": "ascent-fraction ascent-size",
     "in-memory": "epoch-repeats train-img-sizes",
     "fix-norm": "train-only-norm norm-dropout",
@@ -271,6 +271,8 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
         raise UserError(f"--opt {opt} says {base}, --base-opt {config.base_opt}; use {other}")
     if {"fisher_samples", "mask_epochs"}.intersection(given) and not opt.startswith("ssam-"):
         raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {opt}")
+    if opt.startswith("ssam-f") and config.jsd_loss and "mask_every" not in config.opt_kwargs:
+        raise UserError(f"--opt {opt} takes its mask from single images, which have no --jsd-loss; drop one of them")
     if config.sam_end_epoch is not None and config.sam_end_epoch <= config.sam_start_epoch:
         raise UserError(
             f"--sam-end-epoch {config.sam_end_epoch} is not after --sam-start-epoch {config.sam_start_epoch}, so no "

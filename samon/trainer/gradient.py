@@ -24,22 +24,22 @@ def compute_gradient(run: Run, batches: Iterator[Batch], count: int, perturb: bo
     """Leave in `.grad` the gradient of the mean loss over `count` micro-batches, at w + eps if `perturb`.
 
     Returns:
-        The values of the update, and the number of samples of this process.
+        The values of the update, and the number of images of this process, all --aug-splits of a sample.
     """
     run.optimizer.zero_grad()
-    rows, samples = [], 0
+    rows, number = [], 0
     if perturb and run.config.m_sharpness == "global":
         micro_batches = list(batches)
-        samples = sum(len(images) for images, _ in micro_batches)
+        number = sum(len(images) for images, _ in micro_batches)
         rows.append(perturbed_gradient(run, [forward(run, *batch) for batch in micro_batches]))
     else:
         for index, (images, target) in enumerate(batches):
-            samples += len(images)
+            number += len(images)
             with nullcontext() if index + 1 == count else run.no_sync():  # gradients are sent with the last one
                 rows.append((sam_gradient if perturb else plain_gradient)(run, images, target, 1 / count))
     if run.config.fsdp:
         average_gradients(parameters(run.optimizer))
-    return mean_values(rows), samples
+    return mean_values(rows), number
 
 
 def mean_values(rows: Sequence[Values]) -> Values:

@@ -58,19 +58,19 @@ def fit(
             progress = run.progress
             renew_mask(run)
             run.task.trainable_module.train()
-            meter, timer = Meter(progress), Timer(progress)
+            meter, timer = Meter(progress), Timer(progress, run.images_per_sample)
             logger.start_epoch()
             for batches, count in updates(run, timer, logger, rng):
                 perturb = takes_two_passes(run)
                 set_rho(run)
                 hand_over(run)
-                values, samples = compute_gradient(run, batches, count, perturb)
+                values, images = compute_gradient(run, batches, count, perturb)
                 values["grad_norm"], applied = apply_gradient(run)
-                meter.add(samples, values, applied)
+                meter.add(images, values, applied)
                 if isinstance(applied, bool):
                     count_skipped(run, meter.outcomes)
                 progress.updates += 1
-                progress.samples += samples * run.dist_info.size
+                progress.samples += images // run.images_per_sample * run.dist_info.size
                 update_average_and_schedule(run)
                 yield Update(run, progress, perturb)
                 logger.advance()

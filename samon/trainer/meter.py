@@ -63,8 +63,9 @@ class Meter:
 class Timer:
     """Images per second and the fraction of time spent waiting for data, since the last reading."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self._samples, self._waited, self._since = progress, progress.samples, 0.0, time.monotonic()
+    def __init__(self, progress: Progress, images_per_sample: int = 1) -> None:
+        self.progress, self.images_per_sample = progress, images_per_sample
+        self._samples, self._waited, self._since = progress.samples, 0.0, time.monotonic()
 
     def timed(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches; waiting for them is timed."""
@@ -78,6 +79,7 @@ class Timer:
         """`(images per second over all processes, fraction of time spent waiting)`; starts anew."""
         now, samples = time.monotonic(), self.progress.samples
         passed = max(now - self._since, 1e-9)
-        result = (samples - self._samples) / passed, self._waited / passed
+        images = (samples - self._samples) * self.images_per_sample
+        result = images / passed, self._waited / passed
         self._samples, self._waited, self._since = samples, 0.0, now
         return result

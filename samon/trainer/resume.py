@@ -68,6 +68,7 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
         ) from None
     if config.start_epoch is None:
         run.progress = state.progress.next_epoch() if state.progress.epoch_done else state.progress
+        _count_samples(state)
     random_state = _restore_rank(run, state.ranks)
     if run.sam is not None and run.sam.replacement is not None and run.tail is not None and run.update not in run.tail:
         raise UserError(
@@ -157,6 +158,14 @@ def _first_change(stored: Tree, current: Tree) -> str:
 
 
 # --- position ---------------------------------------------------------------------------------------------------------
+
+
+def _count_samples(state: TrainState) -> None:
+    """Correct the position in a checkpoint of an earlier version, which counted the images of --aug-splits."""
+    progress, splits = state.progress, state.args.get("aug_splits") or 1
+    batch = state.args.get("batch_size", 0) * state.args.get("grad_accum_steps", 1) * len(state.ranks)
+    if splits > 1 and 0 < progress.updates * batch * splits <= progress.samples:
+        progress.samples //= splits
 
 
 def _restore_rank(run: Run, ranks: list[Tree]) -> Tree | None:

@@ -181,6 +181,8 @@ SAMON = ["--opt", "samon"]
         (["--mixup", "0.2", "-b", "15"], "even --batch-size"),
         (["--aug-splits", "1"], "at least 2"),
         (["--jsd-loss"], "--jsd-loss needs --aug-splits"),
+        (["--aug-splits", "2", "--no-prefetcher"], "--aug-splits and --no-prefetcher exclude"),
+        (["--opt", "ssam-f", "--aug-splits", "2", "--jsd-loss"], "--opt ssam-f takes its mask from single images"),
         (["--loss", "ce", "--bce-loss"], "--loss ce contradicts --bce-loss"),
         (["--train-img-sizes", "16", "32", "--train-size-probs", "1"], "one value for each"),
         (["--in-chans", "3", "--input-size", "1", "8", "8"], "contradicts --input-size with 1 channels"),

@@ -35,6 +35,7 @@ CASES = {
     "ramp": "--opt samon --rho-sched linear --rho-warmup 5 --radius raw",
     "gsam-small-ascent": "--opt samon --gsam-alpha 0.3 --ascent-size 24",
     "esam": "--opt sam --esam-beta 0.5",
+    "jsd": "--opt samon --aa rand-m5-inc1 --aug-splits 3 --jsd-loss",
     "bf16-average": "--opt samon --model-dtype bfloat16 --model-ema --model-ema-decay 0.9",
     "fp16-scaler": "--opt samon --amp",
 }
@@ -50,6 +51,19 @@ def test_stopped_within_an_epoch(case: str, tmp_path: Path) -> None:
     assert metrics["epoch"] == 1
     assert_same(weights(whole), weights(stopped))
     assert (whole / "summary.csv").read_text() == (stopped / "summary.csv").read_text()
+
+
+def test_a_state_that_counts_augmented_images_is_resumed_at_the_right_sample(tmp_path: Path) -> None:
+    """Earlier versions stored the number of images, --aug-splits times that of samples."""
+    args = ["--aa", "rand-m5-inc1", "--aug-splits", "2", "--jsd-loss", "--val-split", ""]
+    _, whole = run(tmp_path, *args, name="whole")
+    file = run_stopped(tmp_path, 0, 1, *args) / "recovery-0-1.pth.tar"
+    state = torch.load(file, weights_only=True)
+    assert state["progress"]["samples"] == 16
+    state["progress"]["samples"] = 32
+    torch.save(state, file)
+    run(tmp_path, *args, "--resume", str(file), name="stopped")
+    assert_same(weights(whole), weights(tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize("updates", [1, 4])
