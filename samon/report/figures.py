@@ -132,7 +132,8 @@ def curves(content: Content) -> list[Figure]:
         "train/grad_norm": ("Gradient norm", "gradient norm"),
         "train/ascent_grad_norm": ("Ascent gradient norm", "ascent gradient norm"),
     }
-    caption = "Means between two log lines, a line for each run. The ascent gradient is the perturbed parameters' at w."
+    caption = "Means between two log lines, a line for each run. The sharpness is that of the updates with two passes. "
+    caption += "The ascent gradient is the perturbed parameters' at w."
     for tag, (title, y) in scalars.items():
         series = to_series([(run.method, run.scalars.get(tag, [])) for run in content.runs], "line")
         section.append(Figure(tag.replace("/", "-"), f"{title} during training", caption, series, "update", y))

@@ -112,4 +112,10 @@ def perturbed_gradient(
         ascent_forward=ascent_forward,
         loss_scale=loss_scale,
     )
-    return {} if run.sam is None else dict(run.sam.stats)
+    if run.sam is None:
+        return {}
+    values = dict(run.sam.stats)
+    if "loss_perturbed" in values and ascent_forward is None:
+        # The sharpness is the difference of two losses of the same images. The mean of `loss` may be over more updates.
+        values["loss_two_pass"] = values["loss"]
+    return values

@@ -167,7 +167,8 @@ class RunLogger:
         """One log line, and its values to the trackers.
 
         Args:
-            means: over the log interval and all processes.
+            means: over the log interval and all processes; `loss_perturbed` and `loss_two_pass`, the loss at w, over
+                the updates with two passes.
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
         """
@@ -175,8 +176,8 @@ class RunLogger:
             return
         run, progress, lr = self.run, self.run.progress, mean_lr(self.run.optimizer)
         scalars = dict(means)
-        if "loss_perturbed" in means:
-            scalars["sharpness"] = means["loss_perturbed"] - means["loss"]
+        if (clean := scalars.pop("loss_two_pass", None)) is not None:
+            scalars["sharpness"] = means["loss_perturbed"] - clean
         if run.sam is not None:
             scalars["rho"] = run.sam.rho
         scalars |= {"lr": lr, "images_per_second": speed, "data_wait": waited}

@@ -62,6 +62,32 @@ def check_tensorboard(directory: Path) -> None:
     assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
 
 
+SOME_UPDATES = ["--sam-every 2", "--sam-tail 0.4", "--ascent looksam:2 --grad-accum-steps 2 -b 8", ""]
+
+
+@pytest.mark.parametrize("args", SOME_UPDATES)
+def test_the_sharpness_is_that_of_the_updates_with_two_passes(args: str, tmp_path: Path) -> None:
+    """A plain update's loss would change it by far more than L(w + eps) - L(w)."""
+    events = {}
+    for interval in ("1", "4"):
+        words = ["--opt", "samon", "--rho", "0.005", *args.split(), "--val-split", ""]
+        _, directory = run(tmp_path, *words, "--log-interval", interval, name=interval)
+        events[interval] = EventAccumulator(str(directory / "tb")).Reload()
+    each = [event.value for event in events["1"].Scalars("train/sharpness")]
+    assert len(each) == (2 if args else 4)
+    (mean,) = [event.value for event in events["4"].Scalars("train/sharpness")]
+    assert mean == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+@pytest.mark.parametrize("args", ["--ascent-fraction 0.5", "--ascent-size 24", "--ascent previous"])
+def test_no_sharpness_where_the_losses_are_of_different_images(args: str, tmp_path: Path) -> None:
+    _, directory = run(tmp_path, "--opt", "samon", *args.split(), "--val-split", "", "--log-interval", "2")
+    tags = EventAccumulator(str(directory / "tb")).Reload().Tags()["scalars"]
+    assert "train/loss" in tags
+    assert ("train/loss_perturbed" in tags) == ("previous" not in args)
+    assert not {"train/sharpness", "train/loss_two_pass"}.intersection(tags)
+
+
 def test_rho_and_the_learning_rate_of_the_tail_are_logged(tmp_path: Path) -> None:
     args = "--opt samon --sam-tail 0.5 --tail-opt lion --tail-lr 0.25 --sched none --rho-sched linear --rho-warmup 2"
     _, directory = run(tmp_path, *args.split(), "--log-interval", "1", "--val-split", "")
