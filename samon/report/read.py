@@ -108,7 +108,8 @@ def read_run(folder: Path, root: Path) -> Run:
     if flops := record.get("step_flops"):
         run.cost["step_flops"] = round(flops["step"] / flops["plain"], 4)
         if "updates" in run.cost:
-            micro_batches = run.cost["updates"] * (settings.get("grad_accum_steps") or 1)
+            accumulated = run.cost["updates"] * (settings.get("grad_accum_steps") or 1)
+            micro_batches = record.get("micro_batches", accumulated)  # an epoch's last update may have fewer
             run.cost["flops"] = flops["step"] * micro_batches * record.get("processes", 1)
     run.origin = {key: record[key] for key in ("command", "versions", "machine") if key in record}
     if "command" in run.origin:

@@ -81,6 +81,24 @@ class Run:
         return self.task.trainable_module_ema if self.task.has_ema() else None
 
     @property
+    def two_pass_updates(self) -> range:
+        """Numbers of the updates that perturb the weights (--sam-start-epoch, --sam-end-epoch, --sam-every,
+        --sam-tail)."""
+        config, end = self.config, self.epochs
+        if self.sam is None:
+            return range(0)
+        if config.sam_end_epoch is not None:
+            end = min(end, config.sam_end_epoch)
+        first = config.sam_start_epoch * self.updates_per_epoch if self.tail is None else self.tail.start
+        every = config.sam_every
+        return range(-(-first // every) * every, end * self.updates_per_epoch, every)
+
+    @property
+    def start(self) -> int:
+        """The first epoch, if not that of a checkpoint (--start-epoch)."""
+        return self.config.start_epoch or 0
+
+    @property
     def stop(self) -> int:
         """Number of epochs after which this run ends."""
         return self.config.stop_epoch or self.epochs

@@ -1,4 +1,4 @@
-"""FLOPs of a run's update and of a plain one, counted on the meta device, where nothing is computed."""
+"""FLOPs of a run's updates and of plain ones, counted on the meta device, where nothing is computed."""
 
 import json
 import logging
@@ -12,85 +12,157 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import samon
+from samon.checks import require_sam
 from samon.errors import error_line
-from samon.trainer.build import build_optimizer
-from samon.trainer.config import Config, resolve
-from samon.trainer.model import create_train_model
+from samon.scope import SCOPES
+from samon.trainer.build import Run, build_optimizer
+from samon.trainer.config import Config
+from samon.trainer.model import create_train_model, resolve_data_config
 
 log = logging.getLogger("samon")
-# The settings on which the FLOPs of an update depend.
-MODEL_KEYS = {"model", "model_kwargs", "num_classes", "in_chans", "img_size", "input_size", "batch_size"}
-MODEL_KEYS |= {"freeze", "fix_norm", "train_only_norm", "opt", "base_opt", "grad_accum_steps"}
-SAM_KEYS = {"perturb", "perturb_frozen", "sparsity", "ascent", "ascent_fraction", "ascent_size", "gsam_alpha"}
-SAM_KEYS |= {"no_replay", "m_sharpness", "sam_tail", "tail_opt"}
+ESAM_SAMPLES = 8  # updates whose sampled tensors are counted; their mean is within about 1 % of that of many
+# Settings that load weights, which the meta device does not hold, and those that only say where a run writes.
+IGNORED = {"pretrained": False, "pretrained_path": "", "initial_checkpoint": "", "output": "", "experiment": ""}
+IGNORED |= {"seed": 0, "resume": "", "config": None, "data": None, "data_dir": None}
 
 
-def step_flops(config: Config, tail: samon.Tail | None = None) -> dict[str, float] | None:
-    """FLOPs per process of the mean update of a run (`step`) and of an update without perturbation (`plain`).
+class UpdateCost:
+    """FLOPs of an update of one process, by its kind.
 
-    Those of the optimizer are included (Muon multiplies matrices). None, with the reason logged, where they cannot be
-    counted in advance.
+    Args:
+        plain: one pass, without perturbation.
+        cycle: two-pass updates; number i costs as much as `cycle[i % len(cycle)]`.
+        recording: what an update costs more in which replay records the order of modules.
     """
-    if config.ascent == "aesam":
-        log.info("--ascent aesam decides during training; its FLOPs are not known in advance")
+
+    def __init__(self, plain: float, *cycle: float, recording: float = 0.0) -> None:
+        self.plain, self.cycle, self.recording = plain, cycle, recording
+
+    def two_pass(self, index: int) -> float:
+        """The cost of the two-pass update with this number, from 0."""
+        return self.cycle[index % len(self.cycle)]
+
+
+def step_flops(run: Run) -> dict[str, float] | None:
+    """FLOPs per process and micro-batch of a run from its first to its last epoch (`step`), and of the same run without
+    perturbation (`plain`).
+
+    Every update is counted as it runs, its last micro-batches and the optimizer included (Muon multiplies matrices).
+    Exceptions: of ESAM, the tensors sampled by the first ESAM_SAMPLES updates stand for all; a resumed run records
+    the order of modules for replay once more; the Fisher diagonal of SSAM-F and skipped updates are not considered.
+
+    Returns:
+        None, with the reason logged, where they cannot be counted in advance.
+    """
+    config, per_epoch, accumulation = run.config, run.updates_per_epoch, run.config.grad_accum_steps
+    if reason := unknown_in_advance(config):
+        log.info("%s; the FLOPs are not known in advance", reason)
         return None
-    keys = sorted(MODEL_KEYS | SAM_KEYS if samon.is_sam_name(config.opt) else MODEL_KEYS)
-    settings = {key: value for key in keys if (value := getattr(config, key)) is not None}
+    batches, epochs = len(run.train_loader), max(1, run.stop - run.start)
+    rest = batches - (per_epoch - 1) * accumulation  # micro-batches of an epoch's last update
+
+    def micro_batches(update: int) -> int:
+        return rest if (update + 1) % per_epoch == 0 else accumulation
+
     try:
-        plain, two_pass = count_step(json.dumps(settings))
+        options = {key: value for key, value in config.opt_kwargs.items() if key != "fused"}  # no kernels on meta
+        settings = json.dumps(vars(config.but(**IGNORED, opt_kwargs=options)), sort_keys=True)
+        costs = {count: count_update(settings, count) for count in {rest, micro_batches(0)}}
     except Exception as error:  # a finished run must not fail here, whatever its model does on the meta device
         log.info("FLOPs of a step were not counted: %s", error_line(error, 200))
         return None
-    end = config.epochs if config.sam_end_epoch is None else min(config.sam_end_epoch, config.epochs)
-    share = max(0, end - config.sam_start_epoch) / max(1, config.epochs) / config.sam_every
-    if config.sam_tail is not None:
-        share = config.sam_tail if tail is None else tail.share
-    return {"step": share * two_pass + (1 - share) * plain, "plain": plain}
+    plain = epochs * sum(costs[micro_batches(update)].plain for update in range(per_epoch))
+    two_pass = [u for u in run.two_pass_updates if run.start * per_epoch <= u < run.stop * per_epoch]
+    kinds = [costs[micro_batches(update)] for update in two_pass]
+    more = math.fsum(cost.two_pass(index) - cost.plain for index, cost in enumerate(kinds))
+    more += next((cost.recording for cost in kinds if cost.recording), 0.0)  # once in a run
+    total = epochs * batches
+    return {"step": (plain + more) / total, "plain": plain / total}
+
+
+def unknown_in_advance(config: Config) -> str:
+    """What decides the cost of an update only during training; '' if nothing does."""
+    if config.ascent == "aesam":
+        return "--ascent aesam decides during training"
+    if config.train_img_sizes:
+        return "--train-img-sizes changes the image size from batch to batch"
+    return ""
 
 
 @cache
-def count_step(settings: str) -> tuple[float, float]:
-    """FLOPs of a plain update, and of an update of the optimizer (or --tail-opt) in these settings (JSON)."""
-    config = resolve({}, json.loads(settings))
+def count_update(settings: str, micro_batches: int) -> UpdateCost:
+    """Count an update of this number of micro-batches.
+
+    Args:
+        settings: of the run, JSON.
+    """
+    config = Config(**json.loads(settings))
     with torch.device("meta"):
         model = create_train_model(config).train()
-        size = config.input_size or [config.in_chans or 3, *[config.img_size or 224] * 2]
-        x, y = torch.empty(config.batch_size, *size), torch.zeros(config.batch_size, dtype=torch.long)
+        size, images = resolve_data_config(config, model)["input_size"], config.batch_size * (config.aug_splits or 1)
+        x, y = torch.empty(images, *size), torch.zeros(images, dtype=torch.long)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
 
     optimizer = build_optimizer(config.but(lr=0.1), model)
     sam = samon.sam_of(optimizer)
-
-    def step() -> float:
-        """FLOPs of the optimizer, per micro-batch."""
-        return count_flops(optimizer.step) / config.grad_accum_steps
-
     if sam is not None:
         sam.expect_plain_step()
-    plain = count_flops(lambda: loss(x, y).backward()) + step()
+    one_pass = count_flops(lambda: loss(x, y).backward())
+    plain = micro_batches * one_pass + count_flops(optimizer.step)
     if sam is None:
-        return plain, plain
+        return UpdateCost(plain)
     if config.tail_opt is not None:
         sam.replace_base(config.tail_opt)
-    groups = config.batch_size // config.m_sharpness if isinstance(config.m_sharpness, int) else 1
-    ascent_forward = None
-    if config.ascent_fraction < 1 or config.ascent_size:
-        images = math.ceil(config.ascent_fraction * config.batch_size)  # as in the training loop
-        small = torch.empty(images, size[0], *[config.ascent_size or size[1]] * 2, device="meta")
-        ascent_forward = partial(loss, small, y[:images])
+    passes, times = two_pass_call(config, optimizer, loss, x, y, micro_batches)
 
-    def passes() -> None:
+    def count() -> int:
         optimizer.zero_grad()
-        samon.two_pass(
-            optimizer, partial(loss, x, y), groups=groups, replay=not config.no_replay, ascent_forward=ascent_forward
-        )
+        return count_flops(passes)
 
-    passes()  # the first update may record a replay plan, or have no direction yet
-    optimizer.step()
+    first, step = count(), count_flops(optimizer.step)
+    if config.fsdp and not SCOPES[sam.scope].norms_only:  # `engines.fsdp.Sharded` makes a full backward pass
+        return UpdateCost(plain, 2 * micro_batches * one_pass + step)
+    cycle = []
     period = int(config.ascent.split(":")[1]) if ":" in config.ascent else 1
-    return plain, sum(count_flops(passes) + step() for _ in range(period)) / period
+    for update in range(ESAM_SAMPLES if sam.ascent.keep_probability < 1 else period):
+        sam.ascent.updates = update  # from the first one again, now with a replay plan and a direction
+        cycle.append(count())
+    return UpdateCost(plain, *(times * flops + step for flops in cycle), recording=first - cycle[0])
+
+
+def two_pass_call(
+    config: Config,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    micro_batches: int,
+) -> tuple[Callable[[], object], float]:
+    """A call of `samon.two_pass` as `samon.trainer.gradient` makes them, and how many of them an update consists of."""
+    m, size, ascent = config.m_sharpness, len(x), None
+    groups = size // m if isinstance(m, int) else 1
+    forwards, times = [partial(loss, x, y)], float(micro_batches)
+    if m == "global":  # from two micro-batches on, each costs the same
+        forwards *= min(micro_batches, 2)
+        times /= len(forwards)
+    elif groups > 1 and not require_sam(optimizer).can_group:
+        forwards, times, groups = [partial(loss, x[:m], y[:m])], times * groups, 1
+    part = math.ceil(config.ascent_fraction * size)
+    if part < size or config.ascent_size:
+        side = config.ascent_size
+        ascent = partial(loss, x.new_empty(part, x.shape[1], *([side, side] if side else x.shape[2:])), y[:part])
+    # Not `reduce`: only rank 0 counts, and the mean over the processes costs no FLOPs.
+    return partial(
+        samon.two_pass,
+        optimizer,
+        forwards,
+        groups=groups,
+        bn_stats="second" if config.ascent_size else config.bn_stats,
+        replay=not config.no_replay,
+        ascent_forward=ascent,
+    ), times
 
 
 def count_flops(function: Callable[[], object]) -> int:

@@ -142,7 +142,7 @@ class RunLogger:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
             log.info("rho %g%s; %s", run.sam.rho, eta, run.sam.selection.summary())
             if run.tail is not None:
-                flops = step_flops(config, run.tail)
+                flops = step_flops(run)
                 cost = "" if flops is None else f": {flops['step'] / flops['plain']:.2f}x the FLOPs of plain training"
                 log.info("two passes in the last %g %% of updates%s", 100 * run.tail.fraction, cost)
             if config.tail_opt is not None:
@@ -254,7 +254,9 @@ class RunLogger:
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
         content = run_record(self.config, self.dist_info.size, metrics, seconds)
-        content |= {"updates": self.run.update, "step_flops": step_flops(self.config, self.run.tail)}
+        done = self.run.progress.epoch - self.run.start
+        content |= {"updates": done * self.run.updates_per_epoch, "step_flops": step_flops(self.run)}
+        content["micro_batches"] = done * len(self.run.train_loader)
         write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
 

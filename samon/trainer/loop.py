@@ -168,11 +168,8 @@ def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
 
 
 def takes_two_passes(run: Run) -> bool:
-    """Whether the next update perturbs the weights (--sam-start-epoch, --sam-end-epoch, --sam-every, --sam-tail)."""
-    config, epoch, end = run.config, run.progress.epoch, run.config.sam_end_epoch
-    if run.sam is None or epoch < config.sam_start_epoch or (end is not None and epoch >= end):
-        return False
-    return run.update % config.sam_every == 0 and (run.tail is None or run.update in run.tail)
+    """Whether the next update perturbs the weights."""
+    return run.update in run.two_pass_updates
 
 
 def set_rho(run: Run) -> None:

@@ -1,6 +1,7 @@
 """FLOPs of a step relative to a plain one, which run.json records."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from samon.plan import main as planning
+from samon.report.read import read_sources
 from samon.trainer import loop
-from samon.trainer.config import parse
 from samon.trainer.flops import FORMULAS, count_flops, step_flops
-from tests.runs import run
+from tests.runs import built, run
 
-NET = ["--data-dir", "x", "--model", "resnet20_cifar", "--num-classes", "10", "--img-size", "32", "-b", "8"]
+NET = ["-b", "8"]  # 8 updates per epoch
 
 
 def ratio(*flags: str) -> float | None:
-    flops = step_flops(parse([*NET, "--opt", "samon-momentum", *flags]))
+    flops = step_flops(built(*NET, "--opt", "samon-momentum", *flags))
     return flops and flops["step"] / flops["plain"]
 
 
@@ -34,12 +35,13 @@ def test_flops_of_every_kind_of_step() -> None:
     assert ratio("--ascent-fraction", "0.5") == pytest.approx(1 + (full - 1) / 2, abs=0.01)
     assert ratio("--sam-every", "2") == pytest.approx(1 + (full - 1) / 2)
     assert ratio("--epochs", "10", "--sam-start-epoch", "6") == pytest.approx(1 + (full - 1) * 0.4)
-    assert ratio("--ascent", "aesam") is None  # decided during training
+    assert ratio("--ascent", "aesam") is ratio("--train-img-sizes", "16", "32") is None  # decided during training
+    assert ratio("--opt-kwargs", "fused=True") == full
     assert ratio("--sam-tail", "0.25") == pytest.approx(1 + (full - 1) / 4)
     muon, tail = ratio("--opt", "samon-muon"), ratio("--sam-tail", "0.25", "--tail-opt", "muon")
     assert muon is not None  # the plain step multiplies matrices as well
     assert tail is not None
-    assert muon < full < 1 + (tail - 1) / 0.25 < 2
+    assert muon < full < 1 + (tail - 1) / 0.25
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 24, 3, groups=8), nn.ConvTranspose2d(8, 24, 3, stride=2, groups=4)])
@@ -55,21 +57,30 @@ def test_each_gradient_of_a_grouped_convolution_costs_as_much_as_its_forward_pas
 def test_a_frozen_network_saves_its_backward_pass() -> None:
     """2 of 3 parts of the step; the perturbed normalization layers need both passes and the gradients in between."""
     head = ["--freeze", "^(?!fc)", "--opt", "sgd"]
-    all_layers, frozen = (step_flops(parse([*NET, *flags])) for flags in (["--opt", "sgd"], head))
+    all_layers, frozen = (step_flops(built(*NET, *flags)) for flags in (["--opt", "sgd"], head))
     assert all_layers is not None
     assert frozen is not None
     assert frozen["step"] / all_layers["step"] == pytest.approx(1 / 3, abs=0.02)
     assert ratio(*head, "--opt", "samon", "--perturb-frozen") == pytest.approx(3, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    "args", ["--opt samon-momentum", "--opt samon-layerl2 --tail-opt muon --grad-accum-steps 2 -b 8"]
-)
-def test_the_figure_of_a_tail_is_that_of_the_whole_run(
-    args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Counted in every update of a run with a tail and of a plain one; 0.3 of 8 updates are 2."""
-    counted: dict[str, int] = {}
+def test_images_have_the_models_size_if_none_is_given() -> None:
+    made = built("--model", "resnet20_cifar", "--opt", "sgd")
+    assert step_flops(replace(made, config=made.config.but(img_size=None))) == step_flops(made)
+
+
+def test_sharded_parameters_have_a_full_ascent_pass() -> None:
+    """FSDP computes and averages the gradients of all parameters, also if few are perturbed."""
+    made = built("--opt", "sam", "--perturb", "layer4", "--no-replay")
+    whole, sharded = step_flops(made), step_flops(replace(made, config=made.config.but(fsdp=True)))
+    assert whole is not None
+    assert sharded is not None
+    assert whole["step"] < 1.9 * whole["plain"]
+    assert sharded["step"] == 2 * sharded["plain"]
+
+
+def count_run(counted: dict[str, int], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the FLOPs of every update from now on to `counted[key]`."""
 
     def count(name: str) -> Any:
         function = getattr(loop, name)
@@ -84,10 +95,52 @@ def test_the_figure_of_a_tail_is_that_of_the_whole_run(
 
     for name in ("compute_gradient", "apply_gradient"):
         monkeypatch.setattr(loop, name, count(name))
+
+
+LATE = "--opt samon --perturb layer4"  # replayed, after the update that records the order of modules
+RUNS = [
+    LATE,
+    f"{LATE} --bn-stats both",
+    f"{LATE} --m-sharpness global --grad-accum-steps 2",
+    f"{LATE} --m-sharpness global --grad-accum-steps 3",  # the epoch's last update has one micro-batch
+    f"{LATE} --grad-accum-steps 3 --epochs 2 --sam-every 2",
+    "--opt sam --esam-beta 0.5",
+    "--opt sam --m-sharpness 4",
+    "--opt samon --grad-checkpointing",
+    "--opt samon --aa rand-m5-inc1 --aug-splits 2 --jsd-loss",
+    "--opt samon --epochs 2 --cooldown-epochs 1 --sam-start-epoch 1",
+    "--opt samon --epochs 3 --stop-epoch 2 --sam-tail 0.5",
+    "--opt samon --epochs 2 --start-epoch 1 --sam-every 3",
+    "--opt samon --epochs 2 --sam-every 2 --ascent looksam:3",
+    "--opt samon --ascent-size 24",
+]
+
+
+@pytest.mark.parametrize("args", RUNS)
+def test_the_figure_is_that_of_the_whole_run(args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, int] = {}
+    count_run(counted, "run", monkeypatch)
+    _, directory = run(tmp_path, "--val-split", "", *args.split())
+    record = json.loads((directory / "run.json").read_text())
+    assert record["micro_batches"] * record["step_flops"]["step"] == pytest.approx(counted["run"], rel=1e-12)
+    (read,) = read_sources([directory]).runs
+    assert read.cost["flops"] == pytest.approx(counted["run"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "args", ["--opt samon-momentum", "--opt samon-layerl2 --tail-opt muon --grad-accum-steps 2 -b 8"]
+)
+def test_the_figure_of_a_tail_is_that_of_the_whole_run(
+    args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted in every update of a run with a tail and of a plain one; 0.3 of 8 updates are 2."""
+    counted: dict[str, int] = {}
     size = ["--in-chans", "3", "--val-split", "", "--epochs", "2"]
     for key, more in (("tail", ["--sam-tail", "0.3"]), ("plain", ["--opt", "sgd"])):
         keep = args.split() if key == "tail" else [a for a in args.split() if a not in ("--tail-opt", "muon")]
-        _, directory = run(tmp_path, *size, *keep, *more, name=key)
+        with monkeypatch.context() as patch:
+            count_run(counted, key, patch)
+            _, directory = run(tmp_path, *size, *keep, *more, name=key)
         capsys.readouterr()
         if key == "tail":
             record, log = json.loads((directory / "run.json").read_text()), (directory / "log.txt").read_text()

@@ -126,6 +126,8 @@ def test_micro_batches_on_cuda_graphs(opt: str, monkeypatch: pytest.MonkeyPatch)
         ("--sam-start-epoch 1", [False] * 4 + [True] * 4),
         ("--sam-end-epoch 1", [True] * 4 + [False] * 4),
         ("--sam-every 3", [True, False, False, True, False, False, True, False]),
+        ("--sam-every 3 --sam-start-epoch 1", [False] * 6 + [True, False]),
+        ("--sam-tail 0.4", [False] * 5 + [True] * 3),
     ],
 )
 def test_when_the_two_pass_step_is_used(args: str, expected: list[bool]) -> None:
