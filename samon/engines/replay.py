@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
@@ -197,10 +198,11 @@ class ActivationCache:
 
 def generator_states(device: torch.device) -> tuple[object, ...]:
     """The state of all generators, comparable by ==."""
-    state = rng.get_state(device)
-    kind, keys, *rest = state["numpy"]
-    torch_states = [t for t in (state["torch"], state["device"]) if t is not None]
-    return (state["python"], kind, keys.numpy().tobytes(), *rest, *(t.numpy().tobytes() for t in torch_states))
+    with unset_fake_temporarily():  # so that a step can be traced with fake tensors
+        state = rng.get_state(device)
+        kind, keys, *rest = state["numpy"]
+        tensors = [t.numpy().tobytes() for t in (keys, state["torch"], state["device"]) if t is not None]
+    return state["python"], kind, *rest, *tensors
 
 
 def _tensors(output: object) -> list[Tensor]:
