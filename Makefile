@@ -55,6 +55,9 @@ results: $(VENV)/.installed
 	cp output/figures/vit/cost-flops-dark.svg docs/images/vit-cost-dark.svg
 	cp output/figures/vit/rho-light.svg docs/images/vit-rho-light.svg
 	cp output/figures/vit/rho-dark.svg docs/images/vit-rho-dark.svg
+	$(BIN)/python tools/report.py experiments/few_images/results.json --figures output/figures/few
+	cp output/figures/few/cost-flops-light.svg docs/images/few-cost-light.svg
+	cp output/figures/few/cost-flops-dark.svg docs/images/few-cost-dark.svg
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
