@@ -49,7 +49,8 @@ def step_flops(run: Run) -> dict[str, float] | None:
 
     Every update is counted as it runs, its last micro-batches and the optimizer included (Muon multiplies matrices).
     Exceptions: of ESAM, the tensors sampled by the first ESAM_SAMPLES updates stand for all; a resumed run records
-    the order of modules for replay once more; the Fisher diagonal of SSAM-F and skipped updates are not considered.
+    the order of modules for replay once more; random numbers that a model draws between its early modules, which turn
+    replay off, are not noticed; the Fisher diagonal of SSAM-F and skipped updates are not considered.
 
     Returns:
         None, with the reason logged, where they cannot be counted in advance.
@@ -160,7 +161,8 @@ def two_pass_call(
         forwards,
         groups=groups,
         bn_stats="second" if config.ascent_size else config.bn_stats,
-        replay=not config.no_replay,
+        # Drawing random numbers between modules turns replay off, and nothing is drawn on the meta device.
+        replay=not config.no_replay and not config.norm_dropout,
         ascent_forward=ascent,
     ), times
 

@@ -101,6 +101,7 @@ LATE = "--opt samon --perturb layer4"  # replayed, after the update that records
 RUNS = [
     LATE,
     f"{LATE} --bn-stats both",
+    f"{LATE} --norm-dropout 0.1",
     f"{LATE} --m-sharpness global --grad-accum-steps 2",
     f"{LATE} --m-sharpness global --grad-accum-steps 3",  # the epoch's last update has one micro-batch
     f"{LATE} --grad-accum-steps 3 --epochs 2 --sam-every 2",
