@@ -20,10 +20,10 @@ class AscentSource:
     """Where the direction of the perturbation comes from. This one is SAM (Eq. 3): g, this batch's gradient at w.
 
     Attributes:
-        name: its value of `ascent=`; `former_name` is found in older checkpoints.
+        name: its value of `ascent=`; `former_name` is that of older checkpoints.
         single_pass: no update makes an ascent pass.
         needs_clean_grad: `before_step` uses g, the update's mean gradient at w.
-        uses_final_gradient: what is applied or kept depends on h of the perturbed parameters.
+        uses_final_gradient: what is applied or stored depends on h of the perturbed parameters.
         has_state: tensors are carried from update to update.
         counts_updates: the number of updates decides what the next one does.
         keep_probability: fraction of the tensors that an update perturbs.

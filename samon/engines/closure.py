@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from samon.checks import raise_no_gradient
 from samon.contexts import modules_of, preserve_buffers, record_modules, requires_grad
-from samon.engines.patches import graph_leaves
+from samon.engines.patches import graph_leaves, override_attrs
 from samon.errors import UserError
 from samon.sam import SAM
 from samon.scope import Named
@@ -113,11 +113,8 @@ def record_foreign_gradients(own: set[int]) -> Iterator[dict[Tensor, Tensor | No
                 gradients[leaf] = None if leaf.grad is None else leaf.grad.clone()
         original(tensors, *args, **kwargs)
 
-    torch.autograd.backward = backward
-    try:
+    with override_attrs({torch.autograd: {"backward": backward}}):
         yield gradients
-    finally:
-        torch.autograd.backward = original
 
 
 def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool) -> Any:

@@ -4,7 +4,8 @@ The first pass stores their outputs, with the autograd graph; the second pass re
 run determines which ones: a module belongs to the prefix if every call of it ends before the first module with
 perturbed parameters starts. Code between modules runs again on equal inputs, so parameters that belong to no child
 module (class token, position embedding) receive their gradient through the stored graph, once. If such code draws
-random numbers (mixup, random masks), nothing is replayed, since the second pass would see other inputs.
+random numbers (mixup, random masks), nothing is replayed, since the second pass would see other inputs; with
+`same_noise` only if it draws them from NumPy or Python.
 """
 
 from collections import defaultdict
@@ -38,17 +39,19 @@ class Trace:
     Attributes:
         calls: [start, end] of every call of each module.
         nodes: the autograd nodes of its outputs.
-        draws: events before which, since the event before, a random number generator was used.
+        draws: events before which, since the event before, a random number generator was used. With `same_noise` those
+            of torch do not count: the second pass draws the same numbers from them.
     """
 
     device: torch.device
+    same_noise: bool
     calls: dict[nn.Module, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
     nodes: dict[nn.Module, list[Node]] = field(default_factory=lambda: defaultdict(list))
     draws: list[int] = field(default_factory=list)
     clock: int = 0
 
     def __post_init__(self) -> None:
-        self.generators = generator_states(self.device)
+        self.generators = self._generator_states()
 
     def start(self, module: nn.Module, args: object) -> None:
         self._next_event()
@@ -61,9 +64,16 @@ class Trace:
 
     def _next_event(self) -> None:
         self.clock += 1
-        if (generators := generator_states(self.device)) != self.generators:
+        if (generators := self._generator_states()) != self.generators:
             self.draws.append(self.clock)
             self.generators = generators
+
+    def _generator_states(self) -> tuple[object, ...]:
+        with unset_fake_temporarily():  # so that a step can be traced with fake tensors
+            state = rng.get_state(self.device)
+            kind, keys, *rest = state["numpy"]
+            own = (keys,) if self.same_noise else (keys, state["torch"], state["device"])
+            return state["python"], kind, *rest, *(t.numpy().tobytes() for t in own if t is not None)
 
     def draws_before(self, modules: Sequence[nn.Module]) -> bool:
         """Whether code outside these modules draws random numbers before the last of their calls, which may use it."""
@@ -81,6 +91,7 @@ class ReplayPlan:
         suffix: unperturbed parameters used only after the boundary, frozen in the ascent pass.
         perturbed_modules: modules that own perturbed parameters.
         perturbed: ids of these parameters; with others the plan is void.
+        same_noise: the option of that name; with another value the plan is void.
         cloned: prefix modules whose outputs later code overwrites in place, so that a copy is returned.
     """
 
@@ -88,6 +99,7 @@ class ReplayPlan:
     suffix: list[Parameter]
     perturbed_modules: list[nn.Module]
     perturbed: set[int]
+    same_noise: bool
     cloned: set[nn.Module] = field(default_factory=set)
 
 
@@ -114,7 +126,7 @@ def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan
         prefix = []
     early = {id(p) for module, start in starts.items() if start < boundary for p in module.parameters(recurse=False)}
     suffix = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
-    return ReplayPlan(prefix, suffix, perturbed_modules, perturbed)
+    return ReplayPlan(prefix, suffix, perturbed_modules, perturbed, trace.same_noise)
 
 
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
@@ -196,15 +208,6 @@ class ActivationCache:
             yield
 
 
-def generator_states(device: torch.device) -> tuple[object, ...]:
-    """The state of all generators, comparable by ==."""
-    with unset_fake_temporarily():  # so that a step can be traced with fake tensors
-        state = rng.get_state(device)
-        kind, keys, *rest = state["numpy"]
-        tensors = [t.numpy().tobytes() for t in (keys, state["torch"], state["device"]) if t is not None]
-    return state["python"], kind, *rest, *tensors
-
-
 def _tensors(output: object) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
@@ -222,7 +225,8 @@ class Replay(WholeBatch):
         refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
         self.model, self.perturbed_ids = sam.model, {id(p) for p in named.values()}
         plan = PLANS.get(sam)
-        self.plan = plan if plan is not None and plan.perturbed == self.perturbed_ids else None
+        known = plan is not None and (plan.perturbed, plan.same_noise) == (self.perturbed_ids, options.same_noise)
+        self.plan = plan if known else None
         self.cache: ActivationCache | None = None
         if self.plan is not None and self.plan.prefix:
             self.cache = ActivationCache(self.plan, self.device, options.same_noise)
@@ -236,7 +240,7 @@ class Replay(WholeBatch):
     def each_pass(self) -> Iterator[None]:
         with super().each_pass():
             if self.plan is None and not self.in_descent_pass:
-                trace = Trace(self.device)
+                trace = Trace(self.device, self.options.same_noise)
                 with forward_hooks(self.model.modules(), trace.start, trace.end):
                     yield
                 PLANS[self.sam] = make_plan(self.model, self.perturbed_ids, trace)

@@ -195,7 +195,7 @@ def check_step(config: Config, sam: samon.SAM) -> None:
             partial_ascent=config.ascent_fraction < 1 or config.ascent_size is not None,
             groups=config.batch_size // m if grouped else 1,
             reduce="global" if m == "global" else "device",
-            bn_stats="second" if config.ascent_size else config.bn_stats,
+            bn_stats=config.bn_stats,
             replay=not config.no_replay,
         )
         check_two_pass(sam, options)

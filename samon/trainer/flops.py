@@ -160,7 +160,7 @@ def two_pass_call(
         optimizer,
         forwards,
         groups=groups,
-        bn_stats="second" if config.ascent_size else config.bn_stats,
+        bn_stats=config.bn_stats,
         # Drawing random numbers between modules turns replay off, and nothing is drawn on the meta device.
         replay=not config.no_replay and not config.norm_dropout,
         ascent_forward=ascent,

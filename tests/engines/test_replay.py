@@ -83,6 +83,7 @@ def test_in_place_code_after_a_kept_output(perturb: str, bn_stats: str) -> None:
     twins = Twins(randomized(BatchNormNet()), perturb)
     for _ in range(4):
         twins.step(bn_stats=bn_stats)
+    assert (twins.opts[0] in PLANS) == (bn_stats == "first")
 
 
 class Awkward(nn.Module):
@@ -140,6 +141,8 @@ def test_a_changed_order_is_noticed() -> None:
         for model in twins.models:
             model.swapped = swapped
         twins.step()
+    other = twins.models[0].other
+    assert twins.plan.prefix == [other]  # `a` ran after the boundary when the order was recorded again
 
 
 @pytest.mark.parametrize(
@@ -148,8 +151,9 @@ def test_a_changed_order_is_noticed() -> None:
 def test_functional_use_of_a_perturbed_parameter_and_dropout(net: Callable[[], nn.Module], perturb: str) -> None:
     """Nothing that depends on a perturbed parameter is kept; noise before and after the boundary follows same_noise."""
     twins = Twins(randomized(net()), perturb)
-    for _ in range(3):
-        twins.step(same_noise=True)
+    for same_noise in (True, True, True, False, False):
+        twins.step(same_noise=same_noise)
+        assert bool(twins.plan.prefix) == (same_noise and net is not Peek)
 
 
 class RandomInputs(nn.Module):
