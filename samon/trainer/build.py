@@ -84,13 +84,11 @@ class Run:
     def two_pass_updates(self) -> range:
         """Numbers of the updates that perturb the weights (--sam-start-epoch, --sam-end-epoch, --sam-every,
         --sam-tail)."""
-        config, end = self.config, self.epochs
         if self.sam is None:
             return range(0)
-        if config.sam_end_epoch is not None:
-            end = min(end, config.sam_end_epoch)
+        config, every = self.config, self.config.sam_every
         first = config.sam_start_epoch * self.updates_per_epoch if self.tail is None else self.tail.start
-        every = config.sam_every
+        end = self.epochs if config.sam_end_epoch is None else min(self.epochs, config.sam_end_epoch)
         return range(-(-first // every) * every, end * self.updates_per_epoch, every)
 
     @property
@@ -147,7 +145,6 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
     metric = config.eval_metric if data.eval_loader is not None else "loss"
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
-    check_epochs(config, epochs, sam is not None)
     tail = None if sam is None or config.sam_tail is None else samon.Tail(epochs * updates, config.sam_tail)
     distribute(config, task, model, dist_info)
     if sam is not None:
@@ -226,15 +223,6 @@ def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]
         )
 
 
-def check_epochs(config: Config, epochs: int, uses_sam: bool) -> None:
-    """Raise UserError if a flag names an epoch after the last one."""
-    if (config.stop_epoch or 0) > epochs:
-        raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs is never reached; raise --epochs")
-    if uses_sam and config.sam_start_epoch >= epochs:
-        start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
-        raise UserError(f"{start}: no epoch has the two-pass step; start earlier, or use the base optimizer")
-
-
 def lay_out(config: Config, model: nn.Module, dist_info: DistInfo) -> nn.Module:
     """Set split or synchronized BatchNorm, device, precision and memory format."""
     if config.split_bn:
@@ -281,7 +269,7 @@ def learning_rate(config: Config, world_size: int) -> float:
     if config.lr:
         return float(config.lr)
     ratio = world_size * config.batch_size * config.grad_accum_steps / config.lr_base_size
-    name = f"{config.opt} {config.base_opt or ''}".lower()
+    name = f"{config.opt} {config.base_opt or ''}"
     scale = config.lr_base_scale or ("sqrt" if any(part in name for part in ("ada", "lamb")) else "linear")
     return float(config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
 
@@ -368,7 +356,11 @@ def tail_decay(config: Config) -> float:
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, updates: int, metric: str
 ) -> tuple[Scheduler | None, int]:
-    """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down."""
+    """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down.
+
+    Raises:
+        UserError: timm does not accept the settings, or a flag names an epoch after the last one.
+    """
     with reraise_as_user_error(f"--sched {config.sched}"):
         if config.sched == "wsd" and config.sam_tail is not None and config.decay_epochs is None:
             config = config.but(decay_epochs=tail_decay(config))
@@ -377,4 +369,9 @@ def build_schedule(
     if scheduler is None:  # timm applies the scale of --layer-decay in its schedules only
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
+    if (config.stop_epoch or 0) > epochs:
+        raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs is never reached; raise --epochs")
+    if samon.sam_of(optimizer) is not None and config.sam_start_epoch >= epochs:
+        start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
+        raise UserError(f"{start}: no epoch has the two-pass step; start earlier, or use the base optimizer")
     return scheduler, int(epochs)

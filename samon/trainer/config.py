@@ -67,16 +67,13 @@ def parse(argv: list[str] | None = None, load_stored: Callable[[str], Settings] 
 
 def resolve(given: Settings, file: Settings) -> Config:
     """Merge defaults, `file` (which may contain `per_opt: {opt name: {key: value}}`) and the command line."""
-    where = given.get("config", STORED)
-    per_opt = file.get("per_opt") or {}
-    if not isinstance(per_opt, dict) or not all(isinstance(rows, dict | None) for rows in per_opt.values()):
-        raise UserError(f"per_opt in {where} must map optimizer names to settings")
-    for name in per_opt:
+    where, per_opt = given.get("config", STORED), {}
+    for name, rows in file.get("per_opt", {}).items():
         _check_opt(name, f"per_opt in {where}")
-    typed = {name: _parse_settings(rows or {}, f"per_opt[{name}] in {where}") for name, rows in per_opt.items()}
+        per_opt[name] = _parse_settings(rows, f"per_opt[{name}] in {where}")
     values: Settings = {key: flag.default for key, flag in FLAGS.items()}
     values |= _parse_settings({key: value for key, value in file.items() if key != "per_opt"}, where)
-    values |= typed.get(given.get("opt", values["opt"]), {})
+    values |= per_opt.get(given.get("opt", values["opt"]), {})
     values |= _expand_loss(given)
     values["data_dir"] = values["data_dir"] or values["data"]
     if variant := variant_of(values["opt"]):
@@ -150,11 +147,16 @@ def read_yaml(path: str, parents: tuple[Path, ...] = ()) -> Settings:
         raise UserError(f"--config {parents[0]}: `base` leads from {parents[-1]} back to {own}")
     if not isinstance(content, dict):
         raise UserError(f"--config {path} contains no settings; write lines such as 'lr: 0.1'")
-    if (base := content.pop("base", None)) is None:
-        return content
-    inherited = read_yaml(str(find_recipe(path).parent / str(base)), (*parents, own))
-    per_opt = (inherited.get("per_opt") or {}) | (content.get("per_opt") or {})
-    return inherited | content | ({"per_opt": per_opt} if per_opt else {})
+    per_opt = content.pop("per_opt", None) or {}
+    if not isinstance(per_opt, dict) or not all(isinstance(rows, dict | None) for rows in per_opt.values()):
+        raise UserError(f"per_opt in {path} must map optimizer names to settings")
+    base = content.pop("base", None)
+    inherited = {} if base is None else read_yaml(str(find_recipe(path).parent / str(base)), (*parents, own))
+    merged: dict[str, Settings] = inherited.get("per_opt", {})
+    for name, rows in per_opt.items():
+        key = str(name).lower()  # as timm's names of optimizers
+        merged[key] = merged.get(key, {}) | (rows or {})
+    return inherited | content | {"per_opt": merged}
 
 
 def _parse_settings(settings: Mapping[str, object], where: str) -> Settings:
@@ -191,15 +193,20 @@ def _expand_loss(settings: Settings) -> Settings:
 
 # --- checks: mistakes that the settings alone show -------------------------------------------------------------------
 
-EXCLUDES = {  # flags that cannot be combined with any of the others
+# Flags that cannot be combined with any of the others; `name=value` stands for that value alone.
+EXCLUDES = {
     "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu",
     "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes no-prefetcher",
     "m-sharpness": "ascent-fraction ascent-size",
+    "ascent-size": "bn-stats=both",  # statistics of small images differ
+    "sam-tail": "sam-start-epoch sam-end-epoch sam-every",
     "in-memory": "epoch-repeats train-img-sizes",
     "fix-norm": "train-only-norm norm-dropout",
     "norm-dropout": "torchcompile",
     "sync-bn": "split-bn",
     "weight-decay-on": "layer-decay",
+    "sched=plateau": "sched-on-updates start-epoch",  # it steps once per epoch, by the metric
+    "checkpoint-format=dcp": "save-epochs",  # which keeps single files
 }
 NEEDS = {  # flags without effect unless the other is used
     "fsdp-reshard-after-forward": "fsdp",
@@ -210,16 +217,19 @@ NEEDS = {  # flags without effect unless the other is used
     "wandb-resume-id": "resume",
     "tail-opt": "sam-tail",
     "tail-lr": "tail-opt",
+    "rho-min": "rho-sched",
 }
 
 
 def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
     """Raise UserError if flags in use (not at their default) exclude each other, or one lacks another that it needs."""
-    used = {flag.name for key, flag in flags.items() if getattr(config, key) != flag.default}
+    values = {flag.name: value for key, flag in flags.items() if (value := getattr(config, key)) != flag.default}
+    used = values.keys() | {f"{name}={value}" for name, value in values.items()}
     for name, others in EXCLUDES.items():
         for other in others.split():
             if {name, other} <= used:
-                raise UserError(f"--{name} and --{other} exclude each other; drop one of them")
+                pair = f"--{name} and --{other}".replace("=", " ")
+                raise UserError(f"{pair} exclude each other; drop one of them")
     for name, other in NEEDS.items():
         if name in used and other not in used:
             raise UserError(f"--{name} needs --{other}; add it, or drop --{name}")
@@ -240,25 +250,18 @@ def check(config: Config, given: Collection[str]) -> None:
         raise UserError(f"--amp needs float32 weights, --model-dtype is {config.model_dtype}; drop one of them")
     if config.fsdp and config.clip_grad is not None and config.clip_mode == "agc":
         raise UserError("--fsdp does not support --clip-mode agc; use norm or value")
-    if config.fsdp and config.opt.lower().startswith(("lookahead", "ssam-", "sam-random")):
+    if config.fsdp and config.opt.startswith(("lookahead", "ssam-", "sam-random")):
         raise UserError(f"--fsdp does not support --opt {config.opt}; drop lookahead_, or use a name without a mask")
-    if config.sched == "plateau" and config.sched_on_updates:
-        raise UserError("--sched plateau steps once per epoch; drop --sched-on-updates")
-    if config.sched == "plateau" and config.start_epoch is not None:
-        raise UserError("--sched plateau follows the metric, not the epoch; drop --start-epoch")
     if config.lr_decay_fn and config.sched not in ("wsd", "rsqrt"):
         raise UserError(f"--lr-decay-fn is for --sched wsd and rsqrt, not {config.sched}; drop it")
     if config.lr_stable_timescale and config.sched != "rsqrt":
         raise UserError(f"--lr-stable-timescale is for --sched rsqrt, not {config.sched}; drop it")
     if config.resume == AUTO and not config.experiment:
         raise UserError("--resume auto resumes the run that --experiment names; add it")
-    if config.save_epochs and config.checkpoint_format == "dcp":
-        raise UserError("--save-epochs keeps single files; drop it, or --checkpoint-format dcp")
 
 
 def _check_opt(name: str, where: str) -> None:
-    known = timm.optim.list_optimizers()
-    plain = str(name).lower().removeprefix("lookahead_")
+    known, plain = timm.optim.list_optimizers(), name.removeprefix("lookahead_")
     if plain not in known:
         raise UserError(f"{where}: unknown optimizer {name!r}{nearest(plain, known)}")
 
@@ -269,48 +272,37 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
     if base and config.base_opt not in (None, base, BASES[f"-{base}"]):
         other = f"--opt {opt.removesuffix(f'-{base}')} --base-opt {config.base_opt}"
         raise UserError(f"--opt {opt} says {base}, --base-opt {config.base_opt}; use {other}")
-    if {"fisher_samples", "mask_epochs"}.intersection(given) and not opt.startswith("ssam-"):
+    name = opt.removeprefix("lookahead_")
+    if {"fisher_samples", "mask_epochs"}.intersection(given) and not name.startswith("ssam-"):
         raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {opt}")
-    if opt.startswith("ssam-f") and config.jsd_loss and "mask_every" not in config.opt_kwargs:
+    if name.startswith("ssam-f") and config.jsd_loss and "mask_every" not in config.opt_kwargs:
         raise UserError(f"--opt {opt} takes its mask from single images, which have no --jsd-loss; drop one of them")
     if config.sam_end_epoch is not None and config.sam_end_epoch <= config.sam_start_epoch:
         raise UserError(
             f"--sam-end-epoch {config.sam_end_epoch} is not after --sam-start-epoch {config.sam_start_epoch}, so no "
             "epoch has the two-pass step; drop one of them, or use the base optimizer"
         )
-    if config.sam_tail is not None and (config.sam_start_epoch or config.sam_end_epoch or config.sam_every != 1):
-        raise UserError(
-            "--sam-tail excludes --sam-start-epoch, --sam-end-epoch and --sam-every; drop them or --sam-tail"
-        )
     if (tail_opt := config.tail_opt) is not None:
         _check_opt(tail_opt, "--tail-opt")
-        if any(name.lower().startswith("lookahead_") for name in (opt, tail_opt)):
+        if "lookahead_" in opt + tail_opt:
             raise UserError("--tail-opt replaces the base optimizer, where Lookahead keeps its state; drop lookahead_")
         if config.sam_tail == 1:
             raise UserError(f"--sam-tail 1 leaves no update before --tail-opt; use --base-opt {tail_opt} instead")
-    if config.rho_min and config.rho_sched == "constant":
-        raise UserError("--rho-min is for --rho-sched linear and lr; drop it or choose one")
     if isinstance(m, int) and config.batch_size % m:
         raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {m}")
     if isinstance(m, int) and (config.aug_splits or config.norm_dropout):
         raise UserError(f"--m-sharpness {m} excludes --aug-splits and --norm-dropout; drop one of them")
-    if config.ascent_size and config.bn_stats == "both":
-        raise UserError("--ascent-size excludes --bn-stats both: statistics of small images differ; drop one of them")
 
 
 def _check_batches(config: Config) -> None:
-    splits, sizes, probs = config.aug_splits, config.train_img_sizes, config.train_size_probs
-    if splits == 1:
+    if config.aug_splits == 1:
         raise UserError("--aug-splits 1 splits nothing; use 0, or at least 2")
-    if config.split_bn and not splits and not config.resplit:
+    if config.split_bn and not config.aug_splits and not config.resplit:
         raise UserError("--split-bn needs --aug-splits or --resplit")
     if config.batch_size % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
         raise UserError("mixup and cutmix pair samples; use an even --batch-size")
-    if sizes and probs and len(probs) != len(sizes):
+    if config.train_size_probs and len(config.train_size_probs) != len(config.train_img_sizes):
         raise UserError("--train-size-probs needs one value for each of --train-img-sizes")
-    channels = (config.input_size or [None])[0]
-    if config.in_chans and channels and config.in_chans != channels:
-        raise UserError(f"--in-chans {config.in_chans} contradicts --input-size with {channels} channels; drop one")
     if config.global_batch_size is not None and not config.print_config:
         processes = world_info_from_env()[2] if os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"} else 1
         product = processes * config.batch_size * config.grad_accum_steps

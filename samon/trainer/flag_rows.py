@@ -4,8 +4,8 @@ from samon.engines.ascent import SOURCES, make_ascent
 from samon.evals import EVALS
 from samon.geometry import validate_radius_rule
 from samon.schedule import RHO_SCHEDULES
-from samon.trainer.flag_rows_timm import TIMM, B, T, V
-from samon.trainer.flags import Flag, Sections, rows_of_program
+from samon.trainer.flag_rows_timm import TIMM, B, T, V, optimizer_name
+from samon.trainer.flags import Flag, Sections
 
 # Texts that are too long for their row.
 SETTINGS = "YAML file of settings (keys are the flags, with _ for -), or a recipe such as imagenet/resnet50"
@@ -59,7 +59,7 @@ SAM: tuple[Flag, ...] = (
     T("rho", float, None, "radius of the perturbation; by default the optimizer name's own", range=">= 0"),
     T("eta", float, None, "eta of the geometry; by default the optimizer name's own", range=">= 0"),
     T("radius", validate_radius_rule, "ball", RADIUS),
-    T("base-opt", str, None, "timm optimizer that applies the perturbed gradient"),
+    T("base-opt", optimizer_name, None, "timm optimizer that applies the perturbed gradient"),
     T("perturb", str, None, "perturb only the parameters of the scope whose qualified name matches this regex"),
     T("perturb-frozen", bool, False, "perturb the parameters of the scope that are not trained, too"),
     T("sparsity", float, None, "fraction left unperturbed by sam-random, ssam-f and ssam-d", range="in [0, 1)"),
@@ -74,7 +74,7 @@ SAM: tuple[Flag, ...] = (
     T("sam-start-epoch", int, 0, "first epoch of the two-pass step", range=">= 0"),
     T("sam-end-epoch", int, None, "epoch from which the base step is used again", range=">= 0"),
     T("sam-tail", float, None, "only the last fraction of all updates takes two passes", range="in (0, 1]"),
-    T("tail-opt", str, None, TAIL_OPT),
+    T("tail-opt", optimizer_name, None, TAIL_OPT),
     T("tail-lr", float, 1.0, "factor on the schedule's learning rate for --tail-opt", range="> 0"),
     T("rho-sched", str, "constant", RHO_SCHED, choices=RHO_SCHEDULES),
     T("rho-warmup", int, 0, "updates of the linear ramp, from the first two-pass update on", range=">= 0"),
@@ -165,4 +165,7 @@ SECTIONS: Sections = {
     ),
     **TIMM,
 }
-TRAIN, VALIDATE = (rows_of_program(SECTIONS, program) for program in ("train", "validate"))
+TRAIN, VALIDATE = (
+    {title: rows for title, all_rows in SECTIONS.items() if (rows := tuple(f for f in all_rows if name in f.programs))}
+    for name in ("train", "validate")
+)

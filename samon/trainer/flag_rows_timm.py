@@ -30,6 +30,11 @@ NO_NAFLEX = "sequence-packed batches are not supported; train.py has --train-img
 ONE_BATCH_SIZE = "a state counts samples in batches of one size, --batch-size, for all image sizes"
 
 
+def optimizer_name(value: object) -> str:
+    """In lower case, as timm's factory reads it: `per_opt` and our tables must find it too."""
+    return str(value).lower()
+
+
 def refused(flags: str, reason: str, switch: str = "", programs: tuple[str, ...] = TRAIN_ONLY) -> tuple[Flag, ...]:
     """Rows of refused flags.
 
@@ -100,7 +105,7 @@ TIMM: Sections = {
         B("device-modules", str, None, "Python modules of device backends to import first", nargs="+"),
     ),
     "Optimizer": (
-        T("opt", str, "sgd", "optimizer name; names such as samon-layerl2 are sharpness-aware"),
+        T("opt", optimizer_name, "sgd", "optimizer name; names such as samon-layerl2 are sharpness-aware"),
         T("opt-eps", float, None, "the optimizer's epsilon", range=">= 0"),
         T("opt-betas", float, None, "the optimizer's betas", nargs="+", range=">= 0"),
         T("momentum", float, 0.9, "momentum", range=">= 0"),

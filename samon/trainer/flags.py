@@ -163,12 +163,6 @@ class Flag:
 Sections = Mapping[str, tuple[Flag, ...]]  # rows by the title of their table
 
 
-def rows_of_program(sections: Sections, program: str) -> Sections:
-    """The rows of `train` or `validate`."""
-    chosen = {title: tuple(flag for flag in rows if program in flag.programs) for title, rows in sections.items()}
-    return {title: rows for title, rows in chosen.items() if rows}
-
-
 def by_key(sections: Sections) -> dict[str, Flag]:
     """All rows, by their YAML key."""
     return {flag.key: flag for rows in sections.values() for flag in rows}

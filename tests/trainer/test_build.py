@@ -321,9 +321,9 @@ def test_flags_of_the_two_pass_phase(args: str, holds: Callable[[build.Run], boo
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--sam-tail 0.3 --sam-every 2", "--sam-tail excludes"),
-        ("--sam-tail 0.3 --sam-start-epoch 1", "--sam-tail excludes"),
-        ("--rho-min 0.1", "--rho-min is for --rho-sched"),
+        ("--sam-tail 0.3 --sam-every 2", "--sam-tail and --sam-every exclude"),
+        ("--sam-tail 0.3 --sam-start-epoch 1", "--sam-tail and --sam-start-epoch exclude"),
+        ("--rho-min 0.1", "--rho-min needs --rho-sched"),
         ("--rho-sched lr --sched none", "learning rate that is constant"),
         ("--tail-opt muon", "--tail-opt needs --sam-tail"),
         ("--sam-tail 0.3 --tail-lr 0.1", "--tail-lr needs --tail-opt"),

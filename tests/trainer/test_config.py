@@ -53,6 +53,7 @@ def test_precedence(write: Write) -> None:
     assert (c.lr, c.rho, c.epochs, c.momentum, c.weight_decay) == (0.3, 0.7, 9, 0.5, 2e-5)
     assert (c.amp, c.no_aug) == (False, True)
     assert parse("-c", file, "--opt", "samon", "--lr", "1").lr == 1.0
+    assert parse("-c", file, "--opt", "SAMON").rho == 0.7  # timm ignores the case
     assert parse("-c", file).lr == 0.4  # per_opt of the default, sgd
     assert parse("-c", write("opt: samon\nper_opt: {samon: {rho: 0.7}}\n")).rho == 0.7
 
@@ -74,11 +75,12 @@ def test_print_config_reads_back_and_touches_nothing(write: Write, capsys: pytes
 
 
 def test_a_file_changes_the_one_that_it_is_based_on(write: Write) -> None:
-    write("lr: 0.2\nepochs: 7\nper_opt:\n  samon: {rho: 0.7}\n  sam: {rho: 0.1}\n", "base.yaml")
-    file = write("base: ../base.yaml\nepochs: 9\nper_opt: {sam: {rho: 0.3}}\n", "sub/own.yaml")
+    write("lr: 0.2\nepochs: 7\nper_opt:\n  samon: {rho: 0.7}\n  sam: {rho: 0.1, momentum: 0.5}\n", "base.yaml")
+    file = write("base: ../base.yaml\nepochs: 9\nper_opt: {SAM: {rho: 0.3}}\n", "sub/own.yaml")
     c = parse("-c", file, "--opt", "samon")
     assert (c.lr, c.epochs, c.rho) == (0.2, 9, 0.7)
-    assert parse("-c", file, "--opt", "sam").rho == 0.3
+    c = parse("-c", file, "--opt", "sam")
+    assert (c.rho, c.momentum) == (0.3, 0.5)
     with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
         parse("-c", write("base: gone.yaml\n"))
     own = write("base: other.yaml\n", "own.yaml")
@@ -168,7 +170,7 @@ SAMON = ["--opt", "samon"]
         ([*SAMON, "--m-sharpness", "4", "--aug-splits", "2"], "--aug-splits"),
         ([*SAMON, "--m-sharpness", "4", "--norm-dropout", "0.1"], "--norm-dropout"),
         ([*SAMON, "--m-sharpness", "global", "--ascent-fraction", "0.5"], "--m-sharpness and --ascent-fraction"),
-        ([*SAMON, "--ascent-size", "8", "--bn-stats", "both"], "--ascent-size excludes --bn-stats both"),
+        ([*SAMON, "--ascent-size", "8", "--bn-stats", "both"], "--ascent-size and --bn-stats both exclude"),
         (["--fix-norm", "--train-only-norm"], "--fix-norm and --train-only-norm exclude"),
         (["--weight-decay-on", "all", "--layer-decay", "0.9"], "--weight-decay-on and --layer-decay exclude"),
         (["--fsdp", "--torchcompile"], "--fsdp and --torchcompile exclude"),
@@ -185,13 +187,13 @@ SAMON = ["--opt", "samon"]
         (["--opt", "ssam-f", "--aug-splits", "2", "--jsd-loss"], "--opt ssam-f takes its mask from single images"),
         (["--loss", "ce", "--bce-loss"], "--loss ce contradicts --bce-loss"),
         (["--train-img-sizes", "16", "32", "--train-size-probs", "1"], "one value for each"),
-        (["--in-chans", "3", "--input-size", "1", "8", "8"], "contradicts --input-size with 1 channels"),
-        (["--sched", "plateau", "--start-epoch", "1"], "drop --start-epoch"),
-        (["--sched", "plateau", "--sched-on-updates"], "drop --sched-on-updates"),
+        (["--sched", "plateau", "--start-epoch", "1"], "--sched plateau and --start-epoch exclude"),
+        (["--sched", "plateau", "--sched-on-updates"], "--sched plateau and --sched-on-updates exclude"),
         (["--lr-decay-fn", "linear"], "--lr-decay-fn is for --sched wsd and rsqrt, not cosine"),
         (["--sched", "wsd", "--lr-stable-timescale", "2"], "is for --sched rsqrt, not wsd"),
         (["--resume", "auto"], "--resume auto .*--experiment"),
-        (["--save-epochs", "1", "--checkpoint-format", "dcp"], "--save-epochs keeps single files"),
+        (["--save-epochs", "1", "--checkpoint-format", "dcp"], "--checkpoint-format dcp and --save-epochs exclude"),
+        (["--opt", "lookahead_ssam-f", "--aug-splits", "2", "--jsd-loss", "--fisher-samples", "9"], "single images"),
     ],
 )
 def test_settings_that_do_not_combine(argv: list[str], words: str) -> None:
@@ -238,6 +240,7 @@ NO_DATA = ["--data-dir", "/nowhere"]  # the optimizer's mistakes are found befor
         (["--in-chans", "3", "--std", "0.5", "0.5"], "std must have one value or 3 values, got 2"),
         (["--img-size", "32", "--input-size", "1", "48", "48"], "Conflicting input image sizes"),
         (["--model", "test_vit", "--model-kwargs", "img_size=48"], "Conflicting input image sizes"),
+        (["--input-size", "3", "8", "8"], "Conflicting input channel counts"),
         (["--in-chans", "7"], "--in-chans 7: images are read as L, 1 channel"),
         (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2"),
         (["--initial-checkpoint", "/nowhere.pth"], "--initial-checkpoint: no file /nowhere.pth"),
