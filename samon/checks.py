@@ -16,7 +16,6 @@ from samon.scope import refuse_fsdp1
 if TYPE_CHECKING:
     from samon.two_pass import StepOptions
 
-BN_STATS = ("first", "second", "both")  # the pass that updates running statistics
 REENTRANT = (
     "torch.utils.checkpoint(use_reentrant=True) hides {} from the ascent pass, which differentiates with respect to "
     "the perturbed parameters only; pass use_reentrant=False (timm: timm.layers.set_reentrant_ckpt(False))"
@@ -42,8 +41,8 @@ def check_options(sam: SAM, options: "StepOptions") -> None:
         raise UserError("forward is an empty sequence")
     if reduce not in ("device", "global"):
         raise UserError(f"reduce must be 'device' or 'global', got {reduce!r}")
-    if bn_stats not in BN_STATS:
-        raise UserError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+    if bn_stats not in ("first", "second", "both"):
+        raise UserError(f"bn_stats must be 'first', 'second' or 'both', got {bn_stats!r}")
     if groups < 1:
         raise UserError(f"groups must be at least 1, got {groups}")
     if groups > 1 and (reduce == "global" or options.num_forwards > 1 or options.partial_ascent):

@@ -1,8 +1,8 @@
 """Temporary changes to a model, each undone exactly, also after an exception."""
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,7 +64,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def modules_of(optimizer: Optimizer, model: nn.Module | None) -> list[nn.Module]:
-    """All modules of the model, or those recorded in the first step if the optimizer was created without a model."""
+    """All modules of the model. For an optimizer created without one, those of its first step, before which none."""
     return list(_recorded_modules.get(optimizer, ())) if model is None else all_modules(model)
 
 
@@ -74,39 +74,56 @@ def parameters_of(modules: Iterable[nn.Module]) -> dict[int, Parameter]:
 
 
 @contextmanager
-def record_modules(optimizer: Optimizer, model: nn.Module | None) -> Iterator[None]:
-    """Around a first pass: without a model, record which modules run, once (compiled ones run eagerly)."""
-    if model is not None or optimizer in _recorded_modules:
-        yield
-        return
-    modules = _recorded_modules.setdefault(optimizer, set())
-    hook = register_module_forward_pre_hook(lambda module, args: modules.add(module))
-    with hook, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
-        yield
-    if not modules:  # a closure that computes nothing is not a first pass
-        del _recorded_modules[optimizer]
-
-
-@contextmanager
-def preserve_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore all buffers of the modules at the end.
+def preserve_buffers(modules: Iterable[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
+    """Restore all buffers of the modules at the end. Yields a function that adds a module, before it runs.
 
     All, because any forward may write to any: running statistics of BatchNorm, EvoNorm and custom classes, the vectors
     of spectral normalization. Copying values works for every class, compiled or not. The copy back is an in-place
     write, so a forward that ran inside must have been backpropagated inside as well.
     """
-    owners = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
-    buffers = [b for _, before in owners for b in before.values() if b is not None and _is_writable(b)]
-    saved = [b.clone() for b in buffers]
+    owners: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+    buffers, saved = list[Tensor](), list[Tensor]()
+
+    def add(module: nn.Module) -> None:
+        if module._buffers:
+            owners.append((module._buffers, dict(module._buffers)))
+            writable = [b for b in module._buffers.values() if b is not None and _is_writable(b)]
+            buffers.extend(writable)
+            saved.extend(b.clone() for b in writable)
+
+    for module in modules:
+        add(module)
     try:
-        yield
+        yield add
     finally:
         for current, before in owners:
             current.update(before)  # buffers that code replaced instead of writing to them
         if saved:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, saved)
+
+
+@contextmanager
+def preserve_buffers_in_pass(optimizer: Optimizer, modules: list[nn.Module]) -> Iterator[None]:
+    """Restore the buffers of `modules_of(optimizer, ...)` at the end of a pass. If these are not known yet, record the
+    modules that run inside, once (compiled ones run eagerly)."""
+    recorded = set[nn.Module]()
+    with preserve_buffers(modules) as add, ExitStack() as stack:
+        if not modules:
+
+            def record(module: nn.Module, args: object) -> None:
+                for m in module.modules():
+                    if m not in recorded:
+                        add(m)
+                        recorded.add(m)
+
+            stack.enter_context(register_module_forward_pre_hook(record))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
+        yield
+    if recorded:
+        _recorded_modules[optimizer] = recorded
 
 
 def _is_writable(buffer: Tensor) -> bool:

@@ -130,12 +130,14 @@ def to_float32(tensor: Tensor) -> Tensor:
 
 
 def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, reduce: NormReduction = None) -> Tensor:
-    """The norm of all tensors as one vector: shape [], or [G] if grouped."""
+    """The norm of all tensors as one vector: shape [], or [G] if grouped. With `reduce`, order is 1 or 2."""
     if grouped:
         per_tensor = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
         return torch.linalg.vector_norm(torch.stack(per_tensor), order, dim=0)
     norms = torch.stack(torch._foreach_norm(list(tensors), order))
-    return torch.linalg.vector_norm(norms if reduce is None else reduce(norms), order)
+    if reduce is not None:  # which sums squares over the shards
+        norms = reduce(norms) if order == 2 else reduce(norms.sqrt()).square()
+    return torch.linalg.vector_norm(norms, order)
 
 
 def ascent_step(
@@ -174,7 +176,7 @@ def ascent_step(
     norm = global_norm(scaled_grads, grouped=grouped, reduce=reduce)
     if row.p == math.inf:
         signs = [rho * x for x in scaled([g.sgn() for g in grads])]
-        scale = None if radius == "ball" else radius_scale(radius, _norm_1(scaled_grads, grouped, reduce))
+        scale = None if radius == "ball" else radius_scale(radius, global_norm(scaled_grads, 1, grouped, reduce))
         return signs if scale is None else [x * _per_row(scale, x) for x in signs], norm
     # One division by norm / rho, which for rho = 0 gives x / inf = 0. If the norm is zero, then so is T g.
     divisor = torch.where(norm > 0, norm, 1) / rho
@@ -188,14 +190,6 @@ def ascent_step(
 def _per_row(values: Tensor, like: Tensor) -> Tensor:
     """Values [] or [G], shaped to broadcast against `like` [G, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
-
-
-def _norm_1(tensors: Tensors, grouped: bool, reduce: NormReduction) -> Tensor:
-    """The 1-norm of all tensors as one vector: [], or [G] if grouped. `reduce` sums squares over the shards."""
-    if grouped:
-        return global_norm(tensors, 1, grouped=True)
-    norms = torch.stack(torch._foreach_norm(list(tensors), 1))
-    return (norms if reduce is None else reduce(norms.sqrt()).square()).sum()
 
 
 def perturbation(
@@ -221,12 +215,11 @@ def perturbation(
     eps = eps if keep_probability == 1 else list(torch._foreach_div(eps, keep_probability))
     finite = norm.isfinite()
     if radius != "ball":  # 1 / ||g||* overflows for tiny gradients
-        finite = finite & torch.stack([t.isfinite().flatten(int(grouped)).all(-1) for t in eps]).all(0)
+        finite &= torch.stack([t.isfinite().flatten(int(grouped)).all(-1) for t in eps]).all(0)
     if len({(t.dtype, t.device) for t in eps}) > 1:
         return [torch.where(_per_row(finite, t), t, 0) for t in eps], norm, finite
-    if grouped:
-        return [torch.cat([t.flatten(1) for t in eps], 1).masked_fill_(~finite[:, None], 0)], norm, finite
-    return [torch.cat([t.reshape(-1) for t in eps]).masked_fill_(~finite, 0)], norm, finite
+    flat = torch.cat([t.flatten(int(grouped)) for t in eps], -1)
+    return [flat.masked_fill_(~finite.unsqueeze(-1), 0)], norm, finite
 
 
 class FlatTensors(list[Tensor]):

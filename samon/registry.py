@@ -11,15 +11,17 @@ from timm.optim._optim_factory import OptimizerRegistry, default_registry
 from torch import nn
 from torch.optim import Optimizer
 
-from samon.engines.ascent import make_ascent
-from samon.engines.masks import KINDS, Mask
 from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.geometry import GEOMETRIES
 from samon.sam import SAM
 from samon.scope import SCOPES, Selection, select, select_bare
 
 BASES = {"": "sgd", "-momentum": "momentum", "-adamw": "adamw", "-lion": "lion", "-muon": "muon"}
-MASKED = {"sam-random": "random", "ssam-f": "fisher", "ssam-d": "dynamic"}  # names with a mask over all parameters
+MASKED = {  # names with a mask over all parameters: its kind, and in words
+    "sam-random": ("random", "a random mask, sampled once"),
+    "ssam-f": ("fisher", "a Fisher mask (SSAM-F)"),
+    "ssam-d": ("dynamic", "a dynamic mask (SSAM-D)"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Variant:
     geometry: str
     base: str
     mask: str | None = None
+    mask_description: str = ""
 
     @property
     def norms_only(self) -> bool:
@@ -43,7 +46,7 @@ class Variant:
     @property
     def target(self) -> str:
         """What is perturbed, in words."""
-        return SCOPES[self.scope].description + ("" if self.mask is None else f" through {KINDS[self.mask]}")
+        return SCOPES[self.scope].description + (f" through {self.mask_description}" if self.mask else "")
 
     @property
     def description(self) -> str:
@@ -55,7 +58,7 @@ def _variants() -> Iterator[Variant]:
         for scope, geometry in product(SCOPES, GEOMETRIES):
             yield Variant("-".join(filter(None, (scope, geometry))) + suffix, scope, geometry, base)
         for name, mask in MASKED.items():
-            yield Variant(name + suffix, "sam", "", base, mask)
+            yield Variant(name + suffix, "sam", "", base, *mask)
 
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in _variants()}
@@ -110,6 +113,9 @@ class VariantSAM(SAM):
         selection: Selection | None = None,
         **base_kwargs: Any,
     ) -> None:
+        from samon.engines.ascent import make_ascent
+        from samon.engines.masks import Mask
+
         variant = self.variant
         base_opt = base_opt or variant.base
         if variant_of(base_opt) is not None:
@@ -143,12 +149,10 @@ class VariantSAM(SAM):
         )
 
 
-def _class_of(variant: Variant) -> type[VariantSAM]:
-    attributes = {"variant": variant, "__doc__": variant.description, "__module__": __name__}
-    return type(variant.name, (VariantSAM,), attributes)
-
-
-CLASSES = {name: _class_of(variant) for name, variant in VARIANTS.items()}
+CLASSES: dict[str, type[VariantSAM]] = {
+    name: type(name, (VariantSAM,), {"variant": variant, "__doc__": variant.description, "__module__": __name__})
+    for name, variant in VARIANTS.items()
+}
 globals().update(CLASSES)  # pickle finds a class by its name in its module
 
 
@@ -173,9 +177,7 @@ def register(registry: OptimizerRegistry = default_registry) -> None:
     """Add our names to timm's registry, once. Importing samon does it."""
     if "samon" in registry._optimizers:
         return
-    for variant in VARIANTS.values():
+    for name, cls in CLASSES.items():
         # All arguments pass through: base_opt may change the base optimizer, and timm drops what that does not accept.
-        cls = CLASSES[variant.name]
-        info = OptimInfo(variant.name, cls, variant.description, has_eps=True, has_momentum=True, has_betas=True)
-        registry.register(info)
+        registry.register(OptimInfo(name, cls, cls.__doc__ or "", has_eps=True, has_momentum=True, has_betas=True))
     registry.create_optimizer = _with_selection(registry.create_optimizer)  # type: ignore[method-assign]

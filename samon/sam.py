@@ -17,16 +17,7 @@ from torch.optim import Optimizer
 from samon import contexts, geometry
 from samon.ascent import AscentSource, Grads
 from samon.errors import UserError
-from samon.geometry import (
-    GEOMETRIES,
-    LOW_PRECISION,
-    FlatTensors,
-    NormReduction,
-    global_norm,
-    to_float32,
-    validate_radius,
-    validate_radius_rule,
-)
+from samon.geometry import GEOMETRIES, FlatTensors, NormReduction, validate_radius, validate_radius_rule
 from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
 from samon.wrapper import OptimizerWrapper
 
@@ -82,12 +73,9 @@ class SAM(OptimizerWrapper):
         self.rho = validate_radius("rho", rho)
         self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
-        trained = {id(p) for group in base.param_groups for p in group["params"]}
-        own = {
-            n: p
-            for n, p in selection.parameters.items()
-            if id(p) in trained or (selection.perturb_frozen and not p.requires_grad)
-        }
+        trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen
+        candidates = selection.parameters.items()
+        own = {n: p for n, p in candidates if id(p) in trained or (with_frozen and not p.requires_grad)}
         self.selection = replace(selection, parameters=own)
 
     def _init_instance(self) -> None:
@@ -238,11 +226,11 @@ class SAM(OptimizerWrapper):
                 "them on one device; move the model to one, or let perturb=... choose parameters of one"
             )
         pairs = zip(weights, grads, strict=True)
-        dense = [to_float32(torch.zeros_like(w) if g is None else to_local(g)) for w, g in pairs]
+        dense = [geometry.to_float32(torch.zeros_like(w) if g is None else to_local(g)) for w, g in pairs]
         if self.mask is not None:
             dense = self.mask(dense)
-        # For `eleml2orig`: weights by their own name, as in the authors' code.
-        is_weight = [n.rpartition(".")[2] == "weight" for n in named] if GEOMETRIES[self.geometry].by_name else []
+        # The authors' rule for `eleml2orig`, which includes nn.MultiheadAttention's `in_proj_weight`.
+        is_weight = ["weight" in name for name in named] if GEOMETRIES[self.geometry].by_name else []
         settings = (self.rho, self.eta, is_weight, grouped, self.ascent.keep_probability)
         eps, norm, finite = self.arithmetic.perturbation(
             self.geometry, weights, dense, *settings, self.norm_reduction(named), self.radius
@@ -289,10 +277,16 @@ class SAM(OptimizerWrapper):
         Args:
             grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`. If one is not finite,
                 eps is zero.
+
+        Raises:
+            UserError: `grads` has no perturbed parameter's name.
         """
+        names = self.perturbed_parameters().keys()
         if not isinstance(grads, Mapping):
-            grads = dict(zip(self.perturbed_parameters(), grads, strict=True))
+            grads = dict(zip(names, grads, strict=True))
         with self.sampled_parameters() as named:
+            if not names & grads.keys():
+                raise UserError(f"grads names no perturbed parameter: {[*grads][:1]} instead of {[*names][:1]}")
             self.ascent.used = True
             eps, _, _ = self.perturbation(named, [grads.get(name) for name in named])
             with self.add_perturbation(named, eps), torch.enable_grad():
@@ -319,12 +313,12 @@ class SAM(OptimizerWrapper):
             saved: the weights before eps was added; None for one eps per group, [G, ...], which is not added to them.
         """
         reduce, applied = self.norm_reduction(named), eps
-        if any(p.dtype in LOW_PRECISION for p in named.values()):
+        if any(p.dtype in geometry.LOW_PRECISION for p in named.values()):
             from samon.engines.diagnostics import record_rounding
 
             applied = record_rounding(self, _local(named), eps, saved, reduce)
         vectors = [applied.flat] if isinstance(applied, FlatTensors) and reduce is None else applied
-        self.stats["eps_norm"] = global_norm(vectors, grouped=saved is None, reduce=reduce).mean()
+        self.stats["eps_norm"] = geometry.global_norm(vectors, grouped=saved is None, reduce=reduce).mean()
 
     # -- the step ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -444,12 +438,11 @@ def sam_of(optimizer: object) -> SAM | None:
     return optimizer if isinstance(optimizer, SAM) else None
 
 
-def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors averaged over the processes, in one message."""
     flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    dist.all_reduce(flat)
+    return FlatTensors(flat.div_(dist.get_world_size()), tensors)
 
 
 def to_local(tensor: Tensor) -> Tensor:

@@ -72,7 +72,6 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
     **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
 }
 BUILT_IN = frozenset(NORM_TYPES)
-NOT_NORMS: tuple[type[nn.Module], ...] = (GlobalResponseNorm,)  # "norm" by name alone
 
 
 def register_norm(cls: type[nn.Module], dim: int | None) -> None:
@@ -98,21 +97,17 @@ def register_norm(cls: type[nn.Module], dim: int | None) -> None:
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every normalization module of the model by qualified name, affine or not."""
-    return _by_unique_name((name, m) for name, m in named_modules(model) if is_norm(m))
+    return _by_unique_name((name, m) for name, m in named_modules(model) if norm_type(m) is not None)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module's class, or a base class of it, is a known normalization layer."""
-    return not NORM_TYPES.keys().isdisjoint(type(module).__mro__)
+def norm_type(module: nn.Module) -> type[nn.Module] | None:
+    """The known normalization layer that the module is: its class or the closest base class. None for other modules."""
+    return next((t for t in type(module).__mro__ if t in NORM_TYPES), None)
 
 
 def affine_dim(module: nn.Module) -> int | None:
-    """The entry of NORM_TYPES for the closest class of this normalization module."""
-    return NORM_TYPES[_closest_norm_type(module)]
-
-
-def _closest_norm_type(module: nn.Module) -> type[nn.Module]:
-    return next(t for t in type(module).__mro__ if t in NORM_TYPES)
+    """The entry of NORM_TYPES for this normalization module."""
+    return next(NORM_TYPES[t] for t in type(module).__mro__ if t in NORM_TYPES)
 
 
 def norm_parameters(model: nn.Module) -> Named:
@@ -120,7 +115,7 @@ def norm_parameters(model: nn.Module) -> Named:
     names: dict[Parameter, str] = {}
     for prefix, module in norm_modules(model).items():
         # FRN and EvoNorm own further parameters, which are not affine.
-        own = ("weight", "bias") if _closest_norm_type(module) in BUILT_IN else module._parameters
+        own = ("weight", "bias") if norm_type(module) in BUILT_IN else module._parameters
         for name in own:
             for path, parameter in _parameters_of_attribute(module, name):
                 names.setdefault(parameter, f"{prefix}.{path}" if prefix else path)
@@ -138,9 +133,9 @@ def _parameters_of_attribute(module: nn.Module, name: str) -> Iterator[tuple[str
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Whether the class is not known as a normalization layer, but has "norm" in its name and 1-D parameters."""
-    if "norm" not in type(module).__name__.lower() or is_norm(module) or isinstance(module, NOT_NORMS):
-        return False
-    return any(p.dim() == 1 for p in module.parameters(recurse=False))
+    unknown = norm_type(module) is None and not isinstance(module, GlobalResponseNorm)  # "norm" by name alone
+    named = "norm" in type(module).__name__.lower()
+    return named and unknown and any(p.dim() == 1 for p in module.parameters(recurse=False))
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from samon import rng
 from samon.checks import as_losses, check_options, explained_errors, raise_no_gradient, require_sam
 from samon.compat import foreach_clone
-from samon.contexts import modules_of, parameters_of, preserve_buffers, record_modules, requires_grad
+from samon.contexts import modules_of, parameters_of, preserve_buffers, preserve_buffers_in_pass, requires_grad
 from samon.sam import SAM, all_reduce_mean
 from samon.scope import Named
 
@@ -45,7 +45,6 @@ def two_pass(
     replay: bool = True,
     ascent_forward: Forward | None = None,
     loss_scale: float = 1.0,
-    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Accumulate the gradient at w + eps into `.grad`, leave w bit-exactly as it was, return the loss at w.
 
@@ -71,7 +70,6 @@ def two_pass(
             second pass.
         ascent_forward: the loss for the ascent pass, over a part of the batch.
         loss_scale: factor on the final gradient, 1/K for K accumulated calls.
-        process_group: the processes of `reduce='global'` (default: all).
 
     Returns:
         The detached loss at w; at w + eps if the ascent source makes a single pass. `SAM.stats` has further values.
@@ -82,20 +80,16 @@ def two_pass(
     sam = require_sam(optimizer)
     forwards = as_losses(forward)
     ascent_forwards = forwards if ascent_forward is None else as_losses(ascent_forward)
-    passes = (len(forwards), ascent_forward is not None)
-    options = StepOptions(*passes, groups, reduce, no_sync, scaler, bn_stats, same_noise, replay)
+    partial_ascent = ascent_forward is not None
+    options = StepOptions(len(forwards), partial_ascent, groups, reduce, no_sync, scaler, bn_stats, same_noise, replay)
     check_options(sam, options)
     with sam.sampled_parameters() as named, explained_errors(sam):
         engine = make_engine(sam, named, options)
-        return _two_pass(engine, forwards, ascent_forwards, loss_scale, process_group)
+        return _two_pass(engine, forwards, ascent_forwards, loss_scale)
 
 
 def _two_pass(
-    engine: "WholeBatch",
-    forwards: list[Forward],
-    ascent_forwards: list[Forward],
-    loss_scale: float,
-    process_group: dist.ProcessGroup | None,
+    engine: "WholeBatch", forwards: list[Forward], ascent_forwards: list[Forward], loss_scale: float
 ) -> Tensor:
     sam, loss, grads = engine.sam, None, None
     options = engine.options  # of a single-pass source they differ from the caller's
@@ -104,7 +98,7 @@ def _two_pass(
         # The ascent gradient: g = dL/dw at w (Eq. 3).
         loss, grads = engine.ascent_gradient(ascent_forwards)
         if options.reduce == "global" and dist.is_initialized():
-            grads = all_reduce_mean(grads, process_group)
+            grads = all_reduce_mean(grads)
     # The perturbation: eps = rho T^2 g / ||T g|| (Eq. 5).
     eps, finite = sam.step_perturbation(engine.named, grads, loss_scale, grouped=options.groups > 1)
     if noise is not None:
@@ -224,14 +218,14 @@ class WholeBatch:
         """Compute gradients of the perturbed parameters only, and leave the buffers if the second pass updates them."""
         buffers = preserve_buffers(self.modules if self.options.bn_stats == "second" else [])
         frozen, trained = requires_grad(self.frozen_parameters(), False), requires_grad(self.named.values(), True)
-        with frozen, trained, buffers, record_modules(self.sam, self.sam.model):
+        with frozen, trained, buffers:
             yield
 
     @contextmanager
     def perturbed(self, eps: list[Tensor]) -> Iterator[None]:
         """Move the weights to w + eps, and leave the buffers if the first pass has updated them."""
-        modules = self.modules or modules_of(self.sam, self.sam.model)  # without a model, the first pass recorded them
-        buffers = preserve_buffers(modules if self.options.bn_stats == "first" else [])
+        counted = self.options.bn_stats == "first"
+        buffers = preserve_buffers_in_pass(self.sam, self.modules) if counted else nullcontext()
         with buffers, self.sam.add_perturbation(self.named, eps):
             yield
 

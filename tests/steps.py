@@ -51,6 +51,14 @@ def closure_of(opt: Any, forward: Forward, backward: Callable[[Tensor], object] 
     return closure
 
 
+def two_steps(opt: samon.SAM, forward: Forward) -> None:
+    """The protocol of davda54/sam."""
+    forward().backward()
+    opt.first_step(zero_grad=True)
+    forward().backward()
+    opt.second_step(zero_grad=True)
+
+
 def update(
     opt: Any, *forwards: Forward | list[Forward], scaler: torch.amp.GradScaler | None = None, **options: Any
 ) -> Tensor:

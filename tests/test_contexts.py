@@ -54,12 +54,13 @@ def test_all_modules_is_modules() -> None:
     assert len(contexts.all_modules(model)) == len(list(model.modules()))
 
 
-def test_modules_without_a_model_are_recorded_in_the_first_pass() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    opt = torch.optim.SGD(model.parameters(), 0.1)
-    with contexts.record_modules(opt, None):  # a closure that computes nothing
+def test_modules_without_a_model_are_recorded_in_the_first_pass_that_runs_any() -> None:
+    model = randomized(BatchNormNet())
+    opt, before = torch.optim.SGD(model.parameters(), 0.1), values(model)
+    with contexts.preserve_buffers_in_pass(opt, []):
         pass
     assert contexts.modules_of(opt, None) == []
-    with contexts.record_modules(opt, None):
-        model(torch.ones(1, 2))
+    with contexts.preserve_buffers_in_pass(opt, []):
+        model(batch()[0])
     assert set(contexts.modules_of(opt, None)) == set(model.modules())
+    assert_unchanged(model, before)

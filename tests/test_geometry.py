@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samon.geometry import GEOMETRIES, ascent_step, global_norm
 from tests import reference
@@ -96,6 +96,16 @@ def test_a_tiny_gradient_moves_nothing_where_its_inverse_overflows(geometry: str
 def test_radius_does_not_depend_on_the_size_of_the_gradient(size: float) -> None:
     eps, _ = ascent_step("", [torch.ones(4)], [torch.full((4,), size)], 0.1)
     assert math.isclose(global_norm(eps).item(), 0.1, rel_tol=1e-5)
+
+
+def test_projections_of_attention_are_weights() -> None:
+    """In the original elementwise scaling, as by the authors' code: T = |w| + eta, and not 1."""
+    opt = optimizer_of(nn.TransformerEncoderLayer(8, 2, 8, dtype=torch.float64), "sam-eleml2orig")
+    named = opt.perturbed_parameters()
+    eps, *_ = opt.perturbation(named, [torch.ones_like(p) for p in named.values()])
+    scales = {name: e / eps[1][0] for name, e in zip(named, eps, strict=True)}  # the second is a bias
+    for name, p in named.items():
+        torch.testing.assert_close(scales[name], (p.abs() + 0.01).square() if "weight" in name else torch.ones_like(p))
 
 
 def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:

@@ -14,10 +14,10 @@ errors compat
 rng files progress schedule geometry scope contexts
 ascent wrapper
 sam
-checks
+registry checks
 two_pass
 engines
-registry models
+models
 data
 evals
 trainer

@@ -165,6 +165,9 @@ def test_perturbed_context_restores_bit_exactly() -> None:
     assert_unchanged(model, before)
     with opt.perturbed(list(grads.values())):
         assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
+    wrapped = {f"module.{name}": grad for name, grad in grads.items()}  # as DistributedDataParallel names them
+    with pytest.raises(UserError, match="names no perturbed parameter"), opt.perturbed(wrapped):
+        pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

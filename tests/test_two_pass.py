@@ -35,6 +35,7 @@ from tests.steps import (
     make,
     optimizer_of,
     same,
+    two_steps,
     update,
     values,
 )
@@ -177,7 +178,7 @@ WITH_BUFFERS = {
 }
 
 
-@pytest.mark.parametrize("way", ["first", "second", "both", "closure", "bare", "bare closure"])
+@pytest.mark.parametrize("way", ["first", "second", "both", "closure", "bare", "bare closure", "bare first_step"])
 @pytest.mark.parametrize("layer", WITH_BUFFERS)
 def test_every_buffer_is_written_by_the_pass_of_bn_stats(layer: str, way: str) -> None:
     torch.manual_seed(0)
@@ -190,6 +191,8 @@ def test_every_buffer_is_written_by_the_pass_of_bn_stats(layer: str, way: str) -
     for _ in range(2):
         if "closure" in way:
             opt.step(closure_of(opt, loss_of(model, x, y)))
+        elif "first_step" in way:
+            two_steps(opt, loss_of(model, x, y))
         else:
             samon.two_pass(opt, loss_of(model, x, y), bn_stats="first" if way == "bare" else way)
         probe.load_state_dict(twin.state_dict())
@@ -353,7 +356,7 @@ def test_bare_parameters_of_a_compiled_model() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"bn_stats": "none"}, "bn_stats must be one of first, second, both"),
+        ({"bn_stats": "none"}, "bn_stats must be 'first', 'second' or 'both'"),
         ({"reduce": "mean"}, "reduce must be 'device' or 'global'"),
         ({"groups": 0}, "groups must be at least 1"),
         ({"groups": 2, "reduce": "global"}, "does not combine with reduce='global'"),

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from samon.checks import raise_no_gradient
-from samon.contexts import modules_of, preserve_buffers, record_modules, requires_grad
+from samon.contexts import modules_of, preserve_buffers_in_pass, requires_grad
 from samon.engines.patches import graph_leaves, override_attrs
 from samon.errors import UserError
 from samon.sam import SAM
@@ -144,8 +144,7 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     grads: list[Tensor | None] | None = None
     own = set(map(id, gradients.parameters))
     if ascends or filled:
-        frozen, first_run = requires_grad(untrained, True), record_modules(sam, sam.model)
-        with first_run, frozen, gradients.observe(), record_foreign_gradients(own) as foreign:
+        with requires_grad(untrained, True), gradients.observe(), record_foreign_gradients(own) as foreign:
             loss = closure()
         if filled and not any(map(gradients.received, gradients.parameters)):
             return loss
@@ -164,7 +163,7 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
         gradients.clear()
         for leaf, grad in foreign.items():
             leaf.grad = grad
-        with preserve_buffers(modules_of(sam, sam.model)), sam.add_perturbation(named, eps):
+        with preserve_buffers_in_pass(sam, modules_of(sam, sam.model)), sam.add_perturbation(named, eps):
             closure()
     return loss
 
@@ -189,7 +188,7 @@ def manual_passes(sam: SAM) -> Iterator[None]:
         del grads  # not in memory together with those of the second pass
         gradients = GradientObserver(sam.parameters())
         perturbed = nullcontext() if eps is None else sam.add_perturbation(named, eps)
-        with preserve_buffers(modules_of(sam, sam.model)), perturbed, gradients.observe():
+        with preserve_buffers_in_pass(sam, modules_of(sam, sam.model)), perturbed, gradients.observe():
             yield
     if not any(map(gradients.received, gradients.parameters)):
         raise UserError(

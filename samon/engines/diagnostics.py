@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samon import rng
 from samon.checks import REENTRANT, raise_no_gradient
-from samon.contexts import modules_of, preserve_buffers
+from samon.contexts import modules_of, preserve_buffers_in_pass
 from samon.engines.patches import forward_hooks
 from samon.errors import UserError
 from samon.geometry import LOW_PRECISION, NormReduction, global_norm
@@ -53,7 +53,7 @@ def explain_missing_gradients(
         hooks = register_module_forward_pre_hook(record_lost)
     else:
         hooks = forward_hooks(sam.model.modules(), record_lost)
-    with preserve_buffers(modules_of(sam, sam.model)), rng.fork(loss.device), hooks:
+    with preserve_buffers_in_pass(sam, modules_of(sam, sam.model)), rng.fork(loss.device), hooks:
         forward()
     if lost:
         raise UserError(REENTRANT.format(lost[0]) + "; if it runs under torch.no_grad() on purpose, freeze it")

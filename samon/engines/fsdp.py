@@ -48,11 +48,11 @@ def no_sync(model: nn.Module | None) -> Callable[[], AbstractContextManager[None
     return lambda: _set(model, reduce_grads=False, all_reduce_grads=False)
 
 
-def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Average `.grad` of the replicated parameters of a sharded model over the processes, in one message. Call it once
     per update, before clipping; FSDP averages the sharded ones itself."""
     if grads := [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]:
-        torch._foreach_copy_(grads, all_reduce_mean(grads, group))
+        torch._foreach_copy_(grads, all_reduce_mean(grads))
 
 
 class Replicated(WholeBatch):

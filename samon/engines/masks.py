@@ -19,14 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samon.errors import UserError
-from samon.geometry import to_float32
+from samon.geometry import FlatTensors, to_float32
 from samon.sam import SAM
 
-KINDS = {
-    "random": "a random mask, sampled once",
-    "fisher": "a Fisher mask (SSAM-F)",
-    "dynamic": "a dynamic mask (SSAM-D)",
-}
+KINDS = ("random", "fisher", "dynamic")
 REPLACED = 0.5  # fraction of the kept entries that SSAM-D replaces at its first renewal
 
 
@@ -98,7 +94,7 @@ class Mask:
             mask = stay | _largest(self._random(flat).masked_fill(old, -1), replaced)
         else:
             mask = _largest(size, keep)
-        return [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in grads]), grads, strict=True)]
+        return list(FlatTensors(mask, grads))
 
     def _random(self, like: Tensor) -> Tensor:
         # On the CPU and from the step number: the same on every device, process and after a resume.

@@ -20,7 +20,7 @@ from samon import UserError
 from samon.scope import select
 from tests import reference, steps
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch
-from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, update, values
+from tests.steps import RHO, assert_same, assert_unchanged, closure_of, optimizer_of, same, two_steps, update, values
 
 UNCLEARED = r"earlier gradients were not cleared.*optimizer\.zero_grad\(\).*two_pass\(\.\.\., loss_scale=1/K\)"
 NO_GRADIENT = "the loss depends on no parameter that samon perturbs.*runs backward"
@@ -298,14 +298,6 @@ def test_nothing_is_read_on_the_host_if_the_closure_clears(set_to_none: bool) ->
             opt.step(lambda: (opt.zero_grad(set_to_none), forward().backward()))
         with pytest.raises(Exception, match="_local_scalar_dense"):
             opt.step(lambda: forward().backward())
-
-
-def two_steps(opt: samon.SAM, forward: Callable[[], Tensor]) -> None:
-    """The protocol of davda54/sam."""
-    forward().backward()
-    opt.first_step(zero_grad=True)
-    forward().backward()
-    opt.second_step(zero_grad=True)
 
 
 @pytest.mark.parametrize("net", NETS)
