@@ -32,11 +32,6 @@ def vectors() -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(s, dtype=torch.float64) for s in shapes], [torch.randn(s, dtype=torch.float64) for s in shapes]
 
 
-def rise(eps: list[Tensor], grads: list[Tensor]) -> float:
-    """Of the linearized loss."""
-    return sum(float((e * g).sum()) for e, g in zip(eps, grads, strict=True))
-
-
 @pytest.mark.parametrize("radius", RULES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_geometry_and_radius_equals_the_reference(geometry: str, radius: str | float, vectors) -> None:
@@ -52,24 +47,6 @@ def test_every_geometry_and_radius_equals_the_reference(geometry: str, radius: s
         torch.testing.assert_close(eps, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close([e[i] for e in grouped], expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(norms[i], norm, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_perturbation_lies_on_the_sphere(geometry: str, vectors) -> None:
-    """||T^-1 eps||_p = rho, at the best point; with radius="loss" the linearized loss rises by rho."""
-    weights, grads = vectors
-    row = GEOMETRIES[geometry]
-    eps, _ = ascent_step(geometry, weights, grads, RHO, row.eta, IS_WEIGHT)
-    ones = [torch.ones_like(w) for w in weights]
-    t = row.scale(weights, grads, row.eta, IS_WEIGHT) if row.scale else ones
-    radius = global_norm([e / a for e, a in zip(eps, t, strict=True)], row.p)
-    assert math.isclose(radius.item(), RHO, rel_tol=1e-12)
-    for _ in range(50):
-        other = [torch.randn_like(w) for w in weights]
-        factor = RHO / global_norm(other, row.p)
-        assert rise(eps, grads) >= rise([factor * a * o for a, o in zip(t, other, strict=True)], grads)
-    loss_eps, _ = ascent_step(geometry, weights, grads, RHO, row.eta, IS_WEIGHT, radius="loss")
-    assert math.isclose(rise(loss_eps, grads), RHO, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("radius", RULES)
@@ -106,14 +83,6 @@ def test_projections_of_attention_are_weights() -> None:
     scales = {name: e / eps[1][0] for name, e in zip(named, eps, strict=True)}  # the second is a bias
     for name, p in named.items():
         torch.testing.assert_close(scales[name], (p.abs() + 0.01).square() if "weight" in name else torch.ones_like(p))
-
-
-def test_zero_initialised_tensor_stays_under_layerwise_scaling(vectors) -> None:
-    weights, grads = vectors
-    weights[2].zero_()
-    eps, _ = ascent_step("layerl2", weights, grads, RHO)
-    assert torch.equal(eps[2], torch.zeros_like(eps[2]))
-    assert eps[1].abs().min() > 0
 
 
 def test_one_row_is_a_new_geometry_and_one_a_new_scope(tmp_path: Path) -> None:
@@ -156,15 +125,17 @@ print(scope_table(scores, {}))
     assert "| l inf (adamw) | 1.00 (rho 0.25) |  |" in done.stdout
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("geometry", reference.GEOMETRIES)
-def test_complex_entries_have_a_modulus_and_a_direction(geometry: str) -> None:
-    """The first-order gain over ||T^-1 eps||_p <= rho is the largest: rho ||T g||_q, with T and norms of moduli."""
+def test_the_perturbation_is_the_best_point_of_the_sphere(geometry: str, dtype: torch.dtype) -> None:
+    """||T^-1 eps||_p = rho, and the linearized loss rises by the most that is possible there: rho ||T g||_q. Of complex
+    entries, T and the norms are those of the moduli."""
     torch.manual_seed(0)
-    w, g = (torch.randn(7, dtype=torch.complex128) for _ in range(2))
+    w, g = (torch.randn(7, dtype=dtype) for _ in range(2))
     row, eta, rho = GEOMETRIES[geometry], reference.ETA[geometry], 0.3
     (eps,), _ = ascent_step(geometry, [w], [g], rho, eta, [True])
     t = reference.scale(geometry, "weight", w.abs(), g.abs(), eta) if geometry != "layerl2" else w.norm().expand(7)
     dual = 1 if row.p == math.inf else 2
-    gain = (eps.conj() * g).real.sum()
-    torch.testing.assert_close(gain, rho * torch.linalg.vector_norm(t * g.abs(), dual))
+    rise = (eps.conj() * g).real.sum()
+    torch.testing.assert_close(rise, rho * torch.linalg.vector_norm(t * g.abs(), dual))
     torch.testing.assert_close(torch.linalg.vector_norm(eps / t, row.p), torch.tensor(rho, dtype=torch.float64))
