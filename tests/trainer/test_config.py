@@ -70,7 +70,7 @@ def test_values_of_a_file_are_typed(write: Write) -> None:
 def test_print_config_reads_back_and_touches_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--opt", "samon", "--data-dir", "/nowhere", "--global-batch-size", "7", "--print-config"]) == {}
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["opt"] == "samon"
+    assert (yaml.safe_load(printed)["opt"], yaml.safe_load(printed)["rho"]) == ("samon", 0.5)
     assert config.dump(parse("-c", write(printed), "--print-config")) == printed
 
 
@@ -155,52 +155,6 @@ def test_bad_files(text: str, words: str, write: Write) -> None:
     assert all(word in str(error.value) for word in [file, *words.split("|")])
 
 
-SAMON = ["--opt", "samon"]
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["-c", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
-        (["--opt", "sgd", "--rho", "0.1"], "--rho has no effect with --opt sgd"),
-        (["--opt", "samon-adamw", "--base-opt", "lion"], "use --opt samon --base-opt lion"),
-        (["--opt", "sam", "--fisher-samples", "9"], "ssam-f and ssam-d, not sam"),
-        ([*SAMON, "--sam-end-epoch", "1", "--sam-start-epoch", "1"], "--sam-end-epoch 1 is not after"),
-        ([*SAMON, "--m-sharpness", "5"], "not divisible by --m-sharpness 5"),
-        ([*SAMON, "--m-sharpness", "4", "--aug-splits", "2"], "--aug-splits"),
-        ([*SAMON, "--m-sharpness", "4", "--norm-dropout", "0.1"], "--norm-dropout"),
-        ([*SAMON, "--m-sharpness", "global", "--ascent-fraction", "0.5"], "--m-sharpness and --ascent-fraction"),
-        ([*SAMON, "--ascent-size", "8", "--bn-stats", "both"], "--ascent-size and --bn-stats both exclude"),
-        (["--fix-norm", "--train-only-norm"], "--fix-norm and --train-only-norm exclude"),
-        (["--weight-decay-on", "all", "--layer-decay", "0.9"], "--weight-decay-on and --layer-decay exclude"),
-        (["--fsdp", "--torchcompile"], "--fsdp and --torchcompile exclude"),
-        (["--fsdp", "--sync-bn"], "--fsdp and --sync-bn exclude"),
-        (["--fsdp", "--opt", "ssam-f"], "--opt ssam-f"),
-        (["--fsdp", "--amp"], "use bfloat16"),
-        (["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"], "--clip-mode agc"),
-        (["--fsdp-replicate", "2"], "--fsdp-replicate needs --fsdp"),
-        (["--amp", "--model-dtype", "bfloat16"], "--amp needs float32"),
-        (["--mixup", "0.2", "-b", "15"], "even --batch-size"),
-        (["--aug-splits", "1"], "at least 2"),
-        (["--jsd-loss"], "--jsd-loss needs --aug-splits"),
-        (["--aug-splits", "2", "--no-prefetcher"], "--aug-splits and --no-prefetcher exclude"),
-        (["--opt", "ssam-f", "--aug-splits", "2", "--jsd-loss"], "--opt ssam-f takes its mask from single images"),
-        (["--loss", "ce", "--bce-loss"], "--loss ce contradicts --bce-loss"),
-        (["--train-img-sizes", "16", "32", "--train-size-probs", "1"], "one value for each"),
-        (["--sched", "plateau", "--start-epoch", "1"], "--sched plateau and --start-epoch exclude"),
-        (["--sched", "plateau", "--sched-on-updates"], "--sched plateau and --sched-on-updates exclude"),
-        (["--lr-decay-fn", "linear"], "--lr-decay-fn is for --sched wsd and rsqrt, not cosine"),
-        (["--sched", "wsd", "--lr-stable-timescale", "2"], "is for --sched rsqrt, not wsd"),
-        (["--resume", "auto"], "--resume auto .*--experiment"),
-        (["--save-epochs", "1", "--checkpoint-format", "dcp"], "--checkpoint-format dcp and --save-epochs exclude"),
-        (["--opt", "lookahead_ssam-f", "--aug-splits", "2", "--jsd-loss", "--fisher-samples", "9"], "single images"),
-    ],
-)
-def test_settings_that_do_not_combine(argv: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        parse(*argv)
-
-
 def test_global_batch_size_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["-b", "16", "--grad-accum-steps", "4", "--global-batch-size", "128"]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -210,73 +164,133 @@ def test_global_batch_size_counts_processes(monkeypatch: pytest.MonkeyPatch) -> 
         parse(*argv)
 
 
-ONE_PIXEL = [*SAMON, "--model", "resnet10t", "--img-size", "28"]
-NO_DATA = ["--data-dir", "/nowhere"]  # the optimizer's mistakes are found before the data are read
+# Mistakes that are found before the data are read, and the others.
+EARLY = {
+    "--learning-rat 1": "unknown argument --learning-rat",
+    "--weight-deca 1": "did you mean '--weight-decay'",
+    "--jsd": "unknown argument --jsd; did you mean '--jsd-loss'",  # no abbreviations
+    "--no-no-aug": "unknown argument --no-no-aug",
+    "--lr fast": "--lr: 'fast' is not a float",
+    "--model-kwargs widthh": "is not KEY=VALUE",
+    "--sched cosin": "did you mean 'cosine'",
+    "--scale 0.5": "--scale: expected 2 arguments",
+    "--opt samon --rho -0.1": "--rho: must be >= 0, got -0.1",
+    "--opt samon --rho inf": "--rho: inf is not allowed",
+    "--reprob 1.5": r"must be in \[0, 1\]",
+    "--std 63": r"--std: must be in \(0, 1\], got 63",
+    "--checkpoint-interval soon": "not a number of updates",
+    "--opt samon --m-sharpness all": "not device, global or a number",
+    "--opt samon --ascent evry:3": "--ascent: ascent must be one of batch, previous",
+    "-c /nowhere.yaml": "--config /nowhere.yaml cannot be read",
+    "--opt sgd --rho 0.1": "--rho has no effect with --opt sgd",
+    "--opt samon-adamw --base-opt lion": "use --opt samon --base-opt lion",
+    "--opt sam --fisher-samples 9": "ssam-f and ssam-d, not sam",
+    "--opt samon --sam-end-epoch 1 --sam-start-epoch 1": "--sam-end-epoch 1 is not after",
+    "--opt samon --m-sharpness 5": "not divisible by --m-sharpness 5",
+    "--opt samon --m-sharpness 4 --aug-splits 2": "--aug-splits",
+    "--opt samon --m-sharpness 4 --norm-dropout 0.1": "--norm-dropout",
+    "--opt samon --m-sharpness global --ascent-fraction 0.5": "--m-sharpness and --ascent-fraction",
+    "--opt samon --ascent-size 8 --bn-stats both": "--ascent-size and --bn-stats both exclude",
+    "--fix-norm --train-only-norm": "--fix-norm and --train-only-norm exclude",
+    "--weight-decay-on all --layer-decay 0.9": "--weight-decay-on and --layer-decay exclude",
+    "--fsdp --torchcompile": "--fsdp and --torchcompile exclude",
+    "--fsdp --opt ssam-f": "--opt ssam-f",
+    "--fsdp --amp": "use bfloat16",
+    "--fsdp --clip-grad 1 --clip-mode agc": "--clip-mode agc",
+    "--fsdp-replicate 2": "--fsdp-replicate needs --fsdp",
+    "--amp --model-dtype bfloat16": "--amp needs float32",
+    "--mixup 0.2 -b 15": "even --batch-size",
+    "--aug-splits 1": "at least 2",
+    "--jsd-loss": "--jsd-loss needs --aug-splits",
+    "--aug-splits 2 --no-prefetcher": "--aug-splits and --no-prefetcher exclude",
+    "--loss ce --bce-loss": "--loss ce contradicts --bce-loss",
+    "--train-img-sizes 16 32 --train-size-probs 1": "one value for each",
+    "--sched plateau --start-epoch 1": "--sched plateau and --start-epoch exclude",
+    "--sched plateau --sched-on-updates": "--sched plateau and --sched-on-updates exclude",
+    "--lr-decay-fn linear": "--lr-decay-fn is for --sched wsd and rsqrt, not cosine",
+    "--sched wsd --lr-stable-timescale 2": "is for --sched rsqrt, not wsd",
+    "--resume auto": "--resume auto .*--experiment",
+    "--save-epochs 1 --checkpoint-format dcp": "--checkpoint-format dcp and --save-epochs exclude",
+    "--opt lookahead_ssam-f --aug-splits 2 --jsd-loss --fisher-samples 9": "single images",
+    "--opt samon --sam-tail 0.3 --sam-every 2": "--sam-tail and --sam-every exclude",
+    "--opt samon --rho-min 0.1": "--rho-min needs --rho-sched",
+    "--opt samon --tail-opt muon": "--tail-opt needs --sam-tail",
+    "--opt samon --sam-tail 0.3 --tail-lr 0.1": "--tail-lr needs --tail-opt",
+    "--opt samon --sam-tail 0.3 --tail-opt samon-muon": "--tail-opt samon-muon: .* is itself sharpness-aware",
+    "--opt samon --sam-tail 0.3 --tail-opt mon": "--tail-opt: unknown optimizer 'mon'; did you mean 'muon'",
+    "--opt samon --sam-tail 0.3 --tail-opt lookahead_sgd": "--tail-opt replaces .*drop lookahead_",
+    "--opt samon --sam-tail 0.3 --tail-opt muon --opt lookahead_samon": "--tail-opt replaces .*drop lookahead_",
+    "--opt samon --sam-tail 1 --tail-opt muon": "use --base-opt muon instead",
+    "--opt samon --sam-tail 0.5 --tail-opt adahessian": "second derivatives",
+    "--opt samon --sam-tail 0.5 --tail-opt muon --tail-lr 0": "--tail-lr",
+    "--opt samon-layerl2 --base-opt lookahead_sgd": "Lookahead goes around it: use lookahead_samon-layerl2",
+    "--opt samon --base-opt lambb": "did you mean 'lamb'",
+    "--opt samon --base-opt sam": "--base-opt 'sam' is itself sharpness-aware",
+    "--opt samon --perturb layer(": "--perturb .*not a regular expression",
+    "--opt samon --perturb layer9": "--perturb 'layer9' matches none",
+    "--opt sam --sparsity 0.5": "sparsity is for",
+    "--opt samon --ascent previous --gsam-alpha 0.1": "gsam_alpha needs",
+    "--opt samon --fix-norm": "no trainable parameter to perturb.*unfreeze",
+    "--opt samon --model test_nfnet": "test_nfnet has no trainable parameter",
+    "--opt samon --ascent-size 32": "--ascent-size 32",
+    "--opt samon --ascent-size 8 --model test_vit": "does not take such images",
+    "--opt samon --model resnet10t --img-size 28 --m-sharpness 1": r"layer4\.0\.bn1 normalizes over the batch",
+    "--opt samon --model resnet10t --img-size 28 -b 1": r"layer4\.0\.bn1 normalizes over the batch",
+    "--model test_resnett": "unknown model 'test_resnett'; did you mean 'test_resnet'",
+    "--model-kwargs widthh=3": "widthh",
+    "--device tpux": "--device",
+    "--mean 0.5 0.5": "mean must have one value or 1 values, got 2",
+    "--img-size 32 --input-size 1 48 48": "Conflicting input image sizes",
+    "--model test_vit --model-kwargs img_size=48": "Conflicting input image sizes",
+    "--input-size 3 8 8": "Conflicting input channel counts",
+    "--in-chans 7": "--in-chans 7: images are read as L, 1 channel",
+    "--input-img-mode RGBX2": "--input-img-mode RGBX2",
+    "--initial-checkpoint /nowhere.pth": "--initial-checkpoint: no file /nowhere.pth",
+    "--initial-checkpoint LICENSE": "--initial-checkpoint LICENSE is a text file",
+    "--freeze layer9": "--freeze 'layer9' matches no parameter; names go from conv1.0.weight",
+    "--freeze (": "--freeze .*not a regular expression",
+    "--freeze .": "leaves nothing to train",
+    "--pretrained-path /nowhere.pth": "--pretrained-path: no file /nowhere.pth",
+    "--pretrained-path LICENSE": "--pretrained-path LICENSE is a text file",
+    "--resume /nowhere.pth.tar": r"--resume /nowhere\.pth\.tar: no such file",
+    "--output /proc/nothing": "it cannot be written",
+    "--opt samon --ascent previous --m-sharpness 4": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
+    "--opt samon --ascent previous --m-sharpness global": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
+    "--opt samon --ascent previous --ascent-fraction 0.5": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
+    "--opt samon --ascent previous --ascent-size 8": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
+}
+LATE = {
+    "--opt samon --rho-sched lr --sched none": "learning rate that is constant",
+    "--opt samon --sam-tail 0.01": "is less than one; raise it",
+    "--opt samon --sam-tail 0.1 --sched wsd --epochs 2 --warmup-epochs 0 --cooldown-epochs 2": "give --decay-epochs",
+    "--opt samon --rho-warmup 5": "--rho-sched",
+    "--opt samon --sam-start-epoch 1": "--sam-start-epoch 1 of 1 epochs",
+    "--torchcompile nothing": "nothing",
+    "--torchcompile --torchcompile-mode reduce-overhead": "reduce-overhead needs CUDA graphs",
+    "--data-dir /nowhere/at/all": "/nowhere/at/all",
+    "--train-split trian": "no split 'trian'; did you mean 'train'",
+    "--dataset tfds/x": "tfds/ cannot be resumed or counted exactly",
+    "--dataset wbs/x": "wbs/x: no such kind of data set",
+    "--num-classes 3": "has 10 classes, the model 3; use --num-classes 10",
+    "-b 128": "64 training samples do not fill one batch of 128",
+    "--epochs 2 --stop-epoch 3": "--stop-epoch 3 of 2 epochs",
+}
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--opt", "samom"], "unknown optimizer 'samom'; did you mean 'samon'"),
-        ([*SAMON, "--base-opt", "lambb", *NO_DATA], "did you mean 'lamb'"),
-        ([*SAMON, "--base-opt", "sam", *NO_DATA], "--base-opt 'sam' is itself sharpness-aware"),
-        ([*SAMON, "--perturb", "layer(", *NO_DATA], "--perturb .*not a regular expression"),
-        ([*SAMON, "--perturb", "layer9", *NO_DATA], "--perturb 'layer9' matches none"),
-        (["--opt", "sam", "--sparsity", "0.5", *NO_DATA], "sparsity is for"),
-        ([*SAMON, "--ascent", "previous", "--gsam-alpha", "0.1", *NO_DATA], "gsam_alpha needs"),
-        ([*SAMON, "--fix-norm", *NO_DATA], "no trainable parameter to perturb.*unfreeze"),
-        ([*SAMON, "--model", "test_nfnet", *NO_DATA], "test_nfnet has no trainable parameter"),
-        ([*SAMON, "--ascent-size", "32", *NO_DATA], "--ascent-size 32"),
-        ([*SAMON, "--ascent-size", "8", "--model", "test_vit", *NO_DATA], "does not take such images"),
-        ([*ONE_PIXEL, "--m-sharpness", "1", *NO_DATA], r"layer4\.0\.bn1 normalizes over the batch"),
-        ([*ONE_PIXEL, "-b", "1", *NO_DATA], r"layer4\.0\.bn1 normalizes over the batch"),
-        ([*SAMON, "--sam-start-epoch", "1"], "--sam-start-epoch 1 of 1 epochs"),
-        (["--model", "test_resnett"], "unknown model 'test_resnett'; did you mean 'test_resnet'"),
-        (["--model-kwargs", "widthh=3"], "widthh"),
-        (["--torchcompile", "nothing"], "nothing"),
-        (["--torchcompile", "--torchcompile-mode", "reduce-overhead"], "reduce-overhead needs CUDA graphs"),
-        (["--device", "tpux"], "--device"),
-        (["--mean", "0.5", "0.5"], "mean must have one value or 1 values, got 2"),
-        (["--in-chans", "3", "--std", "0.5", "0.5"], "std must have one value or 3 values, got 2"),
-        (["--img-size", "32", "--input-size", "1", "48", "48"], "Conflicting input image sizes"),
-        (["--model", "test_vit", "--model-kwargs", "img_size=48"], "Conflicting input image sizes"),
-        (["--input-size", "3", "8", "8"], "Conflicting input channel counts"),
-        (["--in-chans", "7"], "--in-chans 7: images are read as L, 1 channel"),
-        (["--input-img-mode", "RGBX2"], "--input-img-mode RGBX2"),
-        (["--initial-checkpoint", "/nowhere.pth"], "--initial-checkpoint: no file /nowhere.pth"),
-        (["--initial-checkpoint", "LICENSE"], "--initial-checkpoint LICENSE is a text file"),
-        (["--pretrained-path", "LICENSE"], "--pretrained-path LICENSE is a text file"),
-        (["--resume", "/nowhere.pth.tar"], r"--resume /nowhere\.pth\.tar: no such file"),
-        (["--output", "/proc/nothing"], "it cannot be written"),
-        (["--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--train-split", "trian"], "no split 'trian'; did you mean 'train'"),
-        (["--dataset", "tfds/x"], "tfds/ cannot be resumed or counted exactly"),
-        (["--dataset", "wbs/x"], "wbs/x: no such kind of data set"),
-        (["--num-classes", "3"], "has 10 classes, the model 3; use --num-classes 10"),
-        (["-b", "128"], "64 training samples do not fill one batch of 128"),
-    ],
-)
-def test_mistakes_end_with_one_line_and_status_2(
-    argv: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Those that building a run finds; `main` ends as the command does."""
-    output = [] if "--output" in argv else ["--output", str(tmp_path)]
+@pytest.mark.parametrize("args", [*EARLY, *LATE])
+def test_mistakes_end_with_one_line_and_status_2(args: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    places = ["--output", str(tmp_path), *(["--data-dir", "/nowhere"] if args in EARLY else [])]
     with pytest.raises(SystemExit) as stop:
-        program.run_script(lambda: train.main([*BASE, *output, *argv]))
+        program.run_script(lambda: train.main([*BASE, *places, *args.split()]))
     printed = capfd.readouterr().err
     (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2
-    assert re.search(words, error), error
+    assert re.search((EARLY | LATE)[args], error), error
     assert "Traceback" not in printed
 
 
 def test_a_script_prints_nothing_else() -> None:
-    done = subprocess.run(
-        [sys.executable, "train.py", "--opt", "samom"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command, env = [sys.executable, "train.py", "--opt", "samom"], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --opt: unknown optimizer 'samom'; did you mean 'samon'?\n"

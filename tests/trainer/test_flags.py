@@ -49,46 +49,20 @@ def test_both_programs_share_their_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "key", "value"),
+    ("args", "key", "value"),
     [
-        (["/images"], "data_dir", "/images"),
-        (["--train-img-sizes", "16", "32", "--train-steps-per-epoch", "7"], "train_batches_per_epoch", 7),
-        (["--dr", "0.3"], "decay_rate", 0.3),
-        (["-vb", "7", "-j", "2", "-b", "5"], "validation_batch_size", 7),
-        (["--local_rank=1"], "epochs", 300),  # added by launchers
-        (["--local-rank", "1"], "epochs", 300),
-        (["--model-kwargs", "a=1", "b=x"], "model_kwargs", {"a": 1, "b": "x"}),
-        (["--torchcompile"], "torchcompile", "inductor"),
+        ("/images", "data_dir", "/images"),
+        ("--train-img-sizes 16 32 --train-steps-per-epoch 7", "train_batches_per_epoch", 7),
+        ("--dr 0.3", "decay_rate", 0.3),
+        ("-vb 7 -j 2 -b 5", "validation_batch_size", 7),
+        ("--local_rank=1", "epochs", 300),  # added by launchers
+        ("--local-rank 1", "epochs", 300),
+        ("--model-kwargs a=1 b=x", "model_kwargs", {"a": 1, "b": "x"}),
+        ("--torchcompile", "torchcompile", "inductor"),
     ],
 )
-def test_spellings(argv: list[str], key: str, value: object) -> None:
-    assert getattr(parse(argv), key) == value
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--learning-rat", "1"], "unknown argument --learning-rat"),
-        (["--weight-deca", "1"], "did you mean '--weight-decay'"),
-        (["--jsd"], "unknown argument --jsd; did you mean '--jsd-loss'"),  # no abbreviations
-        (["--no-no-aug"], "unknown argument --no-no-aug"),
-        (["--lr", "fast"], "--lr: 'fast' is not a float"),
-        (["--model-kwargs", "widthh"], "is not KEY=VALUE"),
-        (["--sched", "cosin"], "did you mean 'cosine'"),
-        (["--scale", "0.5"], "--scale: expected 2 arguments"),
-        (["--opt", "samon", "--rho", "-0.1"], "--rho: must be >= 0, got -0.1"),
-        (["--opt", "samon", "--rho", "inf"], "--rho: inf is not allowed"),
-        (["--reprob", "1.5"], "must be in [0, 1]"),
-        (["--std", "63"], "--std: must be in (0, 1], got 63"),
-        (["--checkpoint-interval", "soon"], "not a number of updates"),
-        (["--opt", "samon", "--m-sharpness", "all"], "not device, global or a number"),
-        (["--opt", "samon", "--ascent", "evry:3"], "--ascent: ascent must be one of batch, previous"),
-    ],
-)
-def test_bad_arguments(argv: list[str], words: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse(argv)
-    assert words in str(error.value)
+def test_spellings(args: str, key: str, value: object) -> None:
+    assert getattr(parse(args.split()), key) == value
 
 
 def test_names_of_earlier_releases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
