@@ -27,7 +27,7 @@ from samon.geometry import LOW_PRECISION, to_float32
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
-from samon.trainer.config import Config, flags_in_errors
+from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.loaders import Batches, build_data, data_classes, mixes, without_counts
@@ -127,8 +127,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
     model = models.create_train_model(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
     data_config = models.resolve_data_config(config, model)
-    check_ascent_size(config, model, data_config["input_size"])
-    check_batch_norm(config, model, data_config["input_size"])
+    check_images(config, model, data_config["input_size"])
     model = lay_out(config, model, dist_info)
     task = build_task(config, model, dist_info)  # copies the model for its average, so before FSDP shards both
     if config.fsdp:
@@ -187,38 +186,33 @@ def check_step(config: Config, sam: samon.SAM) -> None:
             raise UserError(f"--tail-opt {config.tail_opt}: {error}") from None
     m = config.m_sharpness
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
-    with flags_in_errors():
-        options = StepOptions(
-            partial_ascent=config.ascent_fraction < 1 or config.ascent_size is not None,
-            groups=config.batch_size // m if grouped else 1,
-            reduce="global" if m == "global" else "device",
-            bn_stats=config.bn_stats,
-            replay=not config.no_replay,
-        )
-        check_two_pass(sam, options)
+    options = StepOptions(
+        partial_ascent=config.ascent_fraction < 1 or config.ascent_size is not None,
+        groups=config.batch_size // m if grouped else 1,
+        reduce="global" if m == "global" else "device",
+        bn_stats=config.bn_stats,
+        replay=not config.no_replay,
+    )
+    check_two_pass(sam, options)
 
 
-def check_ascent_size(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Raise UserError if --ascent-size is not smaller than the images, or the model does not take it."""
-    size = config.ascent_size
-    if size is None:
-        return
-    if size >= min(input_size[1:]):
-        raise UserError(f"--ascent-size {size} must be smaller than the images, {input_size[1:]}")
-    if text := models.input_size_error(model, [input_size[0], size, size]):
-        raise UserError(
-            f"--ascent-size {size}: {config.model} does not take such images ({text}); drop the flag, or add "
-            "--model-kwargs dynamic_img_size=True if the model has that argument"
-        )
-
-
-def check_batch_norm(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Raise UserError if a pass over single images leaves a BatchNorm layer with one value per channel."""
-    m = config.m_sharpness
+def check_images(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
+    """Raise UserError if the model does not take --ascent-size, or a pass over a single image leaves a BatchNorm layer
+    with one value per channel."""
+    smallest, size, m = list(input_size), config.ascent_size, config.m_sharpness
+    if size is not None:
+        if size >= min(input_size[1:]):
+            raise UserError(f"--ascent-size {size} must be smaller than the images, {input_size[1:]}")
+        smallest[1:] = size, size
+        if text := models.input_size_error(model, smallest):
+            raise UserError(
+                f"--ascent-size {size}: {config.model} does not take such images ({text}); drop the flag, or add "
+                "--model-kwargs dynamic_img_size=True if the model has that argument"
+            )
     images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
-    if images == 1 and (layer := models.find_single_value_norm(model, input_size)):
+    if images == 1 and (layer := models.find_single_value_norm(model, smallest)):
         raise UserError(
-            f"{layer} normalizes over the batch and sees one value per channel of an image of {list(input_size)}: a "
+            f"{layer} normalizes over the batch and sees one value per channel of an image of {smallest}: a "
             "pass over a single image has no variance there; raise --m-sharpness or --batch-size, or use larger images"
         )
 

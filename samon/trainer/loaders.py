@@ -211,7 +211,7 @@ def _training_kwargs(config: Config, data_config: Settings, batches: int) -> Set
             choice_weights=config.train_size_probs or None,
             seed=config.seed,
             num_batches=batches,
-            choice_schedule="progressive" if config.train_size_schedule == "progressive" else "constant",
+            choice_schedule=config.train_size_schedule,
             schedule_epochs=config.epochs,
             schedule_spread=config.train_size_schedule_spread,
             schedule_random_mix=config.train_size_random_mix,

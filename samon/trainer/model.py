@@ -160,17 +160,12 @@ def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = 
     """
     with reraise_as_user_error(f"--model {config.model}"):
         data = resolve_input_data_config(model, vars(config), use_test_size=use_test_size)
-    try:
+    with reraise_as_user_error("--interpolation must be nearest, bilinear, bicubic, box, hamming or lanczos, not"):
         str_to_interp_mode(data["interpolation"])
-    except KeyError:
-        known = "nearest, bilinear, bicubic, box, hamming or lanczos (random is for --train-interpolation)"
-        raise UserError(f"--interpolation {data['interpolation']}: use {known}") from None
     channels = data["input_size"][0]
     mode = config.input_img_mode or ("RGB" if channels == 3 else "L")
-    try:
+    with reraise_as_user_error("--input-img-mode must be a mode of Pillow such as L or RGB, not"):
         bands = len(ImageMode.getmode(mode).bands)
-    except KeyError:
-        raise UserError(f"--input-img-mode {mode}: Pillow has no such mode; use L or RGB") from None
     if bands != channels:
         raise UserError(
             f"--in-chans {channels}: images are read as {mode}, {plural(bands, 'channel')}; use --in-chans 1 or "

@@ -209,7 +209,7 @@ MISTAKES = [
     ("--evals sharpness --sharpness-samples 4", "has 4 images; lower --sharpness-m"),
     ("--evals feature_rank --feature-layer layer9", "no layer 'layer9'"),
     ("--evals feature_rank --feature-centering rows", "--feature-centering rows: use row, column, none"),
-    ("--interpolation random", "--interpolation random: use nearest, bilinear, bicubic"),
+    ("--interpolation random", "--interpolation must be nearest, bilinear, bicubic"),
     ("--crop-mode middle", "--crop-mode"),
     ("--num-gpu 2", "--num-gpu is not supported: use torchrun"),
     ("--amp --evals apgd", "--amp and --model-dtype are for accuracy"),
