@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from timm.models import push_to_hf_hub
 from timm.models._hub import generate_readme, save_for_hf
-from torch import Tensor, nn
+from torch import nn
 
 import samon
 from samon.cli.eval_model import Job, build
@@ -39,17 +39,6 @@ _WEIGHTS_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "p
 TOLERANCE = 1e-3  # of the largest logit: float32 kernels of two programs add up in different orders
 
 
-class FirstOutput(nn.Module):
-    """A model that returns only its logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return predict(self.model, images)
-
-
 def export_onnx(context: EvalContext, path: Path) -> float:
     """Write an ONNX file from `images` [N, C, H, W], any N, to `logits`; return the largest difference of the logits.
 
@@ -62,7 +51,7 @@ def export_onnx(context: EvalContext, path: Path) -> float:
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
         raise UserError(f"--onnx needs {error.name}; run: pip install onnx onnxruntime onnxscript") from None
-    model, name = FirstOutput(context.model).eval(), context.config.model
+    model, name = context.model, context.config.model
     example = torch.randn(2, *context.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     args, sizes = (example,), ({0: "batch"},)
     try:
@@ -82,8 +71,8 @@ def export_onnx(context: EvalContext, path: Path) -> float:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     images = torch.cat([example, example.flip(0), example])[:5]  # another batch size than it was traced with
     with torch.no_grad():
-        expected = model(images)
-    (logits,) = session.run(None, {"images": images.numpy()})
+        expected = predict(model, images)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
     difference = float((torch.from_numpy(logits) - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
         raise RunError(f"{path} is not written: onnxruntime's logits of {name} differ by {difference:.2g}")

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ import torch
 from samon.cli.eval_model import Job, build, list_checkpoints, list_model_names
 from samon.cli.program import run_script
 from samon.errors import RunError, Stopped, UserError, error_line, require_matplotlib
-from samon.evals import EVALS, accuracy, load_evaluation, norm_params
+from samon.evals import EVALS, load_evaluation, norm_params
 from samon.evals.context import EvalContext, EvalDataset, restrict_to_single_labels
 from samon.evals.corruptions import corruption_errors
 from samon.evals.datasets import EvalSpec, open_dataset, read_specs
-from samon.evals.results import Result, ResultsFile, markdown, shorten_paths
+from samon.evals.results import Result, ResultsFile, file_stem, markdown, shorten_paths
 from samon.files import check_writable
 from samon.trainer import model as models
 from samon.trainer.config import Config, check_combinations, load_yaml
@@ -37,6 +36,8 @@ _DATA_KEYS = ("dataset", "data_dir", "class_map", "input_key", "target_key", "da
 # Settings that do not change the results.
 _NON_SEMANTIC = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format", "overwrite"}
 _NON_SEMANTIC |= {"shard_cache", "shard_cache_size", "allow_shell_urls"}
+# Evaluations that write a file for each model, and each data set if they read one, by the setting that asks for it.
+_FILES_OF = {"class_report": "accuracy", "landscape_figure": "hessian", "norm_tensorboard": "norm_params"}
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -59,19 +60,22 @@ def parse(argv: list[str] | None) -> list[Job]:
         raise UserError("--group gives a deviation over checkpoints, --bootstrap an interval for each: drop one")
     if config.group and len(jobs) < 2:
         raise UserError("--group: give several checkpoints of one model, --checkpoint A B C")
-    if config.class_report:
-        pairs = [(job.name, spec.name) for job in jobs for spec in job.specs if "accuracy" in spec.evals]
-        _check_unique("--class-report", {" on ".join(pair): accuracy.report_name(*pair) for pair in pairs})
-    if config.norm_tensorboard:
-        _check_unique("--norm-tensorboard", {job.name: norm_params.tensorboard_name(job.name) for job in jobs})
+    _check_file_names(jobs)
     return jobs
 
 
-def _check_unique(flag: str, files: dict[str, str]) -> None:
-    for file, count in Counter(files.values()).items():
-        if count > 1:
-            names = " and ".join(name for name, other in files.items() if other == file)
-            raise UserError(f"{flag}: {names} would both write {file}; rename one of them")
+def _check_file_names(jobs: list[Job]) -> None:
+    """Raise UserError if two models, or a model on two data sets, would write the same file."""
+    for key, evaluation in _FILES_OF.items():
+        if not getattr(jobs[0].config, key):
+            continue
+        labels: dict[str, str] = {}
+        pairs = [(job.name, spec.name) for job in jobs for _, spec, name in list_tasks(job) if name == evaluation]
+        for pair in pairs:
+            stem, label = file_stem(*pair), " on ".join(filter(None, pair))
+            if labels.setdefault(stem, label) != label:
+                both = f"{labels[stem]} and {label}"
+                raise UserError(f"--{key.replace('_', '-')}: {both} would both write {stem}; rename one of them")
 
 
 def resolve(given: Settings, path: str) -> Job:
@@ -110,11 +114,11 @@ def resolve(given: Settings, path: str) -> Job:
 def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int | None]:
     """Return the settings that a checkpoint brings along, and the number of first images that its run validated on.
 
-    A checkpoint of another model than the command line names brings none.
+    A checkpoint of another model than the command line names (up to the tag of pretrained weights) brings none.
     """
     stored = stored_args(content)
     model = content.get("arch") or stored.get("model")
-    if not isinstance(model, str) or given.get("model", model) != model:
+    if not isinstance(model, str) or given.get("model", model).split(".")[0] != model.split(".")[0]:
         return {}, None
     keys = _MODEL_KEYS if given.get("suite") else _MODEL_KEYS + _DATA_KEYS
     settings = {key: stored[key] for key in keys if stored.get(key) is not None} | {"model": model}
@@ -214,18 +218,18 @@ def evaluate_job(
     config = job.config
     if job.forced_float32:
         log.info("accuracy is in float32, as the other evaluations; without them in the run's own precision")
+    model: Result = {"model": config.model} | ({"checkpoint": job.checkpoint} if job.checkpoint else {})
+    size: Result = {}
+    if config.results_format == "timm":
+        data, count = context.data_config, sum(p.numel() for p in context.model.parameters())
+        size = {"param_count": round(count / 1e6, 2), "img_size": data["input_size"][-1]}
+        size |= {key: data[key] for key in ("crop_pct", "interpolation")}
     results: list[Result] = []
     for key, spec, name in list_tasks(job):
         task = f"{number} {key}"
         log.info("%s on %s%s", name, spec.name or config.model, ": has results already" if task in earlier else "")
-        if task not in earlier:
-            metadata: Result = {"model": config.model} | ({"checkpoint": job.checkpoint} if job.checkpoint else {})
-            metadata |= {"dataset": spec.name, "split": spec.split, "eval": name, **spec.metadata}
-            if config.results_format == "timm":
-                data, count = context.data_config, sum(p.numel() for p in context.model.parameters())
-                metadata |= {"param_count": round(count / 1e6, 2), "img_size": data["input_size"][-1]}
-                metadata |= {key: data[key] for key in ("crop_pct", "interpolation")}
-        file.tasks[task] = earlier.get(task) or [{**metadata, **row} for row in evaluate(context, spec, name)]
+        about = model | {"dataset": spec.name, "split": spec.split, "eval": name, **spec.metadata} | size
+        file.tasks[task] = earlier.get(task) or [about | row for row in evaluate(context, spec, name)]
         rank_zero_only(dist_info, file.write)
         results += file.tasks[task]
     file.tasks[f"{number} mce"] = corruption_errors(results)

@@ -10,20 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from samon.errors import UserError
+from samon.evals import metrics
 from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
-from samon.evals.metrics import (
-    COLUMNS,
-    Scoring,
-    confusion_matrix,
-    expected_calibration_error,
-    interval_columns,
-    per_sample_metrics,
-)
-from samon.evals.results import Result
+from samon.evals.metrics import Scoring
+from samon.evals.results import Result, file_stem
 from samon.files import csv_text, write_text
 
 log = logging.getLogger("samon")
 Loader = Iterable[tuple[Tensor, Tensor]]
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def accuracy(
@@ -31,13 +26,12 @@ def accuracy(
     loader: Loader,
     *,
     device: torch.device | str,
-    amp_autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    amp_autocast: Autocast = nullcontext,
     channels_last: bool = False,
 ) -> dict[str, float]:
     """Return `{"top1", "top5", "loss", "num_samples"}` over (images, labels) batches, accuracies in %; see `score`."""
     plain = {"": Scoring()}
-    scores, _ = score(model, loader, plain, device=device, amp_autocast=amp_autocast, channels_last=channels_last)
-    return scores[""]
+    return score(model, loader, plain, device=device, amp_autocast=amp_autocast, channels_last=channels_last)[0][""]
 
 
 @torch.no_grad()
@@ -47,7 +41,7 @@ def score(
     scorings: Mapping[str, Scoring],
     *,
     device: torch.device | str,
-    amp_autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    amp_autocast: Autocast = nullcontext,
     channels_last: bool = False,
     log_interval: int = 0,
 ) -> tuple[dict[str, dict[str, float]], list[Tensor]]:
@@ -78,7 +72,7 @@ def score(
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
                 logits = predict(model, images)
-                batches.append(torch.stack([per_sample_metrics(logits, target, scoring) for scoring in on_device]))
+                batches.append(torch.stack([metrics.per_sample_metrics(logits, target, how) for how in on_device]))
             sums += batches[-1][:, :, :4].sum(1)
             if log_interval and (index + 1) % log_interval == 0:
                 top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
@@ -99,8 +93,10 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     config = context.config
     scores, samples = score_dataset(context, dataset)
     results: list[Result] = []
-    for (setting, values), metrics in zip(scores.items(), samples, strict=True):
+    for (setting, values), table in zip(scores.items(), samples, strict=True):
         n = int(values.pop("num_samples"))
+        if not n:  # of some images, none may be in the clean subset of imagenet-a
+            continue
         metadata: Result = {"num_samples": n} | ({"setting": setting} if setting else {})
         mismatch = dataset.mismatch
         if not mismatch and dataset.published_images not in (None, n):
@@ -111,13 +107,12 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
             data = context.data_config
             size, others = "x".join(map(str, data["input_size"][:0:-1])), f"crop_pct {data['crop_pct']:g}"
             metadata["preprocessing"] = f"images of {size} as they are, others {data['interpolation']}, {others}"
-        valid = metrics[metrics[:, 3] > 0]
+        valid = table[table[:, 3] > 0]
         for column, (metric, value) in enumerate(values.items()):
-            interval = interval_columns(valid[:, column] * (1 if metric == "loss" else 100), config)
+            interval = metrics.interval_columns(valid[:, column] * (1 if metric == "loss" else 100), config)
             results.append({"metric": metric, "value": round(value, 6), **metadata, **interval})
-        if n:  # a scoring may leave no image
-            ece = expected_calibration_error(valid[:, 4], valid[:, 0])
-            results.append({"metric": "ece", "value": round(ece, 6), **metadata})
+        ece = metrics.expected_calibration_error(valid[:, 4], valid[:, 0])
+        results.append({"metric": "ece", "value": round(ece, 6), **metadata})
     if config.class_report and context.rank == 0:
         write_class_report(context, dataset, samples[0])
     return results
@@ -143,26 +138,22 @@ def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str,
         channels_last=config.channels_last,
         log_interval=config.log_freq,
     )
-    metrics = torch.zeros(len(dataset.scorings), len(samples), len(COLUMNS), dtype=torch.float64)
+    table = torch.zeros(len(dataset.scorings), len(samples), len(metrics.COLUMNS), dtype=torch.float64)
     for k, batch in enumerate(batch_metrics):
         start = (rank + k * world_size) * batch_size
-        metrics[:, start : start + batch.shape[1]] = batch.cpu()
-    return scores, context.all_reduce(metrics)
+        table[:, start : start + batch.shape[1]] = batch.cpu()
+    return scores, context.all_reduce(table)
 
 
 @torch.no_grad()
 def pad_batches(
-    batches: Iterator[tuple[Tensor, Tensor]],
-    length: int,
-    model: nn.Module,
-    image: Tensor,
-    autocast: Callable[[], AbstractContextManager[object]],
+    batches: Iterator[tuple[Tensor, Tensor]], length: int, model: nn.Module, image: Tensor, autocast: Autocast
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's `length` batches, followed by as many forward passes of one image [1, C, H, W] as the longest
     process has more batches, since a forward pass of a sharded model gathers parameters from all processes."""
     longest = torch.tensor([length], device=image.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    done = 0
+    done = 0  # fewer than `length` after a signal
     for batch in batches:
         yield batch
         done += 1
@@ -171,12 +162,7 @@ def pad_batches(
             model(image)
 
 
-def report_name(model: str, dataset: str) -> str:
-    """Stem of the --class-report files of a model and a data set."""
-    return f"{model}-{dataset}".replace("/", "_")
-
-
-def write_class_report(context: EvalContext, dataset: EvalDataset, metrics: Tensor) -> None:
+def write_class_report(context: EvalContext, dataset: EvalDataset, table: Tensor) -> None:
     """Write `NAME-per_class.csv` (class, name, images, top1) and `NAME-confusion.csv` (a row per true class).
 
     Sets whose images have several right classes get no report.
@@ -186,16 +172,15 @@ def write_class_report(context: EvalContext, dataset: EvalDataset, metrics: Tens
         log.warning("--class-report: images of %s have several right classes, no report", dataset.name)
         return
     num_classes = context.num_classes if classes is None else len(classes)
-    names = [str(index) for index in range(num_classes)]
-    if dataset.class_names:
-        names[: len(dataset.class_names)] = dataset.class_names
-    metrics = metrics[metrics[:, 3] > 0]
-    matrix = confusion_matrix(metrics[:, 6], metrics[:, 5], num_classes)
+    names = (dataset.class_names or [])[:num_classes]
+    names += map(str, range(len(names), num_classes))
+    valid = table[table[:, 3] > 0]
+    matrix = metrics.confusion_matrix(valid[:, 6], valid[:, 5], num_classes)
     counts, correct = matrix.sum(1).tolist(), matrix.diagonal().tolist()
     top1 = [100 * hits / count if count else "" for count, hits in zip(counts, correct, strict=True)]
     rows = zip(range(num_classes), names, counts, top1, strict=True)
-    directory, stem = Path(context.config.class_report), report_name(context.name, dataset.name)
+    directory, stem = Path(context.config.class_report), file_stem(context.name, dataset.name)
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / f"{stem}-per_class.csv", csv_text([("class", "name", "images", "top1"), *rows]))
-    table = [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)]
-    write_text(directory / f"{stem}-confusion.csv", csv_text([["", *names], *table]))
+    lines = [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)]
+    write_text(directory / f"{stem}-confusion.csv", csv_text([["", *names], *lines]))

@@ -41,8 +41,10 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     size = config.apgd_batch_size
     batches = ((index, x, y) for _, index, x, y in load_batches(context, dataset, samples, size, raw=True))
     mine = len(shard_samples(samples, size, context.rank, context.world_size))
+    state = Path(config.apgd_state) if config.apgd_state else None
+    settings = repr((config.model, config.model_kwargs, config.gp))  # such as the number of attention heads
     with progress_bar(f"apgd {dataset.name}", mine * len(threats), "image", show=context.rank == 0) as bar:
-        outcomes = attack_batches(model, batches, threats, Path(config.apgd_state) if config.apgd_state else None, bar)
+        outcomes = attack_batches(model, batches, threats, state, settings, bar)
     results: list[Result] = []
     for threat, outcome in outcomes.items():
         counts = context.all_reduce(torch.tensor(list(summarize(outcome, threat.attacks).values())))
@@ -98,16 +100,17 @@ def attack_batches(
     batches: Iterable[Batch],
     threats: list[Threat],
     state: Path | None = None,
+    settings: str = "",
     bar: tqdm | None = None,
 ) -> dict[Threat, Tensor]:
     """Attack this process's images; return outcomes (`attacks.ROBUST`) by threat, int64 [n] in the order of `batches`.
 
     Args:
-        state: directory that stores the outcome of every batch under the hash of weights, images and threat, so that
-            no batch is attacked twice.
+        state: directory that stores the outcome of every batch under the hash of weights, images and threat, and of
+            `settings` of the model that its weights and text do not show, so that no batch is attacked twice.
         bar: counts images times threats.
     """
-    weights = content_hash(str(model), *model.state_dict().values()) if state else ""
+    weights = content_hash(settings, str(model), *model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [torch.empty(0, dtype=torch.int64)] for threat in threats}
     with evaluating(model, requires_grad=False):  # only the image needs a gradient: 12 % faster
         for index, images, label in batches:

@@ -137,14 +137,14 @@ def restrict_to_single_labels(evaluation: str, model: nn.Module, dataset: EvalDa
     """Return the model with the logits of the set's classes; make each label of the set the index of its class.
 
     Raises:
-        UserError: an image may have several right classes, for which the losses are not defined.
+        UserError: an image may have no or several right classes, for which the losses are not defined.
     """
     classes, label_sets = next(iter(dataset.scorings.values()))
     if label_sets is not None:
-        if int(label_sets.sum(1).max()) > 1:
-            fault = "images have several right classes, and its loss is defined for one"
-            raise UserError(f"{evaluation} {dataset.name}: {fault}; evaluate a set with one label per image")
         label_sets = label_sets if classes is None else label_sets[:, classes]
+        if (label_sets.sum(1) != 1).any():
+            fault = "images have no or several right classes, and its loss is defined for one"
+            raise UserError(f"{evaluation} {dataset.name}: {fault}; evaluate a set with one label per image")
         dataset.class_of = label_sets.float().argmax(1).tolist()
     return model if classes is None else ClassSubset(model, classes)
 

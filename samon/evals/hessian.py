@@ -8,6 +8,7 @@ parameters alone, the block of the Hessian that matters when only these are pert
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, predict
 from samon.evals.norm_params import new_figure
-from samon.evals.results import Result
+from samon.evals.results import Result, file_stem
 from samon.evals.sharpness import select_parameters, weights_restored
 from samon.files import name_write_errors
 from samon.geometry import global_norm
@@ -41,18 +41,13 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     config, model = context.config, context.model
     samples = choose_samples(len(dataset), config.hessian_samples, config.seed)
     n = len(samples)
-    if n < context.world_size:
-        raise UserError("hessian: fewer images than processes; raise --hessian-samples")
     size = min(config.batch_size, -(-n // context.world_size))
     batches = [(images, labels) for _, _, images, labels in load_batches(context, dataset, samples, size)]
     results: list[Result] = []
     with evaluating(model, requires_grad=True):
         for scope in SCOPES:
             parameters, generator = select_parameters(model, scope), torch.Generator().manual_seed(config.seed)
-
-            def product(vector: Vector, parameters: Vector = parameters) -> Vector:
-                return hessian_product(model, batches, n, vector, parameters, context.all_reduce)
-
+            product = partial(hessian_product, model, batches, n, parameters, context.all_reduce)
             top = top_eigenvalue(product, random_signs(parameters, generator), config.hessian_iters)
             vectors = (random_signs(parameters, generator) for _ in range(config.hessian_draws))
             for metric, value in (("hessian_top", top), ("hessian_trace", trace(product, vectors))):
@@ -64,7 +59,7 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
 
 
 def hessian_product(
-    model: nn.Module, batches: Batches, count: int, vector: Vector, parameters: Vector, all_reduce: AllReduce
+    model: nn.Module, batches: Batches, count: int, parameters: Vector, all_reduce: AllReduce, vector: Vector
 ) -> Vector:
     """H v of the mean cross-entropy over the `count` images of all processes."""
     result = [torch.zeros_like(v) for v in vector]
@@ -158,8 +153,8 @@ def _draw_landscape(context: EvalContext, batches: Batches, count: int, name: st
     plane = loss_plane(context.model, batches, count, parameters, (first, second), steps, context.all_reduce)
     if context.rank == 0:
         path = Path(config.landscape_figure)
-        stem = "-".join([path.stem, *f"{context.name}/{name}".split("/"), scope])
-        plot_plane(plane, steps, f"{context.name}: {scope}", path.with_name(stem + path.suffix))
+        file = path.with_name(f"{path.stem}-{file_stem(context.name, name)}-{scope}{path.suffix}")
+        plot_plane(plane, steps, f"{context.name}: {scope}", file)
 
 
 def plot_plane(plane: Tensor, steps: Tensor, title: str, path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from samon.errors import UserError, require_matplotlib
 from samon.evals.context import EvalContext
-from samon.evals.results import Result
+from samon.evals.results import Result, file_stem
 from samon.files import name_write_errors
 from samon.progress import wrap_path
 from samon.scope import norm_modules
@@ -31,8 +31,7 @@ def evaluate(context: EvalContext, dataset: None = None) -> list[Result]:
         pooled = torch.cat([values for _, values in layers])
         for depth, (layer, values) in enumerate([("all", pooled), *layers]):
             metadata = {"layer_type": layer_type, "layer": layer, "depth": depth, "num_samples": values.numel()}
-            for statistic, value in summarize(values).items():
-                metric = f"{role}_{statistic}"
+            for metric, value in ((f"{role}_{name}", value) for name, value in summarize(values).items()):
                 results.append({"metric": metric, "value": value, **metadata, "setting": f"{layer_type} {metric}"})
     return results
 
@@ -68,21 +67,20 @@ def new_figure(width: float, height: float) -> "Figure":
     return require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _all_layers(values: NormValues, role: str) -> Tensor:
-    """Gamma or beta of all layers, flat."""
-    return torch.cat([torch.empty(0), *(w for (_, r), layers in values.items() if r == role for _, w in layers)])
-
-
 def draw_signed(models: dict[str, NormValues]) -> "Figure":
     """Figure 5: gamma (top) and beta (bottom), signed on linear axes, a column per model with shared axes."""
     figure = new_figure(3.6 * len(models), 5)
     panels = figure.subplots(2, len(models), squeeze=False, sharex="row", sharey="row")
     for row, role in enumerate(("gamma", "beta")):
-        pooled = torch.cat([_all_layers(values, role) for values in models.values()])
+        flat = {  # the values of all layers by model
+            name: torch.cat([torch.empty(0), *(w for (_, r), layers in values.items() if r == role for _, w in layers)])
+            for name, values in models.items()
+        }
+        pooled = torch.cat([*flat.values()])
         low, high = (float(pooled.min()), float(pooled.max())) if len(pooled) else (0.0, 0.0)
         edges = torch.linspace(low - 1e-6, high + 1e-6, 61, dtype=torch.float64)
-        for axis, (name, values) in zip(panels[row], models.items(), strict=True):
-            counts = torch.histogram(_all_layers(values, role).double(), edges).hist
+        for axis, (name, values) in zip(panels[row], flat.items(), strict=True):
+            counts = torch.histogram(values.double(), edges).hist
             axis.stairs(counts.numpy(), edges.numpy(), fill=True)
             axis.set(xlabel=f"$\\{role}$")
             axis.set_title(wrap_path(name, 34), fontsize="small")
@@ -114,20 +112,11 @@ def draw_magnitudes(models: dict[str, NormValues]) -> "Figure":
 
 def plot(models: dict[str, NormValues], path: Path) -> None:
     """Write `draw_signed` to `path` and as PDF, and `draw_magnitudes` to NAME-magnitudes."""
-    magnitudes = path.with_name(f"{path.stem}-magnitudes{path.suffix}")
-    signed = draw_signed(models)
-    for figure, file, dpi in (
-        (signed, path, 150),
-        (signed, path.with_suffix(".pdf"), 150),
-        (draw_magnitudes(models), magnitudes, 120),
-    ):
+    signed, magnitudes = draw_signed(models), path.with_name(f"{path.stem}-magnitudes{path.suffix}")
+    figures = {path: signed, path.with_suffix(".pdf"): signed, magnitudes: draw_magnitudes(models)}
+    for file, figure in figures.items():
         with name_write_errors(file):
-            figure.savefig(file, dpi=dpi)
-
-
-def tensorboard_name(model: str) -> str:
-    """Name of a model's directory below --norm-tensorboard."""
-    return model.replace("/", "_")
+            figure.savefig(file, dpi=150 if figure is signed else 120)
 
 
 def write_tensorboard(models: dict[str, NormValues], directory: Path) -> None:
@@ -135,7 +124,7 @@ def write_tensorboard(models: dict[str, NormValues], directory: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     for name, values in models.items():
-        with SummaryWriter(str(directory / tensorboard_name(name))) as writer:
+        with SummaryWriter(str(directory / file_stem(name))) as writer:
             for (layer_type, role), layers in values.items():
                 for depth, (_, w) in enumerate(layers):
                     writer.add_histogram(f"norm_params/{layer_type}_{role}", w, depth)

@@ -87,9 +87,9 @@ class ResultsFile:
 def render(results: list[Result], results_format: str) -> str:
     """Content of a results file: json, csv, md, or timm's columns as `timm json` or `timm csv`.
 
-    Values that are not finite become null.
+    Numbers that are not finite become null, as JSON has none.
     """
-    results = [{**result, "value": result["value"] if math.isfinite(result["value"]) else None} for result in results]
+    results = [{key: _finite(value) for key, value in result.items()} for result in results]
     if results_format == "md":
         return markdown(results)
     if results_format.startswith("timm"):
@@ -129,7 +129,7 @@ def mean_over_checkpoints(results: list[Result]) -> list[Result]:
     means: list[Result] = []
     for key, members in groups.items():
         values = [result["value"] for result in members]
-        std = statistics.stdev(values) if len(values) > 1 else None
+        std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
         means.append(json.loads(key) | {"value": statistics.fmean(values), "std": std, "checkpoints": len(values)})
         if notes := [result["note"] for result in members if "note" in result]:
             means[-1]["note"] = f"{len(notes)} of {len(values)} checkpoints, such as: {notes[0]}"
@@ -166,6 +166,15 @@ def shorten_paths(paths: Iterable[str]) -> dict[str, str]:
             length += 1
         short[path] = "/".join(parts[path][-length:])
     return short
+
+
+def file_stem(*names: str) -> str:
+    """Part of a file's name from names of models and data sets, which may contain slashes."""
+    return "-".join(filter(None, names)).replace("/", "_")
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _model_of(result: Result) -> str:

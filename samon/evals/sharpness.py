@@ -41,7 +41,6 @@ from samon.geometry import global_norm
 from samon.scope import norm_parameters
 
 LossFn = Callable[[list[Tensor], bool], tuple[Tensor, list[Tensor]]]  # (eps, with gradients) -> loss [], gradients
-P = {"l2": 2.0, "linf": math.inf}
 # Measures in the short form by preset name; the names are the paper's tables.
 PRESETS: dict[str, list[str]] = json.loads(Path(__file__).with_name("sharpness_presets.json").read_text())
 _FORM = "worst|average-linf|l2[-adaptive][-logitnorm][-Nstep]@RHO[,RHO...]"
@@ -68,12 +67,12 @@ class Measure:
     @classmethod
     def parse(cls, text: str) -> list["Measure"]:
         """Measures of a short form such as `worst-linf-adaptive-logitnorm-1step@0.007,0.01`, one per rho."""
-        form = re.fullmatch(r"(worst|average)-(linf|l2)((?:-adaptive|-logitnorm|-\d+step)*)@([^@]+)", text)
+        form = re.fullmatch(r"(worst|average)-(linf|l2)((?:-adaptive|-logitnorm|-[1-9]\d*step)*)@([^@]+)", text)
         try:
             radii = [float(rho) for rho in form[4].split(",")] if form else []
         except ValueError:
             radii = []
-        if form is None or not radii or min(radii) <= 0:
+        if form is None or not radii or not all(0 < rho < math.inf for rho in radii):
             raise UserError(f"sharpness measure {text!r}: use {', '.join(PRESETS)} or {_FORM} with positive radii")
         words = form[3].split("-")
         steps = next((int(word.removesuffix("step")) for word in words if word.endswith("step")), 20)
@@ -211,24 +210,25 @@ def worst_case(loss_fn: LossFn, scales: list[Tensor], measure: Measure, mode: st
         scales: T, one tensor per parameter.
         mode: `autopgd` or `reference`, see the module's docstring.
     """
-    reference, p, rho, steps = mode == "reference", P[measure.norm], measure.rho, measure.steps
+    reference, steps = mode == "reference", measure.steps
     delta = previous = best_delta = [torch.zeros_like(a) for a in scales]
     start, grads = loss_fn(delta, True)
     best, best_grads, loss_before = start, grads, start
     checks = reference_checkpoints(steps) if reference else checkpoints(steps)
-    step = StepSize(start.new_full((1,), 2 * rho), best.view(1), checks, strict=reference)
+    step = StepSize(start.new_full((1,), 2 * measure.rho), best.view(1), checks, strict=reference)
     for i in range(steps):
+        z = _ascent_step(delta, grads, scales, float(step.size), measure, reference)
         if reference:
-            z = _reference_step(delta, grads, scales, float(step.size), measure)
             z = _mix(0.75, z, 0.25, previous)
         else:
-            z = project(_ascent_step(delta, grads, scales, float(step.size), p), scales, rho, p)
             momentum = 0.75 if i else 1.0
             z = _mix(1.0, _mix(momentum, z, 1 - momentum, delta), 1 - momentum, _mix(1.0, delta, -1.0, previous))
-            z = project(z, scales, rho, p)
+            z = project(z, scales, measure.rho, measure.norm)
         previous, delta = delta, z
         loss, grads = loss_fn(delta, i + 1 < steps)
         improved, loss_before = loss > (best if reference else loss_before), loss
+        if loss.isnan():  # no maximum: comparisons with it are false, which would look like a flat minimum
+            return math.nan
         if loss > best:
             best, best_delta, best_grads = loss, delta, grads
         halved = step.update(i, improved, best.view(1))
@@ -242,27 +242,20 @@ def _mix(a: float, x: list[Tensor], b: float, y: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_add(torch._foreach_mul(x, a), y, alpha=b))
 
 
-def _ascent_step(delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, p: float) -> list[Tensor]:
-    """delta + size T sign(g) (p = inf) or delta + size T^2 g / ||T g|| (p = 2), not yet projected."""
-    if p == math.inf:
-        direction = [a * g.sign() for a, g in zip(scales, grads, strict=True)]
-    else:
-        scaled = [a * g for a, g in zip(scales, grads, strict=True)]
-        norm = global_norm(scaled)
-        direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(scales, scaled, strict=True)]
-    return _mix(1.0, delta, size, direction)
-
-
-def _reference_step(
-    delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, measure: Measure
+def _ascent_step(
+    delta: list[Tensor], grads: list[Tensor], scales: list[Tensor], size: float, measure: Measure, reference: bool
 ) -> list[Tensor]:
-    """The step of the public code, projected: delta + size T g / ||g|| for l2."""
-    p, rho = P[measure.norm], measure.rho
-    if p == math.inf:
-        return project(_ascent_step(delta, grads, scales, size, p), scales, rho, p)
+    """delta + size T sign(g) (linf), delta + size T^2 g / ||T g|| or, in `reference`, T g / ||g|| (l2), projected."""
+    if measure.norm == "linf":
+        direction = [a * g.sign() for a, g in zip(scales, grads, strict=True)]
+        return project(_mix(1.0, delta, size, direction), scales, measure.rho, "linf")
     scaled = [a * g for a, g in zip(scales, grads, strict=True)]
-    z = _mix(1.0, delta, size, list(torch._foreach_div(scaled, global_norm(grads) + 1e-12)))
-    return project_euclidean(z, scales, rho) if measure.adaptive else project(z, scales, rho, p)
+    if reference:
+        z = _mix(1.0, delta, size, list(torch._foreach_div(scaled, global_norm(grads) + 1e-12)))
+        return (project_euclidean if measure.adaptive else project)(z, scales, measure.rho)
+    norm = global_norm(scaled)
+    direction = [a * u * torch.where(norm > 0, 1 / norm, 0) for a, u in zip(scales, scaled, strict=True)]
+    return project(_mix(1.0, delta, size, direction), scales, measure.rho)
 
 
 def reference_checkpoints(n_iter: int) -> dict[int, int]:
@@ -274,12 +267,12 @@ def reference_checkpoints(n_iter: int) -> dict[int, int]:
     return {end: end - before for before, end in itertools.pairwise(ends)}
 
 
-def project(deltas: list[Tensor], scales: list[Tensor], rho: float, order: float) -> list[Tensor]:
-    """Project the deltas onto the ball ||T^-1 delta||_order <= rho: clipped for infinity, rescaled for 2.
+def project(deltas: list[Tensor], scales: list[Tensor], rho: float, norm: str = "l2") -> list[Tensor]:
+    """Project the deltas onto the ball ||T^-1 delta|| <= rho: clipped for linf, rescaled for l2.
 
     Where T (`scales`) is zero the ball has no extent, so delta is zero there.
     """
-    if order == math.inf:
+    if norm == "linf":
         return [torch.clamp(d, -rho * t, rho * t) for d, t in zip(deltas, scales, strict=True)]
     inside = [torch.where(t > 0, d, 0) for d, t in zip(deltas, scales, strict=True)]
     radius = global_norm([torch.where(t > 0, d / t, 0) for d, t in zip(inside, scales, strict=True)])

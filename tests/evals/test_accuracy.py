@@ -33,9 +33,8 @@ def loader(target=TARGET):
     return [(rows[i : i + 10], target[i : i + 10]) for i in range(0, 37, 10)]
 
 
-def score_table(target, **scorings):
-    scores, _ = score(Table(), loader(target), scorings, device="cpu")
-    return scores
+def score_table(target, scoring):
+    return score(Table(), loader(target), {"": scoring}, device="cpu")[0][""]
 
 
 def test_figures_equal_their_definition_and_the_mode_is_restored():
@@ -53,7 +52,7 @@ def test_figures_equal_their_definition_and_the_mode_is_restored():
 
 def test_restricted_predictions_follow_timms_convention():
     classes, target = [1, 4, 6, 8], torch.arange(37) % 4  # indices among the classes
-    found = score_table(target, some=Scoring(classes))["some"]
+    found = score_table(target, Scoring(classes))
     logits = LOGITS[:, classes]
     assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item())
     assert found["top5"] == 100  # of four classes
@@ -65,7 +64,7 @@ def test_label_sets_accept_any_of_their_classes_and_skip_samples_without_one():
     sets[0, [2, 5]] = True
     sets[1, 7] = True  # row 2 has no class
     target = torch.arange(37) % 3
-    found = score_table(target, sets=Scoring(None, sets))["sets"]
+    found = score_table(target, Scoring(None, sets))
     valid = target < 2
     right = sets[target].gather(1, LOGITS.argmax(1, keepdim=True))[:, 0]
     probability = (LOGITS.softmax(1) * sets[target]).sum(1)

@@ -4,19 +4,14 @@ and the authors' code."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_tensor
 
-from samon.data.decode import decode_pil
-from samon.data.sources import open_source
 from samon.evals import attacks
 from samon.evals.attacks import (
     ATTACKS,
     ROBUST,
     VANISHED,
     Normalized,
-    StepSize,
     Threat,
     apgd,
     attack,
@@ -111,19 +106,8 @@ def test_every_iterate_is_the_papers(norm, eps):
     assert returns > 3
 
 
-def test_step_size_rule():
+def test_checkpoints_projection_normalization_and_targeted_loss_by_hand():
     assert checkpoints(100) == {21: 22, 40: 19, 56: 16, 69: 13, 79: 10, 86: 7, 92: 6, 98: 6}
-    step = StepSize(torch.tensor([1.0, 1.0]), torch.zeros(2), {3: 4, 5: 2})
-    for i in range(4):  # first problem: 3 of 4 steps improve (at most 0.75: halved); second: all
-        halved = step.update(i, torch.tensor([i > 0, True]), torch.tensor([3.0, 4.0]))
-    assert halved.tolist() == [True, False]
-    assert step.size.tolist() == [0.5, 1.0]
-    for i in (4, 5):  # both always improve, but the second's best does not change over an interval without halving
-        halved = step.update(i, torch.tensor([True, True]), torch.tensor([3.0, 4.0]))
-    assert halved.tolist() == [False, True]
-
-
-def test_projection_normalization_and_targeted_loss_by_hand():
     center = torch.full((1, 1, 1, 2), 0.5)
     far = torch.tensor([[[[0.5 + 3.0, 0.5 + 4.0]]]])
     assert torch.allclose(project(far, center, "l2", 0.5), center + torch.tensor([0.3, 0.4]))
@@ -138,19 +122,15 @@ def test_projection_normalization_and_targeted_loss_by_hand():
 
 def test_targets_are_the_next_classes_in_turn(monkeypatch):
     """Of the clean logits, likeliest first, --apgd-targets of them; cross-entropy before all."""
-    net = nn.Linear(4, 6, bias=False)
-    with torch.no_grad():
-        net.weight.copy_(torch.tensor([5.0, 1.0, 4.0, 0.0, 3.0, 2.0])[:, None].expand(6, 4))
-    targets = []
+    logits, targets = torch.tensor([[5.0, 1.0, 4.0, 0.0, 3.0, 2.0]]), []
     monkeypatch.setattr(attacks, "dlr_targeted", lambda z, y, t: targets.append(int(t)) or dlr_targeted(z, y, t))
 
     def unsuccessful(model, images, label, loss_fn, *_):
-        loss_fn(model(images), torch.arange(len(images)))
-        none = torch.zeros(len(images), dtype=torch.bool)
-        return none, none
+        loss_fn(logits, torch.arange(1))
+        return torch.tensor([False]), torch.tensor([False])
 
     monkeypatch.setattr(attacks, "apgd", unsuccessful)
-    outcome = attack_all(net, torch.rand(1, 4), torch.tensor([0]), Threat("linf", 0.1, 5, n_targets=3))
+    outcome = attack_all(nn.Identity(), logits, torch.tensor([0]), Threat("linf", 0.1, 5, n_targets=3))
     assert targets == [2, 4, 5]
     assert outcome.tolist() == [ROBUST]
 
@@ -188,21 +168,11 @@ def test_a_linear_model_has_the_robust_radius_of_the_closed_form():
 @pytest.fixture(scope="module")
 def trained():
     """(a small network trained on Fashion-MNIST, 24 of its images, their labels)."""
+    pytest.importorskip("pyautoattack")
+    from tools.bench_attack import images, train_network
+
     torch.manual_seed(0)
-    source = open_source("wds/fashion-mnist", "data/fashion-mnist", "validation")
-    samples = source.read(range(600))
-    x, y = torch.stack([to_tensor(decode_pil(s.image)) for s in samples]), torch.tensor([s.label for s in samples])
-    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 49, 10))
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(8):
-        for rows in torch.randperm(len(x)).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-    net.eval()
-    assert (net(x).argmax(1) == y).float().mean() > 0.8
-    return net, x[:24], y[:24]
+    return train_network(600), *images("train", 24)
 
 
 @pytest.mark.slow
@@ -210,10 +180,11 @@ def trained():
     ("norm", "eps", "targets"), [("l2", 0.25, 2), ("l2", 0.5, 9), ("linf", 2 / 255, 2), ("linf", 4 / 255, 9)]
 )
 def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, targets, monkeypatch):
-    autoattack = pytest.importorskip("pyautoattack").AutoAttack
+    from pyautoattack import AutoAttack
+
     net, x, y = trained
     names = ["apgd-ce", "apgd-t"]
-    theirs = autoattack(net, norm=norm.capitalize(), eps=eps, version="custom", attacks=names, seed=0)
+    theirs = AutoAttack(net, norm=norm.capitalize(), eps=eps, version="custom", attacks=names, seed=0)
     theirs.apgd.n_iter = theirs.apgd_targeted.n_iter = 100 if targets == 2 else 25
     theirs.apgd.n_restarts = 1  # as in AutoAttack's standard version
     theirs.apgd_targeted.n_target_classes = targets  # the standard version has 9

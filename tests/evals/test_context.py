@@ -1,5 +1,7 @@
 """Subsets, sharding, batches, corrupt images, and a model restored after an evaluation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,8 @@ from samon.evals.context import (
     shard_samples,
 )
 from samon.evals.datasets import EvalSpec, open_dataset
-from tests.eval_sets import DATA_CONFIG, SYNSETS, DifferentiableReader, Reader, make_context, write_folders, write_shard
+from samon.evals.metrics import Scoring
+from tests.eval_sets import DATA_CONFIG, SYNSETS, DifferentiableReader, Reader, make_context, write_folders
 
 
 def spec_of(root, kind="", dataset="", split=""):
@@ -32,9 +35,7 @@ def test_subsets_and_shards():
     shards = [shard_samples(samples, 8, rank, 3) for rank in range(3)]
     assert sorted(shards[0] + shards[1] + shards[2]) == samples
     assert shards[1][:8] == samples[8:16]
-
-
-def test_limit_takes_the_first_samples_and_a_subset_of_them():
+    # A limit takes the first samples, or a subset of them.
     assert choose_samples(1000, None, 0, limit=30) == list(range(30))
     assert choose_samples(10, None, 0, limit=30) == list(range(10))
     assert choose_samples(1000, 20, 3, limit=30) == choose_samples(30, 20, 3)
@@ -86,14 +87,6 @@ def test_a_corrupt_image_stops_the_evaluation(tmp_path, workers):
     assert str(caught.value) == f"{path}: not an image: 8 bytes starting b'no image'"
 
 
-def test_a_sample_without_label_stops_the_evaluation(tmp_path):
-    write_shard(tmp_path, [("a", 0, 0), ("b", 1, "one")], ["0", "1"])
-    context = make_context(Reader())
-    dataset = open_dataset(context, spec_of(tmp_path, "imagenetv2-top-images", "wds", "val"))
-    with pytest.raises(UserError, match=r"val\.tar b: .*'one'"):
-        accuracy.evaluate(context, dataset)
-
-
 def test_a_border_wider_than_the_image_and_errors_of_transforms_name_the_file(tmp_path):
     root = write_folders(tmp_path, {"0": [0]})
     Image.new("RGB", (200, 9)).save(root / "0/0.png")
@@ -116,12 +109,14 @@ def test_losses_on_a_restricted_set_see_its_classes_and_labels(tmp_path):
     assert net(images).argmax(1).tolist() == label.tolist() == [0, 1, 2]
 
 
-def test_several_right_classes_are_refused_with_the_reason(tmp_path):
-    root = write_folders(tmp_path, {"alarm_clock": [409]})
+def test_losses_are_for_one_right_class(tmp_path):
+    """A set with several, and one with none: ReaL labels that --valid-labels leaves out."""
     context = make_context(DifferentiableReader())
-    dataset = open_dataset(context, spec_of(root, "objectnet"))
-    with pytest.raises(UserError, match="sharpness x: images have several right classes"):
-        restrict_to_single_labels("sharpness", context.model, dataset)
+    several = open_dataset(context, spec_of(write_folders(tmp_path, {"alarm_clock": [409]}), "objectnet"))
+    none = replace(several, scorings={"": Scoring([1, 2], torch.eye(3).bool())})
+    for dataset in (several, none):
+        with pytest.raises(UserError, match="sharpness x: images have no or several right classes"):
+            restrict_to_single_labels("sharpness", context.model, dataset)
 
 
 def test_evaluation_turns_tf32_off_and_restores_it():
@@ -131,10 +126,9 @@ def test_evaluation_turns_tf32_off_and_restores_it():
     before = allowed()
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        with evaluating(nn.Linear(1, 1), requires_grad=False):
-            assert allowed() == (False, False)
-        with evaluating(nn.Linear(1, 1)):  # accuracy: as in training
+        for requires_grad, inside in ((False, False), (None, True)):  # None: accuracy, as in training
+            with evaluating(nn.Linear(1, 1), requires_grad):
+                assert allowed() == (inside, inside)
             assert allowed() == (True, True)
-        assert allowed() == (True, True)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -18,17 +18,13 @@ def resnet():
     return model
 
 
-def test_every_normalization_layer_is_listed_by_type_in_order_of_depth():
-    found = norm_params.norm_values(resnet())
-    assert set(found) == {("BatchNorm2d", "gamma"), ("BatchNorm2d", "beta")}
-    names = [name for name, _ in found["BatchNorm2d", "gamma"]]
-    assert names.index("conv1.1") < names.index("bn1") < names.index("layer2.0.downsample.2")
-    assert len(names) == sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
-
-
-def test_results_are_the_statistics():
+def test_results_are_the_statistics_of_every_layer_in_order_of_depth():
     model = resnet()
     rows = norm_params.evaluate(make_context(model))
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [(row["layer"], row["depth"]) for row in rows if row["metric"] == "beta_mean"] == [
+        *(("all", 0), *zip(names, range(1, 99), strict=False))
+    ]
     everything = torch.cat([m.weight.detach() for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
 
     def value(metric, layer="all"):
@@ -66,23 +62,19 @@ def test_figure_and_histograms_of_two_models(tmp_path):
         assert (values.min, values.max, values.num) == pytest.approx((float(w.min()), float(w.max()), w.numel()))
         assert values.sum == pytest.approx(float(w.double().sum()), rel=1e-5)  # signed
     norm_params.plot(models, tmp_path / "norm.png")
-    assert (tmp_path / "norm.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "norm-magnitudes.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "norm.pdf").read_bytes().startswith(b"%PDF")
+    for name, start in (("norm.png", b"\x89PNG"), ("norm-magnitudes.png", b"\x89PNG"), ("norm.pdf", b"%PDF")):
+        assert (tmp_path / name).read_bytes().startswith(start)
 
 
 def test_figure_5_has_signed_values_on_linear_axes_and_a_panel_per_model():
-    low, high = (nn.Sequential(nn.BatchNorm1d(40)), nn.Sequential(nn.BatchNorm1d(40)))
-    for net, center in ((low, -0.2), (high, 0.3)):
-        nn.init.constant_(net[0].weight, 1.0)
-        with torch.no_grad():
-            net[0].bias.copy_(center + torch.linspace(-0.1, 0.1, 40))
-    figure = norm_params.draw_signed({"SAM": norm_params.norm_values(low), "SAM-ON": norm_params.norm_values(high)})
-    panels = figure.axes
+    centers = {"SAM": -0.2, "SAM-ON": 0.3}
+    values = {name: torch.linspace(-0.1, 0.1, 40) + center for name, center in centers.items()}
+    groups = {name: {("N", "gamma"): [("n", torch.ones(40))], ("N", "beta"): [("n", v)]} for name, v in values.items()}
+    panels = norm_params.draw_signed(groups).axes
     assert [axis.get_title() for axis in panels] == ["SAM", "SAM-ON"] * 2
     assert [axis.get_xlabel() for axis in panels] == ["$\\gamma$"] * 2 + ["$\\beta$"] * 2
     assert {axis.get_yscale() for axis in panels} | {axis.get_xscale() for axis in panels} == {"linear"}
-    for axis, center in ((panels[2], -0.2), (panels[3], 0.3)):
+    for axis, center in zip(panels[2:], centers.values(), strict=True):
         (stairs,) = axis.patches
         counts, edges, _ = stairs.get_data()
         assert counts.sum() == 40

@@ -1,7 +1,7 @@
 """Tables, means over checkpoints, and results files that another command does not overwrite."""
 
 import json
-import statistics
+import math
 
 import pytest
 import timm
@@ -10,11 +10,17 @@ import torch
 from samon.cli.validate import main
 from samon.errors import Stopped, UserError
 from samon.evals import accuracy
-from samon.evals.results import ResultsFile, markdown, mean_over_checkpoints, shorten_paths
+from samon.evals.results import ResultsFile, markdown, mean_over_checkpoints, render, shorten_paths
 from tests.eval_sets import FASHION
 from tests.sets import RANDOM_MODEL
 
 FLAGS = [*RANDOM_MODEL, "--num-samples", "16"]
+
+
+def save_model(path, seed=0, model="test_resnet"):
+    torch.manual_seed(seed)
+    torch.save(timm.create_model(model, num_classes=10).state_dict(), path)
+    return str(path)
 
 
 def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
@@ -35,9 +41,12 @@ def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
 def test_mean_and_sample_deviation_over_checkpoints():
     base = {"model": "m", "dataset": "d", "eval": "accuracy", "metric": "top1", "num_samples": 9}
     rows = [base | {"checkpoint": name, "value": value} for name, value in (("a", 1.0), ("b", 2.0), ("c", 6.0))]
-    row, other = mean_over_checkpoints([*rows, base | {"model": "n", "value": 5.0}])
+    row, one, diverged = mean_over_checkpoints(
+        [*rows, base | {"model": "n", "value": 5.0}, *(base | {"metric": "loss", "value": v} for v in (1.0, math.nan))]
+    )
     assert row == base | {"value": 3.0, "std": pytest.approx(7**0.5), "checkpoints": 3}
-    assert (other["model"], other["std"]) == ("n", None)
+    assert (one["model"], one["std"], diverged["std"]) == ("n", None, None)
+    assert math.isnan(diverged["value"])
     assert "3.00 ± 2.65" in markdown([row])
     rows[1]["note"] = "vanished"
     (row,) = mean_over_checkpoints(rows)
@@ -46,23 +55,23 @@ def test_mean_and_sample_deviation_over_checkpoints():
 
 
 def test_group_of_checkpoints_is_one_column(tmp_path, capsys):
-    paths = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        paths.append(str(tmp_path / f"{seed}.pth"))
-        torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), paths[-1])
-    flags = [*FLAGS, *FASHION, "--num-samples", "40"]
-    values = [row["value"] for row in main([*flags, "--checkpoint", *paths]) if row["metric"] == "top1"]
+    paths = [save_model(tmp_path / f"{seed}.pth", seed) for seed in range(2)]
+    flags = [*FLAGS, *FASHION]
+    one, two = (main([*flags, "--checkpoint", path])[0]["value"] for path in paths)
     capsys.readouterr()
-    rows = main([*flags, "--checkpoint", *paths, "--group"])
-    assert rows[0]["value"] == pytest.approx(statistics.fmean(values))
-    assert rows[0]["std"] == pytest.approx(statistics.stdev(values))
+    (top1, *_) = main([*flags, "--checkpoint", *paths, "--group"])
+    assert (top1["value"], top1["checkpoints"]) == (pytest.approx((one + two) / 2), 2)
     assert "±" in capsys.readouterr().out
     for several in ([], ["--checkpoint", paths[0], paths[0]]):  # the same one twice has no deviation
         with pytest.raises(UserError, match="--group: give several checkpoints"):
             main([*flags, "--group", *several])
     with pytest.raises(UserError, match=r"--group gives .* --bootstrap an interval for each: drop one"):
         main([*flags, "--checkpoint", *paths, "--group", "--bootstrap", "10"])
+
+
+def test_json_has_null_for_numbers_that_are_not_finite():
+    text = render([{"metric": "loss", "value": math.nan, "low": math.nan, "high": math.inf, "num_samples": 3}], "json")
+    assert json.loads(text) == [{"metric": "loss", "value": None, "low": None, "high": None, "num_samples": 3}]
 
 
 # --- results files --------------------------------------------------------------------------------------------------
@@ -85,10 +94,8 @@ def evaluated(monkeypatch):
 
 
 def test_an_interrupted_command_resumes_with_what_is_missing(suite, evaluated, tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "results.json"
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "net.pth")
-    command = [*FLAGS, "--suite", str(suite), "--checkpoint", str(tmp_path / "net.pth"), "--results-file", str(path)]
+    path, weights = tmp_path / "deep" / "results.json", save_model(tmp_path / "net.pth")
+    command = [*FLAGS, "--suite", str(suite), "--checkpoint", weights, "--results-file", str(path)]
     whole = main(command)
     expected = path.read_text()
     path.unlink()
@@ -138,9 +145,7 @@ def test_mistakes_are_reported_before_any_work(suite, evaluated, tmp_path, mista
         suite.write_text(suite.read_text() + "- {name: late, data_dir: elsewhere}\n")
         message = "elsewhere: no such directory"
     elif mistake == "checkpoint":
-        for name, model in (("a", "test_resnet"), ("b", "test_byobnet")):
-            torch.save(timm.create_model(model, num_classes=10).state_dict(), tmp_path / f"{name}.pth")
-        flags += ["--checkpoint", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]
+        flags += ["--checkpoint", save_model(tmp_path / "a.pth"), save_model(tmp_path / "b.pth", model="test_byobnet")]
         message = r"b\.pth"
     else:
         flags += [mistake, str(tmp_path / "file" / "x.json")]
