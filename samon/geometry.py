@@ -200,11 +200,10 @@ def perturbation(
     eta: float,
     is_weight: Sequence[bool],
     grouped: bool,
-    keep_probability: float,
     reduce: NormReduction = None,
     radius: str | float = "ball",
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`ascent_step` divided by ESAM's `keep_probability`, and zero if the gradient is not finite.
+    """`ascent_step`, zero if the gradient is not finite.
 
     Returns:
         `(eps, ||T g||_2, whether that is finite)`. If all tensors have the same dtype and device, eps is one flat
@@ -212,7 +211,6 @@ def perturbation(
     """
     low = [to_float32(w) for w in weights]
     eps, norm = ascent_step(geometry, low, grads, rho, eta, is_weight, grouped, reduce, radius)
-    eps = eps if keep_probability == 1 else list(torch._foreach_div(eps, keep_probability))
     finite = norm.isfinite()
     if radius != "ball":  # 1 / ||g||* overflows for tiny gradients
         finite &= torch.stack([t.isfinite().flatten(int(grouped)).all(-1) for t in eps]).all(0)

@@ -124,8 +124,6 @@ class VariantSAM(SAM):
             )
         if sparsity is not None and variant.mask is None:
             raise UserError(f"sparsity is for {', '.join(MASKED)}; {variant.name} has no mask")
-        if selection is None:
-            params = list(params)
         with reraise_as_user_error(f"base_opt={base_opt!r}"):
             base = create_optimizer_v2(params, base_opt, **base_kwargs)
         if selection is None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from samon.engines.masks import Mask
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
+VERSION = "_samon_last_step"  # attribute of a gradient: its version counter at the end of the last step
 # What a copy and a pickle have; compiled functions, `stats` and an open `first_step` are not among them.
 PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
 
@@ -198,7 +199,7 @@ class SAM(OptimizerWrapper):
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         trained = [p for p in named.values() if p.requires_grad] or self.parameters()
-        if all(p.grad is None for p in trained):  # cleared by the model or by Lookahead, not by `zero_grad`
+        if all(map(_was_cleared, trained)):  # by the model or by Lookahead, not by `zero_grad`
             self._discard_update()
         named = self.ascent.sample(named)
         refuse_fsdp1(named.values())
@@ -211,6 +212,9 @@ class SAM(OptimizerWrapper):
             yield named
         finally:
             self._in_step = outer
+            for p in trained:
+                if p.grad is not None:
+                    setattr(p.grad, VERSION, p.grad._version)
 
     @torch.no_grad()
     def perturbation(self, named: Named, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -231,10 +235,9 @@ class SAM(OptimizerWrapper):
             dense = self.mask(dense)
         # The authors' rule for `eleml2orig`, which includes nn.MultiheadAttention's `in_proj_weight`.
         is_weight = ["weight" in name for name in named] if GEOMETRIES[self.geometry].by_name else []
-        settings = (self.rho, self.eta, is_weight, grouped, self.ascent.keep_probability)
-        eps, norm, finite = self.arithmetic.perturbation(
-            self.geometry, weights, dense, *settings, self.norm_reduction(named), self.radius
-        )
+        rho = self.rho / self.ascent.keep_probability  # ESAM divides the perturbation, which is linear in rho
+        settings = (rho, self.eta, is_weight, grouped, self.norm_reduction(named), self.radius)
+        eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def step_perturbation(
@@ -451,6 +454,11 @@ def to_local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():  # `to_local` is differentiable, and the shard must be writable
         return tensor.to_local()
+
+
+def _was_cleared(p: Tensor) -> bool:
+    """Whether the gradient is None, or was written to after the last step, which only clearing it in place does."""
+    return p.grad is None or getattr(p.grad, VERSION, p.grad._version) != p.grad._version
 
 
 def _local(named: Named) -> list[Tensor]:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 import samon
 from samon import UserError
 from tests.nets import NETS, BatchNormNet, LayerNormNet, batch, randomized
-from tests.steps import assert_same, assert_unchanged, closure_of, loss_of, make, optimizer_of, update, values
+from tests.steps import (
+    assert_same,
+    assert_unchanged,
+    closure_of,
+    loss_of,
+    losses_of,
+    make,
+    optimizer_of,
+    update,
+    values,
+)
 
 FORGOTTEN = "call samon.two_pass"  # the warning of a step whose gradient was taken at w
 
@@ -239,6 +249,24 @@ def test_a_forgotten_two_pass_warns_once() -> None:
         opt.step()
     closure_of(opt, forward)()
     opt.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("samon", {"ascent": "fsam"}), ("samon", {"gsam_alpha": 0.3}), ("ssam-f", {"mask_every": 1})]
+)
+def test_a_skipped_update_leaves_nothing_behind_however_it_is_cleared(name: str, how: dict[str, Any]) -> None:
+    """In micro-batches, whose gradients at w are summed up to the step."""
+    ends = []
+    for in_place in (False, True):
+        model, opt = make(name=name, **how)
+        for step in range(3):
+            model.zero_grad(set_to_none=not in_place)
+            for forward in losses_of(model, *batch(seed=step), 2):
+                samon.two_pass(opt, forward, loss_scale=0.5)
+            if step != 1:
+                opt.step()
+        ends.append(model)
+    assert_same(*ends)
 
 
 @pytest.mark.parametrize("way", ["two_pass", "closure", "perturbed", "plain"])
