@@ -197,23 +197,26 @@ def check_step(config: Config, sam: samon.SAM) -> None:
 
 
 def check_images(config: Config, model: nn.Module, input_size: Sequence[int]) -> None:
-    """Raise UserError if the model does not take --ascent-size, or a pass over a single image leaves a BatchNorm layer
-    with one value per channel."""
-    smallest, size, m = list(input_size), config.ascent_size, config.m_sharpness
+    """Raise UserError if the model does not take images of --train-img-sizes or --ascent-size, or a pass over a single
+    image leaves a BatchNorm layer with one value per channel."""
+    channels, size, m = input_size[0], config.ascent_size, config.m_sharpness
+    sides = sorted(config.train_img_sizes or [], reverse=True)
+    sizes = [[channels, side, side] for side in sides] or [list(input_size)]
     if size is not None:
-        if size >= min(input_size[1:]):
-            raise UserError(f"--ascent-size {size} must be smaller than the images, {input_size[1:]}")
-        smallest[1:] = size, size
-        if text := models.input_size_error(model, smallest):
+        if size >= min(sizes[-1][1:]):
+            raise UserError(f"--ascent-size {size} must be smaller than the images, {sizes[-1][1:]}")
+        sizes.append([channels, size, size])
+    for image in sizes:
+        if image != list(input_size) and (text := models.input_size_error(model, image)):
             raise UserError(
-                f"--ascent-size {size}: {config.model} does not take such images ({text}); drop the flag, or add "
-                "--model-kwargs dynamic_img_size=True if the model has that argument"
+                f"{config.model} does not take images of {image} ({text}); drop --train-img-sizes or --ascent-size, or "
+                "add --model-kwargs dynamic_img_size=True if the model has that argument"
             )
     images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
-    if images == 1 and (layer := models.find_single_value_norm(model, smallest)):
+    if images == 1 and (layer := models.find_single_value_norm(model, sizes[-1])):
         raise UserError(
-            f"{layer} normalizes over the batch and sees one value per channel of an image of {smallest}: a "
-            "pass over a single image has no variance there; raise --m-sharpness or --batch-size, or use larger images"
+            f"{layer} normalizes over the batch and sees one value per channel of an image of {sizes[-1]}: a pass over "
+            "a single image has no variance there; raise --m-sharpness or --batch-size, or use larger images"
         )
 
 

@@ -208,7 +208,8 @@ EXCLUDES = {
     "sched=plateau": "sched-on-updates start-epoch",  # it steps once per epoch, by the metric
     "checkpoint-format=dcp": "save-epochs",  # which keeps single files
 }
-NEEDS = {  # flags without effect unless the other is used
+# Flags without effect unless one of the others is used.
+NEEDS = {
     "fsdp-reshard-after-forward": "fsdp",
     "fsdp-replicate": "fsdp",
     "jsd-loss": "aug-splits",
@@ -218,6 +219,10 @@ NEEDS = {  # flags without effect unless the other is used
     "tail-opt": "sam-tail",
     "tail-lr": "tail-opt",
     "rho-min": "rho-sched",
+    "split-bn": "aug-splits resplit",
+    "lr-decay-fn": "sched=wsd sched=rsqrt",
+    "lr-stable-timescale": "sched=rsqrt",
+    "resume=auto": "experiment",  # by which it finds the run
 }
 
 
@@ -228,11 +233,11 @@ def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
     for name, others in EXCLUDES.items():
         for other in others.split():
             if {name, other} <= used:
-                pair = f"--{name} and --{other}".replace("=", " ")
-                raise UserError(f"{pair} exclude each other; drop one of them")
-    for name, other in NEEDS.items():
-        if name in used and other not in used:
-            raise UserError(f"--{name} needs --{other}; add it, or drop --{name}")
+                raise UserError(f"--{name} and --{other} exclude each other; drop one of them".replace("=", " "))
+    for name, others in NEEDS.items():
+        if name in used and not used.intersection(others.split()):
+            needed = " or --".join(others.split())
+            raise UserError(f"--{name} needs --{needed}; add it, or drop --{name}".replace("=", " "))
     if config.fsdp and config.amp and config.amp_dtype == "float16":
         raise UserError("--fsdp does not support --amp-dtype float16; use bfloat16")
 
@@ -252,12 +257,6 @@ def check(config: Config, given: Collection[str]) -> None:
         raise UserError("--fsdp does not support --clip-mode agc; use norm or value")
     if config.fsdp and config.opt.startswith(("lookahead", "ssam-", "sam-random")):
         raise UserError(f"--fsdp does not support --opt {config.opt}; drop lookahead_, or use a name without a mask")
-    if config.lr_decay_fn and config.sched not in ("wsd", "rsqrt"):
-        raise UserError(f"--lr-decay-fn is for --sched wsd and rsqrt, not {config.sched}; drop it")
-    if config.lr_stable_timescale and config.sched != "rsqrt":
-        raise UserError(f"--lr-stable-timescale is for --sched rsqrt, not {config.sched}; drop it")
-    if config.resume == AUTO and not config.experiment:
-        raise UserError("--resume auto resumes the run that --experiment names; add it")
 
 
 def _check_opt(name: str, where: str) -> None:
@@ -272,6 +271,8 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
     if base and config.base_opt not in (None, base, BASES[f"-{base}"]):
         other = f"--opt {opt.removesuffix(f'-{base}')} --base-opt {config.base_opt}"
         raise UserError(f"--opt {opt} says {base}, --base-opt {config.base_opt}; use {other}")
+    if twice := [flag for flag in SAM if flag.key in config.opt_kwargs]:
+        raise UserError(f"--opt-kwargs {twice[0].key}: this has a flag of its own; give {twice[0].flag}")
     name = opt.removeprefix("lookahead_")
     if {"fisher_samples", "mask_epochs"}.intersection(given) and not name.startswith("ssam-"):
         raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {opt}")
@@ -297,8 +298,6 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
 def _check_batches(config: Config) -> None:
     if config.aug_splits == 1:
         raise UserError("--aug-splits 1 splits nothing; use 0, or at least 2")
-    if config.split_bn and not config.aug_splits and not config.resplit:
-        raise UserError("--split-bn needs --aug-splits or --resplit")
     if config.batch_size % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
         raise UserError("mixup and cutmix pair samples; use an even --batch-size")
     if config.train_size_probs and len(config.train_size_probs) != len(config.train_img_sizes):

@@ -81,14 +81,14 @@ def create_train_model(config: Config) -> nn.Module:
             model.get_classifier().bias.fill_(config.head_init_bias)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
-        if config.freeze:
-            freeze(model, config.freeze)
     if config.fix_norm:
         ablations.fix_norm(model)
     if config.train_only_norm:
         ablations.train_only_norm(model)
     if config.norm_dropout:
         ablations.add_norm_dropout(model, config.norm_dropout)
+    if config.freeze:  # last, because --train-only-norm would unfreeze
+        freeze(model, config.freeze)
     return model
 
 

@@ -126,16 +126,9 @@ def test_the_same_images_in_both_splits(folders: Folders) -> None:
         built("--val-split", "train")
 
 
-@pytest.mark.parametrize(
-    ("validation", "message"),
-    [
-        ("ant beee cat", "class 'beee' is not among the 3 trained; did you mean 'bee'"),
-        ("ant bee cat dog", "class 'dog' is not among the 3 trained"),
-    ],
-)
-def test_a_class_in_validation_only(validation: str, message: str, folders: Folders) -> None:
-    with pytest.raises(UserError, match=f"images/val: {message}"):
-        built_on(folders("ant bee cat", validation))
+def test_a_class_in_validation_only(folders: Folders) -> None:
+    with pytest.raises(UserError, match="images/val: class 'beee' is not among the 3 trained; did you mean 'bee'"):
+        built_on(folders("ant bee cat", "ant beee cat"))
 
 
 def test_a_missing_class_in_validation_shifts_no_label(folders: Folders, caplog: pytest.LogCaptureFixture) -> None:

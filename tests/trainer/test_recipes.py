@@ -46,18 +46,20 @@ def test_imagenet_recipe_is_the_papers_column(recipe: str, opt: str) -> None:
     # Inception-style: area crop, flip, color jitter, and nothing stronger.
     assert (c.scale, c.hflip, c.color_jitter) == ([0.08, 1.0], 0.5, 0.4)
     assert not any((c.aa, c.mixup, c.cutmix, c.reprob, c.drop, c.drop_path, c.model_ema))
-    optimizer = build_optimizer(c, meta_model(c))
-    sam = samon.sam_of(optimizer)
+    sam, base = optimizers(c)
     assert (sam.rho if sam else None) == c.rho
-    base = sam.base if sam else optimizer
     assert type(base).__name__.lower().startswith(base_of(opt))
     assert {g["weight_decay"] for g in base.param_groups} == {0.0, shared["weight_decay"]}
     assert {g["lr"] for g in base.param_groups} == {shared["lr"]}
 
 
-def meta_model(c: config.Config) -> torch.nn.Module:
+def optimizers(c: config.Config) -> tuple[samon.SAM | None, torch.optim.Optimizer]:
+    """SAM, if the name is one of ours, and the optimizer that applies the gradient."""
     with torch.device("meta"):
-        return timm.create_model(c.model.split(".")[0], num_classes=c.num_classes)
+        model = timm.create_model(c.model.split(".")[0], num_classes=c.num_classes)
+    optimizer = build_optimizer(c, model)
+    sam = samon.sam_of(optimizer)
+    return sam, sam.base if sam else optimizer
 
 
 def curve(c: config.Config, updates: int = 4) -> list[float]:
@@ -157,10 +159,7 @@ def test_cifar_rho_is_the_middle_of_the_papers_grid(recipe: str) -> None:
 
 def test_cifar_optimizer_is_plain_sgd_with_decay_on_everything() -> None:
     for opt in ("sgd", "samon-layerl2"):
-        c = parsed("cifar/cifar100_resnet.yaml", "--opt", opt)
-        optimizer = build_optimizer(c, meta_model(c))
-        sam = samon.sam_of(optimizer)
-        (group,) = (sam.base if sam else optimizer).param_groups
+        (group,) = optimizers(parsed("cifar/cifar100_resnet.yaml", "--opt", opt))[1].param_groups
         assert (group["nesterov"], group["weight_decay"], group["momentum"]) == (False, 5e-4, 0.9)
 
 
@@ -171,9 +170,7 @@ def test_muon_takes_the_settings_of_adamw(recipe: str) -> None:
     for opt, rho in (("muon", None), ("samon-muon", adamw.rho)):
         c = parsed(f"{recipe}.yaml", "--opt", opt)
         assert (c.lr, c.weight_decay, c.rho) == (adamw.lr, adamw.weight_decay, rho)
-        optimizer = build_optimizer(c, meta_model(c))
-        sam = samon.sam_of(optimizer)
-        base = sam.base if sam else optimizer
+        base = optimizers(c)[1]
         assert type(base).__name__ == "Muon"
         assert {(g["lr"], g["momentum"], tuple(g["betas"]), g["adjust_lr_fn"]) for g in base.param_groups} == {
             (c.lr, 0.95, (0.9, 0.95), "match_rms_adamw")
