@@ -300,5 +300,3 @@ def test_a_missing_class_shifts_no_label(tmp_path: Path, capfd: pytest.CaptureFi
 def test_an_average_that_was_not_kept_cannot_be_evaluated(whole: Path) -> None:
     with pytest.raises(UserError, match=r"--use-ema: .*model_best\.pth\.tar has no averaged weights; drop it"):
         validate(["--checkpoint", str(whole), "--use-ema"])
-    with pytest.raises(UserError, match=r"--use-ema: the model as created has no averaged"):
-        validate(["--model", "test_resnet", "--use-ema", "--data-dir", "data/fashion-mnist"])
