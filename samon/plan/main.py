@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--img-size", type=int, help="image size (default: the model's)")
     add("--gpus", type=int, default=1, help="number of processes, one per GPU")
     add("--batch-size", "-b", type=int, default=128, help="images per process")
-    add("--opt", default="samon", help="an optimizer of samon; compared with its base alone and with sam")
+    add("--opt", type=str.lower, default="samon", help="one of samon; compared with its base alone and with sam")
     add("--m-sharpness", default="device", choices=("device", "global"))
     add("--fsdp", action="store_true", help="sharded (FSDP2) instead of DistributedDataParallel")
     add("--fsdp-reshard-after-forward", default="always", choices=("always", "never"))
