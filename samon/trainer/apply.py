@@ -25,19 +25,14 @@ from samon.sam import SAM, sam_of, to_local
 from samon.trainer.build import Run
 
 
-def apply_gradient(run: Run, reads: bool | None = None) -> tuple[Tensor, bool | Tensor]:
-    """Clip the gradient and step.
-
-    Args:
-        reads: whether the host may wait for the device (by default on the CPU only). It always does if the number of
-            applied updates matters.
+def apply_gradient(run: Run) -> tuple[Tensor, bool | Tensor]:
+    """Clip the gradient and step. The host waits for the device only if the number of applied updates matters.
 
     Returns:
         The gradient's norm before clipping, and whether the step was taken: a bool, or a bool tensor [] on the device.
     """
     config, scaler, optimizer = run.config, run.scaler, run.optimizer
-    reads = run.dist_info.device.type == "cpu" if reads is None else reads
-    reads = reads or counts_updates(optimizer)
+    reads = run.dist_info.device.type == "cpu" or counts_updates(optimizer)
     if scaler is not None:
         scaler.unscale_(optimizer)
     grads = [p.grad for p in parameters(optimizer) if p.grad is not None]

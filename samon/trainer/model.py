@@ -19,13 +19,13 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from samon.errors import UserError, error_line, reraise_as_user_error
+from samon.errors import UserError, error_line, nearest, reraise_as_user_error
 from samon.progress import plural
 from samon.sam import CUDA_GRAPH_MODES
 from samon.trainer import ablations
 from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
-from samon.trainer.flags import Settings, nearest
+from samon.trainer.flags import Settings
 from samon.trainer.state import load_file
 
 log = logging.getLogger("samon")

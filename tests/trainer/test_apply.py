@@ -18,17 +18,20 @@ import samon
 from samon.registry import VARIANTS
 from samon.trainer.apply import apply_gradient, step_if
 from samon.trainer.build import Task
+from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.gradient import compute_gradient
 from samon.trainer.loop import to_device
 from samon.trainer.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
-from tests.runs import CPU, built
+from tests.runs import built
 
 
-def run_of(model: nn.Module, optimizer: Any, scaler: Any = None, clip: float | None = None) -> Any:
-    config, task = SimpleNamespace(clip_grad=clip, clip_mode="norm", fsdp=False), Task(model, nn.CrossEntropyLoss())
-    return SimpleNamespace(model=model, task=task, optimizer=optimizer, scaler=scaler, config=config, dist_info=CPU)
+def run_of(model: nn.Module, optimizer: Any, device: str, scaler: Any = None) -> Any:
+    """A run that steps as it does on this device, wherever the model is."""
+    config, task = SimpleNamespace(clip_grad=1.0, clip_mode="norm", fsdp=False), Task(model, nn.CrossEntropyLoss())
+    dist_info = DistInfo(torch.device(device), 0, 1)
+    return SimpleNamespace(task=task, optimizer=optimizer, scaler=scaler, config=config, dist_info=dist_info)
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -64,13 +67,13 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
     """Whether the host or the device skips the updates with a NaN image, the training ends with the bits of one that
     had none of them, masks and ascents included."""
     ends = []
-    for skipped, reads in (((), True), ((0, 2, 3), True), ((0, 2, 3), False)):
+    for skipped, device in (((), "cpu"), ((0, 2, 3), "cpu"), ((0, 2, 3), "cuda")):
         torch.manual_seed(0)
         model = randomized(LayerNormNet())
         opt = create_optimizer_v2(model, name.split()[0], **{"lr": 0.01, "weight_decay": 0.01} | OPTIMIZERS[name])
         sam = samon.sam_of(opt)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if scaled else None
-        run = run_of(model, opt, scaler, clip=1.0)
+        run = run_of(model, opt, device, scaler)
         for t in range(6):
             for bad in [True, False] if t in skipped else [False]:
                 x, y = batch(8, seed=t)
@@ -82,7 +85,7 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
                 else:
                     loss = forward()
                     (loss if scaler is None else scaler.scale(loss)).backward()
-                assert bool(apply_gradient(run, reads=reads)[1]) != bad
+                assert bool(apply_gradient(run)[1]) != bad
         if sam is not None and sam.mask is not None:
             assert sam.mask.step == 6 or name == "sam-random"  # where the count means nothing
         ends.append([p.detach().clone() for p in model.parameters()])
@@ -173,7 +176,7 @@ def update(name: str, **how: Any) -> Any:
             how |= {"fused": True}
         opt = create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01, **how)
         ema.module = net()  # as it would be copied: a fake tensor cannot be
-        run, meter = run_of(model, opt, clip=1.0), Meter(progress)
+        run, meter = run_of(model, opt, "cuda"), Meter(progress)
         for step in range(3):
             if rho is not None:
                 opt.rho = rho.at(step, opt.param_groups[0]["lr"])
@@ -182,11 +185,11 @@ def update(name: str, **how: Any) -> Any:
             if step == 0:  # the host has looked and takes it
                 opt.step()
                 continue
-            norm, applied = apply_gradient(run, reads=False)
+            norm, applied = apply_gradient(run)
             meter.add(8, {**opt.stats, "grad_norm": norm}, applied)
             ema.update(model, step=step)
         with pytest.raises(DataDependentOutputException):  # what the host would do
-            apply_gradient(run, reads=True)
+            apply_gradient(run_of(model, opt, "cpu"))
         return applied
 
 
