@@ -27,10 +27,10 @@ from samon.geometry import LOW_PRECISION, to_float32
 from samon.trainer import fsdp as sharding
 from samon.trainer import model as models
 from samon.trainer.ablations import weight_decay_groups
-from samon.trainer.config import Config
+from samon.trainer.config import Config, images_per_batch, mixes
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
-from samon.trainer.loaders import Batches, build_data, data_classes, mixes, without_counts
+from samon.trainer.loaders import Batches, build_data, data_classes, without_counts
 from samon.trainer.state import Progress
 from samon.two_pass import StepOptions
 from samon.two_pass import check_step as check_two_pass
@@ -102,9 +102,9 @@ class Run:
         return self.config.stop_epoch or self.epochs
 
     @property
-    def images_per_sample(self) -> int:
-        """Number of images into which the loader augments a sample (--aug-splits)."""
-        return self.config.aug_splits or 1
+    def images_per_sample(self) -> float:
+        """Number of images of a sample: --aug-splits, or 0.5 with --mixup-mode half."""
+        return images_per_batch(self.config) / self.config.batch_size
 
     @property
     def update(self) -> int:
@@ -188,7 +188,7 @@ def check_step(config: Config, sam: samon.SAM) -> None:
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
     options = StepOptions(
         partial_ascent=config.ascent_fraction < 1 or config.ascent_size is not None,
-        groups=config.batch_size // m if grouped else 1,
+        groups=images_per_batch(config) // m if grouped else 1,
         reduce="global" if m == "global" else "device",
         bn_stats=config.bn_stats,
         replay=not config.no_replay,
@@ -212,7 +212,8 @@ def check_images(config: Config, model: nn.Module, input_size: Sequence[int]) ->
                 f"{config.model} does not take images of {image} ({text}); drop --train-img-sizes or --ascent-size, or "
                 "add --model-kwargs dynamic_img_size=True if the model has that argument"
             )
-    images = min(m if isinstance(m, int) else config.batch_size, math.ceil(config.ascent_fraction * config.batch_size))
+    batch = images_per_batch(config)
+    images = min(m if isinstance(m, int) else batch, math.ceil(config.ascent_fraction * batch))
     if images == 1 and (layer := models.find_single_value_norm(model, sizes[-1])):
         raise UserError(
             f"{layer} normalizes over the batch and sees one value per channel of an image of {sizes[-1]}: a pass over "

@@ -100,6 +100,19 @@ def flags_in_errors() -> Iterator[None]:
         raise
 
 
+def mixes(config: Config) -> bool:
+    """Whether images are mixed (mixup or cutmix)."""
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+
+
+def images_per_batch(config: Config) -> int:
+    """The number of images of a full batch as the model sees it: --aug-splits of each sample, or, as timm's collate
+    function mixes with --mixup-mode half, one of two samples."""
+    if mixes(config) and config.mixup_mode == "half" and not config.no_prefetcher:
+        return int(config.batch_size) // 2
+    return int(config.batch_size) * (config.aug_splits or 1)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -289,16 +302,18 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
             raise UserError("--tail-opt replaces the base optimizer, where Lookahead keeps its state; drop lookahead_")
         if config.sam_tail == 1:
             raise UserError(f"--sam-tail 1 leaves no update before --tail-opt; use --base-opt {tail_opt} instead")
-    if isinstance(m, int) and config.batch_size % m:
-        raise UserError(f"batch size {config.batch_size} is not divisible by --m-sharpness {m}")
     if isinstance(m, int) and (config.aug_splits or config.norm_dropout):
         raise UserError(f"--m-sharpness {m} excludes --aug-splits and --norm-dropout; drop one of them")
+    if isinstance(m, int) and (images := images_per_batch(config)) % m:
+        raise UserError(f"a batch of {images} images is not divisible by --m-sharpness {m}")
 
 
 def _check_batches(config: Config) -> None:
     if config.aug_splits == 1:
         raise UserError("--aug-splits 1 splits nothing; use 0, or at least 2")
-    if config.batch_size % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
+    if config.aug_repeats % 1:
+        raise UserError(f"--aug-repeats {config.aug_repeats}: give a whole number")
+    if config.batch_size % 2 and mixes(config):
         raise UserError("mixup and cutmix pair samples; use an even --batch-size")
     if config.train_size_probs and len(config.train_size_probs) != len(config.train_img_sizes):
         raise UserError("--train-size-probs needs one value for each of --train-img-sizes")

@@ -42,7 +42,7 @@ def parse_interval(text: str) -> tuple[int, float]:
     """Parse `'500'` to (500 updates, 0 minutes), `'10m'` to (0, 10), `''` and `'0'` to (0, 0)."""
     try:
         steps, minutes = (0, float(text.removesuffix("m"))) if text.endswith("m") else (int(text or 0), 0.0)
-        if steps < 0 or minutes < 0:
+        if steps < 0 or not 0 <= minutes < float("inf"):
             raise ValueError
     except ValueError:
         raise ValueError(f"{text!r} is not a number of updates (500) or of minutes (10m)") from None

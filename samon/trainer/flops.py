@@ -16,7 +16,7 @@ from samon.checks import require_sam
 from samon.errors import error_line
 from samon.scope import SCOPES
 from samon.trainer.build import Run, build_optimizer
-from samon.trainer.config import Config
+from samon.trainer.config import Config, images_per_batch
 from samon.trainer.model import create_train_model, resolve_data_config
 
 log = logging.getLogger("samon")
@@ -100,7 +100,7 @@ def count_update(settings: str, micro_batches: int) -> UpdateCost:
     config = Config(**json.loads(settings))
     with torch.device("meta"):
         model = create_train_model(config).train()
-        size, images = resolve_data_config(config, model)["input_size"], config.batch_size * (config.aug_splits or 1)
+        size, images = resolve_data_config(config, model)["input_size"], images_per_batch(config)
         x, y = torch.empty(images, *size), torch.zeros(images, dtype=torch.long)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:

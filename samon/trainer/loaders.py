@@ -14,7 +14,7 @@ from samon.data.classes import check_ranks
 from samon.data.sources import Source, find_overlap, is_sorted_by_class, open_source, source_options
 from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
-from samon.trainer.config import Config
+from samon.trainer.config import Config, mixes
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.model import parse_dtype
@@ -36,11 +36,6 @@ class Data(NamedTuple):
     eval_loader: Batches | None
     mixup: Mixup | None  # on the host, where the loader does not mix
     class_names: list[str] | None  # in the order of the labels
-
-
-def mixes(config: Config) -> bool:
-    """Whether images are mixed (mixup or cutmix)."""
-    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
 def data_classes(config: Config) -> int | None:

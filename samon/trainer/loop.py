@@ -70,7 +70,7 @@ def fit(
                 if isinstance(applied, bool):
                     count_skipped(run, meter.outcomes)
                 progress.updates += 1
-                progress.samples += images // run.images_per_sample * run.dist_info.size
+                progress.samples += int(images / run.images_per_sample) * run.dist_info.size
                 update_average_and_schedule(run)
                 yield Update(run, progress, perturb)
                 logger.advance()

@@ -63,7 +63,7 @@ class Meter:
 class Timer:
     """Images per second and the fraction of time spent waiting for data, since the last reading."""
 
-    def __init__(self, progress: Progress, images_per_sample: int = 1) -> None:
+    def __init__(self, progress: Progress, images_per_sample: float = 1) -> None:
         self.progress, self.images_per_sample = progress, images_per_sample
         self._samples, self._waited, self._since = progress.samples, 0.0, time.monotonic()
 

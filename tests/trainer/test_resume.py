@@ -36,6 +36,7 @@ CASES = {
     "gsam-small-ascent": "--opt samon --gsam-alpha 0.3 --ascent-size 24",
     "esam": "--opt sam --esam-beta 0.5",
     "jsd": "--opt samon --aa rand-m5-inc1 --aug-splits 3 --jsd-loss",
+    "half-mixed": "--mixup 0.2 --mixup-mode half",
     "bf16-average": "--opt samon --model-dtype bfloat16 --model-ema --model-ema-decay 0.9",
     "fp16-scaler": "--opt samon --amp",
 }
