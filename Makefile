@@ -58,6 +58,11 @@ results: $(VENV)/.installed
 	$(BIN)/python tools/report.py experiments/few_images/results.json --figures output/figures/few
 	cp output/figures/few/cost-flops-light.svg docs/images/few-cost-light.svg
 	cp output/figures/few/cost-flops-dark.svg docs/images/few-cost-dark.svg
+	$(BIN)/python experiments/flat_minima/flat_minima.py experiments/flat_minima/results.json --figures output/figures/flat
+	cp output/figures/flat/rounding-light.svg docs/images/flat-rounding-light.svg
+	cp output/figures/flat/rounding-dark.svg docs/images/flat-rounding-dark.svg
+	cp output/figures/flat/corruption-light.svg docs/images/flat-corruption-light.svg
+	cp output/figures/flat/corruption-dark.svg docs/images/flat-corruption-dark.svg
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

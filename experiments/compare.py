@@ -10,7 +10,6 @@ results.json, which samon-report reads, and the figures; `--table` only collects
 """
 
 import argparse
-import csv
 import shlex
 import statistics
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from samon.errors import RunError, UserError, require_matplotlib
 from samon.report.content import EARLY_STOPPED, Content, Run, Score, export, mean_text
 from samon.report.figures import mean_cost
 from samon.report.read import read_run
+from samon.trainer.logging import summary_rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -178,7 +178,7 @@ def paired_differences(score: Score, base: Score | None) -> list[float]:
 
 def top1_by_epoch(directory: Path) -> dict[int, float]:
     """The accuracy after each evaluated epoch of a run, from 0."""
-    rows = csv.DictReader((directory / "summary.csv").read_text().splitlines())
+    rows = summary_rows(directory / "summary.csv")
     return {int(row["epoch"]): float(row["eval_top1"]) for row in rows if row["eval_top1"]}
 
 

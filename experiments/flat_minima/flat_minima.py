@@ -2,6 +2,7 @@
 """What a flat minimum is good for: the finished runs of an experiment, with rounded weights and on corrupted images.
 
     python experiments/flat_minima/flat_minima.py output/experiments/few_images --data-dir DIR [--table]
+    python experiments/flat_minima/flat_minima.py experiments/flat_minima/results.json --figures DIR
 
 Reads the last checkpoint of each run below OUTPUT/test/ (compare.py writes them) and measures, on the test images:
 accuracy with the weights rounded to 8, 6 and 4 bits; accuracy on images corrupted at severities 3 and 5, by those
@@ -15,6 +16,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -26,11 +28,12 @@ from torchvision.transforms.functional import gaussian_blur
 
 from samon.cli.program import run_script
 from samon.data.sources import read_npz
-from samon.errors import UserError
+from samon.errors import UserError, require_matplotlib
 from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
 from samon.evals.sharpness import Measure, sharpness
 from samon.files import markdown_table, write_text
 from samon.report.content import Json, mean_text
+from samon.report.figures import Figure, means
 
 BITS = (8, 6, 4)
 MEASURE = "worst-linf-adaptive-logitnorm@0.005"
@@ -81,7 +84,7 @@ def _generator() -> torch.Generator:
 
 
 def corrupt(images: Tensor, name: str, severity: int) -> Tensor:
-    """uint8 images [N, C, H, W], corrupted and rounded to uint8 again."""
+    """uint8 images [N, C, H, W], corrupted and truncated to uint8 again, as CIFAR-10-C's."""
     changed = CORRUPTIONS[name](images / 255, SEVERITIES[severity])
     return (changed.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -179,26 +182,38 @@ def is_current(row: Json, directory: Path, images: int) -> bool:
     return all(row.get(key, value) == value for key, value in origin(directory / row["run"], images).items())
 
 
-def table(rows: list[Json]) -> str:
-    """Mean and standard deviation over the runs of each method, as Markdown."""
+def by_method(rows: list[Json]) -> dict[str, list[dict[str, float]]]:
+    """The figures of each method's runs."""
     methods = defaultdict(list)
     for row in rows:
         methods[row["method"]].append(row["values"])
+    return methods
+
+
+def figures(rows: list[Json]) -> list[Figure]:
+    """Accuracy lost by rounding and accuracy on corrupted images, mean and standard deviation over the runs."""
+    lost, corrupted = [], []
+    for method, runs in by_method(rows).items():
+        lost.append(means(method, [(bits, [run["top1"] - run[f"{bits} bits"] for run in runs]) for bits in BITS]))
+        levels = {0: "top1"} | {severity: f"corrupted, severity {severity}" for severity in SEVERITIES}
+        corrupted.append(means(method, [(x, [run[name] for run in runs]) for x, name in levels.items()]))
+    rounding = Figure("rounding", "Accuracy lost by rounding", "", lost, "bits of a weight", "accuracy lost, points")
+    axis, measure = "severity of the corruption (0: none)", "accuracy, %"
+    corruption = Figure("corruption", "Accuracy on corrupted images", "", corrupted, axis, measure)
+    return [replace(figure, integer=True) for figure in (rounding, corruption)]
+
+
+def table(rows: list[Json]) -> str:
+    """Mean and standard deviation over the runs of each method, as Markdown."""
     lines = [["method", "runs", *COLUMNS]]
-    for method, runs in methods.items():
+    for method, runs in by_method(rows).items():
         cells = [mean_text([run[column] for run in runs], FORMATS.get(column, ".2f")) for column in COLUMNS]
         lines.append([method, str(len(runs)), *cells])
     return markdown_table(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="--output of compare.py")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=10_000, help="number of test images")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="measure nothing; print what is finished")
-    args = parser.parse_args(argv)
+def measure_runs(args: argparse.Namespace) -> list[Json]:
+    """The rows of the runs below `args.output`, measured where they are missing unless `args.table`."""
     runs = sorted(path.parent for path in args.output.glob("test/*/*/last.pth.tar"))
     if not runs:
         raise UserError(f"{args.output}: no test/METHOD/RUN/last.pth.tar; name the --output of compare.py")
@@ -213,6 +228,28 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({"method": run.parent.name, "run": name, "values": values, **origin(run, args.images)})
             write_text(path, json.dumps(rows) + "\n")
             print(f"{name}: {values['top1']:.2f}", flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="--output of compare.py, or a file with results")
+    parser.add_argument("--data-dir", type=Path, help="of the data set; not needed with --table or a file")
+    parser.add_argument("--images", type=int, default=10_000, help="number of test images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what is finished")
+    parser.add_argument("--figures", type=Path, help="directory for each figure as .pdf and .svg")
+    args = parser.parse_args(argv)
+    if not (args.output.is_file() or args.table or args.data_dir):
+        raise UserError("--data-dir is missing; give the directory of the data set, or --table to measure nothing")
+    rows = json.loads(args.output.read_text()) if args.output.is_file() else measure_runs(args)
+    if args.figures:
+        require_matplotlib()
+        from samon.report.draw import write_figure
+
+        args.figures.mkdir(parents=True, exist_ok=True)
+        for figure in figures(rows):
+            write_figure(figure, {method: (i, i) for i, method in enumerate(by_method(rows))}, args.figures)
     print(table(rows))
 
 

@@ -35,7 +35,7 @@ from samon.cli.tables import write_tables
 from samon.errors import RunError, Stopped, UserError, require_package
 from samon.files import write_text
 from samon.progress import is_terminal, metric_format, progress_bar
-from samon.registry import VARIANTS, is_sam_name
+from samon.registry import variant_of
 from samon.report.content import Json, Score
 from samon.trainer.config import RECIPES, Config, find_recipe, load_yaml, parse
 from samon.trainer.state import find_newest
@@ -288,7 +288,8 @@ def last_line(path: Path) -> str:
 
 def rho_grid(opt: str, config: str, rho: str, grid: str, grids_file: str) -> list[float | None]:
     """Values of rho to try for an optimizer, [None] if it has no rho or the recipe sets it."""
-    if not is_sam_name(opt) or rho == "recipe":
+    variant = variant_of(opt)
+    if variant is None or rho == "recipe":
         return [None]
     if rho:
         return list(split_list(rho, float, "--rho"))
@@ -297,7 +298,6 @@ def rho_grid(opt: str, config: str, rho: str, grid: str, grids_file: str) -> lis
     name = grid or max((key for key in grids if stem.startswith(key)), key=len, default="")
     if name not in grids:
         raise UserError(f"{grids_file} has no grid {grid or stem!r} but {', '.join(grids)}; use --grid or --rho")
-    variant = VARIANTS[opt]
     row = "-".join(part for part in (variant.scope, variant.geometry) if part)
     if row not in grids[name] or variant.mask:
         raise UserError(f"grid {name} of {grids_file} has no values for {opt}; use --rho")
@@ -333,17 +333,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[Sweep, bool]:
     add("--metric", default="eval_top1", choices=METRICS, help="which of the final metrics to tabulate")
     add("--dry-run", action="store_true", help="print the commands and which runs are finished")
     args = parse_before_dashes(parser, argv, "samon-train")
-    if clash := SWEEP_FLAGS & {word.split("=")[0] for word in args.after}:
+    # argparse takes `-cRECIPE` as one word, too
+    if clash := SWEEP_FLAGS & {word.split("=")[0] if word.startswith("--") else word[:2] for word in args.after}:
         raise UserError(f"{min(clash)} after -- is set by the sweep; remove it")
     if args.jobs < 1 or args.nproc < 1:
         raise UserError("--jobs and --nproc must be at least 1")
     seeds = list(range(int(args.seeds))) if args.seeds.isdigit() else split_list(args.seeds, int, "--seeds")
     if not seeds:
         raise UserError("--seeds 0 leaves nothing to run; give a number of seeds, or a list such as 5,7,")
-    opts = split_list(args.opts, str, "--opts")
+    opts = split_list(args.opts, str.lower, "--opts")
     output, gpus = args.output or Path("output/sweep") / Path(args.config).stem, [g for g in args.gpus.split(",") if g]
-    how = (args.metric, args.jobs, gpus, args.nproc, args.retries)
-    sweep = Sweep(args.config, {}, seeds, output, args.after, *how)
+    settings = (args.metric, args.jobs, gpus, args.nproc, args.retries)
+    sweep = Sweep(args.config, {}, seeds, output, args.after, *settings)
     for opt in opts:
         sweep.resolve(opt)
     sweep.rhos = {opt: rho_grid(opt, args.config, args.rho, args.grid, args.grids) for opt in opts}

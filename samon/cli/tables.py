@@ -5,7 +5,7 @@ from pathlib import Path
 
 from samon.files import csv_text, markdown_table, write_text
 from samon.geometry import GEOMETRIES
-from samon.registry import VARIANTS
+from samon.registry import variant_of
 from samon.report.content import Score, best_scores, paper_results
 from samon.scope import SCOPES
 
@@ -20,7 +20,7 @@ def scope_table(scores: list[Score], paper: dict[str, str]) -> str:
     """
     rows: dict[str, dict[str, Score]] = {}
     for score in best_scores(scores):
-        variant = VARIANTS.get(score.opt)
+        variant = variant_of(score.opt)
         if variant is None or variant.mask:
             rows[score.opt] = {"sam" if variant else "": score}
         else:

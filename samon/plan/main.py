@@ -25,15 +25,15 @@ from samon.plan.step import FakeTraining, StepCost, fake_processes
 from samon.plan.tracker import KINDS
 from samon.progress import format_quantity
 from samon.registry import variant_of
-from samon.trainer.config import Config, check
+from samon.trainer.config import FLAGS, Config, check
 from samon.trainer.distributed import log_handler
-from samon.trainer.flag_rows import TRAIN
-from samon.trainer.flags import Settings, by_key, parse_kwargs
+from samon.trainer.flags import parse_kwargs
 from samon.trainer.model import check_model_name
 
 Row = dict[str, Any]  # a method's costs
 DEVICES = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
 TRAIN_FLAGS = ("model", "num_classes", "img_size", "fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "amp")
+TRAIN_FLAGS += ("grad_checkpointing", "m_sharpness")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,13 +79,11 @@ def compared_optimizers(opt: str) -> dict[str, str]:
 
 def train_config(args: argparse.Namespace, opt: str) -> Config:
     """The configuration of train.py. If weights are sharded, SAM has one perturbation for all processes."""
-    values: Settings = {key: flag.default for key, flag in by_key(TRAIN).items()}
-    values |= {key: getattr(args, key) for key in TRAIN_FLAGS}
-    values |= {"opt": opt, "amp_dtype": "bfloat16", "grad_checkpointing": args.grad_checkpointing}
-    values["model_kwargs"] = parse_kwargs(args.model_kwargs)
+    values = {key: flag.default for key, flag in FLAGS.items()} | {key: getattr(args, key) for key in TRAIN_FLAGS}
+    values |= {"opt": opt, "amp_dtype": "bfloat16", "model_kwargs": parse_kwargs(args.model_kwargs)}
     variant = variant_of(opt)
-    perturbs_shards = args.fsdp and variant is not None and not variant.norms_only
-    values["m_sharpness"] = "global" if perturbs_shards else args.m_sharpness
+    if args.fsdp and variant is not None and not variant.norms_only:
+        values["m_sharpness"] = "global"
     config = Config(**values)
     check_model_name(config)
     check(config, given={})

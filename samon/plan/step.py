@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,8 @@ class FakeTraining:
     def cost(self, batch_size: int) -> StepCost:
         """Cost of an update with existing optimizer state."""
         log.info("counting a step of --opt %s on %d images", self.config.opt, batch_size)
-        with self.fake:
+        # timm's Muon reads from a tensor how many updates its AdamW parameters had; fake tensors hold no numbers.
+        with self.fake, patch("timm.optim.adamw._get_value", lambda step: 1.0, create=True):
             x, y = torch.empty(batch_size, *self.image_size), torch.zeros(batch_size, dtype=torch.long)
             if not self.has_state:
                 update(self.optimizer, self.config, partial(loss, self.model, x, y, self.config))

@@ -3,7 +3,8 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -39,7 +40,6 @@ class CostTracker(TorchDispatchMode):
         self.now, self.peak = Counter[str](), Counter[str]()
         self.buffers, self.wire = Counter[str](), Counter[str]()
         self._live: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
-        self._contexts = ExitStack()
 
     def add(self, tensors: Iterable[object], kind: str) -> None:
         """Count the tensors among these as `kind` from now on."""
@@ -58,13 +58,21 @@ class CostTracker(TorchDispatchMode):
                 handle.remove()
 
     def __enter__(self) -> "CostTracker":
-        self._contexts.enter_context(_on_storage_resize(self))
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage._cdata in self._live:  # FSDP allocates and frees gathered parameters in this way
+                self._count(storage, GATHERED)
+
+        self._patch = patch.object(torch.UntypedStorage, "resize_", resize_and_count)
+        self._patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self._contexts.close()
+        self._patch.stop()
 
     def __torch_dispatch__(
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: dict[str, object] | None = None
@@ -109,20 +117,3 @@ class CostTracker(TorchDispatchMode):
         if key in self._live:
             kind, size, _ = self._live.pop(key)
             self.now[kind] -= size
-
-
-@contextmanager
-def _on_storage_resize(tracker: CostTracker) -> Iterator[None]:
-    """Count resized storages as gathered: FSDP allocates and frees gathered parameters by resizing their storage."""
-    original = torch.UntypedStorage.resize_
-
-    def resize(storage: torch.UntypedStorage, size: int) -> None:
-        original(storage, size)
-        if storage._cdata in tracker._live:
-            tracker._count(storage, GATHERED)
-
-    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]

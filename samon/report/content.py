@@ -1,6 +1,7 @@
 """Content of a report: runs, scores and evaluation results, which `--export` writes as JSON."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -123,8 +124,9 @@ class Score:
 
     @property
     def merit(self) -> float:
-        """The mean, negated for losses: larger is better."""
-        return -self.mean if "loss" in self.metric else self.mean
+        """The mean, negated for losses: larger is better. NaN, the loss of a run that diverged, is the worst."""
+        merit = -self.mean if "loss" in self.metric else self.mean
+        return -math.inf if math.isnan(merit) else merit
 
     @property
     def text(self) -> str:
@@ -132,17 +134,16 @@ class Score:
 
 
 def deviation(values: list[float]) -> float | None:
-    """Sample standard deviation; None for one value."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def with_std(mean: float, std: float | None, form: str = ".2f") -> str:
-    return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form}}"
+    """Sample standard deviation; None for one value, NaN if one is not finite."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def mean_text(values: list[float], form: str = ".2f") -> str:
     """`mean ± standard deviation`; the value alone if there is one."""
-    return with_std(statistics.fmean(values), deviation(values), form)
+    numbers = (statistics.fmean(values), deviation(values))
+    return " ± ".join(f"{number:{form}}" for number in numbers if number is not None)
 
 
 def best_scores(scores: Iterable[Score]) -> list[Score]:
@@ -181,10 +182,13 @@ class Content:
             return None
         return statistics.fmean(score.costs[cost]) / statistics.fmean(base.costs[cost])
 
+    @property
+    def items(self) -> list[Score | Run]:
+        return [*self.scores, *self.runs]
+
     def settings(self) -> list[Setting]:
         """In order of appearance."""
-        items: list[Score | Run] = [*self.scores, *self.runs]
-        return list(dict.fromkeys(item.setting for item in items))
+        return list(dict.fromkeys(item.setting for item in self.items))
 
     def of_setting(self, setting: Setting) -> "Content":
         """The runs and scores of one setting."""
@@ -193,8 +197,7 @@ class Content:
 
     def style_numbers(self) -> dict[str, tuple[int, int]]:
         """For each method, in order of appearance: the number of its family (the same first word), and its own."""
-        items: list[Score | Run] = [*self.scores, *self.runs]
-        names = [item.method for item in items] + [evaluation_label(row) for row in self.evaluations]
+        names = [item.method for item in self.items] + [evaluation_label(row) for row in self.evaluations]
         methods = list(dict.fromkeys(names))
         families = list(dict.fromkeys(name.split()[0] for name in methods))
         return {name: (families.index(name.split()[0]), number) for number, name in enumerate(methods)}
@@ -236,7 +239,7 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    if not isinstance(value, float):
+    if not isinstance(value, float) or not math.isfinite(value):
         return value
     number = float(f"{value:.6g}") if abs(value) < 1e6 else round(value)
     return int(number) if number == int(number) else number

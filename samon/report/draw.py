@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from samon.report.figures import Figure, Series, figures
 # Okabe and Ito's palette with gray and violet for its yellow and black, which vanish on a white or a dark page.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#9B7FD4")
 MARKERS = ("o", "s", "D", "P", "^", "X", "*", "v")
-DASHES = ("-", "--", ":", "-.")
+# As many as there are markers: lines without markers, of methods of one family, differ in nothing else.
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (7, 2, 2, 2)))
 TEXT, GRID = "#010101", "#020202"  # placeholders for the page's colors
 THEMES = {"page": ("var(--front)", "var(--line)"), "light": ("#1c1c1c", "#d0d0d0"), "dark": ("#ececec", "#44474c")}
 TEXT_KEYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -65,12 +67,15 @@ def save(figure: Figure, numbers: Numbers, file: IO[Any], form: str, colors: tup
 
 def write_figures(content: Content, directory: Path) -> None:
     """Write every figure as NAME.pdf, NAME-light.svg and NAME-dark.svg."""
-    numbers = content.style_numbers()
     for figure in itertools.chain.from_iterable(figures(content).values()):
-        for theme in ("light", "dark"):
-            write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, numbers, theme) + "\n")
-        with atomic_write(directory / f"{figure.name}.pdf") as file:
-            save(figure, numbers, file, "pdf", THEMES["light"])
+        write_figure(figure, content.style_numbers(), directory)
+
+
+def write_figure(figure: Figure, numbers: Numbers, directory: Path) -> None:
+    for theme in ("light", "dark"):
+        write_text(directory / f"{figure.name}-{theme}.svg", svg(figure, numbers, theme) + "\n")
+    with atomic_write(directory / f"{figure.name}.pdf") as file:
+        save(figure, numbers, file, "pdf", THEMES["light"])
 
 
 def draw(figure: Figure, numbers: Numbers) -> Canvas:
@@ -86,13 +91,13 @@ def draw(figure: Figure, numbers: Numbers) -> Canvas:
     for series in side_by_side(figure.series):
         plot(axes, series, numbers[series.method])
     # At most six: the width of a label depends on its digits, and matplotlib's guess lets long ones overlap.
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=figure.x in ("epoch", "update")))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=figure.integer))
     if len(figure.ticks) > 1:
         if 0 in figure.ticks:
             axes.set_xscale("symlog", linthresh=min(tick for tick in figure.ticks if tick > 0))
         else:
             axes.set_xscale("log")
-        axes.set_xticks(figure.ticks, [f"{tick:g}" for tick in figure.ticks], rotation=45 * (len(figure.ticks) > 6))
+        axes.set_xticks(figure.ticks, tick_labels(axes, figure.ticks), rotation=45 * (len(figure.ticks) > 6))
         axes.xaxis.set_minor_locator(NullLocator())
     kinds = {series.method: series.kind for series in figure.series}
     handles = [Line2D([], [], label=names[m], **line_style(numbers[m], kinds[m])) for m in methods]
@@ -100,14 +105,29 @@ def draw(figure: Figure, numbers: Numbers) -> Canvas:
     return canvas
 
 
+def tick_labels(axes: Axes, ticks: list[float]) -> list[str]:
+    """The values of the ticks; '' where the label before leaves no room."""
+    labels, places = [], axes.xaxis.get_transform().transform(ticks)
+    last = -math.inf
+    for tick, place in zip(ticks, places, strict=True):
+        fits = place - last > 0.045 * (places[-1] - places[0])
+        labels.append(f"{tick:g}" if fits else "")
+        last = place if fits else last
+    return labels
+
+
 def side_by_side(all_series: list[Series]) -> list[Series]:
-    """Move single points at the same x apart by their own width, so that each can be seen."""
+    """Move single points that would cover each other apart by their own width, in order of x."""
     points = [series for series in all_series if series.kind == "points" and len(series.x) == 1]
-    width = 0.02 * (max((s.x[0] for s in points), default=0.0) - min((s.x[0] for s in points), default=0.0))
-    rows: dict[int, list[Series]] = {}
+    points.sort(key=lambda series: series.x[0])
+    width = 0.02 * (points[-1].x[0] - points[0].x[0] or 1.0) if points else 0.0
+    rows: list[list[Series]] = []
     for series in points:
-        rows.setdefault(round(series.x[0] / width) if width else 0, []).append(series)
-    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in rows.values() for i, s in enumerate(row)}
+        if rows and series.x[0] - rows[-1][-1].x[0] < width / 2:
+            rows[-1].append(series)
+        else:
+            rows.append([series])
+    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in rows for i, s in enumerate(row)}
     return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in all_series]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from samon.evals.results import Result
 from samon.progress import PREFIXES, format_quantity
-from samon.report.content import Content, Run, Score, evaluation_label
+from samon.report.content import Content, Run, Score, deviation, evaluation_label
 
 XY = Sequence[Sequence[float]]  # points
 COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
@@ -34,6 +34,7 @@ class Figure:
     x: str  # axis titles
     y: str
     ticks: list[float] = field(default_factory=list)  # of a logarithmic x axis
+    integer: bool = False  # x counts something
 
 
 def figures(content: Content) -> dict[str, list[Figure]]:
@@ -65,7 +66,7 @@ def cost(content: Content, kind: str) -> Figure:
         unit = {method: statistics.fmean(base.costs[kind]) for method, base in bases.items()}
     else:
         largest = max(max(score.costs[kind]) for score in scores)
-        power = (len(f"{largest:.0f}") - 1) // 3 if kind == "flops" else 0
+        power = min((len(f"{largest:.0f}") - 1) // 3, len(PREFIXES[1000]) - 1) if kind == "flops" else 0
         axis = f"{name} of a run, {PREFIXES[1000][power]}{'FLOP' if kind == 'flops' else 's'}"
         unit = dict.fromkeys((score.method for score in scores), 1000.0**power)
     series = []
@@ -77,17 +78,14 @@ def cost(content: Content, kind: str) -> Figure:
     chosen = "held-out images" if any(score.held_out for score in content.scores) else "these images themselves"
     caption += f"Each method at its best rho, chosen on {chosen}; bars: a standard deviation over seeds. "
     caption += "Points of equal cost are drawn side by side. Compare the paper's Figure 3."
-    return Figure(f"cost-{kind}", f"Accuracy against {name}", caption, series, axis, measure(content))
+    measure = content.settings()[0].measure
+    return Figure(f"cost-{kind}", f"Accuracy against {name}", caption, series, axis, measure)
 
 
 def mean_cost(score: Score, kind: str) -> str:
     """A score's mean cost with its unit."""
     mean = statistics.fmean(score.costs[kind])
     return format_quantity(mean, "FLOP") if kind == "flops" else f"{mean:,.0f} s"
-
-
-def measure(content: Content) -> str:
-    return next((setting.measure for setting in content.settings()), "accuracy, %")
 
 
 def rho(content: Content) -> Figure:
@@ -106,13 +104,13 @@ def rho(content: Content) -> Figure:
         series += [Series(s.method, ends, [s.mean, s.mean], "line") for s in scores if s.rho is None]
     where = "held-out images" if held_out else "the evaluated images"
     caption = f"Measured on {where}, mean and standard deviation over seeds. Compare the paper's Figures 1, 6 and 7."
-    return Figure("rho", "Accuracy against rho", caption, series, "rho", measure(content), tried)
+    return Figure("rho", "Accuracy against rho", caption, series, "rho", content.settings()[0].measure, tried)
 
 
 def means(method: str, points: Iterable[tuple[float, list[float]]]) -> Series:
     """The mean and standard deviation of the values at each x, in order of x."""
     points = sorted(points, key=lambda point: point[0])
-    errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+    errors = [deviation(values) or 0.0 for _, values in points]
     xs, ys = [x for x, _ in points], [statistics.fmean(values) for _, values in points]
     return Series(method, xs, ys, y_error=errors if any(errors) else [])
 
@@ -126,7 +124,8 @@ def curves(content: Content) -> list[Figure]:
             for run in content.runs
         ]
         title = f"{y.split(',')[0].capitalize()} by epoch"
-        section.append(Figure(f"curve-{key}", title, "A line for each run.", to_series(lines, "line"), "epoch", y))
+        series = to_series(lines, "line")
+        section.append(Figure(f"curve-{key}", title, "A line for each run.", series, "epoch", y, integer=True))
     scalars = {
         "train/sharpness": ("Sharpness", "L(w + eps) - L(w)"),
         "train/grad_norm": ("Gradient norm", "gradient norm"),
@@ -136,7 +135,8 @@ def curves(content: Content) -> list[Figure]:
     caption += "The ascent gradient is the perturbed parameters' at w."
     for tag, (title, y) in scalars.items():
         series = to_series([(run.method, run.scalars.get(tag, [])) for run in content.runs], "line")
-        section.append(Figure(tag.replace("/", "-"), f"{title} during training", caption, series, "update", y))
+        name, title = tag.replace("/", "-"), f"{title} during training"
+        section.append(Figure(name, title, caption, series, "update", y, integer=True))
     return section
 
 

@@ -1,6 +1,6 @@
 """Read runs, sweeps, results of validate.py and exports."""
 
-import csv
+import argparse
 import json
 import logging
 import math
@@ -8,11 +8,13 @@ import shlex
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramEvent
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
 
 from samon.errors import UserError
 from samon.report.content import Content, Json, Points, Run, Score, load, name_methods, score_runs, with_defaults
+from samon.trainer.logging import summary_rows
 
 TAGS = ("train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
 MAX_POINTS = 150  # per curve
@@ -40,10 +42,9 @@ def read_sources(paths: list[Path]) -> Content:
     content.scores += score_runs(unnamed)
     for row in content.evaluations:  # a checkpoint in the directory of a reported run belongs to that run
         parent = Path(str(row.get("checkpoint", ""))).parent
-        near = [run for run in content.runs if parent.name and run.name in (parent.name, str(parent))]
-        near += [run for run in content.runs if str(parent).endswith(f"/{run.name}")]
-        if near and "method" not in row:
-            row["method"] = near[0].method
+        near = {run.method for run in content.runs if parent.name and f"/{parent}".endswith(f"/{run.name}")}
+        if len(near) == 1 and "method" not in row:  # runs of two sources may have the same name
+            row["method"] = near.pop()
     return content
 
 
@@ -89,13 +90,13 @@ def read_run(folder: Path, root: Path) -> Run:
     name = folder.name if folder == root else str(folder.relative_to(root))
     settings = with_defaults(yaml.safe_load((folder / "args.yaml").read_text()) or {})
     settings = {"opt": "unknown optimizer"} | {k: v for k, v in settings.items() if k not in LOCATION_FLAGS}
-    summary = folder / "summary.csv"
-    rows = list(csv.DictReader(summary.read_text().splitlines())) if summary.exists() else []
+    rows = summary_rows(folder / "summary.csv")
     epochs = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
     run = Run(name, settings, [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs])
     swept, record = _json(folder / "result.json"), _json(folder / "run.json")
     run.metrics = record.get("metrics") or swept.get("metrics") or {}
-    if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= settings.get("epochs", math.inf):
+    planned = settings.get("epochs", math.inf) + settings.get("cooldown_epochs", 0)
+    if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= planned:
         run.metrics = dict(epochs[-1])
     run.metrics.pop("output", None)
     _read_events(folder / "tb", run)
@@ -121,13 +122,10 @@ def read_run(folder: Path, root: Path) -> Run:
 
 def _without_location(command: str) -> str:
     """A command without the flags that say where it writes, which change no result."""
-    words, others = iter(shlex.split(command)), []
-    for word in words:
-        if word.removeprefix("--") in LOCATION_FLAGS:
-            next(words, None)
-        elif not word.startswith(tuple(f"--{key}=" for key in LOCATION_FLAGS)):
-            others.append(word)
-    return shlex.join(others)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for key in LOCATION_FLAGS:
+        parser.add_argument(f"--{key}", nargs="?")
+    return shlex.join(parser.parse_known_args(shlex.split(command))[1])
 
 
 def _json(path: Path) -> Json:
@@ -148,21 +146,19 @@ def _read_events(folder: Path, run: Run) -> None:
         run.scalars[tag] = [[point.step, point.value] for point in points[::step]]
     if evaluated := [tag for tag in scalars if tag.startswith("eval/")]:
         run.cost["updates"] = float(max(point.step for point in events.Scalars(evaluated[0])))
-    layers: dict[str, list[HistogramEvent]] = defaultdict(list)
+    layers: dict[str, list[HistogramValue]] = defaultdict(list)
     for tag in histograms:
         layers[tag.split("/")[0]].append(events.Histograms(tag)[-1].histogram_value)
     run.norms = {kind: _pooled(layers[kind]) for kind in ("gamma", "beta") if kind in layers}
 
 
-def _pooled(histograms: list[HistogramEvent]) -> Points:
+def _pooled(histograms: list[HistogramValue]) -> Points:
     """[[center of a bin, share of all parameters in it], ...] of all layers together."""
-    low, high = min(h.min for h in histograms), max(h.max for h in histograms)
-    width = (high - low) / BINS or 1.0
-    counts = [0.0] * BINS
-    for histogram in histograms:
-        lower = histogram.min
-        for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True):
-            upper = min(limit, histogram.max)
-            counts[min(BINS - 1, max(0, int(((lower + upper) / 2 - low) / width)))] += count
-            lower = max(lower, upper)
-    return [[low + (i + 0.5) * width, count / sum(counts)] for i, count in enumerate(counts)]
+    middles, counts = [], []
+    for h in histograms:  # TensorBoard's first bucket begins, and its last one ends, far from the values
+        edges = np.clip([h.min, *h.bucket_limit], h.min, h.max)
+        middles.append((edges[:-1] + edges[1:]) / 2)
+        counts.append(h.bucket)
+    span = min(h.min for h in histograms), max(h.max for h in histograms)
+    shares, edges = np.histogram(np.concatenate(middles), BINS, span, weights=np.concatenate(counts))
+    return np.stack([(edges[:-1] + edges[1:]) / 2, shares / shares.sum()], 1).tolist()

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from samon.files import csv_text
-from samon.progress import metric_format
-from samon.report.content import Content, Score, differing_keys, evaluation_label, paper_results, with_std
+from samon.progress import metric_format, plural
+from samon.report.content import Content, Score, differing_keys, evaluation_label, paper_results
 from samon.report.figures import COST_NAMES, mean_cost
 
 _TEX_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
@@ -84,8 +84,7 @@ def summary(content: Content) -> Table:
 def _comparison(content: Content, score: Score, base: Score, count: int) -> list[str]:
     """The cells of a row of `summary` after the first."""
     form, difference = metric_format(score.metric), score.mean - base.mean
-    seeds = f"{len(score.values)} seed{'s' * (len(score.values) > 1)}"
-    compared = f"{count} method{'s' * (count > 1)} against {base.method}, {seeds}"
+    compared = f"{plural(count, 'method')} against {base.method}, {plural(len(score.values), 'seed')}"
     if score.std is None or base.std is None:
         result = f"{difference:+{form}}; one seed is not enough to tell"
     else:
@@ -106,10 +105,10 @@ def accuracy(content: Content) -> Table:
         paper = paper_results(score.recipe, score.model).get(score.opt)
         beside = ["", ""]
         if paper is not None and score.method == score.opt and score.metric == "eval_top1":
-            mean, std = paper[0], paper[1] if len(paper) > 1 else 0.0
-            difference = score.mean - mean
-            close = abs(difference) <= 2 * math.hypot(score.std or 0.0, std)
-            beside = [with_std(mean, std), f"{'≈' if close else '▲' if difference > 0 else '▼'} {difference:+.2f}"]
+            difference = score.mean - paper[0]
+            close = abs(difference) <= 2 * math.hypot(score.std or 0.0, *paper[1:])
+            sign = "≈" if close else "▲" if difference > 0 else "▼"
+            beside = [" ± ".join(f"{number:.2f}" for number in paper), f"{sign} {difference:+.2f}"]
         role = "chooses rho" if score.held_out else "best" if score in best else ""
         rho = "" if score.rho is None else f"{score.rho:g}"
         rows.append([score.recipe, score.model, score.method, rho, score.text, str(len(score.values)), role, *beside])

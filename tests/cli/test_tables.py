@@ -31,11 +31,13 @@ def test_the_better_scope_and_the_best_are_marked() -> None:
 
 
 def test_only_what_perturbs_normalization_layers_is_listed_under_on() -> None:
-    table = scope_table(scores(sgd=[(None, [70.0])], samon=[(0.5, [71.0])], sam_random=[(0.1, [69.0])]), {})
+    found = scores(sgd=[(None, [70.0])], samon=[(0.5, [71.0])], sam_random=[(0.1, [69.0])])
+    table = scope_table([*found, Score("lookahead_samon", 0.1, [68.0], "lookahead_samon")], {})
     assert table.splitlines()[2:] == [
         "| sgd | 70.00 |  |  |",
         "| SAM |  |  | <u>71.00</u> (rho 0.5) |",
         "| sam-random |  | 69.00 (rho 0.1) |  |",
+        "| lookahead_samon |  |  | 68.00 (rho 0.1) |",
     ]
 
 

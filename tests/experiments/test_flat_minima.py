@@ -14,6 +14,7 @@ from torch import nn
 import samon  # noqa: F401  registers the CIFAR networks
 from experiments.flat_minima import flat_minima
 from samon.errors import UserError
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize("bits", flat_minima.BITS)
@@ -92,3 +93,19 @@ def test_every_figure_of_a_finished_run(
     assert "SAM-ON" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no test/METHOD/RUN/last\.pth\.tar"):
         flat_minima.main([str(tmp_path), "--data-dir", str(tmp_path)])
+    with pytest.raises(UserError, match="--data-dir is missing"):
+        flat_minima.main([str(tmp_path)])
+
+
+def test_figures_of_the_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = ROOT / "experiments/flat_minima/results.json"
+    flat_minima.main([str(results), "--figures", str(tmp_path)])
+    assert "| SAM-ON | 3 | 78.10" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*-light.svg"))) == len(list(tmp_path.glob("*-dark.svg"))) == 2
+    rounding, corruption = flat_minima.figures(json.loads(results.read_text()))
+    assert [series.method for series in rounding.series] == ["SGD", "SAM", "SAM-ON"]
+    sgd, clean = rounding.series[0], corruption.series[0]
+    assert (sgd.x, clean.x) == ([4, 6, 8], [0, 3, 5])
+    assert sgd.y[0] == pytest.approx(77.4 - 75.9333, abs=1e-3)
+    assert sgd.y_error[0] == pytest.approx(0.404, abs=1e-3)  # of the differences of each seed
+    assert clean.y == pytest.approx([77.4, 58.25, 42.4833], abs=1e-3)

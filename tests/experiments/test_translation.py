@@ -15,21 +15,8 @@ import yaml
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-from experiments.translation import compare, evaluate, flops, train
-from experiments.translation.data import (
-    BOS,
-    EOS,
-    PAD,
-    Batch,
-    _catalogues,
-    _django,
-    collate,
-    load_corpus,
-    read_catalogue,
-    split_of_file,
-    text_corpus,
-    token_batches,
-)
+from experiments.translation import compare, data, evaluate, flops, train
+from experiments.translation.data import BOS, EOS, PAD, Batch, load_corpus, split_of_file, token_batches
 from experiments.translation.model import Translator, beam_search, token_loss
 from experiments.translation.settings import Settings, load_settings
 from experiments.translation.step import fill_gradients, inverse_sqrt
@@ -55,7 +42,7 @@ def micro_batches() -> list[Batch]:
     pieces = [
         [torch.randint(4, 12, (n,), generator=draw).tolist() for n in sizes] for sizes in ([3], [6, 1], [5, 4, 5])
     ]
-    return [collate([(p[::-1], p) for p in batch]) for batch in pieces]
+    return [data.collate([(p[::-1], p) for p in batch]) for batch in pieces]
 
 
 # --- token weighting ------------------------------------------------------------------------------------------------
@@ -187,7 +174,7 @@ def test_catalogue(tmp_path: Path) -> None:
         'msgid "Hello %(name)s"\nmsgstr "Hallo %(name)s"\n\n#~ msgid "old"\n#~ msgstr "alt"\n',
         encoding="utf-8",
     )
-    assert read_catalogue(path) == [("Anmelden jetzt", "Log in"), ("Jahr", "year"), ("Jahre", "years")]
+    assert data.read_catalogue(path) == [("Anmelden jetzt", "Log in"), ("Jahr", "year"), ("Jahre", "years")]
 
 
 def test_catalogues_are_held_out_by_the_hash_of_their_path_and_share_no_string() -> None:
@@ -195,7 +182,7 @@ def test_catalogues_are_held_out_by_the_hash_of_their_path_and_share_no_string()
     path = "django/contrib/admin/locale/de/LC_MESSAGES/django.po"
     number = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big")
     assert [split_of_file(path, n) for n in (number, number - 1, number - 2)] == [2, 1, 0]
-    files, corpus = _catalogues(_django()), load_corpus(Settings(held_out=5))
+    files, corpus = data._catalogues(data._django()), load_corpus(Settings(held_out=5))
     splits = (corpus.train, corpus.valid, corpus.test)
     for index, split in enumerate(splits):
         mine = {pair for path, pairs in files.items() if split_of_file(path, 5) == index for pair in pairs}
@@ -260,10 +247,10 @@ def write_text(directory: Path) -> Path:
 
 def test_text_pairs_must_be_parallel(tmp_path: Path) -> None:
     directory = write_text(tmp_path / "text")
-    assert len(text_corpus(directory).train) == 60
+    assert len(data.text_corpus(directory).train) == 60
     (directory / "valid.en").write_text("one line\n", encoding="utf-8")
     with pytest.raises(UserError, match="must be equal"):
-        text_corpus(directory)
+        data.text_corpus(directory)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -275,25 +262,15 @@ def small_settings(tmp_path: Path) -> Settings:
     return load_settings(None, {**small, "lr": 0.01, "opt": "samon-adamw", "accumulate": 2})
 
 
-def test_killed_run_resumes_bit_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_and_extended_run_is_bit_identical(tmp_path: Path) -> None:
     settings = small_settings(tmp_path)
     whole = train.begin(settings, tmp_path / "whole")
     whole.train()
-    update, killed = train.Run.update, train.begin(settings, tmp_path / "killed")
-
-    def dying(run: train.Run, batches: list[Batch]) -> float:
-        if run.updates == whole.updates - 2:  # in the second epoch
-            raise KeyboardInterrupt
-        return update(run, batches)
-
-    monkeypatch.setattr(train.Run, "update", dying)
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    monkeypatch.setattr(train.Run, "update", update)
-    resumed = train.resume(tmp_path / "killed")
+    train.begin(dataclasses.replace(settings, epochs=1), tmp_path / "extended").train()
+    resumed = train.resume(tmp_path / "extended", epochs=2)
     assert (resumed.epoch, resumed.updates) == (1, whole.updates // 2)
     resumed.train()
-    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "killed"))
+    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "extended"))
     assert a["progress"] == b["progress"]
     for part in ("model", "optimizer", "random", "bpe"):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)

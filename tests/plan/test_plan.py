@@ -128,12 +128,12 @@ def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--batch-size", "2", "--opt"]
-    words += ["SAMON-AdamW"]
+    words += ["SAMON-Muon"]  # of which timm's step reads a tensor
     plain, _, on = planning.main(words)
-    assert (plain["opt"], plain["wire"]) == ("adamw", {})
+    assert (plain["opt"], plain["wire"]) == ("muon", {})
     assert on["flops"] > plain["flops"]
     printed = capsys.readouterr()
-    assert "counting a step of --opt samon-adamw on 2 images" in printed.err.lower()  # large models take minutes
+    assert "counting a step of --opt samon-muon on 2 images" in printed.err.lower()  # large models take minutes
     assert "GFLOP" in printed.out
     assert " 0.00" not in printed.out  # units by size
     (two, *_) = planning.main([*words, "--gpus", "2"])

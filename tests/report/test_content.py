@@ -1,6 +1,7 @@
 """Scores, their names and costs, and the export."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from samon import UserError
 from samon.cli import report
-from samon.report.content import DEFAULTS, FORMAT, Content, Run, load, name_methods
+from samon.report.content import DEFAULTS, FORMAT, Content, Run, export, load, name_methods
 from tests.report.conftest import score
 from tests.runs import ROOT
 
@@ -27,6 +28,17 @@ def test_costs_are_compared_with_the_base_optimizer_of_the_same_recipe() -> None
     )
     ratios = [content.cost_ratio(item, "cpu_seconds") for item in content.scores]
     assert ratios == [1.8, 1.0, 1.0, None, 1.5]  # no AdamW ran in the other recipe
+
+
+def test_a_run_that_diverged_is_the_worst_and_can_be_exported(tmp_path: Path) -> None:
+    found = [score("a", "sam", values, rho=i, metric="eval_loss") for i, values in enumerate(([math.nan, 0.1], [0.5]))]
+    content = Content([Run("a", {"opt": "sgd"}, [{"train_loss": math.nan}])], found)
+    assert content.best() == found[1:]
+    assert (found[0].text, found[1].text) == ("nan ± nan", "0.5000")
+    export(content, tmp_path / "x.json")
+    again = load(json.loads((tmp_path / "x.json").read_text()), tmp_path)
+    assert math.isnan(again.scores[0].values[0])
+    assert math.isnan(again.runs[0].epochs[0]["train_loss"] or 0)
 
 
 def test_methods_are_named_by_the_settings_that_differ() -> None:

@@ -12,10 +12,14 @@ from tests.report.conftest import score
 
 
 def test_points_at_one_place_can_all_be_seen() -> None:
-    points = [Series(name, [x], [1.0], "points") for name, x in (("a", 1.0), ("b", 1.0), ("c", 2.0))]
-    moved = [series.x[0] for series in side_by_side(points)]
-    assert moved == [pytest.approx(0.99), pytest.approx(1.01), 2.0]
-    assert [series.x for series in points] == [[1.0], [1.0], [2.0]]
+    for given, wanted in (
+        ([1.0, 1.0, 2.0], [0.99, 1.01, 2.0]),
+        ([1.0, 1.511, 1.509, 2.0], [1.0, 1.521, 1.499, 2.0]),
+        ([1.0, 1.0, 1.0], [0.98, 1.0, 1.02]),
+    ):
+        points = [Series(f"{i}", [x], [1.0], "points") for i, x in enumerate(given)]
+        assert [series.x[0] for series in side_by_side(points)] == pytest.approx(wanted)
+        assert [series.x[0] for series in points] == given
 
 
 @pytest.mark.parametrize("length", [4, 30, 200])
@@ -50,4 +54,10 @@ def test_a_family_of_methods_has_one_color() -> None:
     styles = {name: line_style(numbers[name], "both") for name in numbers}
     assert styles["SAM-ON tail"]["color"] == styles["SAM-ON"]["color"] != styles["SAM"]["color"]
     assert len({style["marker"] for style in styles.values()}) == 4
-    assert styles["SAM-ON tail"]["ls"] != styles["SAM-ON"]["ls"]
+    assert len({line_style((2, number), "line")["ls"] for number in range(2, 10)}) == 8  # lines have no marker
+
+
+def test_labels_of_near_ticks_are_left_out() -> None:
+    tried = [0.02, 0.1, 0.5, 2.0, 4.0, 5.0, 10.0, 20.0]
+    axes = draw(Figure("f", "t", "", [Series("a", tried, tried)], "rho", "y", tried), {"a": (0, 0)}).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.02", "0.1", "0.5", "2", "4", "", "10", "20"]

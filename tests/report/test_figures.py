@@ -44,6 +44,9 @@ def test_units_go_by_size_without_a_baseline() -> None:
     figure = by_name(Content(scores=scores))["cost-flops"]
     assert figure.x == "FLOPs of a run, GFLOP"
     assert [series.x for series in figure.series] == [[3.0], [5.0]]
+    for one in scores:
+        one.costs["flops"] = [1e22]
+    assert by_name(Content(scores=scores))["cost-flops"].x.endswith("EFLOP")  # the largest unit
 
 
 def test_rho_is_shown_on_the_held_out_images() -> None:

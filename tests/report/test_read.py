@@ -1,12 +1,14 @@
 """What is read from the directory of a run."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import HistogramValue
 
 from samon.report.content import Content
-from samon.report.read import _without_location, read_sources
-from tests.report.conftest import HOSTILE
+from samon.report.read import _pooled, _without_location, read_sources
+from tests.report.conftest import HOSTILE, evaluation_rows
 
 
 def test_a_run_is_read_with_its_cost_and_origin(content: Content) -> None:
@@ -27,12 +29,37 @@ def test_a_run_is_read_with_its_cost_and_origin(content: Content) -> None:
     assert {row["method"] for row in content.evaluations if "method" in row} == {"samon"}
 
 
+def write_run(directory: Path, settings: str, summary: str = "epoch,train_loss\n0,1.5\n") -> Path:
+    directory.mkdir(parents=True)
+    (directory / "args.yaml").write_text(settings)
+    (directory / "summary.csv").write_text(summary)
+    return directory
+
+
 def test_runs_of_other_programs_have_no_default_settings(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/args.yaml").write_text("opt: adamw\nlayers: 2\n")
-    (tmp_path / "run/summary.csv").write_text("epoch,train_loss\n0,1.5\n")
-    (run,) = read_sources([tmp_path]).runs
+    (run,) = read_sources([write_run(tmp_path / "run", "opt: adamw\nlayers: 2\n")]).runs
     assert (run.method, run.cost, run.metrics, run.settings) == ("adamw", {}, {}, {"opt": "adamw", "layers": 2})
+
+
+@pytest.mark.parametrize(("cooldown", "ended"), [(0, True), (3, False)])
+def test_a_run_ends_with_its_cooldown(cooldown: int, ended: bool, tmp_path: Path) -> None:
+    settings = f"opt: sgd\nmodel: net\nepochs: 2\ncooldown_epochs: {cooldown}\n"
+    content = read_sources([write_run(tmp_path / "run", settings, "epoch,eval_top1\n0,1\n1,50\n")])
+    assert [score.values for score in content.scores] == [[50.0]] * ended
+
+
+def test_an_evaluation_belongs_to_no_run_if_two_have_its_name(tmp_path: Path) -> None:
+    for name, opt in (("A", "sam"), ("B", "samon")):
+        write_run(tmp_path / name / "run", f"opt: {opt}\n")
+    path = tmp_path / "evaluations.json"
+    path.write_text(json.dumps(evaluation_rows(str(tmp_path / "B/run/model_best.pth.tar"))))
+    assert "method" not in read_sources([tmp_path / "A", tmp_path / "B", path]).evaluations[0]
+    assert read_sources([tmp_path / "B", path]).evaluations[0]["method"] == "samon"
+
+
+def test_equal_values_are_one_bin_around_them() -> None:
+    ones = HistogramValue(min=1.0, max=1.0, num=5, sum=5.0, sum_squares=5.0, bucket_limit=[0.9, 1.1], bucket=[0, 5])
+    assert [x for x, share in _pooled([ones]) if share] == [pytest.approx(1.0, abs=0.02)]
 
 
 def test_commands_do_not_say_where_they_wrote() -> None:

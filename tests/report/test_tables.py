@@ -1,6 +1,6 @@
 """The tables of a report."""
 
-from samon.report.content import DEFAULTS, Content, Run
+from samon.report.content import DEFAULTS, Content, Run, Score
 from samon.report.tables import tables
 from tests.report.conftest import score
 
@@ -11,6 +11,9 @@ def test_the_papers_results_are_shown_beside_ours(content: Content) -> None:
     assert [row["difference"] for row in swept] == ["≈ -0.21", "≈ +0.01", "▼ -13.69", "▲ +6.89"]
     assert [row["paper, %"] for row in swept][:2] == ["80.71 ± 0.20", "84.19 ± 0.20"]
     assert [row[""] for row in swept] == ["best", "best", "", "best"]
+    tuned = Score("sgd", None, [81.0], "sgd", "vit_small_patch16_224.augreg_in21k", "vit_s16_in21k_ft")
+    [accuracy, *_] = tables(Content(scores=[tuned]))
+    assert accuracy.rows[0][-2:] == ["81.62", "▼ -0.62"]  # the paper has no deviation of it
 
 
 def test_the_summary_says_who_is_ahead_and_whether_that_is_certain() -> None:
