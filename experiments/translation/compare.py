@@ -95,9 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only write results.json from the finished runs")
     args = parser.parse_args(arguments)
     epochs = load_settings(str(args.config), {}).epochs
-    rows = [method(name, args, epochs) for name in METHODS if name in args.only.split(",")]
+    names = set(args.only.split(","))
+    if unknown := names - METHODS.keys():
+        raise UserError(f"--only: unknown {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
+    rows = [method(name, args, epochs) for name in METHODS if name in names]
     args.output.mkdir(parents=True, exist_ok=True)
-    if set(args.only.split(",")) == set(METHODS):
+    if names == set(METHODS):
         write_text(args.output / "results.json", json.dumps(rows, indent=1) + "\n")
     for row in rows:
         print(row)

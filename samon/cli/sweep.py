@@ -19,9 +19,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -242,7 +242,11 @@ def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:
             title = f"{sweep.output.name}/{job.name}" if len(sweeps) > 1 else job.name
             print(f"[{len(states)}/{len(jobs)}] {title}: {state}{text}", file=sys.stderr, flush=True)
 
-    with bar, _stopped_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number, "start it again to continue")
+
+    before = signal.signal(signal.SIGTERM, stop)  # by default it would leave the runs behind
+    with bar, ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_one, sweep, job) for sweep, job in jobs]
         try:
             for future in as_completed(futures):
@@ -256,21 +260,9 @@ def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:
             for sweep in sweeps:
                 sweep.stop()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return [path for path, state in states.items() if state in ("dead", "stopped")]
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Raise Stopped on SIGTERM; by default it would leave the runs behind."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number, "start it again to continue")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _recipe_text(path: Path) -> str:

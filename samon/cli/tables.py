@@ -6,7 +6,7 @@ from pathlib import Path
 from samon.files import csv_text, markdown_table, write_text
 from samon.geometry import GEOMETRIES
 from samon.registry import variant_of
-from samon.report.content import Score, best_scores, paper_results
+from samon.report.content import Content, Score, paper_results
 from samon.scope import SCOPES
 
 
@@ -19,7 +19,7 @@ def scope_table(scores: list[Score], paper: dict[str, str]) -> str:
         paper: the paper's results by optimizer name, shown in columns of their own.
     """
     rows: dict[str, dict[str, Score]] = {}
-    for score in best_scores(scores):
+    for score in Content(scores=scores).best():
         variant = variant_of(score.opt)
         if variant is None or variant.mask:
             rows[score.opt] = {"sam" if variant else "": score}
@@ -54,7 +54,7 @@ def write_tables(output: Path, scores: list[Score], config: str, train: list[str
     ]
     content: dict[str, object] = {"config": config, "model": model, "metric": scores[0].metric, "train": train}
     content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
-    content |= {"best": {score.opt: score.rho for score in best_scores(scores)}, "paper": paper}
+    content |= {"best": {score.opt: score.rho for score in Content(scores=scores).best()}, "paper": paper}
     write_text(output / "table.json", json.dumps(content, indent=1))
     write_text(output / "table.csv", csv_text([columns[:5], *(row[:5] for row in rows)]))
     lines = [["optimizer", "rho", scores[0].metric, "runs"]]

@@ -32,8 +32,8 @@ from samon.trainer.model import check_model_name
 
 Row = dict[str, Any]  # a method's costs
 DEVICES = yaml.safe_load((files("samon.plan") / "devices.yaml").read_text())
-TRAIN_FLAGS = ("model", "num_classes", "img_size", "fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "amp")
-TRAIN_FLAGS += ("grad_checkpointing", "m_sharpness")
+MODEL_FLAGS = ("model", "num_classes", "img_size", "grad_checkpointing")  # of train.py, with the same meaning here
+STEP_FLAGS = ("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate", "amp", "m_sharpness")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +79,8 @@ def compared_optimizers(opt: str) -> dict[str, str]:
 
 def train_config(args: argparse.Namespace, opt: str) -> Config:
     """The configuration of train.py. If weights are sharded, SAM has one perturbation for all processes."""
-    values = {key: flag.default for key, flag in FLAGS.items()} | {key: getattr(args, key) for key in TRAIN_FLAGS}
+    values = {key: flag.default for key, flag in FLAGS.items()}
+    values |= {key: getattr(args, key) for key in (*MODEL_FLAGS, *STEP_FLAGS)}
     values |= {"opt": opt, "amp_dtype": "bfloat16", "model_kwargs": parse_kwargs(args.model_kwargs)}
     variant = variant_of(opt)
     if args.fsdp and variant is not None and not variant.norms_only:

@@ -146,16 +146,6 @@ def mean_text(values: list[float], form: str = ".2f") -> str:
     return " ± ".join(f"{number:{form}}" for number in numbers if number is not None)
 
 
-def best_scores(scores: Iterable[Score]) -> list[Score]:
-    """The rho with the best mean for each setting and method, in order of appearance; without held-out scores."""
-    best: dict[tuple[Setting, str], Score] = {}
-    for score in scores:
-        key = (score.setting, score.method)
-        if not score.held_out and (key not in best or score.merit > best[key].merit):
-            best[key] = score
-    return list(best.values())
-
-
 @dataclass
 class Content:
     runs: list[Run] = field(default_factory=list)
@@ -168,7 +158,13 @@ class Content:
         self.evaluations += other.evaluations
 
     def best(self) -> list[Score]:
-        return best_scores(self.scores)
+        """The rho with the best mean for each setting and method, in order of appearance; without held-out scores."""
+        best: dict[tuple[Setting, str], Score] = {}
+        for score in self.scores:
+            key = (score.setting, score.method)
+            if not score.held_out and (key not in best or score.merit > best[key].merit):
+                best[key] = score
+        return list(best.values())
 
     def baseline(self, score: Score) -> Score | None:
         """The best score of the base optimizer alone in the same setting, without further options."""

@@ -17,7 +17,7 @@ from samon.cli.sweep import Job, Sweep
 from samon.errors import RunError, Stopped
 from samon.report.content import Content
 from samon.report.read import read_file
-from tests.runs import ROOT
+from tests.runs import BASE, ROOT
 
 RECIPE = str(ROOT / "hparams/cifar/cifar100_resnet_aa.yaml")
 # Stands in for train.py: counts its starts in a file, fails the first DIE of them, then prints a final line.
@@ -202,13 +202,7 @@ def test_a_terminal_shows_a_bar_that_starts_at_the_finished_runs(
 
 def test_a_run_with_a_checkpoint_is_resumed(tmp_path: Path) -> None:
     """With the real train.py, whose final line is read."""
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        f"dataset: wds/fashion-mnist\ndata_dir: {ROOT / 'data/fashion-mnist'}\nmodel: test_resnet\nnum_classes: 10\n"
-        "in_chans: 1\nimg_size: 32\nbatch_size: 16\nepochs: 1\nwarmup_epochs: 0\nlr: 0.01\nworkers: 0\n"
-        "train_num_samples: 32\nval_num_samples: 16\n"
-    )
-    sweep, job = make(tmp_path / "out", "--rho", "0.1", recipe=str(recipe)), Job("samon", 0.1, 3)
+    sweep, job = make(tmp_path, "--rho", "0.1", "--", *BASE, recipe="quickstart"), Job("samon", 0.1, 3)
     assert sweep.run_job(job) == "done"
     result = sweep.result(job)
     assert result is not None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samon.cli.tables import scope_table, write_tables
-from samon.report.content import Score, best_scores, paper_results
+from samon.report.content import Content, Score, paper_results
 
 
 def scores(**rows: list[tuple[float | None, list[float]]]) -> list[Score]:
@@ -22,7 +22,7 @@ def test_the_better_scope_and_the_best_are_marked() -> None:
         sam_layerl2=[(0.01, [77.5, 77.5])],
         samon_layerl2=[(0.2, [77.0, 77.2])],
     )
-    assert {score.opt: score.rho for score in best_scores(found)}["sam"] == 0.1
+    assert {score.opt: score.rho for score in Content(scores=found).best()}["sam"] == 0.1
     table = scope_table(found, {"sam": "75.07±0.6", "samon": "75.58±0.4"}).splitlines()
     assert table[0] == "| variant | none | all | ON | paper, none | paper, all | paper, ON |"
     assert table[2] == "| sgd | 70.50 ± 0.71 |  |  |  |  |  |"
@@ -45,7 +45,7 @@ def test_the_best_loss_is_the_lowest_and_has_four_decimals(tmp_path: Path) -> No
     found = scores(samon=[(0.1, [0.51234, 0.5]), (0.5, [0.6])])
     for score in found:
         score.metric = "eval_loss"
-    assert best_scores(found)[0].rho == 0.1
+    assert Content(scores=found).best()[0].rho == 0.1
     assert "| samon | 0.1 | 0.5062 ± 0.0087 | 2 |" in write_tables(tmp_path, found, "r.yaml", [])
 
 

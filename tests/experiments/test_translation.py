@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from experiments.translation.settings import Settings, load_settings
 from experiments.translation.step import fill_gradients, inverse_sqrt
 from samon import UserError
 from samon.cli.program import run_script
+from tests.reference import gradient_at, sam_gradient, scope_names
 
 pytestmark = pytest.mark.slow
 
@@ -60,57 +59,28 @@ def naive_token_mean(model: Translator, batches: list[Batch]) -> Tensor:
     return sum(terms) / len(terms)
 
 
-def naive_gradient_at_perturbed(
-    model: Translator, ascent: Callable[[], Tensor], descent: Callable[[], Tensor]
-) -> dict[str, Tensor]:
-    """The descent loss's gradient at w + rho g / ||g|| over the LayerNorm parameters (Eq. 3)."""
-    norms = {n: p for n, p in model.named_parameters() if "norm" in n}
-    grads = torch.autograd.grad(ascent(), list(norms.values()))
-    length = math.sqrt(sum(float((g**2).sum()) for g in grads))
-    with torch.no_grad():
-        for p, g in zip(norms.values(), grads, strict=True):
-            p += RHO * g / length
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(descent(), parameters)
-    with torch.no_grad():
-        for p, g in zip(norms.values(), grads, strict=True):
-            p -= RHO * g / length
-    return dict(zip(names, found, strict=True))
-
-
-def filled(model: Translator, opt: str, m_sharpness: str) -> tuple[float, dict[str, Tensor]]:
-    options = {"rho": RHO} if opt != "adamw" else {}
-    optimizer = create_optimizer_v2(model, opt, lr=0.1, filter_bias_and_bn=False, **options)
-    batches = micro_batches()
-    losses = [partial(token_loss, model, b.source, b.shifted, b.target, 0.1) for b in batches]
-    loss = fill_gradients(optimizer, losses, [b.tokens for b in batches], m_sharpness)
-    return float(loss), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("opt", ["adamw", "samon-adamw"])
 @pytest.mark.parametrize("m_sharpness", ["micro", "global"])
 def test_update_is_the_mean_over_tokens(opt: str, m_sharpness: str) -> None:
     model, batches = tiny_model(), micro_batches()
-    total = sum(b.tokens for b in batches)
-    assert [b.tokens for b in batches] == [4, 9, 17]
+    tokens = [batch.tokens for batch in batches]
+    assert tokens == [4, 9, 17]
     whole = partial(naive_token_mean, model, batches)
+    perturbed = partial(sam_gradient, model, names=scope_names(model, "samon"), geometry="", rho=RHO)
     if opt == "adamw":
-        wanted = dict(
-            zip(dict(model.named_parameters()), torch.autograd.grad(whole(), model.parameters()), strict=True)
-        )
+        wanted = gradient_at(model, [whole])[1]
     elif m_sharpness == "global":
-        wanted = naive_gradient_at_perturbed(model, whole, whole)
+        wanted = perturbed([whole])[1]
     else:
-        wanted = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-        for batch in batches:
-            own = partial(naive_token_mean, model, [batch])
-            for name, grad in naive_gradient_at_perturbed(model, own, own).items():
-                wanted[name] += batch.tokens / total * grad
-    loss, found = filled(model, opt, m_sharpness)
-    assert loss == pytest.approx(whole().item(), rel=1e-12)
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        torch.testing.assert_close(grad, wanted[name], rtol=1e-9, atol=1e-12)
+        each = [perturbed([partial(naive_token_mean, model, [batch])])[1] for batch in batches]
+        wanted = {n: sum(k / sum(tokens) * grads[n] for k, grads in zip(tokens, each, strict=True)) for n in each[0]}
+    options = {"rho": RHO} if opt != "adamw" else {}
+    optimizer = create_optimizer_v2(model, opt, lr=0.1, filter_bias_and_bn=False, **options)
+    losses = [partial(token_loss, model, b.source, b.shifted, b.target, 0.1) for b in batches]
+    loss = fill_gradients(optimizer, losses, tokens, m_sharpness)
+    assert float(loss) == pytest.approx(whole().item(), rel=1e-12)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-9, atol=1e-12)
 
 
 def test_schedule() -> None:
@@ -231,6 +201,8 @@ def test_compare_refuses_runs_of_another_recipe(tmp_path: Path, monkeypatch: pyt
     compare.main(command)
     assert extensions == [["--resume", str(run), "--epochs", "8"]]
     assert not (run / "test.json").exists()  # it was the shorter run's
+    with pytest.raises(UserError, match="--only: unknown adam; known are Adam"):
+        compare.main([*command, "--only", "adam"])
 
 
 def write_text(directory: Path) -> Path:
