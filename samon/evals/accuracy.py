@@ -1,7 +1,7 @@
 """Top-1, top-5, loss and calibration error; the same figures for any number of processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,73 +29,55 @@ def accuracy(
     amp_autocast: Autocast = nullcontext,
     channels_last: bool = False,
 ) -> dict[str, float]:
-    """Return `{"top1", "top5", "loss", "num_samples"}` over (images, labels) batches, accuracies in %; see `score`."""
-    plain = {"": Scoring()}
-    return score(model, loader, plain, device=device, amp_autocast=amp_autocast, channels_last=channels_last)[0][""]
+    """Return `{"top1", "top5", "loss", "num_samples"}` over (images, labels) batches, accuracies in %.
+
+    The float64 sums are all-reduced once at the end, so processes may have different numbers of batches.
+    """
+    sums = torch.zeros(1, 4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
+    for batch in batch_metrics(model, loader, [Scoring()], device, amp_autocast, channels_last):
+        sums += batch[:, :, :4].sum(1)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    top1, top5, loss, n = sums[0].tolist()
+    if not n:
+        raise UserError("nothing to evaluate: no samples; check the split")
+    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n, "num_samples": int(n)}
 
 
 @torch.no_grad()
-def score(
+def batch_metrics(
     model: nn.Module,
     loader: Loader,
-    scorings: Mapping[str, Scoring],
-    *,
+    scorings: Iterable[Scoring],
     device: torch.device | str,
     amp_autocast: Autocast = nullcontext,
     channels_last: bool = False,
-    log_interval: int = 0,
-) -> tuple[dict[str, dict[str, float]], list[Tensor]]:
-    """Score the logits of all batches by several conventions, in eval mode.
-
-    Args:
-        loader: this process's (images, labels). The sums are all-reduced once after the loop, in float64, so
-            processes may have different numbers of batches.
-        log_interval: batches between log lines; 0 for none.
-
-    Returns:
-        ({scoring: {"top1", "top5", "loss", "num_samples"}} over all processes,
-        `per_sample_metrics` [scorings, B, 7] of each of this process's batches)
-
-    Raises:
-        UserError: no sample has a label.
-    """
-    sums = torch.zeros(len(scorings), 4, dtype=torch.float64, device=device)  # top-1, top-5, loss, valid samples
+) -> Iterator[Tensor]:
+    """Yield `metrics.per_sample_metrics` by every scoring, [scorings, B, 7], of each batch, in eval mode."""
     on_device = [
         Scoring(*(None if part is None else torch.as_tensor(part, device=device) for part in scoring))
-        for scoring in scorings.values()
+        for scoring in scorings
     ]
-    batches: list[Tensor] = []
     with evaluating(model):
-        for index, (images, target) in enumerate(loader):
+        for images, target in loader:
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
                 logits = predict(model, images)
-                batches.append(torch.stack([metrics.per_sample_metrics(logits, target, how) for how in on_device]))
-            sums += batches[-1][:, :, :4].sum(1)
-            if log_interval and (index + 1) % log_interval == 0:
-                top1, _, loss, _ = (sums[0] / sums[0, 3].clamp(min=1)).tolist()
-                log.info("eval batch %d: loss %.4f top1 %.2f", index + 1, loss, 100 * top1)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    if scorings and sums[0, 3] == 0:
-        raise UserError("nothing to evaluate: no sample has a label; check the split")
-    scores = {}
-    for name, (top1, top5, loss, valid) in zip(scorings, sums.tolist(), strict=True):
-        n = max(valid, 1)
-        scores[name] = {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n, "num_samples": int(valid)}
-    return scores, batches
+                batch = torch.stack([metrics.per_sample_metrics(logits, target, scoring) for scoring in on_device])
+            yield batch
 
 
 def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     """Top-1, top-5, loss and expected calibration error by every scoring of the data set."""
-    config = context.config
-    scores, samples = score_dataset(context, dataset)
+    config, data = context.config, context.data_config
+    tables = evaluate_samples(context, dataset)
     results: list[Result] = []
-    for (setting, values), table in zip(scores.items(), samples, strict=True):
-        n = int(values.pop("num_samples"))
-        if not n:  # of some images, none may be in the clean subset of imagenet-a
+    for setting, table in zip(dataset.scorings, tables, strict=True):
+        valid = table[table[:, 3] > 0]
+        n = len(valid)
+        if not n:  # a few images may have none in the clean subset of imagenet-a
             continue
         metadata: Result = {"num_samples": n} | ({"setting": setting} if setting else {})
         mismatch = dataset.mismatch
@@ -104,22 +86,23 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
         if mismatch:
             metadata["mismatch"] = mismatch
         if dataset.keeps_size:
-            data = context.data_config
             size, others = "x".join(map(str, data["input_size"][:0:-1])), f"crop_pct {data['crop_pct']:g}"
             metadata["preprocessing"] = f"images of {size} as they are, others {data['interpolation']}, {others}"
-        valid = table[table[:, 3] > 0]
-        for column, (metric, value) in enumerate(values.items()):
-            interval = metrics.interval_columns(valid[:, column] * (1 if metric == "loss" else 100), config)
+        for column, (metric, unit) in enumerate((("top1", 100), ("top5", 100), ("loss", 1))):
+            value = unit * float(valid[:, column].sum()) / n
+            interval = metrics.interval_columns(valid[:, column] * unit, config)
             results.append({"metric": metric, "value": round(value, 6), **metadata, **interval})
         ece = metrics.expected_calibration_error(valid[:, 4], valid[:, 0])
         results.append({"metric": "ece", "value": round(ece, 6), **metadata})
+    if not results:
+        raise UserError("nothing to evaluate: no sample has a label; check the split")
     if config.class_report and context.rank == 0:
-        write_class_report(context, dataset, samples[0])
+        write_class_report(context, dataset, tables[0])
     return results
 
 
-def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str, dict[str, float]], Tensor]:
-    """Return `score` of the chosen images and their metrics [scorings, images, 7] on the CPU, of all processes."""
+def evaluate_samples(context: EvalContext, dataset: EvalDataset) -> Tensor:
+    """Metrics of the chosen images [scorings, images, 7] on the CPU, in the same order for any number of processes."""
     config, rank, world_size = context.config, context.rank, context.world_size
     samples = choose_samples(len(dataset), config.num_samples, config.seed, dataset.limit)
     dtype, batch_size = next(context.model.parameters()).dtype, config.batch_size
@@ -129,20 +112,19 @@ def score_dataset(context: EvalContext, dataset: EvalDataset) -> tuple[dict[str,
         steps = len(range(rank * batch_size, len(samples), world_size * batch_size))  # as in `shard_samples`
         image = torch.zeros(1, *context.data_config["input_size"], device=context.device, dtype=dtype)
         loader = pad_batches(loader, steps, context.model, image, context.autocast)
-    scores, batch_metrics = score(
-        context.model if context.compiled is None else context.compiled,
-        loader,
-        dataset.scorings,
-        device=context.device,
-        amp_autocast=context.autocast,
-        channels_last=config.channels_last,
-        log_interval=config.log_freq,
-    )
+    model = context.model if context.compiled is None else context.compiled
+    options = context.device, context.autocast, config.channels_last
+    done: list[Tensor] = []
+    for batch in batch_metrics(model, loader, dataset.scorings.values(), *options):
+        done.append(batch)
+        if len(done) % config.log_freq == 0:
+            top1, _, loss, valid = torch.cat(done, 1)[0, :, :4].sum(0).tolist()
+            log.info("eval batch %d: loss %.4f top1 %.2f", len(done), loss / max(valid, 1), 100 * top1 / max(valid, 1))
     table = torch.zeros(len(dataset.scorings), len(samples), len(metrics.COLUMNS), dtype=torch.float64)
-    for k, batch in enumerate(batch_metrics):
+    for k, batch in enumerate(done):
         start = (rank + k * world_size) * batch_size
         table[:, start : start + batch.shape[1]] = batch.cpu()
-    return scores, context.all_reduce(table)
+    return context.all_reduce(table)
 
 
 @torch.no_grad()

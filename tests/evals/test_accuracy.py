@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from samon.cli.validate import main
 from samon.errors import UserError
-from samon.evals.accuracy import accuracy, score
-from samon.evals.metrics import Scoring
+from samon.evals.accuracy import accuracy
 from tests.eval_sets import FASHION, write_folders
 from tests.sets import RANDOM_MODEL
 
@@ -28,18 +27,9 @@ class Table(torch.nn.Module):
         return LOGITS[rows]
 
 
-def loader(target=TARGET):
-    rows = torch.arange(37)
-    return [(rows[i : i + 10], target[i : i + 10]) for i in range(0, 37, 10)]
-
-
-def score_table(target, scoring):
-    return score(Table(), loader(target), {"": scoring}, device="cpu")[0][""]
-
-
 def test_figures_equal_their_definition_and_the_mode_is_restored():
     model = Table().train()
-    found = accuracy(model, loader(), device="cpu")
+    found = accuracy(model, zip(torch.arange(37).split(10), TARGET.split(10), strict=True), device="cpu")
     order = LOGITS.argsort(1, descending=True)
     assert found["num_samples"] == 37
     assert found["top1"] == pytest.approx(100 * (order[:, 0] == TARGET).double().mean().item())
@@ -48,29 +38,6 @@ def test_figures_equal_their_definition_and_the_mode_is_restored():
     assert model.training
     with pytest.raises(UserError, match="nothing to evaluate"):
         accuracy(Table(), [], device="cpu")
-
-
-def test_restricted_predictions_follow_timms_convention():
-    classes, target = [1, 4, 6, 8], torch.arange(37) % 4  # indices among the classes
-    found = score_table(target, Scoring(classes))
-    logits = LOGITS[:, classes]
-    assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item())
-    assert found["top5"] == 100  # of four classes
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
-
-
-def test_label_sets_accept_any_of_their_classes_and_skip_samples_without_one():
-    sets = torch.zeros(3, 9, dtype=torch.bool)
-    sets[0, [2, 5]] = True
-    sets[1, 7] = True  # row 2 has no class
-    target = torch.arange(37) % 3
-    found = score_table(target, Scoring(None, sets))
-    valid = target < 2
-    right = sets[target].gather(1, LOGITS.argmax(1, keepdim=True))[:, 0]
-    probability = (LOGITS.softmax(1) * sets[target]).sum(1)
-    assert found["num_samples"] == valid.sum()
-    assert found["top1"] == pytest.approx(100 * right[valid].double().mean().item())
-    assert found["loss"] == pytest.approx(-probability[valid].log().mean().item(), rel=1e-5)
 
 
 def test_training_does_not_load_the_tables_of_shift_sets():

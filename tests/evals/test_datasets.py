@@ -71,6 +71,8 @@ def test_imagenet_is_also_scored_on_the_clean_subsets(tmp_path):
     assert found["1000 classes"]["top1"]["value"] == pytest.approx(100 / 3)
     for letter in "ar":
         assert top1(found[f"clean subset of imagenet-{letter}"]) == (100, 2)
+    write_folders(tmp_path / "other", {SYNSETS[neither]: [neither]})
+    assert list(evaluate(tmp_path / "other", "imagenet")) == ["1000 classes"]  # no figure of no image
 
 
 def test_objectnet_crops_the_border_and_has_both_conventions(tmp_path):

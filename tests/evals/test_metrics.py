@@ -35,6 +35,25 @@ def test_one_right_class_per_label_gives_the_metrics_of_the_labels():
     assert torch.allclose(per_sample_metrics(logits, torch.arange(12), as_sets), found, atol=1e-6)
 
 
+@pytest.mark.parametrize("restricted", [False, True])
+def test_any_class_of_a_label_is_right_and_a_label_without_one_is_left_out(restricted):
+    """Restricted as in timm's validate: a label without a set is an index among the classes."""
+    logits = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
+    sets = torch.zeros(3, 9, dtype=torch.bool)
+    sets[0, [2, 5]] = sets[1, 7] = True  # row 2 has no class
+    target, classes = torch.arange(12) % 3, [1, 2, 5, 6, 7, 8] if restricted else list(range(9))
+    found = per_sample_metrics(logits, target, Scoring(classes if restricted else None, sets))
+    some, valid = logits[:, classes], target < 2
+    right = sets[target][:, classes]
+    assert torch.equal(found[:, 3] > 0, valid)
+    assert torch.equal(found[valid, 0] > 0, right.gather(1, some.argmax(1, keepdim=True))[valid, 0])
+    assert torch.equal(found[valid, 1] > 0, right.gather(1, some.topk(5).indices)[valid].any(1))
+    assert torch.allclose(found[valid, 2].exp(), 1 / (some.double().softmax(1) * right).sum(1)[valid], rtol=1e-5)
+    assert not found[~valid, :4].any()
+    by_index = per_sample_metrics(logits, target, Scoring(classes))
+    assert by_index[:, 2].tolist() == pytest.approx(F.cross_entropy(some, target, reduction="none").tolist(), rel=1e-6)
+
+
 def test_bootstrap_interval_is_that_of_a_proportion():
     """Resampled counts of k in n are binomial: 2.5 % and 97.5 % of Binomial(400, 0.8) / 400 are 0.76 and 0.8375."""
     hits = (torch.arange(400) < 320).double()
