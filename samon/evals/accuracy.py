@@ -90,7 +90,7 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
             metadata["preprocessing"] = f"images of {size} as they are, others {data['interpolation']}, {others}"
         for column, (metric, unit) in enumerate((("top1", 100), ("top5", 100), ("loss", 1))):
             value = unit * float(valid[:, column].sum()) / n
-            interval = metrics.interval_columns(valid[:, column] * unit, config)
+            interval = metrics.bootstrap_interval(valid[:, column] * unit, config.bootstrap, config.seed)
             results.append({"metric": metric, "value": round(value, 6), **metadata, **interval})
         ece = metrics.expected_calibration_error(valid[:, 4], valid[:, 0])
         results.append({"metric": "ece", "value": round(ece, 6), **metadata})

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from samon.errors import UserError, require_package
 from samon.evals import attacks
 from samon.evals.attacks import Normalized, Threat
 from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, shard_samples
-from samon.evals.metrics import interval_columns
+from samon.evals.metrics import bootstrap_interval
 from samon.evals.results import Result
 from samon.files import atomic_write
 from samon.progress import progress_bar
@@ -60,7 +61,8 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
         values["robust_top1"] = robust[-1]
         for metric, count in values.items():
             hits = torch.cat([torch.full((count,), 100.0), torch.zeros(n - count)])
-            results.append({"metric": metric, "value": 100 * count / n, **metadata, **interval_columns(hits, config)})
+            interval = bootstrap_interval(hits, config.bootstrap, config.seed)
+            results.append({"metric": metric, "value": 100 * count / n, **metadata, **interval})
     return results
 
 
@@ -72,15 +74,9 @@ def parse_threats(config: argparse.Namespace) -> list[Threat]:
     radii = {text: parse_radius(text) for text in map(str.strip, config.eps.split(","))}
     mixed = len({"/" in text for text in radii}) == 2
     budget = (config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed, config.attack == "standard")
-    threats = [
-        Threat(norm, eps, *budget)
-        for norm in norms
-        for text, eps in radii.items()
-        if not mixed or ("/" in text) == (norm == "linf")
-    ]
-    if not threats:
-        raise UserError(f"--eps {config.eps}: no radius fits --norm {config.norm}")
-    return threats
+    pairs = itertools.product(norms, radii.items())
+    pairs = ((norm, eps) for norm, (text, eps) in pairs if not mixed or ("/" in text) == (norm == "linf"))
+    return [Threat(norm, eps, *budget) for norm, eps in pairs]
 
 
 def parse_radius(text: str) -> float:
@@ -99,7 +95,7 @@ def attack_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     threats: list[Threat],
-    state: Path | None = None,
+    state: Path | None,
     settings: str = "",
     bar: tqdm | None = None,
 ) -> dict[Threat, Tensor]:

@@ -168,7 +168,6 @@ def load_batches(
     dataset: EvalDataset,
     samples: list[int],
     batch_size: int,
-    *,
     raw: bool = False,
     progress: str = "",
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -180,31 +179,21 @@ def load_batches(
         raw: images in [0, 1] instead of normalized ones.
         progress: name of a progress bar over this process's images.
     """
-    config, data, size = context.config, context.data_config, context.data_config["input_size"]
+    config, size = context.config, context.data_config["input_size"]
     mine = shard_samples(samples, batch_size, context.rank, context.world_size)
     if not mine:
         return
-    mean, std = ((0.0,) * size[0], (1.0,) * size[0]) if raw else (data["mean"], data["std"])
-    crop = {key: data[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    options = {key: context.data_config[key] for key in keys} | {"use_prefetcher": not config.no_prefetcher}
+    if raw:
+        options |= {"mean": (0.0,) * size[0], "std": (1.0,) * size[0]}
     stream = replace(dataset, size=len(mine), batch_size=batch_size, chosen=mine)
-    loader = create_loader(
-        stream,
-        size,
-        batch_size,
-        mean=mean,
-        std=std,
-        num_workers=config.workers,
-        pin_memory=config.pin_mem,
-        use_prefetcher=not config.no_prefetcher,
-        device=context.device,
-        decoder="pil",
-        **crop,
-    )
+    workers = {"num_workers": config.workers, "pin_memory": config.pin_mem}
+    loader = create_loader(stream, size, batch_size, device=context.device, decoder="pil", **workers, **options)
     if dataset.border:
         stream.decode = partial(_crop_border, dataset)
     if dataset.keeps_size:
-        options = {"use_prefetcher": not config.no_prefetcher, "mean": mean, "std": std}
-        exact = create_transform(size, **options, **crop | {"crop_pct": 1.0})
+        exact = create_transform(size, **options | {"crop_pct": 1.0})
         stream.transform = partial(_transform_by_size, exact, stream.transform or exact, (size[2], size[1]))
     show = bool(progress) and context.rank == 0
     with closing(loader), progress_bar(progress, len(mine), "image", show=show) as bar:

@@ -1,6 +1,5 @@
 """Figures of a classification: hits and losses per sample, calibration, bootstrap intervals, confusion matrices."""
 
-import argparse
 from typing import NamedTuple
 
 import torch
@@ -59,20 +58,16 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     return 100 * float(gaps.abs().sum()) / len(confidence)
 
 
-def bootstrap_interval(values: Tensor, draws: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of `values` [N]: the 2.5 % and 97.5 % quantiles of `draws` resampled means."""
+def bootstrap_interval(values: Tensor, draws: int, seed: int) -> dict[str, float]:
+    """95 % interval of the mean of `values` [N]: the 2.5 % and 97.5 % quantiles of `draws` resampled means, as the
+    columns `low` and `high` of a result; none without draws."""
+    if not draws:
+        return {}
     generator = torch.Generator().manual_seed(seed)
     n, values = len(values), values.double()
     means = [values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
     low, high = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def interval_columns(values: Tensor, config: argparse.Namespace) -> dict[str, float]:
-    """The columns `low` and `high` of a result if --bootstrap asks for them, otherwise none."""
-    if not config.bootstrap or not len(values):
-        return {}
-    return dict(zip(("low", "high"), bootstrap_interval(values, config.bootstrap, config.seed), strict=True))
+    return {"low": low, "high": high}
 
 
 def confusion_matrix(label: Tensor, predicted: Tensor, num_classes: int) -> Tensor:

@@ -25,10 +25,8 @@ def test_csv_of_a_folder_has_the_probabilities_of_timms_model(gray_run, tmp_path
     paths = [Path(row["file"]) for row in rows]
     assert paths == sorted((images / "val").rglob("*.png"))
     assert list(rows[0]) == ["file", "label_1", "probability_1", "label_2", "probability_2"]
-    model = timm.create_model("test_resnet", num_classes=3).eval()
-    model.load_state_dict(torch.load(run / "model_best.pth.tar", weights_only=True)["state_dict"])
-    cfg = model.pretrained_cfg
-    how = {"interpolation": cfg["interpolation"], "crop_pct": cfg["crop_pct"]}
+    model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(run / "model_best.pth.tar")).eval()
+    how = {key: model.pretrained_cfg[key] for key in ("interpolation", "crop_pct")}
     transform = create_transform((3, 32, 32), mean=(0.4,) * 3, std=(0.3,) * 3, **how)
     with torch.no_grad():
         top = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])).softmax(1).topk(2)

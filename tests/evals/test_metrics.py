@@ -57,7 +57,7 @@ def test_any_class_of_a_label_is_right_and_a_label_without_one_is_left_out(restr
 def test_bootstrap_interval_is_that_of_a_proportion():
     """Resampled counts of k in n are binomial: 2.5 % and 97.5 % of Binomial(400, 0.8) / 400 are 0.76 and 0.8375."""
     hits = (torch.arange(400) < 320).double()
-    low, high = bootstrap_interval(hits, 4000, seed=1)
+    low, high = bootstrap_interval(hits, 4000, seed=1).values()
     assert low == pytest.approx(0.76, abs=0.004)
     assert high == pytest.approx(0.8375, abs=0.004)
     assert bootstrap_interval(hits, 50, seed=1) == bootstrap_interval(hits, 50, seed=1)
