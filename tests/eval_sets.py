@@ -6,6 +6,7 @@ An image is one color that spells a number below 1000; `Reader` reads it and ans
 import io
 import json
 
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -29,6 +30,13 @@ def make_context(model, data_config=DATA_CONFIG, **settings):
     defaults = {key: flag.default for key, flag in by_key(VALIDATE).items()}
     config = Config(**defaults | {"workers": 0, "no_prefetcher": True, "pin_mem": False} | settings)
     return EvalContext(config, model, data_config, CPU)
+
+
+def save_model(path, model="test_resnet", seed=0, **kwargs):
+    """Save random weights for 10 classes; return the path as text."""
+    torch.manual_seed(seed)
+    torch.save(timm.create_model(model, num_classes=10, **kwargs).state_dict(), path)
+    return str(path)
 
 
 def color(number, size=8):

@@ -75,9 +75,9 @@ def _corruption_specs(spec: EvalSpec) -> list[EvalSpec]:
     """The 75 sets of ImageNet-C, at CORRUPTION/SEVERITY below its directory."""
     specs = []
     for corruption, severity in itertools.product(corruptions.ALEXNET, corruptions.SEVERITIES):
-        name, root = f"{spec.name}/{corruption}/{severity}", Path(spec.root, corruption, str(severity))
         metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity, "whole": spec.name}
-        specs.append(replace(spec, name=name, root=str(root), metadata=metadata))
+        part = f"{corruption}/{severity}"
+        specs.append(replace(spec, name=f"{spec.name}/{part}", root=f"{spec.root}/{part}", metadata=metadata))
     return specs
 
 

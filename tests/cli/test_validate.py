@@ -15,18 +15,12 @@ from samon.errors import UserError
 from samon.evals import accuracy, apgd
 from samon.evals.results import render
 from tests import runs
-from tests.eval_sets import FASHION
+from tests.eval_sets import FASHION, save_model
 from tests.processes import launch
 
 MODEL = ["--model", "test_resnet", "--no-pretrained", "--num-classes", "10", "--img-size", "32"]
 SMALL = ["--workers", "0", "--device", "cpu"]
 ATTACK = ["--norm", "linf", "--eps", "1/255", "--apgd-iters", "2", "--apgd-targets", "1"]
-
-
-def save_model(path, **kwargs):
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet", num_classes=10, **kwargs).state_dict(), path)
-    return str(path)
 
 
 # --- results --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import argparse
 
 import pytest
-import timm
 import torch
 
 from samon.cli.validate import main, prepare
@@ -12,7 +11,7 @@ from samon.evals import apgd, attacks
 from samon.evals.apgd import attack_batches, parse_threats, summarize
 from samon.evals.attacks import ROBUST, VANISHED, Threat
 from samon.evals.datasets import EvalSpec
-from tests.eval_sets import FASHION, SYNSETS, DifferentiableReader, make_context, write_folders
+from tests.eval_sets import FASHION, SYNSETS, DifferentiableReader, make_context, save_model, write_folders
 from tests.nets import two_logits
 from tests.sets import RANDOM_MODEL
 
@@ -118,10 +117,9 @@ def test_program_reports_every_attack():
 
 def test_an_interrupted_attack_of_the_same_model_resumes(tmp_path, monkeypatch):
     """Another number of attention heads is another model, although its weights have the same shapes."""
-    weights = timm.create_model("vit_tiny_cifar", num_classes=10, depth=1).state_dict()
-    torch.save(weights, tmp_path / "net.pth")
+    weights = save_model(tmp_path / "net.pth", "vit_tiny_cifar", depth=1)
     flags = [*FLAGS, "--model", "vit_tiny_cifar", "--eps", "1/255", "--apgd-iters", "1", "--num-samples", "20"]
-    flags += ["--checkpoint", str(tmp_path / "net.pth"), "--apgd-state", str(tmp_path / "state")]
+    flags += ["--checkpoint", weights, "--apgd-state", str(tmp_path / "state")]
     flags += ["--apgd-batch-size", "10", "--model-kwargs", "depth=1"]
     attacked, attack = [], attacks.attack
     monkeypatch.setattr(attacks, "attack", lambda *args: attacked.append(args) or attack(*args))

@@ -4,23 +4,15 @@ import json
 import math
 
 import pytest
-import timm
-import torch
 
 from samon.cli.validate import main
 from samon.errors import Stopped, UserError
 from samon.evals import accuracy
 from samon.evals.results import ResultsFile, markdown, mean_over_checkpoints, render, shorten_paths
-from tests.eval_sets import FASHION
+from tests.eval_sets import FASHION, save_model
 from tests.sets import RANDOM_MODEL
 
 FLAGS = [*RANDOM_MODEL, "--num-samples", "16"]
-
-
-def save_model(path, seed=0, model="test_resnet"):
-    torch.manual_seed(seed)
-    torch.save(timm.create_model(model, num_classes=10).state_dict(), path)
-    return str(path)
 
 
 def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
@@ -55,7 +47,7 @@ def test_mean_and_sample_deviation_over_checkpoints():
 
 
 def test_group_of_checkpoints_is_one_column(tmp_path, capsys):
-    paths = [save_model(tmp_path / f"{seed}.pth", seed) for seed in range(2)]
+    paths = [save_model(tmp_path / f"{seed}.pth", seed=seed) for seed in range(2)]
     flags = [*FLAGS, *FASHION]
     one, two = (main([*flags, "--checkpoint", path])[0]["value"] for path in paths)
     capsys.readouterr()
