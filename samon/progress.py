@@ -26,29 +26,13 @@ def is_terminal() -> bool:
 
 
 def progress_bar(
-    name: str,
-    total: int,
-    unit: str,
-    items: Iterable[object] | None = None,
-    *,
-    show: bool = True,
-    initial: int = 0,
-    mininterval: float = 0.1,
+    name: str, total: int, unit: str, items: Iterable[object] | None = None, *, show: bool = True, initial: int = 0
 ) -> tqdm:
     """A bar with rate and remaining time on a terminal, elsewhere a line per minute. Iterates over `items`, or is
     advanced by `update`. `initial` counts as done but not toward the rate."""
     kind = tqdm if is_terminal() else LineProgress
     return kind(
-        items,
-        name,
-        total,
-        unit=unit,
-        leave=False,
-        disable=not show,
-        smoothing=0,
-        dynamic_ncols=True,
-        initial=initial,
-        mininterval=mininterval,
+        items, name, total, unit=unit, leave=False, disable=not show, smoothing=0, dynamic_ncols=True, initial=initial
     )
 
 

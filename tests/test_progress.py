@@ -34,8 +34,9 @@ def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_log_lines_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    with progress_bar("packing", 3, "shard", mininterval=0) as bar:
+    with progress_bar("packing", 3, "shard") as bar:
         bar.update()
+        bar.refresh()
         record = logging.LogRecord("samon", logging.INFO, "", 0, "a line", None, None)
         ConsoleHandler(sys.stderr).emit(record)
         record.shown = True  # the bar displays it anyway

@@ -185,15 +185,6 @@ def test_inductor_with_groups(bn_stats: str) -> None:
     assert_same(*train_both("samon", "inductor", 2, True, groups=2, bn_stats=bn_stats), 1e-9)
 
 
-def test_a_gradient_that_is_not_finite_perturbs_nothing() -> None:
-    _, opt = make(ShallowNet)
-    opt.compile("aot_eager")
-    named = opt.perturbed_parameters()
-    eps, _, finite = opt.perturbation(named, [torch.full_like(p, torch.inf) for p in named.values()])
-    assert not finite
-    assert not any(e.any() for e in eps)
-
-
 def test_a_random_subset_is_refused() -> None:
     """Another ascent graph at each update: one step took 40 times a plain one's time."""
     with pytest.raises(UserError, match=r"--esam-beta.* would be recompiled each time; drop it or --torchcompile"):

@@ -140,26 +140,26 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     if untrained and dist.is_initialized():
         raise UserError("step(closure) does not average gradients of frozen parameters; use samon.two_pass")
     gradients = GradientObserver(sam.parameters())
-    loss = None
-    grads: list[Tensor | None] | None = None
-    own = set(map(id, gradients.parameters))
-    if ascends or filled:
-        with requires_grad(untrained, True), gradients.observe(), record_foreign_gradients(own) as foreign:
+    if not (ascends or filled):
+        eps, _ = sam.step_perturbation(named, None)
+        with nullcontext() if eps is None else sam.add_perturbation(named, eps), gradients.observe():
             loss = closure()
-        if filled and not any(map(gradients.received, gradients.parameters)):
-            return loss
         gradients.check(sam, named)
-        if ascends:
-            grads, sam.ascent.clean = [p.grad for p in named.values()], []
+        return loss
+    own = set(map(id, gradients.parameters))
+    with requires_grad(untrained, True), gradients.observe(), record_foreign_gradients(own) as foreign:
+        loss = closure()
+    if filled and not any(map(gradients.received, gradients.parameters)):
+        return loss
+    gradients.check(sam, named)
+    grads = None
+    if ascends:
+        grads, sam.ascent.clean = [p.grad for p in named.values()], []
     for p in untrained:
         p.grad = None
     eps, _ = sam.step_perturbation(named, grads)
     del grads  # not in memory together with those of the second run
-    if not (ascends or filled):
-        with nullcontext() if eps is None else sam.add_perturbation(named, eps), gradients.observe():
-            loss = closure()
-        gradients.check(sam, named)
-    elif eps is not None:
+    if eps is not None:
         gradients.clear()
         for leaf, grad in foreign.items():
             leaf.grad = grad
