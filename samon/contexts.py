@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -108,22 +109,26 @@ def preserve_buffers_in_pass(optimizer: Optimizer, modules: list[nn.Module]) -> 
     """Restore the buffers of `modules_of(optimizer, ...)` at the end of a pass. If these are not known yet, record the
     modules that run inside, once (compiled ones run eagerly)."""
     recorded = set[nn.Module]()
-    with preserve_buffers(modules) as add, ExitStack() as stack:
-        if not modules:
+    with preserve_buffers(modules) as add:
 
-            def record(module: nn.Module, args: object) -> None:
-                for m in module.modules():
-                    if m not in recorded:
-                        add(m)
-                        recorded.add(m)
+        def record(module: nn.Module, args: object) -> None:
+            for m in module.modules():
+                if m not in recorded:
+                    add(m)
+                    recorded.add(m)
 
-            stack.enter_context(register_module_forward_pre_hook(record))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
-        yield
+        with nullcontext() if modules else global_forward_pre_hook(record):
+            yield
     if recorded:
         _recorded_modules[optimizer] = recorded
+
+
+@contextmanager
+def global_forward_pre_hook(hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Call a hook before the forward of every module; compiled ones run eagerly, since graphs call none."""
+    with register_module_forward_pre_hook(hook), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
+        yield
 
 
 def _is_writable(buffer: Tensor) -> bool:

@@ -2,20 +2,18 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from samon import rng
 from samon.checks import REENTRANT, raise_no_gradient
-from samon.contexts import modules_of, preserve_buffers_in_pass
-from samon.engines.patches import forward_hooks
+from samon.contexts import global_forward_pre_hook, modules_of, preserve_buffers_in_pass
 from samon.errors import UserError
 from samon.geometry import LOW_PRECISION, NormReduction, global_norm
 from samon.sam import SAM, Grads
@@ -48,12 +46,8 @@ def explain_missing_gradients(
         if not torch.is_grad_enabled():
             lost.extend(missing[id(p)] for p in module.parameters(recurse=False) if id(p) in missing)
 
-    hooks: AbstractContextManager[Any]
-    if sam.model is None:
-        hooks = register_module_forward_pre_hook(record_lost)
-    else:
-        hooks = forward_hooks(sam.model.modules(), record_lost)
-    with preserve_buffers_in_pass(sam, modules_of(sam, sam.model)), rng.fork(loss.device), hooks:
+    buffers = preserve_buffers_in_pass(sam, modules_of(sam, sam.model))
+    with buffers, rng.fork(loss.device), global_forward_pre_hook(record_lost):
         forward()
     if lost:
         raise UserError(REENTRANT.format(lost[0]) + "; if it runs under torch.no_grad() on purpose, freeze it")

@@ -52,20 +52,10 @@ def assert_gradient_at_w_plus_eps(model: nn.Module, start: nn.Module, name: str,
             assert torch.equal(p, start.get_parameter(n))
 
 
-def clear_by_hand(model: nn.Module, in_place: bool) -> None:
-    for p in model.parameters():
-        if p.grad is not None and in_place:
-            p.grad.detach_().zero_()
-        else:
-            p.grad = None
-
-
 CLEARING: dict[str, Callable[[nn.Module, Any], None]] = {
     "optimizer": lambda model, opt: opt.zero_grad(),
     "optimizer in place": lambda model, opt: opt.zero_grad(set_to_none=False),
     "model in place": lambda model, opt: model.zero_grad(set_to_none=False),
-    "by hand": lambda model, opt: clear_by_hand(model, False),
-    "by hand in place": lambda model, opt: clear_by_hand(model, True),
 }
 
 
