@@ -114,9 +114,7 @@ class Evaluation:
         if not settings["dataset"].startswith("npz/"):
             raise UserError(f"{run} was trained on {settings['dataset']}; only npz/NAME can be corrupted here")
         path = data_dir / (settings["dataset"].removeprefix("npz/") + ".npz")
-        (train, labels), (test, test_labels) = (
-            read_npz(path.name, str(path), part) for part in ("train", "validation")
-        )
+        (train, labels), (test, test_labels) = (read_npz(path, part) for part in ("train", "validation"))
         test, test_labels = test[:images], test_labels[:images]
         self.train, self.test = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (train, test))
         self.labels, self.test_labels = (torch.as_tensor(y, dtype=torch.int64) for y in (labels, test_labels))

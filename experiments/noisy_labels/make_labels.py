@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--fraction: {args.fraction} is not between 0 and 1")
     if not args.target.parent.is_dir():
         raise UserError(f"{args.target.parent} does not exist; make it, or name another file")
-    x_train, y_train = read_npz(args.source.name, str(args.source), "train")
-    x_test, y_test = read_npz(args.source.name, str(args.source), "validation")
+    x_train, y_train = read_npz(args.source, "train")
+    x_test, y_test = read_npz(args.source, "validation")
     noisy = with_noise(y_train, args.fraction, args.seed)
     with atomic_write(args.target) as file:
         np.savez(file, x_train=x_train, y_train=noisy, x_test=x_test, y_test=y_test)

@@ -22,16 +22,16 @@ class LabeledImages(NamedTuple):
     class_names: list[str]
 
 
-def label_by_name(entries: list[ImageEntry], classes: list[str], names: list[str]) -> LabeledImages:
-    """Label each image by the index of its class in `names`."""
+def label_images(entries: list[ImageEntry], classes: list[str], names: list[str] | None = None) -> LabeledImages:
+    """Label each image by the index of its class in `names` (default: the classes in timm's order)."""
+    names = names or sorted(set(classes), key=class_order)
     labels = {name: label for label, name in enumerate(names)}
     return LabeledImages([(entry, labels[name]) for entry, name in zip(entries, classes, strict=True)], names)
 
 
 def label_by_folder(entries: list[ImageEntry], names: list[str] | None = None) -> LabeledImages:
-    """Label images by their class folders, in timm's order of the folders' names or in that of `names`."""
-    folders = [entry.folder for entry in entries]
-    return label_by_name(entries, folders, names or sorted(set(folders), key=class_order))
+    """Label images by their class folders."""
+    return label_images(entries, [entry.folder for entry in entries], names)
 
 
 def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
@@ -106,7 +106,7 @@ def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
             if number not in synsets:
                 raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, none for {entry.path}")
         names = sorted(set(synsets.values()))
-        splits["validation"] = label_by_name(validation, [synsets[number] for number in numbers], names)
+        splits["validation"] = label_images(validation, [synsets[number] for number in numbers], names)
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     names_of = [images.class_names for images in splits.values()]
@@ -118,7 +118,7 @@ def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
 def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     """Read CIFAR-10/100 from torchvision's directories or an `.npz` with x_train, y_train, x_test, y_test."""
     if args.source.suffix == ".npz":
-        arrays = {split: read_npz(args.source.stem, str(args.source), split) for split in ("train", "validation")}
+        arrays = {split: read_npz(args.source, split) for split in ("train", "validation")}
         names = [str(label) for label in range(int(arrays["train"][1].max()) + 1)]
     else:
         from torchvision.datasets import CIFAR10, CIFAR100

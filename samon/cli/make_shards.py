@@ -16,18 +16,19 @@ import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, pairwise, repeat
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from PIL import Image
 
 from samon.cli.layouts import FORMATS, LabeledImages, find_splits
-from samon.data.classes import check_label
-from samon.data.corrupt import DataError, SampleError
+from samon.data import DataError, SampleError, create_dataset
 from samon.data.decode import decode_pil, open_image
 from samon.data.images import ImageEntry
-from samon.data.shards import ShardReader, import_webdataset, load_split, open_url
+from samon.data.shards import import_webdataset
+from samon.data.sources import ShardSource
+from samon.data.stream import SampleStream
 from samon.errors import UserError
 from samon.files import atomic_write, write_text
 from samon.progress import progress_bar
@@ -78,13 +79,13 @@ def write_shard(task: ShardTask, resize: int, quality: int) -> str:
             for key, entry, label in task.samples:
                 suffix, data = encode_image(entry, resize, quality)
                 tar.write({"__key__": key, suffix: data, "cls": str(label).encode()})
-    return sha256(str(task.path))
+    return sha256(task.path)
 
 
-def sha256(url: str) -> str:
+def sha256(path: Path) -> str:
     """Return the hexadecimal digest of a file. (`hashlib.file_digest` needs Python 3.11.)"""
     digest = hashlib.sha256()
-    with open_url(url) as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -103,8 +104,8 @@ def plan_shards(split: str, images: LabeledImages, args: argparse.Namespace) -> 
     used: set[str] = set()
     samples = [(sample_key(entry.path, split, used), entry, label) for entry, label in order]
     digits = max(4, len(str(len(bounds) - 1)))
-    ranges = enumerate(pairwise(bounds))
-    return [ShardTask(args.output / f"{split}-{i:0{digits}d}.tar", samples[low:high]) for i, (low, high) in ranges]
+    paths = (args.output / f"{split}-{i:0{digits}d}.tar" for i in range(len(bounds)))
+    return [ShardTask(path, samples[low:high]) for path, (low, high) in zip(paths, pairwise(bounds), strict=False)]
 
 
 def hash_plan(tasks: dict[str, list[ShardTask]], args: argparse.Namespace) -> str:
@@ -127,15 +128,15 @@ def check_output(output: Path, names: list[str], tasks: dict[str, list[ShardTask
     info = json.loads(info_path.read_text()) if info_path.is_file() else {}
     if existing := sorted(set(tasks) & set(info.get("splits", {}))):
         raise UserError(f"{info_path}: has split {', '.join(existing)} already; choose another --output or remove it")
-    resumes = unfinished.is_file() and unfinished.read_text() == digest
-    if unfinished.is_file() and not resumes:
-        what = "another conversion was interrupted here"
-        raise UserError(f"{unfinished}: {what}; repeat its command or empty the directory")
-    shards = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
-    if shards and not resumes:
-        raise UserError(f"{output}: {shards[0]} exists already; choose another --output")
     if info and info.get("class_names") != names:
         raise UserError(f"{info_path}: its splits have other classes; choose another --output")
+    if not unfinished.is_file():
+        shards = [path.name for path, _ in chain.from_iterable(tasks.values()) if path.exists()]
+        if shards:
+            raise UserError(f"{output}: {shards[0]} exists already; choose another --output")
+    elif unfinished.read_text() != digest:
+        what = "another conversion was interrupted here"
+        raise UserError(f"{unfinished}: {what}; repeat its command or empty the directory")
     return info.get("splits", {})
 
 
@@ -166,20 +167,17 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output}: {', '.join(summary)}")
 
 
-def find_faults(url: str, length: int, digest: str | None, num_classes: int | None) -> list[str]:
+def find_faults(stream: SampleStream, shard: int, digest: str | None) -> list[str]:
     """Return what is wrong with one shard: its checksum, images that cannot be decoded, labels that are not classes."""
-    faults = [f"{url}: its SHA-256 is not the one in _info.json"] if digest and sha256(url) != digest else []
+    source = cast(ShardSource, stream.source)
+    url, length = source.shards.urls[shard], source.shards.lengths[shard]
+    faults = [f"{url}: its SHA-256 is not the one in _info.json"] if digest and sha256(Path(url)) != digest else []
     try:
-        for _, sample in ShardReader(None, None).read(url, length, range(length)):
-            where = ""
+        for _, sample in source.read_shard(shard, range(length)):
             try:
-                if isinstance(sample, SampleError):
-                    raise sample
-                check_label(sample.label, num_classes, sample.where)
-                where = f"{sample.where}: "  # which decoding does not know
-                decode_pil(sample.image)
+                stream.process(sample)
             except DataError as error:
-                faults.append(f"{where}{error}")
+                faults.append(str(error))
     except UserError as error:
         faults.append(str(error))
     return faults
@@ -193,10 +191,10 @@ def verify(args: argparse.Namespace) -> None:
     faults: list[str] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for split, entry in json.loads(path.read_text())["splits"].items():
-            shards = load_split(str(args.output), split)
-            digests = entry.get("sha256") or [None] * len(shards.urls)
-            results = pool.map(find_faults, shards.urls, shards.lengths, digests, repeat(shards.num_classes))
-            split_faults = list(chain.from_iterable(progress_bar(split, len(digests), "shard", results)))
+            find = partial(find_faults, create_dataset("wds/", str(args.output), split))
+            digests = entry.get("sha256") or [None] * len(entry["filenames"])
+            results = progress_bar(split, len(digests), "shard", pool.map(find, range(len(digests)), digests))
+            split_faults = list(chain.from_iterable(results))
             print(f"{split}: {entry['num_samples']} images, {len(split_faults)} faults")
             faults += split_faults
     for line in faults[:20]:

@@ -49,16 +49,6 @@ def check_label(label: object, num_classes: int | None, where: str) -> int:
     return int(label)
 
 
-def map_label(label_map: LabelMap | None, label: object, where: str) -> object:
-    """Return the label that `label_map` has for a stored label; a SampleError if it has none."""
-    if label_map is None:
-        return label
-    try:
-        return label_map[label]
-    except (KeyError, TypeError):  # TypeError: a label that cannot be a key, such as a list
-        raise SampleError(f"{where}: label {label!r:.40} is not in the class map") from None
-
-
 def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
     """Return {class name or stored label: label} of --class-map, a .txt of names (one per line) or a .pkl of a dict.
 
@@ -102,20 +92,6 @@ def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str
     ordered = sorted(class_map, key=class_map.__getitem__)
     has_one_name = sorted(class_map.values()) == list(range(len(class_map)))
     return label_map, [str(name) for name in ordered] if has_one_name else None
-
-
-def check_names(names: Sequence[object], num_classes: int | None, where: str) -> list[str]:
-    """Return class names as text.
-
-    Raises:
-        UserError: two classes of one name, or a number of names other than `num_classes`.
-    """
-    texts = [str(name) for name in names]
-    if len(set(texts)) < len(texts):
-        raise UserError(f"{where}: two classes are called {next(n for n in texts if texts.count(n) > 1)!r}")
-    if num_classes is not None and num_classes != len(texts):
-        raise UserError(f"{where}: {num_classes} classes, but {len(texts)} class_names")
-    return texts
 
 
 def check_ranks(names: Sequence[str] | None, num_samples: int, where: str) -> None:

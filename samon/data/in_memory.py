@@ -21,7 +21,6 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2.functional import equalize
 
 from samon.data.classes import check_label
-from samon.data.decode import Transform
 from samon.data.loader import GRAY, pad_pixels
 from samon.data.sources import PairSource
 from samon.data.stream import SampleStream, check_epoch, process_rank
@@ -157,24 +156,21 @@ class InMemoryLoader:
                 yield batch.to(self.img_dtype).sub_(self.shift).div_(self.scale), targets
 
 
-def _read_all(stream: SampleStream, size: tuple[int, int, int], transform: Transform | None) -> tuple[Tensor, Tensor]:
+def _read_all(stream: SampleStream, size: tuple[int, int, int], as_stored: bool) -> tuple[Tensor, Tensor]:
     """Return every sample of an evaluation stream of one rank: uint8 [N, C, H, W] and labels [N], on the CPU.
 
     Args:
         size: channels, height and width of all images.
-        transform: PIL image -> uint8 [C, H, W]; None only resizes to `size`.
+        as_stored: the stream's transform leaves images of that size as they are.
     """
     channels, height, width = size
     source = stream.source
     arrays = source.arrays() if isinstance(source, PairSource) and source.label_map is None else None
-    if transform is None and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
+    if as_stored and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
         pixels, labels = (array[: stream.size] for array in arrays)
         for label in np.unique(labels):
             check_label(label, stream.num_classes, source.location)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.int64)
-    stream.transform = transform or timm.data.create_transform(
-        size, use_prefetcher=True, interpolation="bicubic", crop_pct=1.0, crop_mode="squash"
-    )
     stream.set_loader_cfg(0)
     images, targets = torch.empty((stream.size, *size), dtype=torch.uint8), torch.empty(stream.size, dtype=torch.int64)
     for i, (image, label) in enumerate(stream):
@@ -196,7 +192,7 @@ def create_in_memory_loader(
     train_crop_mode: str | None = None,
     hflip: float = 0.5,
     auto_augment: str | None = None,
-    interpolation: str = "bicubic",
+    interpolation: str = "bilinear",
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     **others: object,
@@ -210,16 +206,22 @@ def create_in_memory_loader(
         UserError: an augmentation that works image by image.
     """
     channels, height, width = input_size
-    size = (channels, height, width)
-    augment = transform = None
+    size, augment = (channels, height, width), None
     if is_training:
         _check_augmentation(train_crop_mode, no_aug, auto_augment, others)
-        augment = None if no_aug else Augment((height, width), hflip, policy=auto_augment == "cifar10")
-    elif (crop_pct or 1.0) != 1.0 or crop_mode not in (None, "center"):
-        transform = timm.data.create_transform(
-            size, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
-        )
-    images, labels = _read_all(dataset, size, transform)
+    if is_training and not no_aug:
+        augment = Augment((height, width), hflip, policy=auto_augment == "cifar10")
+        interpolation, crop_pct, crop_mode = "bicubic", 1.0, "squash"  # the resize before the pad crop
+    dataset.transform = timm.data.create_transform(
+        size,
+        is_training=is_training and no_aug,
+        no_aug=True,
+        use_prefetcher=True,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+    )
+    images, labels = _read_all(dataset, size, as_stored=is_training or crop_pct == 1.0)
     return InMemoryLoader(
         images.to(device),
         labels.to(device),
@@ -233,22 +235,21 @@ def create_in_memory_loader(
     )
 
 
-# Augmentation that works image by image on the CPU only: arguments of `create_loader`, and their flags if different.
-_PER_IMAGE: tuple[str, ...] = ("vflip", "color_jitter", "grayscale_prob", "gaussian_blur_prob")
-_PER_IMAGE += ("re_prob", "num_aug_splits", "num_aug_repeats", "size_schedule")
-_FLAGS = {"re_prob": "reprob", "size_schedule": "train-img-sizes"}
+# Arguments of `create_loader` that are not possible here, and their flags. --no-aug switches the first ones off.
+_PER_IMAGE = {"vflip": "vflip", "color_jitter": "color-jitter", "grayscale_prob": "grayscale-prob"}
+_PER_IMAGE |= {"gaussian_blur_prob": "gaussian-blur-prob", "re_prob": "reprob"}
+_PER_BATCH = {"num_aug_splits": "aug-splits", "num_aug_repeats": "aug-repeats", "size_schedule": "train-img-sizes"}
 
 
 def _check_augmentation(crop_mode: str | None, no_aug: bool, policy: str | None, others: dict[str, object]) -> None:
     """Raise a UserError that names the flag of an augmentation that cannot be done on the device."""
-    if crop_mode != "pad" and not no_aug:
-        raise UserError("--in-memory needs --train-crop-mode pad (or --no-aug)")
-    if policy not in (None, "", "cifar10"):
-        raise UserError(f"--in-memory cannot be combined with --aa {policy}; use --aa cifar10 or none")
     if others.get("collate_fn") is not None:
         raise UserError("--in-memory: mix on the device instead, with --no-prefetcher")
-    for key in _PER_IMAGE:
+    if not no_aug and crop_mode != "pad":
+        raise UserError("--in-memory needs --train-crop-mode pad (or --no-aug)")
+    if not no_aug and policy not in (None, "", "cifar10"):
+        raise UserError(f"--in-memory cannot be combined with --aa {policy}; use --aa cifar10 or none")
+    for key, flag in (_PER_BATCH if no_aug else _PER_BATCH | _PER_IMAGE).items():
         jitter_is_off = key == "color_jitter" and policy  # timm, too, leaves it out beside a policy
-        if others.get(key) and not no_aug and not jitter_is_off:
-            flag = _FLAGS.get(key, key.removeprefix("num_").replace("_", "-"))
+        if others.get(key) and not jitter_is_off:
             raise UserError(f"--in-memory cannot be combined with --{flag}; leave it out or set it to 0")

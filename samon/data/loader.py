@@ -397,6 +397,6 @@ def create_loader(
     if not use_prefetcher:
         return Loader(dataset, loader, None, device)
     channels = len(mean) if isinstance(input_size, int) or len(input_size) < 3 else input_size[0]
-    erasing |= {"channels": channels, "re_prob": re_prob if is_training else 0.0}
+    erasing |= {"channels": channels, "re_prob": 0.0 if transform_options.get("no_aug") or not is_training else re_prob}
     prefetcher = PrefetchLoader(loader, device=device, img_dtype=img_dtype, **erasing)
     return Loader(dataset, loader, prefetcher, device)

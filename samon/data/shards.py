@@ -21,11 +21,11 @@ from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
+from timm.data.readers.targets import get_field
 
-from samon.data.classes import LabelMap, check_names, map_label
 from samon.data.corrupt import DataError, SampleError
 from samon.data.decode import IMAGE_KEYS
-from samon.errors import UserError, nearest, require_package
+from samon.errors import UserError, error_line, nearest, require_package
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ MAX_ATTEMPTS = 5  # per shard; the waits between them are 1, 2, 4 and 8 seconds
 _INFO_NAMES = ("_info.json", "info.json")
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
-_SHELL = frozenset({"pipe"})
 
 
 class RawSample(NamedTuple):
@@ -66,26 +65,21 @@ def import_webdataset(module: str) -> ModuleType:
     return require_package(module, "shards need webdataset; run: pip install webdataset")
 
 
-@cache
-def _remote_schemes() -> frozenset[str]:
-    """The schemes that webdataset fetches by running curl, gsutil or ais with the URL as ONE argument and no shell.
-
-    The argument starts with the scheme, so it cannot be taken for an option either.
-    """
-    return frozenset(import_webdataset("webdataset.gopen").gopen_schemes) - _SHELL - {"__default__"}
-
-
 def url_scheme(url: str) -> str:
-    """Return the URL's scheme, '' for a local path; one that webdataset cannot open is an error."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    """Return the URL's scheme, '' for a local path; one that webdataset cannot open is an error.
+
+    Except for `pipe:`, webdataset runs curl, gsutil or ais with the URL as ONE argument and no shell. The argument
+    starts with the scheme, so it cannot be taken for an option either.
+    """
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?", url)
     if match is None:
         return ""
-    scheme = match[1].lower()
-    if scheme in _SHELL | _remote_schemes() or scheme == "file":
-        return scheme
-    if url[match.end() :].startswith("//"):
-        known = ", ".join(sorted(_remote_schemes()))
-        raise UserError(f"{url}: {scheme}:// URLs cannot be opened; use a local path or one of {known}")
+    known = {*import_webdataset("webdataset.gopen").gopen_schemes, "file"} - {"__default__"}
+    if match[1].lower() in known:
+        return match[1].lower()
+    if match[2]:
+        schemes = ", ".join(sorted(known))
+        raise UserError(f"{url}: {match[0]} URLs cannot be opened; use a local path or one of {schemes}")
     return ""
 
 
@@ -97,7 +91,7 @@ def resolve_url(url: str, allow_shell: bool = False) -> str:
     """
     url = import_webdataset("webdataset.gopen").rewrite_url(url)
     scheme = url_scheme(url)
-    if scheme in _SHELL and not allow_shell:
+    if scheme == "pipe" and not allow_shell:
         raise UserError(f"{url}: runs a shell command; if you trust its source, add --allow-shell-urls")
     if scheme == "file":
         return os.path.abspath(re.sub("^file:(//)?", "", url))
@@ -151,9 +145,7 @@ class ShardCache:
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.directory, self.max_bytes = Path(directory), max_bytes
         self.directory.mkdir(parents=True, exist_ok=True)
-        module = import_webdataset("webdataset.cache")
-        self._files = module.FileCache(str(directory), url_to_name=lambda url: self.path(url).name, validator=None)
-        self._cleaner = module.LRUCleanup(str(directory), max_bytes, interval=None)  # goes by ctime, which utime sets
+        self._webdataset = import_webdataset("webdataset.cache")
 
     def path(self, url: str) -> Path:
         """Return the path of the copy, a different one for each URL."""
@@ -168,17 +160,17 @@ class ShardCache:
         """
         path = self.path(url)
         with _lock(path.with_name(f"{path.name}.lock")):
-            is_new = not path.exists()
-            # A failed command raises when its stream is closed, so an incomplete copy never gets its final name.
-            self._files.get_file(url)
+            if is_new := not path.exists():
+                # A failed command raises when its stream is closed, so an incomplete copy never gets its final name.
+                self._webdataset.download(url, str(path))
             if (size := path.stat().st_size) > self.max_bytes:
                 path.unlink()
                 limit = f"the shard cache of {self.max_bytes} bytes; raise --shard-cache-size"
                 raise DataError(f"{url}: its {size} bytes do not fit {limit}")
             file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-            os.utime(path)
+            os.utime(path)  # the cleanup goes by ctime
         if is_new:
-            self._cleaner.cleanup()
+            self._webdataset.LRUCleanup(str(self.directory), self.max_bytes, interval=None).cleanup()
         return file
 
     def remove(self, url: str) -> None:
@@ -239,10 +231,9 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, object]]:
 
 def _check_split(where: str, split: str, entry: object) -> tuple[list[str], list[int]]:
     """Return file names and lengths of one split of an info file."""
-    if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: split {split} is not an object")
-    names, lengths, total = (entry.get(key) for key in ("filenames", "shard_lengths", "num_samples"))
-    if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+    keys = ("filenames", "shard_lengths", "num_samples")
+    names, lengths, total = (entry.get(key) for key in keys) if isinstance(entry, Mapping) else (None,) * 3
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError(f"{where}: split {split} has no list of filenames")
     if not (isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)):
         raise UserError(f"{where}: split {split} has no list of shard_lengths (integers)")
@@ -265,36 +256,41 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     splits = splits if isinstance(splits, dict) else {}
     synonyms = next((group for group in (TRAIN_SPLITS, EVAL_SPLITS[:-1]) if split in group), ())  # timm's, for folders
     split = next((name for name in (split, *synonyms) if name in splits), split)
-    expected = ""
+    expected = label_key = ""
     if split in splits:
         names, lengths = _check_split(where, split, splits[split])
+        label_key = str(splits[split].get("alt_label", ""))
     elif ".tar" in split or ".." in split:
         pattern, _, expected = split.partition("|")
-        braceexpand = import_webdataset("braceexpand").braceexpand
-        names = [name for part in pattern.split("::") for name in braceexpand(part)]
+        names = import_webdataset("webdataset.shardlists").expand_urls(pattern)
         entries = [_check_split(where, other, entry) for other, entry in splits.items()]
         known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
         lengths = [known.get(name, -1) for name in names]
-    elif splits:
-        raise UserError(f"{where}: no split {split!r}{nearest(split, splits)}; it has {', '.join(sorted(splits))}")
     else:
-        raise UserError(
-            f"{where}: not found or without splits; write it with samon-shards, or name the shards instead of split "
-            f'{split!r}, like "train-{{0000..0127}}.tar"'
-        )
+        known_splits = f"it has {', '.join(sorted(splits))}" if splits else "write it with samon-shards"
+        do = f'{known_splits}, or name the shards instead, like "train-{{0000..0127}}.tar"'
+        raise UserError(f"{where}: no split {split!r}{nearest(split, splits)}; {do}")
     urls = [join_url(root, name, allow_shell) for name in names]
     if missing := [url for url in urls if is_local(url) and not os.path.isfile(url)]:
         raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} are missing)")
     lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
+    return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), label_key)
+
+
+def _load_classes(where: str, info: Mapping[str, object]) -> tuple[int | None, list[str] | None]:
+    """Return the number of classes and their names, None if the info file does not list them."""
     count, listed = info.get("num_classes"), info.get("class_names")
-    num_classes, class_names = count if isinstance(count, int) else None, None
-    if isinstance(listed, list):
-        class_names = check_names(listed, num_classes, where)
-        num_classes = len(class_names) or None
-    label_key = str(splits[split].get("alt_label", "")) if split in splits else ""
-    return ShardSet(tuple(urls), tuple(lengths), num_classes, class_names, label_key)
+    count = count if isinstance(count, int) else None
+    if not isinstance(listed, list):
+        return count, None
+    names = [str(name) for name in listed]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two classes are called {max(names, key=names.count)!r}")
+    if count is not None and count != len(names):
+        raise UserError(f"{where}: {count} classes, but {len(names)} class_names")
+    return len(names) or None, names
 
 
 def _count_samples(url: str) -> int:
@@ -374,7 +370,6 @@ class ShardReader:
         self.label_suffix = "json" if label_key else "cls"
         self.suffixes = frozenset({*self.image_keys, self.label_suffix})
         self.cache = cache
-        self.label_map: LabelMap | None = None
 
     def read(self, url: str, length: int, wanted: Sequence[int]) -> Iterator[tuple[int, SampleOrError]]:
         """Yield (position, sample) for each wanted position, ascending; the error in place of an unreadable sample.
@@ -416,28 +411,21 @@ class ShardReader:
                     return
 
     def _make_sample(self, where: str, fields: Mapping[str, bytes | SampleError]) -> SampleOrError:
-        image = next((fields[key] for key in self.image_keys if key in fields), None)
-        if image is None:
-            return SampleError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
-        label = fields.get(self.label_suffix)
-        if label is None:
-            return SampleError(f"{where}: no label, no {self.label_suffix} member")
+        no_image = SampleError(f"{where}: no image, none of .{', .'.join(self.image_keys)}")
+        image = next((fields[key] for key in self.image_keys if key in fields), no_image)
+        label = fields.get(self.label_suffix, SampleError(f"{where}: no label, no {self.label_suffix} member"))
         if isinstance(image, SampleError):
             return image
         if isinstance(label, SampleError):
             return label
         try:
-            return RawSample(where, image, map_label(self.label_map, self._parse_label(label), where))
-        except SampleError as error:
-            return error
+            return RawSample(where, image, self._parse_label(label))
         except Exception as error:  # JSON of any depth and type; int() of any bytes
-            return SampleError(f"{where}: {type(error).__name__}: {error}")
+            return SampleError(f"{where}: {type(error).__name__}: {error_line(error)}")
 
     def _parse_label(self, raw: bytes) -> int:
         if self.label_key:
-            value = json.loads(raw)
-            for part in [self.label_key] if self.label_key in value else self.label_key.split("/"):
-                value = value[part]
+            value = get_field(json.loads(raw), self.label_key)
             if type(value) is not int:
                 raise TypeError(f"{self.label_key} is {value!r:.40}, not an integer")
             return value

@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -22,41 +22,25 @@ from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, map_label
+from samon.data import shards
+from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map
 from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry, find_images
-from samon.data.shards import (
-    EVAL_SPLITS,
-    TRAIN_SPLITS,
-    RawSample,
-    SampleOrError,
-    ShardCache,
-    ShardReader,
-    ShardSet,
-    is_local,
-    load_split,
-    temporary_directory,
-)
+from samon.data.shards import EVAL_SPLITS, TRAIN_SPLITS, RawSample, SampleOrError
 from samon.errors import UserError, error_line, nearest, require_package
 
 # --- splits and parts of them -----------------------------------------------------------------------------------------
 
-
-class Extent(NamedTuple):
-    """Samples `start` to `stop` (exclusive) of a location; tells whether two splits share samples."""
-
-    location: str
-    start: int
-    stop: int
+Extents = Sequence[tuple[str, range]]  # locations and which of their samples a split has
 
 
-def find_overlap(first: Sequence[Extent], second: Sequence[Extent]) -> str:
+def find_overlap(first: Extents, second: Extents) -> str:
     """Return a location from which both have samples, or ''."""
-    by_location: dict[str, list[Extent]] = {}
-    for extent in second:
-        by_location.setdefault(extent.location, []).append(extent)
-    pairs = ((a, b) for a in first for b in by_location.get(a.location, ()))
-    return next((a.location for a, b in pairs if max(a.start, b.start) < min(a.stop, b.stop)), "")
+    ranges: dict[str, list[range]] = {}
+    for location, samples in second:
+        ranges.setdefault(location, []).append(samples)
+    pairs = ((location, a, b) for location, a in first for b in ranges.get(location, ()))
+    return next((location for location, a, b in pairs if max(a.start, b.start) < min(a.stop, b.stop)), "")
 
 
 def parse_split(text: str) -> tuple[str, slice]:
@@ -86,36 +70,22 @@ def _part_range(size: int, part: slice, location: str) -> range:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def npz_path(name: str, root: str | None) -> Path:
-    """Return the file of `npz/NAME`: NAME.npz in `root`, or `root` itself."""
-    path = Path(root or ".")
-    return path if path.suffix == ".npz" else path / f"{name.removeprefix('npz/')}.npz"
-
-
-def read_npz(name: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split of `npz/NAME`.
+def read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [N, H, W, 3] (or [N, H, W]) and labels int64 [N] of a split.
 
     Raises:
         UserError: no such file or split, or arrays that are not images with one class each.
     """
-    path = npz_path(name, root)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; --dataset npz/NAME reads NAME.npz in --data-dir")
     split = train_or_test(split, str(path))
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in (f"x_{split}", f"y_{split}") if key in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as arrays: {error}") from None
-    for key in (f"x_{split}", f"y_{split}"):
-        if key not in arrays:
-            raise UserError(f"{path} has no {key}; it needs x_train, y_train, x_test and y_test")
-    images, labels = arrays.values()
+            images, labels = file[f"x_{split}"], file[f"y_{split}"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: x_{split} and y_{split} cannot be read: {error_line(error)}") from None
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
-        transpose = f"; write x_{split}.transpose(0, 2, 3, 1)" if images.ndim == 4 and images.shape[1] == 3 else ""
-        raise UserError(f"{path}: x_{split} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]{transpose}")
+        raise UserError(f"{path}: x_{split} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
     if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "buif":
         kind = f"{labels.dtype} {list(labels.shape)}"
         raise UserError(f"{path}: y_{split} is {kind}, not one class number for each of the {len(images)} images")
@@ -140,29 +110,39 @@ class Source:
     class_names: list[str] | None = None
     num_classes: int | None = None
     location: str = ""  # for messages
-    extents: Sequence[Extent] = ()  # splits whose extents overlap share samples
+    extents: Extents = ()
     label_map: LabelMap | None = None  # stored label -> label, None if they are the same
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """Return the name of a sample for messages."""
+        raise NotImplementedError
+
+    def read_one(self, index: int) -> tuple[bytes | Image.Image, object]:
+        """Return a sample's image and stored label; may raise anything."""
         raise NotImplementedError
 
     def read(self, indices: Sequence[int]) -> list[SampleOrError]:
         """Return the samples in the order of `indices`; the error in place of an unreadable one."""
         samples: list[SampleOrError] = []
         for index in indices:
+            where = self.where(index)
             try:
-                sample = self.read_one(index)
-                samples.append(sample._replace(label=map_label(self.label_map, sample.label, sample.where)))
-            except SampleError as error:
-                samples.append(error)
+                samples.append(self.relabeled(RawSample(where, *self.read_one(index))))
             except Exception as error:  # libraries raise anything on damaged samples
-                where = f"{self.location} sample {index}"
                 samples.append(SampleError(f"{where}: {type(error).__name__}: {error_line(error)}"))
         return samples
 
-    def read_one(self, index: int) -> RawSample:
-        """Return one sample with its stored label; may raise anything."""
-        raise NotImplementedError
+    def relabeled(self, sample: SampleOrError) -> SampleOrError:
+        """Return a sample with the label that `label_map` has for its stored one; the error if it has none."""
+        if self.label_map is None or isinstance(sample, SampleError):
+            return sample
+        try:
+            return sample._replace(label=self.label_map[sample.label])
+        except (KeyError, TypeError):  # TypeError: a label that cannot be a key, such as a list
+            return SampleError(f"{sample.where}: label {sample.label!r:.40} is not in the class map")
 
     def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
         """Replace each label by what `label_map` has for it; `names` are the classes in the new order."""
@@ -185,42 +165,41 @@ class Source:
             raise UserError(f"{self.location}: class {unknown[0]!r}{more} is not among the {len(names)} trained{hint}")
         self.relabel({label: labels[name] for label, name in enumerate(own)}, list(names), len(names))
 
-    def set_classes(self, labels: Mapping[str, int] | None) -> None:
+    def set_classes(self, labels: dict[str, int]) -> None:
         """Set class names and their number from {name: label}; of several names for one label, the first counts."""
-        names: dict[int, str] = {}
-        for name, label in (labels or {}).items():
-            names.setdefault(label, str(name))
+        names = {label: str(name) for name, label in reversed(labels.items())}
         if names:
             self.num_classes = max(names) + 1
             self.class_names = [names[k] for k in range(len(names))] if len(names) == self.num_classes else None
 
 
 class ShardSource(Source):
-    """WebDataset shards; streams read `shards` with `reader` from front to back, `read` scans for a few samples."""
+    """WebDataset shards; streams read them from front to back with `read_shard`, `read` scans for a few samples."""
 
-    def __init__(self, shards: ShardSet, reader: ShardReader) -> None:
-        self.shards, self.reader = shards, reader
-        self.ends = list(accumulate(shards.lengths))
-        self.class_names, self.num_classes = shards.class_names, shards.num_classes
-        self.location = ", ".join(shards.urls) if len(shards.urls) < 3 else f"{shards.urls[0]} to {shards.urls[-1]}"
-        self.extents = [Extent(url, 0, length) for url, length in zip(shards.urls, shards.lengths, strict=True)]
+    def __init__(self, shard_set: shards.ShardSet, reader: shards.ShardReader) -> None:
+        self.shards, self.reader = shard_set, reader
+        self.ends = list(accumulate(shard_set.lengths))
+        self.class_names, self.num_classes = shard_set.class_names, shard_set.num_classes
+        urls = shard_set.urls
+        self.location = ", ".join(urls) if len(urls) < 3 else f"{urls[0]} to {urls[-1]}"
+        self.extents = [(url, range(length)) for url, length in zip(urls, shard_set.lengths, strict=True)]
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def read_shard(self, shard: int, wanted: Sequence[int]) -> Iterator[tuple[int, SampleOrError]]:
+        """Yield (position in the shard, sample) for each of the wanted positions, ascending."""
+        for position, sample in self.reader.read(self.shards.urls[shard], self.shards.lengths[shard], wanted):
+            yield position, self.relabeled(sample)
 
     def read(self, indices: Sequence[int]) -> list[SampleOrError]:
         """Return the samples, in one pass over each shard that contains some of them."""
         samples: dict[int, SampleOrError] = {}
         for shard, group in groupby(sorted(set(indices)), lambda index: bisect.bisect_right(self.ends, index)):
-            length = self.shards.lengths[shard]
-            first = self.ends[shard] - length
-            for position, sample in self.reader.read(self.shards.urls[shard], length, [i - first for i in group]):
+            first = self.ends[shard] - self.shards.lengths[shard]
+            for position, sample in self.read_shard(shard, [index - first for index in group]):
                 samples[first + position] = sample
         return [samples[index] for index in indices]
-
-    def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
-        super().relabel(label_map, names, num_classes)
-        self.reader.label_map = self.label_map
 
 
 class FileSource(Source):
@@ -238,17 +217,16 @@ class FileSource(Source):
         chosen = _part_range(len(entries), part, location)
         indices = sorted(index for _, index in sorted(order)[chosen.start : chosen.stop])
         self.entries, self.labels = [entries[i] for i in indices], [labels[i] for i in indices]
-        self.location, self.extents = location, [Extent(location, chosen.start, chosen.stop)]
+        self.location, self.extents = location, [(location, chosen)]
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read_one(self, index: int) -> RawSample:
-        entry = self.entries[index]
-        try:
-            return RawSample(entry.where, entry.read(), self.labels[index])
-        except OSError as error:
-            raise SampleError(f"{entry.where}: {error.strerror or error}") from None
+    def where(self, index: int) -> str:
+        return self.entries[index].where
+
+    def read_one(self, index: int) -> tuple[bytes, int]:
+        return self.entries[index].read(), self.labels[index]
 
     def relabel(self, label_map: LabelMap, names: list[str] | None, num_classes: int) -> None:
         """Leave out the files of classes that the map does not have, as timm does."""
@@ -257,8 +235,33 @@ class FileSource(Source):
         self.class_names, self.num_classes = names, num_classes
 
 
+class PairSource(Source):
+    """A part of a map-style data set of (image, label): torchvision's, or one of the two below."""
+
+    def __init__(self, pairs: Any, part: slice, location: str) -> None:
+        self.pairs, self.location = pairs, location
+        self.indices = _part_range(len(pairs), part, location)
+        self.extents = [(location, self.indices)]
+        self.set_classes(getattr(pairs, "class_to_idx", None) or {})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def where(self, index: int) -> str:
+        return f"{self.location} sample {self.indices[index]}"
+
+    def read_one(self, index: int) -> tuple[bytes | Image.Image, object]:
+        image, label = self.pairs[self.indices[index]]
+        return image, label
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return images [N, H, W, C] and stored labels [N] if the data set stores them as arrays, like CIFAR."""
+        images, part = getattr(self.pairs, "data", None), slice(self.indices.start, self.indices.stop)
+        return (images[part], np.asarray(self.pairs.targets)[part]) if isinstance(images, np.ndarray) else None
+
+
 class _ArrayDataset(Dataset):
-    """Images [N, H, W, C] in memory as a map-style data set, its arrays named as in torchvision's CIFAR."""
+    """Images [N, H, W, C] in memory, the arrays named as in torchvision's CIFAR."""
 
     def __init__(self, data: np.ndarray, targets: np.ndarray) -> None:
         self.data, self.targets = data, targets
@@ -270,59 +273,22 @@ class _ArrayDataset(Dataset):
         return Image.fromarray(self.data[index]), int(self.targets[index])
 
 
-class PairSource(Source):
-    """A part of a map-style data set of (PIL image, label), such as torchvision's and our arrays."""
-
-    def __init__(self, pairs: Any, part: slice, location: str) -> None:
-        self.pairs, self.location = pairs, location
-        self.indices = _part_range(len(pairs), part, location)
-        self.extents = [Extent(location, self.indices.start, self.indices.stop)]
-        self.set_classes(getattr(pairs, "class_to_idx", None))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read_one(self, index: int) -> RawSample:
-        number = self.indices[index]
-        return RawSample(f"{self.location} sample {number}", *self.pairs[number])
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return images [N, H, W, C] and stored labels [N] if the data set stores them as arrays, like CIFAR."""
-        images, part = getattr(self.pairs, "data", None), slice(self.indices.start, self.indices.stop)
-        return (images[part], np.asarray(self.pairs.targets)[part]) if isinstance(images, np.ndarray) else None
-
-
-class HubSource(Source):
+class _HubDataset(Dataset):
     """A Hugging Face data set: its images are not decoded, its labels are a column of classes, text or integers."""
 
-    def __init__(self, dataset: Any, image_key: str, label_key: str, location: str) -> None:
-        self.dataset, self.image_key, self.label_key, self.location = dataset, image_key, label_key, location
-        self.extents = [Extent(location, 0, len(dataset))]
-        feature = get_field(dataset.features, label_key)
-        names = getattr(feature, "names", None)
-        if _column_type(feature) == "string":
-            names = sorted(set(dataset.unique(label_key)) - {None}, key=class_order)
-            self.label_map = {name: label for label, name in enumerate(names)}
-        self.set_classes({name: label for label, name in enumerate(names)} if names else None)
+    def __init__(self, dataset: Any, image_key: str, label_key: str) -> None:
+        self.dataset, self.image_key, self.label_key = dataset, image_key, label_key
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read_one(self, index: int) -> RawSample:
-        """Return the file's bytes, from the data set itself or from the path that it stores."""
-        row, where = self.dataset[index], f"{self.location} sample {index}"
+    def __getitem__(self, index: int) -> tuple[bytes, object]:
+        """Return the file's bytes, from the data set itself or from the path that it stores, and the label."""
+        row = self.dataset[index]
         image, label = row[self.image_key], get_field(row, self.label_key)
-        if image is None:
-            raise SampleError(f"{where}: {self.image_key} is missing")
-        if label is None:
-            raise SampleError(f"{where}: {self.label_key} is missing")
-        return RawSample(where, image["bytes"] or ImageEntry(image["path"]).read(), label)
-
-
-def _column_type(feature: object) -> str:
-    """Return the type of a Hugging Face column: a feature's name, or the type of its values."""
-    kind = type(feature).__name__
-    return str(getattr(feature, "dtype", "")) if kind == "Value" else kind
+        if image is None or label is None:
+            raise ValueError(f"{self.image_key if image is None else self.label_key} is missing")
+        return image["bytes"] or ImageEntry(image["path"]).read(), label
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -349,41 +315,38 @@ class Request:
 
 
 def _open_shards(request: Request) -> Source:
-    shards = load_split(request.root or "", request.split, allow_shell=request.allow_shell_urls)
+    shard_set = shards.load_split(request.root or "", request.split, allow_shell=request.allow_shell_urls)
     directory = request.shard_cache
-    if directory is None and request.random_access and not all(map(is_local, shards.urls)):
-        directory = temporary_directory()
-    cache = ShardCache(directory, request.shard_cache_size) if directory else None
-    return ShardSource(shards, ShardReader(request.input_key, request.target_key or shards.label_key or None, cache))
+    if directory is None and request.random_access and not all(map(shards.is_local, shard_set.urls)):
+        directory = shards.temporary_directory()
+    cache = shards.ShardCache(directory, request.shard_cache_size) if directory else None
+    label_key = request.target_key or shard_set.label_key or None
+    return ShardSource(shard_set, shards.ShardReader(request.input_key, label_key, cache))
 
 
 def _open_folder(request: Request) -> Source:
     endings = [f".{key.lstrip('.')}" for key in request.input_key.split(";")] if request.input_key else None
     folder = _find_split_folder(request)
     entries = find_images(folder, endings)
-    names = sorted({entry.folder for entry in entries} - {""}, key=class_order)
-    source = _label_by_class(entries, [entry.folder for entry in entries], names, folder, request)
-    if request.keep is not None:
-        source.relabel({k: k for k, name in enumerate(names) if name in request.keep}, names, len(names))
-        if not source.entries:
-            raise UserError(f"{folder}: no images of this set in class folders; check --data-dir and --split")
-    return source
+    return _label_by_class(entries, [entry.folder for entry in entries], class_order, folder, request)
 
 
 def _label_by_class(
-    entries: Sequence[ImageEntry], classes: Sequence[str], names: list[str], folder: str, request: Request
+    entries: Sequence[ImageEntry], classes: Sequence[str], order: Callable[[str], Any], folder: str, request: Request
 ) -> FileSource:
-    """Label files by the index of their class in `names`, -1 without a class folder if the request allows that."""
+    """Label files by the index of their class in `order`, -1 without a class folder if the request allows that."""
     stray = [entry.where for entry, name in zip(entries, classes, strict=True) if not name]
     if stray and not (request.class_map or request.unlabeled):
         raise UserError(
             f"{stray[0]} is in no class folder ({len(stray)} of {len(entries)} images are not); move images to "
             "CLASS/IMAGE, or pack flat ImageNet validation images with samon-shards"
         )
-    labels = {name: label for label, name in enumerate(names)}
+    labels = {name: label for label, name in enumerate(sorted({*classes} - {""}, key=order))}
     _, part = parse_split(request.split)
     source = FileSource(entries, [labels.get(name, -1) for name in classes], os.path.realpath(folder), part)
     source.set_classes(labels)
+    if request.keep is not None:
+        source.relabel({k: k for name, k in labels.items() if name in request.keep}, list(labels), len(labels))
     return source
 
 
@@ -399,16 +362,15 @@ def _find_split_folder(request: Request) -> str:
         raise UserError(f"--data-dir {root}: no folder for split {split!r}, it has {', '.join(others)}")
     if not split and len(others) > 1:
         raise UserError(f"--data-dir {root}: it has the splits {', '.join(others)}; name one of them")
-    if folder == root and os.path.isfile(os.path.join(root, "_info.json")):
-        raise UserError(f"--data-dir {root}: it has shards; read them with --dataset wds/NAME")
     return folder
 
 
 def _open_arrays(request: Request) -> Source:
     name, part = parse_split(request.split)
-    images, labels = read_npz(request.name, request.root, name)
-    location = f"{npz_path(request.name, request.root).resolve()} {train_or_test(name, request.name)}"
-    source = PairSource(_ArrayDataset(images, labels), part, location)
+    path = Path(request.root or ".")
+    path = path if path.suffix == ".npz" else path / f"{request.name.removeprefix('npz/')}.npz"
+    images, labels = read_npz(path, name)
+    source = PairSource(_ArrayDataset(images, labels), part, f"{path.resolve()} {train_or_test(name, request.name)}")
     source.num_classes = int(labels.max(initial=-1)) + 1
     return source
 
@@ -420,7 +382,7 @@ def _open_torchvision(request: Request) -> Source:
         folder = _find_split_folder(request)
         entries = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda entry: entry.path)
         classes = [entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries]
-        return _label_by_class(entries, classes, sorted({*classes} - {""}), folder, request)
+        return _label_by_class(entries, classes, str, folder, request)
     if kind in ("imagenet", "places365", "inaturalist", "inat"):  # these have other splits than train and test
         split = "train" if split == "training" else split
     else:
@@ -449,17 +411,22 @@ def _open_hub(request: Request) -> Source:
     image_key, label_key = request.input_key or "image", request.target_key or "label"
     for flag, key in (("--input-key", image_key), ("--target-key", label_key)):
         if not has_field(dataset.features, key):
-            columns = ", ".join(f"{name} ({_column_type(feature)})" for name, feature in dataset.features.items())
+            columns = ", ".join(dataset.features)
             raise UserError(f"--dataset {request.name}: no column {key!r}; it has {columns}: give {flag}")
-    kind = _column_type(get_field(dataset.features, label_key))
-    if kind not in ("ClassLabel", "string", "bool") and "int" not in kind:
-        raise UserError(f"--dataset {request.name}: labels in {label_key!r} are {kind}; name another with --target-key")
+    feature = get_field(dataset.features, label_key)
+    names, is_text = getattr(feature, "names", None) or [], getattr(feature, "dtype", "") == "string"
+    if is_text:
+        names = sorted(set(dataset.unique(label_key)) - {None}, key=class_order)
     dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
-    source = HubSource(dataset, image_key, label_key, f"{request.name} split {request.split}")
+    location = f"{request.name} split {request.split}"
+    source = PairSource(_HubDataset(dataset, image_key, label_key), slice(None), location)
+    labels = {name: label for label, name in enumerate(names)}
+    source.set_classes(labels)
+    source.label_map = labels if is_text else None
     if dataset.info.splits:
         lengths = {name: split.num_examples for name, split in dataset.info.splits.items()}
         parts = datasets.ReadInstruction.from_spec(request.split).to_absolute(lengths)
-        source.extents = [Extent(f"{request.name} {part.splitname}", part.from_, part.to) for part in parts]
+        source.extents = [(f"{request.name} {part.splitname}", range(part.from_, part.to)) for part in parts]
     return source
 
 
@@ -477,7 +444,6 @@ SOURCES = {
     "torch": SourceKind(_open_torchvision, ""),
     "hfds": SourceKind(_open_hub, ""),
 }
-_UNSUPPORTED = ("tfds", "hfids")
 
 
 def is_sorted_by_class(name: str) -> bool:
@@ -487,22 +453,19 @@ def is_sorted_by_class(name: str) -> bool:
 
 def _get_kind(name: str) -> str:
     prefix, slash, _ = name.partition("/")
-    return prefix.lower() if slash or prefix.lower() in (*SOURCES, *_UNSUPPORTED) else ""
+    return prefix.lower() if slash or prefix.lower() in SOURCES else ""
 
 
 def check_name(dataset: str, data_dir: str | None) -> None:
     """Check what can be checked without reading the disk.
 
     Raises:
-        UserError: an unknown prefix, one that timm only streams, or no --data-dir although it is required.
+        UserError: an unknown prefix (timm only streams tfds/ and hfids/), or no --data-dir although it is required.
     """
     kind = _get_kind(dataset)
-    if kind in _UNSUPPORTED:
-        do = "use wds/, hfds/, torch/ or an image folder"
-        raise UserError(f"--dataset {dataset}: {kind}/ cannot be resumed or counted exactly; {do}")
     if kind not in SOURCES:
         known = ", ".join(f"{prefix}/" for prefix in SOURCES if prefix)
-        raise UserError(f"--dataset {dataset}: no such kind of data set; use {known}, or no prefix for image folders")
+        raise UserError(f"--dataset {dataset}: {kind}/ cannot be read; use {known}, or no prefix for image folders")
     if SOURCES[kind].root and not data_dir:
         what = f"--dataset {dataset} needs" if dataset else "no data set; give"
         raise UserError(f"{what} --data-dir, {SOURCES[kind].root}")
@@ -539,10 +502,8 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
             source.relabel(label_map, names, max(class_map.values()) + 1)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except ModuleNotFoundError as error:
-        raise UserError(f"{where} needs the package {error.name}; run: pip install {error.name}") from error
     except Exception as error:  # what libraries raise depends on the data set
         raise UserError(f"{where}: {type(error).__name__}: {error_line(error)}") from error
     if not len(source):
-        raise UserError(f"{where}: no sample of the classes in --class-map" if request.class_map else f"{where}: empty")
+        raise UserError(f"{where}: no samples of the classes that are read")
     return source

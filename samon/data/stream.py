@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate, islice, product
+from itertools import islice, product
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -31,14 +31,6 @@ from samon.errors import UserError, error_line
 T = TypeVar("T")
 Processed = tuple[object, int]  # image as decode and transform leave it, label
 _FALLBACKS = 8  # samples before and after a corrupt one, of which the nearest good one replaces it
-
-
-class ShardSlice(NamedTuple):
-    """Samples `start` to `stop` (exclusive) of one shard."""
-
-    shard: int
-    start: int
-    stop: int
 
 
 class ReadRange(NamedTuple):
@@ -61,10 +53,11 @@ class ReaderLayout(NamedTuple):
 
 def shard_slices(
     lengths: Sequence[int], start: int, stop: int, *, seed: int | None, epoch: int = 0
-) -> list[ShardSlice]:
-    """Return samples `start` to `stop` (exclusive) of an epoch's sequence: every shard once, shuffled by (seed, epoch).
+) -> list[tuple[int, range]]:
+    """Return the shards that hold samples `start` to `stop` (exclusive) of an epoch's sequence, and which of theirs.
 
-    Beyond the data set, further passes follow, each in an order of its own. `seed=None` does not shuffle.
+    The sequence is every shard once, shuffled by (seed, epoch), or as listed without a seed. Beyond the data set,
+    further passes follow, each in an order of its own.
     """
     slices, offset, turn = [], 0, 0
     while offset < stop:
@@ -72,9 +65,8 @@ def shard_slices(
         if seed is not None:
             random.Random(f"shards {seed} {epoch} {turn}").shuffle(order)
         for shard in order:
-            low, high = max(start - offset, 0), min(stop - offset, lengths[shard])
-            if low < high:
-                slices.append(ShardSlice(shard, low, high))
+            if wanted := range(lengths[shard])[max(start - offset, 0) : max(stop - offset, 0)]:
+                slices.append((shard, wanted))
             offset += lengths[shard]
         turn += 1
     return slices
@@ -232,10 +224,10 @@ class SampleStream(IterableDataset):
         self.state[0], self.state[1] = epoch, first_batch
         self.corrupt.start_epoch()
 
-    def read_range(self, worker: int, num_workers: int) -> ReadRange:
-        """Return the range of a worker of this rank."""
+    def read_range(self, worker: int, num_workers: int, size: int | None = None) -> ReadRange:
+        """Return the range of a worker of this rank, of `size` samples (default: the whole epoch)."""
         reader = self.rank, self.world_size, worker, num_workers
-        return read_range(self.size, self.batch_size, *reader, is_training=self.is_training)
+        return read_range(self.size if size is None else size, self.batch_size, *reader, is_training=self.is_training)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""
@@ -272,19 +264,19 @@ class SampleStream(IterableDataset):
     def _process_or_replace(self, sample: SampleOrError, fallbacks: Sequence[SampleOrError], worker: int) -> Processed:
         """Process the sample; in training, the nearest good fallback in place of a corrupt one: no rank runs short."""
         try:
-            return self._process(sample)
+            return self.process(sample)
         except SampleError as error:
             if not self.is_training:
                 raise
             self.corrupt.add(worker, error)
         for fallback in fallbacks:
             try:
-                return self._process(fallback)
+                return self.process(fallback)
             except SampleError:  # counted in its own turn
                 continue
         raise DataError(f"{len(fallbacks) + 1} samples in a row are corrupt; the log names the first ones")
 
-    def _process(self, sample: SampleOrError) -> Processed:
+    def process(self, sample: SampleOrError) -> Processed:
         """Return the decoded and transformed image and the checked label."""
         if isinstance(sample, SampleError):
             raise sample
@@ -353,8 +345,7 @@ class ShardStream(SampleStream):
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
         """Yield the range's samples in shuffled order (training) or as stored."""
         places = self.places(epoch)
-        reader = self.rank, self.world_size, stream, num_streams
-        start, count, _ = read_range(len(places), self.batch_size, *reader, is_training=self.is_training)
+        start, count, _ = self.read_range(stream, num_streams, len(places))
         if not count:
             return
         first, last = int(places[start]), int(places[start + count - 1])
@@ -372,15 +363,16 @@ class ShardStream(SampleStream):
         next(arriving, None)  # lets the reader check that the last shard ends where it should
 
     def _read_in_order(
-        self, slices: Sequence[ShardSlice], needed: frozenset[int]
+        self, slices: Sequence[tuple[int, range]], needed: frozenset[int]
     ) -> Iterator[tuple[int, SampleOrError]]:
         """Yield (position in the range, sample) of the needed samples, in the order in which the shards store them."""
-        shards, reader = self.source.shards, self.source.reader
-        offsets = accumulate((piece.stop - piece.start for piece in slices), initial=0)
-        for (shard, low, high), offset in zip(slices, offsets, strict=False):
-            wanted = [index for index in range(low, high) if offset + index - low in needed]
-            for index, sample in reader.read(shards.urls[shard], shards.lengths[shard], wanted):
-                yield offset + index - low, sample
+        offset = 0  # from a shard's own numbers to positions
+        for shard, part in slices:
+            offset -= part.start
+            wanted = [index for index in part if offset + index in needed]
+            for index, sample in self.source.read_shard(shard, wanted):
+                yield offset + index, sample
+            offset += part.stop
 
 
 class IndexedStream(SampleStream):
@@ -393,11 +385,11 @@ class IndexedStream(SampleStream):
         """Yield this rank's batches `stream`, `stream + num_streams`, ... of the epoch's order."""
         start, count, batches = self.read_range(stream, num_streams)
         places: Iterable[int] = range(start, start + count)
-        order: Sequence[int] = range(start + count)
+        order: Sequence[int] = range(self.size)
         if self.is_training:
-            batch, order = self.batch_size, self.epoch_order(epoch)
-            firsts = ((stream + b * num_streams) * batch for b in range(batches))
-            places = ((first + i) * self.world_size + self.rank for first in firsts for i in range(batch))
+            order = self.epoch_order(epoch)
+            firsts = ((stream + b * num_streams) * self.batch_size for b in range(batches))
+            places = ((first + i) * self.world_size + self.rank for first in firsts for i in range(self.batch_size))
         for place in islice(places, skip, None):
             yield place, self.source.read([order[place]])[0]
 

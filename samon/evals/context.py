@@ -109,7 +109,7 @@ class EvalDataset(SampleStream):
         try:
             if self.label_of and isinstance(sample, RawSample):
                 sample = sample._replace(label=self.label_of(sample.where))
-            image, label = self._process(sample)
+            image, label = self.process(sample)
         except SampleError as error:
             if not self.skip_corrupt:
                 raise

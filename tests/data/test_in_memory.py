@@ -86,20 +86,37 @@ def test_autoaugment_equals_torchvisions_for_the_same_draws(monkeypatch: pytest.
     assert not torch.equal(augment.draw(count, seed=5, epoch=1).order, draws.order)
 
 
-@pytest.mark.parametrize(("name", "crop_pct"), [("npz/tiny", 1.0), ("npz/tiny", 0.875), ("wds/fashion-mnist", 1.0)])
-def test_evaluation_gives_every_image_once_as_the_other_loader_does(npz: str, name: str, crop_pct: float) -> None:
-    """Also images of another size, from shards."""
-    kwargs: dict[str, Any] = {"root": npz if name == "npz/tiny" else str(SHARDS), "split": "validation"}
-    kwargs |= {"num_samples": 200} if name == "wds/fashion-mnist" else {}
-    options = COMMON | {"crop_pct": crop_pct, "interpolation": "bicubic"}
-    stream = create_dataset(name, batch_size=8, **kwargs)
-    other = list(create_loader(stream, (3, 32, 32), 8, num_workers=0, decoder="pil", **options))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("npz/tiny", {"crop_pct": 1.0}),
+        ("npz/tiny", {"crop_pct": 0.875}),
+        ("npz/tiny", {}),
+        ("wds/fashion-mnist", {"crop_pct": 1.0}),  # of another size
+        ("wds/fashion-mnist", {"crop_pct": 1.0, "interpolation": "bilinear"}),
+        ("wide", {"crop_pct": 1.0, "crop_mode": "center"}),
+        ("wide", {"is_training": True, "no_aug": True, "interpolation": "bilinear"}),
+    ],
+)
+def test_the_same_images_as_from_the_other_loader(npz: str, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    kwargs: dict[str, Any] = {"root": npz, "split": "validation"}
+    if name == "wds/fashion-mnist":
+        kwargs |= {"root": str(SHARDS), "num_samples": 200}
+    elif name == "wide":
+        pixels = np.random.default_rng(0).integers(0, 256, (11, 30, 50, 3), dtype=np.uint8)
+        np.savez(tmp_path / "wide.npz", x_test=pixels, y_test=range(11))
+        name, kwargs["root"] = "npz/wide", str(tmp_path)
+    training = options.get("is_training", False)
+    stream = create_dataset(name, batch_size=1, **kwargs, is_training=training)
+    vars(stream)["epoch_order"] = lambda _: range(11)
+    other = create_loader(stream, (3, 32, 32), 1, num_workers=0, decoder="pil", **COMMON | options)
     stream = create_dataset(name, rank=0, world_size=1, **kwargs)
-    ours = list(create_in_memory_loader(stream, (3, 32, 32), 8, **options))
-    assert sum(len(labels) for _, labels in ours) == kwargs.get("num_samples", 11)
-    for (a, x), (b, y) in zip(ours, other, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-        assert torch.equal(x, y)
+    ours = create_in_memory_loader(stream, (3, 32, 32), 8, **COMMON | options)
+    assert ours.num_samples == kwargs.get("num_samples", 11)
+    ours.is_training = False  # in order
+    expected = [torch.cat(tensors) for tensors in zip(*other, strict=True)]
+    for first, second in zip((torch.cat(tensors) for tensors in zip(*ours, strict=True)), expected, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
 
 
 def test_training_batches_partition_an_epoch_over_ranks(npz: str) -> None:
@@ -153,6 +170,7 @@ def test_pad_crop_and_policy_of_the_other_loader(npz: str) -> None:
         ({"color_jitter": 0.4}, "--color-jitter;"),
         ({"re_prob": 0.25}, "--reprob;"),
         ({"num_aug_splits": 3}, "--aug-splits;"),
+        ({"num_aug_repeats": 3, "no_aug": True}, "--aug-repeats;"),
         ({"size_schedule": object()}, "--train-img-sizes;"),
         ({"collate_fn": object()}, "--no-prefetcher"),
         ({"batch_size": 64}, "40 training samples do not fill one batch of 64"),
@@ -174,7 +192,11 @@ def test_torchvisions_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     loaders = {
         split: create_in_memory_loader(
-            create_dataset("torch/cifar10", str(tmp_path), split, rank=0, world_size=1), (3, 32, 32), 2, **COMMON
+            create_dataset("torch/cifar10", str(tmp_path), split, rank=0, world_size=1),
+            (3, 32, 32),
+            2,
+            crop_pct=1.0,
+            **COMMON,
         )
         for split in ("train", "validation")
     }

@@ -11,7 +11,7 @@ from timm.data.mixup import FastCollateMixup
 
 from samon.data import create_dataset
 from samon.errors import UserError
-from tests.sets import UNEVEN, flat, jpeg, make_loader, targets, write_set
+from tests.sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
 
 TOTAL = sum(UNEVEN)
 
@@ -74,6 +74,11 @@ def test_memory_stays_flat_over_three_epochs(tmp_path):
         targets(loader)
         used.append(memory())
     assert max(used[1:]) - used[0] < 8, used
+
+
+def test_without_augmentation_nothing_is_erased(root):
+    batches = [list(make_loader(root, no_aug=True, re_prob=probability)) for probability in (0.0, 1.0)]
+    assert same(*batches)
 
 
 def test_repeated_augmentation_of_shards_is_an_error(root):

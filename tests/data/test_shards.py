@@ -120,14 +120,6 @@ def test_shell_commands_need_permission(tmp_path, monkeypatch, root):
     assert not (tmp_path / "executed").exists()
 
 
-def test_commands_run_when_they_are_allowed(tmp_path):
-    root = write_set(tmp_path / "set", [3])
-    with pytest.raises(UserError, match="allow-shell-urls"):
-        make_loader(f"pipe:cat {root}", training=False)
-    loader = make_loader(f"pipe:cat {root}", training=False, dataset={"allow_shell_urls": True})
-    assert flat(loader) == [0, 1, 2]
-
-
 def test_unknown_schemes_name_the_known_ones():
     with pytest.raises(UserError, match=r"s3:// URLs cannot be opened.*gs.*hf.*https"):
         shards.resolve_url("s3://bucket/train.tar")
@@ -168,20 +160,22 @@ def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 9}, "contradicts itself"),
-        ({"shard_lengths": [4]}, "contradicts itself"),
-        ({"filenames": []}, "no list of filenames"),
-        ({"filenames": "x.tar"}, "no list of filenames"),
-        ({"shard_lengths": ["4", "4"]}, "no list of shard_lengths"),
-        ({"shard_lengths": [-4, 12]}, "shard_lengths"),
-        ({"filenames": ["train-0000.tar", "gone.tar"]}, "gone.tar: no such shard"),
-        ({"filenames": ["train-0000.tar", "pipe:touch executed"]}, "runs a shell command"),
+        ({"split": {"num_samples": 9}}, "contradicts itself"),
+        ({"split": {"shard_lengths": [4]}}, "contradicts itself"),
+        ({"split": {"filenames": []}}, "no list of filenames"),
+        ({"split": {"filenames": "x.tar"}}, "no list of filenames"),
+        ({"split": {"shard_lengths": ["4", "4"]}}, "no list of shard_lengths"),
+        ({"split": {"shard_lengths": [-4, 12]}}, "shard_lengths"),
+        ({"split": {"filenames": ["train-0000.tar", "gone.tar"]}}, "gone.tar: no such shard"),
+        ({"split": {"filenames": ["train-0000.tar", "pipe:touch executed"]}}, "runs a shell command"),
+        ({"class_names": [*"abcdefga"]}, "two classes are called 'a'"),
+        ({"class_names": [*"abc"]}, "8 classes, but 3 class_names"),
     ],
 )
 def test_wrong_info_files(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     root = write_set(tmp_path / "set", [4, 4])
-    change_info(root, change)
+    change_info(root, **change)
     with pytest.raises(UserError, match=message):
         make_loader(root)
     assert not (tmp_path / "executed").exists()
@@ -199,7 +193,7 @@ def test_unknown_splits_name_the_nearest(tmp_path):
     root = write_set(tmp_path / "set", [6])
     with pytest.raises(UserError, match="no split 'trian'; did you mean 'train'"):
         shards.load_split(root, "trian")
-    with pytest.raises(UserError, match="not found or without splits"):
+    with pytest.raises(UserError, match="no split 'train'; write it with samon-shards"):
         shards.load_split(str(tmp_path), "train")
     assert shards.load_split(root, "training").lengths == (6,)
 

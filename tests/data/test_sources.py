@@ -31,9 +31,7 @@ def labels_of(source):
         ("wds/x", None, "--dataset wds/x needs --data-dir, the directory or URL"),
         ("wds", None, "--dataset wds needs --data-dir"),
         ("npz/x", None, "--dataset npz/x needs --data-dir, the directory of NAME.npz"),
-        ("tfds/x", "there", "tfds/ cannot be resumed or counted exactly; use wds/, hfds/"),
-        ("HFIDS/x", None, "hfids/ cannot be resumed"),
-        ("foo/x", "there", "--dataset foo/x: no such kind of data set; use wds/, npz/, torch/, hfds/, or no prefix"),
+        ("tfds/x", "there", "tfds/ cannot be read; use wds/, npz/, torch/, hfds/, or no prefix"),
     ],
 )
 def test_names_that_are_refused(name, root, said):
@@ -64,7 +62,7 @@ def test_folders_keep_timms_order_and_chosen_classes(folder):
     assert source.read([2])[0].where == f"{folder}/train/a10/0.jpg"
     some = open_source("", folder, "train", keep={"b", "z"})
     assert [record.label for record in some.read(range(len(some)))] == [2, 2]
-    with pytest.raises(UserError, match="no images of this set"):
+    with pytest.raises(UserError, match="no samples of the classes"):
         open_source("", folder, "train", keep={"z"})
     with pytest.raises(UserError, match="no such directory"):
         open_source("", f"{folder}/gone", "train")
@@ -240,15 +238,6 @@ def test_torchvisions_imagenet_counts_classes_not_synonyms(tmp_path):
     assert (source.num_classes, source.class_names, labels_of(source)) == (2, list(wnids), [0, 0, 1, 1])
 
 
-def test_a_package_that_a_data_set_needs_is_named(tmp_path, monkeypatch):
-    def needs_scipy(*args, **kwargs):
-        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
-
-    monkeypatch.setattr("torchvision.datasets.ImageNet.__init__", needs_scipy)
-    with pytest.raises(UserError, match="pip install scipy"):
-        open_source("torch/imagenet", str(tmp_path), "train")
-
-
 def test_torchvisions_folders_are_read_as_plain_ones_but_numbered_as_there(folder):
     Path(folder, "train/b/1.jpg").write_bytes(b"")
     source = open_source("torch/image_folder", folder, "train")
@@ -281,9 +270,9 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
         (IMAGES, [0, -1], "y_train: label -1 of image 1 is not a class number"),
         (IMAGES, ["a", "b"], r"y_train is <U1 \[2\]"),
         (IMAGES, [0], r"\[1\], not one class number for each of the 2 images"),
-        (IMAGES.transpose(0, 3, 1, 2), [0, 1], r"uint8 \[2, 3, 4, 4\], .* write x_train.transpose\(0, 2, 3, 1"),
+        (IMAGES.transpose(0, 3, 1, 2), [0, 1], r"x_train is uint8 \[2, 3, 4, 4\], not uint8 \[N, H, W, 3\]"),
         (IMAGES.astype(float), [0, 1], r"x_train is float64"),
-        (IMAGES[0], [0, 1], r"x_train is uint8 \[4, 4, 3\] with|y_train is int64 \[2\], not one"),
+        (IMAGES[0], [0, 1], r"y_train is int64 \[2\], not one"),
     ],
 )
 def test_arrays_that_are_no_images_with_a_class_each(tmp_path, images, labels, said):
@@ -293,14 +282,11 @@ def test_arrays_that_are_no_images_with_a_class_each(tmp_path, images, labels, s
 
 
 def test_files_that_are_not_such_arrays(tmp_path):
-    with pytest.raises(UserError, match=r"other\.npz does not exist"):
-        open_source("npz/other", str(tmp_path), "train")
     np.savez(tmp_path / "bad.npz", x_train=IMAGES)
-    with pytest.raises(UserError, match="has no y_train"):
-        open_source("npz/bad", str(tmp_path), "train")
-    (tmp_path / "bad.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read as arrays"):
-        open_source("npz/bad", str(tmp_path), "train")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:100])
+    for name, reason in (("bad", "y_train is not a file"), ("cut", ""), ("other", "No such file")):
+        with pytest.raises(UserError, match=rf"{name}\.npz: x_train and y_train cannot be read: .*{reason}"):
+            open_source(f"npz/{name}", str(tmp_path), "train")
 
 
 def test_arrays_that_are_images_with_a_class_each(tmp_path):
@@ -333,15 +319,12 @@ PICTURES = ("Image", [{"bytes": jpeg(0), "path": None}, {"bytes": jpeg(1), "path
 
 def test_columns_of_the_hubs_sets_are_named(hub):
     hub(img=PICTURES, fine=("ClassLabel", [0, 1, 0]))
-    with pytest.raises(UserError, match=r"no column 'image'; it has img \(Image\), fine \(ClassLabel\): give --inp"):
+    with pytest.raises(UserError, match=r"no column 'image'; it has img, fine: give --inp"):
         open_source("hfds/x", None, "train")
     with pytest.raises(UserError, match=r"no column 'label'.*give --target-key"):
         open_source("hfds/x", None, "train", input_key="img")
     source = open_source("hfds/x", None, "train", input_key="img", target_key="fine")
     assert source.class_names == ["ant", "bee"]
-    hub(image=PICTURES, label=("float32", [0.5, 1, 2]))
-    with pytest.raises(UserError, match="labels in 'label' are float32"):
-        open_source("hfds/x", None, "train")
 
 
 def test_text_labels_of_the_hub_are_classes(hub):
