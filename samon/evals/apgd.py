@@ -74,9 +74,11 @@ def parse_threats(config: argparse.Namespace) -> list[Threat]:
     radii = {text: parse_radius(text) for text in map(str.strip, config.eps.split(","))}
     mixed = len({"/" in text for text in radii}) == 2
     budget = (config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed, config.attack == "standard")
-    pairs = itertools.product(norms, radii.items())
-    pairs = ((norm, eps) for norm, (text, eps) in pairs if not mixed or ("/" in text) == (norm == "linf"))
-    return [Threat(norm, eps, *budget) for norm, eps in pairs]
+    return [
+        Threat(norm, eps, *budget)
+        for norm, (text, eps) in itertools.product(norms, radii.items())
+        if not mixed or ("/" in text) == (norm == "linf")
+    ]
 
 
 def parse_radius(text: str) -> float:
