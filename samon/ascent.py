@@ -69,7 +69,7 @@ class AscentSource:
         """
         return grads
 
-    def accumulate_clean_grad(self, grads: Tensors, weight: float) -> None:
+    def accumulate_clean_grad(self, grads: Tensors, weight: float | Tensor) -> None:
         """Add weight * g of a micro-batch to the update's mean gradient at w."""
         terms = [weight * to_float32(g) for g in grads]
         self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms

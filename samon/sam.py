@@ -300,13 +300,20 @@ class SAM(OptimizerWrapper):
         """w + eps inside, w outside: saved values are copied back, since (w + eps) - eps is not w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
-        contexts.clear_weight_caches()
+        self._clear_weight_copies(named)
         try:
             self.record_perturbation(named, eps, saved)
             yield
         finally:
             self.arithmetic.restore(weights, saved)
-            contexts.clear_weight_caches()
+            self._clear_weight_copies(named)
+
+    def _clear_weight_copies(self, named: Named) -> None:
+        contexts.clear_weight_caches()
+        if any(isinstance(p, DTensor) for p in named.values()):
+            from samon.engines import fsdp
+
+            fsdp.reshard(contexts.modules_of(self, self.model))
 
     @torch.no_grad()
     def record_perturbation(self, named: Named, eps: Sequence[Tensor], saved: list[Tensor] | None = None) -> None:

@@ -18,10 +18,11 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor
 
+from samon.ascent import Tensors
 from samon.cli.program import run_script
 from samon.errors import UserError
 from samon.sam import SAM
-from samon.two_pass import StepOptions, WholeBatch
+from samon.two_pass import StepOptions, make_engine
 
 Losses = dict[str, Tensor]
 _sams: WeakValueDictionary[int, SAM] = WeakValueDictionary()  # in the order of their creation, as are the scalers
@@ -34,7 +35,7 @@ class PerturbedTask:
 
     def __init__(self, task: TrainingTask, sam: SAM) -> None:
         self.task, self.sam, self.undo, self.in_pass = task, sam, ExitStack(), False
-        self.micro_batches = 0  # of the current update
+        self.clean: Tensors = []  # gradients at w of the last loss, until its backward pass
         self.restore = self.undo.close  # back to w, bit by bit
         module = task.get_trainable_module()
         assert module is not None
@@ -44,30 +45,31 @@ class PerturbedTask:
         sam.register_step_pre_hook(self.before_step)
 
     def before_step(self, *_: object) -> None:
-        """Restore the weights, and turn the sum of the micro-batches' gradients at w into their mean."""
         self.restore()
-        self.sam.ascent.clean = [g / self.micro_batches for g in self.sam.ascent.clean]
+        if self.clean and not self.sam.ascent.clean:
+            raise UserError(
+                "this script does not differentiate the loss that its task returns, whose weight in the update the "
+                "ascent source needs; use ascent='batch' without gsam_alpha"
+            )
+        self.clean = []
 
     def losses(self, call: Callable[[], Losses]) -> Losses:
         """The result of the task's `call` at w + eps."""
         self.restore()
-        sam, scalers, ascends = self.sam, list(_scalers.values()), self.sam.ascent.needs_ascent_pass()
-        scaler = scalers[-1] if scalers else None
-        named = self.undo.enter_context(sam.sampled_parameters())  # zero_grad() before backward() belongs to the step
-        options = StepOptions(no_sync=self.task.no_sync, scaler=scaler, bn_stats="first" if ascends else "second")
-        engine = WholeBatch(sam, named, options)
-        clean = grads = None
+        sam, clean, grads = self.sam, None, None
+        scaler = [*_scalers.values()][-1] if _scalers else None
         self.in_pass = True
         try:
-            if not sam.ascent.clean:  # applied or discarded
-                self.micro_batches = 0
-            self.micro_batches += 1
-            if ascends:
-                clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
-            eps, finite = sam.step_perturbation(named, grads)
-            if eps is not None:
-                self.undo.enter_context(engine.perturbed(eps))
-            result = call()
+            with sam.sampled_parameters() as named:
+                engine = make_engine(sam, named, StepOptions(no_sync=self.task.no_sync, scaler=scaler, replay=False))
+                if engine.options.ascent_pass:
+                    clean, grads = engine.ascent_gradient([lambda: call()["loss"]])
+                earlier, sam.ascent.clean = sam.ascent.clean, []
+                eps, finite = sam.step_perturbation(named, grads)
+                self.clean, sam.ascent.clean = sam.ascent.clean, earlier
+                if eps is not None:
+                    self.undo.enter_context(engine.perturbed(eps))
+                result = call()
         except BaseException:
             self.restore()
             raise
@@ -78,8 +80,17 @@ class PerturbedTask:
         sam.stats |= {"loss": last} if clean is None else {"loss": clean, "loss_perturbed": last}
         if scaler is not None and finite is not None:  # the scaler skips NaN; without one eps is zero
             loss = loss * torch.where(finite, 1.0, torch.nan)
-        loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.restore))
+        loss.register_hook(partial(self.in_backward, scaler))
         return {**result, "loss": loss}
+
+    def in_backward(self, scaler: torch.amp.GradScaler | None, weight: Tensor) -> None:
+        """At the start of the loss's backward pass, where its gradient is this micro-batch's scaled weight."""
+        torch.autograd.Variable._execution_engine.queue_callback(self.restore)
+        self.sam.ascent.used = True  # also if zero_grad() came between forward and backward
+        if self.clean:
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(weight))
+            self.sam.ascent.accumulate_clean_grad(self.clean, weight / scale)
+            self.clean = []
 
 
 def _call(task: TrainingTask, *args: object, **kwargs: object) -> Losses:

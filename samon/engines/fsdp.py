@@ -43,6 +43,14 @@ def _set(model: nn.Module | None, **values: bool) -> AbstractContextManager[None
     return override_attrs({group: values for state in states for group in fsdp_param_groups(state)})
 
 
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free gathered parameters, copies of weights that are about to change. A forward without a backward pass leaves
+    those of the root, and `set_reshard_after_backward(False)` leaves all."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def no_sync(model: nn.Module | None) -> Callable[[], AbstractContextManager[None]]:
     """Like DistributedDataParallel's: gradients accumulate inside and are sent with the next backward outside."""
     return lambda: _set(model, reduce_grads=False, all_reduce_grads=False)
@@ -114,7 +122,7 @@ def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bo
             "replay keeps activations from module to module, across which FSDP gathers and frees parameters; pass "
             "replay=False (--no-replay)"
         )
-    if not any(map(is_sharded, named.values())):
+    if not any(map(_shard_groups, named.values())):
         return (Replicated if options.groups == 1 else ReplicatedPerGroup)(sam, named, options)
     if options.reduce != "global" or options.groups > 1:
         raise UserError(
@@ -131,13 +139,9 @@ def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bo
 def check_sharded_parameters(sam: SAM, named: Named) -> None:
     """Raise UserError if the ascent source or the mask needs full tensors, and a perturbed parameter is sharded."""
     needs_full = sam.ascent.has_state or sam.ascent.needs_clean_grad or sam.mask is not None
-    if needs_full and any(map(is_sharded, named.values())):
+    if needs_full and any(map(_shard_groups, named.values())):
         what = f"ascent={sam.ascent.name!r} and gsam_alpha need" if sam.mask is None else "sparse perturbations need"
         raise UserError(f"{SHARDED}{what} full tensors")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    return bool(_shard_groups(tensor))
 
 
 def _shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:

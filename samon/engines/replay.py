@@ -8,10 +8,12 @@ random numbers (mixup, random masks), nothing is replayed, since the second pass
 `same_noise` only if it draws them from NumPy or Python.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,26 +34,23 @@ from samon.scope import Named
 from samon.two_pass import StepOptions, WholeBatch
 
 
-@dataclass
 class Trace:
-    """What happens in one pass: events, the starts and ends of the calls of modules, numbered from 1.
+    """Events of one pass, the starts and ends of the calls of modules, numbered from 1.
+
+    Args:
+        generator_states: what changes if a random number is drawn that the second pass would draw anew.
 
     Attributes:
         calls: [start, end] of every call of each module.
         nodes: the autograd nodes of its outputs.
-        draws: events before which, since the event before, a random number generator was used. With `same_noise` those
-            of torch do not count: the second pass draws the same numbers from them.
+        draws: events before which, since the event before, random numbers were drawn.
     """
 
-    device: torch.device
-    same_noise: bool
-    calls: dict[nn.Module, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
-    nodes: dict[nn.Module, list[Node]] = field(default_factory=lambda: defaultdict(list))
-    draws: list[int] = field(default_factory=list)
-    clock: int = 0
-
-    def __post_init__(self) -> None:
-        self.generators = self._generator_states()
+    def __init__(self, generator_states: Callable[[], object]) -> None:
+        self.calls: dict[nn.Module, list[list[int]]] = defaultdict(list)
+        self.nodes: dict[nn.Module, list[Node]] = defaultdict(list)
+        self.draws: list[int] = []
+        self.clock, self.generator_states, self._states = 0, generator_states, generator_states()
 
     def start(self, module: nn.Module, args: object) -> None:
         self._next_event()
@@ -64,22 +63,27 @@ class Trace:
 
     def _next_event(self) -> None:
         self.clock += 1
-        if (generators := self._generator_states()) != self.generators:
+        if (states := self.generator_states()) != self._states:
             self.draws.append(self.clock)
-            self.generators = generators
-
-    def _generator_states(self) -> tuple[object, ...]:
-        with unset_fake_temporarily():  # so that a step can be traced with fake tensors
-            state = rng.get_state(self.device)
-            kind, keys, *rest = state["numpy"]
-            own = (keys,) if self.same_noise else (keys, state["torch"], state["device"])
-            return state["python"], kind, *rest, *(t.numpy().tobytes() for t in own if t is not None)
+            self._states = states
 
     def draws_before(self, modules: Sequence[nn.Module]) -> bool:
         """Whether code outside these modules draws random numbers before the last of their calls, which may use it."""
-        inside = [call for module in modules for call in self.calls[module]]
+        inside = [call for module in modules for call in self.calls.get(module, [])]
         last = max((end for _, end in inside), default=0)
         return any(t <= last and not any(start < t <= end for start, end in inside) for t in self.draws)
+
+
+def generator_states(device: torch.device, same_noise: bool, only_torch: bool = False) -> list[object]:
+    """States of the generators from which the second pass draws other numbers; with `same_noise` not torch's."""
+    with unset_fake_temporarily():  # so that a step can be traced with fake tensors
+        tensors = () if same_noise else rng.get_torch_state(device).values()
+        states: list[object] = [t.numpy().tobytes() for t in tensors if t is not None]
+        if not only_torch:  # NumPy's state takes 0.2 ms
+            state = rng.get_state()
+            _, keys, *rest = state["numpy"]
+            states += [state["python"], keys.numpy().tobytes(), *rest]
+        return states
 
 
 @dataclass
@@ -88,7 +92,6 @@ class ReplayPlan:
 
     Attributes:
         prefix: outermost modules whose outputs are stored; empty if none can be.
-        suffix: unperturbed parameters used only after the boundary, frozen in the ascent pass.
         perturbed_modules: modules that own perturbed parameters.
         perturbed: ids of these parameters; with others the plan is void.
         same_noise: the option of that name; with another value the plan is void.
@@ -96,7 +99,6 @@ class ReplayPlan:
     """
 
     prefix: list[nn.Module]
-    suffix: list[Parameter]
     perturbed_modules: list[nn.Module]
     perturbed: set[int]
     same_noise: bool
@@ -106,11 +108,11 @@ class ReplayPlan:
 PLANS: WeakKeyDictionary[SAM, ReplayPlan] = WeakKeyDictionary()
 
 
-def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan:
+def make_plan(model: nn.Module, perturbed: set[int], trace: Trace, same_noise: bool) -> ReplayPlan:
     """The plan for these perturbed parameters (ids), from one recorded pass."""
-    starts = {module: _first_start(model, name, trace) for name, module in model.named_modules()}
-    perturbed_modules = [m for m in starts if any(id(p) in perturbed for p in m.parameters(recurse=False))]
-    boundary = min([trace.clock, *(starts[m] for m in perturbed_modules)])
+    names = {module: name for name, module in model.named_modules()}
+    perturbed_modules = [m for m in names if any(id(p) in perturbed for p in m.parameters(recurse=False))]
+    boundary = min([trace.clock, *(_first_start(model, names[m], trace) for m in perturbed_modules)])
 
     def outermost(parent: nn.Module) -> Iterator[nn.Module]:
         for module in parent.children():
@@ -124,9 +126,7 @@ def make_plan(model: nn.Module, perturbed: set[int], trace: Trace) -> ReplayPlan
     random = trace.draws_before(prefix)
     if reached or random or not parameters_of(chain.from_iterable(m.modules() for m in prefix)):  # or nothing is saved
         prefix = []
-    early = {id(p) for module, start in starts.items() if start < boundary for p in module.parameters(recurse=False)}
-    suffix = [p for p in model.parameters() if id(p) not in early and id(p) not in perturbed]
-    return ReplayPlan(prefix, suffix, perturbed_modules, perturbed, trace.same_noise)
+    return ReplayPlan(prefix, perturbed_modules, perturbed, same_noise)
 
 
 def _first_start(model: nn.Module, name: str, trace: Trace) -> int:
@@ -141,35 +141,35 @@ class ActivationCache:
     """The outputs stored in one first pass.
 
     Attributes:
-        valid: whether they may be reused. Not if a prefix module ran after the boundary this time (`reordered`), or if
-            code that the second pass runs again has overwritten a stored output in place.
+        valid: whether they may be reused. Not if this pass did not follow the plan (`outdated`), or if code that the
+            second pass runs again has overwritten a stored output in place.
+        outdated: a prefix module ran after the boundary, or code between modules drew random numbers from torch.
     """
 
-    def __init__(self, plan: ReplayPlan, device: torch.device, same_noise: bool):
-        self.plan, self.device, self.same_noise = plan, device, same_noise
+    def __init__(self, plan: ReplayPlan, device: torch.device):
+        self.plan, self.device = plan, device
         self.outputs: dict[nn.Module, list[tuple[object, dict[str, Any] | None]]] = defaultdict(list)
         self.versions: list[tuple[nn.Module, Tensor, int]] = []
-        self.valid, self.boundary_reached, self.reordered = True, False, False
+        self.valid, self.outdated = True, False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around the first pass's forward."""
-
-        def reach_boundary(*_: object) -> None:
-            self.boundary_reached = True
-
-        recorders = {m: self._recorder(m, m.forward) for m in self.plan.prefix}
-        with forward_hooks(self.plan.perturbed_modules, reach_boundary), patch_forward(recorders):
+        plan, trace = self.plan, Trace(partial(generator_states, self.device, self.plan.same_noise, only_torch=True))
+        recorders = {m: self._recorder(m, m.forward) for m in plan.prefix}
+        with forward_hooks([*plan.prefix, *plan.perturbed_modules], trace.start, trace.end), patch_forward(recorders):
             yield
         self._check_versions()
+        boundary = min((trace.calls[m][0][0] for m in plan.perturbed_modules if m in trace.calls), default=math.inf)
+        late = any(end > boundary for m in plan.prefix for _, end in trace.calls.get(m, []))
+        self.outdated = late or trace.draws_before(plan.prefix)
+        self.valid &= not self.outdated
 
     def _recorder(self, module: nn.Module, forward: Callable[..., object]) -> Callable[..., object]:
         def record(*args: object, **kwargs: object) -> object:
             self._check_versions()
             output = forward(*args, **kwargs)
-            if self.boundary_reached:
-                self.valid, self.reordered = False, True
-            self.outputs[module].append((output, rng.get_torch_state(self.device) if self.same_noise else None))
+            self.outputs[module].append((output, rng.get_torch_state(self.device) if self.plan.same_noise else None))
             # If this module overwrote an earlier output in place (activations do), its own stored output replaces it.
             self.versions = [(m, t, t._version) for m, t, _ in self.versions]
             self.versions += [(module, t, t._version) for t in _tensors(output)]
@@ -183,9 +183,9 @@ class ActivationCache:
         self.valid &= not overwritten
 
     def _returned(self, module: nn.Module, output: object) -> object:
-        if module not in self.plan.cloned:
-            return output
-        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+        """The output in lists and dictionaries of its own, which code between modules may change as well."""
+        cloned = module in self.plan.cloned
+        return tree_map(lambda t: t.clone() if cloned and isinstance(t, Tensor) else t, output)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -227,23 +227,22 @@ class Replay(WholeBatch):
         plan = PLANS.get(sam)
         known = plan is not None and (plan.perturbed, plan.same_noise) == (self.perturbed_ids, options.same_noise)
         self.plan = plan if known else None
-        self.cache: ActivationCache | None = None
-        if self.plan is not None and self.plan.prefix:
-            self.cache = ActivationCache(self.plan, self.device, options.same_noise)
+        self.cache = ActivationCache(self.plan, self.device) if self.plan is not None and self.plan.prefix else None
 
     def frozen_parameters(self) -> list[Parameter]:
-        if self.plan is None:  # the trace needs the whole graph
-            return []
-        return self.plan.suffix if self.plan.prefix else super().frozen_parameters()
+        """None while the whole graph is traced or stored: `torch.autograd.grad(inputs=...)` skips the gradients of
+        other weights anyway."""
+        return super().frozen_parameters() if self.plan is not None and self.cache is None else []
 
     @contextmanager
     def each_pass(self) -> Iterator[None]:
         with super().each_pass():
             if self.plan is None and not self.in_descent_pass:
-                trace = Trace(self.device, self.options.same_noise)
+                same_noise = self.options.same_noise
+                trace = Trace(partial(generator_states, self.device, same_noise))
                 with forward_hooks(self.model.modules(), trace.start, trace.end):
                     yield
-                PLANS[self.sam] = make_plan(self.model, self.perturbed_ids, trace)
+                PLANS[self.sam] = make_plan(self.model, self.perturbed_ids, trace, same_noise)
             elif self.cache is None or not self.cache.valid:
                 yield
             else:
@@ -257,6 +256,6 @@ class Replay(WholeBatch):
                 yield
         finally:
             if self.cache is not None:
-                if self.cache.reordered:
-                    PLANS.pop(self.sam, None)  # modules ran in another order: record again
+                if self.cache.outdated:
+                    PLANS.pop(self.sam, None)  # record again
                 self.cache.outputs.clear()

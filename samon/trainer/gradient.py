@@ -70,24 +70,23 @@ def plain_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Va
 
 def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Values:
     """Add the gradient at w + eps, times `scale`; in sub-batches of m, each with its own eps, if --m-sharpness is m."""
+    assert run.sam is not None
     config, size = run.config, len(images)
-    if config.m_sharpness in ("device", size):
-        part, ascent = math.ceil(config.ascent_fraction * size), None
-        if part < size or config.ascent_size is not None:
-            small = images[:part]
-            if config.ascent_size is not None:
-                small = F.interpolate(small, size=config.ascent_size, mode="bilinear", antialias=True)
-            ascent = forward(run, small, target[:part])
-        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, ascent_forward=ascent)
-    m = int(config.m_sharpness)
+    m = size if config.m_sharpness == "device" else int(config.m_sharpness)
     groups = size // m
-    if run.sam is not None and run.sam.can_group:  # all sub-batches in one pass
-        return perturbed_gradient(run, forward(run, images, target), loss_scale=scale, groups=groups)
-    rows = []
-    for index, (x, y) in enumerate(zip(images.split(m), target.split(m), strict=True)):
-        with nullcontext() if index + 1 == groups else run.no_sync():
-            rows.append(perturbed_gradient(run, forward(run, x, y), loss_scale=scale / groups))
-    return mean_values(rows)
+    if groups > 1 and not run.sam.can_group:  # one sub-batch after the other
+        rows = []
+        for index, (x, y) in enumerate(zip(images.split(m), target.split(m), strict=True)):
+            with nullcontext() if index + 1 == groups else run.no_sync():
+                rows.append(perturbed_gradient(run, forward(run, x, y), loss_scale=scale / groups))
+        return mean_values(rows)
+    part, ascent = math.ceil(config.ascent_fraction * size), None
+    if part < size or config.ascent_size is not None:
+        small = images[:part]
+        if config.ascent_size is not None:
+            small = F.interpolate(small, size=config.ascent_size, mode="bilinear", antialias=True)
+        ascent = forward(run, small, target[:part])
+    return perturbed_gradient(run, forward(run, images, target), scale, groups, ascent)
 
 
 def perturbed_gradient(
@@ -103,7 +102,7 @@ def perturbed_gradient(
         run.optimizer,
         forwards,
         groups=groups,
-        reduce="global" if config.m_sharpness == "global" else "device",
+        reduce="global" if config.m_sharpness == "global" and run.dist_info.size > 1 else "device",
         no_sync=run.no_sync,
         scaler=run.scaler,
         bn_stats="second" if config.ascent_size else config.bn_stats,  # small images have other statistics
@@ -112,8 +111,7 @@ def perturbed_gradient(
         ascent_forward=ascent_forward,
         loss_scale=loss_scale,
     )
-    if run.sam is None:
-        return {}
+    assert run.sam is not None
     values = dict(run.sam.stats)
     if "loss_perturbed" in values and ascent_forward is None:
         # The sharpness is the difference of two losses of the same images. The mean of `loss` may be over more updates.
