@@ -15,6 +15,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
+from torch import nn
 
 import samon
 from samon import timm_script
@@ -140,28 +141,48 @@ def test_weights_are_perturbed_until_the_backward_pass_and_in_training_alone(ins
     assert_unchanged(model, before)
 
 
+def gsam_task(**how: Any) -> tuple[nn.Module, Any, ClassificationTask]:
+    model, opt = make(LayerNormNet, "sam", **how)
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+    return model, opt, task.train()
+
+
 @pytest.mark.parametrize("how", [{"gsam_alpha": 0.4}, {"ascent": "fsam"}])
-def test_accumulated_gradients_at_w_are_averaged(how: dict[str, Any], installed: None) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_at_w_count_with_the_weights_of_their_losses(
+    how: dict[str, Any], mixed: bool, installed: None
+) -> None:
+    """Micro-batches of unequal weights, one by `two_pass` if mixed; a loss that is dropped, and an update that is not
+    applied, whose gradients the script clears between the next forward and backward."""
     ends = []
     for by_task in (True, False):
-        model, opt = make(LayerNormNet, "sam", **how)
-        task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
-        task.train()
-        for seed in range(4):
-            for part in range(2):
-                x, y = batch(seed=2 * seed + part)
-                if by_task:
-                    (task(x, y)["loss"] / 2).backward()
+        model, opt, task = gsam_task(**how)
+        for update in range(4):
+            if by_task:
+                task(*batch(seed=99))
+            for part, weight in enumerate((0.2, 0.8)):
+                data = batch(seed=2 * update + part)
+                if by_task and not (mixed and part):
+                    loss = weight * task(*data)["loss"]
+                    if not part:
+                        opt.zero_grad()
+                    loss.backward()
                 else:
-                    samon.two_pass(opt, loss_of(model, x, y), loss_scale=0.5)
-            if seed == 1:  # an update that is not applied
-                opt.zero_grad()
-                continue
-            opt.step()
-            opt.zero_grad()
+                    if not part:
+                        opt.zero_grad()
+                    samon.two_pass(opt, loss_of(model, *data), loss_scale=weight)
+            if update != 1:
+                opt.step()
         ends.append(values(model))
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_of_the_scripts_own_has_an_unknown_weight(installed: None) -> None:
+    _, opt, task = gsam_task(gsam_alpha=0.4)
+    task(*batch())["output"].sum().backward()
+    with pytest.raises(UserError, match="does not differentiate the loss that its task returns"):
+        opt.step()
 
 
 def test_a_script_without_a_task_is_refused(installed: None) -> None:

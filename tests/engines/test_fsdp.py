@@ -49,6 +49,7 @@ CASES += [
 CASES += [Case("samon", "layerl2", "device", 2, (("ascent", source),)) for source in ("previous", "msam", "looksam:2")]
 CASES += [Case("samon", "layerl2", "device", 1, (("replace_base", "adamw"),))]
 CASES += [Case("samon", "layerl2", reduce, 2, (("perturb_frozen", True),)) for reduce in ("device", "global")]
+CASES += [Case("sam", "", "global", 1, (("reshard", False),))]  # gathered weights outlive the ascent pass
 # 24 rows do not divide by 5 heads and classes: shards differ in size, some are empty.
 THREE = [Case("sam", "layerl2", "global", 2), Case("samon", "layerl2", "device", 1), Case("samnn", "", "global", 1)]
 # 2 x 2: parameters are sharded within a row of the mesh, the same in every column; norms add up within the row.
@@ -80,7 +81,7 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 def train(rank: int, mesh: Any, case: Case) -> Tensor:
     """Some updates, under FSDP2 if there is a mesh, otherwise under DDP: the full parameters and the statistics."""
     model, how = make(), dict(case.how)
-    tail_opt = how.pop("replace_base", None)
+    tail_opt, reshard = how.pop("replace_base", None), how.pop("reshard", True)
     if "perturb_frozen" in how:
         model.requires_grad_(False).head.requires_grad_(True)
     if mesh is None:
@@ -89,6 +90,7 @@ def train(rank: int, mesh: Any, case: Case) -> Tensor:
     else:
         net = shard(model, mesh, norms_of(model) if case.scope == "samon" else set())
         sync = no_sync(model)
+        model.set_reshard_after_backward(reshard)
     name = "-".join(filter(None, (case.scope, case.geometry, "momentum")))
     opt = optimizer_of(model, name, rho=0.05 if case.geometry == "elemlinf" else RHO, weight_decay=1e-3, **how)
     results = []
@@ -120,6 +122,23 @@ def compare(rank: int, world: int, cases: list[Case]) -> list[float]:
         want, got = train(rank, None, case), train(rank, mesh, case)
         distances.append(((got - want).norm() / want.norm()).item())
     return distances
+
+
+def losses_around_perturbed(rank: int) -> list[list[float]]:
+    """Losses at w, w + eps and w by forwards without a backward pass, whose gathered root stays; without FSDP and
+    with it."""
+    results = []
+    for sharded in (False, True):
+        model = make()
+        if sharded:
+            shard(model, init_device_mesh("cpu", (2,)), set())
+        opt, loss = optimizer_of(model, "sam"), torch.no_grad()(loss_of(model, *batch(0, 0)))
+        perturbed = opt.perturbed([torch.ones_like(p) for p in opt.perturbed_parameters().values()])
+        losses = [loss().item()]
+        with perturbed:
+            losses.append(loss().item())
+        results.append([*losses, loss().item()])
+    return results
 
 
 class MessageCounter(TorchDispatchMode):
@@ -191,6 +210,7 @@ def every_check(rank: int) -> dict[str, Any]:
         "cost": cost(rank),
         "messages": with_sharded_norms(rank),
         "refusals": refusals(rank),
+        "losses": losses_around_perturbed(rank),
     }
 
 
@@ -217,6 +237,12 @@ def test_the_ascent_pass_sends_no_gradient_and_computes_no_weight_gradient(ranks
         assert two[2] == plain[2] == 3  # root and two blocks, once
         # The ascent adds its forward's and its backward's gathers; the second forward finds what these have gathered.
         assert two[1] < 2 * plain[1]
+
+
+def test_no_forward_uses_gathered_copies_of_other_weights(ranks: list[dict[str, Any]]) -> None:
+    plain, sharded = ranks[0]["losses"]
+    assert plain[0] != plain[1]
+    assert sharded == pytest.approx(plain, rel=1e-12)
 
 
 def test_what_needs_full_tensors_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:

@@ -77,14 +77,6 @@ def test_running_statistics_end_as_the_loops(bn_stats: str, momentum: float | No
     assert model.bn.num_batches_tracked == (8 if bn_stats == "both" else 4)
 
 
-@pytest.mark.parametrize("groups", [2, 8])
-def test_batchnorm_in_channels_last(groups: int) -> None:
-    x, y = batch()
-    data = x.to(memory_format=torch.channels_last), y
-    build = lambda: batchnorm_net().to(memory_format=torch.channels_last)  # noqa: E731
-    assert_same_step(*grouped_and_looped(build, "samon", groups, data=data))
-
-
 class Permute(nn.Module):
     def __init__(self, *order: int) -> None:
         super().__init__()
@@ -150,13 +142,21 @@ def test_timm_models(name: str, image: int) -> None:
     assert_same_step(*grouped_and_looped(build, "samon-layerl2", 2, data=batch(4, image=image)))
 
 
-def test_gradients_that_autograd_shares_between_layers() -> None:
-    assert_same_step(*grouped_and_looped(lambda: randomized(SharedGradients()), "samon", 8))
+SPECIAL: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Any]]] = {
+    "channels_last, groups of 4": (lambda: batchnorm_net().to(memory_format=torch.channels_last), 2, {}),
+    "channels_last, single samples": (lambda: batchnorm_net().to(memory_format=torch.channels_last), 8, {}),
+    "gradients that autograd shares between layers": (lambda: randomized(SharedGradients()), 8, {}),
+    # BatchNorms that are not perturbed still couple samples, so they are grouped too.
+    "only some layers perturbed": (batchnorm_net, 4, {"perturb": "blocks.2"}),
+}
 
 
-def test_only_some_layers_perturbed() -> None:
-    """BatchNorms that are not perturbed still couple samples, so they are grouped too."""
-    assert_same_step(*grouped_and_looped(batchnorm_net, "samon", 4, perturb="blocks.2"))
+@pytest.mark.parametrize("case", SPECIAL)
+def test_special_cases(case: str) -> None:
+    build, groups, how = SPECIAL[case]
+    x, y = batch()
+    x = x.to(memory_format=torch.channels_last) if "channels_last" in case else x
+    assert_same_step(*grouped_and_looped(build, "samon", groups, data=(x, y), **how))
 
 
 def test_a_batch_that_does_not_divide_is_refused_and_layers_are_restored() -> None:

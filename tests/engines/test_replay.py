@@ -86,14 +86,19 @@ def test_in_place_code_after_a_kept_output(perturb: str, bn_stats: str) -> None:
     assert (twins.opts[0] in PLANS) == (bn_stats == "first")
 
 
+class Halves(nn.Linear):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(super().forward(x).chunk(2, -1))
+
+
 class Awkward(nn.Module):
     """A module called twice before the boundary and one called on both sides of it, tied weights, an in-place change of
-    a kept output, parameters of the root itself."""
+    a kept output, a kept list that later code empties, parameters of the root itself."""
 
     def __init__(self, activates: bool) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(8))
-        self.first, self.twice, self.tied = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first, self.twice, self.tied = Halves(12, 16), nn.Linear(8, 8), nn.Linear(8, 8)
         self.tied.weight = self.twice.weight
         self.both = nn.Linear(8, 8)
         self.early, self.late = nn.LayerNorm(8), nn.LayerNorm(8)
@@ -101,8 +106,8 @@ class Awkward(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(F.pixel_unshuffle(x, 2).flatten(2).mT)
-        x = self.both(x * self.token)
+        halves = self.first(F.pixel_unshuffle(x, 2).flatten(2).mT)
+        x = self.both((halves.pop() + halves.pop()) * self.token)
         y = self.early(self.twice(self.twice(x)))
         y += x  # overwrites what `early` returned
         y = y if self.act is None else self.act(y)
@@ -122,27 +127,36 @@ def test_awkward_model(activates: bool) -> None:
     assert not {model.tied, model.both} & set(twins.plan.prefix)
 
 
-class Switch(nn.Module):
-    """Runs `a` before or after the boundary."""
+class Ordered(nn.Module):
+    """Layers in the order of their names in `order`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.head = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 5)
-        self.other, self.swapped = nn.LayerNorm(3), False
+        self.a, self.other, self.norm, self.head = nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3), nn.Linear(3, 5)
+        self.order = ""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.other(x.mean((2, 3)))
-        return self.head(self.a(self.norm(x)) if self.swapped else self.norm(self.a(x)))
+        x = x.mean((2, 3))
+        for name in self.order.split():
+            x = F.dropout(x) if name == "dropout" else getattr(self, name)(x)
+        return self.head(x)
 
 
-def test_a_changed_order_is_noticed() -> None:
-    twins = Twins(randomized(Switch()), "^norm")
-    for swapped in (False, False, True, True, True, False):
+@pytest.mark.parametrize(
+    ("first", "then", "prefix"),
+    [
+        ("other a norm", "other norm a", ["other"]),
+        ("other norm a", "a other norm", ["other"]),  # `a` runs again, but the gradient reaches it through `other`
+        ("other a norm", "other dropout a norm", []),
+    ],
+)
+def test_a_changed_forward_is_noticed(first: str, then: str, prefix: list[str]) -> None:
+    twins = Twins(randomized(Ordered()), "^norm")
+    for order in (first, first, then, then, then, first):
         for model in twins.models:
-            model.swapped = swapped
+            model.order = order
         twins.step()
-    other = twins.models[0].other
-    assert twins.plan.prefix == [other]  # `a` ran after the boundary when the order was recorded again
+    assert twins.plan.prefix == [getattr(twins.models[0], name) for name in prefix]
 
 
 @pytest.mark.parametrize(
