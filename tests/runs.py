@@ -66,14 +66,19 @@ def watch_batches(monkeypatch: pytest.MonkeyPatch, watch: Callable[[Tensor, Tens
     monkeypatch.setattr(loop, "to_device", watched)
 
 
-def stop_at(epoch: int, updates: int, number: int = signal.SIGTERM) -> OnUpdate:
-    """Sends this process a signal right after an update."""
+def at(epoch: int, updates: int, function: Callable[[], object]) -> OnUpdate:
+    """Calls `function` right after an update."""
 
     def on_update(run: Run, progress: Progress, two_pass: bool) -> None:
         if (progress.epoch, progress.updates) == (epoch, updates):
-            os.kill(os.getpid(), number)
+            function()
 
     return on_update
+
+
+def stop_at(epoch: int, updates: int, number: int = signal.SIGTERM) -> OnUpdate:
+    """Sends this process a signal right after an update."""
+    return at(epoch, updates, lambda: os.kill(os.getpid(), number))
 
 
 def run_stopped(tmp_path: Path, epoch: int, updates: int, *args: str) -> Path:

@@ -82,10 +82,10 @@ def bare(c: config.Config, device: torch.device) -> Iterator[None]:
 
 def ours(c: config.Config, dist_info: DistInfo, folder: Path) -> Iterator[None]:
     """An update at a time of samon.trainer.loop, everything on: meters, finite check, log lines, TensorBoard."""
-    run = build(c, dist_info)
-    checkpoints, logger = CheckpointManager(run, RunDir(folder)), RunLogger(run, folder)
-    logger.start_trackers(resumed=False)
-    for _ in loop.fit(run, checkpoints, SignalHandler(), logger):
+    run, run_dir = build(c, dist_info), RunDir(folder)
+    logger = RunLogger(run, run_dir)
+    logger.start_trackers()
+    for _ in loop.fit(run, CheckpointManager(run, run_dir), SignalHandler(), logger):
         if dist_info.device.type == "cuda":
             torch.cuda.synchronize()
         yield

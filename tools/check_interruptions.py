@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import IO
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from samon.cli.program import run_script
 from samon.trainer import checkpoint, loop
@@ -171,13 +172,11 @@ def same(a: Path, b: Path) -> bool:
 
 
 def trees_equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(trees_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(trees_equal, a, b))
-    return bool(a == b)
+    (leaves, spec), (others, other_spec) = tree_flatten(a), tree_flatten(b)
+    return spec == other_spec and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else bool(x == y)
+        for x, y in zip(leaves, others, strict=True)
+    )
 
 
 def prepare(world: int) -> None:

@@ -132,7 +132,8 @@ class InMemoryLoader:
 
     def set_epoch(self, epoch: int, samples_consumed: int = 0) -> None:
         """Set the epoch of the next iteration, and how many of its samples (over all ranks) to skip."""
-        self.epoch, self.samples_consumed = epoch, samples_consumed
+        step = self.batch_size * self.world_size  # a resumed run may have another one
+        self.epoch, self.samples_consumed = epoch, samples_consumed // step * step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, world, draws = self.batch_size, self.world_size, None

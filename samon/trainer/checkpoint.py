@@ -17,7 +17,7 @@ from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
 from samon.trainer.resume import describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
-from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree
+from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree, list_states
 
 
 class CheckpointManager:
@@ -46,16 +46,20 @@ class CheckpointManager:
         """Save after an epoch and its validation, and delete the worst epochs beyond --checkpoint-hist."""
         config, epoch = self.run.config, self.run.progress.epoch
         path = self.directory / f"checkpoint-{epoch}{self.suffix}"
-        ranking = [pair for pair in self.best["kept"] if pair[0] != path.name] + [[path.name, metric]]
+        newest = [path.name, metric]
+        ranking = [pair for pair in self.best["kept"] if pair[0] != path.name] + [newest]
         ranking.sort(key=lambda pair: self._loss(pair[1]))
+        kept = ranking[: config.checkpoint_hist]
+        if self.sharded and newest not in kept:  # sharded checkpoints have no `last`
+            kept.append(newest)
         aliases = ["last"]
-        if metric is not None and self._loss(metric) < self._loss(self.best["metric"]):
+        if self._loss(metric) < self._loss(self.best["metric"]):
             self.best = {"metric": metric, "epoch": epoch}
             aliases.append("model_best")
-        self.best = self.best | {"kept": ranking[: config.checkpoint_hist]}
+        self.best = self.best | {"kept": kept}
         if epoch + 1 in config.save_epochs:
             aliases.append(f"milestone-{epoch + 1}")
-        outdated = [self.directory / name for name, _ in ranking[config.checkpoint_hist :]]
+        outdated = [self.directory / pair[0] for pair in ranking if pair not in kept]
         outdated += self.directory.glob("recovery-*")
         self.run.progress.epoch_done = True
         self._save(path, metric, aliases)
@@ -69,9 +73,12 @@ class CheckpointManager:
 
     def restore(self, source: Path) -> Tree | None:
         """Restore the run from a checkpoint; return this process's random state, to be set before the next update."""
-        state, random_state = restore_run(self.run, source)
+        state, random_state = restore_run(self.run, source, self.run_dir.started)
         if self.run_dir.same_run:
             self.best, self.last_good = state.best or self.best, source
+            decisive = state.args.get("eval_metric", "top1") if state.args.get("val_split", True) else "loss"
+            if decisive != self.run.metric:  # figures of another metric do not compare
+                self.best = {"metric": None, "epoch": None, "kept": [[name, None] for name, _ in self.best["kept"]]}
         return random_state
 
     def wait(self) -> None:
@@ -87,9 +94,8 @@ class CheckpointManager:
             except Exception as error:  # from a thread of PyTorch's
                 raise self._write_error(path, error) from error
             self.last_good = path
-        outdated, self._outdated = self._outdated, []
-        for path in outdated:
-            remove_state(path)
+        while self._outdated:
+            remove_state(self._outdated.pop())
 
     def finish(self) -> None:
         """Complete the run's checkpoints; of sharded ones write the last and the best as timm's single files too."""
@@ -102,7 +108,7 @@ class CheckpointManager:
 
     def describe_last_good(self) -> str:
         """The checkpoint to resume from after a failure, for error messages."""
-        path = self.last_good or max(self.directory.glob(f"*{self.suffix}"), key=_numbers, default=None)
+        path = self.last_good or max(list_states(self.directory), key=_numbers, default=None)
         if path is None or not path.exists():
             return "no checkpoint was written before it"
         return f"the last good checkpoint is {path}; remove the cause and use --resume {self.directory}"
@@ -129,11 +135,11 @@ class CheckpointManager:
         trees.append(None if run.ema is None else run.ema.module.state_dict())
         if run.config.fsdp and not self.sharded:
             trees = gather_full(trees, run.dist_info)
-        ema_buffers = {} if run.ema is None else _running_statistics(run.ema.module)
         rank: Tree = {"rng": rng.get_state(run.dist_info.device), "buffers": {}, "ema_buffers": {}}
         ranks = [rank]
         if self.group is not None:
-            rank |= {"buffers": _running_statistics(run.model), "ema_buffers": ema_buffers}
+            rank["buffers"] = _running_statistics(run.model)
+            rank["ema_buffers"] = {} if run.ema is None else _running_statistics(run.ema.module)
             ranks = [{} for _ in range(run.dist_info.size)]
             dist.gather_object(rank, ranks if run.dist_info.is_rank_zero else None, dst=0, group=self.group)
         # Only timm's plateau schedule has a state of its own; the others follow from the number of updates.

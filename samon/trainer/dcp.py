@@ -28,14 +28,13 @@ from samon.trainer.run_dir import remove_state
 from samon.trainer.state import DCP_STATE, TrainState, load_file
 
 SINGLE_PROCESS_WARNING = "torch.distributed is disabled"  # the beginning of PyTorch's warning
-# What .metadata contains. It is a pickle, so every other name is refused.
+# What .metadata contains, by module. It is a pickle, so every other name is refused.
 _METADATA_NAMES = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *(("torch.distributed.checkpoint.metadata", name) for name in ("TensorProperties", "TensorStorageMetadata")),
-    *(("torch.distributed.checkpoint.metadata", name) for name in ("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
-    *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),  # Python 3.13 has the second
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties "
+    "TensorStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    **{"torch": "Size", "torch.serialization": "_get_layout", "collections": "OrderedDict"},
+    **{"pathlib": "PosixPath", "pathlib._local": "PosixPath"},  # Python 3.13 has the second
 }
 
 
@@ -43,7 +42,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle the members of an Enum
             return _enum_member
-        if (module, name) in _METADATA_NAMES or isinstance(module == "torch" and getattr(torch, name, 0), torch.dtype):
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _METADATA_NAMES.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
 

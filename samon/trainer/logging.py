@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -26,15 +25,12 @@ from samon.files import write_text
 from samon.progress import is_terminal, metric_format, plural, progress_bar
 from samon.scope import norm_parameters
 from samon.trainer.build import Run
-from samon.trainer.config import Config
 from samon.trainer.distributed import log_handler
 from samon.trainer.flags import program
 from samon.trainer.flops import step_flops
+from samon.trainer.run_dir import RunDir
 from samon.trainer.state import Metrics
 from samon.trainer.trackers import TRACKERS, TensorBoard, Tracker, tracker_names
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("samon")
 # How the validation is started, by how the training was; otherwise by the script.
@@ -59,26 +55,27 @@ class RunLogger:
     """Writes the output of a run on rank 0; on the other processes every method does nothing."""
 
     def __init__(
-        self, run: Run, directory: Path, early: Iterable[logging.LogRecord] = (), start: float | None = None
+        self, run: Run, run_dir: RunDir, early: Iterable[logging.LogRecord] = (), start: float | None = None
     ) -> None:
         """`early`: records logged before; `start`: when the run started, by the monotonic clock."""
-        self.run, self.config, self.directory, self.dist_info = run, run.config, directory, run.dist_info
+        self.run, self.config, self.directory = run, run.config, run_dir.path
+        self.resumed = run_dir.source is not None
         self.start = time.monotonic() if start is None else start
+        self._writes = run.dist_info.is_rank_zero
         self._first_epoch, self._updates = 0.0, 0  # when the first epoch started, and the updates since
         self._open = ExitStack()
         self._bar: tqdm | None = None
         self._trackers: dict[str, Tracker] = {}
         self._images_logged = self._completed = False
-        if not self.dist_info.is_rank_zero:
-            return
-        file = LogFile(directory / "log.txt")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._open.callback(file.close)
-        for record in early:
-            file.handle(record)
-        self._open.enter_context(log_handler(file))
+        if self._writes:
+            file = LogFile(self.directory / "log.txt")
+            file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            self._open.callback(file.close)
+            for record in early:
+                file.handle(record)
+            self._open.enter_context(log_handler(file))
 
-    def start_trackers(self, resumed: bool) -> None:
+    def start_trackers(self) -> None:
         """Start the trackers (rank 0).
 
         Raises:
@@ -87,7 +84,7 @@ class RunLogger:
         for name in tracker_names(self.config):
             try:
                 with redirect_stdout(sys.stderr):  # the metrics stay the last line of stdout
-                    tracker = self._trackers[name] = TRACKERS[name](self.config, self.directory, resumed)
+                    tracker = self._trackers[name] = TRACKERS[name](self.config, self.directory, self.resumed)
             except Exception as error:
                 raise UserError(f"--trackers {name}: {error_line(error)}") from error
             self._open.callback(self._finish_tracker, name, tracker)
@@ -109,12 +106,6 @@ class RunLogger:
                 del self._trackers[name]
                 log.warning("--trackers %s gets no more metrics: %s", name, error_line(error))
 
-    @property
-    def _tensorboard(self) -> "SummaryWriter | None":
-        """TensorBoard's writer, which also takes images and histograms; None without TensorBoard."""
-        tracker = self._trackers.get("tensorboard")
-        return tracker.writer if isinstance(tracker, TensorBoard) else None
-
     def close(self) -> None:
         """Close all files. If the disk is full, the end of the log is lost, but no checkpoint."""
         try:
@@ -131,12 +122,11 @@ class RunLogger:
         place = f"{run.dist_info.size} x {run.dist_info.device.type}" + ", sharded" * config.fsdp
         log.info("Results go to %s", self.directory)
         log.info("%s: %.2f M parameters, %d classes, on %s", config.model, size, config.num_classes, place)
-        updates = plural(run.updates_per_epoch, "update")
+        updates, epochs = plural(run.updates_per_epoch, "update"), plural(run.epochs, "epoch")
         samples = f"{plural(run.train_loader.num_samples, 'training sample')}, {updates} per epoch"
-        log.info("%s, %s, --opt %s, lr %.4g", samples, plural(run.epochs, "epoch"), config.opt, config.lr)
+        log.info("%s, %s, --opt %s, lr %.4g", samples, epochs, config.opt, config.lr)
         warmup = 0 if run.scheduler is None or config.warmup_prefix else config.warmup_epochs
-        if warmup >= run.epochs and self.dist_info.is_rank_zero:
-            epochs = plural(run.epochs, "epoch")
+        if warmup >= run.epochs and self._writes:
             log.warning("--warmup-epochs %d of %s: the learning rate never reaches its schedule", warmup, epochs)
         if run.sam is not None:
             eta = f", eta {run.sam.eta:g}" if run.sam.eta else ""
@@ -151,7 +141,7 @@ class RunLogger:
     def start_epoch(self) -> None:
         """Show the epoch on the progress bar, if stderr is a terminal."""
         self._first_epoch = self._first_epoch or time.monotonic()
-        if self.dist_info.is_rank_zero and self._bar is None and is_terminal():
+        if self._writes and self._bar is None and is_terminal():
             total = self.run.stop * self.run.updates_per_epoch
             self._bar = self._open.enter_context(progress_bar("", total, "update", initial=self.run.update))
         if self._bar is not None:
@@ -172,22 +162,23 @@ class RunLogger:
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
         """
-        if not self.dist_info.is_rank_zero:
+        if not self._writes:
             return
         run, progress, lr = self.run, self.run.progress, mean_lr(self.run.optimizer)
-        scalars = dict(means)
-        if (clean := scalars.pop("loss_two_pass", None)) is not None:
-            scalars["sharpness"] = means["loss_perturbed"] - clean
+        scalars = dict(means) | {"lr": lr, "images_per_second": speed, "data_wait": waited}
+        scalars |= {"skipped_steps": progress.skipped, "skipped_samples": run.train_loader.corrupt_samples}
+        values = f"loss {means.get('loss', float('nan')):.4f}"
+        if "loss_perturbed" in means:
+            values += f" at w+eps {means['loss_perturbed']:.4f}"
+        if "loss_two_pass" in means:
+            scalars["sharpness"] = means["loss_perturbed"] - scalars.pop("loss_two_pass")
+        values += f" lr {lr:.4g}"
         if run.sam is not None:
             scalars["rho"] = run.sam.rho
-        scalars |= {"lr": lr, "images_per_second": speed, "data_wait": waited}
-        scalars |= {"skipped_steps": progress.skipped, "skipped_samples": run.train_loader.corrupt_samples}
+            values += f" rho {run.sam.rho:.4g}" if run.rho_schedule is not None else ""
+        values += f" {speed:.0f} img/s data {100 * waited:.0f}%"
+        values += f" skipped {progress.skipped}" if progress.skipped else ""
         self._track({f"train/{name}": value for name, value in scalars.items()}, run.update)
-        loss = means.get("loss", float("nan"))
-        perturbed = f" at w+eps {means['loss_perturbed']:.4f}" if "loss_perturbed" in means else ""
-        skipped = f" skipped {progress.skipped}" if progress.skipped else ""
-        rho = f" rho {run.sam.rho:.4g}" if run.sam is not None and run.rho_schedule is not None else ""
-        values = f"loss {loss:.4f}{perturbed} lr {lr:.4g}{rho} {speed:.0f} img/s data {100 * waited:.0f}%{skipped}"
         if self._bar is not None:
             self._bar.set_postfix_str(values)
         pace = (time.monotonic() - self._first_epoch) / max(self._updates, 1)  # validation included
@@ -197,12 +188,13 @@ class RunLogger:
 
     def log_images(self, batch: Tensor) -> None:
         """The run's first input batch to TensorBoard; with --save-images also one per log interval to a file."""
-        if not self.dist_info.is_rank_zero:
+        if not self._writes:
             return
-        if self._tensorboard is not None and not self._images_logged:
+        tensorboard = self._trackers.get("tensorboard")
+        if isinstance(tensorboard, TensorBoard) and not self._images_logged:
             self._images_logged = True
             grid = make_grid(batch[:16].detach().float().cpu(), nrow=4, normalize=True)
-            self._tensorboard.add_image("input", grid, self.run.update)
+            tensorboard.writer.add_image("input", grid, self.run.update)
         if self.config.save_images and self.run.progress.updates % self.config.log_interval == 0:
             path = self.directory / f"train-batch-{self.run.update}.jpg"
             save_image(batch.detach().float().cpu(), path, padding=0, normalize=True)
@@ -211,7 +203,7 @@ class RunLogger:
 
     def log_epoch(self, train: Metrics, evaluated: dict[str, float] | None) -> None:
         """A row of summary.csv, a log line, metrics to the trackers, normalization parameters as histograms."""
-        if not self.dist_info.is_rank_zero:
+        if not self._writes:
             return
         row: Metrics = {"epoch": self.run.progress.epoch}
         row |= {f"train_{name}": value for name, value in train.items()}
@@ -220,27 +212,24 @@ class RunLogger:
         append_summary(self.directory / "summary.csv", self.run.progress.epoch, row)
         step = (self.run.progress.epoch + 1) * self.run.updates_per_epoch
         self._track(row | {f"eval/{name}": value for name, value in (evaluated or {}).items()}, step)
-        if self._tensorboard is not None:
-            self._log_histograms(self._tensorboard, step)
+        tensorboard = self._trackers.get("tensorboard")
+        if isinstance(tensorboard, TensorBoard):
+            for depth, (name, parameter) in enumerate(norm_parameters(self.run.model).items()):
+                if bool(parameter.isfinite().all()):
+                    tag = f"{'gamma' if name.endswith('weight') else 'beta'}/{depth:03d} {name}"
+                    tensorboard.writer.add_histogram(tag, parameter.detach().float().cpu(), step)
+            tensorboard.writer.flush()
         log.info(" ".join(f"{k} {v:{metric_format(k)}}" for k, v in row.items() if v is not None).capitalize())
-
-    def _log_histograms(self, writer: "SummaryWriter", step: int) -> None:
-        for depth, (name, parameter) in enumerate(norm_parameters(self.run.model).items()):
-            kind = "gamma" if name.endswith("weight") else "beta"
-            if bool(parameter.isfinite().all()):
-                value = parameter.detach().float().cpu()
-                writer.add_histogram(f"{kind}/{depth:03d} {name}", value, step)
-        writer.flush()
 
     def last_epoch(self) -> Metrics:
         """Metrics of the last epoch in summary.csv."""
-        rows = summary_rows(self.directory / "summary.csv") if self.dist_info.is_rank_zero else []
+        rows = summary_rows(self.directory / "summary.csv") if self._writes else []
         row: Metrics = {key: float(value) for key, value in rows[-1].items() if value and key != "lr"} if rows else {}
         return row | ({"epoch": int(rows[-1]["epoch"])} if rows else {})
 
     def finish(self, metrics: Metrics) -> None:
         """Write run.json; print where the results are, what to do next, and the metrics as the last line of stdout."""
-        if not self.dist_info.is_rank_zero:
+        if not self._writes:
             return
         self._completed = True
         if self._bar is not None:
@@ -253,12 +242,33 @@ class RunLogger:
         print(f"Next         {VALIDATE.get(program(), 'python validate.py')} --checkpoint {where}")
         print(f"             samon-report {where} -o report.html\n")
         seconds = round(time.monotonic() - self.start, 1)
-        content = run_record(self.config, self.dist_info.size, metrics, seconds)
-        done = self.run.progress.epoch - self.run.start
-        content |= {"updates": done * self.run.updates_per_epoch, "step_flops": step_flops(self.run)}
-        content["micro_batches"] = done * len(self.run.train_loader)
-        write_text(self.directory / "run.json", json.dumps(content, indent=1) + "\n")
+        record = {"metrics": metrics, "seconds": seconds} | self._record()
+        write_text(self.directory / "run.json", json.dumps(record, indent=1) + "\n")
         print(json.dumps({**metrics, "output": str(self.directory), "seconds": seconds}), flush=True)
+
+    def _record(self) -> dict[str, object]:
+        """How the run was made and what it cost, for `samon-report`.
+
+        `cpu_seconds` is the processor time of rank 0 and its ended children; if `resumed`, since the last start only.
+        """
+        run, cpuinfo, names = self.run, Path("/proc/cpuinfo"), []
+        if cpuinfo.exists():
+            names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        epochs = run.progress.epoch - run.start
+        return {
+            "cpu_seconds": round(sum(os.times()[:4]), 2),
+            "resumed": self.resumed,
+            "command": f"{program()} {shlex.join(sys.argv[1:])}".rstrip(),
+            "recipe": self.config.config,
+            "processes": run.dist_info.size,
+            "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+            "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus},
+            "updates": epochs * run.updates_per_epoch,
+            "step_flops": step_flops(run),
+            "micro_batches": epochs * len(run.train_loader),
+        }
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
@@ -273,33 +283,14 @@ def summary_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_summary(path: Path, epoch: int, row: Metrics) -> None:
-    """Add the row of an epoch; remove rows of this epoch and later, left by an earlier attempt."""
+    """Add the row of an epoch; remove rows of this epoch and later, left by an earlier attempt.
+
+    Unlike timm's `update_summary`, which appends, it replaces the file atomically and keeps columns of earlier rows.
+    """
     earlier = [old for old in summary_rows(path) if int(old["epoch"]) < epoch]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(row), extrasaction="ignore", lineterminator="\r\n")
+    columns = dict.fromkeys([*(earlier[0] if earlier else ()), *row])
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\r\n")
     writer.writeheader()
     writer.writerows([*earlier, row])
     write_text(path, text.getvalue())
-
-
-def run_record(config: Config, processes: int, metrics: Metrics, seconds: float) -> dict[str, object]:
-    """How a run was made and what it cost, for `samon-report`.
-
-    `cpu_seconds` is the processor time of rank 0 and its ended children; if `resumed`, since the last start only.
-    """
-    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "metrics": dict(metrics),
-        "seconds": seconds,
-        "cpu_seconds": round(sum(os.times()[:4]), 2),
-        "resumed": bool(config.resume),
-        "command": f"{program()} {shlex.join(sys.argv[1:])}".rstrip(),
-        "recipe": config.config,
-        "processes": processes,
-        "versions": {"samon": samon.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
-        "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count(), "gpus": gpus},
-    }

@@ -61,9 +61,9 @@ def fit(
             meter, timer = Meter(progress), Timer(progress, run.images_per_sample)
             logger.start_epoch()
             for batches, count in updates(run, timer, logger, rng):
-                perturb = takes_two_passes(run)
+                perturb = run.update in run.two_pass_updates
                 set_rho(run)
-                hand_over(run)
+                replace_base(run)
                 values, images = compute_gradient(run, batches, count, perturb)
                 values["grad_norm"], applied = apply_gradient(run)
                 meter.add(images, values, applied)
@@ -117,8 +117,6 @@ def naming_last_checkpoint(checkpoints: CheckpointManager) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if checkpoints.last_good is None:
-            raise
         raise DataError(f"{error}; {checkpoints.describe_last_good()}") from error
     except (WorkerError, FloatingPointError) as error:
         raise RunError(f"{error}; {checkpoints.describe_last_good()}") from error
@@ -134,11 +132,8 @@ def updates(run: Run, timer: Timer, logger: RunLogger, rng: Tree | None) -> Iter
     """For each update from `run.progress` to the end of the epoch, its micro-batches and their number."""
     config, loader, progress = run.config, run.train_loader, run.progress
     loader.set_epoch(progress.epoch, progress.samples)
-    mixing = not config.mixup_off_epoch or progress.epoch < config.mixup_off_epoch
-    if run.mixup is not None:
-        run.mixup.mixup_enabled = mixing
-    elif not mixing:
-        loader.mixup_enabled = False
+    if config.mixup_off_epoch and progress.epoch >= config.mixup_off_epoch:
+        (run.mixup or loader).mixup_enabled = False
     left = len(loader) - progress.samples // (config.batch_size * run.dist_info.size)
     batches = timer.timed(loader)
     while left > 0:
@@ -167,11 +162,6 @@ def to_device(run: Run, images: Tensor, target: Tensor) -> Batch:
 # --- an update ------------------------------------------------------------------------------------------------------
 
 
-def takes_two_passes(run: Run) -> bool:
-    """Whether the next update perturbs the weights."""
-    return run.update in run.two_pass_updates
-
-
 def set_rho(run: Run) -> None:
     """Set rho of the next update (--rho-sched)."""
     if run.sam is not None and run.rho_schedule is not None:
@@ -179,7 +169,7 @@ def set_rho(run: Run) -> None:
         run.sam.rho = run.rho_schedule.at(run.update, group["lr"] / group.get("lr_scale", 1.0))
 
 
-def hand_over(run: Run) -> None:
+def replace_base(run: Run) -> None:
     """Replace the base optimizer in the first update of the tail (--tail-opt)."""
     config, sam = run.config, run.sam
     if sam is None or run.tail is None or config.tail_opt is None or sam.replacement is not None:

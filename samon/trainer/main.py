@@ -63,9 +63,9 @@ def train(config: Config) -> Generator[Update, None, Metrics]:
         rank_zero_only(dist_info, lambda: prepare_run_dir(run_dir, run.config))
         if dist_info.is_rank_zero:
             at_end.callback(restore_overwritten, run_dir.path)
-        logger = RunLogger(run, run_dir.path, early.buffer, start)
+        logger = RunLogger(run, run_dir, early.buffer, start)
         at_end.callback(logger.close)
-        rank_zero_only(dist_info, lambda: logger.start_trackers(resumed=run_dir.source is not None))
+        rank_zero_only(dist_info, logger.start_trackers)
         logger.log_setup()
         metrics = yield from fit(run, checkpoints, signals, logger, rng)
         checkpoints.finish()

@@ -1,6 +1,7 @@
 """Restoring a run from a checkpoint: weights, optimizer, schedule, random state, and the position in the data."""
 
 import logging
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from samon.data.stream import ReaderLayout, ShardStream
-from samon.errors import UserError, error_line
+from samon.errors import UserError, reraise_as_user_error
 from samon.registry import base_of
 from samon.trainer import fsdp
 from samon.trainer.apply import parameters
@@ -34,8 +35,11 @@ TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
 START_ANEW = "add the flags it was made with (--opt, --tail-opt), or --no-resume-opt for a new optimizer state"
 
 
-def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
+def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree | None]:
     """Restore a run, with its position, from a checkpoint.
+
+    Args:
+        started: identifies this run. --start-epoch sets the position if the checkpoint is of another one.
 
     Returns:
         The checkpoint's content, and this process's random state, which is to be set before the next update (None if
@@ -50,7 +54,9 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
     if changed and run.dist_info.is_rank_zero:
         text = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         log.warning("settings differ from those in %s: %s", source, text)
-    try:
+    writer = f"--model {state.args.get('model')} --opt {state.args.get('opt')}"
+    flags = f"--model {config.model} --opt {config.opt}"
+    with reraise_as_user_error(f"{source} does not fit {flags} (it was written by {writer})"):
         _load_model(run, run.model, state.state_dict)
         if run.ema is not None:
             _load_model(run, run.ema.module, state.state_dict_ema or state.state_dict)
@@ -59,17 +65,11 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
                 load_optimizer(run, source, state, changed)
             if run.scaler is not None and state.amp_scaler is not None:
                 run.scaler.load_state_dict(state.amp_scaler)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{source} does not fit --model {config.model} --opt {config.opt} (it was written by --model "
-            f"{state.args.get('model')} --opt {state.args.get('opt')}): {error_line(error)}"
-        ) from None
-    if config.start_epoch is None:
+    if config.start_epoch is None or state.started == started:
         run.progress = state.progress.next_epoch() if state.progress.epoch_done else state.progress
         _count_samples(state)
     random_state = _restore_rank(run, state.ranks)
+    _count_updates(run)
     if run.sam is not None and run.sam.replacement is not None and run.tail is not None and run.update not in run.tail:
         raise UserError(
             f"{source} has the state of --tail-opt {config.tail_opt}, and the run would continue at update "
@@ -84,9 +84,9 @@ def restore_run(run: Run, source: Path) -> tuple[TrainState, Tree | None]:
 
 def _sharded_layout(run: Run) -> dict[str, Tensor]:
     layout = {f"optimizer/{index}": p for index, p in enumerate(parameters(run.optimizer))}
-    for tree, model in (("state_dict", run.model), ("state_dict_ema", run.ema and run.ema.module)):
-        layout |= {f"{tree}/{name}": t for name, t in model.state_dict().items()} if model is not None else {}
-    return layout
+    layout |= {f"state_dict/{name}": t for name, t in run.model.state_dict().items()}
+    average = {} if run.ema is None else run.ema.module.state_dict()
+    return layout | {f"state_dict_ema/{name}": t for name, t in average.items()}
 
 
 def _load_model(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -137,24 +137,15 @@ def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collectio
     same_sizes = [len(group["params"]) for group in old_groups] == [len(group["params"]) for group in groups]
     if stored.get("groups", current["groups"]) != current["groups"] or not same_sizes:
         raise UserError(
-            f"{source} has an optimizer state of other groups of parameters{_first_change(stored, current)}, as "
-            f"--freeze, --layer-decay or the weight decay make them; {START_ANEW}"
+            f"{source} has an optimizer state of other groups of parameters, as --freeze, --layer-decay or the weight "
+            f"decay make them; {START_ANEW}"
         )
     trained = TRAINED_KEYS - {"lr"} if "lr" in changed else TRAINED_KEYS
-    merged = [
-        old | {key: value for key, value in group.items() if key not in trained}
-        for old, group in zip(old_groups, groups, strict=True)
-    ]
-    optimizer = {**optimizer, "param_groups": merged}
+    options = [{key: value for key, value in group.items() if key not in trained} for group in groups]
+    optimizer = {**optimizer, "param_groups": [old | own for old, own in zip(old_groups, options, strict=True)]}
     if run.sam is not None and run.sam.replacement is None:  # then the base is --opt's, at the schedule's learning rate
         optimizer.pop("replacement", None)
     run.optimizer.load_state_dict(fsdp.shard_optimizer(optimizer, run.optimizer) if run.config.fsdp else optimizer)
-
-
-def _first_change(stored: Tree, current: Tree) -> str:
-    old, new = ({n: i for i, names in enumerate(tree.get("groups", [])) for n in names} for tree in (stored, current))
-    moved = [name for name in new | old if old.get(name) != new.get(name)]
-    return f" ({moved[0]} and {len(moved) - 1} others moved)" if old and moved else ""
 
 
 # --- position ---------------------------------------------------------------------------------------------------------
@@ -166,6 +157,13 @@ def _count_samples(state: TrainState) -> None:
     batch = state.args.get("batch_size", 0) * state.args.get("grad_accum_steps", 1) * len(state.ranks)
     if splits > 1 and 0 < progress.updates * batch * splits <= progress.samples:
         progress.samples //= splits
+
+
+def _count_updates(run: Run) -> None:
+    """Derive the updates of the epoch from its samples; --batch-size and the processes may have changed since."""
+    config, loader, progress = run.config, run.train_loader, run.progress
+    left = len(loader) - progress.samples // (config.batch_size * run.dist_info.size)
+    progress.updates = run.updates_per_epoch - math.ceil(max(0, left) / config.grad_accum_steps)
 
 
 def _restore_rank(run: Run, ranks: list[Tree]) -> Tree | None:
@@ -182,7 +180,6 @@ def _restore_rank(run: Run, ranks: list[Tree]) -> Tree | None:
             f"The state was saved by {len(ranks)} processes and continues on {dist_info.size}: the epoch resumes after "
             f"{progress.samples} samples, but the order of samples and the random numbers differ"
         )
-        progress.updates = progress.samples // (dist_info.size * run.config.batch_size * run.config.grad_accum_steps)
     random_seed(run.config.seed + progress.epoch, dist_info.rank)
     return None
 

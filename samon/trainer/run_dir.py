@@ -42,8 +42,8 @@ def find_run_dir(config: Config) -> RunDir:
     restarted = bool(previous_restart) and previous_restart == restart_id()
     old = path / OVERWRITTEN
     if old.is_dir() and not (restarted or config.overwrite or list_states(path)):
-        raise UserError(f"{old} holds the run that --overwrite would have replaced; move its files back to {path}, or "
-                        "give --overwrite again")  # fmt: skip
+        text = f"{old} holds the run that --overwrite would have replaced; move its files back to {path}, or"
+        raise UserError(f"{text} give --overwrite again")
     source = find_newest(path, started) if restarted or config.resume == AUTO else None
     same_run = restarted or source is not None
     if source is None:
@@ -53,12 +53,11 @@ def find_run_dir(config: Config) -> RunDir:
         if config.resume and config.resume != AUTO:
             source = _resolve_resume(config.resume)
             same_run = source.parent.resolve() == path.resolve()
-            started = load_state(source).started if same_run else None
+            if same_run and config.start_epoch is None:  # one that goes back leaves later states, of another run
+                started = load_state(source).started
     if not same_run and not config.overwrite and (states := list_states(path)):
-        raise UserError(
-            f"{path} holds a run ({states[0].name}); --resume {path} continues it, --overwrite starts over, "
-            "another --experiment keeps both"
-        )
+        text = f"{path} holds a run ({states[0].name}); --resume {path} continues it, --overwrite starts over,"
+        raise UserError(f"{text} another --experiment keeps both")
     check_writable("--output", path / ARGS if path.is_dir() else path)
     return RunDir(path, started or datetime.datetime.now().isoformat(), source, same_run)
 
@@ -151,16 +150,13 @@ def _choose_path(config: Config) -> Path:
 
 def _read_header(path: Path) -> tuple[str | None, str]:
     """(when the run was started, its restart id), from the first line of args.yaml."""
-    try:
-        match = re.match(r"# started (\S+) *(\S*)", (path / ARGS).read_text())
-    except OSError:
-        match = None
-    return (match.group(1), match.group(2)) if match else (None, "")
+    text = (path / ARGS).read_text() if (path / ARGS).is_file() else ""
+    match = re.match(r"# started (\S+) *(\S*)", text)
+    return (match[1], match[2]) if match else (None, "")
 
 
 def _run_files(path: Path) -> list[Path]:
     """Everything that a run writes to its directory."""
-    names = ("summary.csv", "log.txt", "run.json", "tb", "train-batch-*.jpg", ARGS)
-    return [
-        file for name in (*names, *(f"*{suffix}" for suffix in (SUFFIX, *DCP_SUFFIXES))) for file in path.glob(name)
-    ]
+    names = ["summary.csv", "log.txt", "run.json", "tb", "train-batch-*.jpg", ARGS]
+    names += [f"*{suffix}" for suffix in (SUFFIX, *DCP_SUFFIXES)]
+    return [file for name in names for file in path.glob(name)]

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from samon.data.corrupt import WorkerError
-from samon.errors import RunError, Stopped
+from samon.errors import Stopped
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.distributed import gloo_group
 
 FAULT = 255  # by which the processes tell each other of a fault; larger than the number of any signal
 # Windows has no SIGUSR1.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 T = TypeVar("T")
 
 
@@ -32,11 +32,10 @@ class SignalHandler:
     def __init__(self, minutes: float = 0.0) -> None:
         """`minutes`: interval of the timed saves; 0 for none."""
         self.signum = 0
-        self.fault: RunError | None = None
+        self.fault: WorkerError | None = None
         self.group = gloo_group()
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
-        self._period = minutes * 60
-        self._saved = time.monotonic()
+        self._period, self._saved = minutes * 60, time.monotonic()  # seconds
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -52,7 +51,7 @@ class SignalHandler:
             with contextlib.suppress(RuntimeError):  # the other processes may be gone: another error says why
                 self._pending[1].wait()
 
-    def fail(self, error: RunError) -> None:
+    def fail(self, error: WorkerError) -> None:
         """Let all processes save and end because of an error of this one, as they do after a signal."""
         self.fault = error
         self.signum = self.signum or FAULT
@@ -62,7 +61,7 @@ class SignalHandler:
         checkpoints.wait()
         if signum != FAULT:
             raise Stopped(signum, f"continue with --resume {checkpoints.directory}")
-        raise RunError(f"{self.fault or 'another process failed'}; {checkpoints.describe_last_good()}")
+        raise self.fault or WorkerError("another process failed")
 
     def poll(self) -> tuple[int, bool]:
         """`(signal to stop for or 0, whether a timed save is due)`, the same on all processes; call after an update."""

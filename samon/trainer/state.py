@@ -125,13 +125,16 @@ def load_state(path: Path, flag: str = "--resume") -> TrainState:
     content = load_file(file, flag)
     if "state_dict" not in content:
         raise UserError(f"{path} is not a training checkpoint: it has no 'state_dict'; use one written by train.py")
-    return TrainState.from_dict(content)
+    try:
+        return TrainState.from_dict(content)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error_line(error)}); use another one") from None
 
 
 def list_states(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, of any run."""
-    sharded = [path for suffix in DCP_SUFFIXES for path in directory.glob(f"*{suffix}")]
-    return sorted([*directory.glob(f"*{SUFFIX}"), *(path for path in sharded if (path / ".metadata").is_file())])
+    paths = sorted(path for suffix in (SUFFIX, *DCP_SUFFIXES) for path in directory.glob(f"*{suffix}"))
+    return [path for path in paths if path.suffix not in DCP_SUFFIXES or (path / ".metadata").is_file()]
 
 
 def find_newest(directory: Path, started: str | None = None) -> Path | None:
@@ -140,20 +143,17 @@ def find_newest(directory: Path, started: str | None = None) -> Path | None:
     Args:
         started: consider only the run that this identifies (`TrainState.started`).
     """
-    usable: list[tuple[tuple[int, bool, int], Path]] = []
-    for path in sorted(path for suffix in (SUFFIX, *DCP_SUFFIXES) for path in directory.glob(f"*{suffix}")):
+    usable: dict[Path, tuple[int, bool, int]] = {}
+    for path in list_states(directory):
         try:
             state = load_state(path, "")
             if state.samon != FORMAT:
                 raise UserError(f"{path} is not a training state of this program")
             if started in (None, state.started):
-                position = state.progress
-                usable.append(((position.epoch, position.epoch_done, position.updates), path))
+                usable[path] = state.progress.epoch, state.progress.epoch_done, state.progress.updates
         except UserError as error:
             log.warning("Skipped: %s", error)
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-            log.warning("Skipped: %s is damaged (%s)", path, error)
-    return max(usable, key=lambda pair: pair[0], default=(None, None))[1]
+    return max(usable, key=usable.__getitem__, default=None)
 
 
 def stored_args(content: Tree) -> Tree:

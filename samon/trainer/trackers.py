@@ -1,4 +1,4 @@
-"""Experiment trackers (`--trackers`), each with three functions: start (the constructor), log and finish."""
+"""Experiment trackers (`--trackers`)."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ class TensorBoard:
     def __init__(self, config: Config, directory: Path, resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tb"), purge_step=None)
+        self.writer = SummaryWriter(str(directory / "tb"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -46,15 +46,9 @@ class Wandb:
     def __init__(self, config: Config, directory: Path, resumed: bool) -> None:
         import wandb
 
-        run_id = config.wandb_resume_id
-        self.run = wandb.init(
-            project=config.wandb_project,
-            name=directory.name,
-            config=vars(config),
-            tags=config.wandb_tags,
-            resume="must" if run_id else None,
-            id=run_id or None,
-        )
+        resume = {"resume": "must", "id": config.wandb_resume_id} if config.wandb_resume_id else {}
+        run = {"project": config.wandb_project, "name": directory.name, "tags": config.wandb_tags}
+        self.run = wandb.init(config=vars(config), **run, **resume)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)

@@ -1,7 +1,6 @@
 """A run's checkpoint brings along all that its figure depends on; checkpoints of earlier versions still serve."""
 
-import csv
-import json
+import errno
 import logging
 import shlex
 import shutil
@@ -9,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from samon import UserError
 from samon.cli.validate import main as validate
 from samon.cli.validate import parse
+from samon.errors import RunError, UserError
+from samon.trainer import checkpoint, loop
+from samon.trainer.logging import summary_rows
 from samon.trainer.main import main as train
-from samon.trainer.state import load_state, validated_with_ema
-from tests.runs import BASE, ROOT, last, run
+from samon.trainer.state import TrainState, load_state
+from tests.runs import BASE, ROOT, run
 
 OLD = Path(__file__).parent / "runs_of_format_1"  # written before training and evaluation shared their entrance
 QUIET = ["--workers", "0", "--device", "cpu"]
@@ -23,11 +25,6 @@ QUIET = ["--workers", "0", "--device", "cpu"]
 
 def figures(*argv: str) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in validate([*argv, *QUIET])}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --- the printed command --------------------------------------------------------------------------------------------
@@ -53,7 +50,7 @@ def test_the_printed_command_reproduces_the_figure(
     assert 0 <= found.pop("ece") <= 100  # which training does not compute
     best = {key: metrics[f"eval_{key}"] for key in ("top1", "top5", "loss")}
     if metrics["best_epoch"] != metrics["epoch"]:
-        row = rows(tmp_path / "run/summary.csv")[metrics["best_epoch"]]
+        row = summary_rows(tmp_path / "run/summary.csv")[metrics["best_epoch"]]
         best = {key: float(row[f"eval_{key}"]) for key in best}
     # the loss is summed in another order; top-1 and top-5 are counts
     assert found == {"top1": best["top1"], "top5": best["top5"], "loss": pytest.approx(best["loss"], rel=1e-4)}
@@ -71,15 +68,6 @@ def test_the_average_is_scored_where_it_decided(tmp_path: Path, caplog: pytest.L
         parse(["--checkpoint", str(directory), "--use-ema", "--no-ema"])
 
 
-def test_an_average_that_was_not_validated_is_not_scored(tmp_path: Path) -> None:
-    _, directory = run(tmp_path, "--opt", "sgd", "--model-ema", "--model-ema-force-cpu")
-    content = last(directory)
-    assert "state_dict_ema" in content
-    assert not validated_with_ema(content)
-    (job,) = parse(["--checkpoint", str(directory)])
-    assert (job.use_ema, job.checkpoint) == (False, str(directory / "model_best.pth.tar"))
-
-
 def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
     _, directory = run(tmp_path, "--opt", "sgd", "--amp", "--amp-dtype", "bfloat16")
     (job,) = parse(["--checkpoint", str(directory), "--mean", "0.9", "--split", "train"])
@@ -92,12 +80,30 @@ def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
         parse(["--checkpoint", str(directory), "--evals", "feature_rank", "--amp"])
 
 
+# --- sharded checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_sharded_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no `last` beside it while the run goes on. An incomplete one is not named as the last good one."""
+    monkeypatch.setattr(loop, "validate", lambda *_: dict.fromkeys(("loss", "top1", "top5"), 1.0))
+    args = ["--opt", "sgd", "--epochs", "2", "--checkpoint-format", "dcp", "--checkpoint-hist", "1"]
+    _, directory = run(tmp_path, *args)
+    assert {path.name for path in directory.glob("*.dcp")} == {"checkpoint-0.dcp", "checkpoint-1.dcp"}
+    assert [load_state(directory / f"{name}.pth.tar").epoch for name in ("model_best", "last")] == [0, 1]
+
+    def fail(state: TrainState, path: Path, group: object) -> None:
+        path.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_sharded", fail)
+    with pytest.raises(RunError, match="No space left on device; no checkpoint was written before it"):
+        run(tmp_path, *args, name="full")
+
+
 # --- args.yaml ------------------------------------------------------------------------------------------------------
 
 
 def test_args_yaml_says_what_ran(tmp_path: Path) -> None:
-    import yaml
-
     args = ["--opt", "samon", "--num-classes", "10", "--lr-base", "0.3", "--perturb", "layer4|stages.3|blocks.1"]
     argv = [word for word in BASE if word not in ("--lr", "0.05")]
     metrics = train([*argv, "--output", str(tmp_path), "--experiment", "a", *args, "--grad-checkpointing"])
@@ -110,15 +116,13 @@ def test_args_yaml_says_what_ran(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import samon.files
-
     _, directory = run(tmp_path, "--opt", "sgd")
     before = (directory / "args.yaml").read_bytes()
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(samon.files.os, "replace", dies)
+    monkeypatch.setattr("samon.files.os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "--opt", "sgd", "--epochs", "2", "--resume", str(directory))
     assert (directory / "args.yaml").read_bytes() == before
@@ -130,7 +134,7 @@ def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeyp
 def test_an_old_checkpoint_still_validates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the version before: 2 epochs on 256 images, validated on the first 200 by the averaged weights."""
     monkeypatch.chdir(ROOT)
-    last = rows(OLD / "ema/summary.csv")[-1]
+    last = summary_rows(OLD / "ema/summary.csv")[-1]
     found = figures("--checkpoint", str(OLD / "ema"))
     # other releases of torch round differently; a figure of other weights is 11 points away
     assert found["top1"] == pytest.approx(float(last["eval_top1"]), abs=1.0)
@@ -146,8 +150,8 @@ def test_an_old_mid_epoch_state_still_resumes(tmp_path: Path, monkeypatch: pytes
     directory = tmp_path / "mid"
     shutil.copytree(OLD / "mid", directory)
     settings = ["-c", str(directory / "args.yaml"), "--output", str(tmp_path), "--experiment", "mid"]
-    metrics = json.loads(json.dumps(train([*settings, "--resume", str(directory)])))
-    whole = rows(OLD / "mid/whole_summary.csv")[-1]
+    metrics = train([*settings, "--resume", str(directory)])
+    whole = summary_rows(OLD / "mid/whole_summary.csv")[-1]
     for key in ("train_loss", "train_loss_perturbed", "eval_loss"):
         assert metrics[key] == pytest.approx(float(whole[key]), rel=1e-4)
     assert torch.load(directory / "last.pth.tar", weights_only=True)["progress"]["epoch"] == 1

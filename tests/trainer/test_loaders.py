@@ -13,6 +13,7 @@ from samon.trainer import build, config
 from samon.trainer.logging import RunLogger
 from samon.trainer.loop import updates
 from samon.trainer.meter import Timer
+from samon.trainer.run_dir import RunDir
 from samon.trainer.state import Progress
 from tests.runs import BASE, CPU, built
 from tests.sets import write_set
@@ -22,7 +23,7 @@ def batches(tmp_path: Path, *args: str, epochs: int = 1) -> list[tuple[Tensor, T
     """The training batches of the first epochs as the model sees them."""
     torch.manual_seed(42)
     run = built(*args)
-    logger = RunLogger(run, tmp_path)
+    logger = RunLogger(run, RunDir(tmp_path))
     found: list[tuple[Tensor, Tensor]] = []
     for epoch in range(epochs):
         run.progress = Progress(epoch=epoch)

@@ -1,12 +1,12 @@
 """What a run writes: files, TensorBoard, log lines and progress bars."""
 
-import csv
 import io
 import json
 import os
 import pty
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,17 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samon.trainer import config
-from samon.trainer.logging import RunLogger
+from samon.trainer.logging import RunLogger, summary_rows
+from samon.trainer.run_dir import RunDir
 from tests.runs import built, last_line, run
+
+
+def read_events(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory / "tb")).Reload()
+
+
+def scalars(directory: Path, name: str) -> list[float]:
+    return [event.value for event in read_events(directory).Scalars(f"train/{name}")]
 
 
 def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +43,7 @@ def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     images = {f"train-batch-{update}.jpg" for update in (0, 2, 4, 6)}  # one per log interval
     assert {path.name for path in directory.iterdir()} == {*names.split(), *images, "run.json"}
     assert "eval_top1" in (directory / "log.txt").read_text()
-    table = list(csv.DictReader((directory / "summary.csv").read_text().splitlines()))
+    table = summary_rows(directory / "summary.csv")
     columns = "epoch,train_loss,train_loss_perturbed,eval_loss,eval_top1,eval_top5,lr"
     assert ",".join(table[0]) == columns
     assert float(table[1]["eval_top1"]) == metrics["eval_top1"]
@@ -42,22 +51,20 @@ def test_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     saved = yaml.safe_load((directory / "args.yaml").read_text())
     assert saved["opt"] == "samon"
     assert saved.keys() >= config.FLAGS.keys() - {"config", "print_config", "data"}
-    check_tensorboard(directory / "tb")
+    check_tensorboard(directory)
 
 
 def check_tensorboard(directory: Path) -> None:
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    tags = events.Tags()
+    tags = read_events(directory).Tags()
     train = "loss loss_perturbed sharpness eps_norm ascent_grad_norm grad_norm lr rho images_per_second data_wait "
     train += "skipped_steps skipped_samples"
     evaluated = {f"eval/{name}" for name in ("loss", "top1", "top5", "num_samples")}
     assert set(tags["scalars"]) == {f"train/{name}" for name in train.split()} | evaluated
     assert tags["images"] == ["input"]
-    assert sum(tag.startswith("gamma/") for tag in tags["histograms"]) == 15
-    assert sum(tag.startswith("beta/") for tag in tags["histograms"]) == 15
+    for kind in ("gamma/", "beta/"):
+        assert sum(tag.startswith(kind) for tag in tags["histograms"]) == 15
     names = ("loss", "loss_perturbed", "sharpness", "eps_norm")
-    value = {name: events.Scalars(f"train/{name}")[-1].value for name in names}
+    value = {name: scalars(directory, name)[-1] for name in names}
     assert value["sharpness"] == pytest.approx(value["loss_perturbed"] - value["loss"], rel=1e-4)
     assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
 
@@ -68,21 +75,16 @@ SOME_UPDATES = ["--sam-every 2", "--sam-tail 0.4", "--ascent looksam:2 --grad-ac
 @pytest.mark.parametrize("args", SOME_UPDATES)
 def test_the_sharpness_is_that_of_the_updates_with_two_passes(args: str, tmp_path: Path) -> None:
     """A plain update's loss would change it by far more than L(w + eps) - L(w)."""
-    events = {}
-    for interval in ("1", "4"):
-        words = ["--opt", "samon", "--rho", "0.005", *args.split(), "--val-split", ""]
-        _, directory = run(tmp_path, *words, "--log-interval", interval, name=interval)
-        events[interval] = EventAccumulator(str(directory / "tb")).Reload()
-    each = [event.value for event in events["1"].Scalars("train/sharpness")]
+    words = ["--opt", "samon", "--rho", "0.005", *args.split(), "--val-split", "", "--log-interval"]
+    each, (mean,) = (scalars(run(tmp_path, *words, n, name=n)[1], "sharpness") for n in ("1", "4"))
     assert len(each) == (2 if args else 4)
-    (mean,) = [event.value for event in events["4"].Scalars("train/sharpness")]
     assert mean == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
 @pytest.mark.parametrize("args", ["--ascent-fraction 0.5", "--ascent-size 24", "--ascent previous"])
 def test_no_sharpness_where_the_losses_are_of_different_images(args: str, tmp_path: Path) -> None:
     _, directory = run(tmp_path, "--opt", "samon", *args.split(), "--val-split", "", "--log-interval", "2")
-    tags = EventAccumulator(str(directory / "tb")).Reload().Tags()["scalars"]
+    tags = read_events(directory).Tags()["scalars"]
     assert "train/loss" in tags
     assert ("train/loss_perturbed" in tags) == ("previous" not in args)
     assert not {"train/sharpness", "train/loss_two_pass"}.intersection(tags)
@@ -91,10 +93,8 @@ def test_no_sharpness_where_the_losses_are_of_different_images(args: str, tmp_pa
 def test_rho_and_the_learning_rate_of_the_tail_are_logged(tmp_path: Path) -> None:
     args = "--opt samon --sam-tail 0.5 --tail-opt lion --tail-lr 0.25 --sched none --rho-sched linear --rho-warmup 2"
     _, directory = run(tmp_path, *args.split(), "--log-interval", "1", "--val-split", "")
-    events = EventAccumulator(str(directory / "tb")).Reload()
-    assert [event.value for event in events.Scalars("train/rho")] == [0, 0, 0, 0.25]
-    rates = [event.value for event in events.Scalars("train/lr")]
-    assert rates == pytest.approx([0.05, 0.05, 0.0125, 0.0125])
+    assert scalars(directory, "rho") == [0, 0, 0, 0.25]
+    assert scalars(directory, "lr") == pytest.approx([0.05, 0.05, 0.0125, 0.0125])
     text = (directory / "log.txt").read_text()
     assert "lion takes over there, at 0.25 times the learning rate" in text
     assert "update 2, the start of the tail: --tail-opt lion replaces SGD, with the momentum of " in text
@@ -136,9 +136,6 @@ def test_a_terminal_without_rows_gets_lines(tmp_path: Path, monkeypatch: pytest.
     ("args", "warns"), [("--warmup-epochs 1", True), ("--warmup-epochs 1 --warmup-prefix", False), ("", False)]
 )
 def test_a_warm_up_that_never_ends(args: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = built(*args.split())
-    logger = RunLogger(made, tmp_path)
-    logger.log_setup()
-    logger.close()
-    said = "--warmup-epochs 1 of 1 epoch: the learning rate never reaches its schedule"
-    assert (said in caplog.text) is warns
+    with closing(RunLogger(built(*args.split()), RunDir(tmp_path))) as logger:
+        logger.log_setup()
+    assert ("--warmup-epochs 1 of 1 epoch: the learning rate never reaches its schedule" in caplog.text) is warns

@@ -3,6 +3,7 @@
 `tools/check_interruptions.py` runs the whole matrix; a few of its cells are here.
 """
 
+import itertools
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from samon.data import DataError
 from samon.errors import RunError, Stopped
-from samon.trainer.build import Run
 from samon.trainer.checkpoint import CheckpointManager
-from samon.trainer.state import Progress, find_newest, load_state
+from samon.trainer.state import find_newest, load_state
 from tests.disks import fill, small_disk
-from tests.runs import BASE, ROOT, OnUpdate, assert_same, last, run, stop_at, watch_batches, weights
+from tests.runs import BASE, ROOT, assert_same, at, last, run, stop_at, watch_batches, weights
 from tests.sets import write_set
 from tools import check_interruptions as matrix
 
@@ -86,15 +86,14 @@ def test_second_signal_exits_at_once(tmp_path: Path) -> None:
         "run_script(lambda: train(sys.argv[1:], slow))\n"
     )
     command = [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ENV)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
-    process.stdout.close()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ENV) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -119,10 +118,8 @@ def test_torchrun_restarts_from_the_last_state(tmp_path: Path) -> None:
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "run_script(lambda: train(sys.argv[1:], on_update))\n"
     )
-    flags = (
-        f"--opt samon --epochs 2 --device cpu -b 8 --checkpoint-interval 2 --model-ema --drop 0.1 --output {tmp_path}"
-    )
-    argv = [*BASE, *flags.split()]
+    flags = "--opt samon --epochs 2 --device cpu -b 8 --checkpoint-interval 2 --model-ema --drop 0.1"
+    argv = [*BASE, *flags.split(), "--output", str(tmp_path)]
     torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", "1", str(script), *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
@@ -138,9 +135,12 @@ def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--checkpoint-interval in minutes: here a thousandth of a second, so after every update."""
     saved: list[int] = []
     original = CheckpointManager.save_recovery
-    monkeypatch.setattr(
-        CheckpointManager, "save_recovery", lambda self: (saved.append(self.run.progress.updates), original(self))[1]
-    )
+
+    def save_recovery(self: CheckpointManager) -> None:
+        saved.append(self.run.progress.updates)
+        original(self)
+
+    monkeypatch.setattr(CheckpointManager, "save_recovery", save_recovery)
     run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
     assert saved == [1, 2, 3]
     assert not list((tmp_path / "run").glob("recovery-*"))  # the epoch's checkpoint replaces them
@@ -180,14 +180,6 @@ def test_disk_full(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
-def at(epoch: int, updates: int, function: Callable[[], object]) -> OnUpdate:
-    def on_update(job: Run, progress: Progress, two_pass: bool) -> None:
-        if (progress.epoch, progress.updates) == (epoch, updates):
-            function()
-
-    return on_update
-
-
 @pytest.mark.filterwarnings("ignore:Exception in thread")
 @pytest.mark.parametrize("log_interval", [1, 50], ids=["in a log", "in a state"])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, log_interval: int) -> None:
@@ -207,19 +199,23 @@ def test_a_deleted_directory_ends_the_run_with_the_documented_status(tmp_path: P
         run(tmp_path, "--epochs", "3", on_update=on_update)
 
 
+def spoil_batches(monkeypatch: pytest.MonkeyPatch, value: float, numbers: Collection[int]) -> None:
+    """Fill the training batches of these numbers with a value."""
+    count = itertools.count()
+
+    def spoil(images: Tensor, target: Tensor) -> None:
+        if next(count) in numbers:
+            images.fill_(value)
+
+    watch_batches(monkeypatch, spoil)
+
+
 @pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
 def test_divergence_stops_with_the_last_good_checkpoint(
     extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""
-    seen: list[int] = []
-
-    def batch(images: Tensor, target: Tensor) -> None:
-        seen.append(len(images))
-        if sum(seen) > 64:  # from the second epoch on
-            images.fill_(float("nan"))
-
-    watch_batches(monkeypatch, batch)
+    spoil_batches(monkeypatch, float("nan"), range(4, 12))  # from the second epoch on
     with pytest.raises(RunError, match=r"3 updates in a row.*the last good checkpoint is .*last\.pth\.tar"):
         run(tmp_path, "--opt", "samon", "--epochs", "3", "--max-nonfinite-steps", "3", *extra)
     assert last(tmp_path / "run")["epoch"] == 0
@@ -241,16 +237,8 @@ def test_too_many_corrupt_samples_name_the_last_checkpoint(tmp_path: Path) -> No
 
 
 def test_a_single_bad_batch_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def batch(images: Tensor, target: Tensor) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            images.fill_(float("inf"))
-
-    args = ["--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit"]
-    watch_batches(monkeypatch, batch)
-    metrics, directory = run(tmp_path, *args)
+    spoil_batches(monkeypatch, float("inf"), [1])
+    metrics, directory = run(tmp_path, "--opt", "samon-adamw", "--bn-stats", "second", "--model", "test_vit")
     assert metrics["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(directory).values())
     assert metrics["train_loss"] == metrics["train_loss"]  # the skipped update is not in the mean
@@ -261,10 +249,8 @@ def test_two_agents_on_one_host(tmp_path: Path) -> None:
     """docs/multi_node.md: one torchrun per host; here both on this one. They train as two processes of one agent do."""
     argv = [*BASE, "--opt", "samon", "--device", "cpu", "-b", "8", "--global-batch-size", "16"]
     argv += ["--output", str(tmp_path), "--experiment", "nodes"]
-    nodes = (
-        f"--nnodes 2 --nproc-per-node 1 --rdzv-id t --rdzv-backend c10d --rdzv-endpoint localhost:{matrix.free_port()}"
-    )
-    command = [*TORCHRUN, *nodes.split(), str(ROOT / "train.py"), *argv]
+    nodes = "--nnodes 2 --nproc-per-node 1 --rdzv-id t --rdzv-backend c10d --rdzv-endpoint"
+    command = [*TORCHRUN, *nodes.split(), f"localhost:{matrix.free_port()}", str(ROOT / "train.py"), *argv]
     pipe, stdout = subprocess.PIPE, subprocess.STDOUT
     agents = [subprocess.Popen(command, stdout=pipe, stderr=stdout, text=True, env=ENV) for _ in range(2)]
     printed = [agent.communicate(timeout=200)[0] for agent in agents]
