@@ -1,19 +1,21 @@
 """A run that was stopped and resumed ends with bits identical to those of one that was not."""
 
 import argparse
+import json
 import shutil
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from samon.errors import UserError
-from samon.trainer import loop
+from samon.errors import Stopped, UserError
 from samon.trainer.build import Run
-from samon.trainer.flags import Settings
-from samon.trainer.state import Progress, find_newest
-from tests.runs import assert_same, last, run, run_stopped, weights
+from samon.trainer.config import parse
+from samon.trainer.logging import summary_rows
+from samon.trainer.main import train
+from samon.trainer.state import find_newest
+from tests.runs import BASE, assert_same, last, run, run_stopped, stop_at, weights
 
 CASES = {
     "sgd-ema": "--opt sgd --model-ema --model-ema-decay 0.9",
@@ -23,6 +25,8 @@ CASES = {
     "sam-host-mixup-erasing": "--opt sam --no-prefetcher --mixup 0.5 --reprob 0.5",
     "momentum-erasing-workers": "--opt samon-layerl2-momentum --reprob 0.5 -j 1",
     "masked": "--opt ssam-d --opt-kwargs mask_every=3",
+    "masked-by-epochs": "--opt ssam-d --sparsity 0.9 --mask-epochs 1",
+    "masked-by-fisher": "--opt ssam-f --sparsity 0.9 --mask-epochs 1 --fisher-samples 20",
     "lookahead": "--opt lookahead_samon-eleml2",
     "late-layers-replayed": "--opt samon --perturb layer4|stages.3 --same-noise --drop 0.1",
     "every-other": "--opt samon --sam-every 2 --sched wsd --sched-on-updates",
@@ -39,19 +43,29 @@ CASES = {
     "half-mixed": "--mixup 0.2 --mixup-mode half",
     "bf16-average": "--opt samon --model-dtype bfloat16 --model-ema --model-ema-decay 0.9",
     "fp16-scaler": "--opt samon --amp",
+    "first-and-last-update": "--opt samon --model-ema --drop 0.1",
+    # another optimizer takes over at update 2 of epoch 0
+    "sgd-muon": "--opt samon --tail-opt muon --sched-on-updates --weight-decay 0.1 --model-ema --model-ema-decay 0.9 "
+    "--sam-tail 0.75 --tail-lr 0.3",
+    "adamw-sgd": "--opt samon-adamw --lr 0.001 --tail-opt sgd --amp --sched none --grad-accum-steps 2 -b 8 "
+    "--sam-tail 0.75 --tail-lr 0.3",
+    "sgd-adamw": "--opt samon --tail-opt adamw --ascent msam --clip-grad 1 --layer-decay 0.7 --sam-tail 0.75",
 }
+# (epoch, updates) after which a case is stopped, if not at (1, 2)
+MOMENTS = {"first-and-last-update": [(0, 1), (0, 4)], "sgd-muon": [(0, 1), (0, 2), (0, 3), (1, 2)]}
+SLOW = {"adamw-sgd": [(0, 2), (0, 3)], "sgd-adamw": [(0, 2), (0, 3)]}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES])
 def test_stopped_within_an_epoch(case: str, tmp_path: Path) -> None:
     args = [*CASES[case].split(), "--epochs", "2"]
     _, whole = run(tmp_path, *args, name="whole")
-    stopped = run_stopped(tmp_path, 1, 2, *args)
-    assert find_newest(stopped) == stopped / "recovery-1-2.pth.tar"
-    metrics, _ = run(tmp_path, *args, "--resume", str(stopped), name="stopped")
-    assert metrics["epoch"] == 1
-    assert_same(weights(whole), weights(stopped))
-    assert (whole / "summary.csv").read_text() == (stopped / "summary.csv").read_text()
+    for epoch, updates in (MOMENTS | SLOW).get(case, [(1, 2)]):
+        stopped = run_stopped(tmp_path, epoch, updates, *args)
+        assert find_newest(stopped) == stopped / f"recovery-{epoch}-{updates}.pth.tar"
+        run(tmp_path, *args, "--resume", str(stopped), name="stopped")
+        assert_same(weights(whole), weights(stopped))
+        assert (whole / "summary.csv").read_text() == (stopped / "summary.csv").read_text()
 
 
 def test_a_state_that_counts_augmented_images_is_resumed_at_the_right_sample(tmp_path: Path) -> None:
@@ -67,42 +81,64 @@ def test_a_state_that_counts_augmented_images_is_resumed_at_the_right_sample(tmp
     assert_same(weights(whole), weights(tmp_path / "stopped"))
 
 
-@pytest.mark.parametrize("updates", [1, 4])
-def test_stopped_in_the_first_and_after_the_last_update(updates: int, tmp_path: Path) -> None:
-    args = ["--opt", "samon", "--epochs", "2", "--model-ema", "--drop", "0.1"]
-    _, whole = run(tmp_path, *args, name="whole")
-    stopped = run_stopped(tmp_path, 0, updates, *args)
-    run(tmp_path, *args, "--resume", str(stopped), name="stopped")
-    assert_same(weights(whole), weights(stopped))
+@pytest.mark.parametrize(
+    ("changed", "updates", "samples"),
+    [
+        ("-b 32", 2, 64),
+        ("-b 8", 8, 64),
+        ("-b 8 --grad-accum-steps 3", 3, 64),
+        ("-b 64 --in-memory --no-aug", 1, 96),  # whole batches: the first 32 samples are used again
+    ],
+)
+def test_another_batch_size_continues_at_the_sample(changed: str, updates: int, samples: int, tmp_path: Path) -> None:
+    """The update, which decides the learning rate, and the epoch's mean are those of the samples."""
+    args = ["--opt", "sgd", "--sched-on-updates", "--val-split", ""]
+    stopped = run_stopped(tmp_path, 0, 2, *args)
+    rates: list[float] = []
+    run(tmp_path, *args, *changed.split(), "--resume", str(stopped), name="other",
+        on_update=lambda run, *_: rates.append(run.optimizer.param_groups[0]["lr"]))  # fmt: skip
+    assert rates[-1] == 0  # the schedule has ended with the epoch
+    progress = last(tmp_path / "other")["progress"]
+    assert (progress["updates"], progress["sums"]["loss/n"]) == (updates, samples)
 
 
-SWITCHES = {  # the tail starts at update 2 of epoch 0
-    "sgd-muon": "--opt samon --tail-opt muon --sched-on-updates --weight-decay 0.1 --model-ema --model-ema-decay 0.9",
-    "adamw-sgd": "--opt samon-adamw --lr 0.001 --tail-opt sgd --amp --sched none --grad-accum-steps 2 -b 8",
-    "sgd-adamw": "--opt samon --tail-opt adamw --ascent msam --clip-grad 1 --layer-decay 0.7",
-}
+def test_figures_of_another_metric_do_not_decide_the_best_epoch(tmp_path: Path) -> None:
+    """Losses are smaller than percentages; after the change, the epochs before it are the first to be deleted."""
+    args = ["--opt", "sgd", "--lr", "1e-9", "--checkpoint-hist", "2"]
+    run(tmp_path, *args, "--epochs", "2", "--eval-metric", "loss")
+    metrics, directory = run(tmp_path, *args, "--epochs", "3", "--resume", str(tmp_path / "run"))
+    assert (metrics["best_epoch"], metrics["best_metric"]) == (2, metrics["eval_top1"])
+    metrics, _ = run(tmp_path, *args, "--epochs", "4", "--val-split", "", "--resume", str(directory))
+    assert (metrics["best_epoch"], metrics["best_metric"]) == (3, metrics["train_loss"])
+    assert {path.name for path in directory.glob("checkpoint-*")} == {"checkpoint-2.pth.tar", "checkpoint-3.pth.tar"}
+    assert [bool(row["eval_top1"]) for row in summary_rows(directory / "summary.csv")] == [True] * 3 + [False]
 
 
-TAIL = ["--sam-tail", "0.75", "--tail-lr", "0.3", "--epochs", "2"]
+@pytest.mark.parametrize("resume", [[], ["--resume", "RUN"]])
+def test_a_restart_continues_a_run_with_start_epoch(
+    resume: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither goes back to --start-epoch again nor finds a later state of the run that it went back in."""
+    args = ["--opt", "sgd", "--epochs", "3", "--start-epoch", "1"]
+    if resume:
+        run(tmp_path, "--opt", "sgd", "--epochs", "3")
+        args += ["--resume", str(tmp_path / "run")]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id")
+    with pytest.raises(Stopped):
+        run(tmp_path, *args, on_update=stop_at(2, 2))
+    seen: list[tuple[int, int]] = []
+    _, directory = run(tmp_path, *args, on_update=lambda run, p, _: seen.append((p.epoch, p.updates)))
+    assert seen == [(2, 3), (2, 4)]
+    assert json.loads((directory / "run.json").read_text())["resumed"]  # its time is that since the restart
 
 
-@pytest.mark.parametrize("case", [c if c == "sgd-muon" else pytest.param(c, marks=pytest.mark.slow) for c in SWITCHES])
-def test_stopped_before_at_and_after_the_switch_of_optimizers(case: str, tmp_path: Path) -> None:
-    args = [*SWITCHES[case].split(), *TAIL]
-    _, whole = run(tmp_path, *args, name="whole")
-    for epoch, updates in ((0, 1), (0, 2), (0, 3), (1, 2)) if case == "sgd-muon" else ((0, 2), (0, 3)):
-        stopped = run_stopped(tmp_path, epoch, updates, *args)
-        state = torch.load(stopped / f"recovery-{epoch}-{updates}.pth.tar", weights_only=True)
-        assert ("replacement" in state["optimizer"]) == ((epoch, updates) > (0, 2))
-        run(tmp_path, *args, "--resume", str(stopped), name="stopped")
-        assert_same(weights(whole), weights(stopped))
-        assert (stopped / "summary.csv").read_text() == (whole / "summary.csv").read_text()
+TAIL = ["--opt", "samon", "--tail-opt", "adamw", "--sam-tail", "0.75", "--tail-lr", "0.3", "--epochs", "2"]
 
 
 def test_a_state_after_the_switch_does_not_fit_a_run_before_it(tmp_path: Path) -> None:
-    args = ["--opt", "samon", "--tail-opt", "adamw", *TAIL]
-    _, whole = run(tmp_path, *args, name="whole")
-    again = [*args, "--resume", str(whole)]
+    _, whole = run(tmp_path, *TAIL, name="whole")
+    again = [*TAIL, "--resume", str(whole)]
     for changed, message in (
         (["--tail-opt", "lion", "--epochs", "3"], r"state of adamw, and lion is asked for; .*--no-resume-opt"),
         (["--epochs", "6", "--sam-tail", "0.25"], "update 8, before its tail starts at 18; keep --epochs, --sam-tail"),
@@ -111,10 +147,7 @@ def test_a_state_after_the_switch_does_not_fit_a_run_before_it(tmp_path: Path) -
             run(tmp_path, *again, *changed, name="other")
     run(tmp_path, *again, "--epochs", "3", "--tail-opt", "lion", "--no-resume-opt", name="other")
     assert last(tmp_path / "other")["optimizer"]["replacement"]["opt"] == "lion"
-
-
-def test_without_tail_opt_the_state_of_the_same_optimizer_goes_on_at_the_full_learning_rate(tmp_path: Path) -> None:
-    _, whole = run(tmp_path, "--opt", "samon", "--tail-opt", "adamw", *TAIL, name="whole")
+    # without --tail-opt, the state of the same optimizer goes on at the full learning rate
     config = tmp_path / "config.yaml"  # with -c, the settings of the stopped run (--tail-opt) are not taken over
     config.write_text("opt: samon-adamw")
     run(tmp_path, "-c", str(config), "--resume", str(whole / "last.pth.tar"), "--epochs", "3", name="other")
@@ -149,24 +182,11 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path: Path, capfd: 
 # --- what of a finished run is restored -------------------------------------------------------------------------------
 
 
-class Restored(Exception):
-    """The state is restored: no need to train."""
-
-
-def resume(done: Path, *args: str, source: str = "last.pth.tar") -> tuple[list[Settings], Progress]:
-    """The optimizer's groups and the position after a resume of a run with other arguments."""
-    seen: list[Any] = []
-
-    def begun(job: Run) -> None:
-        seen.extend([job.optimizer.param_groups, job.progress])
-        raise Restored
-
-    resumed = ["--epochs", "3", "--resume", str(done / source)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "renew_mask", begun)  # what training calls first
-        with pytest.raises(Restored):
-            run(done.parent, *args, *resumed, name="other")
-    return seen[0], seen[1]
+def resume(done: Path, *args: str, source: str = "last.pth.tar") -> Run:
+    """The run after the first update of a resume with other arguments."""
+    place = ["--output", str(done.parent), "--experiment", "other", "--overwrite"]
+    with closing(train(parse([*BASE, *place, *args, "--epochs", "3", "--resume", str(done / source)]))) as training:
+        return next(training).run
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +208,15 @@ def test_timms_own_checkpoint_continues(done: Path) -> None:
     content = last(done)
     timms = {key: content[key] for key in ("state_dict", "optimizer", "epoch", "arch", "version")}
     torch.save(timms | {"args": argparse.Namespace(model="x")}, done / "timm.pth.tar")
-    assert resume(done, "--opt", "samon", "--weight-decay", "0.1", source="timm.pth.tar")[1].epoch == 1
+    assert resume(done, "--opt", "samon", "--weight-decay", "0.1", source="timm.pth.tar").progress.epoch == 1
 
 
 OTHER_OPTIMIZERS = {
     "samon-adamw": "optimizer state of sgd, .* adamw",
-    "lion": "optimizer state of sgd, .* lion",
     "momentum": "optimizer state of sgd, .* momentum",
     "samon --base-opt lamb": "optimizer state of sgd, .* lamb",
     "samon --freeze conv_stem|conv1": "other groups of parameters.*--freeze",
     "samon --layer-decay 0.7": "other groups of parameters.*--layer-decay",
-    "samon --weight-decay-on non-norm": "other groups of parameters.*weight decay",
 }
 
 
@@ -232,15 +250,15 @@ def test_the_same_optimizer_under_another_name_continues(done: Path) -> None:
 
 def test_options_of_the_groups_are_those_of_the_resumed_run(done: Path) -> None:
     args = ["--opt", "samon", "--weight-decay", "0.2", "--momentum", "0.8", "--opt-kwargs", "nesterov=False"]
-    for group in resume(done, *args)[0]:
+    for group in resume(done, *args).optimizer.param_groups:
         assert group["weight_decay"] in (0, 0.2)
         assert (group["momentum"], group["nesterov"]) == (0.8, False)
     args = ["--opt", "samon", "--weight-decay", "0.1", "--lr", "0.02", "--sched", "none"]
-    assert resume(done, *args)[0][0]["lr"] == 0.02
+    assert resume(done, *args).optimizer.param_groups[0]["lr"] == 0.02
 
 
 def test_counts_of_the_groups_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     args = ["--opt", "lookahead_samon", "--base-opt", "lamb"]
     _, begun = run(tmp_path, *args, "--epochs", "2")
-    for group in resume(begun, *args)[0]:
-        assert (group["step"], group["lookahead_step"]) == (8, 8)
+    for group in resume(begun, *args).optimizer.param_groups:
+        assert (group["step"], group["lookahead_step"]) == (9, 9)
