@@ -52,15 +52,15 @@ class CheckpointManager:
         kept = ranking[: config.checkpoint_hist]
         if self.sharded and newest not in kept:  # sharded checkpoints have no `last`
             kept.append(newest)
-        aliases = ["last"]
-        if self._loss(metric) < self._loss(self.best["metric"]):
-            self.best = {"metric": metric, "epoch": epoch}
-            aliases.append("model_best")
-        self.best = self.best | {"kept": kept}
-        if epoch + 1 in config.save_epochs:
-            aliases.append(f"milestone-{epoch + 1}")
         outdated = [self.directory / pair[0] for pair in ranking if pair not in kept]
         outdated += self.directory.glob("recovery-*")
+        self.best["kept"] = kept
+        aliases = ["last"]
+        if epoch + 1 in config.save_epochs:
+            aliases.append(f"milestone-{epoch + 1}")
+        if self._loss(metric) < self._loss(self.best["metric"]):
+            self.best |= {"metric": metric, "epoch": epoch}
+            aliases.append("model_best")
         self.run.progress.epoch_done = True
         self._save(path, metric, aliases)
         self._delete(outdated)

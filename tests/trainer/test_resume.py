@@ -106,9 +106,10 @@ def test_figures_of_another_metric_do_not_decide_the_best_epoch(tmp_path: Path) 
     """Losses are smaller than percentages; after the change, the epochs before it are the first to be deleted."""
     args = ["--opt", "sgd", "--lr", "1e-9", "--checkpoint-hist", "2"]
     run(tmp_path, *args, "--epochs", "2", "--eval-metric", "loss")
-    metrics, directory = run(tmp_path, *args, "--epochs", "3", "--resume", str(tmp_path / "run"))
+    again = ["--eval-metric", "top1", "--resume", str(tmp_path / "run")]
+    metrics, directory = run(tmp_path, *args, *again, "--epochs", "3")
     assert (metrics["best_epoch"], metrics["best_metric"]) == (2, metrics["eval_top1"])
-    metrics, _ = run(tmp_path, *args, "--epochs", "4", "--val-split", "", "--resume", str(directory))
+    metrics, _ = run(tmp_path, *args, *again, "--epochs", "4", "--val-split", "")
     assert (metrics["best_epoch"], metrics["best_metric"]) == (3, metrics["train_loss"])
     assert {path.name for path in directory.glob("checkpoint-*")} == {"checkpoint-2.pth.tar", "checkpoint-3.pth.tar"}
     assert [bool(row["eval_top1"]) for row in summary_rows(directory / "summary.csv")] == [True] * 3 + [False]
