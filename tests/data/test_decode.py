@@ -181,7 +181,7 @@ partial = pytest.mark.skipif(not decoding.can_decode_regions(), reason="nvImageC
 
 
 @partial
-@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=lambda options: "-".join(options))
 def test_a_region_has_the_pixels_of_the_whole(options):
     draw = random.Random(0)
     for photo in PHOTOS[:3]:
