@@ -155,8 +155,6 @@ def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool
     grads = None
     if ascends:
         grads, sam.ascent.clean = [p.grad for p in named.values()], []
-    for p in untrained:
-        p.grad = None
     eps, _ = sam.step_perturbation(named, grads)
     del grads  # not in memory together with those of the second run
     if eps is not None:
