@@ -152,7 +152,7 @@ SECTIONS: Sections = {
         V("hessian-iters", int, 100, "maximum number of power iterations", range="> 0"),
         V("hessian-draws", int, 20, "random sign vectors for the estimate of the trace", range="> 0"),
         V("landscape-figure", str, "", "PNG or PDF file for the loss along two directions"),
-        V("landscape-points", int, 15, "points along each direction", range=">= 1"),
+        V("landscape-points", int, 15, "points along each direction", range=">= 2"),
     ),
     "Feature rank and normalization parameters": (
         V("feature-layer", str, [""], "layer names; `pre_logits`; the last before pooling if empty", nargs="+"),

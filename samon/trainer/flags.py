@@ -26,6 +26,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     ">= 0": lambda v: v >= 0,
     "> 0": lambda v: v > 0,
     ">= 1": lambda v: v >= 1,
+    ">= 2": lambda v: v >= 2,
     "in [0, 1]": lambda v: 0 <= v <= 1,
     "in (0, 1]": lambda v: 0 < v <= 1,
     "in [0, 1)": lambda v: 0 <= v < 1,

@@ -78,7 +78,10 @@ def create_train_model(config: Config) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(config.head_init_scale)
         if config.head_init_bias is not None:
-            model.get_classifier().bias.fill_(config.head_init_bias)
+            bias = getattr(model.get_classifier(), "bias", None)
+            if bias is None:
+                raise UserError(f"--head-init-bias: the classifier of {config.model} has no bias; drop the flag")
+            bias.fill_(config.head_init_bias)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
     if config.fix_norm:

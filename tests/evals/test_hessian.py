@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from samon.cli.validate import main
+from samon.errors import UserError
 from samon.evals import hessian
 from samon.evals.sharpness import select_parameters
 from tests.eval_sets import FASHION
@@ -93,6 +94,8 @@ def test_program_gives_both_scopes_and_figures(tmp_path):
     flags = [*RANDOM_MODEL, *FASHION, "--evals", "hessian"]
     flags += ["--hessian-samples", "16", "--hessian-iters", "2", "--hessian-draws", "1"]
     figure = tmp_path / "figures" / "plane.pdf"
+    with pytest.raises(UserError, match="--landscape-points: must be >= 2"):
+        main([*flags, "--landscape-points", "1"])
     rows = main([*flags, "--landscape-figure", str(figure), "--landscape-points", "3"])
     assert [(row["metric"], row["scope"]) for row in rows] == [
         (metric, scope) for scope in ("all", "norm") for metric in ("hessian_top", "hessian_trace")

@@ -74,6 +74,8 @@ def test_head_initialization() -> None:
         heads.append(built("--model", "test_vit", *args).model.get_classifier())
     assert torch.equal(heads[0].weight * 0.5, heads[1].weight)
     assert (heads[1].bias == -3).all()
+    with pytest.raises(UserError, match="the classifier of levit_128s has no bias"):
+        built("--model", "levit_128s", "--head-init-bias", "-3")
 
 
 def test_initial_and_pretrained_weights(tmp_path: Path) -> None:
