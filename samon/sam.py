@@ -199,7 +199,7 @@ class SAM(OptimizerWrapper):
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         trained = [p for p in named.values() if p.requires_grad] or self.parameters()
-        if all(map(_was_cleared, trained)):  # by the model or by Lookahead, not by `zero_grad`
+        if self._was_cleared(trained):  # by the model or by Lookahead, not by `zero_grad`
             self._discard_update()
         named = self.ascent.sample(named)
         refuse_fsdp1(named.values())
@@ -212,9 +212,24 @@ class SAM(OptimizerWrapper):
             yield named
         finally:
             self._in_step = outer
-            for p in trained:
+            for p in trained if self._has_update else ():
                 if p.grad is not None:
                     setattr(p.grad, VERSION, p.grad._version)
+
+    @property
+    def _has_update(self) -> bool:
+        """Whether the source or the mask holds something of an update that is not applied yet."""
+        return bool(self.ascent.clean) or (self.mask is not None and not self.mask.stale)
+
+    def _was_cleared(self, parameters: Sequence[Parameter]) -> bool:
+        """Whether all gradients are None, or zero since the last step. Only if all were written to since then, as also
+        an auxiliary loss does between micro-batches, are their values read."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads or not self._has_update:
+            return not grads
+        if any(getattr(g, VERSION, g._version) == g._version for g in grads):
+            return False
+        return not any(to_local(g).to_dense().any() for g in grads)
 
     @torch.no_grad()
     def perturbation(self, named: Named, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -461,11 +476,6 @@ def to_local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():  # `to_local` is differentiable, and the shard must be writable
         return tensor.to_local()
-
-
-def _was_cleared(p: Tensor) -> bool:
-    """Whether the gradient is None, or was written to after the last step, which only clearing it in place does."""
-    return p.grad is None or getattr(p.grad, VERSION, p.grad._version) != p.grad._version
 
 
 def _local(named: Named) -> list[Tensor]:

@@ -269,6 +269,23 @@ def test_a_skipped_update_leaves_nothing_behind_however_it_is_cleared(name: str,
     assert_same(*ends)
 
 
+@pytest.mark.parametrize("how", [{"ascent": "fsam"}, {"gsam_alpha": 0.3}])
+def test_an_auxiliary_loss_between_micro_batches_changes_nothing_else(how: dict[str, Any]) -> None:
+    """Its backward pass writes to all gradients in place, which is not clearing them."""
+    ends = []
+    for auxiliary in (False, True):
+        model, opt = make(**how)
+        for step in range(2):
+            opt.zero_grad()
+            for forward in losses_of(model, *batch(seed=step), 3):
+                samon.two_pass(opt, forward, loss_scale=1 / 3)
+                if auxiliary:
+                    (0 * torch.cat([p.flatten() for p in model.parameters()]).sum()).backward()
+            opt.step()
+        ends.append(model)
+    assert_same(*ends)
+
+
 @pytest.mark.parametrize("way", ["two_pass", "closure", "perturbed", "plain"])
 def test_a_step_on_purpose_does_not_warn(way: str) -> None:
     model, opt = make()
