@@ -107,7 +107,9 @@ def norm_type(module: nn.Module) -> type[nn.Module] | None:
 
 def affine_dim(module: nn.Module) -> int | None:
     """The entry of NORM_TYPES for this normalization module."""
-    return next(NORM_TYPES[t] for t in type(module).__mro__ if t in NORM_TYPES)
+    closest = norm_type(module)
+    assert closest is not None
+    return NORM_TYPES[closest]
 
 
 def norm_parameters(model: nn.Module) -> Named:
