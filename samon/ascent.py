@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from samon.errors import UserError
 from samon.geometry import to_float32
-from samon.scope import Named, Selection
+from samon.scope import NamedParameters, Selection
 
 Grads = Sequence[Tensor | None]  # in the order of the perturbed parameters
 Tensors = list[Tensor]
@@ -56,11 +56,11 @@ class AscentSource:
         """Whether the current update takes the gradient at w first."""
         return not self.single_pass
 
-    def sample(self, named: Named) -> Named:
+    def sample(self, named: NamedParameters) -> NamedParameters:
         """The parameters that the current update perturbs."""
         return named
 
-    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
+    def direction(self, named: NamedParameters, grads: Grads | None, base_state: BaseState) -> Grads | None:
         """The direction of the perturbation, in the order of `named`; None for a step at w.
 
         Args:
@@ -74,7 +74,7 @@ class AscentSource:
         terms = [weight * to_float32(g) for g in grads]
         self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         """Just before the base optimizer's step, if the source needs g or has a state: change `.grad` if the method
         says so, and store what the next update needs. `clean` is the mean over the update's samples on all processes,
         empty if there was no ascent pass."""

@@ -74,7 +74,7 @@ GEOMETRIES: dict[str, Geometry] = {
 }
 
 
-def validate_radius(name: str, value: object) -> float:
+def validate_nonnegative(name: str, value: object) -> float:
     """Return rho or eta as a float.
 
     Raises:

@@ -17,15 +17,15 @@ from torch.optim import Optimizer
 from samon import contexts, geometry
 from samon.ascent import AscentSource, Grads
 from samon.errors import UserError
-from samon.geometry import GEOMETRIES, FlatTensors, NormReduction, validate_radius, validate_radius_rule
-from samon.scope import SCOPES, Named, Selection, refuse_fsdp1, select, select_bare
+from samon.geometry import GEOMETRIES, FlatTensors, NormReduction, validate_nonnegative, validate_radius_rule
+from samon.scope import SCOPES, NamedParameters, Selection, refuse_fsdp1, select, select_bare
 from samon.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
     from samon.engines.masks import Mask
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-VERSION = "_samon_last_step"  # attribute of a gradient: its version counter at the end of the last step
+LAST_VERSION = "_samon_last_step"  # attribute of a gradient: its version counter at the end of the last step
 # What a copy and a pickle have; compiled functions, `stats` and an open `first_step` are not among them.
 PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
 
@@ -71,8 +71,8 @@ class SAM(OptimizerWrapper):
         self.geometry, self.mask = geometry, mask
         self.ascent = ascent or AscentSource()
         self.ascent.check(mask, selection)
-        self.rho = validate_radius("rho", rho)
-        self.eta = validate_radius("eta", GEOMETRIES[geometry].eta if eta is None else eta)
+        self.rho = validate_nonnegative("rho", rho)
+        self.eta = validate_nonnegative("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
         trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen
         candidates = selection.parameters.items()
@@ -187,7 +187,7 @@ class SAM(OptimizerWrapper):
         return self.selection.current()
 
     @contextmanager
-    def sampled_parameters(self) -> Iterator[Named]:
+    def sampled_parameters(self) -> Iterator[NamedParameters]:
         """Around a step: the parameters that this update perturbs.
 
         Raises:
@@ -214,7 +214,7 @@ class SAM(OptimizerWrapper):
             self._in_step = outer
             for p in trained if self._has_update else ():
                 if p.grad is not None:
-                    setattr(p.grad, VERSION, p.grad._version)
+                    setattr(p.grad, LAST_VERSION, p.grad._version)
 
     @property
     def _has_update(self) -> bool:
@@ -227,12 +227,14 @@ class SAM(OptimizerWrapper):
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads or not self._has_update:
             return not grads
-        if any(getattr(g, VERSION, g._version) == g._version for g in grads):
+        if any(getattr(g, LAST_VERSION, g._version) == g._version for g in grads):
             return False
         return not any(to_local(g).to_dense().any() for g in grads)
 
     @torch.no_grad()
-    def perturbation(self, named: Named, grads: Grads, grouped: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+    def perturbation(
+        self, named: NamedParameters, grads: Grads, grouped: bool = False
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """The perturbation from ascent gradients in the order of `named` (Eq. 5): `(eps, ||T g||_2, finite)`.
 
         A missing gradient counts as zero. A non-finite one anywhere makes eps zero and `finite` (bool, []) false. If
@@ -256,7 +258,7 @@ class SAM(OptimizerWrapper):
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def step_perturbation(
-        self, named: Named, grads: Grads | None, weight: float = 1.0, grouped: bool = False
+        self, named: NamedParameters, grads: Grads | None, weight: float = 1.0, grouped: bool = False
     ) -> tuple[list[Tensor] | None, Tensor | None]:
         """The perturbation of a step, along the ascent source's direction: `(eps, finite)`, or `(None, None)` for a
         step at w.
@@ -278,7 +280,7 @@ class SAM(OptimizerWrapper):
         self.stats = {"ascent_grad_norm": norm.mean() if grouped else norm}
         return eps, finite.all() if grouped else finite
 
-    def norm_reduction(self, named: Named) -> NormReduction:
+    def norm_reduction(self, named: NamedParameters) -> NormReduction:
         """A function of the norms of local shards, to norms of the full parameters; None if no parameter is sharded."""
         if not self.sharded:
             return None
@@ -311,7 +313,7 @@ class SAM(OptimizerWrapper):
                 yield
 
     @contextmanager
-    def add_perturbation(self, named: Named, eps: Sequence[Tensor]) -> Iterator[None]:
+    def add_perturbation(self, named: NamedParameters, eps: Sequence[Tensor]) -> Iterator[None]:
         """w + eps inside, w outside: saved values are copied back, since (w + eps) - eps is not w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
@@ -323,7 +325,7 @@ class SAM(OptimizerWrapper):
             self.arithmetic.restore(weights, saved)
             self._clear_weight_copies(named)
 
-    def _clear_weight_copies(self, named: Named) -> None:
+    def _clear_weight_copies(self, named: NamedParameters) -> None:
         contexts.clear_weight_caches()
         if any(isinstance(p, DTensor) for p in named.values()):
             from samon.engines import fsdp
@@ -331,7 +333,9 @@ class SAM(OptimizerWrapper):
             fsdp.reshard(contexts.modules_of(self, self.model))
 
     @torch.no_grad()
-    def record_perturbation(self, named: Named, eps: Sequence[Tensor], saved: list[Tensor] | None = None) -> None:
+    def record_perturbation(
+        self, named: NamedParameters, eps: Sequence[Tensor], saved: list[Tensor] | None = None
+    ) -> None:
         """Record the length of the perturbation in `stats`.
 
         Args:
@@ -478,5 +482,5 @@ def to_local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def _local(named: Named) -> list[Tensor]:
+def _local(named: NamedParameters) -> list[Tensor]:
     return [to_local(p) for p in named.values()]

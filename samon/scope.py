@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from samon.errors import UserError
 
-Named = dict[str, Parameter]
+NamedParameters = dict[str, Parameter]
 V = TypeVar("V")
 
 
@@ -36,11 +36,11 @@ class Scope:
 
     label: str
     description: str
-    choose: Callable[[Named, Named], Named]
+    choose: Callable[[NamedParameters, NamedParameters], NamedParameters]
     norms_only: bool = False
 
 
-def _without_norms(everything: Named, norms: Named) -> Named:
+def _without_norms(everything: NamedParameters, norms: NamedParameters) -> NamedParameters:
     ids = {id(p) for p in norms.values()}
     return {name: p for name, p in everything.items() if id(p) not in ids}
 
@@ -112,7 +112,7 @@ def affine_dim(module: nn.Module) -> int | None:
     return NORM_TYPES[closest]
 
 
-def norm_parameters(model: nn.Module) -> Named:
+def norm_parameters(model: nn.Module) -> NamedParameters:
     """Affine normalization parameters by qualified name; shared ones once, under their first name."""
     names: dict[Parameter, str] = {}
     for prefix, module in norm_modules(model).items():
@@ -164,7 +164,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield names[path], module
 
 
-def named_parameters(model: nn.Module) -> Named:
+def named_parameters(model: nn.Module) -> NamedParameters:
     """Parameters by their names in the bare model; shared ones once, under their first name."""
     names: dict[Parameter, str] = {}
     for prefix, module in named_modules(model):
@@ -192,13 +192,13 @@ class Selection:
     """
 
     scope: str
-    parameters: Named
+    parameters: NamedParameters
     perturb: str | None = None
     model: nn.Module | None = field(default=None, repr=False)
     narrowed: bool = False
     perturb_frozen: bool = False
 
-    def current(self) -> Named:
+    def current(self) -> NamedParameters:
         """The parameters to perturb now: those that are trainable, or all with `perturb_frozen`."""
         return {name: p for name, p in self.parameters.items() if p.requires_grad or self.perturb_frozen}
 
@@ -273,7 +273,11 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
 
 
 def _matching(
-    candidates: Named, scope: str, perturb: str | None, model: nn.Module | None = None, perturb_frozen: bool = False
+    candidates: NamedParameters,
+    scope: str,
+    perturb: str | None,
+    model: nn.Module | None = None,
+    perturb_frozen: bool = False,
 ) -> Selection:
     """Parameters whose name matches `perturb` (all if None)."""
     try:

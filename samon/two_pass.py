@@ -25,10 +25,10 @@ from samon.checks import as_losses, check_options, explained_errors, raise_no_gr
 from samon.compat import foreach_clone
 from samon.contexts import modules_of, parameters_of, preserve_buffers, preserve_buffers_in_pass, requires_grad
 from samon.sam import SAM, all_reduce_mean
-from samon.scope import Named
+from samon.scope import NamedParameters
 
 Forward = Callable[[], Tensor]
-Context = Callable[[], AbstractContextManager[Any]]
+ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
 @torch.enable_grad()
@@ -38,7 +38,7 @@ def two_pass(
     *,
     groups: int = 1,
     reduce: str = "device",
-    no_sync: Context | None = None,
+    no_sync: ContextFactory | None = None,
     scaler: GradScaler | None = None,
     bn_stats: str = "first",
     same_noise: bool = False,
@@ -126,7 +126,7 @@ class StepOptions:
     partial_ascent: bool = False
     groups: int = 1
     reduce: str = "device"
-    no_sync: Context | None = None
+    no_sync: ContextFactory | None = None
     scaler: GradScaler | None = None
     bn_stats: str = "first"
     same_noise: bool = False
@@ -145,12 +145,12 @@ class WholeBatch:
         in_descent_pass: whether the second pass has begun.
     """
 
-    def __init__(self, sam: SAM, named: Named, options: StepOptions):
+    def __init__(self, sam: SAM, named: NamedParameters, options: StepOptions):
         self.sam, self.named, self.options = sam, named, options
         self.inputs: list[Tensor] = list(named.values())
         self.device = self.inputs[0].device
         self.modules = modules_of(sam, sam.model)
-        self.no_sync: Context = options.no_sync or nullcontext
+        self.no_sync: ContextFactory = options.no_sync or nullcontext
         self.in_descent_pass = False
 
     # -- the algorithm -----------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ class WholeBatch:
                     with self.each_pass():
                         loss = forward()
                         grads = self.gradients(loss, self.inputs)
-                    losses += self.keep([loss.detach()])
+                    losses += self.graph_safe([loss.detach()])
                     pairs = zip(self.inputs, grads, strict=True)
-                    filled = self.keep([torch.zeros_like(x) if g is None else g for x, g in pairs])
+                    filled = self.graph_safe([torch.zeros_like(x) if g is None else g for x, g in pairs])
                     total = [a + b for a, b in zip(total, filled, strict=True)] if total else filled
                     if any(g is None for g in grads):
                         from samon.engines.diagnostics import explain_missing_gradients
@@ -192,7 +192,7 @@ class WholeBatch:
                 factor = torch.full_like(loss, loss_scale / len(forwards))
                 scaled = loss * (factor if finite is None else torch.where(finite, factor, torch.nan))
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
-            losses += self.keep([loss.detach()])
+            losses += self.graph_safe([loss.detach()])
         return torch.stack(losses).mean()
 
     # -- what other engines override ---------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class WholeBatch:
 
         return own_gradients(self.sam.parameters())
 
-    def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def graph_safe(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The results of a run of the model: copies if the next run of a CUDA graph would overwrite them."""
         return foreach_clone(tensors) if self.sam.arithmetic.cuda_graphs else list(tensors)
 
@@ -252,7 +252,7 @@ def foreach(
     return [None if g is None else next(results) for g in grads]
 
 
-def make_engine(sam: SAM, named: Named, options: StepOptions) -> WholeBatch:
+def make_engine(sam: SAM, named: NamedParameters, options: StepOptions) -> WholeBatch:
     """The engine of a step.
 
     Raises:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from samon.ascent import AscentSource, BaseState, Grads, Tensors
 from samon.errors import UserError
 from samon.geometry import global_norm, to_float32
-from samon.scope import Named
+from samon.scope import NamedParameters
 
 SOURCES = {
     "batch": "this batch's gradient at w",
@@ -34,10 +34,10 @@ class PreviousGradient(AscentSource):
     name = former_name = "previous"
     single_pass = uses_final_gradient = has_state = True
 
-    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
+    def direction(self, named: NamedParameters, grads: Grads | None, base_state: BaseState) -> Grads | None:
         return _stored(self.state, named)
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         self.state = _by_name(named, [h.clone() for h in final_gradients(named)])
 
 
@@ -52,11 +52,11 @@ class MSAM(AscentSource):
     single_pass = uses_final_gradient = has_state = True
     decay = 0.9
 
-    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
+    def direction(self, named: NamedParameters, grads: Grads | None, base_state: BaseState) -> Grads | None:
         momenta = base_momenta(named.values(), base_state) or _stored(self.state, named)
         return None if momenta is None else list(torch._foreach_neg(momenta))
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         if base_momenta(named.values(), base_state) is not None:
             self.state = {}
             return
@@ -75,14 +75,14 @@ class FriendlySAM(AscentSource):
     needs_clean_grad = has_state = counts_updates = True
     sigma, decay = 1.0, 0.9
 
-    def direction(self, named: Named, grads: Grads | None, base_state: BaseState) -> Grads | None:
+    def direction(self, named: NamedParameters, grads: Grads | None, base_state: BaseState) -> Grads | None:
         mean = _stored(self.state, named)
         if mean is None or grads is None:
             return grads
         dense = [m.new_zeros(()) if g is None else to_float32(g) for m, g in zip(mean, grads, strict=True)]
         return [g - self.sigma * m for g, m in zip(dense, mean, strict=True)]
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         if self.clean:
             before = _stored(self.state, named)
             new = self.clean if before is None else _mix(self.decay, before, 1 - self.decay, self.clean)
@@ -106,7 +106,7 @@ class LookSAM(AscentSource):
     def needs_ascent_pass(self) -> bool:
         return self.updates % self.k == 0
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         final, before = final_gradients(named), _stored(self.state, named)
         if self.clean:
             self.state = _by_name(named, orthogonal_part(final, self.clean))
@@ -135,7 +135,7 @@ class AESAM(AscentSource):
         c = progress * self.lambda_1 + (1 - progress) * self.lambda_2
         return bool(size >= mean + c * variance.sqrt())
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         if not self.used:
             return
         size = global_norm(final_gradients(named)).square()
@@ -153,7 +153,7 @@ class GSAM(AscentSource):
     needs_clean_grad = uses_final_gradient = True
     alpha = 0.0
 
-    def before_step(self, named: Named, base_state: BaseState) -> None:
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
         super().before_step(named, base_state)
         if self.clean:
             parts = orthogonal_part(self.clean, final_gradients(named))
@@ -179,7 +179,7 @@ class ESAM(AscentSource):
         super().__init__()
         self.keep_probability = beta
 
-    def sample(self, named: Named) -> Named:
+    def sample(self, named: NamedParameters) -> NamedParameters:
         samples = torch.rand(len(named), generator=torch.Generator().manual_seed(self.updates)).tolist()
         limit = max(self.keep_probability, min(samples, default=0) + 1e-12)  # at least one tensor
         return {name: p for (name, p), sample in zip(named.items(), samples, strict=True) if sample < limit}
@@ -224,7 +224,7 @@ def base_momenta(parameters: Iterable[Parameter], base_state: BaseState) -> Tens
     return [to_float32(torch.zeros_like(p) if v is None else v) for p, v in zip(parameters, momenta, strict=True)]
 
 
-def final_gradients(named: Named) -> Tensors:
+def final_gradients(named: NamedParameters) -> Tensors:
     """h as it is applied, zero for parameters without a gradient."""
     return [to_float32(torch.zeros_like(p) if p.grad is None else p.grad) for p in named.values()]
 
@@ -236,14 +236,14 @@ def orthogonal_part(x: Tensors, y: Tensors) -> Tensors:
     return [a - share * b for a, b in zip(x, y, strict=True)]
 
 
-def _stored(state: Mapping[str, Tensor], named: Named) -> Tensors | None:
+def _stored(state: Mapping[str, Tensor], named: NamedParameters) -> Tensors | None:
     """The state of these parameters, zero for new ones; None if there is no state yet."""
     if not state:
         return None
     return [state[n] if n in state else torch.zeros_like(to_float32(p.detach())) for n, p in named.items()]
 
 
-def _by_name(named: Named, tensors: Tensors) -> dict[str, Tensor]:
+def _by_name(named: NamedParameters, tensors: Tensors) -> dict[str, Tensor]:
     return dict(zip(named, tensors, strict=True))
 
 
@@ -256,7 +256,7 @@ def _mix(a: float, x: Tensors, b: float, y: Tensors) -> Tensors:
     return [a * u + b * v for u, v in zip(x, y, strict=True)]
 
 
-def _add_to_gradients(named: Named, changes: Tensors) -> None:
+def _add_to_gradients(named: NamedParameters, changes: Tensors) -> None:
     for p, change in zip(named.values(), changes, strict=True):
         if p.grad is not None:
             change = change.to(p.grad.dtype)

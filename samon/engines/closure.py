@@ -17,7 +17,7 @@ from samon.contexts import modules_of, preserve_buffers_in_pass, requires_grad
 from samon.engines.patches import graph_leaves, override_attrs
 from samon.errors import UserError
 from samon.sam import SAM
-from samon.scope import Named
+from samon.scope import NamedParameters
 
 VERSION = "_samon_version"  # attribute of a gradient: its version counter when the closure was called
 
@@ -74,7 +74,7 @@ class GradientObserver:
         version = getattr(p.grad, VERSION, None)
         return version is None or (isinstance(p.grad, DTensor) and version != p.grad._version)
 
-    def check(self, sam: SAM, named: Named) -> None:
+    def check(self, sam: SAM, named: NamedParameters) -> None:
         """Raise UserError if the closure left gradients that are not zero, or no perturbed parameter received one."""
         for p in self.parameters:
             if p not in self.accumulated:
@@ -117,7 +117,7 @@ def record_foreign_gradients(own: set[int]) -> Iterator[dict[Tensor, Tensor | No
         yield gradients
 
 
-def run_closure(sam: SAM, named: Named, closure: Callable[[], Any], filled: bool) -> Any:
+def run_closure(sam: SAM, named: NamedParameters, closure: Callable[[], Any], filled: bool) -> Any:
     """Run the closure at w, at w + eps, or both, and leave the gradient of the last run; returns its first result.
 
     | the ascent source | `filled` | runs |

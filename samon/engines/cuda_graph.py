@@ -1,6 +1,6 @@
 """Models whose graphs are captured as CUDA graphs: the next run overwrites the outputs of this one.
 
-Losses, ascent gradients and statistics that outlive a run are copied by `WholeBatch.keep`, gradients here.
+Losses, ascent gradients and statistics that outlive a run are copied by `WholeBatch.graph_safe`, gradients here.
 """
 
 from collections.abc import Iterable, Iterator

@@ -17,7 +17,7 @@ from samon.contexts import global_forward_pre_hook, modules_of, preserve_buffers
 from samon.errors import UserError
 from samon.geometry import LOW_PRECISION, NormReduction, global_norm
 from samon.sam import SAM, Grads
-from samon.scope import Named
+from samon.scope import NamedParameters
 
 _unused: WeakKeyDictionary[SAM, set[int]] = WeakKeyDictionary()  # ids of parameters known to be in no loss
 _checked_ddp: WeakSet[SAM] = WeakSet()
@@ -25,7 +25,7 @@ _checked_rounding: WeakSet[SAM] = WeakSet()
 
 
 def explain_missing_gradients(
-    sam: SAM, named: Named, grads: Grads, loss: Tensor, forward: Callable[[], object]
+    sam: SAM, named: NamedParameters, grads: Grads, loss: Tensor, forward: Callable[[], object]
 ) -> None:
     """Distinguish perturbed parameters that the loss does not use from those whose gradient got lost on the way.
 

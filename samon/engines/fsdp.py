@@ -30,7 +30,7 @@ from samon.engines.patches import override_attrs
 from samon.errors import UserError
 from samon.geometry import NormReduction
 from samon.sam import SAM, all_reduce_mean
-from samon.scope import Named
+from samon.scope import NamedParameters
 from samon.two_pass import Forward, StepOptions, WholeBatch
 
 SHARDED = "perturbed parameters are sharded (FSDP): "
@@ -66,7 +66,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 class Replicated(WholeBatch):
     """Replicated perturbed parameters in a model whose other parameters are sharded."""
 
-    def __init__(self, sam: SAM, named: Named, options: StepOptions) -> None:
+    def __init__(self, sam: SAM, named: NamedParameters, options: StepOptions) -> None:
         super().__init__(sam, named, options)
         self.no_sync = options.no_sync or no_sync(sam.model)
 
@@ -115,7 +115,7 @@ class Sharded(Replicated):
         return torch.stack(losses).mean(), grads
 
 
-def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bool) -> WholeBatch:
+def make_sharded_engine(sam: SAM, named: NamedParameters, options: StepOptions, replay: bool) -> WholeBatch:
     """The engine of a step; UserError names what a sharded model does not support."""
     if replay:
         raise UserError(
@@ -136,7 +136,7 @@ def make_sharded_engine(sam: SAM, named: Named, options: StepOptions, replay: bo
     return Sharded(sam, named, replace(options, reduce="device"))  # FSDP averages
 
 
-def check_sharded_parameters(sam: SAM, named: Named) -> None:
+def check_sharded_parameters(sam: SAM, named: NamedParameters) -> None:
     """Raise UserError if the ascent source or the mask needs full tensors, and a perturbed parameter is sharded."""
     needs_full = sam.ascent.has_state or sam.ascent.needs_clean_grad or sam.mask is not None
     if needs_full and any(map(_shard_groups, named.values())):

@@ -22,7 +22,7 @@ from samon.engines.patches import override_attrs
 from samon.errors import UserError
 from samon.geometry import to_float32
 from samon.sam import SAM
-from samon.scope import Named, affine_dim, looks_like_norm, norm_modules
+from samon.scope import NamedParameters, affine_dim, looks_like_norm, norm_modules
 from samon.two_pass import StepOptions, WholeBatch, foreach
 
 # Layers of the last step, reused while they fit, because compiled graphs refer to them.
@@ -40,7 +40,7 @@ class PerGroup(WholeBatch):
         UserError: a layer or the scope cannot be grouped.
     """
 
-    def __init__(self, sam: SAM, named: Named, options: StepOptions):
+    def __init__(self, sam: SAM, named: NamedParameters, options: StepOptions):
         groups = self.groups = options.groups
         if not sam.can_group:
             raise UserError(
@@ -112,7 +112,7 @@ class PerGroup(WholeBatch):
                 yield
             counts = self.options.bn_stats in ("second" if self.in_descent_pass else "first", "both")
             for layer in self.layers if counts else []:
-                self.statistics[layer.module] += [self.keep(call) for call in layer.calls]
+                self.statistics[layer.module] += [self.graph_safe(call) for call in layer.calls]
         finally:
             for layer in self.layers:
                 layer.offsets, layer.calls = (None, None), ()

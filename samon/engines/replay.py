@@ -30,7 +30,7 @@ from samon.contexts import parameters_of
 from samon.engines.groups import refuse_checkpointing
 from samon.engines.patches import forward_hooks, graph_leaves, patch_forward
 from samon.sam import SAM
-from samon.scope import Named
+from samon.scope import NamedParameters
 from samon.two_pass import StepOptions, WholeBatch
 
 
@@ -219,7 +219,7 @@ class Replay(WholeBatch):
         UserError: the model uses gradient checkpointing.
     """
 
-    def __init__(self, sam: SAM, named: Named, options: StepOptions):
+    def __init__(self, sam: SAM, named: NamedParameters, options: StepOptions):
         super().__init__(sam, named, options)
         assert sam.model is not None
         refuse_checkpointing(sam.model, "replay (replay=True; --no-replay) keeps activations")
