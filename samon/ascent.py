@@ -23,7 +23,7 @@ class AscentSource:
         name: its value of `ascent=`; `former_name` is that of older checkpoints.
         single_pass: no update makes an ascent pass.
         needs_clean_grad: `before_step` uses g, the update's mean gradient at w.
-        uses_final_gradient: what is applied or stored depends on h of the perturbed parameters.
+        uses_final_gradient: what is applied or stored depends on h, the gradient at w + eps.
         has_state: tensors are carried from update to update.
         counts_updates: the number of updates decides what the next one does.
         keep_probability: fraction of the tensors that an update perturbs.
@@ -39,7 +39,7 @@ class AscentSource:
         self.updates, self.used = 0, False
         self.clean: list[Tensor] = []  # g of the current update
         self.state: dict[str, Tensor] = {}  # by parameter name
-        self.moments: list[Tensor] = []
+        self.moments: list[Tensor] = []  # of AE-SAM
         self.total: int | None = None  # updates of the whole training, if known
 
     def check(self, mask: object | None, selection: Selection) -> None:

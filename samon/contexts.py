@@ -18,7 +18,7 @@ from samon.compat import foreach_clone
 
 @contextmanager
 def requires_grad(parameters: Iterable[Parameter], value: bool) -> Iterator[None]:
-    """Freeze parameters, which then cost neither gradients nor activations, or compute gradients for frozen ones."""
+    """Set `requires_grad` to a value. Parameters that do not require it cost neither gradients nor activations."""
     changed = [p for p in parameters if p.requires_grad != value]
     for p in changed:
         p.requires_grad_(value)
@@ -65,7 +65,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def modules_of(optimizer: Optimizer, model: nn.Module | None) -> list[nn.Module]:
-    """All modules of the model. For an optimizer created without one, those of its first step, before which none."""
+    """All modules of the model. For an optimizer created without one: those that ran in its first step."""
     return list(_recorded_modules.get(optimizer, ())) if model is None else all_modules(model)
 
 
@@ -125,14 +125,14 @@ def preserve_buffers_in_pass(optimizer: Optimizer, modules: list[nn.Module]) -> 
 
 @contextmanager
 def global_forward_pre_hook(hook: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Call a hook before the forward of every module; compiled ones run eagerly, since graphs call none."""
+    """Call a hook before the forward of every module; compiled ones run eagerly, since graphs call no hooks."""
     with register_module_forward_pre_hook(hook), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks, which see the wrapper too
         yield
 
 
 def _is_writable(buffer: Tensor) -> bool:
-    """Whether values can be copied in; no forward writes in place to a buffer in which they cannot."""
+    """Whether values can be copied into the buffer; a forward cannot write to the others either."""
     if buffer.layout != torch.strided or buffer.is_inference():
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

@@ -1,7 +1,8 @@
 """The perturbation of SAM in each geometry (Eq. 5, Table 9): maximize the linearized loss over ||T^-1 eps||_p <= rho.
 
-Every function treats a list of tensors as one vector. If `grouped`, gradients have a leading dimension, [G, *shape],
-and each of the G rows is a vector of its own; weights never have it. Nothing here reads a value on the host.
+T is a diagonal scaling. Every function treats a list of tensors as one vector. If `grouped`, gradients have a leading
+dimension, [G, *shape], and each of the G rows is a vector of its own; weights never have this dimension. Nothing here
+reads a value on the host.
 """
 
 import math
@@ -17,8 +18,9 @@ from samon.errors import UserError
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 RADIUS_RULES = ("ball", "raw", "loss")
 Tensors = Sequence[Tensor]
-NormReduction = Callable[[Tensor], Tensor] | None  # 2-norms [T] of local shards to those of the full tensors
-Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]
+# From the 2-norms of local shards, one per tensor, to those of the full tensors; None if no tensor is sharded.
+NormReduction = Callable[[Tensor], Tensor] | None
+Scale = Callable[[Tensors, Tensors, float, Sequence[bool]], list[Tensor]]  # (weights, gradients, eta, is_weight) -> T
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Geometry:
     """A row of Table 9.
 
     Attributes:
-        p: of the norm in which the ball has radius rho.
-        eta: default constant of T.
+        p: p of the ball ||T^-1 eps||_p <= rho.
+        eta: default value of the constant eta in T.
         label: its name in the paper's Table 1.
-        rho: default radius, and that for SAM-ON: middle values of the paper's Tables 7 and 8, not tuned.
-        scale: T from (weights, gradients, eta, is_weight), one tensor per weight that broadcasts against its gradient;
-            None for T = 1.
-        per_tensor: T is one number per tensor, its 2-norm.
-        by_name: T differs between weights and other parameters, so it needs their names.
+        rho: default radius of the scopes `sam` and `samnn`, and that of `samon`: middle values of the paper's Tables 7
+            and 8, not tuned.
+        scale: function that computes T, one tensor per weight that broadcasts against its gradient; None for T = 1.
+        per_tensor: whether T is one number per tensor, its 2-norm.
+        by_name: whether T differs between weights and other parameters, which only their names tell apart.
     """
 
     p: float
@@ -75,7 +77,7 @@ GEOMETRIES: dict[str, Geometry] = {
 
 
 def validate_nonnegative(name: str, value: object) -> float:
-    """Return rho or eta as a float.
+    """Return rho or eta (`name`) as a float.
 
     Raises:
         UserError: it is not a finite number >= 0.
@@ -103,7 +105,7 @@ def validate_radius_rule(radius: object) -> str | float:
 
 
 def radius_scale(radius: str | float, dual_norm: Tensor) -> Tensor | None:
-    """The factor on the perturbation of Eq. 5, which has length rho; None for 1.
+    """The factor on the perturbation of Eq. 5, whose length is rho; None stands for 1.
 
     With the dual norm ||g||* = ||T g||_2 (p = 2) or ||T g||_1 (p = inf), the linearized loss rises by ||g||* per unit
     length, so every rule holds for every geometry:
@@ -135,7 +137,7 @@ def global_norm(tensors: Tensors, order: float = 2, grouped: bool = False, reduc
         per_tensor = [torch.linalg.vector_norm(x.flatten(1), order, dim=1) for x in tensors]
         return torch.linalg.vector_norm(torch.stack(per_tensor), order, dim=0)
     norms = torch.stack(torch._foreach_norm(list(tensors), order))
-    if reduce is not None:  # which sums squares over the shards
+    if reduce is not None:  # it sums squares over the shards, so 1-norms pass through it as square roots
         norms = reduce(norms) if order == 2 else reduce(norms.sqrt()).square()
     return torch.linalg.vector_norm(norms, order)
 
@@ -158,8 +160,8 @@ def ascent_step(
 
     Args:
         is_weight: which tensors are weights, for a geometry `by_name` (section 3.2: T = |w| + eta for these, else 1).
-        reduce: for sharded tensors (`samon.engines.fsdp.norm_reduction`).
-        radius: what rho measures (`radius_scale`).
+        reduce: completes the norms of sharded tensors.
+        radius: what rho measures (see `radius_scale`).
 
     Returns:
         `(eps, ||T g||_2)`, eps in the gradients' shapes and dtypes.
@@ -203,11 +205,11 @@ def perturbation(
     reduce: NormReduction = None,
     radius: str | float = "ball",
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`ascent_step`, zero if the gradient is not finite.
+    """The eps of `ascent_step`, or zero if it or the gradient is not finite.
 
     Returns:
-        `(eps, ||T g||_2, whether that is finite)`. If all tensors have the same dtype and device, eps is one flat
-        tensor, [N] or [G, N] (see `FlatTensors`): hundreds of small kernels would cost as much as the arithmetic.
+        `(eps, ||T g||_2, finite)`. If all tensors have the same dtype and device, eps is a list of one flat tensor, [N]
+        or [G, N] (see `FlatTensors`), because launching hundreds of small kernels would cost as much as the arithmetic.
     """
     low = [to_float32(w) for w in weights]
     eps, norm = ascent_step(geometry, low, grads, rho, eta, is_weight, grouped, reduce, radius)
@@ -221,7 +223,7 @@ def perturbation(
 
 
 class FlatTensors(list[Tensor]):
-    """Views of one tensor `flat`, [N] or [G, N], in the shapes of `like`."""
+    """A list of views of one tensor `flat`, [N] or [G, N], in the shapes of `like`."""
 
     def __init__(self, flat: Tensor, like: Tensors) -> None:
         self.flat = flat

@@ -1,4 +1,4 @@
-"""SAM: a base optimizer, the parameters to perturb, and how far (Eqs. 2 to 5)."""
+"""SAM: an optimizer that holds a base optimizer, the parameters to perturb, and how far (Eqs. 2 to 5)."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,10 @@ from samon.wrapper import OptimizerWrapper
 if TYPE_CHECKING:
     from samon.engines.masks import Mask
 
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-LAST_VERSION = "_samon_last_step"  # attribute of a gradient: its version counter at the end of the last step
-# What a copy and a pickle have; compiled functions, `stats` and an open `first_step` are not among them.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+# Attribute set on gradients: their version counter, which in-place writes advance, when the last passes ended.
+LAST_VERSION = "_samon_last_step"
+# Attributes that copies and pickles contain. Compiled functions, `stats` and an open `first_step` are left out.
 PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
 
 
@@ -43,13 +44,13 @@ class SAM(OptimizerWrapper):
             attribute, which a schedule may set.
         radius: what rho measures: the length of the perturbation (`ball`), its ratio to the gradient (`raw`: eps =
             rho T^2 g), the rise of the linearized loss (`loss`), or a mix of ball and raw (a number in (0, 1)).
-        mask: sparse perturbation (section 5.1).
-        ascent: where the direction of the perturbation comes from.
+        mask: mask of a sparse perturbation (section 5.1).
+        ascent: source of the perturbation's direction, by default this batch's gradient at w.
 
     Attributes:
-        stats: of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and eps_norm, the
-            length of the applied perturbation (the mean over groups). With half-precision weights also eps_lost, the
-            fraction of the perturbation lost to rounding.
+        stats: values of the last step, 0-dim tensors on the device: loss, loss_perturbed, ascent_grad_norm, and
+            eps_norm, the length of the applied perturbation (the mean over groups). With half-precision weights also
+            eps_lost, the fraction of the perturbation lost to rounding.
 
     Raises:
         UserError: an argument is out of range, or the base optimizer cannot be used.
@@ -74,17 +75,20 @@ class SAM(OptimizerWrapper):
         self.rho = validate_nonnegative("rho", rho)
         self.eta = validate_nonnegative("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         self.radius = validate_radius_rule(radius)
+        # timm's factory gives the base optimizer no frozen parameters: they are perturbed only with `perturb_frozen`.
         trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen
         candidates = selection.parameters.items()
         own = {n: p for n, p in candidates if id(p) in trained or (with_frozen and not p.requires_grad)}
         self.selection = replace(selection, parameters=own)
 
     def _init_instance(self) -> None:
+        """Initialize what a copy does not take over."""
         super()._init_instance()
         self.stats: dict[str, Tensor] = {}
         self.arithmetic = Arithmetic()
-        self._manual: ExitStack | None = None  # between first_step and second_step
-        self._in_step = self._expect_plain = self._warned_plain = False
+        self._manual: ExitStack | None = None  # undoes first_step, between it and second_step
+        self._in_step = False  # the passes of a step are running
+        self._expect_plain = self._warned_plain = False  # see `_warn_if_plain`
 
     @property
     def scope(self) -> str:
@@ -123,12 +127,13 @@ class SAM(OptimizerWrapper):
         old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
     def compile(self, backend: str | Callable[..., object] = "inductor", mode: str | None = None) -> None:
-        """Compile the arithmetic of the perturbation, with the backend of a compiled model. A copy of this optimizer is
-        not compiled.
+        """Compile the arithmetic of the perturbation. A copy of this optimizer is not compiled.
 
         Args:
-            mode: the model's. In those that capture CUDA graphs (reduce-overhead, max-autotune), `samon.two_pass`
-                copies what outlives a pass out of their memory; the arithmetic itself is compiled without a mode.
+            backend: torch.compile's backend, usually that of the model.
+            mode: the mode in which the model is compiled. If it captures CUDA graphs (reduce-overhead, max-autotune),
+                `samon.two_pass` copies results that the next run of a graph would overwrite. The arithmetic itself is
+                compiled without a mode.
 
         Raises:
             UserError: the ascent source is ESAM.
@@ -147,14 +152,14 @@ class SAM(OptimizerWrapper):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's own state, which it can load alone, plus that of the ascent source and the mask."""
+        """The base optimizer's own state, which it can load alone, plus that of the ascent source and of the mask."""
         state = super().state_dict()
         if self.ascent.has_state or self.ascent.counts_updates:
             state["ascent"] = self.ascent.state_dict()
         return state if self.mask is None else {**state, "mask": self.mask.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state written by this class or by the base optimizer alone.
+        """Load a state saved by this class or by the base optimizer alone.
 
         Raises:
             UserError: the state is that of another base optimizer, before or after `replace_base`.
@@ -163,17 +168,16 @@ class SAM(OptimizerWrapper):
         if self.mask is not None and "mask" in state_dict:
             self.mask.load_state_dict(state_dict["mask"], _local(self.perturbed_parameters()))
         if "ascent" in state_dict:
-            device = next(iter(self.selection.parameters.values())).device  # of frozen ones too
+            device = next(iter(self.selection.parameters.values())).device
             self.ascent.load_state_dict(state_dict["ascent"], device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; outside a step also discard an update that was computed but not applied, as after an
-        overflow."""
+        """Clear the gradients, and discard an update that was computed but not applied, as after an overflow."""
         super().zero_grad(set_to_none)
         self._discard_update()
 
     def _discard_update(self) -> None:
-        if not self._in_step:  # a closure that clears the gradients is a part of the update
+        if not self._in_step:  # otherwise a closure clears the gradients, as a part of its update
             self.ascent.discard_update()
         if self.mask is not None:
             self.mask.stale = True
@@ -183,12 +187,13 @@ class SAM(OptimizerWrapper):
 
     # -- perturbation ------------------------------------------------------------------------------------------------
     def perturbed_parameters(self) -> dict[str, Parameter]:
-        """The perturbed parameters by qualified name: those that are trainable now, or all with `perturb_frozen`."""
+        """The perturbed parameters by qualified name: those that require gradients, or all with `perturb_frozen`."""
         return self.selection.current()
 
     @contextmanager
     def sampled_parameters(self) -> Iterator[NamedParameters]:
-        """Around a step: the parameters that this update perturbs.
+        """Context of the passes of a step. Yields the parameters that this step perturbs: `perturbed_parameters`, or a
+        random sample of them (ESAM).
 
         Raises:
             UserError: all are frozen, or FSDP does not let them be perturbed.
@@ -199,7 +204,7 @@ class SAM(OptimizerWrapper):
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
         trained = [p for p in named.values() if p.requires_grad] or self.parameters()
-        if self._was_cleared(trained):  # by the model or by Lookahead, not by `zero_grad`
+        if self._was_cleared(trained):  # by model.zero_grad() or Lookahead's, which do not call `SAM.zero_grad`
             self._discard_update()
         named = self.ascent.sample(named)
         refuse_fsdp1(named.values())
@@ -218,12 +223,12 @@ class SAM(OptimizerWrapper):
 
     @property
     def _has_update(self) -> bool:
-        """Whether the source or the mask holds something of an update that is not applied yet."""
+        """Whether the ascent source or the mask stores a part of an update that is not applied yet."""
         return bool(self.ascent.clean) or (self.mask is not None and not self.mask.stale)
 
     def _was_cleared(self, parameters: Sequence[Parameter]) -> bool:
-        """Whether all gradients are None, or zero since the last step. Only if all were written to since then, as also
-        an auxiliary loss does between micro-batches, are their values read."""
+        """Whether all gradients are None, or were zeroed since the last passes. Zeroing writes to all gradients, but so
+        does the backward of an auxiliary loss; only if all were written to are their values read on the host."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads or not self._has_update:
             return not grads
@@ -237,8 +242,8 @@ class SAM(OptimizerWrapper):
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """The perturbation from ascent gradients in the order of `named` (Eq. 5): `(eps, ||T g||_2, finite)`.
 
-        A missing gradient counts as zero. A non-finite one anywhere makes eps zero and `finite` (bool, []) false. If
-        `grouped`, gradients and results have a leading dimension [G].
+        A gradient that is None counts as zero. If any is not finite, eps is zero and `finite` (bool, shape []) is
+        false. If `grouped`, gradients and results have a leading dimension [G].
         """
         weights = _local(named)
         if len(devices := {str(w.device) for w in weights}) > 1:
@@ -255,6 +260,7 @@ class SAM(OptimizerWrapper):
         rho = self.rho / self.ascent.keep_probability  # ESAM divides the perturbation, which is linear in rho
         settings = (rho, self.eta, is_weight, grouped, self.norm_reduction(named), self.radius)
         eps, norm, finite = self.arithmetic.perturbation(self.geometry, weights, dense, *settings)
+        # A single tensor is all of eps, flattened.
         return FlatTensors(eps[0], dense) if len(eps) == 1 else eps, norm, finite
 
     def step_perturbation(
@@ -264,11 +270,12 @@ class SAM(OptimizerWrapper):
         step at w.
 
         Args:
-            grads: gradients at w in the order of `named`; None if the update makes no ascent pass.
-            weight: of this micro-batch in the update's mean gradient at w, which some sources store; no factor on eps.
+            grads: gradients at w in the order of `named`; None if the step makes no ascent pass.
+            weight: weight of this micro-batch in the update's mean gradient at w, which some ascent sources store. It
+                does not scale eps.
             grouped: gradients and perturbation have a leading dimension [G].
         """
-        self.ascent.used = True
+        self.ascent.used = True  # so the next optimizer step is not a plain one
         if grads is not None and self.ascent.needs_clean_grad:
             dense = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)]
             self.ascent.accumulate_clean_grad([g.mean(0) for g in dense] if grouped else dense, weight)
@@ -281,7 +288,7 @@ class SAM(OptimizerWrapper):
         return eps, finite.all() if grouped else finite
 
     def norm_reduction(self, named: NamedParameters) -> NormReduction:
-        """A function of the norms of local shards, to norms of the full parameters; None if no parameter is sharded."""
+        """The function that turns norms of local shards into those of full parameters; None if nothing is sharded."""
         if not self.sharded:
             return None
         from samon.engines import fsdp
@@ -292,14 +299,14 @@ class SAM(OptimizerWrapper):
     def perturbed(self, grads: Mapping[str, Tensor | None] | Grads) -> Iterator[None]:
         """Perturb the weights: w + eps inside, w bit-exactly outside, also after an exception.
 
-        Buffers are not preserved: a forward in training mode updates running statistics.
+        Buffers are not restored: a forward in training mode updates running statistics.
 
         Args:
             grads: ascent gradients by qualified name, or in the order of `perturbed_parameters`. If one is not finite,
                 eps is zero.
 
         Raises:
-            UserError: `grads` has no perturbed parameter's name.
+            UserError: `grads` contains the name of no perturbed parameter.
         """
         names = self.perturbed_parameters().keys()
         if not isinstance(grads, Mapping):
@@ -314,7 +321,7 @@ class SAM(OptimizerWrapper):
 
     @contextmanager
     def add_perturbation(self, named: NamedParameters, eps: Sequence[Tensor]) -> Iterator[None]:
-        """w + eps inside, w outside: saved values are copied back, since (w + eps) - eps is not w."""
+        """w + eps inside, w outside. Saved values are copied back, because (w + eps) - eps does not equal w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
         self._clear_weight_copies(named)
@@ -326,6 +333,7 @@ class SAM(OptimizerWrapper):
             self._clear_weight_copies(named)
 
     def _clear_weight_copies(self, named: NamedParameters) -> None:
+        """Drop what autocast, parametrizations and FSDP computed from weights that have just changed."""
         contexts.clear_weight_caches()
         if any(isinstance(p, DTensor) for p in named.values()):
             from samon.engines import fsdp
@@ -339,7 +347,8 @@ class SAM(OptimizerWrapper):
         """Record the length of the perturbation in `stats`.
 
         Args:
-            saved: the weights before eps was added; None for one eps per group, [G, ...], which is not added to them.
+            saved: the weights before eps was added. None if eps has one row per group, [G, ...], which normalization
+                layers add themselves.
         """
         reduce, applied = self.norm_reduction(named), eps
         if any(p.dtype in geometry.LOW_PRECISION for p in named.values()):
@@ -352,12 +361,12 @@ class SAM(OptimizerWrapper):
     # -- the step ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The base step with the current gradients; with a closure, first the two passes that compute them.
+        """Apply the current gradients; with a closure, first run the two passes that compute them.
 
         Args:
-            closure: the standard one (zero the gradients, forward, backward, return the loss). It runs twice; the
-                second run, at w + eps, leaves the gradient and does not update BatchNorm statistics. After `two_pass`
-                has filled the gradients, a trainer may still pass a closure that computes none: it runs once.
+            closure: PyTorch's standard closure (zero the gradients, forward, backward, return the loss). It runs twice:
+                at w, then at w + eps without updating BatchNorm statistics; the second gradient is applied. If
+                `two_pass` has filled the gradients, a closure that computes none, as some trainers pass, runs once.
 
         Returns:
             The loss at w, or None without a closure.
@@ -372,7 +381,7 @@ class SAM(OptimizerWrapper):
             return self._apply_gradients()
         from samon.engines.closure import run_closure
 
-        filled = self.ascent.used or self._expect_plain  # then a closure may compute no gradients
+        filled = self.ascent.used or self._expect_plain  # the caller has filled the gradients, so a closure need not
         self._expect_plain = False
         with self.sampled_parameters() as named:
             loss = run_closure(self, named, torch.enable_grad()(closure), filled)
@@ -380,6 +389,7 @@ class SAM(OptimizerWrapper):
         return loss
 
     def _apply_gradients(self) -> Any:
+        """Let the ascent source correct `.grad` and store what the next update needs, then take the base step."""
         source = self.ascent
         if source.needs_clean_grad or source.has_state:
             if source.clean and dist.is_initialized():
@@ -394,8 +404,8 @@ class SAM(OptimizerWrapper):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Move the weights to w + eps along the gradients at w: the protocol of davda54/sam. Compute the gradients
-        there, then call `second_step`. Buffers such as BatchNorm statistics are updated by the first pass only.
+        """Move the weights to w + eps, from the gradients at w in `.grad` (the protocol of davda54/sam). Then compute
+        the gradients there and call `second_step`. Only the first pass updates BatchNorm statistics.
 
         Args:
             zero_grad: clear the gradients, which the second backward must not add to.
@@ -410,7 +420,7 @@ class SAM(OptimizerWrapper):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Restore the weights, and apply the gradients at w + eps there.
+        """Restore w, and apply the gradients that were computed at w + eps.
 
         Args:
             zero_grad: clear the gradients at the end.
@@ -427,12 +437,12 @@ class SAM(OptimizerWrapper):
             self.zero_grad()
 
     def expect_plain_step(self) -> None:
-        """Say that the next step is a plain one on purpose: no warning that nothing was perturbed."""
-        if (sam := sam_of(self)) is not None:  # Lightning and Fabric give their wrappers this method
+        """Declare that the next step is meant to be a plain one, so that it does not warn."""
+        if (sam := sam_of(self)) is not None:  # `self` may be Lightning's or Fabric's wrapper, which copies this method
             sam._expect_plain, sam.ascent.used = True, False  # a skipped update may have left `used` set
 
     def _warn_if_plain(self) -> None:
-        """Without two passes before it, a step is silently the base optimizer's, bit for bit."""
+        """Warn once if neither two passes nor `expect_plain_step` precede a step, which is then a plain base step."""
         if not (self.ascent.used or self._expect_plain or self._warned_plain):
             self._warned_plain = True
             warnings.warn(
@@ -448,7 +458,7 @@ class Arithmetic:
     """The tensor functions of a step, eager or compiled.
 
     Attributes:
-        cuda_graphs: the model's graphs are captured as CUDA graphs, whose outputs the next run overwrites.
+        cuda_graphs: whether the model runs as CUDA graphs, whose outputs the next run overwrites.
     """
 
     perturbation: Callable[..., tuple[list[Tensor], Tensor, Tensor]] = geometry.perturbation
@@ -458,9 +468,9 @@ class Arithmetic:
 
 
 def sam_of(optimizer: object) -> SAM | None:
-    """The SAM optimizer inside `optimizer`: itself, or inside timm's Lookahead, Accelerate's, Lightning's and Fabric's
-    wrappers. None if there is none."""
-    # The last two imitate the class of what they wrap, including its attributes; only `vars` distinguishes them.
+    """The SAM optimizer that `optimizer` is, or that the wrappers of timm (Lookahead), Accelerate, Lightning and Fabric
+    contain; None if there is none."""
+    # Lightning's and Fabric's pretend to be of the wrapped class and have its attributes; only `vars` tells them apart.
     names = ("_optimizer", "optimizer", "_base_optimizer")
     while inner := next((vars(optimizer)[name] for name in names if name in getattr(optimizer, "__dict__", {})), None):
         optimizer = inner

@@ -30,8 +30,8 @@ class Scope:
     Attributes:
         label: its column in the paper's Table 1.
         choose: the parameters in the scope, from (all parameters, normalization parameters) by qualified name.
-        norms_only: only normalization parameters: few enough for a copy per group of samples, and replicated if the
-            rest is sharded.
+        norms_only: whether it has only normalization parameters. These are few enough for one copy per group of
+            samples, and to be replicated on every process if the other parameters are sharded.
     """
 
     label: str
@@ -51,7 +51,8 @@ SCOPES = {
     "samnn": Scope("no-norm", "all but normalization parameters (no-norm)", _without_norms),
 }
 
-# timm's normalization layers that differ from the torch class they derive from, or derive from none.
+# By the dimension that NORM_TYPES below explains: timm's layers that derive from none of its classes, or differ from
+# the one they derive from.
 _TIMM: dict[int | None, str] = {
     -1: "RmsNorm RmsNormFp32 SimpleNorm SimpleNormFp32",
     1: "LayerNorm2d LayerNorm2dFp32 LayerNormExp2d LayerNormAct2d LayerNormAct2dFp32 RmsNorm2d RmsNorm2dFp32 "
@@ -60,8 +61,8 @@ _TIMM: dict[int | None, str] = {
     "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
 }
 # Modules whose `weight` and `bias` are gamma and beta of Eq. 1, and the first dimension of the input that these run
-# along; None if there cannot be one gamma per group of samples (engines/groups.py). Not every timm exports all of its
-# own. Gates and scales that do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are not among them.
+# along; None if the groups of `samon.two_pass` cannot each have their own. Not every version of timm has all of its
+# layers. Gates and scales that do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are left out.
 NORM_TYPES: dict[type[nn.Module], int | None] = {
     _BatchNorm: 1,
     nn.SyncBatchNorm: None,
@@ -71,7 +72,7 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
     nn.RMSNorm: -1,
     **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
 }
-BUILT_IN = frozenset(NORM_TYPES)
+BUILT_IN = frozenset(NORM_TYPES)  # without the classes that users register
 
 
 def register_norm(cls: type[nn.Module], dim: int | None) -> None:
@@ -135,7 +136,7 @@ def _parameters_of_attribute(module: nn.Module, name: str) -> Iterator[tuple[str
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Whether the class is not known as a normalization layer, but has "norm" in its name and 1-D parameters."""
-    unknown = norm_type(module) is None and not isinstance(module, GlobalResponseNorm)  # "norm" by name alone
+    unknown = norm_type(module) is None and not isinstance(module, GlobalResponseNorm)  # a norm in name only
     named = "norm" in type(module).__name__.lower()
     return named and unknown and any(p.dim() == 1 for p in module.parameters(recurse=False))
 
@@ -154,8 +155,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without the names that wrappers add around any part of the model."""
-    names, hidden = {"": ""}, set[str]()
+    """`model.named_modules()` without the attributes (`module`, `_orig_mod`) in which wrappers hold their model,
+    wherever in the model they are."""
+    names, hidden = {"": ""}, set[str]()  # shortened names by path; paths of wrapped models
     for path, module in model.named_modules():
         parent, _, attribute = path.rpartition(".")
         names[path] = names[parent] if path in hidden else f"{names[parent]}.{attribute}".lstrip(".")
@@ -184,11 +186,13 @@ def _by_unique_name(pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
 
 @dataclass
 class Selection:
-    """The parameters of a scope by qualified name, frozen ones included: `requires_grad` decides at every step.
+    """The parameters of a scope by qualified name. Frozen ones are included: `requires_grad` decides at every step.
 
     Attributes:
-        narrowed: `perturb` excludes a part of the scope, so only some layers are perturbed.
-        perturb_frozen: frozen parameters are perturbed too.
+        perturb: regular expression that the names match.
+        model: the bare model; None if the optimizer was created from parameters.
+        narrowed: whether `perturb` excludes a part of the scope, so that only some layers are perturbed.
+        perturb_frozen: whether frozen parameters are perturbed too.
     """
 
     scope: str
@@ -199,7 +203,7 @@ class Selection:
     perturb_frozen: bool = False
 
     def current(self) -> NamedParameters:
-        """The parameters to perturb now: those that are trainable, or all with `perturb_frozen`."""
+        """The parameters to perturb now: those that require gradients, or all with `perturb_frozen`."""
         return {name: p for name, p in self.parameters.items() if p.requires_grad or self.perturb_frozen}
 
     def summary(self) -> str:
@@ -256,7 +260,7 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
-    """Select from an optimizer's own parameter groups (scope `sam` only), if it was created without a model."""
+    """Select from the parameter groups of an optimizer that was created without a model (scope `sam` only)."""
     if scope != "sam":
         raise UserError(
             f"{scope} must know which parameters belong to normalization layers, but was given bare parameters; "
@@ -279,7 +283,7 @@ def _matching(
     model: nn.Module | None = None,
     perturb_frozen: bool = False,
 ) -> Selection:
-    """Parameters whose name matches `perturb` (all if None)."""
+    """The candidates whose name matches `perturb` (all if None)."""
     try:
         matching = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
     except re.error as e:
@@ -296,7 +300,7 @@ def _matching(
 
 
 def refuse_fsdp1(parameters: Iterable[Tensor]) -> None:
-    """Raise UserError if FSDP1 has flattened a parameter: which part of it a process holds is unknown."""
+    """Raise UserError if FSDP1 has flattened a parameter, since the part of it that a process holds is unknown."""
     if any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         raise UserError(
             "FullyShardedDataParallel (FSDP1) hides which part of a parameter a process holds; shard the model with "

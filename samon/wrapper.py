@@ -19,7 +19,7 @@ class OptimizerWrapper(Optimizer):
     and hooks of the state dict, so schedulers, gradient scalers, checkpoints and Lookahead see a plain optimizer.
 
     Args:
-        name: of this optimizer, for errors.
+        name: name of this optimizer, for error messages.
 
     Attributes:
         replacement: arguments of `replace_base` if it was called.
@@ -78,8 +78,8 @@ class OptimizerWrapper(Optimizer):
         `state_dict` records the arguments, and `load_state_dict` of a new optimizer repeats the call.
 
         Args:
-            opt: timm's name of it.
-            lr_ratio: it steps at this multiple of the groups' learning rates, which the scheduler still sets.
+            opt: timm's name of the new optimizer.
+            lr_ratio: factor on the learning rates of the parameter groups, which the scheduler still sets.
             options: further arguments of timm's factory, plain values. Weight decay stays that of the groups.
 
         Returns:
@@ -98,7 +98,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def lr_ratio(self) -> float:
-        """What multiplies the groups' learning rates, whatever scheduler sets them."""
+        """Factor on the learning rates of the parameter groups."""
         return 1.0 if self.replacement is None else self.replacement["lr_ratio"]
 
     def step_base(self) -> Any:

@@ -96,10 +96,9 @@ class GroupedNorm:
     @torch.compiler.disable
     @torch.no_grad()
     def _check(self, x: Tensor) -> None:
-        """Compare a class that is not torch's or timm's with its own forward, run group by group. A wrong `dim`,
-        statistics of the whole batch and x * (1 + weight) all differ, the last because the parameters are shifted
-        first:
-        at weight 1 both agree."""
+        """Compare a class that is not torch's or timm's with its own forward, run group by group, which shows a wrong
+        `dim`, statistics of the whole batch and x * (1 + weight). The parameters are shifted first, because the last
+        is right if weight is 1."""
         offsets, calls = self.offsets, self.calls
         own: dict[str, Any] = dict(self.module._parameters)
         shifted = {n: own[n] + 0.5 for n, d in zip(("weight", "bias"), offsets, strict=True) if d is not None}

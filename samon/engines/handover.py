@@ -16,7 +16,7 @@ from samon.wrapper import OptimizerWrapper, check_base
 SGD = (torch.optim.SGD, timm.optim.SGDW)
 ADAM = (torch.optim.Adam, torch.optim.AdamW, timm.optim.AdamWLegacy, timm.optim.NAdamW)
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-KEPT = {"lr", "weight_decay"}  # options of a parameter group that stay; others are the new optimizer's
+KEPT = {"lr", "weight_decay"}  # options of a parameter group that stay; the new optimizer sets the others
 
 
 def create_base(sam: OptimizerWrapper, opt: str, lr_ratio: float, options: dict[str, Any]) -> Optimizer:

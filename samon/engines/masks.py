@@ -39,9 +39,9 @@ class Mask:
             raise UserError(f"sparsity must be in [0, 1), got {sparsity}; 0.5 keeps half of the entries")
         self.kind, self.sparsity, self.every, self.seed = kind, sparsity, every, seed
         self.step, self.rate = 0, REPLACED
-        self.epoch, self.due = -1, False  # of the last `begin_epoch`, and whether it requested a renewal
+        self.epoch, self.due = -1, False  # epoch of the last `begin_epoch`, and whether it requested a renewal
         self.masks: list[Tensor] = []
-        self.upcoming: list[Tensor] = []  # of the current update, which may be skipped
+        self.upcoming: list[Tensor] = []  # masks of the current update, which may be skipped
         self.stale = False  # the next call belongs to another update
 
     def begin_epoch(self, epoch: int, epochs: int, every: int) -> bool:
@@ -75,7 +75,7 @@ class Mask:
         return [g * m for g, m in zip(grads, self.upcoming, strict=True)]
 
     def advance(self) -> None:
-        """Keep the mask of an update that is applied. That of a skipped one, from a gradient that is not finite, is
+        """Keep the mask of an update that is applied. The mask of a skipped one, whose gradient was not finite, is
         never used again."""
         if self.upcoming:
             self.masks, self.upcoming, self.due = self.upcoming, [], False

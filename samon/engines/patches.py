@@ -1,4 +1,4 @@
-"""Temporary changes to a model that only some engines make, each undone exactly, also after an exception; its graph."""
+"""Temporary changes to a model that only some engines make, each undone exactly; the leaves of its autograd graph."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -36,7 +36,7 @@ def patch_forward(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterat
 def forward_hooks(
     modules: Iterable[nn.Module], before: Callable[..., object], after: Callable[..., object] | None = None
 ) -> Iterator[None]:
-    """Call hooks before and after the forward of these modules; compiled models run eagerly, since graphs call none."""
+    """Call hooks before and after the forward of these modules; compiled models run eagerly: graphs call no hooks."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(module.register_forward_pre_hook(before))

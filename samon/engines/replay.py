@@ -35,15 +35,15 @@ from samon.two_pass import StepOptions, WholeBatch
 
 
 class Trace:
-    """Events of one pass, the starts and ends of the calls of modules, numbered from 1.
+    """The starts and ends of the calls of modules in one pass, events that are numbered from 1.
 
     Args:
-        generator_states: what changes if a random number is drawn that the second pass would draw anew.
+        generator_states: function whose value changes if a random number is drawn that the second pass draws anew.
 
     Attributes:
         calls: [start, end] of every call of each module.
         nodes: the autograd nodes of its outputs.
-        draws: events before which, since the event before, random numbers were drawn.
+        draws: events since whose predecessor random numbers were drawn.
     """
 
     def __init__(self, generator_states: Callable[[], object]) -> None:
