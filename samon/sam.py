@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
@@ -478,17 +478,21 @@ def sam_of(optimizer: object) -> SAM | None:
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors averaged over the processes, in one message."""
-    flat = torch.cat([t.flatten() for t in tensors])
+    """The replicated tensors averaged over the processes, in one message."""
+    local = [to_local(t) for t in tensors]
+    flat = torch.cat([t.flatten() for t in local])
     dist.all_reduce(flat)
-    return FlatTensors(flat.div_(dist.get_world_size()), tensors)
+    return FlatTensors(flat.div_(dist.get_world_size()), local)
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor, sharing its memory; any other tensor unchanged."""
+    """This process's shard of a DTensor, sharing its memory; any other tensor unchanged. Partial sums, as gradients of
+    sequence-parallel layers are, are added up first."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():  # `to_local` is differentiable, and the shard must be writable
+        if any(placement.is_partial() for placement in tensor.placements):
+            tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
         return tensor.to_local()
 
 

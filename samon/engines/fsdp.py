@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -149,23 +150,19 @@ def _shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
     if not isinstance(tensor, DTensor):
         return []
     mesh, placements = tensor.device_mesh, enumerate(tensor.placements)
-    return [mesh.get_group(dim) for dim, placement in placements if placement.is_shard()]
+    return [mesh.get_group(dim) for dim, placement in placements if not placement.is_replicate()]
 
 
 def norm_reduction(tensors: Iterable[Tensor]) -> NormReduction:
-    """The function from 2-norms [T] of local shards to those of the full tensors, in one message; None if no tensor is
-    sharded.
-
-    Args:
-        tensors: [T]; those that are sharded, across the same processes.
-    """
+    """The function from 2-norms [T] of local shards to those of the full tensors [T], in one message per process group:
+    one for FSDP2, two if tensor parallelism shards some of them too. None if no tensor is sharded."""
     groups = [_shard_groups(t) for t in tensors]
-    across = next(filter(None, groups), None)
-    return None if across is None else partial(_reduce_norms, [bool(g) for g in groups], across)
+    return partial(_reduce_norms, groups) if any(groups) else None
 
 
-def _reduce_norms(sharded: Sequence[bool], groups: Sequence[dist.ProcessGroup], norms: Tensor) -> Tensor:
+def _reduce_norms(groups: Sequence[Sequence[dist.ProcessGroup]], norms: Tensor) -> Tensor:
     squares = norms.square()
-    for group in groups:
-        dist.all_reduce(squares, group=group)
-    return torch.where(torch.tensor(sharded, device=norms.device), squares.sqrt(), norms)
+    for group in dict.fromkeys(chain.from_iterable(groups)):
+        dist.all_reduce(total := squares.clone(), group=group)
+        squares = torch.where(torch.tensor([group in g for g in groups], device=norms.device), total, squares)
+    return torch.where(torch.tensor([bool(g) for g in groups], device=norms.device), squares.sqrt(), norms)

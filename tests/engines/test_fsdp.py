@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,6 +205,47 @@ def refusals(rank: int) -> list[bool]:
     return results
 
 
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b, self.head = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.norm(x)).relu()))
+
+
+def tensor_parallel(rank: int) -> list[float]:
+    """Relative distances of the weights and lengths after a step from those of the whole batch in one process: two
+    layers tensor-parallel and the norm sequence-parallel, whose gradients are partial sums, alone and with FSDP2, where
+    parameters are sharded over different meshes."""
+    mesh, distances = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor")), []
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 8).double(), torch.randint(5, (4,))) for _ in range(2)]
+    for fsdp in (False, True):
+        for name in ("sam", "sam-layerl2", "samon-layerl2"):
+            results = []
+            for sharded in (False, True):
+                model = Perceptron()
+                forwards = [loss_of(model, x, y) for x, y in (data if fsdp else data[:1])]
+                if sharded:
+                    how = {"a": ColwiseParallel(input_layouts=Shard(0)), "b": RowwiseParallel()}
+                    parallelize_module(model, mesh["tensor"], {**how, "norm": SequenceParallel(sequence_dim=0)})
+                    x, y = data[mesh["data"].get_local_rank() if fsdp else 0]
+                    forwards = [loss_of(model, distribute_tensor(x, mesh["tensor"], [Shard(0)]), y)]
+                    if fsdp:
+                        fully_shard(model, mesh=mesh["data"])
+                opt = optimizer_of(model, name)
+                samon.two_pass(opt, forwards, reduce="global")
+                opt.step()
+                full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+                lengths = [opt.stats["eps_norm"].reshape(1), opt.stats["ascent_grad_norm"].reshape(1)]
+                results.append(torch.cat([*(p.detach().flatten() for p in full), *lengths]))
+            distances.append(((results[1] - results[0]).norm() / results[0].norm()).item())
+    return distances
+
+
 def every_check(rank: int) -> dict[str, Any]:
     return {
         "distances": compare(rank, 2, CASES),
@@ -228,6 +270,11 @@ def test_two_processes_equal_ddp(case: Case, ranks: list[dict[str, Any]]) -> Non
 @pytest.mark.parametrize(("world", "cases"), [(3, THREE), (4, HYBRID)], ids=["uneven shards", "hybrid"])
 def test_more_processes_equal_ddp(world: int, cases: list[Case]) -> None:
     for distances in run_ranks(compare, world, world, cases, timeout=240):
+        assert max(distances) <= 1e-12
+
+
+def test_tensor_parallel_equals_one_process() -> None:
+    for distances in run_ranks(tensor_parallel, 4, timeout=240):
         assert max(distances) <= 1e-12
 
 
