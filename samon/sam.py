@@ -74,6 +74,8 @@ class SAM(OptimizerWrapper):
         self.ascent.check(mask, selection)
         self.rho = validate_nonnegative("rho", rho)
         self.eta = validate_nonnegative("eta", GEOMETRIES[geometry].eta if eta is None else eta)
+        if self.eta and not GEOMETRIES[geometry].eta:
+            raise UserError(f"eta={self.eta:g} has no effect: the geometry {geometry or 'l2'} has no eta; drop it")
         self.radius = validate_radius_rule(radius)
         # timm's factory gives the base optimizer no frozen parameters: they are perturbed only with `perturb_frozen`.
         trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen

@@ -24,6 +24,7 @@ import samon
 from samon.cli.eval_model import Job, build
 from samon.cli.program import parse_before_dashes
 from samon.cli.validate import parse
+from samon.engines.ascent import make_ascent
 from samon.errors import RunError, UserError, error_line
 from samon.evals.context import EvalContext, predict
 from samon.evals.results import markdown
@@ -32,6 +33,7 @@ from samon.geometry import GEOMETRIES
 from samon.registry import variant_of
 from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging
+from samon.trainer.flag_rows import SAM
 from samon.trainer.state import DCP_SUFFIXES, Tree, load_file, load_state, stored_args
 
 # Of timm's configuration of a model, what describes timm's own pretrained weights.
@@ -91,14 +93,20 @@ def perturbation_details(stored: Tree) -> dict[str, str]:
         "Scope": f"{variant.scope} ({variant.target}" + (f", names matching `{pattern}`)" if pattern else ")"),
         "Geometry": GEOMETRIES[variant.geometry].description,
     }
-    for name in ("rho", "eta", "radius", "ascent", "m_sharpness"):
-        if stored.get(name) is not None:
-            details[name.replace("_", "-")] = str(stored[name])
+    for flag in SAM:
+        value, always = stored.get(flag.key), flag.key in ("radius", "ascent", "m_sharpness")
+        in_words = flag.key.startswith("sam_") or flag.key in ("perturb", "no_replay")
+        if value is not None and (always or value != flag.default) and not in_words:
+            details[flag.name] = str(value)
+    ascent = make_ascent(stored.get("ascent") or "batch")
+    if ascent.single_pass:
+        return details | {"Two passes": f"never (`--ascent {ascent.name}` makes no ascent pass)"}
     tail, end, every = stored.get("sam_tail"), stored.get("sam_end_epoch"), stored.get("sam_every") or 1
     updates = [f"in the last {100 * tail:g} % of updates (tail)"] if tail else []
     updates += [f"from epoch {stored['sam_start_epoch']}"] if stored.get("sam_start_epoch") else []
     updates += [f"before epoch {end}"] if end is not None else []
     updates += [f"in every {every}th update"] if every > 1 else []
+    updates += [f"where {ascent.name} makes an ascent pass"] if ascent.name.startswith(("looksam", "aesam")) else []
     return details | {"Two passes": ", ".join(updates) or "in all updates (no tail)"}
 
 
@@ -131,7 +139,8 @@ def model_card(job: Job, content: Tree, license_name: str, results: Path | None)
     if "epoch" in content:
         details["Epochs"] = content["epoch"] + 1
     if content.get("metric") is not None:
-        details[f"Validation {stored.get('eval_metric', 'metric')}"] = f"{content['metric']:.2f}"
+        name = f"Validation {stored.get('eval_metric', 'metric')}"
+        details[name if stored.get("val_split", True) else "Training loss"] = f"{content['metric']:.2f}"
     opt = stored.get("opt", "")
     method = f" with sharpness-aware minimization (`--opt {opt}`)" if samon.is_sam_name(opt) else ""
     usage = '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:NAME/REPO", pretrained=True).eval()\n```'

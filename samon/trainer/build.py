@@ -150,7 +150,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         if config.torchcompile:
             sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * updates
-    return Run(
+    run = Run(
         config=config.but(dist_bn="") if config.sync_bn and dist_info.size > 1 else config,
         dist_info=dist_info,
         model=model,
@@ -171,6 +171,12 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         metric=metric,
         progress=Progress(epoch=config.start_epoch or 0),
     )
+    if sam is not None and not run.two_pass_updates:
+        raise UserError(
+            f"none of the {epochs * updates} updates takes two passes; change --sam-start-epoch, --sam-end-epoch or "
+            "--sam-every, or use the base optimizer"
+        )
+    return run
 
 
 def check_step(config: Config, sam: samon.SAM) -> None:
@@ -362,6 +368,7 @@ def build_schedule(
     with reraise_as_user_error(f"--sched {config.sched}"):
         if config.sched == "wsd" and config.sam_tail is not None and config.decay_epochs is None:
             config = config.but(decay_epochs=tail_decay(config))
+        config = config.but(decay_milestones=sorted(config.decay_milestones))
         kwargs = scheduler_kwargs(config, decreasing_metric=metric == "loss")
         scheduler, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates)
     if scheduler is None:  # timm applies the scale of --layer-decay in its schedules only
@@ -369,7 +376,4 @@ def build_schedule(
             group["lr"] *= group.get("lr_scale", 1.0)
     if (config.stop_epoch or 0) > epochs:
         raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs is never reached; raise --epochs")
-    if samon.sam_of(optimizer) is not None and config.sam_start_epoch >= epochs:
-        start = f"--sam-start-epoch {config.sam_start_epoch} of {epochs} epochs"
-        raise UserError(f"{start}: no epoch has the two-pass step; start earlier, or use the base optimizer")
     return scheduler, int(epochs)

@@ -15,9 +15,13 @@ from samon.trainer.build import Run
 from samon.trainer.dcp import convert_to_file, save_sharded
 from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
-from samon.trainer.resume import describe_optimizer, restore_run
+from samon.trainer.resume import changed_settings, describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
 from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree, list_states
+
+# What the metric that decides the best epoch is, and is measured on.
+DECISIVE_FLAGS = {"eval_metric", "model_ema", "model_ema_force_cpu", "dataset", "val_split", "val_num_samples"}
+DECISIVE_FLAGS |= {"img_size", "input_size", "crop_pct", "interpolation", "mean", "std"}
 
 
 class CheckpointManager:
@@ -76,8 +80,7 @@ class CheckpointManager:
         state, random_state = restore_run(self.run, source, self.run_dir.started)
         if self.run_dir.same_run:
             self.best, self.last_good = state.best or self.best, source
-            decisive = state.args.get("eval_metric", "top1") if state.args.get("val_split", True) else "loss"
-            if decisive != self.run.metric:  # figures of another metric do not compare
+            if DECISIVE_FLAGS.intersection(changed_settings(self.run, state.args)):  # earlier figures do not compare
                 self.best = {"metric": None, "epoch": None, "kept": [[name, None] for name, _ in self.best["kept"]]}
         return random_state
 

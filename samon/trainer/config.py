@@ -1,21 +1,23 @@
 """Command line and YAML -> one configuration. Precedence: defaults < file < per_opt[opt] < command line."""
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm.optim
 import yaml
+from timm.optim import OptimInfo, get_optimizer_info, list_optimizers
 from timm.utils.distributed import world_info_from_env
 
 import samon
 from samon.errors import UserError, nearest
 from samon.geometry import GEOMETRIES
-from samon.registry import BASES, variant_of
+from samon.registry import BASES, base_of, variant_of
 from samon.trainer.flag_rows import SAM, TRAIN
 from samon.trainer.flags import Flag, Settings, by_key, parse_command_line, rename_old
 
@@ -23,8 +25,11 @@ _PACKAGE = Path(__file__).parents[1]
 # A wheel has the recipes inside the package; a checkout and an editable install have them beside it.
 RECIPES = next((path for path in (_PACKAGE / "hparams", _PACKAGE.parent / "hparams") if path.is_dir()), _PACKAGE)
 FLAGS: dict[str, Flag] = by_key(TRAIN)
+# Second names of settings: one given later, as on the command line, replaces an earlier value of the first name.
+ALTERNATIVES = {"data": "data_dir", "drop_connect": "drop_path", "lr_base": "lr"}
 _IGNORED_KEYS = {"local_rank", "prefetcher", "rank", "world_size", "distributed"}  # of timm's args.yaml
 STORED = "configuration"  # the name of a run's stored settings in messages
+_warn_once = cache(logging.getLogger("samon").warning)  # a sweep parses the same settings again
 AUTO = "auto"  # --resume: from the state of --experiment, if there is one
 DESCRIPTION = "Train a timm model, with a sharpness-aware optimizer (--opt samon-layerl2) or any other."
 
@@ -53,15 +58,18 @@ def parse(argv: list[str] | None = None, load_stored: Callable[[str], Settings] 
         UserError: the settings contain a mistake.
     """
     given = parse_command_line(TRAIN, argv, DESCRIPTION)
-    file: Settings = {}
+    file, written = Settings(), set(given)
     if given.get("config"):
         file = read_yaml(given["config"])
+        written |= file.keys()
     elif given.get("resume", AUTO) not in ("", AUTO):
         file = load_stored(given["resume"])
         if given.get("opt", file.get("opt")) != file.get("opt"):  # the stored values are the other optimizer's
             file = {key: value for key, value in file.items() if key not in ("rho", "eta")}
     config = resolve(given, file)
     check(config, given)
+    for text in describe_idle(config, given, written) if world_info_from_env()[1] == 0 else ():
+        _warn_once(text)
     return config
 
 
@@ -73,8 +81,8 @@ def resolve(given: Settings, file: Settings) -> Config:
         per_opt[name] = _parse_settings(rows, f"per_opt[{name}] in {where}")
     values: Settings = {key: flag.default for key, flag in FLAGS.items()}
     values |= _parse_settings({key: value for key, value in file.items() if key != "per_opt"}, where)
-    values |= per_opt.get(given.get("opt", values["opt"]), {})
-    values |= _expand_loss(given)
+    for later in (per_opt.get(given.get("opt", values["opt"]), {}), _expand_loss(given)):
+        values |= {first: None for second, first in ALTERNATIVES.items() if later.get(second) is not None} | later
     values["data_dir"] = values["data_dir"] or values["data"]
     if variant := variant_of(values["opt"]):
         own = {"rho": variant.rho, "eta": GEOMETRIES[variant.geometry].eta}
@@ -221,38 +229,113 @@ EXCLUDES = {
     "sched=plateau": "sched-on-updates start-epoch",  # it steps once per epoch, by the metric
     "checkpoint-format=dcp": "save-epochs",  # which keeps single files
 }
-# Flags without effect unless one of the others is used.
+# Flags without effect (named last) unless one of the others is used: an error.
 NEEDS = {
-    "fsdp-reshard-after-forward": "fsdp",
-    "fsdp-replicate": "fsdp",
-    "jsd-loss": "aug-splits",
-    "train-size-probs": "train-img-sizes",
-    "train-batches-per-epoch": "train-img-sizes",
-    "wandb-resume-id": "resume",
-    "tail-opt": "sam-tail",
-    "tail-lr": "tail-opt",
-    "rho-min": "rho-sched",
-    "split-bn": "aug-splits resplit",
-    "lr-decay-fn": "sched=wsd sched=rsqrt",
-    "lr-stable-timescale": "sched=rsqrt",
-    "resume=auto": "experiment",  # by which it finds the run
+    "fsdp": "fsdp-reshard-after-forward fsdp-replicate",
+    "aug-splits": "jsd-loss",
+    "train-img-sizes": "train-size-probs train-batches-per-epoch",
+    "resume": "wandb-resume-id",
+    "sam-tail": "tail-opt",
+    "tail-opt": "tail-lr",
+    "rho-sched": "rho-min",
+    "aug-splits resplit": "split-bn",
+    "sched=wsd sched=rsqrt": "lr-decay-fn",
+    "sched=rsqrt": "lr-stable-timescale",
+    "experiment": "resume=auto",  # by which it finds the run
+}
+# The same for flags that timm accepts without effect: a warning.
+IDLE_WITHOUT = {
+    "amp": "amp-dtype",
+    "clip-grad": "clip-mode",
+    "layer-decay": "layer-decay-min-scale layer-decay-no-opt-scale",
+    "model-ema": "model-ema-decay model-ema-force-cpu model-ema-warmup",
+    "bce-loss": "bce-sum bce-target-thresh bce-pos-weight",
+    "reprob": "remode recount resplit",
+    "mixup cutmix cutmix-minmax": "mixup-prob mixup-mode mixup-off-epoch",
+    "mixup": "mixup-switch-prob",
+    "train-img-sizes": "train-size-schedule",
+    "train-size-schedule": "train-size-schedule-spread train-size-random-mix",
+    "torchcompile": "torchcompile-mode",
+    "shard-cache": "shard-cache-size",
+    "lr-noise": "lr-noise-pct lr-noise-std",
+    "lr-cycle-limit": "lr-cycle-mul lr-cycle-decay",
+    "sched=multistep": "decay-milestones",
+    "sched=plateau": "patience-epochs",
+    "sched=step sched=wsd sched=rsqrt": "decay-epochs",
+    "sched=step sched=multistep sched=plateau sched=poly": "decay-rate",
+    "sched=cosine sched=poly": "lr-k-decay",
+    "sched=cosine sched=tanh sched=poly": "lr-cycle-limit",
+    "sched=cosine sched=tanh sched=poly sched=wsd sched=rsqrt": "cooldown-epochs",
+    "sched=cosine sched=tanh sched=poly sched=wsd sched=rsqrt sched=plateau": "min-lr",
+}
+# Flags without effect (named last) beside the other: a warning.
+IDLE_WITH = {
+    "lr": "lr-base lr-base-size lr-base-scale",
+    "drop-path": "drop-connect",
+    "sched=none": "warmup-epochs warmup-lr lr-noise",
+    "aa": "color-jitter color-jitter-prob",
+    "train-crop-mode=pad": "scale ratio",
+    "no-aug": "train-crop-mode scale ratio hflip vflip color-jitter color-jitter-prob grayscale-prob "
+    "gaussian-blur-prob aa reprob train-interpolation",
 }
 
 
 def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
     """Raise UserError if flags in use (not at their default) exclude each other, or one lacks another that it needs."""
-    values = {flag.name: value for key, flag in flags.items() if (value := getattr(config, key)) != flag.default}
-    used = values.keys() | {f"{name}={value}" for name, value in values.items()}
+    used = _used(config, flags)
     for name, others in EXCLUDES.items():
         for other in others.split():
             if {name, other} <= used:
                 raise UserError(f"--{name} and --{other} exclude each other; drop one of them".replace("=", " "))
-    for name, others in NEEDS.items():
-        if name in used and not used.intersection(others.split()):
-            needed = " or --".join(others.split())
-            raise UserError(f"--{name} needs --{needed}; add it, or drop --{name}".replace("=", " "))
+    for others, names in NEEDS.items():
+        if (idle := [n for n in names.split() if n in used]) and not used.intersection(others.split()):
+            text = f"--{idle[0]} needs {_alternatives(others)}; add it, or drop --{idle[0]}"
+            raise UserError(text.replace("=", " "))
     if config.fsdp and config.amp and config.amp_dtype == "float16":
         raise UserError("--fsdp does not support --amp-dtype float16; use bfloat16")
+
+
+def describe_idle(config: Config, given: Collection[str], written: Collection[str]) -> Iterator[str]:
+    """A line for each flag in use that has no effect, though not if the command line turns off what a file's is for.
+
+    Args:
+        given: keys of the command line.
+        written: keys of the command line and of --config.
+    """
+    used, keys = _used(config, FLAGS), {flag.name: key for key, flag in FLAGS.items()}
+    used -= {"aa"} if not config.aa or "3a" in config.aa else set()  # timm's 3-Augment keeps the jitter
+    for idle_with, table in ((False, IDLE_WITHOUT), (True, IDLE_WITH)):
+        for others, names in table.items():
+            if bool(used.intersection(others.split())) != idle_with:
+                continue
+            turned_off = any(keys[other.partition("=")[0]] in given for other in others.split())
+            for name in [n for n in names.split() if n in used and getattr(config, keys[n])]:
+                if keys[name] in (given if turned_off else written):
+                    text = f"--{name} has no effect with{'' if idle_with else 'out'} {_alternatives(others)}"
+                    yield text.replace("=", " ")
+    info = _base_info(config)
+    for key, argument in {"momentum": "momentum", "opt_eps": "eps", "opt_betas": "betas"}.items():
+        differs = getattr(config, key) not in (None, 0, FLAGS[key].default)
+        lacks = info is not None and not getattr(info, f"has_{argument}")
+        if lacks and differs and key in (given if "opt" in given else written):
+            yield f"{FLAGS[key].flag} has no effect: --opt {config.opt} has no {argument}"
+
+
+def _used(config: Config, flags: Mapping[str, Flag]) -> set[str]:
+    """The names of the flags that are not at their default, and `name=value` of every flag."""
+    values = {flag.name: (getattr(config, key), flag.default) for key, flag in flags.items()}
+    names = {name for name, (value, default) in values.items() if value != default}
+    return names | {f"{name}={value}" for name, (value, _) in values.items()}
+
+
+def _base_info(config: Config) -> OptimInfo | None:
+    """timm's description of the optimizer that applies the gradient; None if --base-opt is wrong, as is said later."""
+    name = base_of(config.opt, config.base_opt)
+    return get_optimizer_info(name) if name in list_optimizers() else None
+
+
+def _alternatives(names: str) -> str:
+    return " or ".join(f"--{name}" for name in names.split())
 
 
 def check(config: Config, given: Collection[str]) -> None:
@@ -262,6 +345,12 @@ def check(config: Config, given: Collection[str]) -> None:
         _check_sam(config, given)
     elif extra := [flag.flag for flag in SAM if flag.key in given]:
         raise UserError(f"{extra[0]} has no effect with --opt {config.opt}; use one such as samon-layerl2")
+    names = ["opt", "lr", "momentum", "weight_decay", "layer_decay", *(flag.key for flag in SAM)]
+    if twice := [FLAGS[key] for key in names if key in config.opt_kwargs]:
+        raise UserError(f"--opt-kwargs {twice[0].key}: this has a flag of its own; give {twice[0].flag}")
+    info, betas = _base_info(config), config.opt_betas or []
+    if betas and info is not None and info.has_betas and len(betas) != info.num_betas:
+        raise UserError(f"--opt-betas: {info.name} has {info.num_betas} betas, got {len(betas)}")
     check_combinations(config, FLAGS)
     _check_batches(config)
     if config.amp and config.model_dtype not in (None, "float32"):
@@ -273,7 +362,7 @@ def check(config: Config, given: Collection[str]) -> None:
 
 
 def _check_opt(name: str, where: str) -> None:
-    known, plain = timm.optim.list_optimizers(), name.removeprefix("lookahead_")
+    known, plain = list_optimizers(), name.removeprefix("lookahead_")
     if plain not in known:
         raise UserError(f"{where}: unknown optimizer {name!r}{nearest(plain, known)}")
 
@@ -284,18 +373,13 @@ def _check_sam(config: Config, given: Collection[str]) -> None:
     if base and config.base_opt not in (None, base, BASES[f"-{base}"]):
         other = f"--opt {opt.removesuffix(f'-{base}')} --base-opt {config.base_opt}"
         raise UserError(f"--opt {opt} says {base}, --base-opt {config.base_opt}; use {other}")
-    if twice := [flag for flag in SAM if flag.key in config.opt_kwargs]:
-        raise UserError(f"--opt-kwargs {twice[0].key}: this has a flag of its own; give {twice[0].flag}")
-    name = opt.removeprefix("lookahead_")
-    if {"fisher_samples", "mask_epochs"}.intersection(given) and not name.startswith("ssam-"):
-        raise UserError(f"--fisher-samples and --mask-epochs are for ssam-f and ssam-d, not {opt}")
-    if name.startswith("ssam-f") and config.jsd_loss and "mask_every" not in config.opt_kwargs:
+    name, by_steps = opt.removeprefix("lookahead_"), "mask_every" in config.opt_kwargs
+    for key, scope in {"mask_epochs": "ssam-", "fisher_samples": "ssam-f"}.items():
+        if key in given and (by_steps or not name.startswith(scope)):
+            also = " and mask_every in --opt-kwargs" if by_steps else ""
+            raise UserError(f"{FLAGS[key].flag} has no effect with --opt {opt}{also}; drop it")
+    if name.startswith("ssam-f") and config.jsd_loss and not by_steps:
         raise UserError(f"--opt {opt} takes its mask from single images, which have no --jsd-loss; drop one of them")
-    if config.sam_end_epoch is not None and config.sam_end_epoch <= config.sam_start_epoch:
-        raise UserError(
-            f"--sam-end-epoch {config.sam_end_epoch} is not after --sam-start-epoch {config.sam_start_epoch}, so no "
-            "epoch has the two-pass step; drop one of them, or use the base optimizer"
-        )
     if (tail_opt := config.tail_opt) is not None:
         _check_opt(tail_opt, "--tail-opt")
         if "lookahead_" in opt + tail_opt:

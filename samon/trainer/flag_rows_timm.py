@@ -14,6 +14,8 @@ RESUMED = (
 )
 MODELS = "model name in timm's registry, all, a pattern such as 'vit_*', or a file of names"
 PRECISION = "precision of --amp; auto: bfloat16 if the device computes in it, otherwise no --amp"
+CLASSES = "number of classes; default: that of the checkpoint or the pretrained model, otherwise of the training data"
+METRIC = "metric that determines the best checkpoint; without validation, the training loss does"
 RESULTS = "format, if the file name does not determine it; timm: one row per model, as .csv or .json"
 AMP_DTYPES, DTYPES = ("float16", "bfloat16", "auto"), ("float32", "float16", "bfloat16")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
@@ -73,7 +75,7 @@ TIMM: Sections = {
         T("initial-checkpoint", str, "", "load model weights from this checkpoint before training"),
         T("resume", str, "", RESUMED),
         T("no-resume-opt", bool, False, "on resume, load only the weights, not the optimizer and scaler"),
-        B("num-classes", int, None, "number of classes; default: the model's own", range=">= 1"),
+        B("num-classes", int, None, CLASSES, range=">= 1"),
         B("gp", str, None, "global pooling: fast, avg, max, avgmax, avgmaxc"),
         B("img-size", int, None, "image size; default: the model's own", range="> 0"),
         B("in-chans", int, None, "image channels", range="> 0"),
@@ -120,7 +122,7 @@ TIMM: Sections = {
     "Learning rate schedule": (
         T("sched", str, "cosine", "schedule", choices=SCHEDULES),
         T("sched-on-updates", bool, False, "advance the schedule with each update instead of each epoch"),
-        T("lr", float, None, "learning rate; overrides --lr-base", range=">= 0"),
+        T("lr", float, None, "learning rate; overrides --lr-base", range="> 0"),
         T("lr-base", float, 0.1, "learning rate at a global batch of --lr-base-size", range=">= 0"),
         T("lr-base-size", int, 256, "global batch size that --lr-base is for", range=">= 1"),
         T("lr-base-scale", str, "", "scaling with the batch; by optimizer if empty", choices=("", "linear", "sqrt")),
@@ -218,7 +220,7 @@ TIMM: Sections = {
         B("no-prefetcher", bool, False, "normalize on the CPU, without timm's prefetcher"),
         T("output", str, "", "directory for results; ./output/train if empty"),
         T("experiment", str, "", "name of the run's directory; time and model if empty"),
-        T("eval-metric", str, "top1", "metric that determines the best checkpoint", choices=("top1", "top5", "loss")),
+        T("eval-metric", str, "top1", METRIC, choices=("top1", "top5", "loss")),
         T("use-multi-epochs-loader", bool, False, "no effect: workers always persist across epochs"),
         T("log-wandb", bool, False, "the same as adding wandb to --trackers"),
         T("wandb-project", str, None, "project of wandb and trackio, experiment of MLflow"),

@@ -13,6 +13,7 @@ from samon.data.stream import ReaderLayout, ShardStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.registry import base_of
 from samon.trainer import fsdp
+from samon.trainer.ablations import fix_norm
 from samon.trainer.apply import parameters
 from samon.trainer.build import Run, tail_options
 from samon.trainer.dcp import load_sharded
@@ -30,6 +31,8 @@ NON_SEMANTIC_FLAGS = {
     *("val_interval", "save_epochs", "validation_batch_size", "no_replay"),
     *("fsdp", "fsdp_reshard_after_forward", "fsdp_replicate"),
 }
+# Settings of the initial weights.
+INITIAL_FLAGS = ("pretrained", "pretrained_path", "initial_checkpoint", "head_init_scale", "head_init_bias")
 # Keys of a parameter group that training itself changes; the others are options.
 TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
 START_ANEW = "add the flags it was made with (--opt, --tail-opt), or --no-resume-opt for a new optimizer state"
@@ -52,7 +55,8 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
     state = load_sharded(source, _sharded_layout(run)) if source.suffix in DCP_SUFFIXES else load_state(source)
     changed = changed_settings(run, state.args)
     if changed and run.dist_info.is_rank_zero:
-        text = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+        idle = " (no effect: the weights are the checkpoint's)"
+        text = ", ".join(f"{k} {old} -> {new}{idle * (k in INITIAL_FLAGS)}" for k, (old, new) in changed.items())
         log.warning("settings differ from those in %s: %s", source, text)
     writer = f"--model {state.args.get('model')} --opt {state.args.get('opt')}"
     flags = f"--model {config.model} --opt {config.opt}"
@@ -92,6 +96,8 @@ def _sharded_layout(run: Run) -> dict[str, Tensor]:
 def _load_model(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     state = clean_state_dict(dict(state))
     model.load_state_dict(fsdp.shard_state(state, model.state_dict()) if run.config.fsdp else state)
+    if run.config.fix_norm:  # the run may have begun without it
+        fix_norm(model)
 
 
 def changed_settings(run: Run, stored: Mapping[str, object]) -> dict[str, tuple[object, object]]:
@@ -140,7 +146,7 @@ def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collectio
             f"{source} has an optimizer state of other groups of parameters, as --freeze, --layer-decay or the weight "
             f"decay make them; {START_ANEW}"
         )
-    trained = TRAINED_KEYS - {"lr"} if "lr" in changed else TRAINED_KEYS
+    trained = TRAINED_KEYS - {"lr"} if {"lr", "sched"}.intersection(changed) else TRAINED_KEYS
     options = [{key: value for key, value in group.items() if key not in trained} for group in groups]
     optimizer = {**optimizer, "param_groups": [old | own for old, own in zip(old_groups, options, strict=True)]}
     if run.sam is not None and run.sam.replacement is None:  # then the base is --opt's, at the schedule's learning rate

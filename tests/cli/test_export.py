@@ -85,10 +85,18 @@ def test_the_card_says_what_was_perturbed_and_when():
     assert details["Scope"] == "samon (only normalization parameters (SAM-ON), names matching `layer4`)"
     assert details["Geometry"] == "layerwise l2, T = ||tensor||_2"
     assert [details[key] for key in ("rho", "ascent", "m-sharpness")] == ["0.1", "looksam:5", "32"]
-    assert details["Two passes"] == "in the last 25 % of updates (tail)"
+    assert details["Two passes"] == "in the last 25 % of updates (tail), where looksam:5 makes an ascent pass"
     some = {"opt": "sam", "sam_start_epoch": 2, "sam_end_epoch": 8, "sam_every": 5}
     assert export.perturbation_details(some)["Two passes"] == "from epoch 2, before epoch 8, in every 5th update"
     assert export.perturbation_details({"opt": "adamw"}) == {}
+    details = export.perturbation_details({"opt": "sam", "base_opt": "lamb", "ascent": "previous"})
+    assert details["base-opt"] == "lamb"
+    assert details["Two passes"].startswith("never")
+
+
+def test_the_card_of_a_run_without_validation_names_its_training_loss():
+    job, content = SimpleNamespace(config=SimpleNamespace(model="x")), {"metric": 2.3, "args": {"val_split": ""}}
+    assert export.model_card(job, content, "mit", None)["details"]["Training loss"] == "2.30"
 
 
 class LocalHub:

@@ -52,6 +52,7 @@ FLAGS: dict[str, Callable[[build.Run], bool]] = {
     "--opt samon-eleml2orig": lambda run: (run.config.rho, run.config.eta, run.sam.eta) == (0.5, 0.01, 0.01),
     "--cooldown-epochs 1 --epochs 3": lambda run: run.epochs == 4,
     "--warmup-epochs 2 --warmup-prefix --epochs 3": lambda run: run.epochs == 5,
+    "--sched multistep --decay-milestones 9 3": lambda run: run.scheduler.decay_t == [3, 9],
     f"{TWO_PASS} --sam-tail 0.5": lambda run: (run.tail.start, run.tail.total_updates) == (4, 8),
     f"{TWO_PASS} --rho-sched linear --rho-warmup 4 --rho-min 0.01": lambda run: run.rho_schedule.at(2, 0) == 0.255,
     f"{TWO_PASS} --rho-sched lr": lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5,
@@ -164,7 +165,7 @@ def test_learning_rate_from_the_batch(args: str, expected: float) -> None:
 
 
 def test_optimizer_flags() -> None:
-    args = "--opt samon-adamw --opt-eps 1e-5 --opt-betas 0.8 0.9 --weight-decay 0.3 --layer-decay 0.5 --rho 0.7"
+    args = "--opt samon-fisher-adamw --opt-eps 1e-5 --opt-betas 0.8 0.9 --weight-decay 0.3 --layer-decay 0.5 --rho 0.7"
     run = built("--model", "test_vit", *args.split(), "--eta", "0.2", "--opt-kwargs", "amsgrad=True")
     groups = run.optimizer.param_groups
     assert {(group["eps"], tuple(group["betas"]), group["amsgrad"]) for group in groups} == {(1e-5, (0.8, 0.9), True)}

@@ -89,6 +89,37 @@ def test_a_file_changes_the_one_that_it_is_based_on(write: Write) -> None:
         parse("-c", own)
 
 
+IDLE = {
+    "--amp-dtype bfloat16": "--amp-dtype has no effect without --amp",
+    "--model-ema-decay 0.9": "--model-ema-decay has no effect without --model-ema",
+    "--sched step --min-lr 0.1": "--min-lr has no effect without --sched cosine or",
+    "--lr 1 --lr-base 2": "--lr-base has no effect with --lr",
+    "--aa rand-m9 --color-jitter 0.3": "--color-jitter has no effect with --aa",
+    "--opt samon --opt-betas 0.9 0.99": "--opt-betas has no effect: --opt samon has no betas",
+    "-c FILE": "--clip-mode has no effect without --clip-grad",
+    "-c FILE --clip-grad 1": "",
+    "--aa 3a --color-jitter 0.3": "",
+    "--sched step --cooldown-epochs 0 --mixup 0.1 --mixup-prob 0.5": "",
+    "-c quickstart --no-amp": "",  # turned off on purpose
+    "-c FILE --clip-mode value --momentum 0.8 --opt muon --opt-betas 0.9 0.99": "--clip-mode has",
+}
+
+
+@pytest.mark.parametrize("args", IDLE)
+def test_flags_without_effect_are_named(args: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(config, "_warn_once", lines.append)
+    parse(*args.replace("FILE", write("clip_mode: agc")).split(), "--print-config")
+    assert [line.startswith(IDLE[args]) for line in lines] == [True] * bool(IDLE[args])
+
+
+def test_another_name_of_a_setting_replaces_what_a_file_says(write: Write) -> None:
+    """A positional data directory was ignored beside the data_dir of a file or of a resumed run."""
+    file = write("data_dir: /old\nlr: 0.1\ndrop_path: 0.1\n")
+    c = parse("/new", "-c", file, "--lr-base", "0.4", "--drop-connect", "0.2")
+    assert (c.data_dir, c.lr, c.lr_base, c.drop_path, c.drop_connect) == ("/new", None, 0.4, None, 0.2)
+
+
 def test_another_optimizer_brings_its_own_rho_to_a_resumed_run() -> None:
     stored: Callable[[str], dict[str, object]] = lambda resume: {"opt": "samon", "rho": 0.7, "epochs": 7}  # noqa: E731
     for opt, rho in (([], 0.7), (["--opt", "samon"], 0.7), (["--opt", "sam"], 0.05)):
@@ -185,8 +216,13 @@ EARLY = {
     "-c /nowhere.yaml": "--config /nowhere.yaml cannot be read",
     "--opt sgd --rho 0.1": "--rho has no effect with --opt sgd",
     "--opt samon-adamw --base-opt lion": "use --opt samon --base-opt lion",
-    "--opt sam --fisher-samples 9": "ssam-f and ssam-d, not sam",
-    "--opt samon --sam-end-epoch 1 --sam-start-epoch 1": "--sam-end-epoch 1 is not after",
+    "--opt sam --mask-epochs 9": "--mask-epochs has no effect with --opt sam",
+    "--opt ssam-d --fisher-samples 9": "--fisher-samples has no effect with --opt ssam-d",
+    "--opt ssam-d --mask-epochs 9 --opt-kwargs mask_every=2": "--mask-epochs has no effect.* and mask_every",
+    "--opt samon-layerl2 --eta 0.1": "--eta 0.1 has no effect: the geometry layerl2",
+    "--opt-kwargs lr=0.3": "--opt-kwargs lr: .*give --lr",
+    "--opt adamw --opt-betas 0.9": "--opt-betas: adamw has 2 betas, got 1",
+    "--lr 0": "--lr: must be > 0",
     "--opt samon --m-sharpness 5": "not divisible by --m-sharpness 5",
     "--opt samon --m-sharpness 16 --mixup 0.2 --mixup-mode half": "batch of 8 images is not divisible",
     "--aug-repeats 1.5": "--aug-repeats 1.5: give a whole number",
@@ -271,7 +307,9 @@ LATE = {
     "--opt samon --sam-tail 0.01": "is less than one; raise it",
     "--opt samon --sam-tail 0.1 --sched wsd --epochs 2 --warmup-epochs 0 --cooldown-epochs 2": "give --decay-epochs",
     "--opt samon --rho-warmup 5": "--rho-sched",
-    "--opt samon --sam-start-epoch 1": "--sam-start-epoch 1 of 1 epochs",
+    "--opt samon --sam-start-epoch 1": "none of the 4 updates takes two passes; change --sam-start-epoch",
+    "--opt samon --sam-end-epoch 1 --sam-start-epoch 1": "none of the 4 updates",
+    "--opt samon --epochs 2 --sam-start-epoch 1 --sam-every 9": "none of the 8 updates",
     "--torchcompile nothing": "nothing",
     "--torchcompile --torchcompile-mode reduce-overhead": "reduce-overhead needs CUDA graphs",
     "--data-dir /nowhere/at/all": "/nowhere/at/all",

@@ -109,10 +109,12 @@ def test_figures_of_another_metric_do_not_decide_the_best_epoch(tmp_path: Path) 
     again = ["--eval-metric", "top1", "--resume", str(tmp_path / "run")]
     metrics, directory = run(tmp_path, *args, *again, "--epochs", "3")
     assert (metrics["best_epoch"], metrics["best_metric"]) == (2, metrics["eval_top1"])
-    metrics, _ = run(tmp_path, *args, *again, "--epochs", "4", "--val-split", "")
-    assert (metrics["best_epoch"], metrics["best_metric"]) == (3, metrics["train_loss"])
-    assert {path.name for path in directory.glob("checkpoint-*")} == {"checkpoint-2.pth.tar", "checkpoint-3.pth.tar"}
-    assert [bool(row["eval_top1"]) for row in summary_rows(directory / "summary.csv")] == [True] * 3 + [False]
+    metrics, _ = run(tmp_path, *args, *again, "--epochs", "4", "--val-num-samples", "20", name="run")
+    assert metrics["best_epoch"] == 3
+    metrics, _ = run(tmp_path, *args, *again, "--epochs", "5", "--val-split", "")
+    assert (metrics["best_epoch"], metrics["best_metric"]) == (4, metrics["train_loss"])
+    assert {path.name for path in directory.glob("checkpoint-*")} == {"checkpoint-3.pth.tar", "checkpoint-4.pth.tar"}
+    assert [bool(row["eval_top1"]) for row in summary_rows(directory / "summary.csv")] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume", "RUN"]])
@@ -256,6 +258,18 @@ def test_options_of_the_groups_are_those_of_the_resumed_run(done: Path) -> None:
         assert (group["momentum"], group["nesterov"]) == (0.8, False)
     args = ["--opt", "samon", "--weight-decay", "0.1", "--lr", "0.02", "--sched", "none"]
     assert resume(done, *args).optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_settings_take_effect_though_the_state_has_others(
+    done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint is at the end of a cosine, at learning rate 0; its gammas are not 1."""
+    head = ["--head-init-scale", "2"]
+    resumed = resume(done, "--opt", "samon", "--weight-decay", "0.1", "--sched", "none", *head)
+    assert {group["lr"] for group in resumed.optimizer.param_groups} == {0.05}
+    assert "head_init_scale None -> 2.0 (no effect" in caplog.text
+    fixed = resume(done, "--opt", "sgd", "--fix-norm", "--no-resume-opt")
+    assert all((p == 1).all() for name, p in fixed.model.named_parameters() if name.endswith("bn1.weight"))
 
 
 def test_counts_of_the_groups_are_those_of_the_checkpoint(tmp_path: Path) -> None:
