@@ -38,7 +38,7 @@ def check_options(sam: SAM, options: "StepOptions") -> None:
     if torch.is_inference_mode_enabled():
         raise UserError("two_pass cannot run under torch.inference_mode(); call it outside")
     if not options.num_forwards:
-        raise UserError("forward is an empty sequence")
+        raise UserError("forward is an empty sequence; pass one function, or one per micro-batch")
     if reduce not in ("device", "global"):
         raise UserError(f"reduce must be 'device' or 'global', got {reduce!r}")
     if bn_stats not in ("first", "second", "both"):

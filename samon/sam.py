@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from samon import contexts, geometry
 from samon.ascent import AscentSource, Grads
 from samon.errors import UserError
-from samon.geometry import GEOMETRIES, FlatTensors, NormReduction, validate_nonnegative, validate_radius_rule
+from samon.geometry import GEOMETRIES, FlatTensors, NormReduction, Tensors, validate_nonnegative, validate_radius_rule
 from samon.scope import SCOPES, NamedParameters, Selection, refuse_fsdp1, select, select_bare
 from samon.wrapper import OptimizerWrapper
 
@@ -44,7 +44,7 @@ class SAM(OptimizerWrapper):
             attribute, which a schedule may set.
         radius: what rho measures: the length of the perturbation (`ball`), its ratio to the gradient (`raw`: eps =
             rho T^2 g), the rise of the linearized loss (`loss`), or a mix of ball and raw (a number in (0, 1)).
-        mask: mask of a sparse perturbation (section 5.1).
+        mask: chooses the entries that a sparse perturbation changes (section 5.1).
         ascent: source of the perturbation's direction, by default this batch's gradient at w.
 
     Attributes:
@@ -77,7 +77,7 @@ class SAM(OptimizerWrapper):
         if self.eta and not GEOMETRIES[geometry].eta:
             raise UserError(f"eta={self.eta:g} has no effect: the geometry {geometry or 'l2'} has no eta; drop it")
         self.radius = validate_radius_rule(radius)
-        # timm's factory gives the base optimizer no frozen parameters: they are perturbed only with `perturb_frozen`.
+        # Parameters that the base optimizer does not hold are left out, except frozen ones with `perturb_frozen`.
         trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen
         candidates = selection.parameters.items()
         own = {n: p for n, p in candidates if id(p) in trained or (with_frozen and not p.requires_grad)}
@@ -322,7 +322,7 @@ class SAM(OptimizerWrapper):
                 yield
 
     @contextmanager
-    def add_perturbation(self, named: NamedParameters, eps: Sequence[Tensor]) -> Iterator[None]:
+    def add_perturbation(self, named: NamedParameters, eps: Tensors) -> Iterator[None]:
         """w + eps inside, w outside. Saved values are copied back, because (w + eps) - eps does not equal w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
@@ -343,9 +343,7 @@ class SAM(OptimizerWrapper):
             fsdp.reshard(contexts.modules_of(self, self.model))
 
     @torch.no_grad()
-    def record_perturbation(
-        self, named: NamedParameters, eps: Sequence[Tensor], saved: list[Tensor] | None = None
-    ) -> None:
+    def record_perturbation(self, named: NamedParameters, eps: Tensors, saved: Tensors | None = None) -> None:
         """Record the length of the perturbation in `stats`.
 
         Args:

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -256,7 +256,7 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
         )
     if advice:
         warnings.warn(f"{scope}: {model_name(model)} has layers that are {advice}", stacklevel=4)
-    return _matching(candidates, scope, perturb, model, perturb_frozen)
+    return _narrow(Selection(scope, candidates, perturb, model, perturb_frozen=perturb_frozen))
 
 
 def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None) -> Selection:
@@ -273,30 +273,25 @@ def select_bare(param_groups: list[dict], scope: str, perturb: str | None = None
     parameters = [p for group in param_groups for p in group["params"]]
     refuse_fsdp1(parameters)
     pairs = zip(chain.from_iterable(names), parameters, strict=True)
-    return _matching(_by_unique_name(pairs), scope, perturb)
+    return _narrow(Selection(scope, _by_unique_name(pairs), perturb))
 
 
-def _matching(
-    candidates: NamedParameters,
-    scope: str,
-    perturb: str | None,
-    model: nn.Module | None = None,
-    perturb_frozen: bool = False,
-) -> Selection:
-    """The candidates whose name matches `perturb` (all if None)."""
+def _narrow(whole: Selection) -> Selection:
+    """The parameters of a whole scope whose name matches its `perturb` (all if None)."""
+    perturb, candidates = whole.perturb, whole.parameters
     try:
         matching = {name: p for name, p in candidates.items() if re.search(perturb or "", name)}
     except re.error as e:
         raise UserError(f"perturb={perturb!r} is not a regular expression: {e}") from None
-    if not any(p.requires_grad or perturb_frozen for p in matching.values()):
-        where = "the parameter groups" if model is None else model_name(model)
+    selection = replace(whole, parameters=matching, narrowed=len(matching) < len(candidates))
+    if not selection.current():
+        where = "the parameter groups" if whole.model is None else model_name(whole.model)
         trainable = [name for name, p in candidates.items() if p.requires_grad]
         raise UserError(
-            f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters of scope {scope} in "
+            f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters of scope {whole.scope} in "
             f"{where}; the first of them is {next(iter(trainable), None)!r}"
         )
-    narrowed = len(matching) < len(candidates)
-    return Selection(scope, matching, perturb, model, narrowed, perturb_frozen)
+    return selection
 
 
 def refuse_fsdp1(parameters: Iterable[Tensor]) -> None:

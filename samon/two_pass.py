@@ -75,7 +75,8 @@ def two_pass(
         loss_scale: factor on the final gradient, 1/K for K accumulated calls.
 
     Returns:
-        The loss at w, detached; with an `ascent` that makes no pass at w, the loss at w + eps. `SAM.stats` has more.
+        The loss at w, detached; if the step makes no pass at w (`ascent='previous'`), the loss at w + eps. `SAM.stats`
+        has further values.
 
     Raises:
         UserError: an argument is invalid, or the model or this combination of arguments is not supported.

@@ -29,7 +29,7 @@ def create_base(sam: OptimizerWrapper, opt: str, lr_ratio: float, options: dict[
     if isinstance(lr_ratio, bool) or not isinstance(lr_ratio, (int, float)) or not 0 < lr_ratio < math.inf:
         raise UserError(f"lr_ratio must be a finite number > 0, got {lr_ratio!r}")
     if own := sorted(KEPT & options.keys()):
-        raise UserError(f"the parameter groups keep their {' and '.join(own)}; drop it here, and see lr_ratio")
+        raise UserError(f"the parameter groups keep their {' and '.join(own)} (lr_ratio scales the lr); do not pass it")
     if any("lookahead_step" in group for group in old.param_groups):
         raise UserError("Lookahead keeps its state in the base optimizer, which can then not be replaced; drop it")
     dropped = (old.defaults.keys() - KEPT) | {"step"}

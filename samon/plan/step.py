@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from samon.trainer.config import Config
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flops import FORMULAS
 from samon.trainer.model import create_train_model, make_autocast, resolve_data_config
-from samon.two_pass import ContextFactory
+from samon.two_pass import ContextFactory, Forward
 
 log = logging.getLogger("samon")
 
@@ -92,9 +92,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Tensor:
         return F.cross_entropy(output[0] if isinstance(output, tuple) else output, y)
 
 
-def update(
-    optimizer: Optimizer, config: Config, forward: Callable[[], Tensor], no_sync: ContextFactory | None = None
-) -> None:
+def update(optimizer: Optimizer, config: Config, forward: Forward, no_sync: ContextFactory | None = None) -> None:
     """One update as in train.py; `no_sync` is the context of the ascent pass."""
     optimizer.zero_grad()
     if samon.sam_of(optimizer) is None:
