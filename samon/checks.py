@@ -1,7 +1,7 @@
 """Argument checks of `two_pass`, and clear messages for PyTorch's errors that a wrong `forward` causes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -95,13 +95,10 @@ def raise_no_gradient(sam: SAM) -> NoReturn:
 @contextmanager
 def explained_errors(sam: SAM) -> Iterator[None]:
     """Around a step: raise PyTorch's errors that a wrong `forward` causes as UserError."""
-    try:
-        if dist.is_initialized():
-            from samon.engines.diagnostics import refuse_static_graph
+    from samon.engines.diagnostics import refuse_static_graph
 
-            with refuse_static_graph(sam):
-                yield
-        else:
+    try:
+        with refuse_static_graph(sam) if dist.is_initialized() else nullcontext():
             yield
     except RuntimeError as error:
         if "use_reentrant" in str(error):
