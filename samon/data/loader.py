@@ -81,7 +81,7 @@ def create_dataset(
         make = partial(ShardStream, buffer=shuffle_buffer, sample_split=sample_split)
     return make(
         source=source,
-        size=num_samples or (int(len(source) * max(1, repeats)) if is_training else len(source)),
+        size=int((num_samples or len(source)) * (max(1, repeats) if is_training else 1)),
         is_training=is_training,
         batch_size=batch_size,
         seed=seed,

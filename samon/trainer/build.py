@@ -190,6 +190,8 @@ def check_step(config: Config, sam: samon.SAM) -> None:
             create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
         except UserError as error:
             raise UserError(f"--tail-opt {config.tail_opt}: {error}") from None
+    if config.perturb_frozen and all(p.requires_grad for p in sam.perturbed_parameters().values()):
+        raise UserError("--perturb-frozen has no effect: the whole scope is trained; add --freeze, or drop it")
     m = config.m_sharpness
     grouped = isinstance(m, int) and (sam.can_group or sam.ascent.single_pass)
     options = StepOptions(
@@ -374,6 +376,7 @@ def build_schedule(
     if scheduler is None:  # timm applies the scale of --layer-decay in its schedules only
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-    if (config.stop_epoch or 0) > epochs:
-        raise UserError(f"--stop-epoch {config.stop_epoch} of {epochs} epochs is never reached; raise --epochs")
+    for flag, named in {"stop-epoch": [config.stop_epoch or 0], "save-epochs": config.save_epochs}.items():
+        if max(named, default=0) > epochs:
+            raise UserError(f"--{flag} {max(named)} of {epochs} epochs is never reached; raise --epochs")
     return scheduler, int(epochs)

@@ -15,13 +15,9 @@ from samon.trainer.build import Run
 from samon.trainer.dcp import convert_to_file, save_sharded
 from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
-from samon.trainer.resume import changed_settings, describe_optimizer, restore_run
+from samon.trainer.resume import DECISIVE_FLAGS, changed_settings, describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
 from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree, list_states
-
-# What the metric that decides the best epoch is, and is measured on.
-DECISIVE_FLAGS = {"eval_metric", "model_ema", "model_ema_force_cpu", "dataset", "val_split", "val_num_samples"}
-DECISIVE_FLAGS |= {"img_size", "input_size", "crop_pct", "interpolation", "mean", "std"}
 
 
 class CheckpointManager:

@@ -221,7 +221,8 @@ EXCLUDES = {
     "m-sharpness": "ascent-fraction ascent-size",
     "ascent-size": "bn-stats=both",  # statistics of small images differ
     "sam-tail": "sam-start-epoch sam-end-epoch sam-every",
-    "in-memory": "epoch-repeats train-img-sizes",
+    "in-memory": "epoch-repeats train-img-sizes decoder",
+    "train-batches-per-epoch": "epoch-repeats train-num-samples",
     "fix-norm": "train-only-norm norm-dropout",
     "norm-dropout": "torchcompile",
     "sync-bn": "split-bn",

@@ -153,7 +153,7 @@ class RunLogger:
         if self._bar is not None:
             self._bar.update()
 
-    def log_update(self, means: Mapping[str, float], speed: float, waited: float) -> None:
+    def log_update(self, means: Mapping[str, float], speed: float, waited: float, corrupt: int) -> None:
         """One log line, and its values to the trackers.
 
         Args:
@@ -161,12 +161,13 @@ class RunLogger:
                 the updates with two passes.
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
+            corrupt: samples skipped by all processes.
         """
         if not self._writes:
             return
         run, progress, lr = self.run, self.run.progress, mean_lr(self.run.optimizer)
         scalars = dict(means) | {"lr": lr, "images_per_second": speed, "data_wait": waited}
-        scalars |= {"skipped_steps": progress.skipped, "skipped_samples": run.train_loader.corrupt_samples}
+        scalars |= {"skipped_steps": progress.skipped, "skipped_samples": corrupt}
         values = f"loss {means.get('loss', float('nan')):.4f}"
         if "loss_perturbed" in means:
             values += f" at w+eps {means['loss_perturbed']:.4f}"

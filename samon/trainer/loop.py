@@ -76,14 +76,19 @@ def fit(
                 logger.advance()
                 if progress.updates % run.config.log_interval == 0 or progress.updates == run.updates_per_epoch:
                     count_skipped(run, meter.outcomes)
-                    logger.log_update(meter.read(signals.reduce), *timer.read())
+                    logger.log_update(meter.read(signals.reduce), *timer.read(), count_corrupt(run, signals))
                 save_or_stop(run, checkpoints, signals, meter)
             rng = None
             metrics = finish_epoch(run, checkpoints, signals, logger, meter)
-        corrupt = torch.tensor([run.train_loader.corrupt_samples])
-        signals.reduce(corrupt)
         metrics |= {f"best_{key}": checkpoints.best[key] for key in ("metric", "epoch")}
-        return metrics | {"skipped_steps": run.progress.skipped, "skipped_samples": int(corrupt)}
+        return metrics | {"skipped_steps": run.progress.skipped, "skipped_samples": count_corrupt(run, signals)}
+
+
+def count_corrupt(run: Run, signals: SignalHandler) -> int:
+    """Corrupt samples that all processes have skipped since this start."""
+    count = torch.tensor([run.train_loader.corrupt_samples])
+    signals.reduce(count)
+    return int(count)
 
 
 def finish_epoch(

@@ -33,6 +33,10 @@ NON_SEMANTIC_FLAGS = {
 }
 # Settings of the initial weights.
 INITIAL_FLAGS = ("pretrained", "pretrained_path", "initial_checkpoint", "head_init_scale", "head_init_bias")
+# What the metric that decides the best epoch is, and is measured on.
+DECISIVE_FLAGS = {"eval_metric", "model_ema", "model_ema_force_cpu", "dataset", "val_split", "val_num_samples"}
+DECISIVE_FLAGS |= {"img_size", "input_size", "crop_pct", "interpolation", "mean", "std"}
+PLATEAU_KEYS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what training changes in this schedule
 # Keys of a parameter group that training itself changes; the others are options.
 TRAINED_KEYS = {"params", "lr", "step", "lookahead_step"}
 START_ANEW = "add the flags it was made with (--opt, --tail-opt), or --no-resume-opt for a new optimizer state"
@@ -81,7 +85,7 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
             "or use --no-resume-opt to start with a new optimizer state"
         )
     _restore_stream(run, state)
-    fast_forward_scheduler(run, state.scheduler)
+    fast_forward_scheduler(run, None if DECISIVE_FLAGS.intersection(changed) else state.scheduler)
     log.info("Continuing %s at epoch %d, update %d", source, run.progress.epoch, run.progress.updates)
     return state, random_state
 
@@ -211,7 +215,7 @@ def fast_forward_scheduler(run: Run, plateau: Tree | None = None) -> None:
     if run.scheduler is None:
         return
     if plateau is not None and hasattr(run.scheduler, "lr_scheduler"):
-        run.scheduler.lr_scheduler.load_state_dict(plateau["inner"])
+        run.scheduler.lr_scheduler.load_state_dict({key: plateau["inner"][key] for key in PLATEAU_KEYS})
         vars(run.scheduler)["restore_lr"] = plateau["restore_lr"]
     elif run.config.sched_on_updates:
         run.scheduler.step_update(run.update)

@@ -297,6 +297,9 @@ EARLY = {
     "--pretrained-path LICENSE": "--pretrained-path LICENSE is a text file",
     "--resume /nowhere.pth.tar": r"--resume /nowhere\.pth\.tar: no such file",
     "--output /proc/nothing": "it cannot be written",
+    "--opt samon --perturb-frozen": "--perturb-frozen has no effect",
+    "--in-memory --decoder crop": "--in-memory and --decoder exclude",
+    "--train-img-sizes 16 32 --train-batches-per-epoch 5": "--train-batches-per-epoch and --train-num-samples exclude",
     "--opt samon --ascent previous --m-sharpness 4": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
     "--opt samon --ascent previous --m-sharpness global": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
     "--opt samon --ascent previous --ascent-fraction 0.5": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
@@ -319,6 +322,7 @@ LATE = {
     "--num-classes 3": "has 10 classes, the model 3; use --num-classes 10",
     "-b 128": "64 training samples do not fill one batch of 128",
     "--epochs 2 --stop-epoch 3": "--stop-epoch 3 of 2 epochs",
+    "--epochs 2 --save-epochs 3 1": "--save-epochs 3 of 2 epochs",
 }
 
 

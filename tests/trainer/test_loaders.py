@@ -191,5 +191,8 @@ def test_more_samples_than_there_are(tmp_path: Path, caplog: pytest.LogCaptureFi
     args += ["--in-chans", "3", "--val-split", "", "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
     built(*args, "--train-num-samples", "32")
     assert "more than once" not in caplog.text
+    assert (
+        built(*args, "--train-num-samples", "16", "--epoch-repeats", "2").train_loader.num_samples == 32
+    )  # as in timm
     built(*args, "--train-num-samples", "48")
     assert "--train-num-samples 48: an epoch passes more than once over the 32 samples" in caplog.text

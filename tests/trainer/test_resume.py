@@ -272,6 +272,17 @@ def test_settings_take_effect_though_the_state_has_others(
     assert all((p == 1).all() for name, p in fixed.model.named_parameters() if name.endswith("bn1.weight"))
 
 
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler:FutureWarning")
+def test_a_resumed_plateau_has_the_settings_of_its_command(tmp_path: Path) -> None:
+    _, done = run(tmp_path, "--opt", "sgd", "--sched", "plateau")
+    changed = ["--patience-epochs", "3", "--decay-rate", "0.5", "--min-lr", "1e-4"]
+    plateau = resume(done, "--opt", "sgd", "--sched", "plateau", *changed).scheduler.lr_scheduler
+    assert (plateau.patience, plateau.factor, plateau.min_lrs[0]) == (3, 0.5, 1e-4)
+    assert plateau.best == last(done)["metric"]
+    plateau = resume(done, "--opt", "sgd", "--sched", "plateau", "--eval-metric", "loss").scheduler.lr_scheduler
+    assert (plateau.mode, plateau.best) == ("min", float("inf"))
+
+
 def test_counts_of_the_groups_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     args = ["--opt", "lookahead_samon", "--base-opt", "lamb"]
     _, begun = run(tmp_path, *args, "--epochs", "2")
