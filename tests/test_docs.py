@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from samon.cli.validate import check_flags_are_read
 from samon.geometry import GEOMETRIES
 from samon.trainer.flag_rows import TRAIN, VALIDATE
 from samon.trainer.flags import parse_command_line
@@ -118,7 +119,10 @@ def test_runnable_commands_are_joined_and_scaled_down() -> None:
 
 @pytest.mark.parametrize(("program", "arguments"), documented_commands())
 def test_documented_flags_exist(program: str, arguments: str) -> None:
-    assert parse_command_line(PROGRAMS[program], shlex.split(arguments), "")
+    settings = parse_command_line(PROGRAMS[program], shlex.split(arguments), "")
+    assert settings
+    if program == "validate" and settings.get("suite") in (None, "suites"):
+        check_flags_are_read(settings, set(settings.get("evals", "accuracy").split(",")))
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from samon.cli.program import run_script
-from samon.data.sources import read_npz
+from samon.data.sources import parse_split, read_npz
 from samon.errors import UserError, require_matplotlib
 from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
 from samon.evals.sharpness import Measure, sharpness
@@ -116,6 +116,8 @@ class Evaluation:
         path = data_dir / (settings["dataset"].removeprefix("npz/") + ".npz")
         (train, labels), (test, test_labels) = (read_npz(path, part) for part in ("train", "validation"))
         test, test_labels = test[:images], test_labels[:images]
+        _, part = parse_split(settings.get("train_split", "train"))
+        train, labels = train[part], labels[part]
         self.train, self.test = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (train, test))
         self.labels, self.test_labels = (torch.as_tensor(y, dtype=torch.int64) for y in (labels, test_labels))
         self.statistics = torch.tensor([settings["mean"], settings["std"]]).view(2, 1, -1, 1, 1)
@@ -152,13 +154,14 @@ class Evaluation:
             each = {c: self.accuracy(model, corrupt(self.test, c, severity))["top1"] for c in CORRUPTIONS}
             values |= {f"{name} {severity}": top1 for name, top1 in each.items()}
             values[f"corrupted, severity {severity}"] = statistics.fmean(each.values())
-        part = slice(SHARPNESS_IMAGES)
+        count = min(SHARPNESS_IMAGES, len(self.train)) // M
+        part = slice(count * M)
         numbered = ((i, x, y) for i, (x, y) in enumerate(self.batches(self.train[part], self.labels[part], M)))
-        per_batch = sharpness(model, numbered, SHARPNESS_IMAGES // M, Measure.parse(MEASURE))
+        per_batch = sharpness(model, numbered, count, Measure.parse(MEASURE))
         values["worst sharpness"] = float(next(iter(per_batch.values())).mean())
-        rows = torch.arange(RANK_IMAGES)
+        rows = torch.arange(min(RANK_IMAGES, len(self.train)))
         normalized = (x for x, _ in self.batches(self.train[rows], self.labels[rows], RANK_IMAGES))
-        features = feature_matrix(model, ((rows, x) for x in normalized), RANK_IMAGES)
+        features = feature_matrix(model, ((rows, x) for x in normalized), len(rows))
         values["feature rank"] = energy_rank(squared_singular_values(features, "column"))
         return values
 

@@ -22,7 +22,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.eval_model import build
 from samon.cli.program import parse_before_dashes
-from samon.cli.validate import parse
+from samon.cli.validate import DESCRIPTION, parse
 from samon.data.images import ImageEntry
 from samon.data.shards import is_hidden
 from samon.data.sources import FileSource
@@ -30,8 +30,13 @@ from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
 from samon.files import check_writable, name_write_errors
 from samon.trainer.distributed import distributed_session
+from samon.trainer.flag_rows import VALIDATE
+from samon.trainer.flags import parse_command_line
 
 log = logging.getLogger("samon")
+# Flags of samon-validate that would have no effect here.
+_UNUSED = "data data-dir dataset split class-map suite evals num-samples valid-labels real-labels class-report"
+_UNUSED += " bootstrap group results-file retry torchcompile"
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -55,13 +60,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def output_names(context: EvalContext) -> list[str]:
     """Names of the model's outputs."""
-    count = context.num_classes
-    if context.class_names and len(context.class_names) == count:
-        return context.class_names
-    if count == 1000:
+    count, names = context.num_classes, context.class_names or []
+    if count == 1000 and not names:
         info = ImageNetInfo("imagenet-1k")
         return [info.index_to_description(index) for index in range(count)]
-    return [str(index) for index in range(count)]
+    return [*names, *map(str, range(len(names), count))]  # the head may have more outputs than there are classes
 
 
 @torch.no_grad()
@@ -70,13 +73,14 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
     config, names = context.config, output_names(context)
     mode = config.input_img_mode or ("RGB" if context.data_config["input_size"][0] == 3 else "L")
     border, samples = config.crop_border_pixels or 0, list(range(len(paths)))
+    dtype = next(context.model.parameters()).dtype
     source = FileSource([ImageEntry(str(path)) for path in paths], [0] * len(paths), "files", slice(None))
     dataset = EvalDataset(source=source, size=len(paths), image_mode=mode, border=border, skip_corrupt=True)
     with evaluating(context.model):
         batches = load_batches(context, dataset, samples, config.batch_size, progress="predicting")
         for _, index, images, labels in batches:
             with context.autocast():
-                logits = predict(context.model, images)
+                logits = predict(context.model, images.to(dtype))
             top = logits.float().softmax(1).topk(topk, dim=1)
             rows = zip(index.tolist(), labels.tolist(), top.values.tolist(), top.indices.tolist(), strict=True)
             for i, label, probabilities, classes in rows:
@@ -99,6 +103,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parse_before_dashes(parser, argv, "samon-validate")
     if not args.checkpoint and not (args.model and args.pretrained):
         raise UserError("no weights: give --checkpoint RUN, or --model NAME --pretrained")
+    given = parse_command_line(VALIDATE, args.after, DESCRIPTION)
+    if unused := [flag for flag in _UNUSED.split() if flag.replace("-", "_") in given]:
+        raise UserError(f"--{unused[0]} has no effect on samon-predict; drop it")
     if args.topk < 1:
         raise UserError(f"--topk must be at least 1, got {args.topk}")
     if args.output:
@@ -111,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     paths = find_images(args.images)
     flags = ["--checkpoint", args.checkpoint] * bool(args.checkpoint) + ["--model", args.model] * bool(args.model)
     flags += ["--pretrained"] * args.pretrained + args.after
-    (job,) = parse([*flags, "--dataset", "", "--data-dir", "."])  # no data set is read
+    job, *others = parse([*flags, "--dataset", "", "--data-dir", "."])  # no data set is read
+    if others:
+        raise UserError(f"samon-predict needs one model, got {1 + len(others)} such as {job.name} and {others[0].name}")
     with distributed_session(job.config) as dist_info:
         if dist_info.size > 1:
             raise UserError("samon-predict runs in one process; start it without torchrun")

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,20 @@ DESCRIPTION = "Evaluate timm models: accuracy, distribution shifts, attacks, sha
 _MODEL_KEYS: tuple[str, ...] = ("num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation")
 _MODEL_KEYS += ("crop_pct", "gp", "model_kwargs", "input_img_mode", "fast_norm", "channels_last")
 _MODEL_KEYS += ("amp", "amp_dtype", "model_dtype")
-_DATA_KEYS = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
+_SAME_KEYS = ("dataset", "data_dir", "class_map", "input_key", "target_key", "dataset_trust_remote_code")
+_TRAIN_SPLITS = dict.fromkeys(("sharpness_split", "hessian_split", "feature_split"), "train_split")
+_DATA_KEYS = {key: key for key in _SAME_KEYS} | {"split": "val_split"} | _TRAIN_SPLITS  # and their names in training
 # Settings that do not change the results.
 _NON_SEMANTIC = {"workers", "pin_mem", "no_prefetcher", "log_freq", "results_file", "results_format", "overwrite"}
 _NON_SEMANTIC |= {"shard_cache", "shard_cache_size", "allow_shell_urls"}
 # Evaluations that write a file for each model, and each data set if they read one, by the setting that asks for it.
 _FILES_OF = {"class_report": "accuracy", "landscape_figure": "hessian", "norm_tensorboard": "norm_params"}
+# The evaluations that read a flag, one of which it needs; for some, the title of their section names it.
+_READ_BY = dict.fromkeys(("class-report", "torchcompile"), "accuracy")
+_READ_BY |= dict.fromkeys(("split", "num-samples", "bootstrap"), "accuracy or apgd")
+for _title, _rows in VALIDATE.items():
+    if "--evals" in _title:
+        _READ_BY |= dict.fromkeys((flag.name for flag in _rows), _title.rstrip(")").rpartition(" ")[2])
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -78,6 +86,13 @@ def _check_file_names(jobs: list[Job]) -> None:
                 raise UserError(f"--{key.replace('_', '-')}: {both} would both write {stem}; rename one of them")
 
 
+def check_flags_are_read(keys: Collection[str], evals: set[str]) -> None:
+    """Raise UserError if none of the evaluations reads a flag, named by its key."""
+    for name, readers in _READ_BY.items():
+        if name.replace("-", "_") in keys and evals.isdisjoint(readers.split(" or ")):
+            raise UserError(f"--{name} needs --evals {readers}; add it, or drop --{name}")
+
+
 def resolve(given: Settings, path: str) -> Job:
     """Settings for a checkpoint: defaults < its run's settings < command line."""
     content = load_file(Path(path), "--checkpoint") if path and not path.endswith(".safetensors") else {}
@@ -91,11 +106,15 @@ def resolve(given: Settings, path: str) -> Job:
     specs = read_specs(config, load_yaml(config.suite, "--suite") if config.suite else None, limit)
     evals = {name for spec in specs for name in spec.evals}
     others = sorted(evals - {"accuracy"})
+    check_flags_are_read(set(given) - (set() if config.feature_split else {"split"}), evals)
     if config.test_pool and "feature_rank" in evals:
         raise UserError("--test-pool replaces the pooling that --evals feature_rank reads; drop one of them")
     if config.results_format == "timm" and evals != {"accuracy"}:
         raise UserError("--results-format timm has columns for accuracy alone; drop it, or the other --evals")
     forced_float32 = False
+    for flag, other in (("amp-dtype", "amp"), ("torchcompile-mode", "torchcompile")):
+        if flag.replace("-", "_") in given and not getattr(config, other):
+            raise UserError(f"--{flag} needs --{other}; add it, or drop --{flag}")
     if (config.amp or config.model_dtype not in (None, "float32")) and others:
         if {"amp", "model_dtype"} & set(given):
             raise UserError("--amp and --model-dtype are for accuracy; the other evaluations are float32, drop them")
@@ -120,10 +139,15 @@ def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int
     model = content.get("arch") or stored.get("model")
     if not isinstance(model, str) or given.get("model", model).split(".")[0] != model.split(".")[0]:
         return {}, None
-    keys = _MODEL_KEYS if given.get("suite") else _MODEL_KEYS + _DATA_KEYS
-    settings = {key: stored[key] for key in keys if stored.get(key) is not None} | {"model": model}
+    replaced = {"img_size", "input_size"} if given.keys() & {"img_size", "input_size"} else {}
+    keys = [key for key in _MODEL_KEYS if stored.get(key) is not None and key not in replaced]
+    settings = {key: stored[key] for key in keys} | {"model": model}
+    if stored.get("bn_eps") is not None:  # no flag of validate.py
+        settings["model_kwargs"] = settings.get("model_kwargs", {}) | {"bn_eps": stored["bn_eps"]}
     if stored.get("val_split"):  # training validates at the training resolution and its crop
-        settings |= {"split": stored["val_split"], "use_train_size": True}
+        settings["use_train_size"] = True
+    if not given.get("suite"):  # which names its own data
+        settings |= {key: stored[name] for key, name in _DATA_KEYS.items() if stored.get(name)}
     own_data = not {"data_dir", "dataset", "split", "num_samples", "suite"} & set(given)
     return settings, stored.get("val_num_samples") if own_data else None
 

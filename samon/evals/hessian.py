@@ -48,11 +48,13 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
         for scope in SCOPES:
             parameters, generator = select_parameters(model, scope), torch.Generator().manual_seed(config.seed)
             product = partial(hessian_product, model, batches, n, parameters, context.all_reduce)
-            top = top_eigenvalue(product, random_signs(parameters, generator), config.hessian_iters)
+            top, converged = top_eigenvalue(product, random_signs(parameters, generator), config.hessian_iters)
             vectors = (random_signs(parameters, generator) for _ in range(config.hessian_draws))
             for metric, value in (("hessian_top", top), ("hessian_trace", trace(product, vectors))):
                 metadata = {"scope": scope, "split": dataset.split, "num_samples": n, "setting": f"{metric} {scope}"}
                 results.append({"metric": metric, "value": value, **metadata})
+            if not converged:
+                results[-2]["note"] = f"not converged in {config.hessian_iters} iterations; raise --hessian-iters"
             if config.landscape_figure:
                 _draw_landscape(context, batches, n, dataset.name, scope)
     return results
@@ -78,20 +80,20 @@ def dot(x: Vector, y: Vector) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))
 
 
-def top_eigenvalue(product: Callable[[Vector], Vector], start: Vector, iters: int, tolerance: float = 1e-3) -> float:
-    """The eigenvalue of largest magnitude: the Rayleigh quotient of at most `iters` power iterations.
-
-    Stops when the quotient changes by less than `tolerance` of itself.
-    """
+def top_eigenvalue(
+    product: Callable[[Vector], Vector], start: Vector, iters: int, tolerance: float = 1e-3
+) -> tuple[float, bool]:
+    """The eigenvalue of largest magnitude, by the Rayleigh quotient of at most `iters` power iterations, and whether it
+    has converged: changed by at most `tolerance` of itself."""
     vector, value = list(torch._foreach_div(start, global_norm(start))), float("nan")
     for _ in range(iters):
         image = product(vector)
         previous, value = value, dot(vector, image)
         length = global_norm(image)
         if length == 0 or abs(value - previous) <= tolerance * abs(value):
-            break
+            return value, True
         vector = list(torch._foreach_div(image, length))
-    return value
+    return value, False
 
 
 def trace(product: Callable[[Vector], Vector], vectors: Iterable[Vector]) -> float:

@@ -47,6 +47,8 @@ class ResultsFile:
             self.format = suffix if suffix in FORMATS else results_format
         if not self.format:
             raise UserError(f"--results-file {path}: name it .json, .csv or .md, or give --results-format")
+        if results_format not in ("", "timm", self.format):
+            raise UserError(f"--results-file {path} contradicts --results-format {results_format}; drop one of them")
 
     def load(self, overwrite: bool = False) -> dict[str, list[Result]]:
         """Results of an interrupted run of the same command, by task.
@@ -146,12 +148,12 @@ def markdown(results: list[Result]) -> str:
     for row in shown:
         what = f"{row['eval']} {row.get('setting', '')}".strip()
         notes = "; ".join(row[key] for key in ("mismatch", "note", "preprocessing") if row.get(key))
-        cells = lines.setdefault((row["dataset"], what, str(row["num_samples"]), notes), {})
+        cells = lines.setdefault((row["dataset"], row["split"], what, str(row["num_samples"]), notes), {})
         cells[_model_of(row), _heading(row)] = _format_value(row)
     metrics = [f"{metric} ({names[model]})" if len(names) > 1 else metric for model, metric in columns]
-    table = [["data set", "evaluation", *metrics, "n", "note"], ["---"] * (len(columns) + 4)]
-    for (dataset, what, count, notes), cells in lines.items():
-        table.append([dataset, what, *(cells.get(column, "") for column in columns), count, notes])
+    table = [["data set", "split", "evaluation", *metrics, "n", "note"], ["---"] * (len(columns) + 5)]
+    for (*labels, count, notes), cells in lines.items():
+        table.append([*labels, *(cells.get(column, "") for column in columns), count, notes])
     return "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs must share to be compared with each other."""
+    """What runs must share to be compared with each other. Without a recipe, `recipe` is the data set."""
 
     recipe: str
     model: str
@@ -38,7 +38,7 @@ class Setting:
     @property
     def title(self) -> str:
         other = "" if self.metric == "eval_top1" else self.metric
-        return ", ".join(filter(None, (self.recipe and f"Recipe {self.recipe}", self.model, other))) or "Runs"
+        return ", ".join(filter(None, (self.recipe, self.model, other))) or "Runs"
 
     @property
     def measure(self) -> str:
@@ -58,6 +58,7 @@ class Run:
         cost: COSTS of the whole run, `updates`, and `step_flops`: FLOPs of a step over those of a plain step.
         origin: recipe, command, versions and machine.
         method: the name of its curve and of its row.
+        folder: its directory, unless it comes from an export.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Run:
     cost: dict[str, float] = field(default_factory=dict)
     origin: Json = field(default_factory=dict)
     method: str = ""
+    folder: Path | None = None
 
     @property
     def opt(self) -> str:
@@ -76,7 +78,8 @@ class Run:
 
     @property
     def setting(self) -> Setting:
-        return Setting(str(self.origin.get("recipe", "")), str(self.settings.get("model", "")))
+        data = self.settings.get("dataset") or Path(self.settings.get("data_dir") or "").name
+        return Setting(str(self.origin.get("recipe") or data), str(self.settings.get("model", "")))
 
 
 @dataclass
@@ -121,6 +124,10 @@ class Score:
     @property
     def std(self) -> float | None:
         return deviation(self.values)
+
+    @property
+    def num_seeds(self) -> int:
+        return len(set(self.seeds) or self.values)
 
     @property
     def merit(self) -> float:
@@ -223,6 +230,7 @@ def export(content: Content, path: Path) -> None:
     data = _rounded({"format": FORMAT, **asdict(content)})
     methods = set()
     for run, row in zip(content.runs, data["runs"], strict=True):
+        del row["folder"]
         row["settings"] = {key: value for key, value in sorted(run.settings.items()) if value != DEFAULTS.get(key)}
         if (run.setting, run.method) in methods:
             row["norms"] = {}
@@ -295,6 +303,7 @@ def score_runs(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
         new = Score(run.method, rho, [], run.opt, run.setting.model, run.setting.recipe, metric, base_opt=base)
         score = scores.setdefault((run.setting, run.method, rho), new)
         score.values.append(float(run.metrics[metric]))
+        score.seeds += [run.settings["seed"]] if "seed" in run.settings else []
         for cost in COSTS:
             if cost in run.cost:
                 score.costs.setdefault(cost, []).append(run.cost[cost])

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from samon.evals.results import Result
@@ -158,40 +158,50 @@ def distribution(content: Content, kind: str) -> Figure:
 
 
 def sharpness(content: Content) -> list[Figure]:
-    """Table 6: a figure for each measure, a point for each evaluated model."""
-    top1 = {row["checkpoint"]: row["value"] for row in evaluated(content, "accuracy", "top1") if "checkpoint" in row}
-    measures = defaultdict(list)
+    """Table 6: a figure for each measure and data set, a point for each evaluated model."""
+    top1: dict[tuple[object, str], float] = {}  # of the data set's own scoring, which comes first
+    for row in evaluated(content, "accuracy", "top1"):
+        top1.setdefault((row.get("checkpoint"), row["dataset"]), row["value"])
+    measures, subject = defaultdict(list), subject_of(content)
     for row in content.evaluations:
-        if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint") in top1:
-            point = (row["value"], top1[row["checkpoint"]])
-            measures[str(row.get("setting", row["metric"]))].append((evaluation_label(row), [point]))
+        key = row.get("checkpoint"), row["dataset"]
+        if row["eval"] == "sharpness" and row["value"] is not None and key[0] and key in top1:
+            name = str(row.get("setting", row["metric"])) + (f", m {row['m']}" if "m" in row else "")
+            measures[name, subject(row)].append((evaluation_label(row), [(row["value"], top1[key])]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
     section = []
-    for i, (name, points) in enumerate(measures.items()):
+    for i, ((name, where), points) in enumerate(measures.items()):
         series = to_series(points, "points") if len(points) > 1 else []
-        title = f"Accuracy against sharpness: {name}"
+        title = f"Accuracy against sharpness: {name}, {where}"
         section.append(Figure(f"sharpness-{i}", title, caption, series, name, "accuracy, %"))
     return section
 
 
 def robustness(content: Content) -> list[Figure]:
-    """Tables 14 and 15 as curves, one figure for each norm; radius 0 is the clean accuracy. Means over seeds."""
-    clean: dict[str, list[float]] = defaultdict(list)
-    for row in evaluated(content, "accuracy", "top1"):
-        clean[evaluation_label(row)].append(row["value"])
-    by_norm: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(dict)
+    """Tables 14 and 15 as curves, one figure for each norm and data set; radius 0 is the accuracy on the same images
+    without an attack. Means over seeds."""
+    curves: dict[tuple[str, str], dict[str, dict[float, dict[str, float]]]] = defaultdict(dict)
+    subject = subject_of(content)
     for row in evaluated(content, "apgd", "robust_top1"):
-        name = evaluation_label(row)
-        points = by_norm[row["norm"]].setdefault(name, {0.0: clean[name]} if name in clean else {})
-        points.setdefault(float(row["eps"]), []).append(row["value"])
+        points = curves[row["norm"], subject(row)].setdefault(evaluation_label(row), defaultdict(dict))
+        for radius, key in ((0.0, "clean_top1"), (float(row["eps"]), "value")):
+            if key in row:
+                points[radius][str(row.get("checkpoint", row["model"]))] = row[key]
     caption = "Accuracy under APGD-CE and APGD-T, mean and deviation over the evaluated models of a method. "
     caption += "Compare the paper's Tables 14 and 15."
     section = []
-    for i, (norm, models) in enumerate(by_norm.items()):
-        series = [means(name, points.items()) for name, points in models.items()]
-        title = f"Robust accuracy against the {norm} radius"
+    for i, ((norm, where), models) in enumerate(curves.items()):
+        series = [means(name, [(x, [*y.values()]) for x, y in points.items()]) for name, points in models.items()]
+        title = f"Robust accuracy against the {norm} radius: {where}"
         section.append(Figure(f"robust-{i}", title, caption, series, f"{norm} radius", "accuracy, %"))
     return section
+
+
+def subject_of(content: Content) -> Callable[[Result], str]:
+    """A function that returns an evaluation's data set, with its model if several models have methods of one name."""
+    models = {(evaluation_label(row), row["model"]) for row in content.evaluations}
+    ambiguous = len(models) > len({label for label, _ in models})
+    return lambda row: f"{row['dataset']}, {row['model']}" if ambiguous else str(row["dataset"])
 
 
 def evaluated(content: Content, evaluation: str, metric: str) -> list[Result]:

@@ -37,14 +37,17 @@ def read_sources(paths: list[Path]) -> Content:
         if source == Content():
             raise UserError(f"{path} holds no run (args.yaml, summary.csv), table of a sweep or results of validate.py")
         content.add(source)
+    # Sources may overlap, such as a sweep and one of its runs.
+    content.runs = [*{run.folder or id(run): run for run in content.runs}.values()]
+    content.evaluations = [*{json.dumps(row): row for row in content.evaluations}.values()]
     unnamed = [run for run in content.runs if not run.method]  # those of exports have names
     name_methods(unnamed)
     content.scores += score_runs(unnamed)
     for row in content.evaluations:  # a checkpoint in the directory of a reported run belongs to that run
-        parent = Path(str(row.get("checkpoint", ""))).parent
-        near = {run.method for run in content.runs if parent.name and f"/{parent}".endswith(f"/{run.name}")}
-        if len(near) == 1 and "method" not in row:  # runs of two sources may have the same name
-            row["method"] = near.pop()
+        if "checkpoint" in row and "method" not in row:
+            parent = Path(row["checkpoint"]).parent  # a relative one may have been named from another directory
+            runs = [r for r in content.runs if parent.resolve() == r.folder or f"{r.folder}".endswith(f"/{parent}")]
+            row |= {"method": runs[0].method} if len(runs) == 1 else {}
     return content
 
 
@@ -92,9 +95,12 @@ def read_run(folder: Path, root: Path) -> Run:
     settings = {"opt": "unknown optimizer"} | {k: v for k, v in settings.items() if k not in LOCATION_FLAGS}
     rows = summary_rows(folder / "summary.csv")
     epochs = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
-    run = Run(name, settings, [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs])
+    kept = [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs]
+    run = Run(name, settings, kept, folder=folder.resolve())
     swept, record = _json(folder / "result.json"), _json(folder / "run.json")
     run.metrics = record.get("metrics") or swept.get("metrics") or {}
+    if epochs and run.metrics.get("epoch", epochs[-1]["epoch"]) != epochs[-1]["epoch"]:
+        run.metrics = {}  # those before the run was extended
     planned = settings.get("epochs", math.inf) + settings.get("cooldown_epochs", 0)
     if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= planned:
         run.metrics = dict(epochs[-1])

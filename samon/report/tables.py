@@ -84,8 +84,8 @@ def summary(content: Content) -> Table:
 def _comparison(content: Content, score: Score, base: Score, count: int) -> list[str]:
     """The cells of a row of `summary` after the first."""
     form, difference = metric_format(score.metric), score.mean - base.mean
-    compared = f"{plural(count, 'method')} against {base.method}, {plural(len(score.values), 'seed')}"
-    if score.std is None or base.std is None:
+    compared = f"{plural(count, 'method')} against {base.method}, {plural(score.num_seeds, 'seed')}"
+    if score.std is None or base.std is None or 1 in (score.num_seeds, base.num_seeds):
         result = f"{difference:+{form}}; one seed is not enough to tell"
     else:
         error = 2 * math.hypot(score.std / len(score.values) ** 0.5, base.std / len(base.values) ** 0.5)
@@ -99,8 +99,7 @@ def _comparison(content: Content, score: Score, base: Score, count: int) -> list
 
 
 def accuracy(content: Content) -> Table:
-    best = content.best()
-    rows = []
+    best, rows = content.best(), []
     for score in content.scores:
         paper = paper_results(score.recipe, score.model).get(score.opt)
         beside = ["", ""]
@@ -110,14 +109,22 @@ def accuracy(content: Content) -> Table:
             sign = "≈" if close else "▲" if difference > 0 else "▼"
             beside = [" ± ".join(f"{number:.2f}" for number in paper), f"{sign} {difference:+.2f}"]
         role = "chooses rho" if score.held_out else "best" if score in best else ""
+        role += ", edge of the grid" * (role == "best" and _is_at_edge(score, content))
         rho = "" if score.rho is None else f"{score.rho:g}"
         rows.append([score.recipe, score.model, score.method, rho, score.text, str(len(score.values)), role, *beside])
-    head = ["recipe", "model", "method", "rho", "accuracy, %", "runs", "", "paper, %", "difference"]
+    head = ["recipe or data", "model", "method", "rho", "accuracy, %", "runs", "", "paper, %", "difference"]
     caption = (
         "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "
         "result; ▲ above it, ▼ below it. The paper's result is that of the recipe's full length."
     )
     return Table("accuracy", "Accuracy", caption, head, rows)
+
+
+def _is_at_edge(score: Score, content: Content) -> bool:
+    """Whether a score's rho is the smallest or the largest that was tried, so that one outside may be better."""
+    same = [s for s in content.scores if (s.setting, s.method) == (score.setting, score.method)]
+    tried = {s.rho for s in same if s.rho is not None}
+    return len(tried) > 1 and score.rho in (min(tried), max(tried))
 
 
 def costs(content: Content) -> Table:
@@ -129,7 +136,7 @@ def costs(content: Content) -> Table:
             ratio = content.cost_ratio(score, cost)
             row += [mean_cost(score, cost) if score.costs.get(cost) else "", "" if ratio is None else f"{ratio:.2f}"]
         rows.append(row)
-    head = ["recipe", "model", "method", "accuracy, %"]
+    head = ["recipe or data", "model", "method", "accuracy, %"]
     head += [name for unit in COST_NAMES.values() for name in (unit, f"{unit}, ratio")]
     caption = (
         "Ratios are to the base optimizer of the same recipe and model. FLOPs are counted exactly, forward and "
@@ -144,8 +151,9 @@ def evaluations(content: Content) -> Table:
         if r["eval"] != "norm_params" or r.get("layer") == "all":
             value = "" if r["value"] is None else f"{r['value']:{metric_format(r['metric'])}}"
             kind = f"{r['eval']} {r.get('setting', '')}".strip()
-            rows.append([evaluation_label(r), str(r["dataset"]), kind, r["metric"], value, str(r["num_samples"])])
-    head = ["model", "data", "evaluation", "metric", "value", "samples"]
+            labels = [evaluation_label(r), r["dataset"], r["split"], kind, r["metric"]]
+            rows.append([*labels, value, str(r["num_samples"])])
+    head = ["model", "data", "split", "evaluation", "metric", "value", "samples"]
     return Table("evaluations", "Evaluations", "Rows of validate.py.", head, rows)
 
 
@@ -160,7 +168,7 @@ def settings(content: Content) -> Table:
             own = [f"{key} {v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
             rows.append([setting.recipe, setting.model, run.name, ", ".join(own)])
     caption = "The other settings are the same in all runs of a recipe and model."
-    return Table("settings", "Settings that differ", caption, ["recipe", "model", "run", "settings"], rows)
+    return Table("settings", "Settings that differ", caption, ["recipe or data", "model", "run", "settings"], rows)
 
 
 def origins(content: Content) -> Table:

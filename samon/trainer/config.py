@@ -243,6 +243,8 @@ NEEDS = {
     "sched=wsd sched=rsqrt": "lr-decay-fn",
     "sched=rsqrt": "lr-stable-timescale",
     "experiment": "resume=auto",  # by which it finds the run
+    "landscape-figure": "landscape-points",
+    "results-file": "results-format",
 }
 # The same for flags that timm accepts without effect: a warning.
 IDLE_WITHOUT = {

@@ -21,6 +21,7 @@ CORRUPT = "fraction of corrupt samples to skip before stopping"
 IN_MEMORY = "keep the whole data set on the device and augment it there"
 CENTERING = "subtract the mean of each image (row), of each feature (column), or none"
 OLD_ASCENTS = {"momentum": "msam", "friendly": "fsam", "every": "looksam", "adaptive": "aesam"}
+TRAIN_SPLIT = "split, read without augmentation; a checkpoint's own training split if not given"
 DECODERS = ("auto", "torch", "crop", "pil")  # of samon.data.decode
 
 
@@ -142,24 +143,26 @@ SECTIONS: Sections = {
         V("sharpness", str, ["table6"], "presets, or such as worst-linf-adaptive-logitnorm-1step@0.007", nargs="+"),
         V("sharpness-mode", str, "reference", "how it is maximized", choices=("reference", "autopgd")),
         V("sharpness-scope", str, "all", "parameters that are perturbed", choices=("all", "norm", "non-norm")),
-        V("sharpness-split", str, "train", "split, read without augmentation"),
+        V("sharpness-split", str, "train", TRAIN_SPLIT),
         V("sharpness-samples", int, 2048, "number of images, sampled by --seed", range="> 0"),
         V("sharpness-m", int, 128, "images per batch", range="> 0"),
     ),
     "Curvature (--evals hessian)": (
-        V("hessian-split", str, "train", "split, read without augmentation"),
+        V("hessian-split", str, "train", TRAIN_SPLIT),
         V("hessian-samples", int, 512, "number of images, sampled by --seed", range="> 0"),
         V("hessian-iters", int, 100, "maximum number of power iterations", range="> 0"),
         V("hessian-draws", int, 20, "random sign vectors for the estimate of the trace", range="> 0"),
         V("landscape-figure", str, "", "PNG or PDF file for the loss along two directions"),
         V("landscape-points", int, 15, "points along each direction", range=">= 2"),
     ),
-    "Feature rank and normalization parameters": (
+    "Feature rank (--evals feature_rank)": (
         V("feature-layer", str, [""], "layer names; `pre_logits`; the last before pooling if empty", nargs="+"),
         V("feature-token", str, "auto", "tokens to use", choices=("auto", "cls", "all")),
         V("feature-centering", str, "row,column", CENTERING, old_name="feature-centring"),
         V("feature-samples", int, 10_000, "number of images, sampled by --seed", range="> 0"),
-        V("feature-split", str, "train", "split, as in the public code; --split if empty"),
+        V("feature-split", str, "train", f"{TRAIN_SPLIT}; --split if empty"),
+    ),
+    "Normalization parameters (--evals norm_params)": (
         V("norm-figure", str, "", "PNG file, with a PDF beside it, for the distributions of gamma and beta"),
         V("norm-tensorboard", str, "", "directory for their TensorBoard histograms"),
     ),

@@ -133,7 +133,7 @@ def test_a_pushed_model_loads_from_the_hub(gray_run, weights, tmp_path, monkeypa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     (card,) = (path.read_text() for path in (tmp_path / "cache").rglob("README.md"))
-    table = "## Evaluation\n\n| data set | evaluation | top-1 |"
+    table = "## Evaluation\n\n| data set | split | evaluation | top-1 |"
     for part in (table, f"| accuracy | {top1['value']:.2f} |", "license: mit\n"):
         assert part in card
 

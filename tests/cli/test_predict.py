@@ -2,6 +2,7 @@
 
 import csv
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_imagenets_names_on_standard_output(capsys, monkeypatch):
     assert not row[1].isdigit()
 
 
+def test_names_of_a_run_in_half_precision_with_more_outputs_than_classes(tmp_path):
+    """As after --pretrained without --num-classes: the other outputs are numbers, not ImageNet's classes."""
+    model = timm.create_model("test_resnet")
+    with torch.no_grad():
+        model.get_classifier().bias[[1, 5]] += torch.tensor([200.0, 100.0])
+    args = Namespace(model="test_resnet", img_size=32, model_dtype="bfloat16")
+    content = {"state_dict": model.state_dict(), "arch": args.model, "args": args, "class_names": ["ant", "bee"]}
+    torch.save(content, tmp_path / "net.pth")
+    photo = next(Path("tests/photographs").rglob("*.jp*g"))
+    out = tmp_path / "out.csv"
+    predict.main([str(photo), "--checkpoint", str(tmp_path / "net.pth"), "--topk", "2", "-o", str(out), "--", *CPU])
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert (row["label_1"], row["label_2"]) == ("bee", "5")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -58,6 +74,8 @@ def test_imagenets_names_on_standard_output(capsys, monkeypatch):
         ("tests --checkpoint RUN --topk 0", "--topk must be at least 1"),
         ("tests --checkpoint RUN -o LICENSE/x.csv", "--output LICENSE/x.csv: File exists"),
         ("LICENSE --checkpoint RUN -- --device cpu", "none of 1 files is a readable image"),
+        ("tests --checkpoint RUN -- --valid-labels LICENSE", "--valid-labels has no effect on samon-predict"),
+        ("tests --model vit_tiny* --pretrained", "samon-predict needs one model, got"),
         ("tests --checkpoint RUN --img-size 32", "go after --, .* -- --img-size 32"),
     ],
 )

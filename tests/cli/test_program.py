@@ -70,6 +70,4 @@ def test_figures_need_matplotlib_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"samon-timm\[report\]"):
         report.main([str(tmp_path), "-o", str(tmp_path / "report.html")])
     with pytest.raises(UserError, match=r"samon-timm\[report\]"):
-        validate.main(
-            ["--model", "resnet18", "--data-dir", str(tmp_path), "--norm-figure", str(tmp_path / "figure.png")]
-        )
+        validate.main(["--model", "resnet18", "--evals", "norm_params", "--norm-figure", str(tmp_path / "figure.png")])

@@ -10,10 +10,12 @@ import timm
 import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
+from samon.cli import eval_model
 from samon.cli.validate import main, parse
 from samon.errors import UserError
 from samon.evals import accuracy, apgd
 from samon.evals.results import render
+from samon.trainer.flag_rows import VALIDATE
 from tests import runs
 from tests.eval_sets import FASHION, save_model
 from tests.processes import launch
@@ -41,7 +43,7 @@ def test_results_files_have_the_documented_columns(tmp_path):
     assert json.loads(path.read_text()) == rows
     table = csv.DictReader(render(rows, "csv").splitlines())
     assert [row["metric"] for row in table] == [row["metric"] for row in rows]
-    assert "| wds/fashion-mnist | apgd linf 0.5/255 |" in render(rows, "md")
+    assert "| wds/fashion-mnist | validation | apgd linf 0.5/255 |" in render(rows, "md")
 
 
 def test_a_suite_is_one_table_and_entries_choose_their_evaluations(tmp_path, capsys):
@@ -55,7 +57,7 @@ def test_a_suite_is_one_table_and_entries_choose_their_evaluations(tmp_path, cap
     pairs = [(row["dataset"], row["eval"]) for row in rows if row["metric"] in ("top1", "feature_rank")]
     assert pairs == [("clean", "accuracy"), *[("clean", "feature_rank")] * 2, ("seen", "accuracy")]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| data set | evaluation | top-1 | top-5 | loss |")
+    assert lines[0].startswith("| data set | split | evaluation | top-1 | top-5 | loss |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| clean", "| clean", "| clean", "| seen"]
 
 
@@ -133,6 +135,25 @@ def test_checkpoints_of_train_py_score_as_in_training(tmp_path):
         assert scores[""][key] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4)
 
 
+def test_a_checkpoint_names_its_splits_and_settings_that_have_no_flag(tmp_path):
+    split = {"val_split": "train[40:]", "train_split": "train[:40]"}
+    args = argparse.Namespace(model="test_efficientnet", input_size=[3, 32, 32], bn_eps=0.5, dataset="npz/x", **split)
+    path, suite = str(tmp_path / "net.pth"), tmp_path / "suite.yaml"
+    torch.save({"state_dict": {}, "arch": args.model, "args": args}, path)
+    suite.write_text("- {name: other, data_dir: x}\n")
+    run, override, other = (
+        parse(["--checkpoint", path, "--data-dir", "x", *more])[0]
+        for more in ([], ["--img-size", "48", "--evals", "hessian", "--hessian-split", "a"], ["--suite", str(suite)])
+    )
+    splits = (run.config.split, run.config.sharpness_split, run.config.hessian_split, run.config.feature_split)
+    assert splits == ("train[40:]", *["train[:40]"] * 3)
+    assert (other.specs[0].split, other.config.sharpness_split) == ("validation", "train")  # other data
+    assert (override.config.hessian_split, override.config.img_size, override.config.input_size) == ("a", 48, None)
+    assert run.config.input_size == [3, 32, 32]
+    model = eval_model.create_model(run.config, pretrained=False)
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.5}
+
+
 def test_reports_that_would_overwrite_each_other_are_refused(tmp_path):
     """Slashes become underscores in file names."""
     path = tmp_path / "suite.yaml"
@@ -155,10 +176,10 @@ def test_accuracy_in_another_precision_than_the_runs_is_logged(tmp_path, caplog)
     args = argparse.Namespace(model="test_resnet", num_classes=10, img_size=32, amp=True)
     weights = {"state_dict": torch.load(save_model(tmp_path / "net.pth")), "arch": args.model, "args": args}
     torch.save(weights, tmp_path / "net.pth")
-    flags = ["--checkpoint", str(tmp_path / "net.pth"), *FASHION, *SMALL, "--num-samples", "8"]
+    flags = ["--checkpoint", str(tmp_path / "net.pth"), *FASHION, *SMALL]
     for evals, logged in (("accuracy", False), ("norm_params", False), ("accuracy,norm_params", True)):
         caplog.clear()
-        main([*flags, "--evals", evals])
+        main([*flags, "--evals", evals, *["--num-samples", "8"] * ("accuracy" in evals)])
         assert ("accuracy is in float32" in caplog.text) is logged
     for name, size in (("test_resnet", 32), ("test_resnet.r160_in1k", 32), ("test_vit", None)):
         assert parse([*flags, "--model", name])[0].config.img_size == size  # of the run, unless it is another model
@@ -204,6 +225,14 @@ MISTAKES = [
     ("--interpolation random", "--interpolation must be nearest, bilinear, bicubic"),
     ("--crop-mode middle", "--crop-mode"),
     ("--num-gpu 2", "--num-gpu is not supported: use torchrun"),
+    ("--evals feature_rank --split test", "--split needs --evals accuracy or apgd; add it, or drop --split"),
+    ("--evals hessian --landscape-points 3", "--landscape-points needs --landscape-figure"),
+    ("--evals sharpness --class-report x", "--class-report needs --evals accuracy; add it"),
+    ("--evals sharpness --bootstrap 9", "--bootstrap needs --evals accuracy or apgd; add it"),
+    ("--torchcompile-mode default", "--torchcompile-mode needs --torchcompile"),
+    ("--amp-dtype bfloat16", "--amp-dtype needs --amp"),
+    ("--results-format csv", "--results-format needs --results-file"),
+    ("--results-format csv --results-file x.json", "x.json contradicts --results-format csv"),
     ("--amp --evals apgd", "--amp and --model-dtype are for accuracy"),
     ("--results-file x.txt", "--results-file x.txt: name it .json"),
     ("--suite LICENSE", "--suite LICENSE"),
@@ -220,6 +249,16 @@ def test_mistakes_are_user_errors(flags, message, tmp_path):
     with pytest.raises(UserError) as caught:
         main([*MODEL, *FASHION, *SMALL, *words])
     assert message in str(caught.value)
+
+
+OF_ONE_EVALUATION = [f for title, rows in VALIDATE.items() if "--evals" in title for f in rows]
+
+
+@pytest.mark.parametrize("flag", OF_ONE_EVALUATION, ids=lambda flag: flag.name)
+def test_a_flag_of_an_evaluation_needs_it(flag):
+    default = flag.default[0] if isinstance(flag.default, list) else flag.default
+    with pytest.raises(UserError, match=rf"--{flag.name} needs --evals \w+; add it, or drop"):
+        parse([*MODEL, *FASHION, f"--{flag.name}", str(default or "x")])
 
 
 def test_the_model_must_be_named():

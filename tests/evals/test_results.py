@@ -24,14 +24,15 @@ def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
         "run-2/model_best.pth.tar",
         "B/run-1/model_best.pth.tar",
     ]
-    row = {"model": "net", "dataset": "d", "eval": "accuracy", "metric": "top1", "value": 50.0, "num_samples": 4}
+    row = {"model": "net", "dataset": "d", "split": "s", "eval": "accuracy", "metric": "top1", "value": 50.0}
+    row["num_samples"] = 4
     head = markdown([row | {"checkpoint": path} for path in paths[1:]]).splitlines()[0]
     columns = "top-1 (run-2/model_best.pth.tar) | top-1 (run-1/model_best.pth.tar)"
-    assert head == f"| data set | evaluation | {columns} | n | note |"
+    assert head == f"| data set | split | evaluation | {columns} | n | note |"
 
 
 def test_mean_and_sample_deviation_over_checkpoints():
-    base = {"model": "m", "dataset": "d", "eval": "accuracy", "metric": "top1", "num_samples": 9}
+    base = {"model": "m", "dataset": "d", "split": "s", "eval": "accuracy", "metric": "top1", "num_samples": 9}
     rows = [base | {"checkpoint": name, "value": value} for name, value in (("a", 1.0), ("b", 2.0), ("c", 6.0))]
     row, one, diverged = mean_over_checkpoints(
         [*rows, base | {"model": "n", "value": 5.0}, *(base | {"metric": "loss", "value": v} for v in (1.0, math.nan))]
@@ -44,6 +45,12 @@ def test_mean_and_sample_deviation_over_checkpoints():
     (row,) = mean_over_checkpoints(rows)
     assert (row["checkpoints"], row["note"]) == (3, "1 of 3 checkpoints, such as: vanished")
     assert "such as: vanished |" in markdown([row])
+
+
+def test_figures_of_different_splits_are_in_different_rows():
+    row = {"model": "net", "dataset": "d", "eval": "accuracy", "metric": "top1", "value": 50.0, "num_samples": 4}
+    lines = markdown([row | {"checkpoint": split, "split": split} for split in ("test", "train[:4]")]).splitlines()
+    assert lines[2:] == ["| d | test | accuracy | 50.00 |  | 4 |  |", "| d | train[:4] | accuracy |  | 50.00 | 4 |  |"]
 
 
 def test_group_of_checkpoints_is_one_column(tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 import samon  # noqa: F401  registers the CIFAR networks
 from experiments.flat_minima import flat_minima
 from samon.errors import UserError
+from samon.evals.sharpness import Measure, batch_sharpness
 from tests.runs import ROOT
 
 
@@ -66,6 +67,7 @@ def test_every_figure_of_a_finished_run(
     images, labels = rng.integers(0, 255, (40, 32, 32, 3), np.uint8), rng.integers(0, 10, 40)
     np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     settings = {"model": "resnet20_cifar", "num_classes": 10, "dataset": "npz/x", "mean": [0.5] * 3, "std": [0.2] * 3}
+    settings["train_split"] = "train[20:]"  # one batch of 16
     for seed in (0, 1):
         run = tmp_path / f"out/test/SAM-ON/seed{seed}"
         run.mkdir(parents=True)
@@ -80,7 +82,9 @@ def test_every_figure_of_a_finished_run(
     x = (torch.from_numpy(images[:30]).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
     right = (model.eval()(x).argmax(1) == torch.from_numpy(labels[:30])).float().mean().item()
     assert rows[1]["values"]["top1"] == pytest.approx(100 * right)
-    assert rows[0]["values"]["worst sharpness"] >= 0  # eps = 0 is allowed
+    x = (torch.from_numpy(images[20:36]).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
+    expected = batch_sharpness(model, x, torch.from_numpy(labels[20:36]), *Measure.parse(flat_minima.MEASURE))
+    assert rows[1]["values"]["worst sharpness"] == pytest.approx(expected, rel=1e-4)  # float32
     assert 1 <= rows[0]["values"]["feature rank"] <= 20
     assert "| SAM-ON | 2 | " in capsys.readouterr().out
     (tmp_path / "x.npz").unlink()

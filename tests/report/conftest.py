@@ -22,7 +22,7 @@ def evaluation_rows(checkpoint: str, **more: str) -> list[Result]:
     rows: list[Result] = [{"eval": "accuracy", "metric": "top1", "value": 80.0}]
     for norm, eps, value in (("l2", 0.25, 60.0), ("l2", 0.5, 40.0), ("linf", 0.001, 70.0)):
         attack = {"eval": "apgd", "metric": "robust_top1", "value": value, "norm": norm, "eps": eps}
-        rows.append(attack | {"setting": f"{norm} {eps}"})
+        rows.append(attack | {"clean_top1": 80.0, "setting": f"{norm} {eps}"})
     rows.append({"eval": "sharpness", "metric": "worst", "value": 0.03, "setting": "worst-linf@0.003"})
     return [{**common, **row, **more} for row in rows]
 

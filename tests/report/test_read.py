@@ -41,6 +41,13 @@ def test_runs_of_other_programs_have_no_default_settings(tmp_path: Path) -> None
     assert (run.method, run.cost, run.metrics, run.settings) == ("adamw", {}, {}, {"opt": "adamw", "layers": 2})
 
 
+def test_a_run_that_was_extended_has_not_ended(tmp_path: Path) -> None:
+    """Its run.json is that of the end before."""
+    run = write_run(tmp_path / "run", "opt: sgd\nmodel: net\nepochs: 4\n", "epoch,eval_top1\n0,1\n1,50\n2,60\n")
+    (run / "run.json").write_text(json.dumps({"metrics": {"eval_top1": 50.0, "epoch": 1}}))
+    assert read_sources([run]).scores == []
+
+
 @pytest.mark.parametrize(("cooldown", "ended"), [(0, True), (3, False)])
 def test_a_run_ends_with_its_cooldown(cooldown: int, ended: bool, tmp_path: Path) -> None:
     settings = f"opt: sgd\nmodel: net\nepochs: 2\ncooldown_epochs: {cooldown}\n"
@@ -48,13 +55,34 @@ def test_a_run_ends_with_its_cooldown(cooldown: int, ended: bool, tmp_path: Path
     assert [score.values for score in content.scores] == [[50.0]] * ended
 
 
-def test_an_evaluation_belongs_to_no_run_if_two_have_its_name(tmp_path: Path) -> None:
+def test_runs_on_different_image_folders_are_not_seeds_of_one_method(tmp_path: Path) -> None:
+    for name in ("cars", "pets"):
+        settings = f"opt: sgd\nmodel: net\nepochs: 1\ndata_dir: /data/{name}\n"
+        write_run(tmp_path / name, settings, "epoch,eval_top1\n0,50\n")
+    scores = read_sources([tmp_path]).scores
+    assert [(score.setting.title, score.values) for score in scores] == [("cars, net", [50.0]), ("pets, net", [50.0])]
+
+
+def test_an_evaluation_belongs_to_the_run_in_whose_directory_its_checkpoint_is(tmp_path: Path) -> None:
+    """Runs of two sweeps have the same names."""
     for name, opt in (("A", "sam"), ("B", "samon")):
         write_run(tmp_path / name / "run", f"opt: {opt}\n")
     path = tmp_path / "evaluations.json"
-    path.write_text(json.dumps(evaluation_rows(str(tmp_path / "B/run/model_best.pth.tar"))))
+    for parent, methods in ((tmp_path / "B/run", ["samon", None]), (Path("B/run"), ["samon", None])):
+        path.write_text(json.dumps(evaluation_rows(str(parent / "model_best.pth.tar"))))
+        found = [read_sources([*sources, path]) for sources in ([tmp_path / "A", tmp_path / "B"], [tmp_path / "A"])]
+        assert [content.evaluations[0].get("method") for content in found] == methods
+    path.write_text(json.dumps(evaluation_rows("run/model_best.pth.tar")))  # of which of them?
     assert "method" not in read_sources([tmp_path / "A", tmp_path / "B", path]).evaluations[0]
-    assert read_sources([tmp_path / "B", path]).evaluations[0]["method"] == "samon"
+
+
+def test_a_run_in_two_sources_is_one_run(tmp_path: Path) -> None:
+    settings = "opt: sgd\nmodel: net\nepochs: 1\nseed: 7\n"
+    run = write_run(tmp_path / "runs/run", settings, "epoch,eval_top1\n0,50\n")
+    (run.parent / "results.json").write_text(json.dumps(evaluation_rows("a.pth")))
+    content = read_sources([run.parent, run, run.parent / "results.json"])
+    assert [(score.values, score.seeds) for score in content.scores] == [([50.0], [7])]
+    assert len(content.evaluations) == len(evaluation_rows("a.pth"))
 
 
 def test_equal_values_are_one_bin_around_them() -> None:

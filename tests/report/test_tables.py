@@ -10,7 +10,7 @@ def test_the_papers_results_are_shown_beside_ours(content: Content) -> None:
     swept = [dict(zip(accuracy.head, row, strict=True)) for row in accuracy.rows if row[0] == "cifar100_resnet"]
     assert [row["difference"] for row in swept] == ["≈ -0.21", "≈ +0.01", "▼ -13.69", "▲ +6.89"]
     assert [row["paper, %"] for row in swept][:2] == ["80.71 ± 0.20", "84.19 ± 0.20"]
-    assert [row[""] for row in swept] == ["best", "best", "", "best"]
+    assert [row[""] for row in swept] == ["best", "best, edge of the grid", "", "best"]
     tuned = Score("sgd", None, [81.0], "sgd", "vit_small_patch16_224.augreg_in21k", "vit_s16_in21k_ft")
     [accuracy, *_] = tables(Content(scores=[tuned]))
     assert accuracy.rows[0][-2:] == ["81.62", "▼ -0.62"]  # the paper has no deviation of it
@@ -27,18 +27,21 @@ def test_the_summary_says_who_is_ahead_and_whether_that_is_certain() -> None:
             score("samon", "samon", [80.0, 82.0], "close"),
             score("sgd", "sgd", [79.0], "one"),
             score("samon", "samon", [78.0], "one"),
+            score("sgd", "sgd", [79.0, 79.0], "repeated", seeds=[42, 42]),
+            score("samon", "samon", [79.5, 79.5], "repeated", seeds=[42, 42]),
             score("sgd", "sgd", [0.5, 0.51], "loss", metric="eval_loss"),
             score("samon", "samon", [0.6, 0.61], "loss", metric="eval_loss"),
         ]
     )
     table = tables(found)[0]
     assert table.name == "summary"
-    first = ["Recipe r, net", "2 methods against SGD, 2 seeds", "+2.00 ± 0.28: SAM-ON ahead"]
+    first = ["r, net", "2 methods against SGD, 2 seeds", "+2.00 ± 0.28: SAM-ON ahead"]
     assert table.rows[0] == [*first, "SAM-ON, rho 0.1: 81.10 ± 0.14", "SGD: 79.10 ± 0.14", "1.66 x the FLOPs"]
     results = [row[2] for row in table.rows[1:]]
     assert results[0] == "+1.00 ± 2.83: too close to call"
     assert results[1].startswith("-1.00; one seed")
-    assert results[2] == "+0.1000 ± 0.0141: sgd ahead"
+    assert table.rows[3][1:3] == ["1 method against sgd, 1 seed", "+0.50; one seed is not enough to tell"]
+    assert results[3] == "+0.1000 ± 0.0141: sgd ahead"
 
 
 def test_settings_that_differ_are_those_within_a_recipe() -> None:
