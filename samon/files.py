@@ -24,9 +24,6 @@ def atomic_write(path: Path, size: int = 0) -> Iterator[BinaryIO]:
 
     Args:
         size: expected bytes, for the message of a full disk; 0 if unknown.
-
-    Raises:
-        OSError: see `name_write_errors`.
     """
     temporary = _temporary(path)
     with name_write_errors(path, size):

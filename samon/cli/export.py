@@ -111,11 +111,7 @@ def perturbation_details(stored: Tree) -> dict[str, str]:
 
 
 def evaluation_table(path: Path, checkpoint: str) -> str:
-    """Markdown table of a checkpoint's results in a file of `samon-validate --results-file`.
-
-    Raises:
-        UserError: the file is not readable, or has no results of this checkpoint.
-    """
+    """Markdown table of a checkpoint's results in a file of `samon-validate --results-file`."""
     try:
         rows = json.loads(path.read_text())
         same = [row for row in rows if Path(row.get("checkpoint", "")).resolve() == Path(checkpoint).resolve()]
@@ -188,10 +184,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if (args.file is not None) != (Path(args.checkpoint).suffix in DCP_SUFFIXES):
         raise UserError("--file converts a sharded checkpoint (NAME.dcp); everything else needs a converted one")
     folder = args.timm
-    if folder and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--timm {folder} is not empty; name a new folder")
-    if folder and folder.is_file():
-        raise UserError(f"--timm {folder} is a file; name a folder")
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--timm {folder} is not empty or is a file; name a new folder")
     for flag, path in {"--onnx": args.onnx, "--file": args.file, "--timm": folder}.items():
         if path and not (path is folder and folder.is_dir()):
             check_writable(flag, path)

@@ -57,9 +57,6 @@ def read_validation_synsets(path: Path) -> dict[int, str]:
     Args:
         path: lines `SYNSET` in the order of the images, lines `ILSVRC2012_val_00000001.JPEG SYNSET`,
             `LOC_val_solution.csv`, or the devkit's directory.
-
-    Raises:
-        UserError: no such file, or a line of another form.
     """
     if path.is_dir():
         scipy_io = require_package("scipy.io", f"--val-labels {path}: the devkit needs scipy; run: pip install scipy")

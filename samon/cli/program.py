@@ -45,11 +45,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
 
 
 def parse_before_dashes(parser: argparse.ArgumentParser, argv: list[str] | None, other: str) -> argparse.Namespace:
-    """Parse the arguments before `--`; those after it are flags of the command `other` and returned as `after`.
-
-    Raises:
-        UserError: an unknown argument before `--`.
-    """
+    """Parse the arguments before `--`; those after it are flags of the command `other` and returned as `after`."""
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:end])

@@ -337,8 +337,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Sweep, bool]:
     output, gpus = args.output or Path("output/sweep") / Path(args.config).stem, [g for g in args.gpus.split(",") if g]
     settings = (args.metric, args.jobs, gpus, args.nproc, args.retries)
     sweep = Sweep(args.config, {}, seeds, output, args.after, *settings)
-    for opt in opts:
-        sweep.resolve(opt)
+    validated = [bool(sweep.resolve(opt).val_split) for opt in opts]  # a mistake in any of the settings shows here
+    if args.metric.startswith("eval_") and not all(validated):
+        raise UserError(f"--metric {args.metric} needs validation; add --val-split, or use --metric train_loss")
     sweep.rhos = {opt: rho_grid(opt, args.config, args.rho, args.grid, args.grids) for opt in opts}
     return sweep, args.dry_run
 

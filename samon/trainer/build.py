@@ -118,11 +118,7 @@ class Run:
 
 
 def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = None) -> Run:
-    """Build a run: model, task, optimizer, data, schedule.
-
-    Args:
-        class_names: of the run that is resumed, in the order of the model's outputs.
-    """
+    """Build a run: model, task, optimizer, data, schedule. `class_names` are those of the run that is resumed."""
     config = without_counts(models.resolve_precision(config, dist_info), dist_info)
     model = models.create_train_model(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -180,11 +176,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
 
 
 def check_step(config: Config, sam: samon.SAM) -> None:
-    """Raise what the first two-pass step would raise, and the creation of --tail-opt.
-
-    Raises:
-        UserError: the optimizer does not combine with the m-sharpness, the ascent pass or the sharded parameters.
-    """
+    """Raise what the first two-pass step would raise, and the creation of --tail-opt."""
     if config.tail_opt is not None:
         try:
             create_base(sam, config.tail_opt, config.tail_lr, tail_options(config))
@@ -342,11 +334,7 @@ def build_rho_schedule(
 
 
 def tail_decay(config: Config) -> float:
-    """--decay-epochs of wsd such that the decay starts with the tail and ends with the schedule, before a cooldown.
-
-    Raises:
-        UserError: the tail starts after the end of the schedule.
-    """
+    """--decay-epochs of wsd such that the decay starts with the tail and ends with the schedule, before a cooldown."""
     assert config.sam_tail is not None
     decaying = config.epochs - (0 if config.warmup_prefix else config.warmup_epochs)  # without warmup
     total = config.epochs + config.cooldown_epochs + (config.warmup_epochs if config.warmup_prefix else 0)
@@ -362,11 +350,7 @@ def tail_decay(config: Config) -> float:
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, updates: int, metric: str
 ) -> tuple[Scheduler | None, int]:
-    """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down.
-
-    Raises:
-        UserError: timm does not accept the settings, or a flag names an epoch after the last one.
-    """
+    """timm's scheduler, if any, and the number of epochs with cycles, warm-up prefix and cool-down."""
     with reraise_as_user_error(f"--sched {config.sched}"):
         if config.sched == "wsd" and config.sam_tail is not None and config.decay_epochs is None:
             config = config.but(decay_epochs=tail_decay(config))

@@ -53,9 +53,6 @@ def parse(argv: list[str] | None = None, load_stored: Callable[[str], Settings] 
 
     Args:
         load_stored: returns the settings of the run that --resume names, which apply unless --config is given.
-
-    Raises:
-        UserError: the settings contain a mistake.
     """
     given = parse_command_line(TRAIN, argv, DESCRIPTION)
     file, written = Settings(), set(given)
@@ -158,11 +155,8 @@ def load_yaml(path: str, flag: str) -> Any:
 
 
 def read_yaml(path: str, parents: tuple[Path, ...] = ()) -> Settings:
-    """The settings in a YAML file or recipe. `base: FILE`, relative to the file, names one that it changes.
-
-    Args:
-        parents: the files that lead here through `base`.
-    """
+    """The settings in a YAML file or recipe. `base: FILE`, relative to the file, names one that it changes; `parents`
+    are the files that lead here in this way."""
     content, own = load_yaml(path, "--config"), find_recipe(path).resolve()
     if own in parents:
         raise UserError(f"--config {parents[0]}: `base` leads from {parents[-1]} back to {own}")
@@ -216,7 +210,7 @@ def _expand_loss(settings: Settings) -> Settings:
 
 # Flags that cannot be combined with any of the others; `name=value` stands for that value alone.
 EXCLUDES = {
-    "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu",
+    "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu clip-mode=agc",
     "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes no-prefetcher",
     "m-sharpness": "ascent-fraction ascent-size",
     "ascent-size": "bn-stats=both",  # statistics of small images differ
@@ -253,7 +247,8 @@ IDLE_WITHOUT = {
     "layer-decay": "layer-decay-min-scale layer-decay-no-opt-scale",
     "model-ema": "model-ema-decay model-ema-force-cpu model-ema-warmup",
     "bce-loss": "bce-sum bce-target-thresh bce-pos-weight",
-    "reprob": "remode recount resplit",
+    "reprob": "remode recount",
+    "reprob split-bn": "resplit",
     "mixup cutmix cutmix-minmax": "mixup-prob mixup-mode mixup-off-epoch",
     "mixup": "mixup-switch-prob",
     "train-img-sizes": "train-size-schedule",
@@ -314,8 +309,7 @@ def describe_idle(config: Config, given: Collection[str], written: Collection[st
             turned_off = any(keys[other.partition("=")[0]] in given for other in others.split())
             for name in [n for n in names.split() if n in used and getattr(config, keys[n])]:
                 if keys[name] in (given if turned_off else written):
-                    text = f"--{name} has no effect with{'' if idle_with else 'out'} {_alternatives(others)}"
-                    yield text.replace("=", " ")
+                    yield f"--{name} has no effect with{'' if idle_with else 'out'} {_alternatives(others)}"
     info = _base_info(config)
     for key, argument in {"momentum": "momentum", "opt_eps": "eps", "opt_betas": "betas"}.items():
         differs = getattr(config, key) not in (None, 0, FLAGS[key].default)
@@ -338,7 +332,7 @@ def _base_info(config: Config) -> OptimInfo | None:
 
 
 def _alternatives(names: str) -> str:
-    return " or ".join(f"--{name}" for name in names.split())
+    return " or ".join(f"--{name}" for name in names.split()).replace("=", " ")
 
 
 def check(config: Config, given: Collection[str]) -> None:
@@ -358,8 +352,6 @@ def check(config: Config, given: Collection[str]) -> None:
     _check_batches(config)
     if config.amp and config.model_dtype not in (None, "float32"):
         raise UserError(f"--amp needs float32 weights, --model-dtype is {config.model_dtype}; drop one of them")
-    if config.fsdp and config.clip_grad is not None and config.clip_mode == "agc":
-        raise UserError("--fsdp does not support --clip-mode agc; use norm or value")
     if config.fsdp and config.opt.startswith(("lookahead", "ssam-", "sam-random")):
         raise UserError(f"--fsdp does not support --opt {config.opt}; drop lookahead_, or use a name without a mask")
 

@@ -107,9 +107,6 @@ def load_sharded(path: Path, layout: Mapping[str, Tensor] | None = None) -> Trai
     Args:
         layout: this run's tensors by name (`state_dict/NAME`, `state_dict_ema/NAME`, `optimizer/INDEX`); those that are
             sharded are read as shards. All processes must call it. Without it this process reads everything.
-
-    Raises:
-        UserError: the directory is damaged or not a checkpoint.
     """
     content, reader = load_file(path / DCP_STATE, "--resume"), _SafeReader(path)
     state = TrainState.from_dict(content)

@@ -110,11 +110,7 @@ def distributed_session(config: Config) -> Iterator[DistInfo]:
 
 
 def init_distributed(config: Config) -> DistInfo:
-    """Start the process group (gloo or NCCL, by device) unless there is only one process.
-
-    Raises:
-        UserError: the device does not exist, or the environment names processes that cannot be found.
-    """
+    """Start the process group (gloo or NCCL, by device) unless there is only one process."""
     for module in config.device_modules or []:
         with reraise_as_user_error("--device-modules"):
             importlib.import_module(module)

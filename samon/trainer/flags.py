@@ -221,11 +221,7 @@ def make_parser(sections: Sections, description: str) -> argparse.ArgumentParser
 
 
 def parse_command_line(sections: Sections, argv: list[str] | None, description: str) -> Settings:
-    """`{key: value}` of the flags that the command line gives.
-
-    Raises:
-        UserError: a flag is unknown, and the message names the nearest known one; or its value is wrong.
-    """
+    """`{key: value}` of the flags that the command line gives."""
     try:
         namespace, unknown = make_parser(sections, description).parse_known_args(argv)
     except argparse.ArgumentError as error:

@@ -27,11 +27,7 @@ T = TypeVar("T")
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a timm model by name: the modules that its `group_matcher` numbers.
-
-    Raises:
-        UserError: the model has none.
-    """
+    """The repeated blocks of a timm model by name: the modules that its `group_matcher` numbers."""
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}  # type: ignore[operator]
     rules = [rule for value in groups.values() for rule in ([value] if isinstance(value, str) else value)]
     patterns = [rule if isinstance(rule, str) else rule[0] for rule in rules]
@@ -50,11 +46,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def make_mesh(config: Config, dist_info: DistInfo) -> DeviceMesh:
-    """All processes, or `--fsdp-replicate` replicas of the model that are each sharded.
-
-    Raises:
-        UserError: the number of processes does not allow it.
-    """
+    """All processes, or `--fsdp-replicate` replicas of the model that are each sharded."""
     if dist_info.size == 1:
         raise UserError("--fsdp shards a model across processes, but there is only one; start several with torchrun")
     replicas, kind = config.fsdp_replicate, dist_info.device.type

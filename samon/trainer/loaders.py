@@ -61,13 +61,8 @@ def without_counts(config: Config, dist_info: DistInfo) -> Config:
 def build_data(
     config: Config, classes: int, data_config: Settings, dist_info: DistInfo, class_names: list[str] | None = None
 ) -> Data:
-    """Build the loaders of both splits and check them against each other.
-
-    Args:
-        classes: number of the model's outputs.
-        data_config: preprocessing, from `model.data_config`.
-        class_names: of the run that is resumed, in the order of the model's outputs.
-    """
+    """Build the loaders of both splits and check them against each other and the model's outputs, whose names
+    `class_names` are if a run is resumed."""
     log_once: Log = log.warning if dist_info.is_rank_zero else log.debug
     create = data.create_in_memory_loader if config.in_memory else data.create_loader
     shared = {key: data_config[key] for key in ("input_size", "mean", "std")} | {
@@ -112,11 +107,7 @@ def build_data(
 
 
 def check_splits(config: Config, train: Source, validation: Source, log_once: Log) -> None:
-    """Check that the splits share no images; number the labels of validation as those of training.
-
-    Raises:
-        UserError: they share images, or validation has a class that training has not.
-    """
+    """Check that the splits share no images; number the labels of validation as those of training."""
     if shared := find_overlap(train.extents, validation.extents):
         raise UserError(
             f"--train-split {config.train_split} and --val-split {config.val_split} share images, those of {shared}; "
@@ -131,11 +122,7 @@ def check_splits(config: Config, train: Source, validation: Source, log_once: Lo
 
 
 def _set_classes(stream: SampleStream, classes: int, log_once: Log) -> None:
-    """Limit the labels to the model's classes.
-
-    Raises:
-        UserError: the data have more classes.
-    """
+    """Limit the labels to the model's classes."""
     place, count = stream.source.location, stream.source.num_classes
     if count and count > classes:
         raise UserError(f"{place} has {count} classes, the model {classes}; use --num-classes {count}")

@@ -76,11 +76,7 @@ class RunLogger:
             self._open.enter_context(log_handler(file))
 
     def start_trackers(self) -> None:
-        """Start the trackers (rank 0).
-
-        Raises:
-            UserError: a tracker cannot start, for example because its server does not answer.
-        """
+        """Start the trackers (rank 0)."""
         for name in tracker_names(self.config):
             try:
                 with redirect_stdout(sys.stderr):  # the metrics stay the last line of stdout

@@ -101,9 +101,6 @@ def check_pretrained(path: str) -> Iterator[None]:
 
     timm drops the classifier and then loads whatever fits, so that a file of another network, or with other names,
     leaves the model at its random start without a word.
-
-    Raises:
-        UserError: most of the model's parameters are not in the file.
     """
     load: Any = nn.Module.load_state_dict
     loads: list[tuple[nn.Module, set[str]]] = []  # the last one is that of the model itself
@@ -132,11 +129,7 @@ def check_pretrained(path: str) -> Iterator[None]:
 
 
 def freeze(model: nn.Module, pattern: str) -> None:
-    """Freeze the parameters whose qualified name the regex matches; BatchNorm statistics still move.
-
-    Raises:
-        UserError: not a regex, no parameter matches, or none is left to train.
-    """
+    """Freeze the parameters whose qualified name the regex matches; BatchNorm statistics still move."""
     names = [name for name, _ in model.named_parameters()]
     try:
         frozen = [p for name, p in model.named_parameters() if re.search(pattern, name)]
@@ -156,11 +149,7 @@ def freeze(model: nn.Module, pattern: str) -> None:
 
 
 def resolve_data_config(config: Config, model: nn.Module, use_test_size: bool = False) -> Settings:
-    """timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
-
-    Raises:
-        UserError: a size or numbers that do not fit the model, or channels that images do not have.
-    """
+    """timm's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode."""
     with reraise_as_user_error(f"--model {config.model}"):
         data = resolve_input_data_config(model, vars(config), use_test_size=use_test_size)
     with reraise_as_user_error("--interpolation must be nearest, bilinear, bicubic, box, hamming or lanczos, not"):

@@ -51,9 +51,6 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
     Returns:
         The checkpoint's content, and this process's random state, which is to be set before the next update (None if
         the checkpoint has none for this number of processes).
-
-    Raises:
-        UserError: the checkpoint does not fit the model or the optimizer.
     """
     config = run.config
     state = load_sharded(source, _sharded_layout(run)) if source.suffix in DCP_SUFFIXES else load_state(source)
@@ -126,14 +123,8 @@ def describe_optimizer(run: Run) -> Tree:
 
 
 def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collection[str]) -> None:
-    """Load the optimizer's state. Options of its groups (weight decay, betas, lr_scale) stay those of this run.
-
-    Args:
-        changed: the settings that differ from those of the checkpoint.
-
-    Raises:
-        UserError: the state is of another optimizer, or of other groups of parameters.
-    """
+    """Load the optimizer's state. Options of its groups (weight decay, betas, lr_scale) stay those of this run, and so
+    does the learning rate if settings of it have `changed`."""
     optimizer, stored = state.optimizer or {}, state.optimizer_layout
     if "replacement" in optimizer and run.sam is not None and run.config.tail_opt is not None:
         run.sam.replace_base(run.config.tail_opt, run.config.tail_lr, **tail_options(run.config))

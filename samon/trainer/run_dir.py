@@ -32,11 +32,7 @@ class RunDir:
 
 
 def find_run_dir(config: Config) -> RunDir:
-    """Find the run's directory and the checkpoint to resume from; writes nothing. Only rank 0 calls it.
-
-    Raises:
-        UserError: the directory holds another run, there is nothing to resume, or it cannot be written to.
-    """
+    """Find the run's directory and the checkpoint to resume from; writes nothing. Only rank 0 calls it."""
     path = _choose_path(config)
     started, previous_restart = _read_header(path)
     restarted = bool(previous_restart) and previous_restart == restart_id()
@@ -64,11 +60,7 @@ def find_run_dir(config: Config) -> RunDir:
 
 def prepare_run_dir(run_dir: RunDir, config: Config) -> None:
     """Create the directory and write args.yaml. Another run there that has states moves to `OVERWRITTEN`, which is
-    deleted once the new run has saved its first state.
-
-    Args:
-        config: the configuration after building, without open choices.
-    """
+    deleted once the new run has saved its first state. `config` is that after building, without open choices."""
     path, old = run_dir.path, run_dir.path / OVERWRITTEN
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -106,11 +98,7 @@ def remove_state(path: Path) -> None:
 
 
 def load_run_settings(resume: str) -> Tree:
-    """Read the settings of the run that `--resume` names, for a command line without --config.
-
-    Raises:
-        UserError: there is no such run.
-    """
+    """Read the settings of the run that `--resume` names, for a command line without --config."""
     if (path := Path(resume, ARGS)).is_file():
         settings = read_yaml(str(path))
     else:

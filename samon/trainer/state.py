@@ -138,11 +138,8 @@ def list_states(directory: Path) -> list[Path]:
 
 
 def find_newest(directory: Path, started: str | None = None) -> Path | None:
-    """Find the newest complete checkpoint of a directory; None if there is none. Logs which files are skipped, and why.
-
-    Args:
-        started: consider only the run that this identifies (`TrainState.started`).
-    """
+    """Find the newest complete checkpoint of a directory, or of the run there that `started` identifies; None if there
+    is none. Logs which files are skipped, and why."""
     usable: dict[Path, tuple[int, bool, int]] = {}
     for path in list_states(directory):
         try:

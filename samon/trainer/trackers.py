@@ -97,11 +97,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def tracker_names(config: Config) -> list[str]:
-    """Names of `--trackers` and `--log-wandb`, without duplicates.
-
-    Raises:
-        UserError: a name is unknown, or its package is not installed.
-    """
+    """Names of `--trackers` and `--log-wandb`, without duplicates."""
     names = [] if config.trackers == "none" else [name.strip() for name in config.trackers.split(",")]
     names = list(dict.fromkeys([*names, *(["wandb"] * config.log_wandb)]))
     for name in names:

@@ -145,7 +145,7 @@ def test_a_pushed_model_loads_from_the_hub(gray_run, weights, tmp_path, monkeypa
         ("--file weights.pth.tar", "--file converts a sharded checkpoint"),
         ("--onnx LICENSE/x.onnx", "--onnx LICENSE/x.onnx: .*choose another path"),
         ("--timm docs", "docs is not empty"),
-        ("--timm LICENSE", "LICENSE is a file"),
+        ("--timm LICENSE", "LICENSE is .*a file"),
         ("--img-size 32", "go after --"),
         ("--timm hub --results LICENSE", "--results LICENSE: .*name a .json file of samon-validate"),
         ("--timm hub --results {empty}", "has no results of this checkpoint; run samon-validate"),

@@ -95,6 +95,7 @@ def test_jobs_are_every_combination_once(tmp_path: Path) -> None:
         (["--", "-cquickstart"], "-c after -- is set by the sweep"),
         (["--lr", "3"], "--lr 3: no flag of .* go after --, as in `... -- --lr 3`"),
         (["--", "--epocks", "3"], "--epocks"),
+        (["--", "--val-split", ""], "--metric eval_top1 needs validation"),
     ],
 )
 def test_mistakes_show_before_anything_runs(
