@@ -124,11 +124,8 @@ def create_model(config: Config, pretrained: bool) -> nn.Module:
 
 @torch.no_grad()
 def apply_test_pool(config: Config, model: nn.Module, data_config: DataConfig) -> nn.Module:
-    """Apply timm's test-time pooling for images larger than the model's own.
-
-    Raises:
-        UserError: it would change the logits for images of the model's own size.
-    """
+    """Apply timm's test-time pooling for images larger than the model's own; raise UserError if it would change the
+    logits for images of the model's own size."""
     num_classes, channels = model.num_classes, data_config["input_size"][0]
     size = model.pretrained_cfg["input_size"][1:]  # type: ignore[index]
     image = torch.linspace(-2, 2, channels * size[0] * size[1]).sin().reshape(1, channels, *size)

@@ -176,11 +176,7 @@ def prepare(context: EvalContext, spec: EvalSpec, name: str) -> tuple[EvalContex
 
 
 def evaluate(context: EvalContext, spec: EvalSpec, name: str) -> list[Result]:
-    """Run an evaluation; with --retry, halve --batch-size until it fits in memory (in one process).
-
-    Raises:
-        UserError: out of memory.
-    """
+    """Run an evaluation; with --retry, halve --batch-size until it fits in memory (in one process)."""
     while True:
         config, key = context.config, EVALS[name].batch_size
         try:

@@ -79,7 +79,6 @@ class EvalDataset(SampleStream):
         class_of: class index by label, see `restrict_to_single_labels`.
         skip_corrupt: log a corrupt image and give a black one with label -1; otherwise it stops the evaluation.
         chosen: indices of the images to read; set by `load_batches`.
-        num_classes, image_mode, ...: see `SampleStream`.
     """
 
     is_training: bool = False
@@ -134,11 +133,8 @@ class ClassSubset(nn.Module):
 
 
 def restrict_to_single_labels(evaluation: str, model: nn.Module, dataset: EvalDataset) -> nn.Module:
-    """Return the model with the logits of the set's classes; make each label of the set the index of its class.
-
-    Raises:
-        UserError: an image may have no or several right classes, for which the losses are not defined.
-    """
+    """Return the model with the logits of the set's classes; make each label of the set the index of its class. Raise
+    UserError if an image may have no or several right classes, for which the losses are not defined."""
     classes, label_sets = next(iter(dataset.scorings.values()))
     if label_sets is not None:
         label_sets = label_sets if classes is None else label_sets[:, classes]

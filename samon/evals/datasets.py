@@ -217,11 +217,8 @@ def read_class_indices(path: str, num_classes: int) -> list[int]:
 
 
 def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalDataset) -> None:
-    """Give labels the numbers of the model's classes, by name, and warn about what is assumed.
-
-    Raises:
-        UserError: a class is unknown to the model, or its name does not tell which of the model's it is.
-    """
+    """Give labels the numbers of the model's classes, by name, and warn about what is assumed. Raise UserError if a
+    class is unknown to the model, or its name does not tell which of the model's it is."""
     source, num_classes, trained = dataset.source, context.num_classes, context.class_names or []
     names, count, where = source.class_names or [], source.num_classes or 0, f"{spec.name} {spec.root}"
     numbers = [str(index) for index in range(num_classes)]

@@ -29,9 +29,6 @@ class ResultsFile:
         results_format: --results-format.
         command: hash of the command's settings.
         group: write the mean over checkpoints instead of a result per checkpoint.
-
-    Raises:
-        UserError: the name of the file does not tell its format.
     """
 
     def __init__(self, path: str, results_format: str, command: str, group: bool = False) -> None:
@@ -51,11 +48,8 @@ class ResultsFile:
             raise UserError(f"--results-file {path} contradicts --results-format {results_format}; drop one of them")
 
     def load(self, overwrite: bool = False) -> dict[str, list[Result]]:
-        """Results of an interrupted run of the same command, by task.
-
-        Raises:
-            UserError: the file holds complete results, or another command's, and `overwrite` is false.
-        """
+        """Results of an interrupted run of the same command, by task; raise UserError if the file holds complete
+        ones, or another command's, and `overwrite` is false."""
         if not self.path:
             return {}
         if self.partial.exists():

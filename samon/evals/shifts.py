@@ -70,11 +70,7 @@ def objectnet_classes() -> dict[str, list[int]]:
 
 
 def real_labels(path: str = "") -> Tensor:
-    """ReaL labels of the ImageNet validation images in order, bool [50000, 1000]; timm's file if `path` is empty.
-
-    Raises:
-        UserError: the file has another format.
-    """
+    """ReaL labels of the ImageNet validation images in order, bool [50000, 1000]; timm's file if `path` is empty."""
     file = Path(path) if path else _TIMM_INFO / "imagenet_real_labels.json"
     with reraise_as_user_error(f"--real-labels {path}"):
         rows = json.loads(file.read_text())

@@ -24,11 +24,7 @@ EPOCH_COLUMNS = ("epoch", "train_loss", "eval_loss", "eval_top1")
 
 
 def read_sources(paths: list[Path]) -> Content:
-    """Everything in the given runs, sweeps and files.
-
-    Raises:
-        UserError: a path holds nothing to report.
-    """
+    """Everything in the given runs, sweeps and files; raise UserError for a path that holds nothing to report."""
     content = Content()
     for path in paths:
         if not path.exists():

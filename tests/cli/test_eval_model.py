@@ -87,7 +87,7 @@ def test_many_models_in_timms_format(tmp_path, caplog):
     assert next(float(line["param_count"]) for line in lines if line["model"] == "test_resnet") == round(count / 1e6, 2)
     (tmp_path / "names.txt").write_text("nest_tiny\nlevit_128s\n")
     with pytest.raises(UserError, match="none of the 2 models could be evaluated"):
-        main(flags)
+        main([*flags, "--results-file", str(tmp_path / "none.csv")])
     main([*flags, "--model", "test_resnet", "--results-file", str(tmp_path / "one.json")])
     assert list(json.loads((tmp_path / "one.json").read_text())) == keys  # timm writes one model without a list
 
