@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +37,16 @@ def label_by_folder(entries: list[ImageEntry], names: list[str] | None = None) -
 
 def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     """Read `<split>/<class>/<image>`, or `<class>/<image>` as the only split, which --split names."""
-    entries = find_images(args.source, tars=True)
+    entries = find_images(args.source, args.input_key, tars=True)
     tops = {entry.path.split("/")[0] for entry in entries}
     depth = min(entry.path.count("/") for entry in entries)
     if depth == 0:
         raise UserError(f"--source {args.source}: images lie in no class folder; expected <class>/<image>")
-    if not (depth >= 2 or tops <= {*TRAIN_SPLITS, *EVAL_SPLITS}) or args.split:
+    splits = tops & {*TRAIN_SPLITS, *EVAL_SPLITS}
+    if not (depth >= 2 or tops == splits) or args.split:
+        if len(splits) > 1 or (splits and depth == 1 < max(entry.path.count("/") for entry in entries)):
+            do = "give the folder of one split, or a directory of splits alone"
+            raise UserError(f"--source {args.source}: has {', '.join(sorted(splits))} and other images; {do}")
         return {args.split or "train": label_by_folder(entries)}
     if depth == 1:
         do = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
@@ -85,11 +90,16 @@ def read_validation_synsets(path: Path) -> dict[int, str]:
 def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     """Read ImageNet: tars or folders of classes for training, flat or sorted images for validation."""
     training, validation = [], []
-    for entry in find_images(args.source, tars=True):
+    for entry in find_images(args.source, args.input_key, tars=True):
         if re.search(r"ILSVRC2012_val_\d{8}", entry.path):
             validation.append(entry)
         elif re.search(r"n\d{8}/[^/]*$", entry.path) and not re.search(r"(^|/)(val|validation|test)/", entry.path):
             training.append(entry)
+    for images in (training, validation):
+        counts = Counter(entry.path.rpartition("/")[2] for entry in images)
+        if len(counts) < len(images):
+            twice = counts.most_common(1)[0][0]
+            raise UserError(f"--source {args.source}: {twice} occurs twice, as in a tar and extracted; remove one")
     splits = {"train": label_by_folder(training)} if training else {}
     if validation and re.search(r"n\d{8}/[^/]*$", validation[0].path):
         splits["validation"] = label_by_folder(validation)
@@ -144,6 +154,6 @@ def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
 def find_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     """Return the images of each split of `args.source`, whose layout is `args.format`."""
     if args.format in SHIFT_SETS:
-        return {args.split or "validation": label_by_folder(find_images(args.source, tars=True))}
+        return {args.split or "validation": label_by_folder(find_images(args.source, args.input_key, tars=True))}
     known = {"folder": find_folder_splits, "imagenet": find_imagenet_splits, "cifar": find_cifar_splits}
     return known[args.format](args)

@@ -192,8 +192,9 @@ def verify(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.workers) as pool:
         for split, entry in json.loads(path.read_text())["splits"].items():
             find = partial(find_faults, create_dataset("wds/", str(args.output), split))
-            digests = entry.get("sha256") or [None] * len(entry["filenames"])
-            results = progress_bar(split, len(digests), "shard", pool.map(find, range(len(digests)), digests))
+            count = len(entry["filenames"])
+            digests = [*entry.get("sha256", ()), *[None] * count]
+            results = progress_bar(split, count, "shard", pool.map(find, range(count), digests))
             split_faults = list(chain.from_iterable(results))
             print(f"{split}: {entry['num_samples']} images, {len(split_faults)} faults")
             faults += split_faults
@@ -210,6 +211,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="directory of the shards")
     add("--format", choices=FORMATS, default="folder", help="layout of the source (default %(default)s)")
     add("--split", help="name of the only split in the source")
+    add("--input-key", help="endings of the images, such as '.jpg;.webp' (default: .jpg, .jpeg and .png)")
     add("--val-labels", type=Path, help="labels of ImageNet's flat validation images")
     add("--samples-per-shard", type=int, default=0, help="samples in each shard except the last")
     shard_bytes = f"size of a shard, with at least {MIN_SHARDS} shards (default %(default)s)"

@@ -1,7 +1,9 @@
 """Labels and classes: the rules for every kind of data set, in training and in evaluation."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -11,6 +13,7 @@ from timm.data.readers.class_map import load_class_map as load_timm_class_map
 from samon.data.corrupt import DataError, SampleError
 from samon.errors import UserError, error_line
 
+log_once = cache(logging.getLogger("samon").warning)  # a data set is opened several times in a run
 LabelMap = Mapping[object, int]  # from labels as stored (integers, or text in Hugging Face data sets) or class names
 
 
@@ -29,11 +32,7 @@ def validation_number(name: str) -> int:
 
 
 def check_label(label: object, num_classes: int | None, where: str) -> int:
-    """Return a sample's label as an int in [0, num_classes).
-
-    Args:
-        num_classes: unlimited if None.
-        where: names the sample in the message.
+    """Return the label of the sample `where` as an int in [0, num_classes), without a limit if that is None.
 
     Raises:
         SampleError: not an integer, or negative: this sample is corrupt.
@@ -61,6 +60,7 @@ def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
         raise UserError(f"--class-map {class_map}: {error_line(error)}") from None
     if labels.get("") == len(labels) - 1:  # an empty last line
         del labels[""]
+    labels = {name.removeprefix("\ufeff") if isinstance(name, str) else name: labels[name] for name in labels}
     if not labels:
         raise UserError(f"--class-map {class_map} is empty")
     if str(class_map).endswith(".txt") and set(labels.values()) != set(range(len(labels))):
@@ -89,6 +89,8 @@ def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str
     if not label_map:
         known = f"it lists {next(iter(class_map))!r}, the data {names[0]!r}"
         raise UserError(f"{where}: --class-map has none of its classes; {known}")
+    if others := [name for name in names if name not in class_map]:
+        log_once(f"{where}: {len(others)} classes are not in --class-map and are left out, such as {others[0]!r}")
     ordered = sorted(class_map, key=class_map.__getitem__)
     has_one_name = sorted(class_map.values()) == list(range(len(class_map)))
     return label_map, [str(name) for name in ordered] if has_one_name else None

@@ -1,13 +1,12 @@
 """Image files of a directory or of an uncompressed tar, in an order that is the same on every process."""
 
 import io
-import logging
 import os
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -15,12 +14,10 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from samon.data.classes import class_order
+from samon.data.classes import class_order, log_once
 from samon.data.decode import IMAGE_KEYS
 from samon.data.shards import is_hidden
 from samon.errors import UserError
-
-_log_once = cache(logging.getLogger("samon").warning)  # a data set is opened several times in a run
 
 
 class ImageEntry(NamedTuple):
@@ -97,15 +94,18 @@ def _list_directory(root: str, tars: bool) -> Iterator[ImageEntry]:
                 yield ImageEntry(path, root)
         yield from (ImageEntry(os.path.join(relative, name), root) for name in folders if is_hidden(name))
         folders[:] = [name for name in folders if not is_hidden(name)]
+        for path in (os.path.join(folder, name) for name in folders):
+            if os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/"):
+                raise UserError(f"{path}: links to a folder that contains it; remove the link")
 
 
-def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tars: bool = False) -> list[ImageEntry]:
+def find_images(source: str | Path, input_key: str | None = None, *, tars: bool = False) -> list[ImageEntry]:
     """Return the images below a directory or in an uncompressed tar, in natural order of their paths.
 
     Hidden names and images of other formats are left out and counted in the log.
 
     Args:
-        endings: of file names, with the dot (default: timm's, .png .jpg .jpeg).
+        input_key: endings of file names, separated by semicolons (default: timm's, .png .jpg .jpeg).
         tars: also look into the tars of a directory.
 
     Raises:
@@ -114,7 +114,8 @@ def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tar
     source = str(source)
     if not os.path.exists(source):
         raise UserError(f"{source}: no such file or directory")
-    wanted = frozenset(ending.lower() for ending in endings or get_img_extensions())
+    endings = input_key.lower().split(";") if input_key else get_img_extensions()
+    wanted = frozenset(f".{ending.strip().lstrip('.')}" for ending in endings)
     images: list[ImageEntry] = []
     hidden: list[str] = []
     others: Counter[str] = Counter()
@@ -135,7 +136,10 @@ def find_images(source: str | Path, endings: Iterable[str] | None = None, *, tar
             content = "it has tar files: shards are read with --dataset wds/NAME, others must be extracted"
         raise UserError(f"{source}: no images found ({', '.join(sorted(wanted))}); {content}")
     if hidden:
-        _log_once(f"{source}: {len(hidden)} hidden files or folders are left out, such as {hidden[0]}")
+        log_once(f"{source}: {len(hidden)} hidden files or folders are left out, such as {hidden[0]}")
     if counts:
-        _log_once(f"{source}: images with other endings are left out ({', '.join(counts)}); --input-key includes them")
-    return sorted(images, key=lambda entry: class_order(entry.path))
+        log_once(f"{source}: images with other endings are left out ({', '.join(counts)}); --input-key includes them")
+    images.sort(key=lambda entry: class_order(entry.path))
+    if twice := next((one.path for one, other in pairwise(images) if one.path == other.path), None):
+        raise UserError(f"{source}: {twice} occurs twice, as in a tar and beside it; remove one of them")
+    return images

@@ -106,6 +106,7 @@ class InMemoryLoader:
     batch_size: int
     _: KW_ONLY
     is_training: bool
+    num_samples: int  # per epoch
     mean: Sequence[float]
     std: Sequence[float]
     augment: Augment | None = None
@@ -117,7 +118,6 @@ class InMemoryLoader:
     worker_error = None  # there are no workers
 
     def __post_init__(self) -> None:
-        self.num_samples = len(self.images)
         self.rank, self.world_size = process_rank()
         if self.is_training:
             check_epoch(self.num_samples, self.batch_size, self.world_size)
@@ -138,8 +138,8 @@ class InMemoryLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, world, draws = self.batch_size, self.world_size, None
         if self.is_training:
-            draws = (self.augment or Augment((8, 8))).draw(self.num_samples, self.seed, self.epoch)
-            order, self.samples_consumed = draws.order[self.samples_consumed :], 0
+            draws = (self.augment or Augment((8, 8))).draw(len(self.images), self.seed, self.epoch)
+            order = draws.order[self.samples_consumed : self.num_samples]
             starts = range(self.rank * size, len(order) // (size * world) * size * world, size * world)
         else:
             order = torch.arange(self.num_samples)[self.rank :: world]
@@ -155,19 +155,18 @@ class InMemoryLoader:
             counts = [len(part) for part in parts]
             for batch, targets in zip(images.split(counts), labels.split(counts), strict=True):
                 yield batch.to(self.img_dtype).sub_(self.shift).div_(self.scale), targets
+        self.set_epoch(self.epoch + 1)
 
 
 def _read_all(stream: SampleStream, size: tuple[int, int, int], as_stored: bool) -> tuple[Tensor, Tensor]:
-    """Return every sample of an evaluation stream of one rank: uint8 [N, C, H, W] and labels [N], on the CPU.
+    """Return all images, uint8 [N, *size], and labels [N] of a stream, on the CPU.
 
-    Args:
-        size: channels, height and width of all images.
-        as_stored: the stream's transform leaves images of that size as they are.
+    If `as_stored`, the stream's transform leaves images of `size` (C, H, W) as they are.
     """
-    channels, height, width = size
-    source = stream.source
-    arrays = source.arrays() if isinstance(source, PairSource) and source.label_map is None else None
-    if as_stored and arrays is not None and arrays[0].shape[1:] == (height, width, channels):
+    (channels, height, width), source, arrays = size, stream.source, None
+    if as_stored and stream.image_mode == "RGB" and isinstance(source, PairSource) and source.label_map is None:
+        arrays = source.arrays()
+    if arrays is not None and arrays[0].shape[1:] == (height, width, channels):
         pixels, labels = (array[: stream.size] for array in arrays)
         for label in np.unique(labels):
             check_label(label, stream.num_classes, source.location)
@@ -201,14 +200,17 @@ def create_in_memory_loader(
     """Return the loader for `--in-memory`; the arguments are those of `samon.data.create_loader`.
 
     Args:
-        dataset: an evaluation stream with rank 0 of 1: every rank reads the whole set.
+        dataset: an evaluation stream with rank 0 of 1: every rank reads the whole set. Its size is that of an epoch.
 
     Raises:
-        UserError: an augmentation that works image by image.
+        UserError: another stream, or an augmentation that works image by image.
     """
+    if dataset.is_training or dataset.world_size > 1:
+        raise UserError("every process keeps the whole set: create_dataset(is_training=False, rank=0, world_size=1)")
     channels, height, width = input_size
-    size, augment = (channels, height, width), None
+    size, augment, num_samples = (channels, height, width), None, dataset.size
     if is_training:
+        dataset.size = len(dataset.source)  # an epoch takes its samples from all
         _check_augmentation(train_crop_mode, no_aug, auto_augment, others)
     if is_training and not no_aug:
         augment = Augment((height, width), hflip, policy=auto_augment == "cifar10")
@@ -228,6 +230,7 @@ def create_in_memory_loader(
         labels.to(device),
         batch_size,
         is_training=is_training,
+        num_samples=num_samples,
         mean=mean,
         std=std,
         augment=augment,

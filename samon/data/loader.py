@@ -58,24 +58,21 @@ def create_dataset(
 
     Args:
         num_classes: labels must be less (default: the number in the data).
-        num_samples: length of an epoch, whatever the split has (evaluation: at most what it has).
-        repeats: passes over the split per epoch; below 1 it is one.
+        num_samples: samples per pass, whatever the split has (evaluation: at most what it has).
+        repeats: passes per epoch of training; below 1 it is one.
         sample_split: allow fewer shards than processes x workers.
         shuffle_buffer: encoded samples per worker for shuffling shards.
         max_corrupt_fraction: of an epoch's training samples; evaluation stops at the first corrupt one.
-        rank, world_size: default to torch.distributed's.
+        rank, world_size: both or neither; default to torch.distributed's.
         **source_options: timm's class_map, input_key, target_key, download and trust_remote_code; for remote shards
             shard_cache (a directory for copies), shard_cache_size (its largest size, bytes), and allow_shell_urls,
             which allows `pipe:` URLs.
-
-    Raises:
-        UserError: no such data, or numbers that cannot work.
     """
     if rank is None or world_size is None:
         rank, world_size = process_rank()
     source = open_source(name, root, split, **source_options)
     if num_samples and not is_training and num_samples > len(source):
-        raise UserError(f"{num_samples} evaluation samples requested, the split has {len(source)}")
+        raise UserError(f"{num_samples} samples requested, the split has {len(source)}")
     make: Callable[..., SampleStream] = IndexedStream
     if isinstance(source, ShardSource):
         make = partial(ShardStream, buffer=shuffle_buffer, sample_split=sample_split)
@@ -252,7 +249,7 @@ class _Batches(DataLoader):
 
 
 class Loader:
-    """Batches (input, target) on the device; see `create_loader`."""
+    """Batches (input, target) on the device; see `create_loader`. A pass is an epoch, the next one follows it."""
 
     def __init__(
         self, stream: SampleStream, loader: _Batches, prefetcher: PrefetchLoader | None, device: torch.device
@@ -267,7 +264,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
-        return self.dataset.read_range(0, 1).batches
+        return -(-len(self.dataset) // self.dataset.batch_size)
 
     @property
     def num_samples(self) -> int:
@@ -302,7 +299,8 @@ class Loader:
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        first, samples, steps = int(self.dataset.state[1]), 0, 0
+        epoch, first, _ = self.dataset.state.tolist()
+        samples = steps = 0
         for attempt in range(2):  # new workers continue at the next batch, so that the update can be finished
             if self.erasing is not None:
                 self.erasing.batch = int(self.dataset.state[1])
@@ -317,10 +315,12 @@ class Loader:
                     raise reason from None
                 self.worker_error = reason
                 self.dataset.state[1] = first + steps
-        if not self.dataset.is_training:
-            self.dataset.state[1] = first
-            if samples != len(self.dataset):
-                raise DataError(f"evaluated {samples} samples, the index lists {len(self.dataset)}")
+        if self.dataset.is_training:
+            self.dataset.set_epoch(epoch + 1)
+            return
+        self.dataset.state[1] = first
+        if samples != len(self.dataset):
+            raise DataError(f"evaluated {samples} samples, the index lists {len(self.dataset)}")
 
 
 SizeSchedule = tuple[Sequence[int], ScheduledBatchSampler] | None
@@ -372,6 +372,8 @@ def create_loader(
         **transform_options: of timm's `create_transform`. `distributed`, `worker_seeding`, `persistent_workers` and
             `use_multi_epochs_loader` have no effect: a stream has a rank, samples have seeds, workers persist.
     """
+    if is_training != dataset.is_training:
+        raise UserError(f"is_training is {dataset.is_training} for the data set, but {is_training} for its loader")
     for name in ("distributed", "worker_seeding", "persistent_workers", "use_multi_epochs_loader"):
         transform_options.pop(name, None)
     device = torch.device(device)

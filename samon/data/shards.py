@@ -57,11 +57,7 @@ def is_hidden(path: str) -> bool:
 
 
 def import_webdataset(module: str) -> ModuleType:
-    """Import a module of webdataset, or of braceexpand, which comes with it; only shards need them.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import a module of webdataset, which only shards need; UserError if it is not installed."""
     return require_package(module, "shards need webdataset; run: pip install webdataset")
 
 
@@ -140,10 +136,11 @@ class ShardCache:
     """Local copies of remote shards, shared by processes: webdataset's cache with a lock per shard and a strict size.
 
     The least recently opened copies are removed. Removing a copy that a process is reading leaves it readable there.
+    They lie in a folder of their own, since the cleanup removes whatever it finds.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
-        self.directory, self.max_bytes = Path(directory), max_bytes
+        self.directory, self.max_bytes = Path(directory, "samon-shards"), max_bytes
         self.directory.mkdir(parents=True, exist_ok=True)
         self._webdataset = import_webdataset("webdataset.cache")
 
@@ -172,10 +169,6 @@ class ShardCache:
         if is_new:
             self._webdataset.LRUCleanup(str(self.directory), self.max_bytes, interval=None).cleanup()
         return file
-
-    def remove(self, url: str) -> None:
-        """Remove a copy that proved to be damaged."""
-        self.path(url).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -219,7 +212,7 @@ def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, object]]:
         except (OSError, EOFError) as error:
             failures.append(str(error))
     else:
-        raise DataError(f"{url}: {failures[-1]}" + f", {len(failures)} attempts" * (len(failures) > 1))
+        raise DataError(f"{url}: {failures[-1]}, {len(failures)} attempts")
     try:
         info = json.loads(content)
     except ValueError as error:
@@ -271,6 +264,8 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
         do = f'{known_splits}, or name the shards instead, like "train-{{0000..0127}}.tar"'
         raise UserError(f"{where}: no split {split!r}{nearest(split, splits)}; {do}")
     urls = [join_url(root, name, allow_shell) for name in names]
+    if len(set(urls)) < len(urls):
+        raise UserError(f"split {split!r} lists {max(urls, key=urls.count)} twice; its samples would count twice")
     if missing := [url for url in urls if is_local(url) and not os.path.isfile(url)]:
         raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} are missing)")
     lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
@@ -380,7 +375,7 @@ class ShardReader:
         done, failures = 0, [""]
         for attempt in iterate_attempts(url, failures):
             if attempt and self.cache:
-                self.cache.remove(url)
+                self.cache.path(url).unlink(missing_ok=True)  # it may be damaged
             try:
                 for item in self._scan(url, length, wanted[done:]):
                     yield item
@@ -389,7 +384,7 @@ class ShardReader:
             except DataError:
                 raise
             except Exception as error:  # a damaged archive can make tarfile and the decompressors raise anything
-                failures.append(f"{type(error).__name__}: {error}")
+                failures.append(f"{type(error).__name__}: {error_line(error)}")
             if done == len(wanted):
                 return
         for position in wanted[done:]:

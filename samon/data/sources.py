@@ -5,12 +5,12 @@ import bisect
 import os
 import re
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, count, groupby, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -23,7 +23,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from samon.data import shards
-from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map
+from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, log_once
 from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry, find_images
 from samon.data.shards import EVAL_SPLITS, TRAIN_SPLITS, RawSample, SampleOrError
@@ -35,12 +35,12 @@ Extents = Sequence[tuple[str, range]]  # locations and which of their samples a 
 
 
 def find_overlap(first: Extents, second: Extents) -> str:
-    """Return a location from which both have samples, or ''."""
-    ranges: dict[str, list[range]] = {}
-    for location, samples in second:
-        ranges.setdefault(location, []).append(samples)
-    pairs = ((location, a, b) for location, a in first for b in ranges.get(location, ()))
-    return next((location for location, a, b in pairs if max(a.start, b.start) < min(a.stop, b.stop)), "")
+    """Return a location from which both have samples, or ''; a folder inside another one belongs to it."""
+    for (one, a), (other, b) in product(first, second):
+        inside = one.startswith(f"{other}/") or other.startswith(f"{one}/")
+        if inside or (one == other and max(a.start, b.start) < min(a.stop, b.stop)):
+            return max(one, other)
+    return ""
 
 
 def parse_split(text: str) -> tuple[str, slice]:
@@ -152,11 +152,7 @@ class Source:
         self.label_map, self.class_names, self.num_classes = label_map, names, num_classes
 
     def renumber(self, names: Sequence[str]) -> None:
-        """Number the labels as the classes `names` that the model was trained on, in the order of its outputs.
-
-        Raises:
-            UserError: a class of this source is not among them.
-        """
+        """Number the labels as the trained classes `names`; UserError if a class is not among them."""
         labels = {name: label for label, name in enumerate(names)}
         own = self.class_names or []
         if unknown := [name for name in own if name not in labels]:
@@ -209,13 +205,10 @@ class FileSource(Source):
     """
 
     def __init__(self, entries: Sequence[ImageEntry], labels: Sequence[int], location: str, part: slice) -> None:
-        turns: Counter[int] = Counter()
-        order = []
-        for index, label in enumerate(labels):
-            order.append((turns[label], index))
-            turns[label] += 1
+        turns: defaultdict[int, Iterator[int]] = defaultdict(count)
+        order = sorted((next(turns[label]), index) for index, label in enumerate(labels))
         chosen = _part_range(len(entries), part, location)
-        indices = sorted(index for _, index in sorted(order)[chosen.start : chosen.stop])
+        indices = sorted(index for _, index in order[chosen.start : chosen.stop])
         self.entries, self.labels = [entries[i] for i in indices], [labels[i] for i in indices]
         self.location, self.extents = location, [(location, chosen)]
 
@@ -236,7 +229,7 @@ class FileSource(Source):
 
 
 class PairSource(Source):
-    """A part of a map-style data set of (image, label): torchvision's, or one of the two below."""
+    """A part of a map-style data set of (image, label): torchvision's, or one of arrays."""
 
     def __init__(self, pairs: Any, part: slice, location: str) -> None:
         self.pairs, self.location = pairs, location
@@ -273,18 +266,16 @@ class _ArrayDataset(Dataset):
         return Image.fromarray(self.data[index]), int(self.targets[index])
 
 
-class _HubDataset(Dataset):
+class HubSource(PairSource):
     """A Hugging Face data set: its images are not decoded, its labels are a column of classes, text or integers."""
 
-    def __init__(self, dataset: Any, image_key: str, label_key: str) -> None:
-        self.dataset, self.image_key, self.label_key = dataset, image_key, label_key
+    def __init__(self, dataset: Any, image_key: str, label_key: str, location: str) -> None:
+        super().__init__(dataset, slice(None), location)
+        self.image_key, self.label_key = image_key, label_key
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[bytes, object]:
+    def read_one(self, index: int) -> tuple[bytes, object]:
         """Return the file's bytes, from the data set itself or from the path that it stores, and the label."""
-        row = self.dataset[index]
+        row = self.pairs[index]
         image, label = row[self.image_key], get_field(row, self.label_key)
         if image is None or label is None:
             raise ValueError(f"{self.image_key if image is None else self.label_key} is missing")
@@ -325,9 +316,12 @@ def _open_shards(request: Request) -> Source:
 
 
 def _open_folder(request: Request) -> Source:
-    endings = [f".{key.lstrip('.')}" for key in request.input_key.split(";")] if request.input_key else None
     folder = _find_split_folder(request)
-    entries = find_images(folder, endings)
+    entries = find_images(folder, request.input_key)
+    places = sorted({os.path.dirname(os.path.dirname(entry.path)) for entry in entries})
+    if len(places) > 1:
+        names = f"each innermost folder is a class, in {places[0] or '.'}, {places[1]}"
+        log_once(f"{folder}: {names}, ...; --dataset torch/folder takes the outermost ones")
     return _label_by_class(entries, [entry.folder for entry in entries], class_order, folder, request)
 
 
@@ -372,7 +366,15 @@ def _open_arrays(request: Request) -> Source:
     images, labels = read_npz(path, name)
     source = PairSource(_ArrayDataset(images, labels), part, f"{path.resolve()} {train_or_test(name, request.name)}")
     source.num_classes = int(labels.max(initial=-1)) + 1
+    _check_classes_of_part(request.split, source.location, len(np.unique(labels[part])), len(np.unique(labels)))
     return source
+
+
+def _check_classes_of_part(split: str, location: str, classes: int, total: int) -> None:
+    if "[" in split and classes < total:
+        log_once(
+            f"{location}: {split} has images of {classes} of the {total} classes, as when images lie class by class"
+        )
 
 
 def _open_torchvision(request: Request) -> Source:
@@ -380,13 +382,15 @@ def _open_torchvision(request: Request) -> Source:
     split, part = parse_split(request.split)
     if kind in ("folder", "image_folder"):  # torchvision's numbering: by the outer folders, in the order of characters
         folder = _find_split_folder(request)
-        entries = sorted(find_images(folder, IMG_EXTENSIONS), key=lambda entry: entry.path)
+        entries = sorted(
+            find_images(folder, request.input_key or ";".join(IMG_EXTENSIONS)), key=lambda entry: entry.path
+        )
         classes = [entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries]
         return _label_by_class(entries, classes, str, folder, request)
     if kind in ("imagenet", "places365", "inaturalist", "inat"):  # these have other splits than train and test
         split = "train" if split == "training" else split
     else:
-        split = "train" if train_or_test(split, request.name) == "train" else "validation"
+        split = train_or_test(split, request.name)
     try:
         dataset = timm.data.create_dataset(request.name, root, split, download=request.download)
     except RuntimeError as error:
@@ -417,9 +421,11 @@ def _open_hub(request: Request) -> Source:
     names, is_text = getattr(feature, "names", None) or [], getattr(feature, "dtype", "") == "string"
     if is_text:
         names = sorted(set(dataset.unique(label_key)) - {None}, key=class_order)
-    dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
     location = f"{request.name} split {request.split}"
-    source = PairSource(_HubDataset(dataset, image_key, label_key), slice(None), location)
+    if names and label_key in dataset.features:
+        _check_classes_of_part(request.split, request.name, len(set(dataset.unique(label_key)) - {None}), len(names))
+    dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
+    source = HubSource(dataset, image_key, label_key, location)
     labels = {name: label for label, name in enumerate(names)}
     source.set_classes(labels)
     source.label_map = labels if is_text else None
@@ -430,25 +436,20 @@ def _open_hub(request: Request) -> Source:
     return source
 
 
-class SourceKind(NamedTuple):
-    """How data sets of a prefix are opened, and what --data-dir must be for them; '' if it is optional."""
-
-    open: Callable[[Request], Source]
-    root: str
-
-
-SOURCES = {
-    "wds": SourceKind(_open_shards, "the directory or URL of its shards"),
-    "": SourceKind(_open_folder, "the directory of its class folders"),
-    "npz": SourceKind(_open_arrays, "the directory of NAME.npz"),
-    "torch": SourceKind(_open_torchvision, ""),
-    "hfds": SourceKind(_open_hub, ""),
+# How data sets of each prefix are opened, and what --data-dir must be for them; '' if it is optional.
+SOURCES: dict[str, tuple[Callable[[Request], Source], str]] = {
+    "wds": (_open_shards, "the directory or URL of its shards"),
+    "": (_open_folder, "the directory of its class folders"),
+    "npz": (_open_arrays, "the directory of NAME.npz"),
+    "torch": (_open_torchvision, ""),
+    "hfds": (_open_hub, ""),
 }
 
 
 def is_sorted_by_class(name: str) -> bool:
     """Whether the first samples of such a data set may all be of one class."""
-    return _get_kind(name) in ("", "hfds") or name.lower() in ("torch/folder", "torch/image_folder", "torch/imagenet")
+    shuffled = ("torch/cifar10", "torch/cifar100", "torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/qmnist")
+    return _get_kind(name) not in ("wds", "npz") and name.lower() not in shuffled
 
 
 def _get_kind(name: str) -> str:
@@ -466,9 +467,9 @@ def check_name(dataset: str, data_dir: str | None) -> None:
     if kind not in SOURCES:
         known = ", ".join(f"{prefix}/" for prefix in SOURCES if prefix)
         raise UserError(f"--dataset {dataset}: {kind}/ cannot be read; use {known}, or no prefix for image folders")
-    if SOURCES[kind].root and not data_dir:
+    if (directory := SOURCES[kind][1]) and not data_dir:
         what = f"--dataset {dataset} needs" if dataset else "no data set; give"
-        raise UserError(f"{what} --data-dir, {SOURCES[kind].root}")
+        raise UserError(f"{what} --data-dir, {directory}")
 
 
 def source_options(config: argparse.Namespace) -> dict[str, Any]:
@@ -482,20 +483,12 @@ def source_options(config: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_source(name: str, root: str | None, split: str, **options: Any) -> Source:
-    """Open the samples of a split.
-
-    Args:
-        name, root: as `--dataset` and `--data-dir` give them.
-        **options: the other fields of `Request`.
-
-    Raises:
-        UserError: no such data.
-    """
+    """Open the samples of a split; `options` are the other fields of `Request`."""
     check_name(name, root)
     request = Request(name, root, split, **options)
     where = f"--dataset {name or 'folder'} --data-dir {root}, split {split!r}"
     try:
-        source = SOURCES[_get_kind(name)].open(request)
+        source = SOURCES[_get_kind(name)][0](request)
         if request.class_map:
             class_map = load_class_map(request.class_map, root or "")
             label_map, names = apply_class_map(class_map, source.class_names, source.location)

@@ -33,14 +33,6 @@ Processed = tuple[object, int]  # image as decode and transform leave it, label
 _FALLBACKS = 8  # samples before and after a corrupt one, of which the nearest good one replaces it
 
 
-class ReadRange(NamedTuple):
-    """Samples `start` to `start + size` of an epoch's sequence, and their number of batches."""
-
-    start: int
-    size: int
-    batches: int
-
-
 class ReaderLayout(NamedTuple):
     """How readers share an epoch's samples, and how many they read (all ranks together) before a restart."""
 
@@ -79,8 +71,8 @@ def worker_batches(batches: int, worker: int, num_workers: int) -> int:
 
 def read_range(
     size: int, batch: int, rank: int, world: int, worker: int, num_workers: int, *, is_training: bool
-) -> ReadRange:
-    """Return the range of a reader.
+) -> range:
+    """Return which samples of an epoch's sequence a reader has.
 
     Training has whole batches, the same number on every rank; fewer than world x batch samples are left out.
     Evaluation has every sample once; only a rank's last batch is smaller.
@@ -90,9 +82,8 @@ def read_range(
     low, high = size * rank // world, size * (rank + 1) // world
     batches = -(-(high - low) // batch)
     before = sum(worker_batches(batches, w, num_workers) for w in range(worker))
-    own = worker_batches(batches, worker, num_workers)
     start = min(low + before * batch, high)
-    return ReadRange(start, min(own * batch, high - start), own)
+    return range(start, min(start + worker_batches(batches, worker, num_workers) * batch, high))
 
 
 def shuffle_order(count: int, size: int, seed: int, epoch: int, start: int) -> list[int]:
@@ -124,10 +115,10 @@ def remaining_places(places: np.ndarray, layout: ReaderLayout, seed: int, epoch:
     batches = layout.samples // (layout.world * layout.batch)
     for rank, worker in product(range(layout.world), range(layout.workers)):
         reader = rank, layout.world, worker, layout.workers
-        start, count, _ = read_range(len(places), layout.batch, *reader, is_training=True)
+        own = read_range(len(places), layout.batch, *reader, is_training=True)
         done = worker_batches(batches, worker, layout.workers) * layout.batch
-        order = shuffle_order(count, layout.buffer, seed, epoch, start)
-        unread[[start + position for position in order[:done]]] = False
+        order = shuffle_order(len(own), layout.buffer, seed, epoch, own.start)
+        unread[[own[position] for position in order[:done]]] = False
     return places[unread]
 
 
@@ -215,8 +206,6 @@ class SampleStream(IterableDataset):
         self.num_workers = max(1, num_workers or 0)
         if self.is_training:
             check_epoch(self.size, self.batch_size, self.world_size)
-        if self.size < 1:
-            raise UserError("the split has no samples")
         self.corrupt.samples = len(self)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -224,14 +213,14 @@ class SampleStream(IterableDataset):
         self.state[0], self.state[1] = epoch, first_batch
         self.corrupt.start_epoch()
 
-    def read_range(self, worker: int, num_workers: int, size: int | None = None) -> ReadRange:
+    def read_range(self, worker: int, num_workers: int, size: int | None = None) -> range:
         """Return the range of a worker of this rank, of `size` samples (default: the whole epoch)."""
         reader = self.rank, self.world_size, worker, num_workers
         return read_range(self.size if size is None else size, self.batch_size, *reader, is_training=self.is_training)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""
-        return self.read_range(0, 1).size
+        return len(self.read_range(0, 1))
 
     def samples_before(self, epoch: int) -> int:
         """Return how many samples of the epoch, over all ranks, other readers read before a restart."""
@@ -345,14 +334,16 @@ class ShardStream(SampleStream):
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
         """Yield the range's samples in shuffled order (training) or as stored."""
         places = self.places(epoch)
-        start, count, _ = self.read_range(stream, num_streams, len(places))
-        if not count:
+        own = self.read_range(stream, num_streams, len(places))
+        if not own:
             return
-        first, last = int(places[start]), int(places[start + count - 1])
+        first, last = int(places[own[0]]), int(places[own[-1]])
         seed = self.seed if self.is_training else None
         slices = shard_slices(self.source.shards.lengths, first, last + 1, seed=seed, epoch=epoch)
-        shuffled = shuffle_order(count, self.buffer, self.seed, epoch, start) if self.is_training else range(count)
-        order = [int(places[start + position]) - first for position in shuffled][skip:]
+        shuffled: Sequence[int] = range(len(own))
+        if self.is_training:
+            shuffled = shuffle_order(len(own), self.buffer, self.seed, epoch, own.start)
+        order = [int(places[own[position]]) - first for position in shuffled][skip:]
         buffer: dict[int, SampleOrError] = {}
         arriving = self._read_in_order(slices, frozenset(order))
         for position in order:
@@ -383,13 +374,12 @@ class IndexedStream(SampleStream):
 
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
         """Yield this rank's batches `stream`, `stream + num_streams`, ... of the epoch's order."""
-        start, count, batches = self.read_range(stream, num_streams)
-        places: Iterable[int] = range(start, start + count)
+        places: Iterable[int] = self.read_range(stream, num_streams)
         order: Sequence[int] = range(self.size)
         if self.is_training:
-            order = self.epoch_order(epoch)
-            firsts = ((stream + b * num_streams) * self.batch_size for b in range(batches))
-            places = ((first + i) * self.world_size + self.rank for first in firsts for i in range(self.batch_size))
+            order, size = self.epoch_order(epoch), self.batch_size
+            firsts = range(stream * size, len(self), num_streams * size)
+            places = (i * self.world_size + self.rank for first in firsts for i in range(first, first + size))
         for place in islice(places, skip, None):
             yield place, self.source.read([order[place]])[0]
 

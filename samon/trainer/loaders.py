@@ -165,7 +165,7 @@ def _dataset(config: Config, data_config: Settings, split: str, training: DistIn
         batch_size=size,
         input_img_mode=config.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L"),
         num_samples=samples,
-        repeats=config.epoch_repeats,  # has an effect in training only
+        repeats=0 if config.train_batches_per_epoch else config.epoch_repeats,
         max_corrupt_fraction=config.max_corrupt_samples,
         sample_split=config.sample_split,
         shuffle_buffer=config.shuffle_buffer,

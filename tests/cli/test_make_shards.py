@@ -140,6 +140,7 @@ def test_continues_where_it_was_interrupted(tmp_path, monkeypatch):
 def test_verify_finds_damage(tmp_path, capsys):
     folders(tmp_path / "in", ["a", "b"], 6)
     assert pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--samples-per-shard", 4) == ""
+    stored = info(tmp_path / "out")
     path = tmp_path / "out/train-0001.tar"
     with tarfile.open(path) as tar:
         at = next(m.offset_data for m in tar if m.name.endswith(".jpg"))
@@ -150,6 +151,26 @@ def test_verify_finds_damage(tmp_path, capsys):
     assert "2 faults" in said
     assert "SHA-256" in said
     assert ": not an image" in capsys.readouterr().err
+    del stored["splits"]["train"]["sha256"][1:]  # of a set that was edited by hand
+    (tmp_path / "out/_info.json").write_text(json.dumps(stored))
+    assert "1 faults" in pack("--verify", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [("--split", "train"), ()])
+def test_splits_are_never_packed_as_one(tmp_path, arguments):
+    folders(tmp_path / "in", ["a", "b"], splits=("train", "val"))
+    if not arguments:
+        folders(tmp_path / "in", ["figures"])
+    assert "has train, val and other images" in pack(
+        "--source", tmp_path / "in", "--output", tmp_path / "out", *arguments
+    )
+
+
+def test_endings_can_be_named(tmp_path):
+    folders(tmp_path / "in", ["a"])
+    folders(tmp_path / "in", ["b"], suffix="webp")
+    assert pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--input-key", ".jpeg;webp") == ""
+    assert info(tmp_path / "out")["class_names"] == ["a", "b"]
 
 
 def test_images_that_are_none_stop_the_conversion(tmp_path):
@@ -217,6 +238,14 @@ def test_imagenet(tmp_path, kind):
     assert dict(samples(tmp_path / "out", "validation")) == {jpeg(100 + i): k for i, k in enumerate(order)}
     with tarfile.open(tmp_path / "out/validation-0000.tar") as tar:
         assert "ILSVRC2012_val_0000000" in tar.getnames()[0]  # ReaL labels go by this name
+
+
+def test_imagenet_beside_its_archive_is_not_packed_twice(tmp_path):
+    _imagenet(tmp_path / "in", [])
+    (tmp_path / f"in/extracted/{SYNSETS[0]}").mkdir(parents=True)
+    (tmp_path / f"in/extracted/{SYNSETS[0]}/{SYNSETS[0]}_1.JPEG").write_bytes(jpeg(0))
+    said = pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet")
+    assert f"{SYNSETS[0]}_1.JPEG occurs twice, as in a tar and extracted" in said
 
 
 NOT_LABELS = {

@@ -51,8 +51,14 @@ def test_files_that_are_not_class_maps(tmp_path, name, content, message):
         load_class_map(name, str(tmp_path))
 
 
+def test_classes_that_a_map_leaves_out_are_mentioned(tmp_path, caplog):
+    source = open_source("", write_images(tmp_path, "a/0.jpg", "b/0.jpg", "c/0.jpg"), "", class_map={"b": 0})
+    assert len(source) == 1
+    assert "2 classes are not in --class-map and are left out, such as 'a'" in caplog.text
+
+
 def test_an_empty_last_line_of_a_class_map_is_no_class(tmp_path):
-    (tmp_path / "map.txt").write_text("a\nb\n\n")
+    (tmp_path / "map.txt").write_text("\ufeffa\nb\n\n", "utf-8")  # with the mark of Windows editors
     assert load_class_map("map.txt", str(tmp_path)) == {"a": 0, "b": 1}
 
 

@@ -105,8 +105,9 @@ def test_truncated_shards(tmp_path, length, compress):
         flat(make_loader(root, training=False))
     assert str(path) in str(caught.value)
     path.write_bytes(b"<html>404</html>" * 100)
-    with pytest.raises(SampleError, match="ReadError"):
+    with pytest.raises(SampleError, match="ReadError") as caught:
         flat(make_loader(root, training=False))
+    assert "\n" not in str(caught.value)
 
 
 def test_too_many_corrupt_samples_stop_training(tmp_path):

@@ -27,9 +27,21 @@ def test_images_of_other_formats_are_counted_and_can_be_named(tmp_path, caplog):
     root = write_images(tmp_path, "a/1.jpg", "a/2.WEBP", "b/3.gif")
     assert open_source("", root, "").class_names == ["a"]
     assert "images with other endings are left out (1 .gif, 1 .webp)" in caplog.text
-    assert [s.label for s in open_source("", root, "", input_key="jpg;.webp;.gif").read(range(3))] == [0, 0, 1]
+    for name in ("", "torch/folder"):
+        source = open_source(name, root, "", input_key="jpg;.webp; .GIF")
+        assert [s.label for s in source.read(range(len(source)))] == [0, 0, 1]
     with pytest.raises(UserError, match=r"no images found \(.png\); it has 1 .gif, 1 .jpg, 1 .webp"):
-        find_images(root, [".png"])
+        find_images(root, ".png")
+
+
+def test_an_image_that_would_count_twice_is_an_error(tmp_path):
+    root = write_images(tmp_path / "set", "train/a/0.jpg")
+    (tmp_path / "set/train/a.tar").write_bytes(tar_of([("0.jpg", jpeg(0))]))
+    with pytest.raises(UserError, match=r"train/a/0.jpg occurs twice, as in a tar and beside it"):
+        find_images(root, tars=True)
+    (tmp_path / "set/train/up").symlink_to("..")
+    with pytest.raises(UserError, match=r"train/up: links to a folder that contains it"):
+        open_source("", root, "train")
 
 
 def test_places_that_hold_something_else_are_named(tmp_path):

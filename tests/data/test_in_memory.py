@@ -132,10 +132,36 @@ def test_training_batches_partition_an_epoch_over_ranks(npz: str) -> None:
     assert [sum(len(y) for _, y in on_rank(npz, rank, 3, False)) for rank in range(3)] == [4, 4, 3]
 
 
+def test_a_number_of_samples_takes_others_in_each_epoch(npz: str) -> None:
+    """As from the other loader; the first ones, always the same, would be a smaller data set."""
+    stream = create_dataset("npz/tiny", npz, "train", num_samples=16, rank=0, world_size=1)
+    loader = create_in_memory_loader(stream, (3, 32, 32), 8, True, no_aug=True, **COMMON)
+    epochs = [[i for images, _ in loader for i in indices(images)] for _ in range(6)]
+    assert {(len(epoch), len(set(epoch))) for epoch in epochs} == {(16, 16)}
+    assert (loader.num_samples, len(loader)) == (16, 2)
+    assert len({i for epoch in epochs for i in epoch}) > 32
+
+
+@pytest.mark.parametrize("options", [{"is_training": True}, {"world_size": 2}])
+def test_a_stream_of_some_samples_is_refused(npz: str, options: dict[str, Any]) -> None:
+    """Its missing samples would be random numbers."""
+    stream = create_dataset("npz/tiny", npz, "train", **{"rank": 0, "world_size": 1} | options)
+    with pytest.raises(UserError, match="every process keeps the whole set"):
+        create_in_memory_loader(stream, (3, 32, 32), 8, True, no_aug=True, **COMMON)
+
+
+def test_images_are_converted_to_the_mode(npz: str) -> None:
+    stream = create_dataset("npz/tiny", npz, "validation", input_img_mode="YCbCr", rank=0, world_size=1)
+    image = Image.fromarray(stream.source.arrays()[0][3]).convert("YCbCr")
+    loader = create_in_memory_loader(stream, (3, 32, 32), 8, crop_pct=1.0, **COMMON)
+    assert torch.equal(loader.images[3].permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
 def test_resuming_in_mid_epoch_is_bit_exact(npz: str) -> None:
     loader = in_memory(npz, True, auto_augment="cifar10")
-    loader.set_epoch(3)
-    expected = list(loader)
+    loader.set_epoch(2)
+    list(loader)
+    expected = list(loader)  # of epoch 3
     loader.set_epoch(3, samples_consumed=16)
     rest = list(loader)
     assert (len(expected), len(rest), len(loader)) == (5, 3, 5)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data.mixup import FastCollateMixup
 
-from samon.data import create_dataset
+from samon.data import create_dataset, create_loader
 from samon.errors import UserError
 from tests.sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
 
@@ -44,6 +44,21 @@ def test_mixup_is_switched_off_inside_living_workers(root):
     loader.mixup_enabled = False
     assert not loader.mixup_enabled
     assert all(((target > 0).sum(1) == 1).all() for _, target in loader)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_data_set_and_loader_agree_on_training(root, training):
+    stream = create_dataset("wds/x", root, "train", is_training=training, batch_size=4)
+    with pytest.raises(UserError, match=f"is_training is {training} for the data set, but {not training} for its"):
+        create_loader(stream, (3, 12, 12), 4, not training, num_workers=0, device="cpu")
+
+
+def test_each_pass_is_the_next_epoch(root):
+    loader, other = make_loader(root, workers=1), make_loader(root)
+    loader.set_epoch(0, 4)
+    passes = [list(loader) for _ in range(2)]
+    other.set_epoch(1)
+    assert same(passes[1], list(other))
 
 
 def test_timms_own_loader_takes_the_stream(root):

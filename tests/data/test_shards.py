@@ -76,8 +76,10 @@ def test_shards_that_are_not_there(server):
 
 
 def test_cache_keeps_copies_and_stays_in_bounds(server, tmp_path):
-    cache = tmp_path / "cache"
-    options = {"shard_cache": str(cache)}
+    cache, other = tmp_path / "cache/samon-shards", tmp_path / "cache/other/file"
+    options = {"shard_cache": str(tmp_path / "cache")}
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x" * 1_000_000)
     for _ in range(2):
         assert sorted(flat(make_loader(server.url, training=False, dataset=options))) == list(range(18))
     assert server.requests.count("/train-0001.tar") == 1
@@ -89,13 +91,13 @@ def test_cache_keeps_copies_and_stays_in_bounds(server, tmp_path):
     assert sorted(flat(make_loader(server.url, training=False, dataset=small))) == list(range(18))
     assert sum(path.stat().st_size for path in cache.iterdir()) <= 2 * size
     assert {path.name.split("-", 1)[1] for path in cache.iterdir()} == {"train-0001.tar", "train-0002.tar"}
+    assert other.exists(), "files of others are left alone, and do not count"
     with pytest.raises(DataError, match="do not fit the shard cache"):
         flat(make_loader(server.url, training=False, dataset=options | {"shard_cache_size": 10}))
 
 
 def test_broken_transfers_and_damaged_copies_are_fetched_again(server, tmp_path):
-    cache = tmp_path / "cache"
-    options = {"shard_cache": str(cache)}
+    cache, options = tmp_path / "cache/samon-shards", {"shard_cache": str(tmp_path / "cache")}
     server.faults = {"/train-0001.tar": 1}
     assert sorted(flat(make_loader(server.url, training=False, dataset=options))) == list(range(18))
     copy = next(path for path in cache.iterdir() if "0001" in path.name)
@@ -151,7 +153,7 @@ def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
         rows = validate(*set_of, "--allow-shell-urls", "--shard-cache", str(tmp_path / "copies"))
         assert rows[0]["num_samples"] == 18
     assert sorted(log.read_text().split()) == names
-    assert len(list((tmp_path / "copies").iterdir())) == 3, "no lock or part stays behind"
+    assert len(list((tmp_path / "copies/samon-shards").iterdir())) == 3, "no lock or part stays behind"
 
 
 # --- _info.json and samples -------------------------------------------------------------------------------------------
@@ -167,6 +169,7 @@ def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
         ({"split": {"shard_lengths": ["4", "4"]}}, "no list of shard_lengths"),
         ({"split": {"shard_lengths": [-4, 12]}}, "shard_lengths"),
         ({"split": {"filenames": ["train-0000.tar", "gone.tar"]}}, "gone.tar: no such shard"),
+        ({"split": {"filenames": ["train-0001.tar"] * 2}}, "lists .*train-0001.tar twice"),
         ({"split": {"filenames": ["train-0000.tar", "pipe:touch executed"]}}, "runs a shell command"),
         ({"class_names": [*"abcdefga"]}, "two classes are called 'a'"),
         ({"class_names": [*"abc"]}, "8 classes, but 3 class_names"),

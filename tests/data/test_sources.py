@@ -8,7 +8,7 @@ from PIL import Image
 
 from samon.data import SampleError, create_dataset, create_loader
 from samon.data.decode import decode_pil
-from samon.data.sources import find_overlap, open_source
+from samon.data.sources import find_overlap, is_sorted_by_class, open_source
 from samon.errors import UserError
 from tests.sets import change_info, jpeg, write_images, write_set
 
@@ -145,6 +145,13 @@ def test_a_part_of_a_folder_has_as_many_images_of_each_class(name, folder):
         open_source(name, folder, "train[6:]")
 
 
+def test_class_folders_at_several_places_are_mentioned(tmp_path, caplog):
+    root = write_images(tmp_path, "cat/in/0.jpg", "dog/in/0.jpg")
+    assert open_source("", root, "").class_names == ["in"]
+    assert "each innermost folder is a class, in cat, dog, ...; --dataset torch/folder takes" in caplog.text
+    assert open_source("torch/folder", root, "").class_names == ["cat", "dog"]
+
+
 # --- --class-map ------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +225,34 @@ def test_splits_that_share_samples_are_known(mnist, tmp_path, first, second, sha
     np.savez(tmp_path / "tiny.npz", x_train=pixels, y_train=range(5), x_test=pixels, y_test=range(5))
     for name in ("torch/mnist", "npz/tiny"):
         assert bool(find_overlap(*(open_source(name, mnist, split).extents for split in (first, second)))) == shared
+
+
+@pytest.mark.parametrize("split", ["val", "val[:1]"])
+def test_a_split_inside_the_folder_of_another_is_known(tmp_path, split):
+    root = write_images(tmp_path, *(f"{folder}{name}/0.jpg" for folder in ("", "val/") for name in "ab"))
+    whole, part = open_source("", root, "").extents, open_source("", root, split).extents
+    assert find_overlap(whole, part) == find_overlap(part, whole) == f"{root}/val"
+
+
+@pytest.mark.parametrize("kind", ["npz", "hfds"])
+def test_a_part_without_some_classes_is_mentioned(tmp_path, caplog, monkeypatch, kind):
+    """The first 4 of 6 images that lie class by class."""
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((6, 4, 4, 3), np.uint8), y_train=np.arange(6) // 2)
+    name, root = "npz/x", str(tmp_path)
+    if kind == "hfds":
+        pytest.importorskip("datasets").disable_progress_bars()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        images = write_images(tmp_path / "set", *(f"train/{'abc'[i // 2]}/{i}.jpg" for i in range(6)))
+        name, root = f"hfds/{images}", str(tmp_path / "cache")
+    assert open_source(name, root, "train").num_classes == 3
+    assert "classes" not in caplog.text
+    assert set(labels_of(open_source(name, root, "train[:4]"))) == {0, 1}
+    assert "train[:4] has images of 2 of the 3 classes" in caplog.text
+
+
+def test_sets_whose_first_samples_are_of_few_classes():
+    assert all(is_sorted_by_class(name) for name in ("", "hfds/x", "torch/imagenet", "torch/inat", "torch/places365"))
+    assert not any(is_sorted_by_class(name) for name in ("wds/x", "npz/x", "torch/CIFAR10", "torch/mnist"))
 
 
 def test_lists_of_shards_that_share_one_are_known(tmp_path):

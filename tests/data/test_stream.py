@@ -30,15 +30,15 @@ def test_read_ranges_cover_each_sample_once(world, workers, batch):
     cells = [(rank, worker) for rank in range(world) for worker in range(workers)]
     for size in (0, 1, 29, 100):
         evaluation = [streams.read_range(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
-        covered = [i for s in evaluation for i in range(s.start, s.start + s.size)]
+        covered = [i for own in evaluation for i in own]
         assert sorted(covered) == list(range(size))
         training = [streams.read_range(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
-        covered = [i for s in training for i in range(s.start, s.start + s.size)]
+        covered = [i for own in training for i in own]
         assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
-        steps = {
-            sum(s.batches for s, (r, _) in zip(training, cells, strict=True) if r == rank) for rank in range(world)
+        samples = {
+            sum(len(own) for own, cell in zip(training, cells, strict=True) if cell[0] == r) for r in range(world)
         }
-        assert steps == {size // (world * batch)}
+        assert samples == {size // (world * batch) * batch}
 
 
 def test_shuffle_order_is_a_permutation_held_in_the_buffer():
@@ -149,6 +149,7 @@ def test_too_few_samples_for_a_batch_is_an_error(root):
 
 def test_longer_epochs_pass_over_the_data_again(root):
     assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2}))) == 2 * TOTAL
+    assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2, "num_samples": 10}))) == 20
     counted = flat(make_loader(root, batch=1, dataset={"num_samples": 10}))
     assert len(set(counted)) == len(counted) == 10
     with pytest.raises(UserError, match="the split has 29"):
