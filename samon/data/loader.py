@@ -299,8 +299,7 @@ class Loader:
         self.dataset.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, first, _ = self.dataset.state.tolist()
-        samples = steps = 0
+        (epoch, first), samples, steps = self.dataset.state[:2].tolist(), 0, 0
         for attempt in range(2):  # new workers continue at the next batch, so that the update can be finished
             if self.erasing is not None:
                 self.erasing.batch = int(self.dataset.state[1])

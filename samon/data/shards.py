@@ -150,11 +150,7 @@ class ShardCache:
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
 
     def open(self, url: str) -> BinaryIO:
-        """Open the copy, fetching it first if necessary.
-
-        Raises:
-            DataError: the shard is larger than the cache.
-        """
+        """Open the copy, fetching it first if necessary; DataError if it is larger than the cache."""
         path = self.path(url)
         with _lock(path.with_name(f"{path.name}.lock")):
             if is_new := not path.exists():

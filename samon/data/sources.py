@@ -458,11 +458,7 @@ def _get_kind(name: str) -> str:
 
 
 def check_name(dataset: str, data_dir: str | None) -> None:
-    """Check what can be checked without reading the disk.
-
-    Raises:
-        UserError: an unknown prefix (timm only streams tfds/ and hfids/), or no --data-dir although it is required.
-    """
+    """Raise UserError for an unknown prefix (timm only streams tfds/ and hfids/) or a missing --data-dir."""
     kind = _get_kind(dataset)
     if kind not in SOURCES:
         known = ", ".join(f"{prefix}/" for prefix in SOURCES if prefix)

@@ -44,12 +44,12 @@ class ReaderLayout(NamedTuple):
 
 
 def shard_slices(
-    lengths: Sequence[int], start: int, stop: int, *, seed: int | None, epoch: int = 0
+    lengths: Sequence[int], start: int, stop: int, *, seed: int | None, epoch: int = 0, ring: bool = False
 ) -> list[tuple[int, range]]:
     """Return the shards that hold samples `start` to `stop` (exclusive) of an epoch's sequence, and which of theirs.
 
     The sequence is every shard once, shuffled by (seed, epoch), or as listed without a seed. Beyond the data set,
-    further passes follow, each in an order of its own.
+    further passes follow, each in an order of its own, or in the same one for a `ring`.
     """
     slices, offset, turn = [], 0, 0
     while offset < stop:
@@ -60,7 +60,7 @@ def shard_slices(
             if wanted := range(lengths[shard])[max(start - offset, 0) : max(stop - offset, 0)]:
                 slices.append((shard, wanted))
             offset += lengths[shard]
-        turn += 1
+        turn += not ring
     return slices
 
 
@@ -339,7 +339,11 @@ class ShardStream(SampleStream):
             return
         first, last = int(places[own[0]]), int(places[own[-1]])
         seed = self.seed if self.is_training else None
-        slices = shard_slices(self.source.shards.lengths, first, last + 1, seed=seed, epoch=epoch)
+        # An epoch shorter than the data set begins where the last one ended: the ends of shards would never be used.
+        ring = self.is_training and self.size < len(self.source)
+        low = first + ring * (epoch * self.size % len(self.source))
+        high, lengths = low + last + 1 - first, self.source.shards.lengths
+        slices = shard_slices(lengths, low, high, seed=seed, epoch=epoch, ring=ring)
         shuffled: Sequence[int] = range(len(own))
         if self.is_training:
             shuffled = shuffle_order(len(own), self.buffer, self.seed, epoch, own.start)

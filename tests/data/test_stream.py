@@ -150,10 +150,22 @@ def test_too_few_samples_for_a_batch_is_an_error(root):
 def test_longer_epochs_pass_over_the_data_again(root):
     assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2}))) == 2 * TOTAL
     assert len(flat(make_loader(root, batch=1, dataset={"repeats": 2, "num_samples": 10}))) == 20
-    counted = flat(make_loader(root, batch=1, dataset={"num_samples": 10}))
-    assert len(set(counted)) == len(counted) == 10
     with pytest.raises(UserError, match="the split has 29"):
         make_loader(root, training=False, dataset={"num_samples": 30})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_shorter_epochs_pass_over_all_samples(tmp_path, world):
+    """One shard: each epoch begins where the last one ended."""
+    root, used = write_set(tmp_path / "set", [30]), []
+    for epoch in range(3):
+        for rank in range(world):
+            options = {"num_samples": 20, "sample_split": True}
+            loader = make_loader(root, world=world, rank=rank, dataset=options)
+            loader.set_epoch(epoch)
+            used += flat(loader)
+        assert len(set(used[-20:])) == 20
+    assert sorted(used) == sorted(2 * [*range(30)])
 
 
 def test_image_folders_behave_like_shards(tmp_path):
