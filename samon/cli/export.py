@@ -34,7 +34,7 @@ from samon.registry import variant_of
 from samon.trainer.dcp import convert_to_file
 from samon.trainer.distributed import DistInfo, console_logging
 from samon.trainer.flag_rows import SAM
-from samon.trainer.state import DCP_SUFFIXES, Tree, load_file, load_state, stored_args
+from samon.trainer.state import DCP_SUFFIX, Tree, load_file, load_state, stored_args
 
 # Of timm's configuration of a model, what describes timm's own pretrained weights.
 _WEIGHTS_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parse_before_dashes(parser, argv, "samon-validate")
     if not (args.onnx or args.timm or args.push or args.file):
         raise UserError("nothing to export: give --onnx FILE, --file FILE, --timm DIR or --push NAME/REPO")
-    if (args.file is not None) != (Path(args.checkpoint).suffix in DCP_SUFFIXES):
+    if (args.file is not None) != (Path(args.checkpoint).suffix == DCP_SUFFIX):
         raise UserError("--file converts a sharded checkpoint (NAME.dcp); everything else needs a converted one")
     folder = args.timm
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

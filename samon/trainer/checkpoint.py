@@ -17,7 +17,7 @@ from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
 from samon.trainer.resume import DECISIVE_FLAGS, changed_settings, describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
-from samon.trainer.state import DCP_SUFFIXES, SUFFIX, TrainState, Tree, list_states
+from samon.trainer.state import DCP_SUFFIX, SUFFIX, TrainState, Tree, list_states
 
 
 class CheckpointManager:
@@ -37,7 +37,7 @@ class CheckpointManager:
         self.best: Tree = {"metric": None, "epoch": None, "kept": []}
         self.last_good: Path | None = None
         self.sharded = run.config.checkpoint_format == "dcp"
-        self.suffix = DCP_SUFFIXES[0] if self.sharded else SUFFIX
+        self.suffix = DCP_SUFFIX if self.sharded else SUFFIX
         self.group = gloo_group()
         self._writing: tuple[Future[object], Path] | None = None
         self._outdated: list[Path] = []

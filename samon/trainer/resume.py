@@ -18,7 +18,7 @@ from samon.trainer.apply import parameters
 from samon.trainer.build import Run, tail_options
 from samon.trainer.dcp import load_sharded
 from samon.trainer.run_dir import LAUNCH_FLAGS, without_launch_flags
-from samon.trainer.state import DCP_SUFFIXES, TrainState, Tree, load_state
+from samon.trainer.state import DCP_SUFFIX, TrainState, Tree, load_state
 
 log = logging.getLogger("samon")
 # Settings that change no weight: where and how often things are read and written. Resuming does not mention them.
@@ -53,7 +53,7 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
         the checkpoint has none for this number of processes).
     """
     config = run.config
-    state = load_sharded(source, _sharded_layout(run)) if source.suffix in DCP_SUFFIXES else load_state(source)
+    state = load_sharded(source, _sharded_layout(run)) if source.suffix == DCP_SUFFIX else load_state(source)
     changed = changed_settings(run, state.args)
     if changed and run.dist_info.is_rank_zero:
         idle = " (no effect: the weights are the checkpoint's)"
@@ -72,7 +72,6 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
                 run.scaler.load_state_dict(state.amp_scaler)
     if config.start_epoch is None or state.started == started:
         run.progress = state.progress.next_epoch() if state.progress.epoch_done else state.progress
-        _count_samples(state)
     random_state = _restore_rank(run, state.ranks)
     _count_updates(run)
     if run.sam is not None and run.sam.replacement is not None and run.tail is not None and run.update not in run.tail:
@@ -150,14 +149,6 @@ def load_optimizer(run: Run, source: Path, state: TrainState, changed: Collectio
 
 
 # --- position ---------------------------------------------------------------------------------------------------------
-
-
-def _count_samples(state: TrainState) -> None:
-    """Correct the position in a checkpoint of an earlier version, which counted the images of --aug-splits."""
-    progress, splits = state.progress, state.args.get("aug_splits") or 1
-    batch = state.args.get("batch_size", 0) * state.args.get("grad_accum_steps", 1) * len(state.ranks)
-    if splits > 1 and 0 < progress.updates * batch * splits <= progress.samples:
-        progress.samples //= splits
 
 
 def _count_updates(run: Run) -> None:

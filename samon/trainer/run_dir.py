@@ -13,7 +13,7 @@ from samon.errors import UserError
 from samon.files import check_writable, write_text
 from samon.trainer.config import AUTO, FLAGS, Config, dump, read_yaml
 from samon.trainer.distributed import is_restartable, restart_id, torchrun_id
-from samon.trainer.state import DCP_SUFFIXES, SUFFIX, Tree, find_newest, list_states, load_state
+from samon.trainer.state import DCP_SUFFIX, SUFFIX, Tree, find_newest, list_states, load_state
 
 log = logging.getLogger("samon")
 ARGS = "args.yaml"
@@ -116,7 +116,7 @@ def _resolve_resume(resume: str) -> Path:
     path = Path(resume)
     if not path.exists():
         raise UserError(f"--resume {resume}: no such file or directory")
-    if not path.is_dir() or path.suffix in DCP_SUFFIXES:
+    if not path.is_dir() or path.suffix == DCP_SUFFIX:
         return path
     newest = find_newest(path, _read_header(path)[0])
     if newest is None:
@@ -128,7 +128,7 @@ def _choose_path(config: Config) -> Path:
     root, resume = Path(config.output or "output/train"), Path(config.resume or "")
     if config.experiment:
         return root / config.experiment
-    if config.resume and resume.is_dir() and resume.suffix not in DCP_SUFFIXES:
+    if config.resume and resume.is_dir() and resume.suffix != DCP_SUFFIX:
         return resume
     name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if is_restartable() and not (name := torchrun_id()):  # the same name after a restart
@@ -146,5 +146,5 @@ def _read_header(path: Path) -> tuple[str | None, str]:
 def _run_files(path: Path) -> list[Path]:
     """Everything that a run writes to its directory."""
     names = ["summary.csv", "log.txt", "run.json", "tb", "train-batch-*.jpg", ARGS]
-    names += [f"*{suffix}" for suffix in (SUFFIX, *DCP_SUFFIXES)]
+    names += [f"*{suffix}" for suffix in (SUFFIX, DCP_SUFFIX)]
     return [file for name in names for file in path.glob(name)]

@@ -20,7 +20,7 @@ Tree = dict[str, Any]  # nested tensors and plain values, which `torch.load(weig
 Metrics = dict[str, float | None]
 
 SUFFIX = ".pth.tar"
-DCP_SUFFIXES = (".dcp", ".parts")  # sharded checkpoints (samon.trainer.dcp); `.parts` was written by earlier versions
+DCP_SUFFIX = ".dcp"  # sharded checkpoints (samon.trainer.dcp)
 DCP_STATE = "state.pt"  # the file of a sharded checkpoint that holds everything but the tensors
 FORMAT = 1  # version of the keys beyond timm's
 
@@ -118,7 +118,7 @@ def load_state(path: Path, flag: str = "--resume") -> TrainState:
         UserError: the checkpoint is missing, damaged, incomplete, or not a training checkpoint.
     """
     file = path
-    if path.suffix in DCP_SUFFIXES:
+    if path.suffix == DCP_SUFFIX:
         if not (path / ".metadata").is_file():
             raise UserError(f"{path} is incomplete: its run ended while writing it; use another one")
         file = path / DCP_STATE
@@ -133,8 +133,8 @@ def load_state(path: Path, flag: str = "--resume") -> TrainState:
 
 def list_states(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, of any run."""
-    paths = sorted(path for suffix in (SUFFIX, *DCP_SUFFIXES) for path in directory.glob(f"*{suffix}"))
-    return [path for path in paths if path.suffix not in DCP_SUFFIXES or (path / ".metadata").is_file()]
+    paths = sorted(path for suffix in (SUFFIX, DCP_SUFFIX) for path in directory.glob(f"*{suffix}"))
+    return [path for path in paths if path.suffix != DCP_SUFFIX or (path / ".metadata").is_file()]
 
 
 def find_newest(directory: Path, started: str | None = None) -> Path | None:

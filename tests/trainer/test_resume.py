@@ -68,19 +68,6 @@ def test_stopped_within_an_epoch(case: str, tmp_path: Path) -> None:
         assert (whole / "summary.csv").read_text() == (stopped / "summary.csv").read_text()
 
 
-def test_a_state_that_counts_augmented_images_is_resumed_at_the_right_sample(tmp_path: Path) -> None:
-    """Earlier versions stored the number of images, --aug-splits times that of samples."""
-    args = ["--aa", "rand-m5-inc1", "--aug-splits", "2", "--jsd-loss", "--val-split", ""]
-    _, whole = run(tmp_path, *args, name="whole")
-    file = run_stopped(tmp_path, 0, 1, *args) / "recovery-0-1.pth.tar"
-    state = torch.load(file, weights_only=True)
-    assert state["progress"]["samples"] == 16
-    state["progress"]["samples"] = 32
-    torch.save(state, file)
-    run(tmp_path, *args, "--resume", str(file), name="stopped")
-    assert_same(weights(whole), weights(tmp_path / "stopped"))
-
-
 @pytest.mark.parametrize(
     ("changed", "updates", "samples"),
     [
