@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from samon.compat import foreach_clone
+from samon.errors import UserError
+
+_checked_weights: WeakSet[Optimizer] = WeakSet()
 
 
 @contextmanager
@@ -41,6 +44,30 @@ def add_perturbation(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
 def restore_weights(weights: list[Tensor], saved: list[Tensor]) -> None:
     """Copy the saved values back: (w + eps) - eps is not w."""
     torch._foreach_copy_(weights, saved)
+
+
+@contextmanager
+def refuse_weight_changes(optimizer: Optimizer, modules: Iterable[nn.Module], last: bool) -> Iterator[None]:
+    """Around a pass of the optimizer's first step, up to the `last` one: raise UserError if it changes parameters. The
+    other pass would change them again, and the end of the second one restores the perturbed parameters."""
+    if optimizer in _checked_weights:
+        yield
+        return
+    # Embeddings with `max_norm` and `flatten_parameters` change theirs, but equally in every pass.
+    owners = [m for m in modules if not (hasattr(m, "max_norm") or isinstance(m, nn.RNNBase))]
+    own = [
+        (f"{type(m).__name__}.{name}", p) for m in owners for name, p in m._parameters.items() if type(p) is Parameter
+    ]
+    before = [(p._version, p.untyped_storage()._cdata) for _, p in own]
+    yield
+    after = [(p._version, p.untyped_storage()._cdata) for _, p in own]
+    if changed := [name for (name, _), old, new in zip(own, before, after, strict=True) if old != new]:
+        raise UserError(
+            f"a pass of the model changes {changed[0]}, and the other pass would change it again; update momentum "
+            "encoders, clip weights and run optimizers after the step, not in forward or in hooks"
+        )
+    if last:
+        _checked_weights.add(optimizer)
 
 
 def clear_weight_caches() -> None:

@@ -198,13 +198,15 @@ class SAM(OptimizerWrapper):
         random sample of them (ESAM).
 
         Raises:
-            UserError: all are frozen, or FSDP does not let them be perturbed.
+            UserError: all are frozen, FSDP does not let them be perturbed, or a parameter group has its own rho.
         """
         if self._manual is not None:
             raise UserError("first_step() has moved the weights to w + eps; call second_step() before another step")
         named = self.perturbed_parameters()
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
+        if any(group.get("rho", self.rho) != self.rho for group in self.param_groups):
+            raise UserError("a parameter group's rho has no effect; set optimizer.rho, which all groups share")
         trained = [p for p in named.values() if p.requires_grad] or self.parameters()
         if self._was_cleared(trained):  # by model.zero_grad() or Lookahead's, which do not call `SAM.zero_grad`
             self._discard_update()
@@ -253,8 +255,8 @@ class SAM(OptimizerWrapper):
                 f"the perturbed parameters are on {' and '.join(sorted(devices))}, but a perturbation needs all of "
                 "them on one device; move the model to one, or let perturb=... choose parameters of one"
             )
-        pairs = zip(weights, grads, strict=True)
-        dense = [geometry.to_float32(torch.zeros_like(w) if g is None else to_local(g)) for w, g in pairs]
+        pairs = zip(named.values(), grads, strict=True)
+        dense = [geometry.to_float32(to_local(torch.zeros_like(p) if g is None else g)) for p, g in pairs]
         if self.mask is not None:
             dense = self.mask(dense)
         # The authors' rule for `eleml2orig`, which includes nn.MultiheadAttention's `in_proj_weight`.
@@ -326,8 +328,8 @@ class SAM(OptimizerWrapper):
         """w + eps inside, w outside. Saved values are copied back, because (w + eps) - eps does not equal w."""
         weights = _local(named)
         saved = self.arithmetic.add(weights, list(eps))
-        self._clear_weight_copies(named)
         try:
+            self._clear_weight_copies(named)
             self.record_perturbation(named, eps, saved)
             yield
         finally:

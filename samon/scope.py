@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils import parametrize
 
 from samon.errors import UserError
 
@@ -60,6 +59,7 @@ _TIMM: dict[int | None, str] = {
     None: "SplitBatchNorm2d InplaceAbn FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dB0 EvoNorm2dB1 "
     "EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
 }
+_LAYERS = vars(layers.norm) | vars(layers)  # which does not export LayerNormExp2d
 # Modules whose `weight` and `bias` are gamma and beta of Eq. 1, and the first dimension of the input that these run
 # along; None if the groups of `samon.two_pass` cannot each have their own. Not every version of timm has all of its
 # layers. Gates and scales that do not normalize (LayerScale, ResMLP's Affine, ConvNeXt-V2's GRN) are left out.
@@ -70,7 +70,7 @@ NORM_TYPES: dict[type[nn.Module], int | None] = {
     _InstanceNorm: 1,
     nn.LayerNorm: -1,
     nn.RMSNorm: -1,
-    **{getattr(layers, name): dim for dim, names in _TIMM.items() for name in names.split() if hasattr(layers, name)},
+    **{_LAYERS[name]: dim for dim, names in _TIMM.items() for name in names.split() if name in _LAYERS},
 }
 BUILT_IN = frozenset(NORM_TYPES)  # without the classes that users register
 
@@ -114,31 +114,28 @@ def affine_dim(module: nn.Module) -> int | None:
 
 
 def norm_parameters(model: nn.Module) -> NamedParameters:
-    """Affine normalization parameters by qualified name; shared ones once, under their first name."""
+    """Affine normalization parameters by qualified name, or those that a parametrization computes them from; shared
+    ones once, under their first name."""
     names: dict[Parameter, str] = {}
     for prefix, module in norm_modules(model).items():
-        # FRN and EvoNorm own further parameters, which are not affine.
-        own = ("weight", "bias") if norm_type(module) in BUILT_IN else module._parameters
-        for name in own:
-            for path, parameter in _parameters_of_attribute(module, name):
-                names.setdefault(parameter, f"{prefix}.{path}" if prefix else path)
+        computed = getattr(module, "parametrizations", {}).items()
+        own = [(n, path, p) for n, layer in computed for path, p in layer.named_parameters(f"parametrizations.{n}")]
+        own += [(name, name, p) for name, p in module.named_parameters(recurse=False)]
+        every = norm_type(module) not in BUILT_IN  # FRN and EvoNorm own further parameters, which are not affine
+        for name, path, parameter in own:
+            if every or name.removesuffix("_orig") in ("weight", "bias"):  # `weight_orig` is that of a pruned layer
+                names.setdefault(parameter, f"{prefix}.{path}".lstrip("."))
     return {name: parameter for parameter, name in names.items()}
 
 
-def _parameters_of_attribute(module: nn.Module, name: str) -> Iterator[tuple[str, Parameter]]:
-    """The parameter `name` of a module by its path in it, or those that a parametrization computes the tensor from."""
-    if parametrize.is_parametrized(module, name):
-        path = f"parametrizations.{name}"
-        yield from module.get_submodule(path).named_parameters(path)
-    elif isinstance(parameter := getattr(module, name, None), Parameter):
-        yield name, parameter
-
-
 def looks_like_norm(module: nn.Module) -> bool:
-    """Whether the class is not known as a normalization layer, but has "norm" in its name and 1-D parameters."""
-    unknown = norm_type(module) is None and not isinstance(module, GlobalResponseNorm)  # a norm in name only
-    named = "norm" in type(module).__name__.lower()
-    return named and unknown and any(p.dim() == 1 for p in module.parameters(recurse=False))
+    """Whether the class is not known as a normalization layer, but has "norm" in its name and a parameter [C] or
+    [1, C, 1, 1]."""
+    known = norm_type(module) is not None or isinstance(module, GlobalResponseNorm)  # "norm" by name alone
+    if known or "norm" not in type(module).__name__.lower():
+        return False
+    shapes = [[*p.shape] for p in module.parameters(recurse=False)]
+    return any(len(s) == 1 or (s[2:] and s[-1] == 1 and sum(n > 1 for n in s) == 1) for s in shapes)
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import Parameter
 
-from samon import rng
+from samon import contexts, rng
 from samon.checks import as_losses, check_options, explained_errors, raise_no_gradient, require_sam
 from samon.compat import foreach_clone
 from samon.contexts import modules_of, parameters_of, preserve_buffers, preserve_buffers_in_pass, requires_grad
@@ -50,9 +50,9 @@ def two_pass(
 ) -> Tensor:
     """Accumulate the gradient at w + eps into `.grad`, leave w bit-exactly as it was, return the loss at w.
 
-    The ascent pass computes g, the descent pass h. Neither waits for the GPU, except in the first step with
-    half-precision weights and in every step with `ascent='aesam'`. A non-finite g makes `.grad` NaN on all processes,
-    so a GradScaler, or a check of the gradient norm, skips the step.
+    The ascent pass computes g, the descent pass h. Neither waits for the GPU, except once with half-precision weights
+    or replay, and in every step with `ascent='aesam'`. A non-finite g makes `.grad` NaN on all processes, so a
+    GradScaler, or a check of the gradient norm, skips the step.
 
     Args:
         optimizer: a SAM optimizer, or a wrapper around it (Lookahead, Accelerate's, Lightning's, Fabric's).
@@ -64,7 +64,7 @@ def two_pass(
             (`global`).
         no_sync: `no_sync` of DistributedDataParallel. The ascent pass then sends no gradients, and the descent pass
             sends them only after the last forward. FSDP2 does not need it.
-        scaler: GradScaler; the ascent gradient is unscaled before use.
+        scaler: GradScaler (default: that of Accelerate's optimizer); the ascent gradient is unscaled before use.
         bn_stats: the pass that updates BatchNorm running statistics: `first`, `second` or `both`. With
             `ascent_forward`, `first` means `second`, which sees the whole batch. Layers outside the optimizer's model
             are always updated by both passes.
@@ -82,6 +82,7 @@ def two_pass(
         UserError: an argument is invalid, or the model or this combination of arguments is not supported.
     """
     sam = require_sam(optimizer)
+    scaler = scaler or getattr(optimizer, "scaler", None)  # Accelerate's `step` divides the gradients by its scale
     forwards = as_losses(forward)
     ascent_forwards = forwards if ascent_forward is None else as_losses(ascent_forward)
     partial_ascent = ascent_forward is not None
@@ -239,13 +240,14 @@ class WholeBatch:
         with buffers, self.sam.add_perturbation(self.named, eps):
             yield
 
-    def each_pass(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def each_pass(self) -> Iterator[None]:
         """Context of each forward and its backward, in both passes."""
-        if not self.sam.arithmetic.cuda_graphs:
-            return nullcontext()
         from samon.engines.cuda_graph import own_gradients
 
-        return own_gradients(self.sam.parameters())
+        graphs = own_gradients(self.sam.parameters()) if self.sam.arithmetic.cuda_graphs else nullcontext()
+        with contexts.refuse_weight_changes(self.sam, self.modules, self.in_descent_pass), graphs:
+            yield
 
     def graph_safe(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Results of a run of the model; copies of them if the next run of its CUDA graphs would overwrite them."""

@@ -126,6 +126,8 @@ def check_base(base: Optimizer, opt: str) -> None:
             f"{name} evaluates the loss several times in its step, which two passes do not cover; choose a base "
             "optimizer that applies a gradient, such as adamw"
         )
+    if any(group.get("maximize") for group in base.param_groups):
+        raise UserError(f"{name} has maximize=True, but eps raises what it maximizes; drop it and negate the loss")
     if getattr(base, "is_second_order", False):
         raise UserError(
             f"{name} needs second derivatives, which neither pass computes; choose a first-order base optimizer such "

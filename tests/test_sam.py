@@ -164,6 +164,31 @@ def test_perturbed_context_restores_bit_exactly() -> None:
         pass
 
 
+def test_an_interruption_after_eps_was_added_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opt = trained("sam", 1)
+    before, calls = values(model), []
+
+    def interrupt(named: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt, "_clear_weight_copies", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        samon.two_pass(opt, loss_of(model, *batch()))
+    assert_unchanged(model, before)
+
+
+def test_the_radius_of_a_parameter_group_is_refused() -> None:
+    """davda54/sam reads rho there."""
+    model = randomized(LayerNormNet())
+    opt = create_optimizer_v2([{"params": list(model.parameters()), "rho": 0.3}], "sam", lr=0.1, rho=0.3)
+    samon.two_pass(opt, loss_of(model, *batch()))
+    opt.param_groups[0]["rho"] = 0.5
+    with pytest.raises(UserError, match=r"set optimizer\.rho"):
+        samon.two_pass(opt, loss_of(model, *batch()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad: float, dtype: torch.dtype) -> None:

@@ -152,6 +152,17 @@ def test_accelerates_accumulation() -> None:
     assert_same(accelerator.unwrap_model(model), own_loop(2, ascent="fsam"))
 
 
+def test_accelerates_gradient_scaler_is_used() -> None:
+    """Its optimizer divides the gradients by the scale, whether or not the loss was multiplied by it."""
+    accelerate.Accelerator(cpu=True)
+    (model, own), (twin, opt) = make(), make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(own, device_placement=False, scaler=scaler)
+    update(wrapped, loss_of(model, *batch()))
+    update(opt, loss_of(twin, *batch()))
+    assert_same(model, twin)
+
+
 @pytest.mark.parametrize("way", ["two_pass", "closure"])
 def test_fabric(way: str) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="64-true")

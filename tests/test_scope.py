@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.nn.utils import prune
 
 import samon
 from samon import scope
@@ -87,6 +88,7 @@ def test_frozen_parameters_are_left_out_and_shared_ones_counted_once() -> None:
         timm.layers.SimpleNorm(4),
         timm.layers.LayerNormAct2d(4),
         timm.layers.GroupNormAct(4, num_groups=2),
+        prune.l1_unstructured(nn.LayerNorm(4), "weight", 0.5),
     ],
     ids=lambda norm: type(norm).__name__,
 )
@@ -197,6 +199,18 @@ class LlamaRMSNorm(nn.Module):
 
 class OwnLayerNorm(LlamaRMSNorm):
     pass
+
+
+class ChannelNorm(nn.Module):
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(shape))
+
+
+@pytest.mark.parametrize(("shape", "warns"), [((4,), True), ((1, 4, 1, 1), True), ((1, 1, 4), False), ((4, 4), False)])
+def test_a_norm_by_name_is_recognized_by_its_parameters(shape: tuple[int, ...], warns: bool) -> None:
+    """[1, 1, C] is a class token or a position embedding."""
+    assert scope.looks_like_norm(ChannelNorm(*shape)) == warns
 
 
 @pytest.fixture

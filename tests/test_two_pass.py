@@ -282,7 +282,7 @@ def test_cost_over_a_plain_step(model: str, name: str, options: dict, bound: flo
     net, forward, plain = on_meta(model)
     options = dict(options)
     opt = optimizer_of(net, name, perturb=options.pop("perturb", None))
-    if opt.selection.narrowed:  # the first step records what is replayed
+    for _ in range(2 * opt.selection.narrowed):  # what is replayed is recorded, then verified
         samon.two_pass(opt, forward, **options)
     assert bound - 0.05 < count_flops(lambda: samon.two_pass(opt, forward, **options)) / plain <= bound
 
@@ -407,6 +407,49 @@ def test_a_forward_that_returns_no_loss_is_refused(forward: Any, text: str, asce
         with pytest.raises(UserError, match=text):
             samon.two_pass(opt, loss_of(model, x, y), ascent_forward=wrong)
     assert_unchanged(model, before)
+
+
+class MomentumEncoder(nn.Module):
+    """A frozen copy that every forward moves towards the network."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.net, self.in_place = randomized(LayerNormNet()), in_place
+        self.copy = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p, q in zip(self.copy.parameters(), self.net.parameters(), strict=True):
+                if self.in_place:
+                    p.lerp_(q, 0.1)
+                else:
+                    p.data = p.data.lerp(q.data, 0.1)
+        return self.net(x)
+
+
+def stepping_in_backward() -> nn.Module:
+    model = randomized(LayerNormNet())
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: torch.optim.SGD([p], lr=0.1).step())
+    return model
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: MomentumEncoder(True), lambda: MomentumEncoder(False), stepping_in_backward],
+    ids=["in place", "replaced", "optimizer in backward"],
+)
+def test_a_pass_that_changes_weights_is_refused(build: Any, closure: bool) -> None:
+    model = build()
+    opt, loss = optimizer_of(model, "sam"), loss_of(model, *batch())
+    with pytest.raises(UserError, match=r"changes \w+\.\w+, and the other pass would change it again"):
+        opt.step(closure_of(opt, loss)) if closure else samon.two_pass(opt, loss)
+
+
+def test_embeddings_may_renormalize_themselves() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.1), nn.LayerNorm(4), nn.Flatten(), nn.Linear(12, 5)).double()
+    samon.two_pass(optimizer_of(model, "sam"), loss_of(model, torch.arange(9).view(3, 3), torch.arange(3)))
 
 
 def test_a_graph_from_outside_is_refused() -> None:

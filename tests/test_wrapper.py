@@ -107,10 +107,17 @@ def test_lookahead_goes_around(name: str) -> None:
         samon.SAM(base, samon.scope.select(model, "samon"), rho=0.05)
 
 
-def test_a_base_that_needs_a_closure_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("cls", "how", "message"),
+    [
+        (torch.optim.LBFGS, {}, "LBFGS evaluates the loss several times"),
+        (torch.optim.SGD, {"maximize": True}, "SGD has maximize=True.*negate the loss"),
+    ],
+)
+def test_a_base_that_two_passes_do_not_fit_is_refused(cls: Any, how: dict[str, Any], message: str) -> None:
     model = net()
-    with pytest.raises(samon.UserError, match="LBFGS evaluates the loss several times"):
-        samon.SAM(torch.optim.LBFGS(model.parameters()), samon.scope.select(model, "samon"), rho=0.05)
+    with pytest.raises(samon.UserError, match=message):
+        samon.SAM(cls(model.parameters(), **how), samon.scope.select(model, "samon"), rho=0.05)
 
 
 # -- what timm promises of every name ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from samon.checks import raise_no_gradient
-from samon.contexts import modules_of, preserve_buffers_in_pass, requires_grad
+from samon.contexts import modules_of, preserve_buffers_in_pass, refuse_weight_changes, requires_grad
 from samon.engines.patches import graph_leaves, override_attrs
 from samon.errors import UserError
 from samon.sam import SAM
@@ -147,7 +147,8 @@ def run_closure(sam: SAM, named: NamedParameters, closure: Callable[[], Any], fi
         gradients.check(sam, named)
         return loss
     own = set(map(id, gradients.parameters))
-    with requires_grad(untrained, True), gradients.observe(), record_foreign_gradients(own) as foreign:
+    unchanged = refuse_weight_changes(sam, modules_of(sam, sam.model), last=True)
+    with requires_grad(untrained, True), gradients.observe(), unchanged, record_foreign_gradients(own) as foreign:
         loss = closure()
     if filled and not any(map(gradients.received, gradients.parameters)):
         return loss

@@ -54,6 +54,11 @@ class PerGroup(WholeBatch):
         # Per module the (mean, variance), [G, C] each, of every call in the passes that count.
         self.statistics: dict[Any, list[Sequence[Tensor]]] = defaultdict(list)
         for module in self.modules:
+            if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+                raise UserError(
+                    f"groups={groups} divides the first dimension, which is not that of the samples around an "
+                    "nn.MultiheadAttention with batch_first=False; build the model with batch_first=True"
+                )
             if module.training and module._buffers and looks_like_norm(module):
                 raise UserError(
                     f"groups={groups}: {type(module).__name__} is not known as a normalization layer and may compute "

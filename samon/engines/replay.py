@@ -9,29 +9,29 @@ random numbers (mixup, random masks), nothing is replayed, since the second pass
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from samon import rng
-from samon.contexts import parameters_of
+from samon.contexts import parameters_of, preserve_buffers
 from samon.engines.groups import refuse_checkpointing
 from samon.engines.patches import forward_hooks, graph_leaves, patch_forward
 from samon.sam import SAM
 from samon.scope import NamedParameters
-from samon.two_pass import StepOptions, WholeBatch
+from samon.two_pass import Forward, StepOptions, WholeBatch
 
 
 class Trace:
@@ -95,6 +95,7 @@ class ReplayPlan:
         perturbed_modules: modules that own perturbed parameters.
         perturbed: ids of these parameters; with others the plan is void.
         same_noise: the option of that name; with another value the plan is void.
+        verified: `Replay.verify` has run.
         cloned: prefix modules whose outputs later code overwrites in place, so that a copy is returned.
     """
 
@@ -103,6 +104,7 @@ class ReplayPlan:
     perturbed: set[int]
     same_noise: bool
     cloned: set[nn.Module] = field(default_factory=set)
+    verified: bool = False
 
 
 PLANS: WeakKeyDictionary[SAM, ReplayPlan] = WeakKeyDictionary()
@@ -148,7 +150,7 @@ class ActivationCache:
 
     def __init__(self, plan: ReplayPlan, device: torch.device):
         self.plan, self.device = plan, device
-        self.outputs: dict[nn.Module, list[tuple[object, dict[str, Any] | None]]] = defaultdict(list)
+        self.outputs: dict[nn.Module, list[tuple[object, rng.State | None]]] = defaultdict(list)
         self.versions: list[tuple[nn.Module, Tensor, int]] = []
         self.valid, self.outdated = True, False
 
@@ -169,13 +171,19 @@ class ActivationCache:
         def record(*args: object, **kwargs: object) -> object:
             self._check_versions()
             output = forward(*args, **kwargs)
-            self.outputs[module].append((output, rng.get_torch_state(self.device) if self.plan.same_noise else None))
+            self.outputs[module].append((output, self._noise()))
             # If this module overwrote an earlier output in place (activations do), its own stored output replaces it.
             self.versions = [(m, t, t._version) for m, t, _ in self.versions]
             self.versions += [(module, t, t._version) for t in _tensors(output)]
             return self._returned(module, output)
 
         return record
+
+    def _noise(self) -> rng.State | None:
+        """What the second pass needs in order to draw the same random numbers."""
+        if not self.plan.verified:
+            return rng.get_state(self.device)
+        return rng.get_torch_state(self.device) if self.plan.same_noise else None
 
     def _check_versions(self) -> None:
         overwritten = {m for m, t, version in self.versions if t._version != version}
@@ -188,8 +196,8 @@ class ActivationCache:
         return tree_map(lambda t: t.clone() if cloned and isinstance(t, Tensor) else t, output)
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Around the second pass's forward."""
+    def replaying(self, set_noise: Callable[..., None] | None) -> Iterator[None]:
+        """Around the second pass's forward. `set_noise(state, device)` restores the random state after each output."""
 
         def player(module: nn.Module, forward: Callable[..., object]) -> Callable[..., object]:
             remaining = iter(self.outputs[module])
@@ -198,8 +206,8 @@ class ActivationCache:
                 output, noise = next(remaining, (None, None))
                 if output is None:  # not called in the first pass
                     return forward(*args, **kwargs)
-                if noise is not None:
-                    rng.set_torch_state(noise, self.device)
+                if set_noise is not None:
+                    set_noise(noise, self.device)
                 return self._returned(module, output)
 
             return play
@@ -246,8 +254,38 @@ class Replay(WholeBatch):
             elif self.cache is None or not self.cache.valid:
                 yield
             else:
-                with self.cache.replaying() if self.in_descent_pass else self.cache.recording():
+                set_noise = rng.set_torch_state if self.options.same_noise else None
+                with self.cache.replaying(set_noise) if self.in_descent_pass else self.cache.recording():
                     yield
+
+    def ascent_gradient(self, forwards: Sequence[Forward]) -> tuple[Tensor, list[Tensor]]:
+        loss, grads = super().ascent_gradient(forwards)
+        if self.cache is not None and self.cache.valid and not self.cache.plan.verified:
+            self.verify(self.cache, forwards[0], loss)
+        return loss, grads
+
+    @torch.no_grad()
+    def verify(self, cache: ActivationCache, forward: Forward, loss: Tensor) -> None:
+        """Run the forward once more, at w, with the stored outputs and the same random numbers. If it has another loss
+        than the first pass, nothing is replayed: modules of the prefix have effects besides their outputs (they append
+        auxiliary losses to a list), or `forward` reads another batch each time."""
+        cache.plan.verified = True
+        if loss.is_meta or isinstance(loss, FakeTensor):
+            return
+        stored = {
+            m for module in cache.plan.prefix for m in module.modules()
+        }  # their graph needs the buffers unwritten
+        buffers = preserve_buffers(m for m in self.modules if m not in stored)
+        with rng.fork(self.device), buffers, cache.replaying(rng.set_state), self.no_sync():
+            again = forward()
+        if not torch.allclose(again.mean(), loss, rtol=1e-4, equal_nan=True):
+            warnings.warn(
+                f"replay is off: with the stored outputs of the first layers, the loss is {again.item():g} instead of "
+                f"{loss.item():g}. These layers must have no effects besides their outputs, and forward must use one "
+                "batch; pass replay=False",
+                stacklevel=7,
+            )
+            cache.plan.prefix, self.cache = [], None
 
     @contextmanager
     def perturbed(self, eps: list[Tensor]) -> Iterator[None]:

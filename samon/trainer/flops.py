@@ -46,7 +46,8 @@ def step_flops(run: Run) -> dict[str, float] | None:
     Every update is counted as it runs, its last micro-batches and the optimizer included (Muon multiplies matrices).
     Exceptions: of ESAM, the tensors sampled by the first ESAM_SAMPLES updates stand for all; a resumed run records
     the order of modules for replay once more; random numbers that a model draws between its early modules, which turn
-    replay off, are not noticed; the Fisher diagonal of SSAM-F and skipped updates are not considered.
+    replay off, are not noticed; the forward that verifies replay, the Fisher diagonal of SSAM-F and skipped updates are
+    not considered.
 
     Returns:
         None, with the reason logged, where they cannot be counted in advance.

@@ -99,6 +99,7 @@ LAYERS = {
     "LayerNorm, no bias": lambda: channels_last(nn.LayerNorm(8, bias=False)),
     "LayerNorm2d": lambda: LayerNorm2d(8),
     "LayerNormAct2d": lambda: LayerNormAct2d(8),
+    "LayerNormExp2d": lambda: timm.layers.norm.LayerNormExp2d(8),
     "GroupNorm": lambda: nn.GroupNorm(4, 8),
     "GroupNorm1": lambda: GroupNorm1(8),
     "GroupNormAct": lambda: GroupNormAct(8, num_groups=2),
@@ -317,9 +318,18 @@ def own_forward(norm: nn.Module) -> nn.Module:
         (lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "InstanceNorm2d '1' cannot be grouped"),
         (lambda: OtherName(8), "OtherName '1' cannot be grouped"),
         (lambda: own_forward(nn.GroupNorm(2, 8)), "GroupNorm '1' cannot be grouped"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, batch_first=False), "build the model with batch_first=True"),
         (lambda: OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
     ],
-    ids=["no formula", "synchronized", "running statistics", "another name", "own forward", "unknown class"],
+    ids=[
+        "no formula",
+        "synchronized",
+        "running statistics",
+        "another name",
+        "own forward",
+        "batch second",
+        "unknown class",
+    ],
 )
 def test_layers_that_cannot_be_grouped_are_refused(build: Callable[[], nn.Module], message: str) -> None:
     samon.register_norm(OtherName, dim=1)
