@@ -45,8 +45,8 @@ def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     splits = tops & {*TRAIN_SPLITS, *EVAL_SPLITS}
     if not (depth >= 2 or tops == splits) or args.split:
         if len(splits) > 1 or (splits and depth == 1 < max(entry.path.count("/") for entry in entries)):
-            do = "give the folder of one split, or a directory of splits alone"
-            raise UserError(f"--source {args.source}: has {', '.join(sorted(splits))} and other images; {do}")
+            mixed, do = ", ".join(sorted(splits)), "give the folder of one split, or a directory of splits alone"
+            raise UserError(f"--source {args.source}: images of {mixed} (and others) would become one split; {do}")
         return {args.split or "train": label_by_folder(entries)}
     if depth == 1:
         do = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
@@ -95,8 +95,8 @@ def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
             validation.append(entry)
         elif re.search(r"n\d{8}/[^/]*$", entry.path) and not re.search(r"(^|/)(val|validation|test)/", entry.path):
             training.append(entry)
-    for images in (training, validation):
-        counts = Counter(entry.path.rpartition("/")[2] for entry in images)
+    for images, parts in ((training, 2), (validation, 1)):  # in training, names may repeat in another class
+        counts = Counter("/".join(entry.path.split("/")[-parts:]) for entry in images)
         if len(counts) < len(images):
             twice = counts.most_common(1)[0][0]
             raise UserError(f"--source {args.source}: {twice} occurs twice, as in a tar and extracted; remove one")

@@ -147,7 +147,9 @@ def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int
     if stored.get("val_split"):  # training validates at the training resolution and its crop
         settings["use_train_size"] = True
     if not given.get("suite"):  # which names its own data
-        settings |= {key: stored[name] for key, name in _DATA_KEYS.items() if stored.get(name)}
+        other = given.get("dataset", stored.get("dataset")) != stored.get("dataset")
+        names = {key: name for key, name in _DATA_KEYS.items() if not (other and key in _TRAIN_SPLITS)}
+        settings |= {key: stored[name] for key, name in names.items() if stored.get(name)}
     own_data = not {"data_dir", "dataset", "split", "num_samples", "suite"} & set(given)
     return settings, stored.get("val_num_samples") if own_data else None
 

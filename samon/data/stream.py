@@ -339,11 +339,12 @@ class ShardStream(SampleStream):
             return
         first, last = int(places[own[0]]), int(places[own[-1]])
         seed = self.seed if self.is_training else None
-        # An epoch shorter than the data set begins where the last one ended: the ends of shards would never be used.
+        # Epochs shorter than the data set follow each other in an order that lasts for one pass over it.
         ring = self.is_training and self.size < len(self.source)
-        low = first + ring * (epoch * self.size % len(self.source))
-        high, lengths = low + last + 1 - first, self.source.shards.lengths
-        slices = shard_slices(lengths, low, high, seed=seed, epoch=epoch, ring=ring)
+        turn, begin = divmod(epoch * self.size, len(self.source)) if ring else (epoch, 0)
+        slices = shard_slices(
+            self.source.shards.lengths, begin + first, begin + last + 1, seed=seed, epoch=turn, ring=ring
+        )
         shuffled: Sequence[int] = range(len(own))
         if self.is_training:
             shuffled = shuffle_order(len(own), self.buffer, self.seed, epoch, own.start)

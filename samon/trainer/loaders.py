@@ -54,7 +54,8 @@ def without_counts(config: Config, dist_info: DistInfo) -> Config:
         return config
     if dist_info.is_rank_zero:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in counts)
-        log.warning("%s: no effect on image folders and hfds/; name a part of a split, such as 'train[:5000]'", flags)
+        where = config.dataset or "image folders"
+        log.warning("%s: no effect on %s; name a part of a split, such as 'train[:5000]'", flags, where)
     return config.but(**counts)
 
 

@@ -161,7 +161,7 @@ def test_splits_are_never_packed_as_one(tmp_path, arguments):
     folders(tmp_path / "in", ["a", "b"], splits=("train", "val"))
     if not arguments:
         folders(tmp_path / "in", ["figures"])
-    assert "has train, val and other images" in pack(
+    assert "images of train, val (and others) would become one split" in pack(
         "--source", tmp_path / "in", "--output", tmp_path / "out", *arguments
     )
 
@@ -246,6 +246,14 @@ def test_imagenet_beside_its_archive_is_not_packed_twice(tmp_path):
     (tmp_path / f"in/extracted/{SYNSETS[0]}/{SYNSETS[0]}_1.JPEG").write_bytes(jpeg(0))
     said = pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet")
     assert f"{SYNSETS[0]}_1.JPEG occurs twice, as in a tar and extracted" in said
+
+
+def test_names_of_imagenet_classes_may_repeat_in_others(tmp_path):
+    """As in subsets whose images were renamed."""
+    for synset in SYNSETS:
+        (tmp_path / f"in/train/{synset}").mkdir(parents=True)
+        (tmp_path / f"in/train/{synset}/0001.JPEG").write_bytes(jpeg(0))
+    assert pack("--source", tmp_path / "in", "--output", tmp_path / "out", "--format", "imagenet") == ""
 
 
 NOT_LABELS = {

@@ -141,13 +141,15 @@ def test_a_checkpoint_names_its_splits_and_settings_that_have_no_flag(tmp_path):
     path, suite = str(tmp_path / "net.pth"), tmp_path / "suite.yaml"
     torch.save({"state_dict": {}, "arch": args.model, "args": args}, path)
     suite.write_text("- {name: other, data_dir: x}\n")
-    run, override, other = (
+    overrides = ["--img-size", "48", "--evals", "hessian", "--hessian-split", "a"]
+    run, override, other, shards = (
         parse(["--checkpoint", path, "--data-dir", "x", *more])[0]
-        for more in ([], ["--img-size", "48", "--evals", "hessian", "--hessian-split", "a"], ["--suite", str(suite)])
+        for more in ([], overrides, ["--suite", str(suite)], ["--dataset", "wds/y"])
     )
     splits = (run.config.split, run.config.sharpness_split, run.config.hessian_split, run.config.feature_split)
     assert splits == ("train[40:]", *["train[:40]"] * 3)
     assert (other.specs[0].split, other.config.sharpness_split) == ("validation", "train")  # other data
+    assert shards.config.sharpness_split == "train"  # a part of other data would mean other images, or nothing
     assert (override.config.hessian_split, override.config.img_size, override.config.input_size) == ("a", 48, None)
     assert run.config.input_size == [3, 32, 32]
     model = eval_model.create_model(run.config, pretrained=False)

@@ -154,18 +154,19 @@ def test_longer_epochs_pass_over_the_data_again(root):
         make_loader(root, training=False, dataset={"num_samples": 30})
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_shorter_epochs_pass_over_all_samples(tmp_path, world):
-    """One shard: each epoch begins where the last one ended."""
-    root, used = write_set(tmp_path / "set", [30]), []
-    for epoch in range(3):
+@pytest.mark.parametrize(("world", "lengths", "epochs"), [(1, [30], 3), (2, [5] * 12, 6)])
+def test_shorter_epochs_pass_over_all_samples(tmp_path, world, lengths, epochs):
+    """Each epoch begins where the last one ended."""
+    root, used = write_set(tmp_path / "set", lengths), []
+    for epoch in range(epochs):
         for rank in range(world):
             options = {"num_samples": 20, "sample_split": True}
             loader = make_loader(root, world=world, rank=rank, dataset=options)
             loader.set_epoch(epoch)
             used += flat(loader)
         assert len(set(used[-20:])) == 20
-    assert sorted(used) == sorted(2 * [*range(30)])
+    assert sorted(used) == sorted(2 * [*range(sum(lengths))])
+    assert len(lengths) == 1 or {*used[:20]} != {*used[60:80]}, "another order in the next pass"
 
 
 def test_image_folders_behave_like_shards(tmp_path):

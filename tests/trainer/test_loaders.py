@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samon.errors import UserError
 from samon.trainer import build, config
+from samon.trainer.loaders import without_counts
 from samon.trainer.logging import RunLogger
 from samon.trainer.loop import updates
 from samon.trainer.meter import Timer
@@ -152,7 +153,10 @@ def test_a_number_of_samples_does_not_cut_an_image_folder(folders: Folders, capl
     run = built_on(root, "--train-num-samples", "2", "--val-num-samples", "3")
     assert (run.train_loader.num_samples, run.eval_loader.num_samples) == (32, 8)
     assert (run.config.train_num_samples, run.config.val_num_samples) == (None, None)  # as validate.py reads it
-    assert "--train-num-samples and --val-num-samples: no effect on image folders" in caplog.text
+    assert "--train-num-samples and --val-num-samples: no effect on image folders;" in caplog.text
+    flags = ["--model", "test_resnet", "--dataset", "torch/imagenet", "--val-num-samples", "3"]
+    without_counts(config.parse(flags), run.dist_info)
+    assert "--val-num-samples: no effect on torch/imagenet;" in caplog.text
     part = built_on(root, "--val-split", "val[:2]")
     assert sorted(label for _, target in part.eval_loader for label in target.tolist()) == [0, 1]
 
