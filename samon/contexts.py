@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from samon.compat import foreach_clone
 from samon.errors import UserError
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their size in bytes
 _checked_weights: WeakSet[Optimizer] = WeakSet()
 
 
@@ -47,27 +48,33 @@ def restore_weights(weights: list[Tensor], saved: list[Tensor]) -> None:
 
 
 @contextmanager
-def refuse_weight_changes(optimizer: Optimizer, modules: Iterable[nn.Module], last: bool) -> Iterator[None]:
-    """Around a pass of the optimizer's first step, up to the `last` one: raise UserError if it changes parameters. The
-    other pass would change them again, and the end of the second one restores the perturbed parameters."""
-    if optimizer in _checked_weights:
-        yield
-        return
-    # Embeddings with `max_norm` and `flatten_parameters` change theirs, but equally in every pass.
-    owners = [m for m in modules if not (hasattr(m, "max_norm") or isinstance(m, nn.RNNBase))]
-    own = [
-        (f"{type(m).__name__}.{name}", p) for m in owners for name, p in m._parameters.items() if type(p) is Parameter
-    ]
-    before = [(p._version, p.untyped_storage()._cdata) for _, p in own]
+def refuse_weight_changes(optimizer: Optimizer, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Around the descent pass of the first step: raise UserError if it changes values of parameters. The ascent pass
+    has then changed them too, and the perturbed ones are restored. Not around the ascent pass, in which layers may
+    initialize parameters from the first batch."""
+    before = {} if optimizer in _checked_weights else _checksums(modules)
     yield
-    after = [(p._version, p.untyped_storage()._cdata) for _, p in own]
-    if changed := [name for (name, _), old, new in zip(own, before, after, strict=True) if old != new]:
+    if not before:
+        return
+    after = _checksums(modules)
+    if changed := [name for name, old in before.items() if after.get(name, old) != old]:
         raise UserError(
-            f"a pass of the model changes {changed[0]}, and the other pass would change it again; update momentum "
+            f"a pass of the model changes {changed[0][1]}, and the other pass would change it again; update momentum "
             "encoders, clip weights and run optimizers after the step, not in forward or in hooks"
         )
-    if last:
-        _checked_weights.add(optimizer)
+    _checked_weights.add(optimizer)
+
+
+@torch.no_grad()
+def _checksums(modules: Iterable[nn.Module]) -> dict[tuple[int, str], int]:
+    """The sum of the bits of each dense parameter, read on the host. Embeddings with `max_norm` are left out: they
+    change theirs, but equally in every pass."""
+    return {
+        (id(m), f"{type(m).__name__}.{name}"): int(p.view(BITS[p.itemsize]).sum())
+        for m in modules
+        for name, p in (m._parameters.items() if not hasattr(m, "max_norm") else ())
+        if type(p) is Parameter and p.layout == torch.strided and p.itemsize in BITS and not p.is_meta
+    }
 
 
 def clear_weight_caches() -> None:

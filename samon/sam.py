@@ -205,7 +205,8 @@ class SAM(OptimizerWrapper):
         named = self.perturbed_parameters()
         if not named:
             raise UserError(f"all parameters that {self.scope} perturbs are frozen; unfreeze some")
-        if any(group.get("rho", self.rho) != self.rho for group in self.param_groups):
+        own = "rho" in self.base.defaults  # Adadelta's decay rate
+        if not own and any(group.get("rho", self.rho) != self.rho for group in self.param_groups):
             raise UserError("a parameter group's rho has no effect; set optimizer.rho, which all groups share")
         trained = [p for p in named.values() if p.requires_grad] or self.parameters()
         if self._was_cleared(trained):  # by model.zero_grad() or Lookahead's, which do not call `SAM.zero_grad`

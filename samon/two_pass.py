@@ -22,10 +22,17 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import Parameter
 
-from samon import contexts, rng
+from samon import rng
 from samon.checks import as_losses, check_options, explained_errors, raise_no_gradient, require_sam
 from samon.compat import foreach_clone
-from samon.contexts import modules_of, parameters_of, preserve_buffers, preserve_buffers_in_pass, requires_grad
+from samon.contexts import (
+    modules_of,
+    parameters_of,
+    preserve_buffers,
+    preserve_buffers_in_pass,
+    refuse_weight_changes,
+    requires_grad,
+)
 from samon.sam import SAM, all_reduce_mean
 from samon.scope import NamedParameters
 
@@ -50,8 +57,8 @@ def two_pass(
 ) -> Tensor:
     """Accumulate the gradient at w + eps into `.grad`, leave w bit-exactly as it was, return the loss at w.
 
-    The ascent pass computes g, the descent pass h. Neither waits for the GPU, except once with half-precision weights
-    or replay, and in every step with `ascent='aesam'`. A non-finite g makes `.grad` NaN on all processes, so a
+    The ascent pass computes g, the descent pass h. Neither waits for the GPU, except for checks in the first steps,
+    and in every step with `ascent='aesam'`. A non-finite g makes `.grad` NaN on all processes, so a
     GradScaler, or a check of the gradient norm, skips the step.
 
     Args:
@@ -193,7 +200,7 @@ class WholeBatch:
             # Only the last backward sends gradients. Backward is inside `each_pass`, too: checkpointed layers run their
             # forward again in it.
             sync = nullcontext() if i + 1 == len(forwards) else self.no_sync()
-            with sync, self.each_pass():
+            with sync, refuse_weight_changes(self.sam, self.modules), self.each_pass():
                 loss = forward()
                 if not loss.requires_grad:
                     raise_no_gradient(self.sam)
@@ -240,14 +247,13 @@ class WholeBatch:
         with buffers, self.sam.add_perturbation(self.named, eps):
             yield
 
-    @contextmanager
-    def each_pass(self) -> Iterator[None]:
+    def each_pass(self) -> AbstractContextManager[None]:
         """Context of each forward and its backward, in both passes."""
+        if not self.sam.arithmetic.cuda_graphs:
+            return nullcontext()
         from samon.engines.cuda_graph import own_gradients
 
-        graphs = own_gradients(self.sam.parameters()) if self.sam.arithmetic.cuda_graphs else nullcontext()
-        with contexts.refuse_weight_changes(self.sam, self.modules, self.in_descent_pass), graphs:
-            yield
+        return own_gradients(self.sam.parameters())
 
     def graph_safe(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Results of a run of the model; copies of them if the next run of its CUDA graphs would overwrite them."""

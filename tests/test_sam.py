@@ -189,6 +189,11 @@ def test_the_radius_of_a_parameter_group_is_refused() -> None:
         samon.two_pass(opt, loss_of(model, *batch()))
 
 
+def test_the_rho_of_adadelta_is_its_own() -> None:
+    model = randomized(LayerNormNet())
+    samon.two_pass(create_optimizer_v2(model, "sam", lr=0.1, base_opt="adadelta"), loss_of(model, *batch()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad: float, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 import copy
 import re
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -410,20 +410,20 @@ def test_a_forward_that_returns_no_loss_is_refused(forward: Any, text: str, asce
 
 
 class MomentumEncoder(nn.Module):
-    """A frozen copy that every forward moves towards the network."""
+    """A frozen copy that every forward moves towards the network, by `way`."""
 
-    def __init__(self, in_place: bool) -> None:
+    def __init__(self, way: str) -> None:
         super().__init__()
-        self.net, self.in_place = randomized(LayerNormNet()), in_place
+        self.net, self.way = randomized(LayerNormNet()), way
         self.copy = copy.deepcopy(self.net).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             for p, q in zip(self.copy.parameters(), self.net.parameters(), strict=True):
-                if self.in_place:
-                    p.lerp_(q, 0.1)
-                else:
+                if self.way == "replaced":
                     p.data = p.data.lerp(q.data, 0.1)
+                else:
+                    (p if self.way == "in place" else p.data).lerp_(q, 0.1)
         return self.net(x)
 
 
@@ -437,13 +437,36 @@ def stepping_in_backward() -> nn.Module:
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize(
     "build",
-    [lambda: MomentumEncoder(True), lambda: MomentumEncoder(False), stepping_in_backward],
-    ids=["in place", "replaced", "optimizer in backward"],
+    [*(partial(MomentumEncoder, way) for way in ("in place", "data in place", "replaced")), stepping_in_backward],
+    ids=["in place", "data in place", "replaced", "optimizer in backward"],
 )
 def test_a_pass_that_changes_weights_is_refused(build: Any, closure: bool) -> None:
     model = build()
     opt, loss = optimizer_of(model, "sam"), loss_of(model, *batch())
     with pytest.raises(UserError, match=r"changes \w+\.\w+, and the other pass would change it again"):
+        opt.step(closure_of(opt, loss)) if closure else samon.two_pass(opt, loss)
+
+
+class Initializing(nn.Module):
+    """Sets its parameters from the first batch, and limits them in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.fixed = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.eye(4).to_sparse(), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.shift.any():
+            self.shift.data = -x.detach().mean(0)
+        with torch.no_grad():
+            self.shift.clamp_(-9, 9)
+        return torch.sparse.mm(self.fixed, (x + self.shift).T).T
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_layers_may_initialize_parameters_from_the_first_batch(closure: bool) -> None:
+    model = nn.Sequential(Initializing(), nn.LayerNorm(4), nn.Linear(4, 5)).double()
+    opt, loss = optimizer_of(model, "samon"), loss_of(model, torch.randn(3, 4).double(), torch.arange(3))
+    for _ in range(2):
         opt.step(closure_of(opt, loss)) if closure else samon.two_pass(opt, loss)
 
 

@@ -147,8 +147,7 @@ def run_closure(sam: SAM, named: NamedParameters, closure: Callable[[], Any], fi
         gradients.check(sam, named)
         return loss
     own = set(map(id, gradients.parameters))
-    unchanged = refuse_weight_changes(sam, modules_of(sam, sam.model), last=True)
-    with requires_grad(untrained, True), gradients.observe(), unchanged, record_foreign_gradients(own) as foreign:
+    with requires_grad(untrained, True), gradients.observe(), record_foreign_gradients(own) as foreign:
         loss = closure()
     if filled and not any(map(gradients.received, gradients.parameters)):
         return loss
@@ -162,7 +161,9 @@ def run_closure(sam: SAM, named: NamedParameters, closure: Callable[[], Any], fi
         gradients.clear()
         for leaf, grad in foreign.items():
             leaf.grad = grad
-        with preserve_buffers_in_pass(sam, modules_of(sam, sam.model)), sam.add_perturbation(named, eps):
+        modules = modules_of(sam, sam.model)
+        buffers, perturbed = preserve_buffers_in_pass(sam, modules), sam.add_perturbation(named, eps)
+        with buffers, perturbed, refuse_weight_changes(sam, modules):
             closure()
     return loss
 

@@ -264,7 +264,6 @@ class Replay(WholeBatch):
             self.verify(self.cache, forwards[0], loss)
         return loss, grads
 
-    @torch.no_grad()
     def verify(self, cache: ActivationCache, forward: Forward, loss: Tensor) -> None:
         """Run the forward once more, at w, with the stored outputs and the same random numbers. If it has another loss
         than the first pass, nothing is replayed: modules of the prefix have effects besides their outputs (they append
@@ -272,18 +271,17 @@ class Replay(WholeBatch):
         cache.plan.verified = True
         if loss.is_meta or isinstance(loss, FakeTensor):
             return
-        stored = {
-            m for module in cache.plan.prefix for m in module.modules()
-        }  # their graph needs the buffers unwritten
-        buffers = preserve_buffers(m for m in self.modules if m not in stored)
-        with rng.fork(self.device), buffers, cache.replaying(rng.set_state), self.no_sync():
-            again = forward()
+        buffers = [b for m in self.modules for b in m._buffers.values() if b is not None and not b.is_inference()]
+        unwritten = torch.autograd._unsafe_preserve_version_counter(tuple(buffers))  # for the stored graph
+        kept, replaying = preserve_buffers(self.modules), cache.replaying(rng.set_state)
+        with unwritten, kept, rng.fork(self.device), replaying, self.no_sync():
+            again = forward().detach()  # not under no_grad: it may compute gradients itself, for a penalty
         if not torch.allclose(again.mean(), loss, rtol=1e-4, equal_nan=True):
             warnings.warn(
                 f"replay is off: with the stored outputs of the first layers, the loss is {again.item():g} instead of "
                 f"{loss.item():g}. These layers must have no effects besides their outputs, and forward must use one "
                 "batch; pass replay=False",
-                stacklevel=7,
+                stacklevel=6,
             )
             cache.plan.prefix, self.cache = [], None
 

@@ -257,3 +257,32 @@ def test_layers_with_effects_besides_their_outputs_are_not_replayed() -> None:
         twins.step()
     twins.step()
     assert not twins.plan.prefix
+
+
+class Rescaled(nn.Module):
+    """Between replayed layers, its own forward multiplies by a buffer, which the stored graph then contains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.norm = nn.Linear(3, 4), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.other(self.first(x.mean((2, 3))).tanh() * self.scale).tanh()))
+
+
+def test_verification_leaves_the_stored_graph_and_gradients_inside_the_loss_usable() -> None:
+    model = randomized(Rescaled())
+    opt, x, y = optimizer_of(model, "samon", perturb="^norm"), *batch()
+
+    def forward() -> Tensor:
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        (slope,) = torch.autograd.grad(loss, logits, create_graph=True)  # a penalty
+        return loss + slope.square().sum()
+
+    for _ in range(3):
+        opt.zero_grad()
+        samon.two_pass(opt, forward)
+    assert PLANS[opt].prefix
