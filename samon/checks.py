@@ -1,13 +1,15 @@
 """Argument checks of `two_pass`, and clear messages for PyTorch's errors that a wrong `forward` causes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from samon.errors import UserError
 from samon.sam import SAM, sam_of
@@ -16,6 +18,8 @@ from samon.scope import refuse_fsdp1
 if TYPE_CHECKING:
     from samon.two_pass import StepOptions
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their size in bytes
+_checked_weights: WeakSet[SAM] = WeakSet()
 REENTRANT = (
     "torch.utils.checkpoint(use_reentrant=True) hides {} from the ascent pass, which differentiates with respect to "
     "the perturbed parameters only; pass use_reentrant=False (timm: timm.layers.set_reentrant_ckpt(False))"
@@ -109,3 +113,33 @@ def explained_errors(sam: SAM) -> Iterator[None]:
                 "nor use a graph that was built outside of it"
             ) from error
         raise
+
+
+@contextmanager
+def refuse_weight_changes(sam: SAM, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Around the descent pass of the first step: raise UserError if it changes values of parameters. The ascent pass
+    has then changed them too, and the perturbed ones are restored. Not around the ascent pass, in which layers may
+    initialize parameters from the first batch."""
+    before = {} if sam in _checked_weights else _checksums(modules)
+    yield
+    if not before:
+        return
+    after = _checksums(modules)
+    if changed := [name for name, old in before.items() if after.get(name, old) != old]:
+        raise UserError(
+            f"a pass of the model changes {changed[0][1]}, and the other pass would change it again; update momentum "
+            "encoders, clip weights and run optimizers after the step, not in forward or in hooks"
+        )
+    _checked_weights.add(sam)
+
+
+@torch.no_grad()
+def _checksums(modules: Iterable[nn.Module]) -> dict[tuple[int, str], int]:
+    """The sum of the bits of each dense parameter, read on the host. Embeddings with `max_norm` are left out: they
+    change theirs, but equally in every pass."""
+    return {
+        (id(m), f"{type(m).__name__}.{name}"): int(p.view(BITS[p.itemsize]).sum())
+        for m in modules
+        for name, p in (m._parameters.items() if not hasattr(m, "max_norm") else ())
+        if type(p) is Parameter and p.layout == torch.strided and p.itemsize in BITS and not p.is_meta
+    }

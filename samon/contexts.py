@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,6 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from samon.compat import foreach_clone
-from samon.errors import UserError
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their size in bytes
-_checked_weights: WeakSet[Optimizer] = WeakSet()
 
 
 @contextmanager
@@ -45,36 +41,6 @@ def add_perturbation(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
 def restore_weights(weights: list[Tensor], saved: list[Tensor]) -> None:
     """Copy the saved values back: (w + eps) - eps is not w."""
     torch._foreach_copy_(weights, saved)
-
-
-@contextmanager
-def refuse_weight_changes(optimizer: Optimizer, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Around the descent pass of the first step: raise UserError if it changes values of parameters. The ascent pass
-    has then changed them too, and the perturbed ones are restored. Not around the ascent pass, in which layers may
-    initialize parameters from the first batch."""
-    before = {} if optimizer in _checked_weights else _checksums(modules)
-    yield
-    if not before:
-        return
-    after = _checksums(modules)
-    if changed := [name for name, old in before.items() if after.get(name, old) != old]:
-        raise UserError(
-            f"a pass of the model changes {changed[0][1]}, and the other pass would change it again; update momentum "
-            "encoders, clip weights and run optimizers after the step, not in forward or in hooks"
-        )
-    _checked_weights.add(optimizer)
-
-
-@torch.no_grad()
-def _checksums(modules: Iterable[nn.Module]) -> dict[tuple[int, str], int]:
-    """The sum of the bits of each dense parameter, read on the host. Embeddings with `max_norm` are left out: they
-    change theirs, but equally in every pass."""
-    return {
-        (id(m), f"{type(m).__name__}.{name}"): int(p.view(BITS[p.itemsize]).sum())
-        for m in modules
-        for name, p in (m._parameters.items() if not hasattr(m, "max_norm") else ())
-        if type(p) is Parameter and p.layout == torch.strided and p.itemsize in BITS and not p.is_meta
-    }
 
 
 def clear_weight_caches() -> None:

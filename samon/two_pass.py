@@ -23,16 +23,16 @@ from torch.amp import GradScaler
 from torch.nn import Parameter
 
 from samon import rng
-from samon.checks import as_losses, check_options, explained_errors, raise_no_gradient, require_sam
-from samon.compat import foreach_clone
-from samon.contexts import (
-    modules_of,
-    parameters_of,
-    preserve_buffers,
-    preserve_buffers_in_pass,
+from samon.checks import (
+    as_losses,
+    check_options,
+    explained_errors,
+    raise_no_gradient,
     refuse_weight_changes,
-    requires_grad,
+    require_sam,
 )
+from samon.compat import foreach_clone
+from samon.contexts import modules_of, parameters_of, preserve_buffers, preserve_buffers_in_pass, requires_grad
 from samon.sam import SAM, all_reduce_mean
 from samon.scope import NamedParameters
 

@@ -12,8 +12,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from samon.checks import raise_no_gradient
-from samon.contexts import modules_of, preserve_buffers_in_pass, refuse_weight_changes, requires_grad
+from samon.checks import raise_no_gradient, refuse_weight_changes
+from samon.contexts import modules_of, preserve_buffers_in_pass, requires_grad
 from samon.engines.patches import graph_leaves, override_attrs
 from samon.errors import UserError
 from samon.sam import SAM
