@@ -110,7 +110,7 @@ getattr(installed, sys.argv.pop(1))()
     printed = call(*run, "train", *data, *size, *where, cwd=tmp_path)
     assert last_line(printed)["epoch"] == 0
     printed = call(*run, "validate", "--checkpoint", "out/one", "--device", "cpu", cwd=tmp_path)
-    assert "| npz/random | accuracy |" in printed
+    assert "| npz/random | validation | accuracy |" in printed
     shards = [*run, "train", "--dataset", "wds/x", "--data-dir", "."]
     done = subprocess.run(shards, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: shards need webdataset; run: pip install webdataset\n")
