@@ -1,7 +1,7 @@
 """Argument checks of `two_pass`, and clear messages for PyTorch's errors that a wrong `forward` causes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakSet
@@ -99,10 +99,13 @@ def raise_no_gradient(sam: SAM) -> NoReturn:
 @contextmanager
 def explained_errors(sam: SAM) -> Iterator[None]:
     """Around a step: raise PyTorch's errors that a wrong `forward` causes as UserError."""
-    from samon.engines.diagnostics import refuse_static_graph
+    refused: AbstractContextManager[None] = nullcontext()
+    if dist.is_initialized():
+        from samon.engines.diagnostics import refuse_static_graph
 
+        refused = refuse_static_graph(sam)
     try:
-        with refuse_static_graph(sam) if dist.is_initialized() else nullcontext():
+        with refused:
             yield
     except RuntimeError as error:
         if "use_reentrant" in str(error):

@@ -191,7 +191,9 @@ def test_the_radius_of_a_parameter_group_is_refused() -> None:
 
 def test_the_rho_of_adadelta_is_its_own() -> None:
     model = randomized(LayerNormNet())
-    samon.two_pass(create_optimizer_v2(model, "sam", lr=0.1, base_opt="adadelta"), loss_of(model, *batch()))
+    opt = create_optimizer_v2(model, "sam", lr=0.1, base_opt="adadelta")
+    samon.two_pass(opt, loss_of(model, *batch()))
+    assert opt.stats["eps_norm"].item() == pytest.approx(opt.rho)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

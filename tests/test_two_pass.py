@@ -469,11 +469,14 @@ def test_layers_may_initialize_parameters_from_the_first_batch(closure: bool) ->
     opt, loss = optimizer_of(model, "samon"), loss_of(model, torch.randn(3, 4).double(), torch.arange(3))
     for _ in range(2):
         opt.step(closure_of(opt, loss)) if closure else samon.two_pass(opt, loss)
+        assert opt.stats["eps_norm"].item() == pytest.approx(opt.rho)
 
 
 def test_embeddings_may_renormalize_themselves() -> None:
     model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.1), nn.LayerNorm(4), nn.Flatten(), nn.Linear(12, 5)).double()
-    samon.two_pass(optimizer_of(model, "sam"), loss_of(model, torch.arange(9).view(3, 3), torch.arange(3)))
+    opt = optimizer_of(model, "sam")
+    samon.two_pass(opt, loss_of(model, torch.arange(9).view(3, 3), torch.arange(3)))
+    assert opt.stats["eps_norm"].item() == pytest.approx(opt.rho)
 
 
 def test_a_graph_from_outside_is_refused() -> None:

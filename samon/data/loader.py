@@ -379,8 +379,7 @@ def create_loader(
     erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count, "mean": mean, "std": std}
     erasing["re_num_splits"] = (num_aug_splits or 2) if re_split else 0
     transform_options |= {"is_training": is_training, "splits": num_aug_splits, "use_prefetcher": use_prefetcher}
-    transform_options |= erasing
-    _set_transform(dataset, input_size, size_schedule, decoder, transform_options)
+    _set_transform(dataset, input_size, size_schedule, decoder, transform_options | erasing)
     dataset.batch_size, dataset.repeats = batch_size, num_aug_repeats
     dataset.collate = collate_fn or (fast_collate if use_prefetcher else default_collate)
     dataset.set_loader_cfg(num_workers)
@@ -399,5 +398,4 @@ def create_loader(
         return Loader(dataset, loader, None, device)
     channels = len(mean) if isinstance(input_size, int) or len(input_size) < 3 else input_size[0]
     erasing |= {"channels": channels, "re_prob": 0.0 if transform_options.get("no_aug") or not is_training else re_prob}
-    prefetcher = PrefetchLoader(loader, device=device, img_dtype=img_dtype, **erasing)
-    return Loader(dataset, loader, prefetcher, device)
+    return Loader(dataset, loader, PrefetchLoader(loader, device=device, img_dtype=img_dtype, **erasing), device)

@@ -273,8 +273,8 @@ class Replay(WholeBatch):
             return
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None and not b.is_inference()]
         unwritten = torch.autograd._unsafe_preserve_version_counter(tuple(buffers))  # for the stored graph
-        kept, replaying = preserve_buffers(self.modules), cache.replaying(rng.set_state)
-        with unwritten, kept, rng.fork(self.device), replaying, self.no_sync():
+        restored, replaying = preserve_buffers(self.modules), cache.replaying(rng.set_state)
+        with unwritten, restored, rng.fork(self.device), replaying, self.no_sync():
             again = forward().detach()  # not under no_grad: it may compute gradients itself, for a penalty
         if not torch.allclose(again.mean(), loss, rtol=1e-4, equal_nan=True):
             warnings.warn(

@@ -91,8 +91,8 @@ def read_run(folder: Path, root: Path) -> Run:
     settings = {"opt": "unknown optimizer"} | {k: v for k, v in settings.items() if k not in LOCATION_FLAGS}
     rows = summary_rows(folder / "summary.csv")
     epochs = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
-    kept = [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs]
-    run = Run(name, settings, kept, folder=folder.resolve())
+    curves = [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs]
+    run = Run(name, settings, curves, folder=folder.resolve())
     swept, record = _json(folder / "result.json"), _json(folder / "run.json")
     run.metrics = record.get("metrics") or swept.get("metrics") or {}
     if epochs and run.metrics.get("epoch", epochs[-1]["epoch"]) != epochs[-1]["epoch"]:
