@@ -247,9 +247,8 @@ def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:
 
     before = signal.signal(signal.SIGTERM, stop)  # by default it would leave the runs behind
     with bar, ThreadPoolExecutor(parallel) as pool:
-        futures = [pool.submit(run_one, sweep, job) for sweep, job in jobs]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(run_one, sweep, job) for sweep, job in jobs]):
                 future.result()
         except BaseException:  # Ctrl-C, SIGTERM, or a directory that cannot be written
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,9 +1,13 @@
 """experiments/compare.py: rho is chosen on held-out images, finished runs are skipped, results.json has all scores."""
 
 import json
+import os
+import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,16 +100,32 @@ def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
     assert "rho 0.5  eval_top1 70.00 ± 0.00 of 2  +0.50 ± 0.00  early_stopped_top1 72.00" in capsys.readouterr().out
 
 
-def test_sigterm_ends_the_runs_and_collects_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the pool, runs of several methods are stopped together."""
+@pytest.mark.parametrize("while_starting", [False, True])
+def test_sigterm_ends_the_runs_and_collects_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_starting: bool
+) -> None:
+    """In the pool, runs of several methods are stopped together, also if some are not submitted yet."""
     slow = "import glob, os, signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(143))\n"
     terminate = f"while len(glob.glob('{tmp_path}/**/sweep.log', recursive=True)) < 2: time.sleep(0.02)\n"
     terminate += "os.kill(os.getppid(), 15)\n"
 
+    # Short sleeps: a signal right before a long one would be handled after it.
+    wait, original = "for _ in range(1000): time.sleep(0.1)", ThreadPoolExecutor.submit
+    submitted: list[Future] = []
+
     def command(sweep: Sweep, job: Job) -> list[str]:
-        return [sys.executable, "-S", "-c", f"{slow}{terminate * (job.opt == 'sam')}time.sleep(100)"]
+        return [sys.executable, "-S", "-c", f"{slow}{terminate * (job.opt == 'sam' and not while_starting)}{wait}"]
+
+    def submit(pool: ThreadPoolExecutor, *args: Any) -> Future:
+        submitted.append(original(pool, *args))
+        if while_starting and len(submitted) == 2:
+            while len(list(tmp_path.rglob("sweep.log"))) < 2:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return submitted[-1]
 
     monkeypatch.setattr(Sweep, "command", command)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
     begin = time.monotonic()
     with pytest.raises(Stopped, match="stopped by signal 15"):
         compare.main(["tradeoff", "--output", str(tmp_path), "--jobs", "2", "--only", "SAM,SAM-ON"])
