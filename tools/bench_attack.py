@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_tensor
 
 from samon.data.decode import decode_pil
 from samon.data.shards import RawSample
-from samon.data.sources import open_source
+from samon.data.source_factory import open_source
 from samon.evals.attacks import ROBUST, Threat, attack, without_marks
 from samon.evals.context import evaluating
 from samon.files import markdown_table

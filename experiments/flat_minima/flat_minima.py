@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from samon.cli.program import run_script
-from samon.data.sources import parse_split, read_npz
+from samon.data.source_factory import read_npz
+from samon.data.sources import parse_split
 from samon.errors import UserError, require_matplotlib
 from samon.evals.feature_rank import energy_rank, feature_matrix, squared_singular_values
 from samon.evals.sharpness import Measure, sharpness

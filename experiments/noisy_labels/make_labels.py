@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from samon.cli.program import run_script
-from samon.data.sources import read_npz
+from samon.data.source_factory import read_npz
 from samon.errors import UserError
 from samon.files import atomic_write
 

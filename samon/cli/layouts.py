@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from samon.data.classes import class_order, validation_number
 from samon.data.images import ImageEntry, find_images
-from samon.data.sources import EVAL_SPLITS, TRAIN_SPLITS, read_npz
+from samon.data.shards import EVAL_SPLITS, TRAIN_SPLITS
+from samon.data.source_factory import read_npz
 from samon.errors import UserError, require_package
 
 # Sets that are distributed as class folders of one validation split. Evaluation checks their classes.

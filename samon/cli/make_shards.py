@@ -26,9 +26,9 @@ from samon.cli.layouts import FORMATS, LabeledImages, find_splits
 from samon.data import DataError, SampleError, create_dataset
 from samon.data.decode import decode_pil, open_image
 from samon.data.images import ImageEntry
-from samon.data.shards import import_webdataset
 from samon.data.sources import ShardSource
 from samon.data.stream import SampleStream
+from samon.data.urls import import_webdataset
 from samon.errors import UserError
 from samon.files import atomic_write, write_text
 from samon.progress import progress_bar

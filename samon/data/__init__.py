@@ -1,10 +1,11 @@
 """Streaming is our own reader on top of webdataset's tar and URL parts, because a `wds.WebDataset` pipeline cannot give
 equal batches on every rank, each validation sample exactly once, and a resume at the exact next sample.
 
-- `shards`: opening local and remote shards, and reading chosen samples from one;
-- `sources`: samples by number, for every kind of `--dataset`; `images` finds image files; `classes` decides labels;
-- `stream`: which samples a loader worker reads, in which order;
-- `decode`: from bytes to augmented tensors;
+- `urls`: opening local and remote files; `shards`: reading chosen samples of a shard;
+- `sources`: samples by number, for every kind of `--dataset`, which `source_factory` opens; `images` finds image
+  files; `classes` decides labels;
+- `sharding`: which samples a loader worker reads, in which order; `stream` reads them;
+- `decode`, `transforms`: from bytes to augmented tensors;
 - `loader`, `in_memory`: batches on the device;
 - `corrupt`: errors in samples, which are counted.
 """

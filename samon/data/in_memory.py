@@ -21,9 +21,9 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2.functional import equalize
 
 from samon.data.classes import check_label
-from samon.data.loader import GRAY, pad_pixels
 from samon.data.sources import PairSource
 from samon.data.stream import SampleStream, check_epoch, process_rank
+from samon.data.transforms import GRAY, pad_pixels
 from samon.errors import UserError
 
 # Batches are augmented together up to this number of samples: AutoAugment launches some hundred small kernels, whatever

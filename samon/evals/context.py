@@ -16,9 +16,10 @@ from torch import distributed as dist
 from samon import contexts
 from samon.data.corrupt import SampleError
 from samon.data.decode import Transform, decode_pil
-from samon.data.loader import create_loader, create_transform
+from samon.data.loader import create_loader
 from samon.data.shards import RawSample, SampleOrError
 from samon.data.stream import Processed, SampleStream
+from samon.data.transforms import create_transform
 from samon.errors import UserError
 from samon.evals.metrics import Scoring
 from samon.progress import progress_bar

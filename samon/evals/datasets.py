@@ -17,7 +17,8 @@ from torch import Tensor
 from samon.data.classes import check_ranks, validation_number
 from samon.data.corrupt import SampleError
 from samon.data.decode import open_image
-from samon.data.sources import ShardSource, Source, check_name, open_source, source_options
+from samon.data.source_factory import check_name, open_source, source_options
+from samon.data.sources import ShardSource, Source
 from samon.errors import UserError, nearest, reraise_as_user_error
 from samon.evals import EVALS, corruptions, shifts
 from samon.evals.context import EvalContext, EvalDataset

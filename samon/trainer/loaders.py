@@ -11,7 +11,8 @@ from torch.utils.data import SequentialSampler
 
 from samon import data
 from samon.data.classes import check_ranks
-from samon.data.sources import Source, find_overlap, is_sorted_by_class, open_source, source_options
+from samon.data.source_factory import is_sorted_by_class, open_source, source_options
+from samon.data.sources import Source, find_overlap
 from samon.data.stream import SampleStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.trainer.config import Config, mixes

@@ -8,7 +8,7 @@ from logging.handlers import MemoryHandler
 
 from timm.utils import random_seed
 
-from samon.data.sources import check_name
+from samon.data.source_factory import check_name
 from samon.errors import UserError
 from samon.progress import plural
 from samon.trainer.build import Run, build

@@ -9,7 +9,8 @@ from timm.models import clean_state_dict
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from samon.data.stream import ReaderLayout, ShardStream
+from samon.data.sharding import ReaderLayout
+from samon.data.stream import ShardStream
 from samon.errors import UserError, reraise_as_user_error
 from samon.registry import base_of
 from samon.trainer import fsdp

@@ -8,7 +8,7 @@ import pytest
 
 from samon.data import DataError, SampleError
 from samon.data.classes import check_label, class_order, load_class_map
-from samon.data.sources import open_source
+from samon.data.source_factory import open_source
 from samon.errors import UserError
 from tests.sets import write_images, write_set
 

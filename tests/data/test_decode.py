@@ -17,7 +17,7 @@ from samon.cli import make_shards
 from samon.data import decode as decoding
 from samon.data.corrupt import SampleError
 from samon.data.decode import DECODERS, choose_decoder, decode_pil, decode_tensor
-from samon.data.sources import open_source
+from samon.data.source_factory import open_source
 from samon.errors import UserError
 from samon.trainer.flag_rows import TRAIN as TRAIN_FLAGS
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from samon.data.images import find_images
-from samon.data.sources import open_source
+from samon.data.source_factory import open_source
 from samon.errors import UserError
 from tests.sets import jpeg, tar_of, write_images, write_set
 

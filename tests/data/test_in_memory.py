@@ -14,7 +14,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from samon import UserError
 from samon.data import InMemoryLoader, create_dataset, create_in_memory_loader, create_loader
 from samon.data.in_memory import Augment
-from samon.data.loader import GRAY, create_transform, pad_pixels
+from samon.data.transforms import GRAY, create_transform, pad_pixels
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SHARDS = Path(__file__).parents[2] / "data/fashion-mnist"

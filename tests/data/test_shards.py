@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from samon.cli.validate import main
-from samon.data import DataError, SampleError, shards
+from samon.data import DataError, SampleError, shards, urls
 from samon.errors import UserError
 from tests.sets import RANDOM_MODEL, change_info, flat, jpeg, make_loader, tar_of, write_set
 
@@ -112,21 +112,21 @@ def test_shell_commands_need_permission(tmp_path, monkeypatch, root):
     with pytest.raises(UserError, match="--allow-shell-urls"):
         make_loader(root)
     with pytest.raises(UserError, match="--allow-shell-urls"):
-        shards.join_url(str(tmp_path), root)
+        urls.join_url(str(tmp_path), root)
     monkeypatch.setenv("GOPEN_REWRITE", "http://data/=pipe:touch executed ")
     with pytest.raises(UserError, match="--allow-shell-urls"):
-        shards.resolve_url("http://data/train.tar")
+        urls.resolve_url("http://data/train.tar")
     for path in (f" {root}", f"\t{root}", "-", f"x {root}"):  # these only look like a command
         with pytest.raises(FileNotFoundError):
-            shards.open_url(shards.resolve_url(path))
+            urls.open_url(urls.resolve_url(path))
     assert not (tmp_path / "executed").exists()
 
 
 def test_unknown_schemes_name_the_known_ones():
     with pytest.raises(UserError, match=r"s3:// URLs cannot be opened.*gs.*hf.*https"):
-        shards.resolve_url("s3://bucket/train.tar")
-    assert shards.resolve_url("gs://bucket/train.tar") == "gs://bucket/train.tar"
-    assert shards.resolve_url("file:/data/x.tar") == shards.resolve_url("file:///data/x.tar") == "/data/x.tar"
+        urls.resolve_url("s3://bucket/train.tar")
+    assert urls.resolve_url("gs://bucket/train.tar") == "gs://bucket/train.tar"
+    assert urls.resolve_url("file:/data/x.tar") == urls.resolve_url("file:///data/x.tar") == "/data/x.tar"
 
 
 def validate(*words):

@@ -8,7 +8,8 @@ from PIL import Image
 
 from samon.data import SampleError, create_dataset, create_loader
 from samon.data.decode import decode_pil
-from samon.data.sources import find_overlap, is_sorted_by_class, open_source
+from samon.data.source_factory import is_sorted_by_class, open_source
+from samon.data.sources import find_overlap
 from samon.errors import UserError
 from tests.sets import change_info, jpeg, write_images, write_set
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from timm.data.mixup import FastCollateMixup
 
-from samon.data import create_dataset
-from samon.data import stream as streams
+from samon.data import create_dataset, sharding
 from samon.data.classes import check_ranks
 from samon.data.stream import with_fallbacks
 from samon.errors import UserError
@@ -29,10 +28,10 @@ def root(tmp_path_factory):
 def test_read_ranges_cover_each_sample_once(world, workers, batch):
     cells = [(rank, worker) for rank in range(world) for worker in range(workers)]
     for size in (0, 1, 29, 100):
-        evaluation = [streams.read_range(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
+        evaluation = [sharding.read_range(size, batch, r, world, w, workers, is_training=False) for r, w in cells]
         covered = [i for own in evaluation for i in own]
         assert sorted(covered) == list(range(size))
-        training = [streams.read_range(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
+        training = [sharding.read_range(size, batch, r, world, w, workers, is_training=True) for r, w in cells]
         covered = [i for own in training for i in own]
         assert len(covered) == len(set(covered)) == size // (world * batch) * world * batch
         samples = {
@@ -42,7 +41,7 @@ def test_read_ranges_cover_each_sample_once(world, workers, batch):
 
 
 def test_shuffle_order_is_a_permutation_held_in_the_buffer():
-    order = streams.shuffle_order(1000, 64, 0, 0, 0)
+    order = sharding.shuffle_order(1000, 64, 0, 0, 0)
     assert sorted(order) == list(range(1000))
     newest = 0
     for given, position in enumerate(order):
@@ -68,7 +67,9 @@ def test_every_sample_of_every_epoch_has_draws_of_its_own(root):
 def test_shards_and_files_come_in_another_order_each_epoch(tmp_path):
     write_images(tmp_path, *(f"train/class{k % 2}/{k}.jpg" for k in range(12)))
     stream = create_dataset("", root=str(tmp_path), split="train", is_training=True, rank=0, world_size=1)
-    shards = [[shard for shard, _ in streams.shard_slices([4] * 12, 0, 48, seed=1, epoch=epoch)] for epoch in (0, 1, 0)]
+    shards = [
+        [shard for shard, _ in sharding.shard_slices([4] * 12, 0, 48, seed=1, epoch=epoch)] for epoch in (0, 1, 0)
+    ]
     for orders in (shards, [stream.epoch_order(epoch) for epoch in (0, 1, 0)]):
         assert orders[0] == orders[2] != orders[1]
         assert sorted(orders[0]) == list(range(12))
