@@ -2,11 +2,13 @@
 """Compare methods on a recipe: rho is chosen on held-out images, then several seeds run on the test set.
 
     python experiments/compare.py tradeoff --data-dir DIR [--jobs 2] [--only SAM-ON,SGD] [--table] [-- --device cuda]
+    python experiments/compare.py tradeoff --data-dir DIR --extend experiments/tradeoff/results.json --only MINE
 
 An experiment is a directory with a recipe NAME.yaml and a table of methods, methods.yaml. Each method is a sweep of its
 own below --output; --jobs runs of all of them train at a time. After an interruption, start the command again: finished
-runs are skipped and interrupted ones resume. Flags after `--` go to every train.py. Prints a table and writes
-results.json, which samon-report reads, and the figures; `--table` only collects what is finished.
+runs are skipped and interrupted ones resume. So are the runs of the results.json that --extend names: only a new row of
+methods.yaml, or more seeds, are trained and compared with its results. Flags after `--` go to every train.py. Prints a
+table and writes results.json, which samon-report reads, and the figures; `--table` only collects what is finished.
 """
 
 import argparse
@@ -22,10 +24,13 @@ from samon.cli.sweep import Job, Sweep, run_jobs
 from samon.errors import RunError, UserError, require_matplotlib
 from samon.report.content import EARLY_STOPPED, Content, Run, Score, export, mean_text
 from samon.report.figures import mean_cost
-from samon.report.read import read_run
+from samon.report.read import read_file, read_run
+from samon.trainer.config import FLAGS
 from samon.trainer.logging import summary_rows
+from samon.trainer.resume import NON_SEMANTIC_FLAGS
 
 HERE = Path(__file__).resolve().parent
+NOT_COMPARED = NON_SEMANTIC_FLAGS | {"seed", "rho", "pretrained_path"}  # between these runs and those of --extend
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,12 @@ class Experiment:
         output: directory of the runs, `choose/METHOD/` and `test/METHOD/`.
         train: further flags of train.py.
         parallel: runs at a time.
+        known: results of earlier runs, made elsewhere.
     """
 
-    def __init__(self, directory: Path, output: Path, train: list[str], parallel: int = 1) -> None:
+    def __init__(
+        self, directory: Path, output: Path, train: list[str], parallel: int = 1, known: Content | None = None
+    ) -> None:
         try:
             table = yaml.safe_load((directory / "methods.yaml").read_text())
             rows = {name: row | {"rho": tuple(row.get("rho", ()))} for name, row in table["methods"].items()}
@@ -70,6 +78,22 @@ class Experiment:
             raise UserError(f"{directory / 'methods.yaml'} is no table of methods: {error}") from None
         self.recipe = directory / f"{directory.name}.yaml"
         self.output, self.train, self.parallel = output.resolve(), train, parallel
+        self.known = known or Content()
+        held_out = [s for s in self.known.scores if s.held_out]
+        self.known_runs = {run.name for run in self.known.runs}
+        self.known_runs |= {f"choose/{s.method.replace(' ', '-')}/{Job(s.opt, s.rho, 0).name}" for s in held_out}
+        self._check_known()
+
+    def _check_known(self) -> None:
+        """Raise UserError if an earlier run is of this experiment, but was made with other settings."""
+        for run in (run for run in self.known.runs if run.method in self.methods):
+            config = vars(self.sweep(run.method, "test", (None,), 1).resolve(run.opt))
+            for key in config.keys() & run.settings.keys() - NOT_COMPARED:
+                if config[key] != run.settings[key] and not FLAGS[key].refused:
+                    setting = f"{FLAGS[key].flag} {run.settings[key]}, this command has {config[key]}"
+                    raise UserError(
+                        f"--extend: {run.name} was made with {setting}; change that after --, or drop --extend"
+                    )
 
     def sweep(self, name: str, stage: str, rhos: tuple[float | None, ...], seeds: int) -> Sweep:
         method = self.methods[name]
@@ -92,8 +116,9 @@ class Experiment:
             return []
         scores = early_stopped(sweep) if self.early_stopping else sweep.scores()
         for score in scores:
-            score.held_out = True
-        return scores
+            score.held_out, score.method = True, name
+        tried = {job.rho for job in sweep.jobs} - {score.rho for score in scores}
+        return scores + [s for s in self.known.scores if s.held_out and s.method == name and s.rho in tried]
 
     def chosen_rho(self, name: str) -> tuple[float | None, ...] | None:
         """The rho that the held-out images choose, () to leave it to the recipe, None before all values are tried."""
@@ -124,6 +149,7 @@ class Experiment:
             RunError: some runs failed or were stopped.
         """
         jobs = [(sweep, job) for sweep in sweeps if sweep is not None for job in sweep.jobs]
+        jobs = [(sweep, job) for sweep, job in jobs if self.run_name(sweep, job) not in self.known_runs]
         jobs = [(sweep, job) for sweep, job in sorted(jobs, key=lambda pair: pair[1].seed) if not sweep.result(job)]
         print(f"{title}: {len(jobs)} runs in {self.output}", flush=True)
         if unfinished := run_jobs(jobs, self.parallel) if jobs else []:
@@ -132,35 +158,36 @@ class Experiment:
                 "command again to continue"
             )
 
+    def run_name(self, sweep: Sweep, job: Job) -> str:
+        """The name of a run in results.json."""
+        return str((sweep.output / job.name).relative_to(self.output))
+
     def test_scores(self, name: str, sweep: Sweep, runs: list[Run]) -> list[Score]:
         """The scores on the test set with all costs, also with early stopping if it is asked for."""
         scores = sweep.scores()
         if choices := self.held_out_scores(name) if self.early_stopping else []:
-            best = max(choices, key=lambda score: score.merit)
-            chooser = self.choices(name)
-            assert chooser is not None
-            curve = top1_by_epoch(chooser.output / Job(best.opt, best.rho, 0).name)
-            scores += early_stopped(sweep, max(curve, key=curve.__getitem__))
+            scores += early_stopped(sweep, max(choices, key=lambda score: score.merit).epoch)
         for score in scores:
+            score.method = name
             score.costs["flops"] = [run.cost["flops"] for run in runs if "flops" in run.cost]
-        return scores
+        rhos = {job.rho for job in sweep.jobs}
+        known = [s for s in self.known.scores if (s.method, s.held_out) == (name, False) and s.rho in rhos]
+        return [extended(score, known) for score in scores] or known
 
     def content(self) -> Content:
         """Finished runs on the test set, and the scores of both stages."""
         content = Content()
         for name in self.methods:
-            scores, rho = self.held_out_scores(name), self.chosen_rho(name)
-            if rho is not None:
+            content.scores += self.held_out_scores(name)
+            if (rho := self.chosen_rho(name)) is not None:
                 sweep = self.sweep(name, "test", rho, self.seeds)
                 finished = [job.name for job in sweep.jobs if sweep.result(job) is not None]
                 runs = [read_run(sweep.output / job, self.output) for job in finished]
                 for run in runs:
                     run.method = name
-                scores += self.test_scores(name, sweep, runs)
-                content.runs += runs
-            for score in scores:
-                score.method = name
-            content.scores += scores
+                content.scores += self.test_scores(name, sweep, runs)
+                names = {self.run_name(sweep, job) for job in sweep.jobs} - {run.name for run in runs}
+                content.runs += [run for run in self.known.runs if run.name in names] + runs
         best = {(score.method, score.metric): score for score in content.best()}
         for (name, metric), score in best.items():
             own = self.methods[name].baseline
@@ -176,6 +203,17 @@ def paired_differences(score: Score, base: Score | None) -> list[float]:
     return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
+def extended(score: Score, known: list[Score]) -> Score:
+    """A score with the values of other seeds from a known score of the same metric."""
+    for other in (s for s in known if s.metric == score.metric):
+        new = [i for i, seed in enumerate(other.seeds) if seed not in score.seeds]
+        score.seeds = [other.seeds[i] for i in new] + score.seeds
+        score.values = [other.values[i] for i in new] + score.values
+        for cost, values in other.costs.items():
+            score.costs[cost] = [values[i] for i in new if i < len(values)] + score.costs.get(cost, [])
+    return score
+
+
 def top1_by_epoch(directory: Path) -> dict[int, float]:
     """The accuracy after each evaluated epoch of a run, from 0."""
     rows = summary_rows(directory / "summary.csv")
@@ -183,11 +221,12 @@ def top1_by_epoch(directory: Path) -> dict[int, float]:
 
 
 def early_stopped(sweep: Sweep, epoch: int | None = None) -> list[Score]:
-    """The scores of a sweep after `epoch`, or after each run's best one if None."""
+    """The scores of a sweep after `epoch`; if None, after the best one of the single run of each."""
     scores = sweep.scores()
     for score in scores:
         curves = [top1_by_epoch(sweep.output / Job(score.opt, score.rho, seed).name) for seed in score.seeds]
-        score.values = [max(curve.values()) if epoch is None else curve[epoch] for curve in curves]
+        score.epoch = max(curves[0], key=curves[0].__getitem__) if epoch is None else epoch
+        score.values = [curve[score.epoch] for curve in curves]
         score.metric = EARLY_STOPPED
     return scores
 
@@ -223,12 +262,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, help="seeds on the test set (default: those of methods.yaml)")
     add("--only", help="comma-separated methods (default: all)")
     add("--choose-only", action="store_true", help="stop before the test set is used")
+    add("--extend", type=Path, help="results.json of earlier runs, which are not repeated")
     add("--table", action="store_true", help="run nothing; collect what is finished")
     args = parse_before_dashes(parser, argv, "samon-train")
     directory = args.experiment if args.experiment.is_dir() else HERE / args.experiment
     train = [*(["--data-dir", str(args.data_dir)] if args.data_dir else []), *args.after]
     output = args.output or Path("output/experiments") / directory.name
-    experiment = Experiment(directory.resolve(), output, train, args.jobs)
+    known = read_file(args.extend) if args.extend else None
+    experiment = Experiment(directory.resolve(), output, train, args.jobs, known)
     experiment.seeds = args.seeds or experiment.seeds
     names = args.only.split(",") if args.only else list(experiment.methods)
     if unknown := set(names) - set(experiment.methods):

@@ -92,6 +92,7 @@ class Score:
         seeds: the seed of each value; empty if unknown.
         differences: to the baseline with the same seed, which starts from the same weights and sees the same batches;
             empty for the baseline itself, or if unknown.
+        epoch: the epoch of the values, from 0; None for the last one.
     """
 
     method: str
@@ -106,6 +107,7 @@ class Score:
     base_opt: str = ""
     seeds: list[int] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
+    epoch: int | None = None
 
     @property
     def base(self) -> str:

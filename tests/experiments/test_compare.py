@@ -17,7 +17,7 @@ from samon import UserError
 from samon.cli.sweep import Job, Sweep
 from samon.errors import Stopped
 from samon.report.content import load
-from samon.trainer.config import parse
+from samon.trainer.config import dump, parse
 from tests.runs import ROOT
 
 # Stands in for train.py: accuracy is best at rho 0.5; writes what a report reads of a run.
@@ -25,8 +25,7 @@ FAKE = """
 import json, sys
 folder, rho, choose = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "choose"
 open(f"{folder}/starts", "a").write("x")
-open(f"{folder}/args.yaml", "w").write(f"opt: x\\nmodel: resnet20_cifar\\nrho: {rho}\\n")
-json.dump({"recipe": "tradeoff"}, open(f"{folder}/run.json", "w"))
+json.dump({"recipe": sys.argv[4]}, open(f"{folder}/run.json", "w"))
 top1 = 70 - abs(rho - 0.5) + choose
 rows = [top1 - 1, top1 + 1, top1] if choose else [top1 + 5, top1 + 2, top1]
 with open(f"{folder}/summary.csv", "w") as file:
@@ -39,7 +38,9 @@ print(json.dumps({"eval_top1": top1}))
 def _fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(sweep: Sweep, job: Job) -> list[str]:
         folder = sweep.output / job.name
-        return [sys.executable, "-S", "-c", FAKE, str(folder), str(job.rho or 0), sweep.output.parent.name]
+        (folder / "args.yaml").write_text(dump(sweep.resolve(job.opt).but(rho=job.rho, seed=job.seed)))
+        words = [str(folder), str(job.rho or 0), sweep.output.parent.name, Path(sweep.config).stem]
+        return [sys.executable, "-S", "-c", FAKE, *words]
 
     monkeypatch.setattr(Sweep, "command", command)
 
@@ -86,7 +87,8 @@ def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
     table = "choose: --val-split train[45000:]\nearly_stopping: true\nseeds: 2\nmethods:\n  SGD: {opt: sgd}\n"
     table += "  SAM: {opt: sam, rho: [0.1, 0.5, 0.9]}\n  tail: {opt: sam, rho_of: SAM, flags: --sam-tail 0.5}\n"
     (tmp_path / "early/methods.yaml").write_text(table)
-    compare.main([str(tmp_path / "early"), "--output", str(tmp_path / "out"), "--jobs", "3"])
+    words = [str(tmp_path / "early"), "--output", str(tmp_path / "out"), "--jobs", "3"]
+    compare.main(words)
     runs = sorted(str(path.parent.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("starts"))
     assert len(runs) == 5 + 6
     scores = load(json.loads((tmp_path / "out/results.json").read_text()), tmp_path).scores
@@ -98,6 +100,21 @@ def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
         *(("tail", "eval_top1", 0.5, [70] * 2), ("tail", "early_stopped_top1", 0.5, [72] * 2)),
     ]
     assert "rho 0.5  eval_top1 70.00 ± 0.00 of 2  +0.50 ± 0.00  early_stopped_top1 72.00" in capsys.readouterr().out
+    # On another machine: one more seed, one more value of rho, and a new method. Nothing else is trained.
+    (tmp_path / "early/methods.yaml").write_text(table.replace("0.9]", "0.9, 2]") + "  new: {opt: sam, rho: [0.5]}\n")
+    words[2] = str(tmp_path / "more")
+    compare.main([*words, "--extend", str(tmp_path / "out/results.json"), "--seeds", "3", "--only", "SGD,SAM,new"])
+    started = {str(path.parent.relative_to(tmp_path / "more")) for path in (tmp_path / "more").rglob("starts")}
+    new = {"choose/new/sam-rho0.5-seed0", *(f"test/new/sam-rho0.5-seed{seed}" for seed in range(3))}
+    assert started == new | {"test/SGD/sgd-seed2", "choose/SAM/sam-rho2-seed0", "test/SAM/sam-rho0.5-seed2"}
+    content = load(json.loads((tmp_path / "more/results.json").read_text()), tmp_path)
+    values = [(s.method, s.values, s.seeds, s.differences) for s in content.scores if s.metric == "eval_top1"]
+    assert values[:2] == [("SGD", [69.5] * 3, [0, 1, 2], []), ("SAM", [70] * 3, [0, 1, 2], [0.5] * 3)]
+    early = [s.values for s in content.scores if s.metric != "eval_top1" and not s.held_out]
+    assert early[:2] == [[71.5] * 3, [72] * 3]
+    assert len(content.runs) == 3 + 3 + 2 + 3
+    with pytest.raises(UserError, match=r"sgd-seed0 was made with --lr 0\.1, this command has 0\.2"):
+        compare.main([*words, "--extend", str(tmp_path / "out/results.json"), "--table", "--", "--lr", "0.2"])
 
 
 @pytest.mark.parametrize("while_starting", [False, True])
