@@ -20,7 +20,8 @@ from samon.evals.datasets import EvalSpec, open_dataset, read_specs
 from samon.evals.results import Result, ResultsFile, file_stem, markdown, shorten_paths
 from samon.files import check_writable
 from samon.trainer import model as models
-from samon.trainer.config import Config, check_combinations, load_yaml
+from samon.trainer.combinations import check_combinations
+from samon.trainer.config import Config, load_yaml
 from samon.trainer.distributed import DistInfo, distributed_session, rank_zero_only
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import Settings, by_key, parse_command_line

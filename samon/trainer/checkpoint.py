@@ -1,6 +1,7 @@
 """Checkpoints of a run: which are written, atomically, and which remain."""
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from samon.trainer.build import Run
 from samon.trainer.dcp import convert_to_file, save_sharded
 from samon.trainer.distributed import gloo_group
 from samon.trainer.fsdp import gather_full
-from samon.trainer.resume import DECISIVE_FLAGS, changed_settings, describe_optimizer, restore_run
+from samon.trainer.resume import describe_optimizer, restore_run
 from samon.trainer.run_dir import OVERWRITTEN, RunDir, remove_state, without_launch_flags
 from samon.trainer.state import DCP_SUFFIX, SUFFIX, TrainState, Tree, list_states
 
@@ -49,26 +50,25 @@ class CheckpointManager:
         newest = [path.name, metric]
         ranking = [pair for pair in self.best["kept"] if pair[0] != path.name] + [newest]
         ranking.sort(key=lambda pair: self._loss(pair[1]))
-        kept = ranking[: config.checkpoint_hist]
-        if self.sharded and newest not in kept:  # sharded checkpoints have no `last`
-            kept.append(newest)
-        outdated = [self.directory / pair[0] for pair in ranking if pair not in kept]
+        self.best["kept"] = ranking[: config.checkpoint_hist]
+        if self.sharded and newest not in self.best["kept"]:  # sharded checkpoints have no `last`
+            self.best["kept"].append(newest)
+        outdated = [self.directory / pair[0] for pair in ranking if pair not in self.best["kept"]]
         outdated += self.directory.glob("recovery-*")
-        self.best["kept"] = kept
-        aliases = ["last"]
-        if epoch + 1 in config.save_epochs:
-            aliases.append(f"milestone-{epoch + 1}")
         if self._loss(metric) < self._loss(self.best["metric"]):
             self.best |= {"metric": metric, "epoch": epoch}
-            aliases.append("model_best")
+        # A run that goes back to an earlier epoch finds the best of its first attempt there.
+        links = {"last": path, "model_best": self._best_path()}
+        if epoch + 1 in config.save_epochs:
+            links[f"milestone-{epoch + 1}"] = path
         self.run.progress.epoch_done = True
-        self._save(path, metric, aliases)
+        self._save(path, metric, links)
         self._delete(outdated)
 
     def save_recovery(self) -> None:
         """Save within an epoch; the previous such state stays until the next one."""
         progress = self.run.progress
-        self._save(self.directory / f"recovery-{progress.epoch}-{progress.updates}{self.suffix}", None, [])
+        self._save(self.directory / f"recovery-{progress.epoch}-{progress.updates}{self.suffix}", None, {})
         self._delete(sorted(self.directory.glob("recovery-*"), key=_numbers)[:-2])
 
     def restore(self, source: Path) -> Tree | None:
@@ -76,8 +76,6 @@ class CheckpointManager:
         state, random_state = restore_run(self.run, source, self.run_dir.started)
         if self.run_dir.same_run:
             self.best, self.last_good = state.best or self.best, source
-            if DECISIVE_FLAGS.intersection(changed_settings(self.run, state.args)):  # earlier figures do not compare
-                self.best = {"metric": None, "epoch": None, "kept": [[name, None] for name, _ in self.best["kept"]]}
         return random_state
 
     def wait(self) -> None:
@@ -100,8 +98,7 @@ class CheckpointManager:
         """Complete the run's checkpoints; of sharded ones write the last and the best as timm's single files too."""
         self.wait()
         if self.sharded and self.run.dist_info.is_rank_zero and self.best["kept"]:
-            best = self.directory / f"checkpoint-{self.best['epoch']}{self.suffix}"
-            for name, path in (("last", self.last_good), ("model_best", best)):
+            for name, path in (("last", self.last_good), ("model_best", self._best_path())):
                 if path is not None and path.is_dir():
                     convert_to_file(path, self.directory / f"{name}{SUFFIX}")
 
@@ -112,22 +109,26 @@ class CheckpointManager:
             return "no checkpoint was written before it"
         return f"the last good checkpoint is {path}; remove the cause and use --resume {self.directory}"
 
-    def _save(self, path: Path, metric: float | None, aliases: list[str]) -> None:
+    def _best_path(self) -> Path:
+        return self.directory / f"checkpoint-{self.best['epoch']}{self.suffix}"
+
+    def _save(self, path: Path, metric: float | None, links: Mapping[str, Path]) -> None:
         self.wait()
-        state = self._take_state(metric)
+        state = self._collect_state(metric)
         try:
             if self.sharded:
                 self._writing = save_sharded(state, path, self.group), path
             elif self.run.dist_info.is_rank_zero:
                 with atomic_write(path) as file:
                     torch.save(state.to_dict(), file)
-                for name in aliases:
-                    link_or_copy(path, self.directory / f"{name}{SUFFIX}")
-                self.last_good = self.directory / f"last{SUFFIX}" if aliases else path
+                for name, source in links.items():
+                    if source.exists():
+                        link_or_copy(source, self.directory / f"{name}{SUFFIX}")
+                self.last_good = self.directory / f"last{SUFFIX}" if links else path
         except OSError as error:
             raise self._write_error(path, error) from error
 
-    def _take_state(self, metric: float | None) -> TrainState:
+    def _collect_state(self, metric: float | None) -> TrainState:
         """This run's state, complete on rank 0; FSDP's shards are gathered there unless each process writes its own."""
         run = self.run
         trees: list[Tree | None] = [run.model.state_dict(), run.optimizer.state_dict()]

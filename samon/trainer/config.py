@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.optim import OptimInfo, get_optimizer_info, list_optimizers
+from timm.optim import list_optimizers
 from timm.utils.distributed import world_info_from_env
 
 import samon
 from samon.errors import UserError, nearest
 from samon.geometry import GEOMETRIES
-from samon.registry import BASES, base_of, variant_of
+from samon.registry import BASES, variant_of
+from samon.trainer.combinations import base_info, check_combinations, describe_idle
 from samon.trainer.flag_rows import SAM, TRAIN
 from samon.trainer.flags import Flag, Settings, by_key, parse_command_line, rename_old
 
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None = None, load_stored: Callable[[str], Settings] 
             file = {key: value for key, value in file.items() if key not in ("rho", "eta")}
     config = resolve(given, file)
     check(config, given)
-    for text in describe_idle(config, given, written) if world_info_from_env()[1] == 0 else ():
+    for text in describe_idle(config, FLAGS, given, written) if world_info_from_env()[1] == 0 else ():
         _warn_once(text)
     return config
 
@@ -208,132 +209,6 @@ def _expand_loss(settings: Settings) -> Settings:
 
 # --- checks: mistakes that the settings alone show -------------------------------------------------------------------
 
-# Flags that cannot be combined with any of the others; `name=value` stands for that value alone.
-EXCLUDES = {
-    "fsdp": "torchcompile channels-last sync-bn split-bn model-ema-force-cpu clip-mode=agc",
-    "aug-splits": "mixup cutmix cutmix-minmax ascent-fraction ascent-size train-img-sizes no-prefetcher",
-    "m-sharpness": "ascent-fraction ascent-size",
-    "ascent-size": "bn-stats=both",  # statistics of small images differ
-    "sam-tail": "sam-start-epoch sam-end-epoch sam-every",
-    "in-memory": "epoch-repeats train-img-sizes decoder",
-    "train-batches-per-epoch": "epoch-repeats train-num-samples",
-    "fix-norm": "train-only-norm norm-dropout",
-    "norm-dropout": "torchcompile",
-    "sync-bn": "split-bn",
-    "weight-decay-on": "layer-decay",
-    "sched=plateau": "sched-on-updates start-epoch",  # it steps once per epoch, by the metric
-    "checkpoint-format=dcp": "save-epochs",  # which keeps single files
-}
-# Flags without effect (named last) unless one of the others is used: an error.
-NEEDS = {
-    "fsdp": "fsdp-reshard-after-forward fsdp-replicate",
-    "aug-splits": "jsd-loss",
-    "train-img-sizes": "train-size-probs train-batches-per-epoch",
-    "resume": "wandb-resume-id",
-    "sam-tail": "tail-opt",
-    "tail-opt": "tail-lr",
-    "rho-sched": "rho-min",
-    "aug-splits resplit": "split-bn",
-    "sched=wsd sched=rsqrt": "lr-decay-fn",
-    "sched=rsqrt": "lr-stable-timescale",
-    "experiment": "resume=auto",  # by which it finds the run
-    "landscape-figure": "landscape-points",
-    "results-file": "results-format",
-}
-# The same for flags that timm accepts without effect: a warning.
-IDLE_WITHOUT = {
-    "amp": "amp-dtype",
-    "clip-grad": "clip-mode",
-    "layer-decay": "layer-decay-min-scale layer-decay-no-opt-scale",
-    "model-ema": "model-ema-decay model-ema-force-cpu model-ema-warmup",
-    "bce-loss": "bce-sum bce-target-thresh bce-pos-weight",
-    "reprob": "remode recount",
-    "reprob split-bn": "resplit",
-    "mixup cutmix cutmix-minmax": "mixup-prob mixup-mode mixup-off-epoch",
-    "mixup": "mixup-switch-prob",
-    "train-img-sizes": "train-size-schedule",
-    "train-size-schedule": "train-size-schedule-spread train-size-random-mix",
-    "torchcompile": "torchcompile-mode",
-    "shard-cache": "shard-cache-size",
-    "lr-noise": "lr-noise-pct lr-noise-std",
-    "lr-cycle-limit": "lr-cycle-mul lr-cycle-decay",
-    "sched=multistep": "decay-milestones",
-    "sched=plateau": "patience-epochs",
-    "sched=step sched=wsd sched=rsqrt": "decay-epochs",
-    "sched=step sched=multistep sched=plateau sched=poly": "decay-rate",
-    "sched=cosine sched=poly": "lr-k-decay",
-    "sched=cosine sched=tanh sched=poly": "lr-cycle-limit",
-    "sched=cosine sched=tanh sched=poly sched=wsd sched=rsqrt": "cooldown-epochs",
-    "sched=cosine sched=tanh sched=poly sched=wsd sched=rsqrt sched=plateau": "min-lr",
-}
-# Flags without effect (named last) beside the other: a warning.
-IDLE_WITH = {
-    "lr": "lr-base lr-base-size lr-base-scale",
-    "drop-path": "drop-connect",
-    "sched=none": "warmup-epochs warmup-lr lr-noise",
-    "aa": "color-jitter color-jitter-prob",
-    "train-crop-mode=pad": "scale ratio",
-    "no-aug": "train-crop-mode scale ratio hflip vflip color-jitter color-jitter-prob grayscale-prob "
-    "gaussian-blur-prob aa reprob train-interpolation",
-}
-
-
-def check_combinations(config: Config, flags: Mapping[str, Flag]) -> None:
-    """Raise UserError if flags in use (not at their default) exclude each other, or one lacks another that it needs."""
-    used = _used(config, flags)
-    for name, others in EXCLUDES.items():
-        for other in others.split():
-            if {name, other} <= used:
-                raise UserError(f"--{name} and --{other} exclude each other; drop one of them".replace("=", " "))
-    for others, names in NEEDS.items():
-        if (idle := [n for n in names.split() if n in used]) and not used.intersection(others.split()):
-            text = f"--{idle[0]} needs {_alternatives(others)}; add it, or drop --{idle[0]}"
-            raise UserError(text.replace("=", " "))
-    if config.fsdp and config.amp and config.amp_dtype == "float16":
-        raise UserError("--fsdp does not support --amp-dtype float16; use bfloat16")
-
-
-def describe_idle(config: Config, given: Collection[str], written: Collection[str]) -> Iterator[str]:
-    """A line for each flag in use that has no effect, though not if the command line turns off what a file's is for.
-
-    Args:
-        given: keys of the command line.
-        written: keys of the command line and of --config.
-    """
-    used, keys = _used(config, FLAGS), {flag.name: key for key, flag in FLAGS.items()}
-    used -= {"aa"} if not config.aa or "3a" in config.aa else set()  # timm's 3-Augment keeps the jitter
-    for idle_with, table in ((False, IDLE_WITHOUT), (True, IDLE_WITH)):
-        for others, names in table.items():
-            if bool(used.intersection(others.split())) != idle_with:
-                continue
-            turned_off = any(keys[other.partition("=")[0]] in given for other in others.split())
-            for name in [n for n in names.split() if n in used and getattr(config, keys[n])]:
-                if keys[name] in (given if turned_off else written):
-                    yield f"--{name} has no effect with{'' if idle_with else 'out'} {_alternatives(others)}"
-    info = _base_info(config)
-    for key, argument in {"momentum": "momentum", "opt_eps": "eps", "opt_betas": "betas"}.items():
-        differs = getattr(config, key) not in (None, 0, FLAGS[key].default)
-        lacks = info is not None and not getattr(info, f"has_{argument}")
-        if lacks and differs and key in (given if "opt" in given else written):
-            yield f"{FLAGS[key].flag} has no effect: --opt {config.opt} has no {argument}"
-
-
-def _used(config: Config, flags: Mapping[str, Flag]) -> set[str]:
-    """The names of the flags that are not at their default, and `name=value` of every flag."""
-    values = {flag.name: (getattr(config, key), flag.default) for key, flag in flags.items()}
-    names = {name for name, (value, default) in values.items() if value != default}
-    return names | {f"{name}={value}" for name, (value, _) in values.items()}
-
-
-def _base_info(config: Config) -> OptimInfo | None:
-    """timm's description of the optimizer that applies the gradient; None if --base-opt is wrong, as is said later."""
-    name = base_of(config.opt, config.base_opt)
-    return get_optimizer_info(name) if name in list_optimizers() else None
-
-
-def _alternatives(names: str) -> str:
-    return " or ".join(f"--{name}" for name in names.split()).replace("=", " ")
-
 
 def check(config: Config, given: Collection[str]) -> None:
     """Raise UserError if settings contradict each other or have no effect."""
@@ -345,7 +220,7 @@ def check(config: Config, given: Collection[str]) -> None:
     names = ["opt", "lr", "momentum", "weight_decay", "layer_decay", *(flag.key for flag in SAM)]
     if twice := [FLAGS[key] for key in names if key in config.opt_kwargs]:
         raise UserError(f"--opt-kwargs {twice[0].key}: this has a flag of its own; give {twice[0].flag}")
-    info, betas = _base_info(config), config.opt_betas or []
+    info, betas = base_info(config), config.opt_betas or []
     if betas and info is not None and info.has_betas and len(betas) != info.num_betas:
         raise UserError(f"--opt-betas: {info.name} has {info.num_betas} betas, got {len(betas)}")
     check_combinations(config, FLAGS)

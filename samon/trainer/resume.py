@@ -82,7 +82,10 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
             "or use --no-resume-opt to start with a new optimizer state"
         )
     _restore_stream(run, state)
-    fast_forward_scheduler(run, None if DECISIVE_FLAGS.intersection(changed) else state.scheduler)
+    if DECISIVE_FLAGS.intersection(changed):  # earlier figures do not compare
+        state.scheduler = None
+        state.best = {"metric": None, "epoch": None, "kept": [[name, None] for name, _ in state.best.get("kept", [])]}
+    fast_forward_scheduler(run, state.scheduler)
     log.info("Continuing %s at epoch %d, update %d", source, run.progress.epoch, run.progress.updates)
     return state, random_state
 

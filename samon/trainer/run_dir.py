@@ -49,8 +49,8 @@ def find_run_dir(config: Config) -> RunDir:
         if config.resume and config.resume != AUTO:
             source = _resolve_resume(config.resume)
             same_run = source.parent.resolve() == path.resolve()
-            if same_run and config.start_epoch is None:  # one that goes back leaves later states, of another run
-                started = load_state(source).started
+            if same_run and config.start_epoch is None and _is_newest(source):
+                started = load_state(source).started  # otherwise the later states there are of another run
     if not same_run and not config.overwrite and (states := list_states(path)):
         text = f"{path} holds a run ({states[0].name}); --resume {path} continues it, --overwrite starts over,"
         raise UserError(f"{text} another --experiment keeps both")
@@ -122,6 +122,12 @@ def _resolve_resume(resume: str) -> Path:
     if newest is None:
         raise UserError(f"no complete training state in {resume}; name a checkpoint file or drop --resume")
     return newest
+
+
+def _is_newest(source: Path) -> bool:
+    state = load_state(source)
+    newest = find_newest(source.parent, state.started)
+    return newest is not None and load_state(newest).progress == state.progress
 
 
 def _choose_path(config: Config) -> Path:

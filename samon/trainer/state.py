@@ -147,7 +147,7 @@ def find_newest(directory: Path, started: str | None = None) -> Path | None:
             if state.samon != FORMAT:
                 raise UserError(f"{path} is not a training state of this program")
             if started in (None, state.started):
-                usable[path] = state.progress.epoch, state.progress.epoch_done, state.progress.updates
+                usable[path] = state.progress.epoch, state.progress.epoch_done, state.progress.samples
         except UserError as error:
             log.warning("Skipped: %s", error)
     return max(usable, key=usable.__getitem__, default=None)

@@ -14,7 +14,7 @@ from samon.trainer.build import Run
 from samon.trainer.config import parse
 from samon.trainer.logging import summary_rows
 from samon.trainer.main import train
-from samon.trainer.state import find_newest
+from samon.trainer.state import find_newest, load_state
 from tests.runs import BASE, assert_same, last, run, run_stopped, stop_at, weights
 
 CASES = {
@@ -102,6 +102,27 @@ def test_figures_of_another_metric_do_not_decide_the_best_epoch(tmp_path: Path) 
     assert (metrics["best_epoch"], metrics["best_metric"]) == (4, metrics["train_loss"])
     assert {path.name for path in directory.glob("checkpoint-*")} == {"checkpoint-3.pth.tar", "checkpoint-4.pth.tar"}
     assert [bool(row["eval_top1"]) for row in summary_rows(directory / "summary.csv")] == [True] * 4 + [False]
+
+
+def test_the_newest_state_has_most_samples(tmp_path: Path) -> None:
+    args = ["--opt", "sgd", "-b", "8", "--val-split", ""]
+    stopped = run_stopped(tmp_path, 0, 2, *args)
+    larger = [*args, "--grad-accum-steps", "4", "--resume", str(stopped)]
+    with pytest.raises(Stopped):
+        run(tmp_path, *larger, name="stopped", on_update=stop_at(0, 1))
+    assert find_newest(stopped) == stopped / "recovery-0-1.pth.tar"
+
+
+def test_a_run_that_goes_back_leaves_its_first_attempt_behind(tmp_path: Path) -> None:
+    """Neither its later states nor its best one are those of the run, whose loss rises."""
+    args = ["--opt", "sgd", "--epochs", "3", "--eval-metric", "loss"]
+    _, directory = run(tmp_path, *args)
+    args += ["--lr", "3", "--resume"]
+    with pytest.raises(Stopped):
+        run(tmp_path, *args, str(directory / "checkpoint-0.pth.tar"), on_update=stop_at(1, 2))
+    metrics, _ = run(tmp_path, *args, str(directory))
+    assert metrics["eval_loss"] > 10
+    assert metrics["best_epoch"] == load_state(directory / "model_best.pth.tar").epoch == 0
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume", "RUN"]])
