@@ -207,14 +207,14 @@ def set_scorings(kind: str, label_sets: Tensor) -> dict[str, Scoring]:
 
 
 def read_class_indices(path: str, num_classes: int) -> list[int]:
-    """The classes in a --valid-labels file, ascending as in timm's validate, where a label is an index among them."""
+    """The classes in a --valid-labels file in its order, as in timm's validate; a label is an index among them."""
     with reraise_as_user_error(f"--valid-labels {path}"):
         words = Path(path).read_text().split()
     for word in words or [""]:
         if not word.isdecimal() or int(word) >= num_classes:
             expected = f"expected numbers in 0..{num_classes - 1}, one per line"
             raise UserError(f"--valid-labels {path}: {word!r} is not a class; {expected}")
-    return sorted(set(map(int, words)))
+    return list(map(int, words))
 
 
 def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalDataset) -> None:
@@ -225,9 +225,10 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
     numbers = [str(index) for index in range(num_classes)]
     counts, cure = f"it has {count} classes, the model {num_classes}", "; map its classes with --class-map FILE"
     class_map = context.config.class_map
-    if names and trained and names != trained and not class_map:
-        source.renumber(trained)
-        _warn(context, f"{where}: its labels are renumbered by the {len(trained)} classes of the training data")
+    if names and trained and not class_map:
+        if names != trained:
+            source.renumber(trained)
+            _warn(context, f"{where}: its labels are renumbered by the {len(trained)} classes of the training data")
     elif count > num_classes > 0:
         raise UserError(f"{where}: {counts}{cure}")
     elif class_map or not 0 < count < num_classes:
