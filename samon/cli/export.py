@@ -110,17 +110,18 @@ def perturbation_details(stored: Tree) -> dict[str, str]:
     return details | {"Two passes": ", ".join(updates) or "in all updates (no tail)"}
 
 
-def evaluation_table(path: Path, checkpoint: str) -> str:
-    """Markdown table of a checkpoint's results in a file of `samon-validate --results-file`."""
+def evaluation_table(path: Path, checkpoint: str, use_ema: bool) -> str:
+    """Markdown table of a checkpoint's results, or its average's, in a file of `samon-validate --results-file`."""
     try:
         rows = json.loads(path.read_text())
         same = [row for row in rows if Path(row.get("checkpoint", "")).resolve() == Path(checkpoint).resolve()]
+        same = [row for row in same if row.get("ema", use_ema) == use_ema]  # earlier versions did not record it
         table = markdown([{key: value for key, value in row.items() if key != "checkpoint"} for row in same])
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"--results {path}: {error_line(error)}; name a .json file of samon-validate") from None
     if not same:
         command = f"samon-validate --checkpoint {checkpoint} --results-file FILE.json"
-        raise UserError(f"--results {path} has no results of this checkpoint; run {command}")
+        raise UserError(f"--results {path} has no results of these weights; run {command}")
     return table
 
 
@@ -141,7 +142,7 @@ def model_card(job: Job, content: Tree, license_name: str, results: Path | None)
     method = f" with sharpness-aware minimization (`--opt {opt}`)" if samon.is_sam_name(opt) else ""
     usage = '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:NAME/REPO", pretrained=True).eval()\n```'
     if results is not None:
-        usage += f"\n\n## Evaluation\n\n{evaluation_table(results, job.checkpoint)}"
+        usage += f"\n\n## Evaluation\n\n{evaluation_table(results, job.checkpoint, job.use_ema)}"
     description = f"A timm `{job.config.model}` trained by samon {samon.__version__}{method}."
     return {"description": description, "details": details, "usage": usage, "license": license_name}
 

@@ -241,7 +241,8 @@ def evaluate_job(
     config = job.config
     if job.forced_float32:
         log.info("accuracy is in float32, as the other evaluations; without them in the run's own precision")
-    model: Result = {"model": config.model} | ({"checkpoint": job.checkpoint} if job.checkpoint else {})
+    model: Result = {"model": config.model}
+    model |= {"checkpoint": job.checkpoint, "ema": job.use_ema} if job.checkpoint else {}
     size: Result = {}
     if config.results_format == "timm":
         data, count = context.data_config, sum(p.numel() for p in context.model.parameters())

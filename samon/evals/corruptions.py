@@ -24,7 +24,7 @@ def corruption_errors(results: Iterable[Result]) -> list[Result]:
         for corruption, alexnet in ALEXNET.items():
             values = [100 - row["value"] for row in rows if row["corruption"] == corruption]
             ce[corruption] = 100 * sum(values) / (len(values) * alexnet)
-        shared = ("model", "checkpoint", "split", "eval", "preprocessing")
+        shared = ("model", "checkpoint", "ema", "split", "eval", "preprocessing")
         metadata: Result = {key: rows[0][key] for key in shared if key in rows[0]}
         metadata |= {"dataset": name, "num_samples": sum(row["num_samples"] for row in rows)}
         if different := [row for row in rows if row.get("mismatch")]:

@@ -209,8 +209,8 @@ class Content:
 
 
 def evaluation_label(row: Result) -> str:
-    """The name of an evaluated model: its run's method, its checkpoint, or the model."""
-    return str(row.get("method") or row.get("checkpoint") or row["model"])
+    """The name of an evaluated model: its run's method, its checkpoint, or the model; EMA for averaged weights."""
+    return str(row.get("method") or row.get("checkpoint") or row["model"]) + " EMA" * row.get("ema", False)
 
 
 @cache

@@ -158,16 +158,16 @@ def distribution(content: Content, kind: str) -> Figure:
 
 
 def sharpness(content: Content) -> list[Figure]:
-    """Table 6: a figure for each measure and data set, a point for each evaluated model."""
-    top1: dict[tuple[object, str], float] = {}  # of the data set's own scoring, which comes first
-    for row in evaluated(content, "accuracy", "top1"):
-        top1.setdefault((row.get("checkpoint"), row["dataset"]), row["value"])
+    """Table 6: a figure for each measure and split of a data set, a point for each evaluated model."""
+    top1: dict[tuple[object, ...], dict[str, float]] = defaultdict(dict)
     measures, subject = defaultdict(list), subject_of(content)
+    for row in evaluated(content, "accuracy", "top1"):  # the data set's own scoring comes first
+        top1[row.get("checkpoint"), row.get("ema"), row["dataset"]].setdefault(subject(row), row["value"])
     for row in content.evaluations:
-        key = row.get("checkpoint"), row["dataset"]
-        if row["eval"] == "sharpness" and row["value"] is not None and key[0] and key in top1:
+        if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint"):
             name = str(row.get("setting", row["metric"])) + (f", m {row['m']}" if "m" in row else "")
-            measures[name, subject(row)].append((evaluation_label(row), [(row["value"], top1[key])]))
+            for where, value in top1[row["checkpoint"], row.get("ema"), row["dataset"]].items():
+                measures[name, where].append((evaluation_label(row), [(row["value"], value)]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
     section = []
     for i, ((name, where), points) in enumerate(measures.items()):
@@ -178,8 +178,8 @@ def sharpness(content: Content) -> list[Figure]:
 
 
 def robustness(content: Content) -> list[Figure]:
-    """Tables 14 and 15 as curves, one figure for each norm and data set; radius 0 is the accuracy on the same images
-    without an attack. Means over seeds."""
+    """Tables 14 and 15 as curves, a figure for each norm and split of a data set; radius 0 is the accuracy on the same
+    images without an attack. Means over seeds."""
     curves: dict[tuple[str, str], dict[str, dict[float, dict[str, float]]]] = defaultdict(dict)
     subject = subject_of(content)
     for row in evaluated(content, "apgd", "robust_top1"):
@@ -198,10 +198,10 @@ def robustness(content: Content) -> list[Figure]:
 
 
 def subject_of(content: Content) -> Callable[[Result], str]:
-    """A function that returns an evaluation's data set, with its model if several models have methods of one name."""
+    """A function that returns an evaluation's images, with its model if several models have methods of one name."""
     models = {(evaluation_label(row), row["model"]) for row in content.evaluations}
     ambiguous = len(models) > len({label for label, _ in models})
-    return lambda row: f"{row['dataset']}, {row['model']}" if ambiguous else str(row["dataset"])
+    return lambda row: f"{row['dataset']} {row['split']}".rstrip() + f", {row['model']}" * ambiguous
 
 
 def evaluated(content: Content, evaluation: str, metric: str) -> list[Result]:

@@ -148,10 +148,11 @@ def test_a_pushed_model_loads_from_the_hub(gray_run, weights, tmp_path, monkeypa
         ("--timm LICENSE", "LICENSE is .*a file"),
         ("--img-size 32", "go after --"),
         ("--timm hub --results LICENSE", "--results LICENSE: .*name a .json file of samon-validate"),
-        ("--timm hub --results {empty}", "has no results of this checkpoint; run samon-validate"),
+        ("--timm hub --results {empty}", "has no results of these weights; run samon-validate"),
     ],
 )
 def test_mistakes(args, message, gray_run, tmp_path):
-    (tmp_path / "empty.json").write_text("[]")
+    rows = [{"checkpoint": str(gray_run[0] / "model_best.pth.tar"), "ema": True}]  # of an average that is not exported
+    (tmp_path / "empty.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=message):
         export.main([str(gray_run[0]), *args.format(empty=tmp_path / "empty.json").split()])

@@ -128,7 +128,7 @@ def test_checkpoints_of_train_py_score_as_in_training(tmp_path):
     scores = {}
     for flags in ([], ["--use-ema"], ["--no-ema"]):
         rows = main(["--checkpoint", str(directory / "last.pth.tar"), *FASHION, *SMALL, *flags])
-        assert rows[0]["model"] == "test_resnet"
+        assert (rows[0]["model"], rows[0]["ema"]) == ("test_resnet", flags != ["--no-ema"])
         scores[" ".join(flags)] = {row["metric"]: row["value"] for row in rows}
     assert scores[""] == scores["--use-ema"] != scores["--no-ema"]
     for key in ("top1", "top5", "loss"):  # training reports the averaged weights

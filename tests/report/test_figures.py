@@ -29,19 +29,22 @@ def test_seeds_of_a_method_are_one_curve() -> None:
     assert [series.method for series in by_name(content)["sharpness-0"].series] == ["samon", "samon"]
 
 
-def test_evaluations_of_different_data_sets_or_models_are_not_mixed() -> None:
-    """The accuracy of a model on another data set is neither its clean accuracy nor that of its sharpness."""
+def test_evaluations_of_different_images_or_models_are_not_mixed() -> None:
+    """The accuracy of a model on other images is neither its clean accuracy nor that of its sharpness."""
     rows = [*evaluation_rows("a", method="samon"), *evaluation_rows("b", method="samon")]
     rows.append(rows[0] | {"setting": "clean subset of imagenet-a", "value": 9.0})
-    other = [row | {"dataset": "imagenet-a", "value": 1.0, "clean_top1": 2.0} for row in rows]
+    other = [row | {"split": "test", "value": 1.0, "clean_top1": 2.0} for row in rows]
+    other = [row for row in other if row["eval"] != "sharpness"]  # of the training split
+    average = [row | {"ema": True, "value": 4.0, "clean_top1": 5.0} for row in rows]
     third = [row | {"model": "vit", "value": 3.0} for row in evaluation_rows("c", method="samon")]
-    figures = by_name(Content(evaluations=[*rows, *other, *third]))
-    curves = {f.title: f.series[0].y for f in figures.values() if f.x == "l2 radius"}
+    figures = by_name(Content(evaluations=[*rows, *other, *third, *average]))
+    curves = {f.title: {s.method: s.y for s in f.series} for f in figures.values() if f.x == "l2 radius"}
     start = "Robust accuracy against the l2 radius: "
-    assert curves[f"{start}wds/x, net"] == [80.0, 60.0, 40.0]
-    assert curves[f"{start}imagenet-a, net"] == [2.0, 1.0, 1.0]
-    assert curves[f"{start}wds/x, vit"] == [80.0, 3.0, 3.0]
-    assert [[s.y for s in f.series] for f in figures.values() if f.x.startswith("worst")] == [[[80.0]] * 2, [[1.0]] * 2]
+    assert curves[f"{start}wds/x validation, net"] == {"samon": [80.0, 60.0, 40.0], "samon EMA": [5.0, 4.0, 4.0]}
+    assert curves[f"{start}wds/x test, net"] == {"samon": [2.0, 1.0, 1.0]}
+    assert curves[f"{start}wds/x validation, vit"] == {"samon": [80.0, 3.0, 3.0]}
+    points = [[s.y for s in f.series] for f in figures.values() if f.x.startswith("worst")]
+    assert points == [[*[[80.0]] * 2, *[[4.0]] * 2], [[1.0]] * 2]
 
 
 def test_the_cost_figure_is_relative_to_the_baseline() -> None:
