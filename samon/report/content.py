@@ -22,7 +22,7 @@ from samon.trainer.flags import Settings, rename_old
 FORMAT = "samon-report 2"
 EARLY_STOPPED = "early_stopped_top1"  # test accuracy at the epoch that the held-out images choose
 COSTS = ("cpu_seconds", "seconds", "flops")
-DEFAULTS = {key: flag.default for key, flag in FLAGS.items()}
+DEFAULTS = {key: flag.default for key, flag in FLAGS.items()} | {"processes": 1}  # which the batch grows with
 Points = list[list[float]]  # [[x, y], ...]
 Json = dict[str, Any]
 

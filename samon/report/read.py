@@ -89,11 +89,12 @@ def read_run(folder: Path, root: Path) -> Run:
     name = folder.name if folder == root else str(folder.relative_to(root))
     settings = with_defaults(yaml.safe_load((folder / "args.yaml").read_text()) or {})
     settings = {"opt": "unknown optimizer"} | {k: v for k, v in settings.items() if k not in LOCATION_FLAGS}
+    swept, record = _json(folder / "result.json"), _json(folder / "run.json")
+    settings |= {"processes": record["processes"]} if "processes" in record else {}
     rows = summary_rows(folder / "summary.csv")
     epochs = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
     curves = [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs]
     run = Run(name, settings, curves, folder=folder.resolve())
-    swept, record = _json(folder / "result.json"), _json(folder / "run.json")
     run.metrics = record.get("metrics") or swept.get("metrics") or {}
     if epochs and run.metrics.get("epoch", epochs[-1]["epoch"]) != epochs[-1]["epoch"]:
         run.metrics = {}  # those before the run was extended
@@ -143,15 +144,24 @@ def _read_events(folder: Path, run: Run) -> None:
     events.Reload()
     scalars, histograms = events.Tags()["scalars"], events.Tags()["histograms"]
     for tag in [tag for tag in TAGS if tag in scalars]:
-        points = events.Scalars(tag)
-        step = max(1, len(points) // MAX_POINTS)
-        run.scalars[tag] = [[point.step, point.value] for point in points[::step]]
+        points = _points(events, tag)
+        run.scalars[tag] = points[:: max(1, len(points) // MAX_POINTS)]
     if evaluated := [tag for tag in scalars if tag.startswith("eval/")]:
-        run.cost["updates"] = float(max(point.step for point in events.Scalars(evaluated[0])))
+        run.cost["updates"] = float(_points(events, evaluated[0])[-1][0])
     layers: dict[str, list[HistogramValue]] = defaultdict(list)
     for tag in histograms:
         layers[tag.split("/")[0]].append(events.Histograms(tag)[-1].histogram_value)
     run.norms = {kind: _pooled(layers[kind]) for kind in ("gamma", "beta") if kind in layers}
+
+
+def _points(events: EventAccumulator, tag: str) -> Points:
+    """[[update, value], ...] of a scalar, without what a run that went back to a checkpoint has computed again."""
+    points: Points = []
+    for event in events.Scalars(tag):
+        while points and points[-1][0] >= event.step:
+            points.pop()
+        points.append([event.step, event.value])
+    return points
 
 
 def _pooled(histograms: list[HistogramValue]) -> Points:

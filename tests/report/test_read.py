@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import HistogramValue
+from torch.utils.tensorboard import SummaryWriter
 
 from samon.report.content import Content
 from samon.report.read import _pooled, _without_location, read_sources
@@ -61,6 +62,26 @@ def test_runs_on_different_image_folders_are_not_seeds_of_one_method(tmp_path: P
         write_run(tmp_path / name, settings, "epoch,eval_top1\n0,50\n")
     scores = read_sources([tmp_path]).scores
     assert [(score.setting.title, score.values) for score in scores] == [("cars, net", [50.0]), ("pets, net", [50.0])]
+
+
+def test_runs_with_other_numbers_of_processes_are_not_seeds_of_one_method(tmp_path: Path) -> None:
+    for count in (1, 8):
+        run = write_run(tmp_path / str(count), "opt: sgd\nmodel: net\nepochs: 1\n", "epoch,eval_top1\n0,50\n")
+        (run / "run.json").write_text(json.dumps({"processes": count}))
+    assert [score.method for score in read_sources([tmp_path]).scores] == ["sgd", "sgd processes=8"]
+
+
+def test_updates_that_a_run_repeats_count_once(tmp_path: Path) -> None:
+    """After a crash it goes back to its last checkpoint."""
+    run = write_run(tmp_path / "run", "opt: sgd\n")
+    for steps in ((1, 2, 3, 4), (3,)):
+        with SummaryWriter(str(run / "tb"), filename_suffix=str(len(steps))) as writer:
+            for step in steps:
+                writer.add_scalar("train/grad_norm", step / len(steps), step)
+                writer.add_scalar("eval/top1", 1.0, step)
+    (found,) = read_sources([run]).runs
+    assert found.scalars["train/grad_norm"] == [[1, 0.25], [2, 0.5], [3, 3.0]]
+    assert found.cost["updates"] == 3
 
 
 def test_an_evaluation_belongs_to_the_run_in_whose_directory_its_checkpoint_is(tmp_path: Path) -> None:
