@@ -22,13 +22,14 @@ class AscentSource:
     Attributes:
         name: its value of `ascent=`; `former_name` is that of older checkpoints.
         single_pass: no update makes an ascent pass.
-        needs_clean_grad: `before_step` uses g, the update's mean gradient at w.
+        needs_clean_grad: the methods below use g, the update's mean gradient at w.
         uses_final_gradient: what is applied or stored depends on h, the gradient at w + eps.
         has_state: tensors are carried from update to update.
         counts_updates: the number of updates decides what the next one does.
         keep_probability: fraction of the tensors that an update perturbs.
         updates: two-pass updates applied.
         used: a two-pass step has run since the optimizer's last step.
+        corrected: `before_clipping` has been called for the current update.
     """
 
     name = former_name = "batch"
@@ -36,7 +37,7 @@ class AscentSource:
     keep_probability = 1.0
 
     def __init__(self) -> None:
-        self.updates, self.used = 0, False
+        self.updates, self.used, self.corrected = 0, False, False
         self.clean: list[Tensor] = []  # g of the current update
         self.state: dict[str, Tensor] = {}  # by parameter name
         self.moments: list[Tensor] = []  # of AE-SAM
@@ -74,10 +75,13 @@ class AscentSource:
         terms = [weight * to_float32(g) for g in grads]
         self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
 
+    def before_clipping(self, named: NamedParameters) -> None:
+        """Once per update, before the gradients are clipped, if the source needs g or has a state: change `.grad` if
+        the method says so, or measure it. `clean` is the mean over the update's samples on all processes, empty if
+        there was no ascent pass."""
+
     def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
-        """Just before the base optimizer's step, if the source needs g or has a state: change `.grad` if the method
-        says so, and store what the next update needs. `clean` is the mean over the update's samples on all processes,
-        empty if there was no ascent pass."""
+        """Just before the base optimizer's step, in the same cases: store what the next update needs."""
 
     def finish_update(self) -> None:
         """Count the current update, which the base optimizer's step applies."""
@@ -87,6 +91,7 @@ class AscentSource:
     def discard_update(self) -> None:
         """Forget an update that is not applied."""
         self.used, self.clean = False, []
+        self.corrected = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.name, "updates": self.updates, "kept": dict(self.state), "moments": list(self.moments)}

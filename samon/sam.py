@@ -394,9 +394,8 @@ class SAM(OptimizerWrapper):
     def _apply_gradients(self) -> Any:
         """Let the ascent source correct `.grad` and store what the next update needs, then take the base step."""
         source = self.ascent
+        self.correct_gradients()
         if source.needs_clean_grad or source.has_state:
-            if source.clean and dist.is_initialized():
-                source.clean = all_reduce_mean(source.clean)
             source.before_step(self.perturbed_parameters(), self.state)
         source.finish_update()
         if self.mask is not None:
@@ -404,6 +403,17 @@ class SAM(OptimizerWrapper):
         result = self.step_base()
         contexts.clear_weight_caches()
         return result
+
+    @torch.no_grad()
+    def correct_gradients(self) -> None:
+        """Let the ascent source change `.grad` (GSAM, LookSAM) or measure it (AE-SAM) before it is clipped; `step`
+        does so unless this was called."""
+        source = self.ascent
+        if not source.corrected and (source.needs_clean_grad or source.has_state):
+            if source.clean and dist.is_initialized():
+                source.clean = all_reduce_mean(source.clean)
+            source.before_clipping(self.perturbed_parameters())
+            source.corrected = True
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -442,7 +452,8 @@ class SAM(OptimizerWrapper):
     def expect_plain_step(self) -> None:
         """Declare that the next step is meant to be a plain one, so that it does not warn."""
         if (sam := sam_of(self)) is not None:  # `self` may be Lightning's or Fabric's wrapper, which copies this method
-            sam._expect_plain, sam.ascent.used = True, False  # a skipped update may have left `used` set
+            sam._expect_plain = True
+            sam.ascent.discard_update()  # a skipped one, of which zero_grad() may not have told
 
     def _warn_if_plain(self) -> None:
         """Warn once if neither two passes nor `expect_plain_step` precede a step, which is then a plain base step."""

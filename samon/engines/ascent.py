@@ -2,8 +2,8 @@
 
 g is the gradient at w and h the one at w + eps, both with respect to the perturbed parameters. What one update hands to
 the next is computed when the optimizer steps: from h as it is applied (averaged over micro-batches and processes,
-unscaled, clipped) and from the mean of g over the same samples. So it is the same on all processes, and a checkpoint of
-one process serves all.
+unscaled; clipped but for AE-SAM) and from the mean of g over the same samples. So it is the same on all processes, and
+a checkpoint of one process serves all.
 """
 
 import re
@@ -106,13 +106,15 @@ class LookSAM(AscentSource):
     def needs_ascent_pass(self) -> bool:
         return self.updates % self.k == 0
 
-    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
-        final, before = final_gradients(named), _stored(self.state, named)
-        if self.clean:
-            self.state = _by_name(named, orthogonal_part(final, self.clean))
-        elif self.used and before is not None:
-            scale = self.alpha * global_norm(final) * _inverse(global_norm(before))
+    def before_clipping(self, named: NamedParameters) -> None:
+        before = _stored(self.state, named)
+        if self.used and not self.clean and before is not None:
+            scale = self.alpha * global_norm(final_gradients(named)) * _inverse(global_norm(before))
             _add_to_gradients(named, [scale * v for v in before])
+
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
+        if self.clean:
+            self.state = _by_name(named, orthogonal_part(final_gradients(named), self.clean))
 
 
 class AESAM(AscentSource):
@@ -135,16 +137,17 @@ class AESAM(AscentSource):
         c = progress * self.lambda_1 + (1 - progress) * self.lambda_2
         return bool(size >= mean + c * variance.sqrt())
 
-    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
-        if not self.used:
-            return
+    def before_clipping(self, named: NamedParameters) -> None:
         size = global_norm(final_gradients(named)).square()
-        if not self.moments:
-            self.moments = [size, size, torch.zeros_like(size)]
-            return
-        _, mean, variance = self.moments
-        mean = self.delta * mean + (1 - self.delta) * size
-        self.moments = [size, mean, self.delta * variance + (1 - self.delta) * (size - mean).square()]
+        self.next_moments = [size, size, torch.zeros_like(size)]
+        if self.moments:
+            _, mean, variance = self.moments
+            mean = self.delta * mean + (1 - self.delta) * size
+            self.next_moments = [size, mean, self.delta * variance + (1 - self.delta) * (size - mean).square()]
+
+    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
+        if self.used:
+            self.moments = self.next_moments
 
 
 class GSAM(AscentSource):
@@ -153,8 +156,7 @@ class GSAM(AscentSource):
     needs_clean_grad = uses_final_gradient = True
     alpha = 0.0
 
-    def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
-        super().before_step(named, base_state)
+    def before_clipping(self, named: NamedParameters) -> None:
         if self.clean:
             parts = orthogonal_part(self.clean, final_gradients(named))
             _add_to_gradients(named, [-self.alpha * v for v in parts])

@@ -35,6 +35,8 @@ def apply_gradient(run: Run) -> tuple[Tensor, bool | Tensor]:
     reads = run.dist_info.device.type == "cpu" or counts_updates(optimizer)
     if scaler is not None:
         scaler.unscale_(optimizer)
+    if (sam := sam_of(optimizer)) is not None:
+        sam.correct_gradients()
     grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
     norm = global_norm([*map(to_local, grads)], reduce=norm_reduction(grads)) if config.fsdp else get_total_norm(grads)
     finite = norm.isfinite()

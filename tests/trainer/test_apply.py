@@ -94,16 +94,26 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
         assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
 
 
-@pytest.mark.parametrize(("mode", "value"), [("norm", 0.01), ("value", 0.001), ("agc", 0.01)])
-def test_clipping(mode: str, value: float) -> None:
-    run = built("--clip-grad", str(value), "--clip-mode", mode)
-    batches = (to_device(run, *batch) for batch in run.train_loader)
-    compute_gradient(run, islice(batches, 1), 1, perturb=False)
-    before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
-    apply_gradient(run)
+@pytest.mark.parametrize(
+    ("mode", "value", "opt"),
+    [
+        *(("norm", 0.01, opt) for opt in ("sgd", "samon --gsam-alpha 0.5", "samon --ascent looksam:2")),
+        ("norm", 0.01, "samon --ascent aesam"),
+        ("value", 0.001, "sgd"),
+        ("agc", 0.01, "sgd"),
+    ],
+)
+def test_clipping(mode: str, value: float, opt: str) -> None:
+    """Of what is applied: GSAM and LookSAM change the gradient before. AE-SAM measures it before."""
+    run = built("--clip-grad", str(value), "--clip-mode", mode, "--opt", *opt.split())
+    for batch in islice(run.train_loader, 2):
+        compute_gradient(run, iter([to_device(run, *batch)]), 1, perturb=run.sam is not None)
+        before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+        apply_gradient(run)
     grads = {name: p.grad for name, p in run.model.named_parameters()}
     if mode == "norm":
         assert torch.nn.utils.get_total_norm(list(grads.values())) == pytest.approx(value, rel=1e-3)
+        assert "aesam" not in opt or run.sam.ascent.moments[0] > 100 * value**2
     elif mode == "value":
         assert max(g.abs().max() for g in grads.values()) == pytest.approx(value)
     else:
