@@ -69,6 +69,7 @@ class Run:
     eval_loader: Batches | None
     class_names: list[str] | None  # in the order of the labels
     tail: samon.Tail | None  # which updates take two passes (--sam-tail)
+    two_pass_updates: range  # numbers of the updates that perturb the weights
     rho_schedule: samon.RhoSchedule | None
     updates_per_epoch: int
     epochs: int  # with cycles, warm-up prefix and cool-down
@@ -79,17 +80,6 @@ class Run:
     def ema(self) -> ModelEmaV3 | None:
         """The average of the weights."""
         return self.task.trainable_module_ema if self.task.has_ema() else None
-
-    @property
-    def two_pass_updates(self) -> range:
-        """Numbers of the updates that perturb the weights (--sam-start-epoch, --sam-end-epoch, --sam-every,
-        --sam-tail)."""
-        if self.sam is None:
-            return range(0)
-        config, every = self.config, self.config.sam_every
-        first = config.sam_start_epoch * self.updates_per_epoch if self.tail is None else self.tail.start
-        end = self.epochs if config.sam_end_epoch is None else min(self.epochs, config.sam_end_epoch)
-        return range(-(-first // every) * every, end * self.updates_per_epoch, every)
 
     @property
     def start(self) -> int:
@@ -141,12 +131,13 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
     tail = None if sam is None or config.sam_tail is None else samon.Tail(epochs * updates, config.sam_tail)
+    two_pass = range(0) if sam is None else two_pass_updates(config, tail, epochs, updates)
     distribute(config, task, model, dist_info)
     if sam is not None:
         if config.torchcompile:
             sam.compile(config.torchcompile, config.torchcompile_mode)
         sam.ascent.total = epochs * updates
-    run = Run(
+    return Run(
         config=config.but(dist_bn="") if config.sync_bn and dist_info.size > 1 else config,
         dist_info=dist_info,
         model=model,
@@ -161,18 +152,13 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         eval_loader=data.eval_loader,
         class_names=data.class_names,
         tail=tail,
-        rho_schedule=None if sam is None else build_rho_schedule(config, sam, tail, updates),
+        two_pass_updates=two_pass,
+        rho_schedule=None if sam is None else build_rho_schedule(config, sam, two_pass.start),
         updates_per_epoch=updates,
         epochs=epochs,
         metric=metric,
         progress=Progress(epoch=config.start_epoch or 0),
     )
-    if sam is not None and not run.two_pass_updates:
-        raise UserError(
-            f"none of the {epochs * updates} updates takes two passes; change --sam-start-epoch, --sam-end-epoch or "
-            "--sam-every, or use the base optimizer"
-        )
-    return run
 
 
 def check_step(config: Config, sam: samon.SAM) -> None:
@@ -320,13 +306,24 @@ def tail_options(config: Config) -> Settings:
     return {key: options[key] for key in ("momentum", "eps", "betas", "foreach") if key in options}
 
 
-def build_rho_schedule(
-    config: Config, sam: samon.SAM, tail: samon.Tail | None, updates: int
-) -> samon.RhoSchedule | None:
-    """rho over time, in updates of the whole run; None if it is constant."""
+def two_pass_updates(config: Config, tail: samon.Tail | None, epochs: int, updates: int) -> range:
+    """Numbers of the updates that perturb the weights (--sam-start-epoch, --sam-end-epoch, --sam-every, --sam-tail)."""
+    every = config.sam_every
+    first = config.sam_start_epoch * updates if tail is None else tail.start
+    end = epochs if config.sam_end_epoch is None else min(epochs, config.sam_end_epoch)
+    numbers = range(-(-first // every) * every, end * updates, every)
+    if not numbers:
+        raise UserError(
+            f"none of the {epochs * updates} updates takes two passes; change --sam-start-epoch, --sam-end-epoch or "
+            "--sam-every, or use the base optimizer"
+        )
+    return numbers
+
+
+def build_rho_schedule(config: Config, sam: samon.SAM, start: int) -> samon.RhoSchedule | None:
+    """rho over time, in updates of the whole run, of which `start` is the first with two passes; None if constant."""
     if config.rho_sched == "constant" and not config.rho_warmup:
         return None
-    start = config.sam_start_epoch * updates if tail is None else tail.start
     lr_max = 0.0 if config.sched in ("none", "constant") else config.lr
     return samon.RhoSchedule(
         config.rho_sched, sam.rho, config.rho_min, start, config.rho_warmup, lr_max=lr_max, lr_min=config.min_lr

@@ -106,8 +106,8 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, scaled: bool) -
 def test_clipping(mode: str, value: float, opt: str) -> None:
     """Of what is applied: GSAM and LookSAM change the gradient before. AE-SAM measures it before."""
     run = built("--clip-grad", str(value), "--clip-mode", mode, "--opt", *opt.split())
-    for batch in islice(run.train_loader, 2):
-        compute_gradient(run, iter([to_device(run, *batch)]), 1, perturb=run.sam is not None)
+    for images, target in islice(run.train_loader, 2):
+        compute_gradient(run, iter([to_device(run, images, target)]), 1, perturb=run.sam is not None)
         before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
         apply_gradient(run)
     grads = {name: p.grad for name, p in run.model.named_parameters()}

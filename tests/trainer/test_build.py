@@ -55,6 +55,9 @@ FLAGS: dict[str, Callable[[build.Run], bool]] = {
     "--sched multistep --decay-milestones 9 3": lambda run: run.scheduler.decay_t == [3, 9],
     f"{TWO_PASS} --sam-tail 0.5": lambda run: (run.tail.start, run.tail.total_updates) == (4, 8),
     f"{TWO_PASS} --rho-sched linear --rho-warmup 4 --rho-min 0.01": lambda run: run.rho_schedule.at(2, 0) == 0.255,
+    f"{TWO_PASS} --rho-sched linear --rho-warmup 4 --sam-start-epoch 1 --sam-every 3": lambda run: (
+        run.rho_schedule.at(6, 0) == 0
+    ),
     f"{TWO_PASS} --rho-sched lr": lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5,
     f"{TWO_PASS} --radius raw": lambda run: run.sam.radius == "raw",
     f"{TWO_PASS} --radius 0.25": lambda run: run.sam.radius == 0.25,
