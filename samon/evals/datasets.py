@@ -129,7 +129,6 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
     source = dataset.source
     check_ranks(source.class_names, len(dataset), source.location)
     dataset.limit = spec.limit if own_split else None
-    dataset.class_names = source.class_names
     if spec.kind:
         _use_set_labels(dataset, spec, own_split)
     elif config.valid_labels or config.real_labels:
@@ -146,9 +145,8 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
     scoring = next(iter(dataset.scorings.values()))
     columns = range(num_classes) if scoring.classes is None else scoring.classes
     dataset.num_classes = len(columns if scoring.label_sets is None else scoring.label_sets)
-    if scoring.label_sets is not None:
-        synsets = shifts.synsets()
-        dataset.class_names = [synsets[i] for i in columns]
+    synsets = shifts.synsets()
+    dataset.class_names = source.class_names if scoring.label_sets is None else [synsets[i] for i in columns]
     return dataset
 
 

@@ -174,7 +174,9 @@ def test_labels_are_renumbered_by_the_classes_of_the_training_data(tmp_path, sha
     expected = {("cat", "dog", "cow"): 100, ("cat", "cow", "dog"): 50, ("dog", "cat", "cow"): 0}
     for names, value in expected.items():
         context.class_names = [*names, *map(str, range(997))]
-        assert accuracy.evaluate(context, open_dataset(context, spec))[0]["value"] == value
+        dataset = open_dataset(context, spec)
+        assert accuracy.evaluate(context, dataset)[0]["value"] == value
+        assert dataset.class_names == context.class_names
     context.class_names = ["cat", "dog"]  # a head with more outputs, as after train.py --num-classes 1000
     assert accuracy.evaluate(context, open_dataset(context, spec))[0]["value"] == 100
     context.class_names = ["cat", "cow"]
