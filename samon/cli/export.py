@@ -203,8 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = ["--checkpoint", args.checkpoint, *(["--model", args.model] * bool(args.model)), *args.after]
     (job,) = parse([*flags, "--dataset", "", "--data-dir", ".", "--device", "cpu"])  # no data set is read
     dist_info = DistInfo(torch.device("cpu"), 0, 1)
+    dtype = None if args.onnx else job.config.model_dtype  # onnxruntime on a CPU computes in float32
     with console_logging(dist_info):  # contiguous weights, as files store them
-        context = build(replace(job, config=job.config.but(channels_last=False)), dist_info)
+        context = build(replace(job, config=job.config.but(channels_last=False, model_dtype=dtype)), dist_info)
     if args.onnx:
         difference = export_onnx(context, args.onnx)
         print(f"{args.onnx}: onnxruntime's logits differ by at most {difference:.1e}")

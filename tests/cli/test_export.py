@@ -23,7 +23,8 @@ def weights(gray_run):
 
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits(gray_run, weights, tmp_path):
-    export.main([str(gray_run[0]), "--onnx", str(tmp_path / "model.onnx")])
+    """In float32, also those of a run in lower precision."""
+    export.main([str(gray_run[0]), "--onnx", str(tmp_path / "model.onnx"), "--", "--model-dtype", "bfloat16"])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     model = timm.create_model("test_resnet", num_classes=3).eval()
     model.load_state_dict(weights)
