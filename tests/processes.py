@@ -12,13 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tools.check_interruptions import CONTEXT as context
 from tools.check_interruptions import free_port
-
-# Processes are forked from a server that has imported what takes seconds to import.
-context = mp.get_context("forkserver")
-context.set_forkserver_preload(["samon.trainer.main", "samon.cli.validate"])  # as in tools.check_interruptions
 
 
 def _rank(function: Callable, rank: int, world: int, folder: str, args: tuple) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from samon.errors import Stopped
-from samon.trainer import loop, main
+from samon.trainer import logging, loop, main
 from samon.trainer.build import Run, build
 from samon.trainer.config import parse
 from samon.trainer.distributed import DistInfo
@@ -29,9 +30,11 @@ BASE = [*DATA, *INPUT, *SHORT, "--warmup-epochs", "0", "--lr", "0.05", "--model"
 OnUpdate = Callable[[Run, Progress, bool], None]
 
 
-def train(argv: list[str], on_update: OnUpdate | None = None) -> dict[str, Any]:
-    """The final metrics of `train.py argv`; `on_update(run, progress, two_pass)` is called after each update."""
-    with closing(main.train(parse(argv, load_run_settings))) as training:
+def train(argv: list[str], on_update: OnUpdate | None = None, flops: bool = False) -> dict[str, Any]:
+    """The final metrics of `train.py argv`; `on_update(run, progress, two_pass)` is called after each update. FLOPs are
+    counted if asked for: the count takes two to four times as long as a run."""
+    count = logging.step_flops if flops else lambda run: {"step": 2.0, "plain": 1.0}
+    with patch.object(logging, "step_flops", count), closing(main.train(parse(argv, load_run_settings))) as training:
         while True:
             try:
                 update = next(training)
@@ -42,11 +45,11 @@ def train(argv: list[str], on_update: OnUpdate | None = None) -> dict[str, Any]:
 
 
 def run(
-    tmp_path: Path, *args: str, name: str = "run", on_update: OnUpdate | None = None
+    tmp_path: Path, *args: str, name: str = "run", on_update: OnUpdate | None = None, flops: bool = False
 ) -> tuple[dict[str, Any], Path]:
     """(final metrics, directory) of a run with BASE and `args`, which win."""
     place = ["--output", str(tmp_path), "--experiment", name, "--overwrite"]  # a test may run twice
-    return train([*BASE, *place, *args], on_update), tmp_path / name
+    return train([*BASE, *place, *args], on_update, flops), tmp_path / name
 
 
 def built(*args: str) -> Run:

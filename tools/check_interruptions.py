@@ -29,7 +29,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from samon.cli.program import run_script
-from samon.trainer import checkpoint, loop
+from samon.trainer import checkpoint, logging, loop
 from samon.trainer.build import Run
 from samon.trainer.config import parse
 from samon.trainer.main import train
@@ -37,8 +37,9 @@ from samon.trainer.run_dir import load_run_settings
 from samon.trainer.state import Progress, Tree
 
 ROOT = Path(__file__).resolve().parent.parent
+# Processes are forked from a server that has imported what takes seconds to import.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.cli.validate"])
+CONTEXT.set_forkserver_preload(["samon.trainer.main", "samon.cli.validate", "torch.utils.tensorboard", "webdataset"])
 UPDATES = 6  # per epoch
 FLAGS = f"""
 --data-dir {ROOT}/data/fashion-mnist --dataset wds/fashion-mnist --num-classes 10 --in-chans 1 --img-size 32
@@ -112,6 +113,7 @@ def _train(argv: list[str], moment: Moment | None, fire: Callable[[], None]) -> 
             fire()
         torch.save(content, file)
 
+    vars(logging)["step_flops"] = lambda run: None  # the count takes longer than the run
     if moment is not None:
         vars(checkpoint).update(torch=SimpleNamespace(**vars(torch) | {"save": on_write}))  # a fault in the writer
         for kind, name in (("start", "renew_mask"), ("validate", "validate")):

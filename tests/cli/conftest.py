@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from samon.trainer import main as train
+from tests.runs import train
 
 
 @pytest.fixture(scope="session")
@@ -18,5 +18,5 @@ def gray_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     args = ["--model", "test_resnet", "--img-size", "32", "-b", "8", "-j", "0", "--epochs", "5", "--warmup-epochs", "0"]
     args += ["--opt", "samon", "--lr", "0.1", "--mean", "0.4", "--std", "0.3", "--device", "cpu"]
     args += ["--data-dir", str(root / "images"), "--val-split", "val", "--output", str(root), "--experiment", "run"]
-    train.main(args)
+    train(args)
     return root / "run", root / "images"

@@ -12,12 +12,11 @@ import yaml
 
 from samon.cli.validate import main as validate
 from samon.cli.validate import parse
-from samon.errors import RunError, UserError
+from samon.errors import RunError
 from samon.trainer import checkpoint, loop
 from samon.trainer.logging import summary_rows
-from samon.trainer.main import main as train
 from samon.trainer.state import TrainState, load_state
-from tests.runs import BASE, ROOT, run
+from tests.runs import BASE, ROOT, run, train
 
 OLD = Path(__file__).parent / "runs_of_format_1"  # written before training and evaluation shared their entrance
 QUIET = ["--workers", "0", "--device", "cpu"]
@@ -62,8 +61,6 @@ def test_the_average_is_scored_where_it_decided(tmp_path: Path, caplog: pytest.L
     assert raw["loss"] != own["loss"]
     said = [record.getMessage() for record in caplog.records if "model_best" in record.getMessage()]
     assert ["the averaged weights of" in line for line in said] == [True, False]
-    with pytest.raises(UserError, match="--use-ema and --no-ema exclude each other"):
-        parse(["--checkpoint", str(directory), "--use-ema", "--no-ema"])
 
 
 def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import samon
 from samon.trainer import config
 from samon.trainer.build import build_optimizer, build_schedule
 from samon.trainer.flags import Settings
-from samon.trainer.main import main
+from tests.runs import ROOT, train
 
-ROOT = Path(__file__).parents[2]
 TABLE8: dict[str, Settings] = yaml.safe_load((ROOT / "tests/paper_table8.yaml").read_text())
 SETTINGS = [(recipe, opt) for recipe, block in TABLE8.items() for opt in block["rho"]]
 GRIDS: dict[str, dict[str, list[float]]] = yaml.safe_load((ROOT / "hparams/rho_grids.yaml").read_text())
@@ -206,7 +205,7 @@ def test_cifar_recipes_train(recipe: str, opt: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
     words = f"--opt {opt} --dataset npz/tiny --batch-size 8 --global-batch-size 8 --epochs 1 --device cpu"
     places = ["--data-dir", str(tmp_path), "--output", str(tmp_path), "--experiment", "run"]
-    metrics = main(["-c", str(ROOT / f"hparams/cifar/{recipe}.yaml"), *words.split(), *places])
+    metrics = train(["-c", str(ROOT / f"hparams/cifar/{recipe}.yaml"), *words.split(), *places])
     assert math.isfinite(metrics["train_loss_perturbed"])
     assert metrics["train_loss_perturbed"] != metrics["train_loss"]
     assert metrics["eval_top1"] in [pytest.approx(100 * k / 6, abs=0.01) for k in range(7)]
