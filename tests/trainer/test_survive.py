@@ -13,17 +13,20 @@ import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from samon.cli.program import run_script
 from samon.data import DataError
 from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.state import find_newest, load_state
 from tests.disks import fill, small_disk
-from tests.runs import BASE, ROOT, assert_same, at, last, run, stop_at, watch_batches, weights
+from tests.processes import context, run_all
+from tests.runs import BASE, ROOT, assert_same, at, last, run, stop_at, train, watch_batches, weights
 from tests.sets import write_set
 from tools import check_interruptions as matrix
 
@@ -77,23 +80,30 @@ def test_another_number_of_processes_resumes_at_the_sample(tmp_path: Path) -> No
     assert last(directory)["progress"]["samples"] == 192
 
 
+def train_slowly(argv: list[str], reached: Any) -> None:
+    """Train; after the first update, set the event and wait for a minute."""
+
+    def slow(*_: object) -> None:
+        reached.set()
+        end = time.time() + 60
+        while time.time() < end:
+            time.sleep(0.05)
+
+    run_script(lambda: train(argv, slow))
+
+
 def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     """The first one is waiting for the update to end, which here takes a minute."""
-    code = (
-        "import sys, time\nfrom samon.cli.program import run_script\nfrom tests.runs import train\n"
-        "def slow(*a):\n    print('in', flush=True)\n    end = time.time() + 60\n"
-        "    while time.time() < end: time.sleep(0.05)\n"
-        "run_script(lambda: train(sys.argv[1:], slow))\n"
-    )
-    command = [sys.executable, "-c", code, *BASE, "--output", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ENV) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "in\n"
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.3)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    reached = context.Event()
+    process = context.Process(target=train_slowly, args=([*BASE, "--output", str(tmp_path)], reached))
+    process.start()
+    assert reached.wait(60)
+    os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.is_alive()
+    process.terminate()
+    process.join(5)
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -158,21 +168,25 @@ def test_two_newest_mid_epoch_states_are_kept(tmp_path: Path) -> None:
         assert load_state(tmp_path / "run" / name).samon == 1
 
 
+def train_on_a_full_disk(argv: list[str], limit: int, log: Path) -> None:
+    """As train.py, on a disk on which no file can be longer than the limit."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run_script(lambda: train(argv))
+
+
 def test_disk_full(tmp_path: Path) -> None:
     """Writes past a limit fail as on a full disk: status 1, one line, the last good checkpoint kept and named."""
     run(tmp_path, "--opt", "sgd", "--epochs", "1")
     whole = (tmp_path / "run" / "last.pth.tar").read_bytes()
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
-
     argv = [*BASE, "--opt", "sgd", "--epochs", "2", "--output", str(tmp_path), "--experiment", "run"]
     argv += ["--resume", str(tmp_path / "run")]
-    command = [sys.executable, "train.py", *argv]
-    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, check=False, env=ENV)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    log = tmp_path / "log.txt"
+    process = context.Process(target=train_on_a_full_disk, args=(argv, len(whole) // 2, log))
+    run_all([process], 60)
+    assert process.exitcode == 1
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert "cannot write" in line
     assert "the last good checkpoint is" in line
     assert "checkpoint-0.pth.tar" in line or "last.pth.tar" in line
