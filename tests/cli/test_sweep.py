@@ -150,7 +150,7 @@ def test_ctrl_c_stops_at_once_and_prints_what_is_finished(
     interrupt = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); os.kill(os.getppid(), 2)"
     fake_training(monkeypatch)
     finish = Sweep.command
-    stop = [sys.executable, "-S", "-c", f"{interrupt}; time.sleep(100)"]
+    stop = [sys.executable, "-S", "-c", f"{interrupt}\nfor _ in range(1000): time.sleep(0.1)"]
     monkeypatch.setattr(Sweep, "command", lambda sweep, job: stop if job.seed else finish(sweep, job))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
     begin = time.monotonic()

@@ -2,8 +2,6 @@
 
 import csv
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,13 +36,6 @@ def test_figures_equal_their_definition_and_the_mode_is_restored():
     assert model.training
     with pytest.raises(UserError, match="nothing to evaluate"):
         accuracy(Table(), [], device="cpu")
-
-
-def test_training_does_not_load_the_tables_of_shift_sets():
-    code = "import sys, samon.trainer.main; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "samon.evals.accuracy" in loaded
-    assert not {*loaded} & {"samon.evals.shifts", "samon.evals.datasets", "samon.evals.attacks"}
 
 
 def test_class_report_agrees_with_the_accuracy_and_rows_have_intervals(tmp_path):

@@ -106,6 +106,7 @@ def test_lora_perturbs_the_frozen_normalization_layers(tmp_path: Path, capsys: p
     assert f" {sum(sizes):,} others are perturbed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_finetune_pretrained(tmp_path: Path) -> None:
     """From real ImageNet weights, 40 updates are enough to be far above chance: 31 to 67 % for five seeds."""
     torch.save(efficientnet_lite0.state_dict(), tmp_path / "lite0.pth")

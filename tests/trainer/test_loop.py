@@ -121,10 +121,6 @@ def test_when_the_two_pass_step_is_used(args: str, expected: list[bool]) -> None
     assert [update in made.two_pass_updates for update in range(8)] == expected
 
 
-def test_rho_zero_is_the_base_optimizer() -> None:
-    assert_same(first_gradient("--opt", "sgd"), first_gradient("--opt", "samon", "--rho", "0"))
-
-
 def test_accumulation_of_a_remainder(tmp_path: Path) -> None:
     """4 batches in updates of 3: the last update has one, weighted as one."""
     made = built("--opt", "samon", "--grad-accum-steps", "3")
@@ -165,13 +161,6 @@ def test_validation_interval_and_best_checkpoint(metric: str, tmp_path: Path) ->
     kept = {int(path.name.split("-")[1].split(".")[0]) for path in directory.glob("checkpoint-*")}
     assert len(kept) == 2
     assert best in kept
-
-
-def test_no_validation(tmp_path: Path) -> None:
-    metrics, directory = run(tmp_path, "--opt", "samon", "--val-split", "", "--epochs", "2")
-    assert "eval_top1" not in metrics
-    losses = [float(row["train_loss"]) for row in summary_rows(directory / "summary.csv")]
-    assert metrics["best_metric"] == pytest.approx(min(losses))
 
 
 def test_average_on_the_cpu_is_not_validated(tmp_path: Path) -> None:
