@@ -25,7 +25,7 @@ from tests import processes
 from tests.runs import BASE, assert_same, last, train, weights
 from tools import check_interruptions as matrix
 
-COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5"]
+COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5", "-j", "0"]
 SHARDED = ["--fsdp", "--opt", "samon-layerl2-momentum"]
 DCP = ["--checkpoint-format", "dcp"]
 
