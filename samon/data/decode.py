@@ -90,7 +90,7 @@ def decode_pil(data: bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """Decode with Pillow and convert to `mode`; some data sets hold Pillow images already."""
     image = data if isinstance(data, Image.Image) else open_image(data)
     try:
-        if image.mode == "P":  # else Pillow warns that the conversion drops transparency, as timm does
+        if image.mode == "P" and "A" not in mode:  # Pillow warns that the conversion drops transparency, as timm does
             image.info.pop("transparency", None)
         return _to_8_bits(image).convert(mode)
     except SampleError:

@@ -90,14 +90,14 @@ def shuffle_order(count: int, size: int, seed: int, epoch: int, start: int) -> l
     return order + buffer
 
 
-def remaining_places(places: np.ndarray, layout: ReaderLayout, seed: int, epoch: int) -> np.ndarray:
-    """Return the places of an epoch's sequence that the readers of `layout`, who shared `places`, have not read."""
-    unread = np.ones(len(places), dtype=bool)
+def read_places(places: np.ndarray, layout: ReaderLayout, seed: int, epoch: int) -> np.ndarray:
+    """Return which of the places of an epoch's sequence that the readers of `layout` share they have read."""
+    read = np.zeros(len(places), dtype=bool)
     batches = layout.samples // (layout.world * layout.batch)
     for rank, worker in product(range(layout.world), range(layout.workers)):
         reader = rank, layout.world, worker, layout.workers
         own = read_range(len(places), layout.batch, *reader, is_training=True)
         done = worker_batches(batches, worker, layout.workers) * layout.batch
         order = shuffle_order(len(own), layout.buffer, seed, epoch, own.start)
-        unread[[own[position] for position in order[:done]]] = False
-    return places[unread]
+        read[[own[position] for position in order[:done]]] = True
+    return places[read]

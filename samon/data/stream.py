@@ -18,7 +18,7 @@ from samon import rng
 from samon.data.classes import check_label
 from samon.data.corrupt import CorruptSampleCounter, DataError, SampleError
 from samon.data.decode import Transform
-from samon.data.sharding import ReaderLayout, read_range, remaining_places, shard_slices, shuffle_order, worker_batches
+from samon.data.sharding import ReaderLayout, read_range, read_places, shard_slices, shuffle_order, worker_batches
 from samon.data.shards import SampleOrError
 from samon.data.sources import ShardSource, Source
 from samon.errors import UserError, error_line
@@ -212,15 +212,18 @@ class ShardStream(SampleStream):
 
     def places(self, epoch: int) -> Sequence[int] | np.ndarray:
         """Return the places of the epoch's sequence that the present readers share: those not read before."""
-        before = self.samples_before(epoch)
-        if not before:
-            return range(self.size)
-        all_places = remaining = np.arange(self.size)
-        for layout in self.layouts[1]:
-            remaining = remaining_places(remaining, layout, self.seed, epoch)
-        step = self.batch_size * self.world_size
-        missing = (self.size // step - before // step) * step - len(remaining)  # whole steps repeat some samples
-        return np.sort(np.append(remaining, np.setdiff1d(all_places, remaining)[: max(missing, 0)]))
+        places: Sequence[int] | np.ndarray = range(self.size)
+        if not self.samples_before(epoch):
+            return places
+        unread, before = np.ones(self.size, dtype=bool), 0
+        for layout in (*self.layouts[1], self.layout):
+            step = layout.batch * layout.world
+            count = (self.size // step - before // step) * step  # whole steps repeat some samples, or leave some out
+            repeated = np.flatnonzero(~unread)[: max(count - unread.sum(), 0)]
+            places = np.sort(np.append(np.flatnonzero(unread), repeated))[:count]
+            unread[read_places(places, layout, self.seed, epoch)] = False
+            before += layout.samples
+        return places
 
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
         """Also check that training has at least one shard per reader, unless samples may be split."""
@@ -244,13 +247,14 @@ class ShardStream(SampleStream):
         if not own:
             return
         first, last = int(places[own[0]]), int(places[own[-1]])
-        seed = self.seed if self.is_training else None
-        # Epochs shorter than the data set follow each other in an order that lasts for one pass over it.
-        ring = self.is_training and self.size < len(self.source)
-        turn, begin = divmod(epoch * self.size, len(self.source)) if ring else (epoch, 0)
-        slices = shard_slices(
-            self.source.shards.lengths, begin + first, begin + last + 1, seed=seed, epoch=turn, ring=ring
-        )
+        lengths, seed = self.source.shards.lengths, self.seed if self.is_training else None
+        layout = self.layouts[1][0] if self.samples_before(epoch) else self.layout
+        used = self.size - self.size % (layout.world * layout.batch)
+        # Epochs shorter than the data set, or than a shard, whose end would never be read, follow each other in an
+        # order that lasts for one pass over the data set.
+        ring = self.is_training and (self.size < len(self.source) or used < max(lengths))
+        turn, begin = divmod(epoch * used, len(self.source)) if ring else (epoch, 0)
+        slices = shard_slices(lengths, begin + first, begin + last + 1, seed=seed, epoch=turn, ring=ring)
         shuffled: Sequence[int] = range(len(own))
         if self.is_training:
             shuffled = shuffle_order(len(own), self.buffer, self.seed, epoch, own.start)

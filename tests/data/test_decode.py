@@ -119,9 +119,10 @@ def test_any_mode_comes_out_as_pillow_converts_it(name):
     image, options = MODES[name]
     data = encoded(image, **options)
     with Image.open(io.BytesIO(data)) as opened:
-        if opened.mode == "P":
-            opened.info.pop("transparency", None)  # its warning is what decode_pil silences
+        with_alpha = pil_to_tensor(opened.convert("RGBA"))
+        opened.info.pop("transparency", None)  # its warning is what decode_pil silences
         expected = pil_to_tensor(opened.convert("RGB"))
+    assert torch.equal(pil_to_tensor(decode_pil(data, "RGBA")), with_alpha)
     assert torch.equal(decode_tensor(data), expected)
     assert torch.equal(pil_to_tensor(decode_pil(data)), expected)
 

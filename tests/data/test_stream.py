@@ -170,6 +170,12 @@ def test_shorter_epochs_pass_over_all_samples(tmp_path, world, lengths, epochs):
     assert len(lengths) == 1 or {*used[:20]} != {*used[60:80]}, "another order in the next pass"
 
 
+@pytest.mark.parametrize(("lengths", "count"), [([29], None), ([3, 26], None), ([29], 14)])
+def test_no_sample_is_left_out_of_every_epoch(tmp_path, lengths, count):
+    loader = make_loader(write_set(tmp_path / "set", lengths), batch=8, dataset={"num_samples": count})
+    assert {i for _ in range(12) for i in flat(loader)} == set(range(29))
+
+
 def test_image_folders_behave_like_shards(tmp_path):
     write_images(tmp_path, *(f"train/c{i:02d}/image.jpg" for i in range(11)))
     root = str(tmp_path)
@@ -203,16 +209,16 @@ def _one_process(rank, root):
 
 
 @pytest.mark.parametrize(
-    "shares",  # (processes, workers, batch, steps) one after the other; the last ones run to the epoch's end
+    ("shares", "repeated"),  # (processes, workers, batch, steps) one after the other, the last ones to the epoch's end
     [
-        [(1, 2, 2, 5), (1, 3, 2, None)],
-        [(1, 2, 2, 5), (1, 0, 2, None)],
-        [(2, 1, 2, 3), (1, 2, 2, None)],
-        [(1, 3, 2, 2), (1, 2, 2, 3), (2, 0, 1, 4), (1, 1, 2, None)],
-        [(1, 2, 2, 3), (1, 2, 2, 2), (1, 0, 2, None)],
+        ([(1, 2, 2, 5), (1, 0, 2, None)], 0),
+        ([(2, 1, 2, 3), (1, 2, 2, None)], 0),
+        ([(1, 3, 2, 2), (1, 2, 2, 3), (2, 0, 1, 4), (1, 1, 2, None)], 0),
+        ([(1, 2, 2, 3), (1, 2, 2, 2), (1, 0, 2, None)], 0),
+        ([(1, 2, 2, 1), (1, 2, 7, 2), (1, 0, 1, None)], 1),  # the last of four steps of 7
     ],
 )
-def test_other_readers_share_what_is_left_of_an_epoch(root, shares):
+def test_other_readers_share_what_is_left_of_an_epoch(root, shares, repeated):
     given, layouts, taken = [], [], 0
     for world, workers, batch, steps in shares:
         for rank in range(world):
@@ -224,7 +230,7 @@ def test_other_readers_share_what_is_left_of_an_epoch(root, shares):
             assert len(targets(loader)) == TOTAL // (batch * world), "the next epoch is whole"
         if steps:
             layouts = [*layouts, loader.dataset.layout._replace(samples=steps * batch * world)]
-    assert len(given) == len(set(given)) == TOTAL - TOTAL % (batch * world)
+    assert len(given) == len(set(given)) + repeated == TOTAL - TOTAL % (batch * world)
 
 
 def test_two_real_processes(root):
