@@ -18,7 +18,7 @@ from samon import rng
 from samon.data.classes import check_label
 from samon.data.corrupt import CorruptSampleCounter, DataError, SampleError
 from samon.data.decode import Transform
-from samon.data.sharding import ReaderLayout, read_range, read_places, shard_slices, shuffle_order, worker_batches
+from samon.data.sharding import ReaderLayout, read_places, read_range, shard_slices, shuffle_order, worker_batches
 from samon.data.shards import SampleOrError
 from samon.data.sources import ShardSource, Source
 from samon.errors import UserError, error_line
