@@ -6,7 +6,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import BinaryIO, NamedTuple
@@ -55,6 +55,7 @@ class ShardSet:
     lengths: tuple[int, ...]
     num_classes: int | None = None
     class_names: list[str] | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by URL, '' if it is not listed
     label_key: str = ""  # timm's `alt_label`: the field of the .json member that holds the label
 
 
@@ -113,6 +114,7 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     expected = label_key = ""
     if split in splits:
         names, lengths = _check_split(where, split, splits[split])
+        splits = {split: splits[split]}
         label_key = str(splits[split].get("alt_label", ""))
     elif ".tar" in split or ".." in split:
         pattern, _, expected = split.partition("|")
@@ -132,7 +134,11 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), label_key)
+    hashes: dict[str, str] = {}
+    for entry in splits.values():
+        hashes |= zip(entry["filenames"], entry.get("sha256", ()), strict=False)
+    digests = {url: hashes.get(name, "") for url, name in zip(urls, names, strict=True)}
+    return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, label_key)
 
 
 def _load_classes(where: str, info: Mapping[str, object]) -> tuple[int | None, list[str] | None]:
@@ -206,7 +212,7 @@ def _iterate_members(tar: tarfile.TarFile, suffixes: frozenset[str]) -> Iterator
         key, suffix = base_plus_ext(member.name)
         suffix = (suffix or "").lower()
         hidden = is_hidden(member.name) or re.match("__[^/]*__(/|$)", member.name)
-        if member.isreg() and suffix.rpartition(".")[2] in suffixes and not hidden:
+        if member.isreg() and not hidden and (suffix in suffixes or suffix.rpartition(".")[2] in suffixes):
             yield key, suffix, member
 
 

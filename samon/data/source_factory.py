@@ -49,7 +49,7 @@ def _open_shards(request: Request) -> Source:
     directory = request.shard_cache
     if directory is None and request.random_access and not all(map(urls.is_local, shard_set.urls)):
         directory = urls.temporary_directory()
-    cache = urls.ShardCache(directory, request.shard_cache_size) if directory else None
+    cache = urls.ShardCache(directory, request.shard_cache_size, shard_set.digests) if directory else None
     label_key = request.target_key or shard_set.label_key or None
     return ShardSource(shard_set, shards.ShardReader(request.input_key, label_key, cache))
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -106,15 +106,16 @@ class ShardCache:
     They lie in a folder of their own, since the cleanup removes whatever it finds.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
-        self.directory, self.max_bytes = Path(directory, "samon-shards"), max_bytes
+    def __init__(self, directory: str | os.PathLike[str], max_bytes: int, digests: Mapping[str, str]) -> None:
+        self.directory, self.max_bytes, self.digests = Path(directory, "samon-shards"), max_bytes, digests
         self.directory.mkdir(parents=True, exist_ok=True)
         self._webdataset = import_webdataset("webdataset.cache")
 
     def path(self, url: str) -> Path:
-        """Return the path of the copy, a different one for each URL."""
+        """Return the path of the copy, a different one for each URL, and for each content whose digest is known."""
         tail = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])[-80:]
-        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
+        identity = hashlib.sha256(f"{url}{self.digests.get(url, '')}".encode())
+        return self.directory / f"{identity.hexdigest()[:16]}-{tail}"
 
     def open(self, url: str) -> BinaryIO:
         """Open the copy, fetching it first if necessary; DataError if it is larger than the cache."""

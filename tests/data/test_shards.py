@@ -10,6 +10,7 @@ import pytest
 
 from samon.cli.validate import main
 from samon.data import DataError, SampleError, shards, urls
+from samon.data.source_factory import open_source
 from samon.errors import UserError
 from tests.sets import RANDOM_MODEL, change_info, flat, jpeg, make_loader, tar_of, write_set
 
@@ -104,6 +105,9 @@ def test_broken_transfers_and_damaged_copies_are_fetched_again(server, tmp_path)
     copy.write_bytes(copy.read_bytes()[:3000])
     assert sorted(flat(make_loader(server.url, training=False, dataset=options))) == list(range(18))
     assert not [path for path in cache.iterdir() if path.suffix == ".part"]
+    write_set(server.root, [6, 6, 6], {0: {"cls": b"17"}})  # packed again
+    change_info(server.root, {"sha256": ["new", "", ""]})
+    assert sorted(flat(make_loader(server.url, training=False, dataset=options))) == [*range(1, 18), 17]
 
 
 @pytest.mark.parametrize("root", ["pipe:touch executed; cat x", "PIPE:touch executed"])
@@ -232,3 +236,4 @@ def test_other_members_of_a_sample_are_not_samples(tmp_path):
     content = {"png": jpeg(9), "jpg": jpeg(0), "cls": b"1"}
     (tmp_path / "a.tar").write_bytes(tar_of([(name, content[name[-3:]]) for name in names]))
     assert shards.load_split(str(tmp_path), "a.tar").lengths == (2,)
+    assert open_source("wds/x", str(tmp_path), "a.tar", input_key="seg.png").read([0])[0].image == jpeg(9)
