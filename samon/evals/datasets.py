@@ -220,7 +220,8 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
     class is unknown to the model, or its name does not tell which of the model's it is."""
     source, num_classes, trained = dataset.source, context.num_classes, context.class_names or []
     names, count, where = source.class_names or [], source.num_classes or 0, f"{spec.name} {spec.root}"
-    numbers = [str(index) for index in range(num_classes)]
+    known = {"ImageNet synsets": shifts.synsets()} if num_classes == 1000 else {}
+    known |= {"numbers": [str(index) for index in range(num_classes)]}
     counts, cure = f"it has {count} classes, the model {num_classes}", "; map its classes with --class-map FILE"
     class_map = context.config.class_map
     if names and trained and not class_map:
@@ -231,12 +232,9 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
         raise UserError(f"{where}: {counts}{cure}")
     elif class_map or not 0 < count < num_classes:
         return
-    elif num_classes == 1000 and names and set(names) <= set(shifts.synsets()):
-        dataset.scorings = {"": Scoring(None, shifts.label_table("imagenet", names))}
-        _warn(context, f"{where}: its {count} class names are ImageNet synsets and determine the labels")
-    elif names and set(names) <= set(numbers):
-        source.renumber(numbers)
-        _warn(context, f"{where}: its {count} class names are numbers and determine the labels")
+    elif names and (kinds := [kind for kind, order in known.items() if set(names) <= set(order)]):
+        source.renumber(known[kinds[0]])
+        _warn(context, f"{where}: its {count} class names are {kinds[0]} and determine the labels")
     elif names:
         raise UserError(f"{where}: {counts}, and the name {names[0]!r} does not tell which{cure}")
     else:

@@ -112,14 +112,13 @@ def _measures(context: EvalContext) -> list[Measure]:
 
 
 def _choose_samples(context: EvalContext, dataset: EvalDataset) -> list[int]:
-    """Whole batches of images, shuffled: sets are sorted by class, and batches should not be."""
+    """Whole batches of images, shuffled: sets are sorted by class; batches, and the images left over, should not be."""
     config, m = context.config, context.config.sharpness_m
     samples = choose_samples(len(dataset), config.sharpness_samples, config.seed)
     if len(samples) < m:
         raise UserError(f"sharpness: {dataset.name} {dataset.split} has {len(samples)} images; lower --sharpness-m {m}")
-    count = len(samples) // m * m
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
-    return [samples[i] for i in order]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed + 1)).tolist()
+    return [samples[i] for i in order[: len(samples) // m * m]]
 
 
 def sharpness(

@@ -11,6 +11,7 @@ from samon.errors import UserError
 from samon.evals.sharpness import (
     PRESETS,
     Measure,
+    _choose_samples,
     average_case,
     batch_sharpness,
     normalize_logits,
@@ -21,6 +22,7 @@ from samon.evals.sharpness import (
     worst_case,
 )
 from samon.geometry import global_norm
+from tests.eval_sets import make_context
 
 MODES = ["autopgd", "reference"]
 
@@ -249,6 +251,13 @@ def test_logit_normalization_by_hand():
     found = normalize_logits(torch.tensor([[3.0, 4.0, 8.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
     assert torch.allclose(found[0], torch.tensor([-2.0, -1.0, 3.0], dtype=torch.float64) / 14**0.5, rtol=0, atol=1e-15)
     assert found[1].tolist() == [0, 0, 0]
+
+
+def test_images_that_fill_no_batch_are_of_any_class():
+    """Sets are sorted by class."""
+    chosen = _choose_samples(make_context(None, sharpness_samples=1000), range(1000))
+    assert len(set(chosen)) == 7 * 128
+    assert max(chosen) > 950
 
 
 def test_presets_are_the_papers_rows():
