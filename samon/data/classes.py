@@ -81,16 +81,21 @@ def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str
     Raises:
         UserError: the map has class names and the data set has none of these.
     """
-    if all(isinstance(key, int) for key in class_map):
-        return class_map, None
-    if names is None:
-        raise UserError(f"{where}: its classes have no names; --class-map must map stored labels (.pkl of integers)")
-    label_map: LabelMap = {label: class_map[name] for label, name in enumerate(names) if name in class_map}
-    if not label_map:
+    by_label, label_map = all(isinstance(key, int) for key in class_map), class_map
+    if not by_label:
+        if names is None:
+            raise UserError(
+                f"{where}: its classes have no names; --class-map must map stored labels (.pkl of integers)"
+            )
+        label_map = {label: class_map[name] for label, name in enumerate(names) if name in class_map}
+    others = [name for label, name in enumerate(names or ()) if label not in label_map]
+    if names and len(others) == len(names):
         known = f"it lists {next(iter(class_map))!r}, the data {names[0]!r}"
         raise UserError(f"{where}: --class-map has none of its classes; {known}")
-    if others := [name for name in names if name not in class_map]:
+    if others:
         log_once(f"{where}: {len(others)} classes are not in --class-map and are left out, such as {others[0]!r}")
+    if by_label:
+        return label_map, None
     ordered = sorted(class_map, key=class_map.__getitem__)
     has_one_name = sorted(class_map.values()) == list(range(len(class_map)))
     return label_map, [str(name) for name in ordered] if has_one_name else None

@@ -192,7 +192,7 @@ def _open_hub(request: Request) -> Source:
             columns = ", ".join(dataset.features)
             raise UserError(f"--dataset {request.name}: no column {key!r}; it has {columns}: give {flag}")
     feature = get_field(dataset.features, label_key)
-    names, is_text = getattr(feature, "names", None) or [], getattr(feature, "dtype", "") == "string"
+    names, is_text = getattr(feature, "names", None) or [], getattr(feature, "dtype", "") in ("string", "large_string")
     if is_text:
         names = sorted(set(dataset.unique(label_key)) - {None}, key=class_order)
     location = f"{request.name} split {request.split}"

@@ -51,10 +51,12 @@ def test_files_that_are_not_class_maps(tmp_path, name, content, message):
         load_class_map(name, str(tmp_path))
 
 
-def test_classes_that_a_map_leaves_out_are_mentioned(tmp_path, caplog):
-    source = open_source("", write_images(tmp_path, "a/0.jpg", "b/0.jpg", "c/0.jpg"), "", class_map={"b": 0})
-    assert len(source) == 1
-    assert "2 classes are not in --class-map and are left out, such as 'a'" in caplog.text
+@pytest.mark.parametrize("class_map", [{"10": 0}, {2: 0, 10: 1}])
+def test_classes_that_a_map_leaves_out_are_mentioned(tmp_path, caplog, class_map):
+    """The integers are labels, not names of folders."""
+    source = open_source("", write_images(tmp_path, "1/0.jpg", "2/0.jpg", "10/0.jpg"), "", class_map=class_map)
+    assert [sample.label for sample in source.read(range(len(source)))] == [0]
+    assert "2 classes are not in --class-map and are left out, such as '1'" in caplog.text
 
 
 def test_an_empty_last_line_of_a_class_map_is_no_class(tmp_path):

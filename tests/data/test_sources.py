@@ -363,8 +363,9 @@ def test_columns_of_the_hubs_sets_are_named(hub):
     assert source.class_names == ["ant", "bee"]
 
 
-def test_text_labels_of_the_hub_are_classes(hub):
-    hub(image=PICTURES, label=("string", ["b10", "b9", None]))
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_text_labels_of_the_hub_are_classes(hub, kind):
+    hub(image=PICTURES, label=(kind, ["b10", "b9", None]))
     source = open_source("hfds/x", None, "train")
     assert source.class_names == ["b9", "b10"]
     assert [getattr(r, "label", str(r)) for r in source.read([0, 1])] == [1, 0]
