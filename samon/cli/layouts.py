@@ -24,16 +24,14 @@ class LabeledImages(NamedTuple):
     class_names: list[str]
 
 
-def label_images(entries: list[ImageEntry], classes: list[str], names: list[str] | None = None) -> LabeledImages:
-    """Label each image by the index of its class in `names` (default: the classes in timm's order)."""
+def label_images(
+    entries: list[ImageEntry], names: list[str] | None = None, classes: list[str] | None = None
+) -> LabeledImages:
+    """Label each image by the index of its class (default: its folder) in `names` (default: in timm's order)."""
+    classes = classes or [entry.folder for entry in entries]
     names = names or sorted(set(classes), key=class_order)
     labels = {name: label for label, name in enumerate(names)}
     return LabeledImages([(entry, labels[name]) for entry, name in zip(entries, classes, strict=True)], names)
-
-
-def label_by_folder(entries: list[ImageEntry], names: list[str] | None = None) -> LabeledImages:
-    """Label images by their class folders."""
-    return label_images(entries, [entry.folder for entry in entries], names)
 
 
 def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
@@ -48,13 +46,13 @@ def find_folder_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
         if len(splits) > 1 or (splits and depth == 1 < max(entry.path.count("/") for entry in entries)):
             mixed, do = ", ".join(sorted(splits)), "give the folder of one split, or a directory of splits alone"
             raise UserError(f"--source {args.source}: images of {mixed} (and others) would become one split; {do}")
-        return {args.split or "train": label_by_folder(entries)}
+        return {args.split or "train": label_images(entries)}
     if depth == 1:
         do = "for ImageNet's flat validation images use --format imagenet --val-labels FILE"
         raise UserError(f"--source {args.source}: images of a split lie in no class folder; {do}")
-    names = label_by_folder(entries).class_names  # of all splits: a class missing from one must not shift the others
+    names = label_images(entries).class_names  # of all splits: a class missing from one must not shift the others
     parts = {name: [entry for entry in entries if entry.path.split("/")[0] == name] for name in sorted(tops)}
-    return {name: label_by_folder(part, names) for name, part in parts.items()}
+    return {name: label_images(part, names) for name, part in parts.items()}
 
 
 def read_validation_synsets(path: Path) -> dict[int, str]:
@@ -101,9 +99,9 @@ def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
         if len(counts) < len(images):
             twice = counts.most_common(1)[0][0]
             raise UserError(f"--source {args.source}: {twice} occurs twice, as in a tar and extracted; remove one")
-    splits = {"train": label_by_folder(training)} if training else {}
+    splits = {"train": label_images(training)} if training else {}
     if validation and re.search(r"n\d{8}/[^/]*$", validation[0].path):
-        splits["validation"] = label_by_folder(validation)
+        splits["validation"] = label_images(validation)
     elif validation and args.val_labels is None:
         known = "a list of synsets, LOC_val_solution.csv or the extracted devkit"
         raise UserError(f"validation images lie in no class folders; give their labels with --val-labels ({known})")
@@ -114,7 +112,7 @@ def find_imagenet_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
             if number not in synsets:
                 raise UserError(f"--val-labels {args.val_labels}: {len(synsets)} labels, none for {entry.path}")
         names = sorted(set(synsets.values()))
-        splits["validation"] = label_images(validation, [synsets[number] for number in numbers], names)
+        splits["validation"] = label_images(validation, names, [synsets[number] for number in numbers])
     if not splits:
         raise UserError(f"--source {args.source}: no ImageNet images (n01440764/..., ILSVRC2012_val_...) found")
     names_of = [images.class_names for images in splits.values()]
@@ -140,9 +138,7 @@ def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
         try:  # torchvision compares checksums before it unpickles
             sets = {"train": kind(root, train=True), "validation": kind(root, train=False)}
         except RuntimeError:
-            raise UserError(
-                f"--source {extracted[0]}: files are missing or damaged; extract the archive again"
-            ) from None
+            raise UserError(f"--source {extracted[0]}: files are missing or damaged; extract it again") from None
         arrays = {split: (data.data, data.targets) for split, data in sets.items()}
         names = sets["train"].classes
     splits = {}
@@ -155,6 +151,6 @@ def find_cifar_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
 def find_splits(args: argparse.Namespace) -> dict[str, LabeledImages]:
     """Return the images of each split of `args.source`, whose layout is `args.format`."""
     if args.format in SHIFT_SETS:
-        return {args.split or "validation": label_by_folder(find_images(args.source, args.input_key, tars=True))}
+        return {args.split or "validation": label_images(find_images(args.source, args.input_key, tars=True))}
     known = {"folder": find_folder_splits, "imagenet": find_imagenet_splits, "cifar": find_cifar_splits}
     return known[args.format](args)

@@ -73,9 +73,8 @@ def _list_tar(file: str, prefix: str = "", offset: int = 0) -> Iterator[ImageEnt
                     elif member.isreg():
                         yield ImageEntry(path, file, member.offset_data, member.size)
         except tarfile.TarError as error:
-            raise UserError(
-                f"{file}: not an uncompressed tar archive ({error}); extract it and give the directory"
-            ) from error
+            do = "extract it and give the directory"
+            raise UserError(f"{file}: not an uncompressed tar archive ({error}); {do}") from error
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -106,9 +106,6 @@ class SeededErasing:
             return self.erasing(images)
 
 
-# --- loader workers ---------------------------------------------------------------------------------------------------
-
-
 def ignore_signals(_: int) -> None:
     """Let a worker outlive signals sent to the whole process group: the trainer ends it after its update."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

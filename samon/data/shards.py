@@ -44,9 +44,6 @@ def is_hidden(path: str) -> bool:
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
 
 
-# --- _info.json -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ShardSet:
     """A split: the URLs of its shards, their numbers of samples, and the classes if `_info.json` lists them."""
@@ -161,9 +158,6 @@ def _count_samples(url: str) -> int:
     _logger.info("counting the samples of %s", url)
     with open_url(url) as file:
         return sum(1 for _ in read_members(file, url, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def read_members(

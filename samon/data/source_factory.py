@@ -146,9 +146,7 @@ def _open_arrays(request: Request) -> Source:
 
 def _check_classes_of_part(split: str, location: str, classes: int, total: int) -> None:
     if "[" in split and classes < total:
-        log_once(
-            f"{location}: {split} has images of {classes} of the {total} classes, as when images lie class by class"
-        )
+        log_once(f"{location}: {split} has images of {classes} of the {total} classes, as if sorted by class")
 
 
 def _open_torchvision(request: Request) -> Source:
@@ -156,9 +154,8 @@ def _open_torchvision(request: Request) -> Source:
     split, part = parse_split(request.split)
     if kind in ("folder", "image_folder"):  # torchvision's numbering: by the outer folders, in the order of characters
         folder = _find_split_folder(request)
-        entries = sorted(
-            find_images(folder, request.input_key or ";".join(IMG_EXTENSIONS)), key=lambda entry: entry.path
-        )
+        entries = find_images(folder, request.input_key or ";".join(IMG_EXTENSIONS))
+        entries.sort(key=lambda entry: entry.path)
         classes = [entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries]
         return _label_by_class(entries, classes, str, folder, request)
     if kind in ("imagenet", "places365", "inaturalist", "inat"):  # these have other splits than train and test

@@ -4,13 +4,13 @@ import bisect
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count, groupby, product
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from timm.data.readers.targets import get_field
-from torch.utils.data import Dataset
 
 from samon.data import shards
 from samon.data.classes import LabelMap
@@ -18,8 +18,6 @@ from samon.data.corrupt import SampleError
 from samon.data.images import ImageEntry
 from samon.data.shards import RawSample, SampleOrError
 from samon.errors import UserError, error_line, nearest
-
-# --- splits and parts of them -----------------------------------------------------------------------------------------
 
 Extents = Sequence[tuple[str, range]]  # locations and which of their samples a split has
 
@@ -48,9 +46,6 @@ def _part_range(size: int, part: slice, location: str) -> range:
     if not indices:
         raise UserError(f"the part of {location} is empty, it has {size} images")
     return indices
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 class Source:
@@ -205,11 +200,12 @@ class PairSource(Source):
         return (images[part], np.asarray(self.pairs.targets)[part]) if isinstance(images, np.ndarray) else None
 
 
-class ArrayDataset(Dataset):
+@dataclass
+class ArrayDataset:
     """Images [N, H, W, C] in memory, the arrays named as in torchvision's CIFAR."""
 
-    def __init__(self, data: np.ndarray, targets: np.ndarray) -> None:
-        self.data, self.targets = data, targets
+    data: np.ndarray
+    targets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.data)

@@ -161,9 +161,8 @@ def test_splits_are_never_packed_as_one(tmp_path, arguments):
     folders(tmp_path / "in", ["a", "b"], splits=("train", "val"))
     if not arguments:
         folders(tmp_path / "in", ["figures"])
-    assert "images of train, val (and others) would become one split" in pack(
-        "--source", tmp_path / "in", "--output", tmp_path / "out", *arguments
-    )
+    said = pack("--source", tmp_path / "in", "--output", tmp_path / "out", *arguments)
+    assert "images of train, val (and others) would become one split" in said
 
 
 def test_endings_can_be_named(tmp_path):

@@ -113,9 +113,7 @@ def test_truncated_shards(tmp_path, length, compress):
 def test_too_many_corrupt_samples_stop_training(tmp_path):
     root = write_set(tmp_path / "set", [10, 10], {i: {"jpg": b"broken"} for i in (2, 5, 13)})
     assert len(flat(make_loader(root, workers=2, dataset={"max_corrupt_fraction": 0.15}))) == 20
-    with pytest.raises(
-        DataError, match=r"3 corrupt samples in this epoch, more than 0.1 of the 20.*--max-corrupt-samples"
-    ):
+    with pytest.raises(DataError, match=r"3 corrupt samples in .*, more than 0.1 of the 20.*--max-corrupt-samples"):
         flat(make_loader(root, workers=2, dataset={"max_corrupt_fraction": 0.1}))
     with pytest.raises(DataError, match="1 corrupt samples in this epoch"):
         flat(make_loader(root))

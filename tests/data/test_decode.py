@@ -270,9 +270,8 @@ def test_gray_of_16_bits_keeps_its_range(kind):
 
 @pytest.mark.parametrize(("values", "taken"), [([0, 255], True), ([0, 65535], False), ([0.0, 1.0], False)])
 def test_values_of_32_bits_are_taken_only_where_white_is_known(values, taken):
-    data = encoded(
-        Image.fromarray(np.array([values] * 2, dtype=np.int32 if values[1] > 1 else np.float32)), format="TIFF"
-    )
+    kind = np.int32 if values[1] > 1 else np.float32
+    data = encoded(Image.fromarray(np.array([values] * 2, dtype=kind)), format="TIFF")
     if taken:
         assert np.asarray(decode_pil(data, "L"))[0].tolist() == values
     else:

@@ -68,9 +68,7 @@ def test_timms_own_loader_takes_the_stream(root):
 
 
 def test_augmix_splits_come_clean_part_first(root):
-    images, target = next(
-        iter(make_loader(root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2", no_aug=False, decoder="auto"))
-    )
+    images, target = next(iter(make_loader(root, batch=2, num_aug_splits=3, auto_augment="augmix-m3-w2")))
     assert images.shape == (6, 3, 12, 12)
     assert target.tolist() == target[:2].tolist() * 3
 
@@ -107,9 +105,8 @@ def test_images_one_pixel_wide_or_high_train(tmp_path, size, decoder):
     (tmp_path / "train/a").mkdir(parents=True)
     Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/0.png")
     Image.new("RGB", size, (200,) * 3).save(tmp_path / "train/a/1.jpg")
-    loader = make_loader(
-        str(tmp_path), name="", decoder=decoder, dataset={"max_corrupt_fraction": 0}, mean=(0,) * 3, std=(1,) * 3
-    )
+    options = {"dataset": {"max_corrupt_fraction": 0}, "mean": (0,) * 3, "std": (1,) * 3}
+    loader = make_loader(str(tmp_path), name="", decoder=decoder, **options)
     for epoch in range(40):
         loader.set_epoch(epoch)
         ((images, target),) = loader

@@ -112,9 +112,7 @@ def test_hub_data_sets_train(tmp_path, monkeypatch):
     assert (len(source), source.num_classes, source.class_names) == (6, 2, ["ant", "bee"])
     found = sorted((decode_pil(r.image).getpixel((0, 0))[0], r.label) for r in source.read(range(6)))
     assert found == [(40 * index, index % 2) for index in range(6)]
-    stream = create_dataset(
-        f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), "train", is_training=True, batch_size=2
-    )
+    stream = create_dataset(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), "train", is_training=True)
     loader = create_loader(stream, (3, 8, 8), 2, True, num_workers=0, device="cpu", no_aug=True)
     assert sorted(label for _, target in loader for label in target.tolist()) == [0, 0, 0, 1, 1, 1]
 

@@ -52,9 +52,7 @@ def test_shuffle_order_is_a_permutation_held_in_the_buffer():
 
 
 def test_every_sample_of_every_epoch_has_draws_of_its_own(root):
-    stream = create_dataset(
-        "wds/x", root=str(root), split="train", is_training=True, batch_size=1, rank=0, world_size=1
-    )
+    stream = create_dataset("wds/x", str(root), "train", is_training=True, rank=0, world_size=1)
     stream.decode, stream.transform = None, lambda _: random.random()
     drawn = []
     for epoch in (0, 1, 0):
