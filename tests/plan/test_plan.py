@@ -128,19 +128,17 @@ def test_the_table_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_one_process_has_no_buckets_and_names_are_those_of_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=1", "--batch-size", "2", "--opt"]
-    words += ["SAMON-Muon"]  # of which timm's step reads a tensor
-    plain, _, on = planning.main(words)
+    plain, _, on = planning.main([*words, "SAMON-Muon"])  # of which timm's step reads a tensor
     assert (plain["opt"], plain["wire"]) == ("muon", {})
     assert on["flops"] > plain["flops"]
     printed = capsys.readouterr()
     assert "counting a step of --opt samon-muon on 2 images" in printed.err.lower()  # large models take minutes
     assert "GFLOP" in printed.out
     assert " 0.00" not in printed.out  # units by size
-    (many, *_) = planning.main([*words, "--gpus", "4096"])
-    assert many["peak"] == plain["peak"] + many["buffers"]["all-reduce"]  # DDP's buckets
-    assert (
-        many["wire"]["all-reduce"] == many["buffers"]["all-reduce"] * 2 * 4095 // 4096
-    )  # a limit: twice the gradients
+    (one, *_), (many, *_) = (planning.main([*words, "samon", "--gpus", gpus]) for gpus in ("1", "4096"))
+    gradients = many["buffers"]["all-reduce"]
+    assert many["peak"] == one["peak"] + gradients  # DDP's buckets
+    assert many["wire"]["all-reduce"] == gradients * 2 * 4095 // 4096  # a limit: twice the gradients
     assert "all-reduce" in capsys.readouterr().out
 
 
