@@ -122,6 +122,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copy2(source, temporary)
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a link to the same file as `target` is left by the renaming
 
 
 def _temporary(path: Path) -> Path:
