@@ -77,9 +77,14 @@ class Run:
         return str(self.settings["opt"])
 
     @property
+    def folder_name(self) -> str:
+        """Name of the image folder it was trained on; empty for a data set with a name, which may have moved."""
+        return "" if self.settings.get("dataset") else Path(self.settings.get("data_dir") or "").name
+
+    @property
     def setting(self) -> Setting:
-        data = self.settings.get("dataset") or Path(self.settings.get("data_dir") or "").name
-        return Setting(str(self.origin.get("recipe") or data), str(self.settings.get("model", "")))
+        data = self.origin.get("recipe") or self.settings.get("dataset") or self.folder_name
+        return Setting(str(data), str(self.settings.get("model", "")))
 
 
 @dataclass
@@ -271,7 +276,7 @@ def with_defaults(settings: Settings) -> Settings:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-_NOT_COMPARED = {"seed", "rho", "opt", "data_dir", "wandb_resume_id", "workers"}
+_NOT_COMPARED = {"seed", "rho", "opt", "wandb_resume_id", "workers"}
 
 
 def differing_keys(runs: Iterable[Run]) -> list[str]:
@@ -287,14 +292,15 @@ def name_methods(runs: list[Run]) -> None:
     runs of one setting differ: `samon ascent=previous`. The default, or else the most frequent value, is not named."""
     for setting, opt in dict.fromkeys((run.setting, run.opt) for run in runs):
         same = [run for run in runs if (run.setting, run.opt) == (setting, opt)]
+        rows = [run.settings | {"data_dir": run.folder_name} for run in same]
         usual: Settings = {}
         for key in differing_keys(same):
-            values = [run.settings.get(key) for run in same]
+            values = [row.get(key) for row in rows]
             default = DEFAULTS.get(key)
             usual[key] = default if default in values else max(values, key=values.count)
-        for run in same:
-            keys = [key for key in usual if key not in _NOT_COMPARED and run.settings.get(key) != usual[key]]
-            run.method = " ".join([opt, *(f"{key}={run.settings.get(key)}" for key in keys)])
+        for run, row in zip(same, rows, strict=True):
+            keys = [key for key in usual if key not in _NOT_COMPARED and row.get(key) != usual[key]]
+            run.method = " ".join([opt, *(f"{key}={row.get(key)}" for key in keys)])
 
 
 def score_runs(runs: list[Run], metric: str = "eval_top1") -> list[Score]:

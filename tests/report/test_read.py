@@ -56,12 +56,15 @@ def test_a_run_ends_with_its_cooldown(cooldown: int, ended: bool, tmp_path: Path
     assert [score.values for score in content.scores] == [[50.0]] * ended
 
 
-def test_runs_on_different_image_folders_are_not_seeds_of_one_method(tmp_path: Path) -> None:
-    for name in ("cars", "pets"):
+@pytest.mark.parametrize("recipe", ["", "r.yaml"])
+def test_runs_on_different_image_folders_are_not_seeds_of_one_method(recipe: str, tmp_path: Path) -> None:
+    for name in ("cars", "pets", "moved/cars"):
         settings = f"opt: sgd\nmodel: net\nepochs: 1\ndata_dir: /data/{name}\n"
-        write_run(tmp_path / name, settings, "epoch,eval_top1\n0,50\n")
-    scores = read_sources([tmp_path]).scores
-    assert [(score.setting.title, score.values) for score in scores] == [("cars, net", [50.0]), ("pets, net", [50.0])]
+        run = write_run(tmp_path / name, settings, "epoch,eval_top1\n0,50\n")
+        (run / "run.json").write_text(json.dumps({"recipe": recipe}))
+    scores = [(score.setting.title, score.method, score.values) for score in read_sources([tmp_path]).scores]
+    separate = [("r, net", "sgd", [50.0] * 2), ("r, net", "sgd data_dir=pets", [50.0])]
+    assert scores == (separate if recipe else [("cars, net", "sgd", [50.0] * 2), ("pets, net", "sgd", [50.0])])
 
 
 def test_runs_with_other_numbers_of_processes_are_not_seeds_of_one_method(tmp_path: Path) -> None:
