@@ -111,8 +111,9 @@ def accuracy(content: Content) -> Table:
         role = "chooses rho" if score.held_out else "best" if score in best else ""
         role += ", edge of the grid" * (role == "best" and _is_at_edge(score, content))
         rho = "" if score.rho is None else f"{score.rho:g}"
-        rows.append([score.recipe, score.model, score.method, rho, score.text, str(len(score.values)), role, *beside])
-    head = ["recipe or data", "model", "method", "rho", "accuracy, %", "runs", "", "paper, %", "difference"]
+        row = [score.recipe, score.model, score.method, rho, _other_measure(score), score.text, str(len(score.values))]
+        rows.append([*row, role, *beside])
+    head = ["recipe or data", "model", "method", "rho", "measure", "accuracy, %", "runs", "", "paper, %", "difference"]
     caption = (
         "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "
         "result; ▲ above it, ▼ below it. The paper's result is that of the recipe's full length."
@@ -122,21 +123,26 @@ def accuracy(content: Content) -> Table:
 
 def _is_at_edge(score: Score, content: Content) -> bool:
     """Whether a score's rho is the smallest or the largest that was tried, so that one outside may be better."""
-    same = [s for s in content.scores if (s.setting, s.method) == (score.setting, score.method)]
-    tried = {s.rho for s in same if s.rho is not None}
+    own = score.recipe, score.model, score.method  # held-out images may have chosen it by another metric
+    tried = {s.rho for s in content.scores if (s.recipe, s.model, s.method) == own and s.rho is not None}
     return len(tried) > 1 and score.rho in (min(tried), max(tried))
+
+
+def _other_measure(score: Score) -> str:
+    """What a score is, if not the accuracy after the last epoch."""
+    return "" if score.metric == "eval_top1" else score.setting.measure
 
 
 def costs(content: Content) -> Table:
     """Mean cost of a run of each method at its best rho, and its ratio to the base optimizer's."""
     rows = []
     for score in [score for score in content.best() if score.costs]:
-        row = [score.recipe, score.model, score.method, score.text]
+        row = [score.recipe, score.model, score.method, _other_measure(score), score.text]
         for cost in COST_NAMES:
             ratio = content.cost_ratio(score, cost)
             row += [mean_cost(score, cost) if score.costs.get(cost) else "", "" if ratio is None else f"{ratio:.2f}"]
         rows.append(row)
-    head = ["recipe or data", "model", "method", "accuracy, %"]
+    head = ["recipe or data", "model", "method", "measure", "accuracy, %"]
     head += [name for unit in COST_NAMES.values() for name in (unit, f"{unit}, ratio")]
     caption = (
         "Ratios are to the base optimizer of the same recipe and model. FLOPs are counted exactly, forward and "

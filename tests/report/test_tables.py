@@ -1,6 +1,6 @@
 """The tables of a report."""
 
-from samon.report.content import DEFAULTS, Content, Run, Score
+from samon.report.content import DEFAULTS, EARLY_STOPPED, Content, Run, Score
 from samon.report.tables import tables
 from tests.report.conftest import score
 
@@ -42,6 +42,17 @@ def test_the_summary_says_who_is_ahead_and_whether_that_is_certain() -> None:
     assert results[1].startswith("-1.00; one seed")
     assert table.rows[3][1:3] == ["1 method against sgd, 1 seed", "+0.50; one seed is not enough to tell"]
     assert results[3] == "+0.1000 ± 0.0141: sgd ahead"
+
+
+def test_rows_say_what_else_than_accuracy_they_are_and_whether_rho_is_at_the_edge() -> None:
+    held_out = [
+        score("SAM", "sam", [y], rho=x, held_out=True, metric=EARLY_STOPPED) for x, y in ((0.1, 7.0), (0.5, 8.0))
+    ]
+    tested = [score("SAM", "sam", [80.0], rho=0.5, metric=metric) for metric in ("eval_top1", EARLY_STOPPED)]
+    accuracy = next(table for table in tables(Content(scores=[*held_out, *tested])) if table.name == "accuracy")
+    rows = [dict(zip(accuracy.head, row, strict=True)) for row in accuracy.rows[2:]]
+    assert [row["measure"] for row in rows] == ["", "early-stopped accuracy, %"]
+    assert [row[""] for row in rows] == ["best, edge of the grid"] * 2
 
 
 def test_settings_that_differ_are_those_within_a_recipe() -> None:
