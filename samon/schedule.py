@@ -37,11 +37,6 @@ class Tail:
         """Number of the first update with two passes."""
         return self.total_updates - round(self.fraction * self.total_updates)
 
-    @property
-    def share(self) -> float:
-        """Share of all updates that take two passes: `fraction`, rounded to whole updates."""
-        return 1 - self.start / self.total_updates
-
     def __contains__(self, update: int) -> bool:
         return update >= self.start
 

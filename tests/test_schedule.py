@@ -8,7 +8,6 @@ import samon
 @pytest.mark.parametrize(("total", "fraction", "start"), [(10, 0.3, 7), (10, 1.0, 0), (3, 0.5, 1), (100, 0.006, 99)])
 def test_the_tail_is_a_share_of_all_updates(total: int, fraction: float, start: int) -> None:
     tail = samon.Tail(total, fraction)
-    assert tail.share == 1 - start / total
     assert tail.start == start
     assert [update in tail for update in range(total)] == [update >= start for update in range(total)]
 

@@ -224,7 +224,6 @@ EARLY = {
     "--opt samon --perturb layer(": "--perturb .*not a regular expression",
     "--opt samon --perturb layer9": "--perturb 'layer9' matches none",
     "--opt sam --sparsity 0.5": "sparsity is for",
-    "--opt samon --ascent previous --gsam-alpha 0.1": "gsam_alpha needs",
     "--opt samon --fix-norm": "no trainable parameter to perturb.*unfreeze",
     "--opt samon --model test_nfnet": "test_nfnet has no trainable parameter",
     "--opt samon --ascent-size 32": "--ascent-size 32",
@@ -254,9 +253,6 @@ EARLY = {
     "--output /proc/nothing": "it cannot be written",
     "--opt samon --perturb-frozen": "--perturb-frozen has no effect",
     "--opt samon --ascent previous --m-sharpness 4": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
-    "--opt samon --ascent previous --m-sharpness global": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
-    "--opt samon --ascent previous --ascent-fraction 0.5": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
-    "--opt samon --ascent previous --ascent-size 8": r"--ascent 'previous' makes no ascent pass.*--m-sharpness",
 }
 LATE = {
     "--opt samon --rho-sched lr --sched none": "learning rate that is constant",
