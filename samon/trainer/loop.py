@@ -206,7 +206,7 @@ def save_or_stop(run: Run, checkpoints: CheckpointManager, signals: SignalHandle
     due |= bool(steps) and run.progress.updates % steps == 0
     if signum or (due and run.progress.updates < run.updates_per_epoch):
         count_skipped(run, meter.outcomes)
-        meter.read(signals.reduce)
+        meter.flush(signals.reduce)
         checkpoints.save_recovery()
     if signum:
         signals.stop(signum, checkpoints)

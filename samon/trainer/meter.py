@@ -19,45 +19,49 @@ class Meter:
     def __init__(self, progress: Progress) -> None:
         self.sums = progress.sums  # {name: sum over samples, name + '/n': samples}, saved with the state
         self.outcomes: list[bool | Tensor] = []  # whether the updates that the host has not counted yet were applied
-        self._interval: list[tuple[int | Tensor, dict[str, Tensor]]] = []
+        self._interval: dict[str, float] = {}  # as `sums`, of the log interval
+        self._updates: list[tuple[int | Tensor, dict[str, Tensor]]] = []  # in neither of them yet
 
     def add(self, samples: int, values: dict[str, Tensor], applied: bool | Tensor = True) -> None:
         """Add the values of an update; those of a skipped update do not count."""
         self.outcomes.append(applied)
         if isinstance(applied, Tensor):
             values = {name: torch.where(applied, value, 0) for name, value in values.items()}
-            self._interval.append((samples * applied, values))
+            self._updates.append((samples * applied, values))
         elif applied:
-            self._interval.append((samples, values))
+            self._updates.append((samples, values))
 
-    def read(self, reduce: Callable[[Tensor], None]) -> dict[str, float]:
-        """Means over the log interval and all processes, every one of which must call this; ends the interval.
+    def flush(self, reduce: Callable[[Tensor], None]) -> None:
+        """Add the updates to the sums, over all processes, every one of which must call this.
 
         Args:
             reduce: sums a float64 CPU tensor over the processes, in place.
         """
-        names = sorted({name for _, values in self._interval for name in values})
-        totals = []
-        for name in names:
-            rows = [(n, values[name]) for n, values in self._interval if name in values]
+        totals: dict[str, Tensor] = {}
+        for name in sorted({name for _, values in self._updates for name in values}):
+            rows = [(n, values[name]) for n, values in self._updates if name in values]
             stacked = torch.stack([value.detach().float() for _, value in rows]).double().cpu()
             weights = torch.stack([torch.as_tensor(n) for n, _ in rows]).double().cpu()
-            totals += [(stacked * weights).sum(), weights.sum()]
-        self._interval.clear()
-        if not totals:
-            return {}
-        both = torch.stack(totals)
-        reduce(both)
-        means = {}
-        for name, (total, weight) in zip(names, both.view(-1, 2).tolist(), strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + total
-            self.sums[f"{name}/n"] = self.sums.get(f"{name}/n", 0.0) + weight
-            means[name] = total / weight if weight else float("nan")
-        return means
+            totals |= {name: (stacked * weights).sum(), f"{name}/n": weights.sum()}
+        self._updates.clear()
+        if totals:
+            reduce(reduced := torch.stack([*totals.values()]))
+            for sums in (self.sums, self._interval):
+                sums |= {k: sums.get(k, 0.0) + v for k, v in zip(totals, reduced.tolist(), strict=True)}
+
+    def read(self, reduce: Callable[[Tensor], None]) -> dict[str, float]:
+        """Means over the log interval, which ends; all processes call this (`flush`)."""
+        self.flush(reduce)
+        sums, self._interval = self._interval, {}
+        return {name: _mean(sums, name) for name in sums if not name.endswith("/n")}
 
     def epoch_mean(self, name: str) -> float | None:
         """The mean of a value over the epoch so far; None if it has none."""
-        return self.sums[name] / self.sums[f"{name}/n"] if name in self.sums else None
+        return _mean(self.sums, name) if name in self.sums else None
+
+
+def _mean(sums: dict[str, float], name: str) -> float:
+    return sums[name] / sums[f"{name}/n"] if sums[f"{name}/n"] else float("nan")
 
 
 class Timer:

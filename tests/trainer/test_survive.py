@@ -151,9 +151,10 @@ def test_timed_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original(self)
 
     monkeypatch.setattr(CheckpointManager, "save_recovery", save_recovery)
-    run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
+    metrics, directory = run(tmp_path, "--opt", "sgd", "--checkpoint-interval", "0.00001m")
     assert saved == [1, 2, 3]
-    assert not list((tmp_path / "run").glob("recovery-*"))  # the epoch's checkpoint replaces them
+    assert f"[4/4] loss {metrics['train_loss']:.4f} " in (directory / "log.txt").read_text()  # the mean of all updates
+    assert not list(directory.glob("recovery-*"))  # the epoch's checkpoint replaces them
     saved.clear()
     run(tmp_path, "--opt", "sgd", "--recovery-interval", "2")
     assert saved == [2]
