@@ -6,6 +6,7 @@ index, so a sample's augmentation depends on neither its batch nor the device, t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -209,21 +210,15 @@ def create_in_memory_loader(
         raise UserError("every process keeps the whole set: create_dataset(is_training=False, rank=0, world_size=1)")
     channels, height, width = input_size
     size, augment, num_samples = (channels, height, width), None, dataset.size
+    resize: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
     if is_training:
         dataset.size = len(dataset.source)  # an epoch takes its samples from all
         _check_augmentation(train_crop_mode, no_aug, auto_augment, others)
     if is_training and not no_aug:
         augment = Augment((height, width), hflip, policy=auto_augment == "cifar10")
-        interpolation, crop_pct, crop_mode = "bicubic", 1.0, "squash"  # the resize before the pad crop
-    dataset.transform = timm.data.create_transform(
-        size,
-        is_training=is_training and no_aug,
-        no_aug=True,
-        use_prefetcher=True,
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-    )
+        resize = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}  # before the pad crop
+    plain = is_training and no_aug
+    dataset.transform = timm.data.create_transform(size, is_training=plain, no_aug=True, use_prefetcher=True, **resize)
     images, labels = _read_all(dataset, size, as_stored=is_training or crop_pct == 1.0)
     return InMemoryLoader(
         images.to(device),

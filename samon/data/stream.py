@@ -101,6 +101,7 @@ class SampleStream(IterableDataset):
     collate: Callable[..., object] = default_collate
     num_workers: int = 1
     repeats: int = 0
+    layouts: tuple[int, Sequence[ReaderLayout]] = (-1, ())  # an epoch of shards, and its readers before restarts
 
     def __post_init__(self) -> None:
         self.corrupt = CorruptSampleCounter(self.max_corrupt_fraction)
@@ -130,7 +131,7 @@ class SampleStream(IterableDataset):
 
     def samples_before(self, epoch: int) -> int:
         """Return how many samples of the epoch, over all ranks, other readers read before a restart."""
-        return 0
+        return sum(layout.samples for layout in self.layouts[1]) if epoch == self.layouts[0] else 0
 
     def read_samples(self, epoch: int, stream: int, num_streams: int, skip: int) -> Iterator[tuple[int, SampleOrError]]:
         """Yield (place in the epoch, sample or its error) of one of this rank's streams, after its first `skip`."""
@@ -193,22 +194,17 @@ class ShardStream(SampleStream):
     Args:
         buffer: samples in the shuffle buffer, still encoded (at 110 kB each, 2,048 take 225 MB per worker).
         sample_split: allow fewer shards than readers, which then share them sample by sample.
-        layouts: an epoch, and the readers that read its first samples before a restart.
         source, size, ...: see `SampleStream`.
     """
 
     source: ShardSource
     buffer: int = 2048
     sample_split: bool = False
-    layouts: tuple[int, Sequence[ReaderLayout]] = (-1, ())
 
     @property
     def layout(self) -> ReaderLayout:
         """The present readers."""
         return ReaderLayout(self.world_size, self.batch_size, self.num_workers, self.buffer)
-
-    def samples_before(self, epoch: int) -> int:
-        return sum(layout.samples for layout in self.layouts[1]) if epoch == self.layouts[0] else 0
 
     def places(self, epoch: int) -> Sequence[int] | np.ndarray:
         """Return the places of the epoch's sequence that the present readers share: those not read before."""
