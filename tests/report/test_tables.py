@@ -45,9 +45,7 @@ def test_the_summary_says_who_is_ahead_and_whether_that_is_certain() -> None:
 
 
 def test_rows_say_what_else_than_accuracy_they_are_and_whether_rho_is_at_the_edge() -> None:
-    held_out = [
-        score("SAM", "sam", [y], rho=x, held_out=True, metric=EARLY_STOPPED) for x, y in ((0.1, 7.0), (0.5, 8.0))
-    ]
+    held_out = [score("SAM", "sam", [7.0], rho=rho, held_out=True, metric=EARLY_STOPPED) for rho in (0.1, 0.5)]
     tested = [score("SAM", "sam", [80.0], rho=0.5, metric=metric) for metric in ("eval_top1", EARLY_STOPPED)]
     accuracy = next(table for table in tables(Content(scores=[*held_out, *tested])) if table.name == "accuracy")
     rows = [dict(zip(accuracy.head, row, strict=True)) for row in accuracy.rows[2:]]
