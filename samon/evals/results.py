@@ -136,14 +136,14 @@ def markdown(results: list[Result]) -> str:
     """A table like the paper's Table 4: data sets and attacks down, models across, each with its metrics."""
     shown = [row for row in results if row["eval"] != "norm_params" and "corruption" not in row]
     shown += [row for row in results if row.get("layer") == "all" and row["metric"].endswith("_abs_mean")]
-    columns = list(dict.fromkeys((_model_of(row), _heading(row)) for row in shown))
+    columns = list(dict.fromkeys((model_label(row), _heading(row)) for row in shown))
     names = shorten_paths(model for model, _ in columns)
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in shown:
         what = f"{row['eval']} {row.get('setting', '')}".strip()
         notes = "; ".join(row[key] for key in ("mismatch", "note", "preprocessing") if row.get(key))
         cells = lines.setdefault((row["dataset"], row["split"], what, str(row["num_samples"]), notes), {})
-        cells[_model_of(row), _heading(row)] = _format_value(row)
+        cells[model_label(row), _heading(row)] = _format_value(row)
     metrics = [f"{metric} ({names[model]})" if len(names) > 1 else metric for model, metric in columns]
     table = [["data set", "split", "evaluation", *metrics, "n", "note"], ["---"] * (len(columns) + 5)]
     for (*labels, count, notes), cells in lines.items():
@@ -173,8 +173,9 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _model_of(result: Result) -> str:
-    return str(result.get("checkpoint") or result["model"])
+def model_label(result: Result) -> str:
+    """The name of an evaluated model: its run's method, its checkpoint, or the model; EMA for averaged weights."""
+    return str(result.get("method") or result.get("checkpoint") or result["model"]) + " EMA" * result.get("ema", False)
 
 
 def _heading(result: Result) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from samon.errors import UserError
-from samon.evals.results import Result
+from samon.evals.results import Result, model_label
 from samon.files import write_text
 from samon.progress import metric_format
 from samon.registry import variant_of
@@ -207,15 +207,10 @@ class Content:
 
     def style_numbers(self) -> dict[str, tuple[int, int]]:
         """For each method, in order of appearance: the number of its family (the same first word), and its own."""
-        names = [item.method for item in self.items] + [evaluation_label(row) for row in self.evaluations]
+        names = [item.method for item in self.items] + [model_label(row) for row in self.evaluations]
         methods = list(dict.fromkeys(names))
         families = list(dict.fromkeys(name.split()[0] for name in methods))
         return {name: (families.index(name.split()[0]), number) for number, name in enumerate(methods)}
-
-
-def evaluation_label(row: Result) -> str:
-    """The name of an evaluated model: its run's method, its checkpoint, or the model; EMA for averaged weights."""
-    return str(row.get("method") or row.get("checkpoint") or row["model"]) + " EMA" * row.get("ema", False)
 
 
 @cache

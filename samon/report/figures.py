@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from samon.evals.results import Result
+from samon.evals.results import Result, model_label
 from samon.progress import PREFIXES, format_quantity
-from samon.report.content import Content, Run, Score, deviation, evaluation_label
+from samon.report.content import Content, Run, Score, deviation
 
 XY = Sequence[Sequence[float]]  # points
 COST_NAMES = {"flops": "FLOPs", "cpu_seconds": "CPU time", "seconds": "time"}
@@ -167,7 +167,7 @@ def sharpness(content: Content) -> list[Figure]:
         if row["eval"] == "sharpness" and row["value"] is not None and row.get("checkpoint"):
             name = str(row.get("setting", row["metric"])) + (f", m {row['m']}" if "m" in row else "")
             for where, value in top1[row["checkpoint"], row.get("ema"), row["dataset"]].items():
-                measures[name, where].append((evaluation_label(row), [(row["value"], value)]))
+                measures[name, where].append((model_label(row), [(row["value"], value)]))
     caption = "A point for each evaluated model. Compare the paper's Table 6."
     section = []
     for i, ((name, where), points) in enumerate(measures.items()):
@@ -183,7 +183,7 @@ def robustness(content: Content) -> list[Figure]:
     curves: dict[tuple[str, str], dict[str, dict[float, dict[str, float]]]] = defaultdict(dict)
     subject = subject_of(content)
     for row in evaluated(content, "apgd", "robust_top1"):
-        points = curves[row["norm"], subject(row)].setdefault(evaluation_label(row), defaultdict(dict))
+        points = curves[row["norm"], subject(row)].setdefault(model_label(row), defaultdict(dict))
         for radius, key in ((0.0, "clean_top1"), (float(row["eps"]), "value")):
             if key in row:
                 points[radius][str(row.get("checkpoint", row["model"]))] = row[key]
@@ -199,7 +199,7 @@ def robustness(content: Content) -> list[Figure]:
 
 def subject_of(content: Content) -> Callable[[Result], str]:
     """A function that returns an evaluation's images, with its model if several models have methods of one name."""
-    models = {(evaluation_label(row), row["model"]) for row in content.evaluations}
+    models = {(model_label(row), row["model"]) for row in content.evaluations}
     ambiguous = len(models) > len({label for label, _ in models})
     return lambda row: f"{row['dataset']} {row['split']}".rstrip() + f", {row['model']}" * ambiguous
 

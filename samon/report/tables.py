@@ -5,9 +5,10 @@ import json
 import math
 from dataclasses import dataclass
 
+from samon.evals.results import model_label
 from samon.files import csv_text
 from samon.progress import metric_format, plural
-from samon.report.content import Content, Score, differing_keys, evaluation_label, paper_results
+from samon.report.content import Content, Score, differing_keys, paper_results
 from samon.report.figures import COST_NAMES, mean_cost
 
 _TEX_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
@@ -157,7 +158,7 @@ def evaluations(content: Content) -> Table:
         if r["eval"] != "norm_params" or r.get("layer") == "all":
             value = "" if r["value"] is None else f"{r['value']:{metric_format(r['metric'])}}"
             kind = f"{r['eval']} {r.get('setting', '')}".strip()
-            labels = [evaluation_label(r), r["dataset"], r["split"], kind, r["metric"]]
+            labels = [model_label(r), r["dataset"], r["split"], kind, r["metric"]]
             rows.append([*labels, value, str(r["num_samples"])])
     head = ["model", "data", "split", "evaluation", "metric", "value", "samples"]
     return Table("evaluations", "Evaluations", "Rows of validate.py.", head, rows)

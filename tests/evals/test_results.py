@@ -26,8 +26,8 @@ def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
     ]
     row = {"model": "net", "dataset": "d", "split": "s", "eval": "accuracy", "metric": "top1", "value": 50.0}
     row["num_samples"] = 4
-    head = markdown([row | {"checkpoint": path} for path in paths[1:]]).splitlines()[0]
-    columns = "top-1 (run-2/model_best.pth.tar) | top-1 (run-1/model_best.pth.tar)"
+    head = markdown([row | {"checkpoint": path, "ema": path == paths[1]} for path in paths[1:]]).splitlines()[0]
+    columns = "top-1 (run-2/model_best.pth.tar EMA) | top-1 (run-1/model_best.pth.tar)"
     assert head == f"| data set | split | evaluation | {columns} | n | note |"
 
 
