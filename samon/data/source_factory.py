@@ -259,6 +259,7 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         if request.class_map:
             class_map = load_class_map(request.class_map, root or "")
             label_map, names = apply_class_map(class_map, source.class_names, source.location)
+            source.stored_names = source.class_names if label_map is class_map else None
             source.relabel(label_map, names, max(class_map.values()) + 1)
     except (UserError, torch.OutOfMemoryError):
         raise

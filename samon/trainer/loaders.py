@@ -116,6 +116,9 @@ def check_splits(config: Config, train: Source, validation: Source, log_once: Lo
             "give --data-dir the directory above the splits, name two splits or two parts such as train[:45000] and "
             "train[45000:], or --val-split '' for no validation"
         )
+    if train.stored_names != validation.stored_names:
+        where = f"{train.location} and {validation.location} number different classes"
+        raise UserError(f"--class-map of integers: {where}; map their names instead")
     names, others = train.class_names, validation.class_names
     if names and others and names != others:
         validation.renumber(names)

@@ -1,5 +1,6 @@
 """Which images a run reads: augmentation, mixing, splits, and the numbering of classes."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,9 +135,13 @@ def test_a_class_in_validation_only(folders: Folders) -> None:
 
 
 def test_a_missing_class_in_validation_shifts_no_label(folders: Folders, caplog: pytest.LogCaptureFixture) -> None:
-    run = built_on(folders("ant bee cat", "ant cat"))
+    root = folders("ant bee cat", "ant cat")
+    run = built_on(root)
     assert "has 2 of the 3 classes: its labels are numbered as in training" in caplog.text
     assert {label for _, target in run.eval_loader for label in target.tolist()} == {0, 2}
+    (root / "map.pkl").write_bytes(pickle.dumps({0: 0, 1: 0, 2: 1}))  # cat is 2 in training, 1 in validation
+    with pytest.raises(UserError, match="number different classes; map their names instead"):
+        built_on(root, "--class-map", "map.pkl")
 
 
 def test_a_resumed_run_keeps_the_labels_of_its_classes(folders: Folders) -> None:
