@@ -7,7 +7,7 @@ The weights are back at w when the backward pass of that loss returns, before th
 
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from timm import utils
 from timm.task.task import TrainingTask
 from torch import Tensor
 
@@ -114,11 +115,24 @@ def _refuse_plain_step(sam: SAM, args: tuple[object, ...], kwargs: Mapping[str, 
         )
 
 
+def _clip(dispatch: Callable[..., None], parameters: Iterable[Tensor], *args: object, **kwargs: object) -> None:
+    """timm's clipping, of gradients that the ascent source has changed (GSAM, LookSAM)."""
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    own = {id(p) for p in parameters}
+    for sam in _sams.values():
+        if any(id(p) in own for p in sam.selection.parameters.values()):
+            sam.correct_gradients()
+    dispatch(parameters, *args, **kwargs)
+
+
 def install() -> None:
     """Let timm's tasks find our optimizers and the gradient scaler, from now on in this process."""
     _record_instances(SAM, _sams)
     _record_instances(torch.amp.GradScaler, _scalers)
     TrainingTask.__call__ = _call  # type: ignore[method-assign]
+    module: Any  # mypy does not know what timm.utils imports
+    for module in (utils, utils.cuda):
+        module.dispatch_clip_grad = partial(_clip, module.dispatch_clip_grad)
 
 
 def _record_instances(kind: Any, instances: WeakValueDictionary[int, Any]) -> None:
