@@ -9,14 +9,7 @@ from torch import nn
 
 from samon.errors import UserError
 from samon.evals import accuracy
-from samon.evals.context import (
-    ClassSubset,
-    choose_samples,
-    evaluating,
-    load_batches,
-    restrict_to_single_labels,
-    shard_samples,
-)
+from samon.evals.context import choose_samples, evaluating, load_batches, restrict_to_single_labels, shard_samples
 from samon.evals.datasets import EvalSpec, open_dataset
 from samon.evals.metrics import Scoring
 from tests.eval_sets import DATA_CONFIG, SYNSETS, DifferentiableReader, Reader, make_context, write_folders
@@ -96,17 +89,6 @@ def test_a_border_wider_than_the_image_and_errors_of_transforms_name_the_file(tm
     dataset.border = 5
     with pytest.raises(UserError, match=r"0/0\.png: 200 x 9 pixels, too small to crop a border of 5"):
         list(load_batches(context, dataset, [0], 1))
-
-
-def test_losses_on_a_restricted_set_see_its_classes_and_labels(tmp_path):
-    root = write_folders(tmp_path, {SYNSETS[i]: [i] for i in (6, 11, 13)})  # of ImageNet-A
-    context = make_context(DifferentiableReader())
-    dataset = open_dataset(context, spec_of(root, "imagenet-a"))
-    net = restrict_to_single_labels("apgd", context.model, dataset)
-    ((_, _, images, label),) = load_batches(context, dataset, [0, 1, 2], 3)
-    assert isinstance(net, ClassSubset)
-    assert net(images).shape == (3, 200)
-    assert net(images).argmax(1).tolist() == label.tolist() == [0, 1, 2]
 
 
 def test_losses_are_for_one_right_class(tmp_path):
