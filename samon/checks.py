@@ -33,6 +33,8 @@ def require_sam(optimizer: object) -> SAM:
             f"two_pass needs one of samon's optimizers, got {type(optimizer).__name__}; create one with "
             "timm.optim.create_optimizer_v2(model, 'samon-layerl2', ...)"
         )
+    if sam is not optimizer and "rho" in vars(optimizer):
+        raise UserError(f"{type(optimizer).__name__} keeps rho to itself; set samon.sam_of(optimizer).rho instead")
     return sam
 
 

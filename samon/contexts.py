@@ -29,6 +29,25 @@ def requires_grad(parameters: Iterable[Parameter], value: bool) -> Iterator[None
             p.requires_grad_(not value)
 
 
+def find_bias_caches(model: nn.Module) -> list[nn.Module]:
+    """timm's attention layers that compute their biases once in eval mode (LeViT, EfficientFormer, TinyViT)."""
+    return [m for m in model.modules() if "attention_bias_cache" in vars(m)]
+
+
+@contextmanager
+def uncached_biases(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let layers from `find_bias_caches` compute their biases in every forward, as in training mode. Those in the cache
+    may be of other weights, and have no graph."""
+    cached = [m for m in layers if not m.training]
+    for m in cached:
+        m.training = True  # not `train()`, which includes the children
+    try:
+        yield
+    finally:
+        for m in cached:
+            m.training = False
+
+
 @torch.no_grad()
 def add_perturbation(weights: list[Tensor], eps: list[Tensor]) -> list[Tensor]:
     """Add eps in place; float32 eps on half-precision weights is rounded once. Returns copies of the old weights."""

@@ -28,7 +28,7 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 # Attribute set on gradients: their version counter, which in-place writes advance, when the last passes ended.
 LAST_VERSION = "_samon_last_step"
 # Attributes that copies and pickles contain. Compiled functions, `stats` and an open `first_step` are left out.
-PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
+PICKLED = {"base", "name", "replacement", "selection", "_rho", "eta", "radius", "geometry", "mask", "ascent"}
 
 
 class SAM(OptimizerWrapper):
@@ -40,8 +40,8 @@ class SAM(OptimizerWrapper):
     Args:
         base: optimizer over all trained parameters.
         selection: the parameters to perturb.
-        geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own). `rho` is a plain
-            attribute, which a schedule may set.
+        geometry: row of Table 9, with radius `rho` and constant `eta` (default: the row's own). `rho` is an attribute
+            that a schedule may set.
         radius: what rho measures: the length of the perturbation (`ball`), its ratio to the gradient (`raw`: eps =
             rho T^2 g), the rise of the linearized loss (`loss`), or a mix of ball and raw (a number in (0, 1)).
         mask: chooses the entries that a sparse perturbation changes (section 5.1).
@@ -55,6 +55,8 @@ class SAM(OptimizerWrapper):
     Raises:
         UserError: an argument is out of range, or the base optimizer cannot be used.
     """
+
+    _rho: float
 
     def __init__(
         self,
@@ -93,6 +95,22 @@ class SAM(OptimizerWrapper):
         self._expect_plain = self._warned_plain = False  # see `_warn_if_plain`
 
     @property
+    def rho(self) -> float:
+        """The radius."""
+        return self._innermost._rho
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        self._innermost._rho = value
+
+    @property
+    def _innermost(self) -> "SAM":
+        """This optimizer, or the one inside if `self` is a wrapper of Lightning or Fabric, which copy this class."""
+        sam = sam_of(self)
+        assert sam is not None
+        return sam
+
+    @property
     def scope(self) -> str:
         return self.selection.scope
 
@@ -104,6 +122,10 @@ class SAM(OptimizerWrapper):
     def sharded(self) -> bool:
         """Whether any parameter, perturbed or not, is sharded across processes (FSDP2)."""
         return any(isinstance(p, DTensor) for p in self.parameters())
+
+    @cached_property
+    def _bias_caches(self) -> list[Module]:
+        return [] if self.model is None else contexts.find_bias_caches(self.model)
 
     @property
     def can_group(self) -> bool:
@@ -118,13 +140,17 @@ class SAM(OptimizerWrapper):
         return f"SAM({settings}, {len(self.selection.parameters)} tensors perturbed)\n{self.base!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the group to the base; those of its parameters that are in the scope are perturbed from now on."""
+        """Add the group to the base; those of its parameters that are in the scope are perturbed from now on. Scope
+        `sam` includes parameters outside the model, such as a loss function's, unless `perturb` chooses by name."""
         super().add_param_group(param_group)
         old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
-        if old.model is None:
-            selected = select_bare(self.base.param_groups, old.scope, old.perturb).parameters
-        else:
-            selected = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
+        selected: NamedParameters = {}
+        if old.scope == "sam" and (old.model is None or old.perturb is None):
+            selected = select_bare(self.base.param_groups, "sam", old.perturb).parameters
+        if old.model is not None:
+            own = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
+            inside = set(map(id, own.values()))
+            selected = {n: p for n, p in selected.items() if id(p) not in inside} | own
         known = {id(p) for p in old.parameters.values()}
         old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
@@ -219,7 +245,8 @@ class SAM(OptimizerWrapper):
             fsdp.check_sharded_parameters(self, named)
         outer, self._in_step = self._in_step, True
         try:
-            yield named
+            with contexts.uncached_biases(self._bias_caches):
+                yield named
         finally:
             self._in_step = outer
             for p in trained if self._has_update else ():
@@ -362,6 +389,7 @@ class SAM(OptimizerWrapper):
         self.stats["eps_norm"] = geometry.global_norm(vectors, grouped=saved is None, reduce=reduce).mean()
 
     # -- the step ----------------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply the current gradients; with a closure, first run the two passes that compute them.
@@ -377,8 +405,11 @@ class SAM(OptimizerWrapper):
         Raises:
             UserError: the closure computes no gradients, or does not clear old ones that are not zero.
         """
-        if self._manual is not None:
-            raise UserError("first_step() has moved the weights to w + eps; call second_step() instead of step()")
+        if self._in_step:
+            raise UserError(
+                "step() is called while the weights may be at w + eps, where its update would be lost; call it after "
+                "two_pass, after `with opt.perturbed(...)`, or call second_step() after first_step()"
+            )
         if closure is None:
             self._warn_if_plain()
             return self._apply_gradients()
@@ -451,9 +482,9 @@ class SAM(OptimizerWrapper):
 
     def expect_plain_step(self) -> None:
         """Declare that the next step is meant to be a plain one, so that it does not warn."""
-        if (sam := sam_of(self)) is not None:  # `self` may be Lightning's or Fabric's wrapper, which copies this method
-            sam._expect_plain = True
-            sam.ascent.discard_update()  # a skipped one, of which zero_grad() may not have told
+        sam = self._innermost
+        sam._expect_plain = True
+        sam.ascent.discard_update()  # a skipped one, of which zero_grad() may not have told
 
     def _warn_if_plain(self) -> None:
         """Warn once if neither two passes nor `expect_plain_step` precede a step, which is then a plain base step."""

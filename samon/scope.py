@@ -138,6 +138,13 @@ def looks_like_norm(module: nn.Module) -> bool:
     return any(len(s) == 1 or (s[2:] and s[-1] == 1 and sum(n > 1 for n in s) == 1) for s in shapes)
 
 
+def _hides_classes(module: nn.Module) -> bool:
+    """Whether classes of layers were lost: by TorchScript, or in a torch.fx graph with the operations of layers."""
+    if isinstance(module, torch.fx.GraphModule):
+        return any(type(m) is nn.Module and m._parameters for m in module.modules())
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def _wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute in which DDP, DataParallel and torch.compile wrappers hold their model; None for other modules."""
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -235,6 +242,10 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
     """
     model = unwrap(model)
     refuse_fsdp1(model.parameters())
+    if scope != "sam" and any(map(_hides_classes, model.modules())):
+        raise UserError(
+            f"{scope}: torch.jit.script and torch.fx hide which layers normalize; create the optimizer before"
+        )
     norms = norm_parameters(model)
     candidates = SCOPES[scope].choose(named_parameters(model), norms)
     unknown = ", ".join(sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)}))

@@ -40,6 +40,7 @@ Forward = Callable[[], Tensor]  # returns the mean loss of a batch
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
+@torch.compiler.disable  # in a compiled training step; a compiled model stays compiled
 @torch.enable_grad()
 def two_pass(
     optimizer: object,

@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from samon import contexts
@@ -64,3 +66,17 @@ def test_modules_without_a_model_are_recorded_in_the_first_pass_that_runs_any() 
         model(batch()[0])
     assert set(contexts.modules_of(opt, None)) == set(model.modules())
     assert_unchanged(model, before)
+
+
+def test_cached_attention_biases_follow_the_weights() -> None:
+    """timm's LeViT computes them once in eval mode."""
+    torch.manual_seed(0)
+    layer = randomized(nn.Sequential(timm.models.levit.Attention(8, 4, resolution=4))).eval()
+    opt = create_optimizer_v2(layer, "sam", lr=0.1, rho=9.0)
+    x = torch.randn(2, 16, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(x)
+        with opt.perturbed({name: torch.randn_like(p) * ("biases" in name) for name, p in layer.named_parameters()}):
+            assert not torch.allclose(layer(x), before)
+        assert torch.equal(layer(x), before)
+    assert not layer[0].training

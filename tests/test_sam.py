@@ -131,9 +131,18 @@ def test_add_param_group() -> None:
     train_step(model, opt, 0)
     assert not torch.equal(model.norms[3].weight, before)
     model.norms.requires_grad_(False)
-    opt = optimizer_of(model, perturb_frozen=True)
-    opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
-    assert len(opt.perturbed_parameters()) == 8
+    outside = nn.Parameter(torch.ones(2, dtype=torch.float64))  # of the loss function
+    for opt in (optimizer_of(model, perturb_frozen=True), optimizer_of(model, "sam"), optimizer_of(model, "samnn")):
+        count = len(opt.perturbed_parameters())
+        opt.add_param_group({"params": [outside]})
+        assert len(opt.perturbed_parameters()) == count + (opt.scope == "sam")
+
+
+def test_a_wrapper_that_keeps_rho_to_itself_is_refused() -> None:
+    model, opt = trained("lookahead_samon", 1)
+    opt.rho = 0.1
+    with pytest.raises(UserError, match=r"set samon\.sam_of\(optimizer\)\.rho"):
+        samon.two_pass(opt, loss_of(model, *batch()))
 
 
 def test_a_selection_serves_several_optimizers() -> None:
@@ -159,6 +168,8 @@ def test_perturbed_context_restores_bit_exactly() -> None:
     assert_unchanged(model, before)
     with opt.perturbed(list(grads.values())):
         assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
+        with pytest.raises(UserError, match=r"w \+ eps, where its update would be lost"):
+            opt.step()
     wrapped = {f"module.{name}": grad for name, grad in grads.items()}  # as DistributedDataParallel names them
     with pytest.raises(UserError, match="names no perturbed parameter"), opt.perturbed(wrapped):
         pass

@@ -42,7 +42,7 @@ class Module(lightning.LightningModule):
 
     def __init__(self, accumulate: int = 0, **how: Any) -> None:
         super().__init__()
-        self.model, self.opt = make(**how)
+        self.model, self.opt = make(**({"rho": 9.0} if accumulate else {}), **how)
         self.automatic_optimization, self.accumulate = not accumulate, accumulate
 
     def configure_optimizers(self) -> Any:
@@ -57,6 +57,7 @@ class Module(lightning.LightningModule):
         opt: Any = self.optimizers()
         if index % self.accumulate == 0:
             opt.zero_grad()
+        opt.rho = steps.RHO  # reaches the optimizer inside the wrapper
         samon.two_pass(opt, partial(self.loss, *pair), loss_scale=1 / self.accumulate)
         before = dict(opt.stats)
         if (index + 1) % self.accumulate == 0:

@@ -233,6 +233,16 @@ def test_unknown_normalization_layers(registry) -> None:
     assert names_of(mixed, "samnn") == ["0.weight", "0.bias"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("convert", [torch.jit.script, torch.fx.symbolic_trace])
+def test_conversions_that_hide_the_classes_of_layers_are_refused(convert) -> None:
+    hidden = convert(nn.Sequential(nn.Linear(4, 4), timm.layers.LayerNorm(4)))
+    with pytest.raises(samon.UserError, match="hide which layers normalize"):
+        create_optimizer_v2(nn.Sequential(hidden, nn.LayerNorm(4)), "samon", lr=0.1)
+    create_optimizer_v2(hidden, "sam", lr=0.1)
+    create_optimizer_v2(torch.fx.symbolic_trace(on_meta("resnet18")), "samon", lr=0.1)  # has its layers as modules
+
+
 def test_register_norm_refuses_what_is_no_class_or_dimension() -> None:
     with pytest.raises(samon.UserError, match=r"takes an nn\.Module class"):
         samon.register_norm(LlamaRMSNorm(4), dim=1)

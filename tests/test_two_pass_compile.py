@@ -19,7 +19,17 @@ import samon
 from samon import UserError
 from tests import reference
 from tests.nets import BatchNormNet, ShallowNet, batch
-from tests.steps import assert_gradients, assert_same, gradients, loss_of, losses_of, make, optimizer_of, update
+from tests.steps import (
+    assert_gradients,
+    assert_same,
+    closure_of,
+    gradients,
+    loss_of,
+    losses_of,
+    make,
+    optimizer_of,
+    update,
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {"channels": [16, 32, 64, 128], "stem_width": 16},
@@ -189,3 +199,19 @@ def test_a_random_subset_is_refused() -> None:
     """Another ascent graph at each update: one step took 40 times a plain one's time."""
     with pytest.raises(UserError, match=r"--esam-beta.* would be recompiled each time; drop it or --torchcompile"):
         make(ShallowNet, esam_beta=0.5)[1].compile()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own wrapper around `step`
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_compiled_training_step(closure: bool) -> None:
+    (model, opt), (twin, other) = make(ShallowNet), make(ShallowNet)
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        loss = loss_of(model, *batch())
+        opt.step(closure_of(opt, loss)) if closure else update(opt, loss)
+
+    for _ in range(2):
+        step()
+        update(other, loss_of(twin, *batch()))
+    assert_same(model, twin, 1e-10)

@@ -232,7 +232,8 @@ def evaluating(model: nn.Module, requires_grad: bool | None = None) -> Iterator[
     try:
         if requires_grad is not None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        with nullcontext() if requires_grad is None else contexts.requires_grad(model.parameters(), requires_grad):
+        fixed = nullcontext() if requires_grad is None else contexts.requires_grad(model.parameters(), requires_grad)
+        with fixed, contexts.uncached_biases(contexts.find_bias_caches(model)):
             yield
     finally:
         model.train(training)
