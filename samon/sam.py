@@ -493,7 +493,7 @@ class SAM(OptimizerWrapper):
             warnings.warn(
                 "this step's gradient was taken at w, so nothing is sharpness-aware about it; call "
                 "samon.two_pass(optimizer, forward) instead of loss.backward(), or optimizer.step(closure)",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._expect_plain = False
 
