@@ -31,14 +31,19 @@ def set_state(state: State, device: torch.device = CPU) -> None:
 def set_torch_state(state: State, device: torch.device = CPU) -> None:
     """Set only torch's generators, which dropout and stochastic depth draw from."""
     torch.set_rng_state(state["torch"])
-    if state["device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], device)
+    if state["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], *_arguments(device))
 
 
 def get_torch_state(device: torch.device = CPU) -> State:
     """The state of torch's generators, for `set_torch_state`."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"torch": torch.get_rng_state(), "device": cuda}
+    get_own = getattr(getattr(torch, device.type, None), "get_rng_state", None)  # that of torch.cuda, mps or xpu
+    return {"torch": torch.get_rng_state(), "device": get_own and get_own(*_arguments(device))}
+
+
+def _arguments(device: torch.device) -> tuple[torch.device, ...]:
+    """What names a device in a call of its module: nothing for torch.mps, which has one."""
+    return () if device.type == "mps" else (device,)
 
 
 def seed(value: int, device: torch.device = CPU) -> None:
@@ -46,8 +51,8 @@ def seed(value: int, device: torch.device = CPU) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(value % 2**63)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value % 2**63)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value % 2**63)
 
 
 @contextmanager
