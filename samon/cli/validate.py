@@ -100,6 +100,8 @@ def resolve(given: Settings, path: str) -> Job:
     stored, limit = settings_from_run(given, content)
     defaults = {key: flag.default for key, flag in by_key(VALIDATE).items()}
     values = defaults | {"pretrained": not path} | stored | given
+    epsilon = {key: value for key, value in stored.get("model_kwargs", {}).items() if key == "bn_eps"}
+    values["model_kwargs"] = epsilon | values["model_kwargs"]  # that of --bn-eps, which validate.py does not have
     if values["model"] is None:
         raise UserError("--model: name the model" + (f", {path} does not" if path else ""))
     config = Config(**values).but(workers=min(values["workers"], os.cpu_count() or 1))

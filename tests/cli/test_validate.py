@@ -141,7 +141,7 @@ def test_a_checkpoint_names_its_splits_and_settings_that_have_no_flag(tmp_path):
     path, suite = str(tmp_path / "net.pth"), tmp_path / "suite.yaml"
     torch.save({"state_dict": {}, "arch": args.model, "args": args}, path)
     suite.write_text("- {name: other, data_dir: x}\n")
-    overrides = ["--img-size", "48", "--evals", "hessian", "--hessian-split", "a"]
+    overrides = ["--img-size", "48", "--evals", "hessian", "--hessian-split", "a", "--model-kwargs", "drop_rate=0.1"]
     run, override, other, shards = (
         parse(["--checkpoint", path, "--data-dir", "x", *more])[0]
         for more in ([], overrides, ["--suite", str(suite)], ["--dataset", "wds/y"])
@@ -152,8 +152,9 @@ def test_a_checkpoint_names_its_splits_and_settings_that_have_no_flag(tmp_path):
     assert shards.config.sharpness_split == "train"  # a part of other data would mean other images, or nothing
     assert (override.config.hessian_split, override.config.img_size, override.config.input_size) == ("a", 48, None)
     assert run.config.input_size == [3, 32, 32]
-    model = eval_model.create_model(run.config, pretrained=False)
-    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.5}
+    for config in (run.config, override.config):
+        model = eval_model.create_model(config, pretrained=False)
+        assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.5}
 
 
 def test_reports_that_would_overwrite_each_other_are_refused(tmp_path):
