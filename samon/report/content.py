@@ -77,14 +77,14 @@ class Run:
         return str(self.settings["opt"])
 
     @property
-    def folder_name(self) -> str:
-        """Name of the image folder it was trained on; empty for a data set with a name, which may have moved."""
-        return "" if self.settings.get("dataset") else Path(self.settings.get("data_dir") or "").name
+    def data(self) -> str:
+        """Name of its data set, or else of the folder of its images or shards, which may have moved."""
+        name = str(self.settings.get("dataset") or "").rstrip("/")
+        return Path(self.settings.get("data_dir") or "").name if name in ("", "wds") else name
 
     @property
     def setting(self) -> Setting:
-        data = self.origin.get("recipe") or self.settings.get("dataset") or self.folder_name
-        return Setting(str(data), str(self.settings.get("model", "")))
+        return Setting(str(self.origin.get("recipe") or self.data), str(self.settings.get("model", "")))
 
 
 @dataclass
@@ -271,7 +271,7 @@ def with_defaults(settings: Settings) -> Settings:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-_NOT_COMPARED = {"seed", "rho", "opt", "wandb_resume_id", "workers"}
+_NOT_COMPARED = {"seed", "rho", "opt", "data_dir", "wandb_resume_id", "workers"}
 
 
 def differing_keys(runs: Iterable[Run]) -> list[str]:
@@ -284,18 +284,21 @@ def differing_keys(runs: Iterable[Run]) -> list[str]:
 
 def name_methods(runs: list[Run]) -> None:
     """Name each run's method by its optimizer and by the settings, other than seed and rho, in which the optimizer's
-    runs of one setting differ: `samon ascent=previous`. The default, or else the most frequent value, is not named."""
+    runs of one setting differ: `samon ascent=previous`. The default, or else the most frequent value, is not named.
+    A recipe with several data sets is as many settings, `RECIPE on DATA`."""
+    data = {run.setting: {other.data for other in runs if other.setting == run.setting} for run in runs}
+    for run in [run for run in runs if len(data[run.setting]) > 1]:
+        run.origin = run.origin | {"recipe": f"{run.setting.recipe} on {run.data}"}
     for setting, opt in dict.fromkeys((run.setting, run.opt) for run in runs):
         same = [run for run in runs if (run.setting, run.opt) == (setting, opt)]
-        rows = [run.settings | {"data_dir": run.folder_name} for run in same]
         usual: Settings = {}
         for key in differing_keys(same):
-            values = [row.get(key) for row in rows]
+            values = [run.settings.get(key) for run in same]
             default = DEFAULTS.get(key)
             usual[key] = default if default in values else max(values, key=values.count)
-        for run, row in zip(same, rows, strict=True):
-            keys = [key for key in usual if key not in _NOT_COMPARED and row.get(key) != usual[key]]
-            run.method = " ".join([opt, *(f"{key}={row.get(key)}" for key in keys)])
+        for run in same:
+            keys = [key for key in usual if key not in _NOT_COMPARED and run.settings.get(key) != usual[key]]
+            run.method = " ".join([opt, *(f"{key}={run.settings.get(key)}" for key in keys)])
 
 
 def score_runs(runs: list[Run], metric: str = "eval_top1") -> list[Score]:

@@ -56,15 +56,15 @@ def test_a_run_ends_with_its_cooldown(cooldown: int, ended: bool, tmp_path: Path
     assert [score.values for score in content.scores] == [[50.0]] * ended
 
 
-@pytest.mark.parametrize("recipe", ["", "r.yaml"])
-def test_runs_on_different_image_folders_are_not_seeds_of_one_method(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "dataset"), [("", ""), ("r.yaml", ""), ("r.yaml", "wds")])
+def test_runs_on_different_data_are_not_compared(recipe: str, dataset: str, tmp_path: Path) -> None:
     for name in ("cars", "pets", "moved/cars"):
-        settings = f"opt: sgd\nmodel: net\nepochs: 1\ndata_dir: /data/{name}\n"
+        settings = f"opt: sgd\nmodel: net\nepochs: 1\ndata_dir: /data/{name}\ndataset: '{dataset}'\n"
         run = write_run(tmp_path / name, settings, "epoch,eval_top1\n0,50\n")
         (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     scores = [(score.setting.title, score.method, score.values) for score in read_sources([tmp_path]).scores]
-    separate = [("r, net", "sgd", [50.0] * 2), ("r, net", "sgd data_dir=pets", [50.0])]
-    assert scores == (separate if recipe else [("cars, net", "sgd", [50.0] * 2), ("pets, net", "sgd", [50.0])])
+    on = "r on " if recipe else ""
+    assert scores == [(f"{on}cars, net", "sgd", [50.0] * 2), (f"{on}pets, net", "sgd", [50.0])]
 
 
 def test_runs_with_other_numbers_of_processes_are_not_seeds_of_one_method(tmp_path: Path) -> None:
