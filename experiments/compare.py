@@ -85,9 +85,14 @@ class Experiment:
         self._check_known()
 
     def _check_known(self) -> None:
-        """Raise UserError if an earlier run is of this experiment, but was made with other settings."""
+        """Raise UserError if an earlier run is of this experiment, but was made with other settings, or if seeds or the
+        epoch of early stopping are unknown, as in files of earlier versions."""
+        scores = [score for score in self.known.scores if score.method in self.methods]
+        chosen = {s.method: s.epoch for s in sorted(scores, key=lambda score: score.merit) if s.held_out}
+        if any(not score.seeds for score in scores) or (self.early_stopping and None in chosen.values()):
+            raise UserError("--extend: the file is of an earlier version, without seeds or epochs; drop --extend")
         for run in (run for run in self.known.runs if run.method in self.methods):
-            config = vars(self.sweep(run.method, "test", (None,), 1).resolve(run.opt))
+            config = vars(self.sweep(run.method, "test", (None,), 1).resolve(self.methods[run.method].opt))
             for key in config.keys() & run.settings.keys() - NOT_COMPARED:
                 if config[key] != run.settings[key] and not FLAGS[key].refused:
                     setting = f"{FLAGS[key].flag} {run.settings[key]}, this command has {config[key]}"
@@ -269,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     train = [*(["--data-dir", str(args.data_dir)] if args.data_dir else []), *args.after]
     output = args.output or Path("output/experiments") / directory.name
     known = read_file(args.extend) if args.extend else None
+    if known is not None and not known.runs:
+        raise UserError(f"--extend {args.extend} has no runs; name the results.json of an experiment")
     experiment = Experiment(directory.resolve(), output, train, args.jobs, known)
     experiment.seeds = args.seeds or experiment.seeds
     names = args.only.split(",") if args.only else list(experiment.methods)

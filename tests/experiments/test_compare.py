@@ -115,6 +115,15 @@ def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
     assert len(content.runs) == 3 + 3 + 2 + 3
     with pytest.raises(UserError, match=r"sgd-seed0 was made with --lr 0\.1, this command has 0\.2"):
         compare.main([*words, "--extend", str(tmp_path / "out/results.json"), "--table", "--", "--lr", "0.2"])
+    for key, unknown in (("epoch", None), ("seeds", [])):
+        data = json.loads((tmp_path / "out/results.json").read_text())
+        data["scores"] = [score | {key: unknown} for score in data["scores"]]
+        (tmp_path / "old.json").write_text(json.dumps(data))
+        with pytest.raises(UserError, match="without seeds or epochs"):
+            compare.main([*words, "--extend", str(tmp_path / "old.json"), "--table"])
+    (tmp_path / "early/methods.yaml").write_text(table.replace("SGD: {opt: sgd}", "SGD: {opt: adamw}"))
+    with pytest.raises(UserError, match="sgd-seed0 was made with --opt sgd, this command has adamw"):
+        compare.main([*words, "--extend", str(tmp_path / "out/results.json"), "--table"])
 
 
 @pytest.mark.parametrize("while_starting", [False, True])
