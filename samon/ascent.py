@@ -76,12 +76,11 @@ class AscentSource:
         self.clean = [a + b for a, b in zip(self.clean, terms, strict=True)] if self.clean else terms
 
     def before_clipping(self, named: NamedParameters) -> None:
-        """Once per update, before the gradients are clipped, if the source needs g or has a state: change `.grad` if
-        the method says so, or measure it. `clean` is the mean over the update's samples on all processes, empty if
-        there was no ascent pass."""
+        """Before the gradients are clipped: change `.grad` if the method says so, or measure it. `clean` is the mean
+        over the update's samples on all processes, empty if there was no ascent pass."""
 
     def before_step(self, named: NamedParameters, base_state: BaseState) -> None:
-        """Just before the base optimizer's step, in the same cases: store what the next update needs."""
+        """Just before the base optimizer's step: store what the next update needs."""
 
     def finish_update(self) -> None:
         """Count the current update, which the base optimizer's step applies."""
@@ -90,8 +89,7 @@ class AscentSource:
 
     def discard_update(self) -> None:
         """Forget an update that is not applied."""
-        self.used, self.clean = False, []
-        self.corrected = False
+        self.used, self.corrected, self.clean = False, False, []
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.name, "updates": self.updates, "kept": dict(self.state), "moments": list(self.moments)}

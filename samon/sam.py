@@ -56,8 +56,6 @@ class SAM(OptimizerWrapper):
         UserError: an argument is out of range, or the base optimizer cannot be used.
     """
 
-    _rho: float
-
     def __init__(
         self,
         base: Optimizer,
@@ -74,7 +72,7 @@ class SAM(OptimizerWrapper):
         self.geometry, self.mask = geometry, mask
         self.ascent = ascent or AscentSource()
         self.ascent.check(mask, selection)
-        self.rho = validate_nonnegative("rho", rho)
+        self._rho = validate_nonnegative("rho", rho)
         self.eta = validate_nonnegative("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         if self.eta and not GEOMETRIES[geometry].eta:
             raise UserError(f"eta={self.eta:g} has no effect: the geometry {geometry or 'l2'} has no eta; drop it")
@@ -106,9 +104,7 @@ class SAM(OptimizerWrapper):
     @property
     def _innermost(self) -> "SAM":
         """This optimizer, or the one inside if `self` is a wrapper of Lightning or Fabric, which copy this class."""
-        sam = sam_of(self)
-        assert sam is not None
-        return sam
+        return sam_of(self) or self
 
     @property
     def scope(self) -> str:
@@ -307,7 +303,7 @@ class SAM(OptimizerWrapper):
                 does not scale eps.
             grouped: gradients and perturbation have a leading dimension [G].
         """
-        self.ascent.used = True  # so the next optimizer step is not a plain one
+        self.ascent.used, self.ascent.corrected = True, False  # so the next optimizer step is not a plain one
         if grads is not None and self.ascent.needs_clean_grad:
             dense = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)]
             self.ascent.accumulate_clean_grad([g.mean(0) for g in dense] if grouped else dense, weight)
@@ -406,10 +402,7 @@ class SAM(OptimizerWrapper):
             UserError: the closure computes no gradients, or does not clear old ones that are not zero.
         """
         if self._in_step:
-            raise UserError(
-                "step() is called while the weights may be at w + eps, where its update would be lost; call it after "
-                "two_pass, after `with opt.perturbed(...)`, or call second_step() after first_step()"
-            )
+            raise UserError("step() during the passes would lose its update; call second_step(), or step() after them")
         if closure is None:
             self._warn_if_plain()
             return self._apply_gradients()
@@ -424,11 +417,9 @@ class SAM(OptimizerWrapper):
 
     def _apply_gradients(self) -> Any:
         """Let the ascent source correct `.grad` and store what the next update needs, then take the base step."""
-        source = self.ascent
         self.correct_gradients()
-        if source.needs_clean_grad or source.has_state:
-            source.before_step(self.perturbed_parameters(), self.state)
-        source.finish_update()
+        self.ascent.before_step(self.perturbed_parameters(), self.state)
+        self.ascent.finish_update()
         if self.mask is not None:
             self.mask.advance()
         result = self.step_base()
@@ -440,7 +431,7 @@ class SAM(OptimizerWrapper):
         """Let the ascent source change `.grad` (GSAM, LookSAM) or measure it (AE-SAM) before it is clipped; `step`
         does so unless this was called."""
         source = self.ascent
-        if not source.corrected and (source.needs_clean_grad or source.has_state):
+        if not source.corrected:
             if source.clean and dist.is_initialized():
                 source.clean = all_reduce_mean(source.clean)
             source.before_clipping(self.perturbed_parameters())

@@ -134,15 +134,22 @@ def looks_like_norm(module: nn.Module) -> bool:
     known = norm_type(module) is not None or isinstance(module, GlobalResponseNorm)  # "norm" by name alone
     if known or "norm" not in type(module).__name__.lower():
         return False
-    shapes = [[*p.shape] for p in module.parameters(recurse=False)]
-    return any(len(s) == 1 or (s[2:] and s[-1] == 1 and sum(n > 1 for n in s) == 1) for s in shapes)
+    return bool(_vectors(module))
 
 
-def _hides_classes(module: nn.Module) -> bool:
-    """Whether classes of layers were lost: by TorchScript, or in a torch.fx graph with the operations of layers."""
+def _vectors(module: nn.Module) -> set[str]:
+    """Names of the module's own parameters [C] or [1, C, 1, 1]."""
+    shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+    return {k for k, s in shapes.items() if len(s) == 1 or (s[2:] and s[-1] == 1 and sum(n > 1 for n in s) == 1)}
+
+
+def _hides_norms(module: nn.Module) -> bool:
+    """Whether layers lost their classes, by TorchScript or as operations in a torch.fx graph, and one of them has
+    parameters as a normalization layer: a vector that is not a bias."""
+    lost = [module] if isinstance(module, torch.jit.ScriptModule) else list[nn.Module]()
     if isinstance(module, torch.fx.GraphModule):
-        return any(type(m) is nn.Module and m._parameters for m in module.modules())
-    return isinstance(module, torch.jit.ScriptModule)
+        lost = [m for m in module.modules() if type(m) is nn.Module]
+    return any(_vectors(m) - {"bias"} for m in lost)
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:
@@ -242,10 +249,8 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
     """
     model = unwrap(model)
     refuse_fsdp1(model.parameters())
-    if scope != "sam" and any(map(_hides_classes, model.modules())):
-        raise UserError(
-            f"{scope}: torch.jit.script and torch.fx hide which layers normalize; create the optimizer before"
-        )
+    if scope != "sam" and any(map(_hides_norms, model.modules())):
+        raise UserError(f"{scope}: TorchScript and torch.fx hide which layers normalize; create the optimizer before")
     norms = norm_parameters(model)
     candidates = SCOPES[scope].choose(named_parameters(model), norms)
     unknown = ", ".join(sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)}))

@@ -168,7 +168,7 @@ def test_perturbed_context_restores_bit_exactly() -> None:
     assert_unchanged(model, before)
     with opt.perturbed(list(grads.values())):
         assert not torch.equal(model.norms[1].weight, before["norms.1.weight"])
-        with pytest.raises(UserError, match=r"w \+ eps, where its update would be lost"):
+        with pytest.raises(UserError, match="would lose its update"):
             opt.step()
     wrapped = {f"module.{name}": grad for name, grad in grads.items()}  # as DistributedDataParallel names them
     with pytest.raises(UserError, match="names no perturbed parameter"), opt.perturbed(wrapped):

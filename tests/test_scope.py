@@ -241,6 +241,7 @@ def test_conversions_that_hide_the_classes_of_layers_are_refused(convert) -> Non
         create_optimizer_v2(nn.Sequential(hidden, nn.LayerNorm(4)), "samon", lr=0.1)
     create_optimizer_v2(hidden, "sam", lr=0.1)
     create_optimizer_v2(torch.fx.symbolic_trace(on_meta("resnet18")), "samon", lr=0.1)  # has its layers as modules
+    create_optimizer_v2(nn.Sequential(convert(timm.layers.Mlp(4)), nn.LayerNorm(4)), "samon", lr=0.1)  # has no norm
 
 
 def test_register_norm_refuses_what_is_no_class_or_dimension() -> None:

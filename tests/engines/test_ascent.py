@@ -72,12 +72,15 @@ def test_gsam_subtracts_the_orthogonal_part_of_the_clean_gradient(source: str) -
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_ways_to_the_same_training(source: str) -> None:
-    """A closure, and a gradient scaler (2^12 scales float64 exactly)."""
-    (model, opt), (closed, by_closure), (scaled, with_scaler) = (make(ascent=source) for _ in range(3))
+    """A closure, which corrects gradients for clipping, and a gradient scaler (2^12 scales float64 exactly)."""
+    options = {"ascent": source, "gsam_alpha": 0.4 if source == "batch" else 0.0}
+    (model, opt), (closed, by_closure), (scaled, with_scaler) = (make(**options) for _ in range(3))
     train(opt, losses(model))
     for [forward] in losses(closed):
-        by_closure.step(closure_of(by_closure, forward))
+        run = closure_of(by_closure, forward)
+        by_closure.step(lambda run=run: (run(), by_closure.correct_gradients())[0])
     assert_close(closed, model)
+    torch.testing.assert_close(by_closure.ascent.moments, opt.ascent.moments)
     train(with_scaler, losses(scaled), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
     assert_close(scaled, model, 1e-14)
 
