@@ -246,9 +246,10 @@ class ShardStream(SampleStream):
         lengths, seed = self.source.shards.lengths, self.seed if self.is_training else None
         layout = self.layouts[1][0] if self.samples_before(epoch) else self.layout
         used = self.size - self.size % (layout.world * layout.batch)
-        # Epochs shorter than the data set, or than a shard, whose end would never be read, follow each other in an
-        # order that lasts for one pass over the data set.
-        ring = self.is_training and (self.size < len(self.source) or used < max(lengths))
+        # Epochs shorter than the data set, or with a last pass that is shorter than a shard, whose end it would never
+        # read, follow each other in an order that lasts for one pass over the data set.
+        rest = used % len(self.source)
+        ring = self.is_training and (self.size < len(self.source) or 0 < rest < max(lengths))
         turn, begin = divmod(epoch * used, len(self.source)) if ring else (epoch, 0)
         slices = shard_slices(lengths, begin + first, begin + last + 1, seed=seed, epoch=turn, ring=ring)
         shuffled: Sequence[int] = range(len(own))

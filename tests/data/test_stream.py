@@ -1,6 +1,7 @@
 """Every sample once, equal steps on all ranks, and continuing where a run was interrupted."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -165,10 +166,12 @@ def test_shorter_epochs_pass_over_all_samples(tmp_path, world, lengths, epochs):
     assert len(lengths) == 1 or {*used[:20]} != {*used[60:80]}, "another order in the next pass"
 
 
-@pytest.mark.parametrize(("lengths", "count"), [([29], None), ([3, 26], None), ([29], 14)])
-def test_no_sample_is_left_out_of_every_epoch(tmp_path, lengths, count):
+@pytest.mark.parametrize(("lengths", "count"), [([29], None), ([3, 26], None), ([29], 14), ([29], 58)])
+def test_epochs_use_all_samples_equally_often(tmp_path, lengths, count):
     loader = make_loader(write_set(tmp_path / "set", lengths), batch=8, dataset={"num_samples": count})
-    assert {i for _ in range(12) for i in flat(loader)} == set(range(29))
+    uses = Counter(i for _ in range(12) for i in flat(loader))
+    assert len(uses) == 29
+    assert max(uses.values()) - min(uses.values()) <= (1 if len(lengths) == 1 else 4)
 
 
 def test_image_folders_behave_like_shards(tmp_path):

@@ -38,19 +38,8 @@ def by_name(content: Content) -> dict[str, Figure]:
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base = tmp_path_factory.mktemp("report")
-    run(
-        base / "runs",
-        "--opt",
-        "samon",
-        "--rho",
-        "0.1",
-        "--epochs",
-        "2",
-        "--log-interval",
-        "1",
-        name=HOSTILE,
-        flops=True,
-    )
+    flags = ["--opt", "samon", "--rho", "0.1", "--epochs", "2", "--log-interval", "1"]
+    run(base / "runs", *flags, name=HOSTILE, flops=True)
     run(base / "runs", "--opt", "sgd", name="sgd", flops=True)
     rows = evaluation_rows(str(base / "runs" / HOSTILE / "model_best.pth.tar")) + evaluation_rows(ENDING)
     (base / "evaluations.json").write_text(json.dumps(rows))
