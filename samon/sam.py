@@ -239,12 +239,13 @@ class SAM(OptimizerWrapper):
             from samon.engines import fsdp
 
             fsdp.check_sharded_parameters(self, named)
-        outer, self._in_step = self._in_step, True
+        sam = self._innermost  # reading through a wrapper is right, writing is not
+        outer, sam._in_step = sam._in_step, True
         try:
             with contexts.uncached_biases(self._bias_caches):
                 yield named
         finally:
-            self._in_step = outer
+            sam._in_step = outer
             for p in trained if self._has_update else ():
                 if p.grad is not None:
                     setattr(p.grad, LAST_VERSION, p.grad._version)

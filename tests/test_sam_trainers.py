@@ -171,3 +171,6 @@ def test_fabric(way: str) -> None:
     run_wrapped(way, model, opt, fabric.backward)
     assert samon.sam_of(opt).stats
     assert_same(model.module, own_loop(logits=torch.float32))  # what Fabric's modules return
+    refused = pytest.raises(samon.UserError, match="would lose its update")
+    with opt.perturbed([torch.ones_like(p) for p in opt.perturbed_parameters().values()]), refused:
+        opt.step()
