@@ -79,9 +79,10 @@ class Experiment:
         self.recipe = directory / f"{directory.name}.yaml"
         self.output, self.train, self.parallel = output.resolve(), train, parallel
         self.known = known or Content()
-        held_out = [s for s in self.known.scores if s.held_out]
+        held_out = [s for s in self.known.scores if s.held_out and s.method in self.methods]
         self.known_runs = {run.name for run in self.known.runs}
-        self.known_runs |= {f"choose/{s.method.replace(' ', '-')}/{Job(s.opt, s.rho, 0).name}" for s in held_out}
+        sweeps = [self.sweep(s.method, "choose", (s.rho,), 1) for s in held_out]
+        self.known_runs |= {self.run_name(sweep, sweep.jobs[0]) for sweep in sweeps}
         self._check_known()
 
     def _check_known(self) -> None:

@@ -53,6 +53,11 @@ class AscentSource:
                 "not have; use ascent='batch' or 'fsam', without gsam_alpha"
             )
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the update's gradients are read or changed before the base optimizer's step."""
+        return self.needs_clean_grad or self.has_state
+
     def needs_ascent_pass(self) -> bool:
         """Whether the current update takes the gradient at w first."""
         return not self.single_pass

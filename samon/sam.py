@@ -419,7 +419,8 @@ class SAM(OptimizerWrapper):
     def _apply_gradients(self) -> Any:
         """Let the ascent source correct `.grad` and store what the next update needs, then take the base step."""
         self.correct_gradients()
-        self.ascent.before_step(self.perturbed_parameters(), self.state)
+        if self.ascent.reads_gradients:
+            self.ascent.before_step(self.perturbed_parameters(), self.state)
         self.ascent.finish_update()
         if self.mask is not None:
             self.mask.advance()
@@ -432,7 +433,7 @@ class SAM(OptimizerWrapper):
         """Let the ascent source change `.grad` (GSAM, LookSAM) or measure it (AE-SAM) before it is clipped; `step`
         does so unless this was called."""
         source = self.ascent
-        if not source.corrected:
+        if source.reads_gradients and not source.corrected:
             if source.clean and dist.is_initialized():
                 source.clean = all_reduce_mean(source.clean)
             source.before_clipping(self.perturbed_parameters())

@@ -139,7 +139,7 @@ def make_sharded_engine(sam: SAM, named: NamedParameters, options: StepOptions, 
 
 def check_sharded_parameters(sam: SAM, named: NamedParameters) -> None:
     """Raise UserError if the ascent source or the mask needs full tensors, and a perturbed parameter is sharded."""
-    needs_full = sam.ascent.has_state or sam.ascent.needs_clean_grad or sam.mask is not None
+    needs_full = sam.ascent.reads_gradients or sam.mask is not None
     if needs_full and any(map(_shard_groups, named.values())):
         what = f"ascent={sam.ascent.name!r} and gsam_alpha need" if sam.mask is None else "sparse perturbations need"
         raise UserError(f"{SHARDED}{what} full tensors")

@@ -49,8 +49,8 @@ def find_run_dir(config: Config) -> RunDir:
         if config.resume and config.resume != AUTO:
             source = _resolve_resume(config.resume)
             same_run = source.parent.resolve() == path.resolve()
-            if same_run and config.start_epoch is None and _is_newest(source):
-                started = load_state(source).started  # otherwise the later states there are of another run
+            if same_run and config.start_epoch is None:
+                started = _continued_run(source)
     if not same_run and not config.overwrite and (states := list_states(path)):
         text = f"{path} holds a run ({states[0].name}); --resume {path} continues it, --overwrite starts over,"
         raise UserError(f"{text} another --experiment keeps both")
@@ -124,10 +124,12 @@ def _resolve_resume(resume: str) -> Path:
     return newest
 
 
-def _is_newest(source: Path) -> bool:
+def _continued_run(source: Path) -> str | None:
+    """What identifies a checkpoint's run; None if that has gone on from there, and its later states stay behind."""
     state = load_state(source)
     newest = find_newest(source.parent, state.started)
-    return newest is not None and load_state(newest).progress == state.progress
+    at_its_end = newest is not None and (newest == source or load_state(newest).progress == state.progress)
+    return state.started if at_its_end else None
 
 
 def _choose_path(config: Config) -> Path:
