@@ -28,7 +28,7 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 # Attribute set on gradients: their version counter, which in-place writes advance, when the last passes ended.
 LAST_VERSION = "_samon_last_step"
 # Attributes that copies and pickles contain. Compiled functions, `stats` and an open `first_step` are left out.
-PICKLED = {"base", "name", "replacement", "selection", "_rho", "eta", "radius", "geometry", "mask", "ascent"}
+PICKLED = {"base", "name", "replacement", "selection", "rho", "eta", "radius", "geometry", "mask", "ascent"}
 
 
 class SAM(OptimizerWrapper):
@@ -72,7 +72,7 @@ class SAM(OptimizerWrapper):
         self.geometry, self.mask = geometry, mask
         self.ascent = ascent or AscentSource()
         self.ascent.check(mask, selection)
-        self._rho = validate_nonnegative("rho", rho)
+        self.rho = validate_nonnegative("rho", rho)
         self.eta = validate_nonnegative("eta", GEOMETRIES[geometry].eta if eta is None else eta)
         if self.eta and not GEOMETRIES[geometry].eta:
             raise UserError(f"eta={self.eta:g} has no effect: the geometry {geometry or 'l2'} has no eta; drop it")
@@ -92,19 +92,11 @@ class SAM(OptimizerWrapper):
         self._in_step = False  # the passes of a step are running
         self._expect_plain = self._warned_plain = False  # see `_warn_if_plain`
 
-    @property
-    def rho(self) -> float:
-        """The radius."""
-        return self._innermost._rho
-
-    @rho.setter
-    def rho(self, value: float) -> None:
-        self._innermost._rho = value
-
-    @property
-    def _innermost(self) -> "SAM":
-        """This optimizer, or the one inside if `self` is a wrapper of Lightning or Fabric, which copy this class."""
-        return sam_of(self) or self
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set the attribute; of a wrapper of Lightning or Fabric, which derive from this class, on the optimizer inside
+        unless it is the wrapper's own (also `step`, which schedulers replace)."""
+        own = name in vars(self) or hasattr(type(self), name)
+        object.__setattr__(self if own else sam_of(self) or self, name, value)
 
     @property
     def scope(self) -> str:
@@ -239,13 +231,12 @@ class SAM(OptimizerWrapper):
             from samon.engines import fsdp
 
             fsdp.check_sharded_parameters(self, named)
-        sam = self._innermost  # reading through a wrapper is right, writing is not
-        outer, sam._in_step = sam._in_step, True
+        outer, self._in_step = self._in_step, True
         try:
             with contexts.uncached_biases(self._bias_caches):
                 yield named
         finally:
-            sam._in_step = outer
+            self._in_step = outer
             for p in trained if self._has_update else ():
                 if p.grad is not None:
                     setattr(p.grad, LAST_VERSION, p.grad._version)
@@ -475,9 +466,8 @@ class SAM(OptimizerWrapper):
 
     def expect_plain_step(self) -> None:
         """Declare that the next step is meant to be a plain one, so that it does not warn."""
-        sam = self._innermost
-        sam._expect_plain = True
-        sam.ascent.discard_update()  # a skipped one, of which zero_grad() may not have told
+        self._expect_plain = True
+        self.ascent.discard_update()  # a skipped one, of which zero_grad() may not have told
 
     def _warn_if_plain(self) -> None:
         """Warn once if neither two passes nor `expect_plain_step` precede a step, which is then a plain base step."""

@@ -28,7 +28,6 @@ class OptimizerWrapper(Optimizer):
         UserError: the base optimizer cannot be used.
     """
 
-    replacement: dict[str, Any] | None = None
     param_groups: Any = _of_base("param_groups")
     state: Any = _of_base("state")
     defaults: Any = _of_base("defaults")
@@ -36,6 +35,7 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, base: Optimizer, name: str) -> None:
         check_base(base, name)
         self.base, self.name = base, name
+        self.replacement: dict[str, Any] | None = None
         self._init_instance()
 
     def _init_instance(self) -> None:

@@ -171,6 +171,17 @@ def test_fabric(way: str) -> None:
     run_wrapped(way, model, opt, fabric.backward)
     assert samon.sam_of(opt).stats
     assert_same(model.module, own_loop(logits=torch.float32))  # what Fabric's modules return
-    refused = pytest.raises(samon.UserError, match="would lose its update")
+    refused = pytest.raises(UserError, match="would lose its update")
     with opt.perturbed([torch.ones_like(p) for p in opt.perturbed_parameters().values()]), refused:
         opt.step()
+    fabric.backward(loss_of(model, *BATCHES[0])())
+    opt.first_step(zero_grad=True)
+    with pytest.raises(UserError, match=r"call second_step\(\) before"):
+        update(opt, loss_of(model, *BATCHES[0]))
+    fabric.backward(loss_of(model, *BATCHES[0])())
+    opt.second_step(zero_grad=True)
+    opt.replace_base("adamw")
+    torch.optim.lr_scheduler.LinearLR(opt)  # replaces `step`
+    update(opt, loss_of(model, *BATCHES[0]))
+    assert isinstance(samon.sam_of(opt).base, torch.optim.AdamW)
+    assert samon.sam_of(opt).state
