@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from samon.compat import foreach_clone
+from samon.errors import UserError
 
 
 @contextmanager
@@ -29,9 +30,9 @@ def requires_grad(parameters: Iterable[Parameter], value: bool) -> Iterator[None
             p.requires_grad_(not value)
 
 
-def find_bias_caches(model: nn.Module) -> list[nn.Module]:
+def find_bias_caches(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """timm's attention layers that compute their biases once in eval mode (LeViT, EfficientFormer, TinyViT)."""
-    return [m for m in model.modules() if "attention_bias_cache" in vars(m)]
+    return [m for m in modules if "attention_bias_cache" in vars(m)]
 
 
 @contextmanager
@@ -126,12 +127,19 @@ def preserve_buffers(modules: Iterable[nn.Module]) -> Iterator[Callable[[nn.Modu
 @contextmanager
 def preserve_buffers_in_pass(optimizer: Optimizer, modules: list[nn.Module]) -> Iterator[None]:
     """Restore the buffers of `modules_of(optimizer, ...)` at the end of a pass. If these are not known yet, record the
-    modules that run inside, once (compiled ones run eagerly)."""
+    modules that run inside, once (compiled ones run eagerly).
+
+    Raises:
+        UserError: one of these caches what it computes from its weights, so that the first pass was wrong.
+    """
     recorded = set[nn.Module]()
     with preserve_buffers(modules) as add:
 
         def record(module: nn.Module, args: object) -> None:
             for m in module.modules():
+                if not m.training and find_bias_caches([m]):
+                    layer = type(m).__name__
+                    raise UserError(f"{layer} caches its biases in eval mode; create the optimizer from the model")
                 if m not in recorded:
                     add(m)
                     recorded.add(m)

@@ -113,7 +113,7 @@ class SAM(OptimizerWrapper):
 
     @cached_property
     def _bias_caches(self) -> list[Module]:
-        return [] if self.model is None else contexts.find_bias_caches(self.model)
+        return [] if self.model is None else contexts.find_bias_caches(self.model.modules())
 
     @property
     def can_group(self) -> bool:
@@ -129,16 +129,27 @@ class SAM(OptimizerWrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the group to the base; those of its parameters that are in the scope are perturbed from now on. Scope
-        `sam` includes parameters outside the model, such as a loss function's, unless `perturb` chooses by name."""
+        `sam` includes parameters outside the model, such as a loss function's, unless `perturb` chooses by name.
+
+        Raises:
+            UserError: scope or geometry depend on the layers of parameters outside the model.
+        """
         super().add_param_group(param_group)
-        old, added = self.selection, {id(p) for p in self.base.param_groups[-1]["params"]}
-        selected: NamedParameters = {}
-        if old.scope == "sam" and (old.model is None or old.perturb is None):
-            selected = select_bare(self.base.param_groups, "sam", old.perturb).parameters
+        old, group = self.selection, self.base.param_groups[-1]
+        added, selected = {id(p) for p in group["params"]}, NamedParameters()
         if old.model is not None:
-            own = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
-            inside = set(map(id, own.values()))
-            selected = {n: p for n, p in selected.items() if id(p) not in inside} | own
+            selected = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
+        outside = added.difference(() if old.model is None else map(id, old.model.parameters()))
+        if outside and old.scope != "samon" and (old.model is None or old.perturb is None):
+            by_name = GEOMETRIES[self.geometry].by_name and "param_names" not in group
+            if old.scope == "samnn" or by_name:
+                self.base.param_groups.pop()
+                raise UserError(
+                    f"{self.name} must know the layers of its parameters, but some of these are outside the model; "
+                    "create the optimizer from a module that contains them, such as nn.ModuleList([model, loss])"
+                )
+            bare = select_bare(self.base.param_groups, old.scope, old.perturb).parameters
+            selected |= {n: p for n, p in bare.items() if id(p) in outside}
         known = {id(p) for p in old.parameters.values()}
         old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
 
@@ -231,9 +242,10 @@ class SAM(OptimizerWrapper):
             from samon.engines import fsdp
 
             fsdp.check_sharded_parameters(self, named)
+        caches = self._bias_caches or contexts.find_bias_caches(contexts.modules_of(self, None))
         outer, self._in_step = self._in_step, True
         try:
-            with contexts.uncached_biases(self._bias_caches):
+            with contexts.uncached_biases(caches):
                 yield named
         finally:
             self._in_step = outer

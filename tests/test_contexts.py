@@ -10,9 +10,10 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from samon import contexts
+import samon
+from samon import UserError, contexts
 from tests.nets import BatchNormNet, batch, randomized
-from tests.steps import assert_unchanged, values
+from tests.steps import assert_unchanged, update, values
 
 CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "frozen": lambda model: contexts.requires_grad(model.parameters(), False),
@@ -80,3 +81,14 @@ def test_cached_attention_biases_follow_the_weights() -> None:
             assert not torch.allclose(layer(x), before)
         assert torch.equal(layer(x), before)
     assert not layer[0].training
+    bare = create_optimizer_v2(layer.parameters(), "sam", lr=0.1, rho=9.0)  # knows no layers before its first step
+    with pytest.raises(
+        UserError, match="Attention caches its biases in eval mode; create the optimizer from the model"
+    ):
+        samon.two_pass(bare, lambda: layer(x).square().mean())
+    bare = create_optimizer_v2(layer.train().parameters(), "sam", lr=0.1, rho=9.0)
+    update(bare, lambda: layer(x).square().mean())
+    with torch.no_grad():
+        layer.eval()(x)
+    update(bare, lambda: layer(x).square().mean())
+    assert layer[0].attention_biases.grad.any()

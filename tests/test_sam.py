@@ -132,10 +132,13 @@ def test_add_param_group() -> None:
     assert not torch.equal(model.norms[3].weight, before)
     model.norms.requires_grad_(False)
     outside = nn.Parameter(torch.ones(2, dtype=torch.float64))  # of the loss function
-    for opt in (optimizer_of(model, perturb_frozen=True), optimizer_of(model, "sam"), optimizer_of(model, "samnn")):
+    for opt in (optimizer_of(model, perturb_frozen=True), optimizer_of(model, "sam")):
         count = len(opt.perturbed_parameters())
         opt.add_param_group({"params": [outside]})
         assert len(opt.perturbed_parameters()) == count + (opt.scope == "sam")
+    for opt in (optimizer_of(model, "samnn"), optimizer_of(model, "sam-eleml2orig")):
+        with pytest.raises(UserError, match="must know the layers"):
+            opt.add_param_group({"params": [outside]})
 
 
 def test_a_wrapper_that_keeps_rho_to_itself_is_refused() -> None:

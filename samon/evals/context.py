@@ -233,7 +233,7 @@ def evaluating(model: nn.Module, requires_grad: bool | None = None) -> Iterator[
         if requires_grad is not None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         fixed = nullcontext() if requires_grad is None else contexts.requires_grad(model.parameters(), requires_grad)
-        with fixed, contexts.uncached_biases(contexts.find_bias_caches(model)):
+        with fixed, contexts.uncached_biases(contexts.find_bias_caches(model.modules())):
             yield
     finally:
         model.train(training)
