@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from samon.cli.eval_model import create_model
 from samon.cli.program import run_script
+from samon.cli.validate import parse
 from samon.data.source_factory import read_npz
 from samon.data.sources import parse_split
 from samon.errors import UserError, require_matplotlib
@@ -35,6 +36,7 @@ from samon.evals.sharpness import Measure, sharpness
 from samon.files import markdown_table, write_text
 from samon.report.content import Json, mean_text
 from samon.report.figures import Figure, means
+from samon.trainer.state import load_weights
 
 BITS = (8, 6, 4)
 MEASURE = "worst-linf-adaptive-logitnorm@0.005"
@@ -111,7 +113,8 @@ class Evaluation:
 
     def __init__(self, run: Path, data_dir: Path, device: str, images: int) -> None:
         settings: Json = yaml.safe_load((run / "args.yaml").read_text())
-        self.checkpoint, self.settings, self.device = run / "last.pth.tar", settings, device
+        self.device = device
+        (self.job,) = parse(["--checkpoint", str(run / "last.pth.tar"), "--evals", "norm_params"])
         if not settings["dataset"].startswith("npz/"):
             raise UserError(f"{run} was trained on {settings['dataset']}; only npz/NAME can be corrupted here")
         path = data_dir / (settings["dataset"].removeprefix("npz/") + ".npz")
@@ -124,9 +127,10 @@ class Evaluation:
         self.statistics = torch.tensor([settings["mean"], settings["std"]]).view(2, 1, -1, 1, 1)
 
     def model(self) -> nn.Module:
-        kwargs: Json = self.settings.get("model_kwargs") or {}
-        kwargs |= {"num_classes": self.settings["num_classes"], "checkpoint_path": str(self.checkpoint)}
-        return timm.create_model(self.settings["model"], **kwargs).to(self.device).eval()
+        """The model as validate.py would evaluate it."""
+        model = create_model(self.job.config, pretrained=False)
+        load_weights(model, self.job.checkpoint, self.job.use_ema)
+        return model.to(self.device).eval()
 
     def batches(self, images: Tensor, labels: Tensor, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalized batches on the device."""

@@ -74,11 +74,12 @@ def parse_threats(config: argparse.Namespace) -> list[Threat]:
     radii = {text: parse_radius(text) for text in map(str.strip, config.eps.split(","))}
     mixed = len({"/" in text for text in radii}) == 2
     budget = (config.apgd_iters, config.apgd_targets, config.apgd_restarts, config.seed, config.attack == "standard")
-    return [
+    threats = [
         Threat(norm, eps, *budget)
         for norm, (text, eps) in itertools.product(norms, radii.items())
         if not mixed or ("/" in text) == (norm == "linf")
     ]
+    return list(dict.fromkeys(threats))  # 0.5 and 0.50 are one
 
 
 def parse_radius(text: str) -> float:

@@ -88,7 +88,7 @@ def evaluation_names(text: str | list[str], flag: str) -> list[str]:
     for name in names:
         if name not in EVALS:
             raise UserError(f"{flag}: unknown evaluation {name!r}{nearest(name, EVALS)}; use {', '.join(EVALS)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _suite_spec(item: dict[str, str | list[str]], flag: str, config: argparse.Namespace, names: list[str]) -> EvalSpec:

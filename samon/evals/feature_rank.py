@@ -32,14 +32,14 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     samples = choose_samples(len(dataset), config.feature_samples, config.seed, dataset.limit)
     size = min(config.batch_size, -(-len(samples) // context.world_size))
     results: list[Result] = []
-    for layer in config.feature_layer:
+    for layer in dict.fromkeys(config.feature_layer):
         name = layer or "forward_features"
         loader = load_batches(context, dataset, samples, size, progress=f"feature_rank {name} {dataset.name}")
         batches = ((torch.arange(k * size, k * size + len(images)), images) for k, _, images, _ in loader)
         matrix = feature_matrix(context.model, batches, len(samples), layer, config.feature_token)
         features = context.all_reduce(matrix)
         metadata = {"layer": name, "split": dataset.split, "features": features.shape[1], "num_samples": len(samples)}
-        for centering in config.feature_centering.split(","):
+        for centering in dict.fromkeys(config.feature_centering.split(",")):
             rank = energy_rank(squared_singular_values(features, centering))
             setting = {"centering": centering, "setting": f"{name} {centering}-centered"}
             results.append({**metadata, **setting, "metric": "feature_rank", "value": rank})

@@ -167,8 +167,14 @@ def validated_with_ema(content: Tree) -> bool:
 
 
 def load_weights(model: nn.Module, path: str, use_ema: bool) -> None:
-    """Load the weights of a file or a checkpoint into the model, strictly."""
+    """Load the weights of a file or a checkpoint into the model, strictly, except the auxiliary layers of --split-bn,
+    which only training uses."""
+    own = model.state_dict().keys()
+
+    def drop_auxiliary(state_dict: Tree, model: nn.Module) -> Tree:
+        return {name: value for name, value in state_dict.items() if name in own or ".aux_bn." not in name}
+
     try:
-        timm.models.load_checkpoint(model, path, use_ema)
+        timm.models.load_checkpoint(model, path, use_ema, filter_fn=drop_auxiliary)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise UserError(f"--checkpoint {path}: {type(error).__name__}: {error_line(error)}") from error

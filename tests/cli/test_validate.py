@@ -53,6 +53,7 @@ def test_a_suite_is_one_table_and_entries_choose_their_evaluations(tmp_path, cap
         "- {name: seen, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: train, evals: [accuracy]}\n"
     )
     flags = ["--evals", "accuracy,feature_rank", "--num-samples", "32", "--feature-samples", "32"]
+    flags += ["--feature-centering", "row,column,row"]
     rows = main([*MODEL, *SMALL, "--suite", str(suite), *flags])
     pairs = [(row["dataset"], row["eval"]) for row in rows if row["metric"] in ("top1", "feature_rank")]
     assert pairs == [("clean", "accuracy"), *[("clean", "feature_rank")] * 2, ("seen", "accuracy")]
@@ -133,6 +134,16 @@ def test_checkpoints_of_train_py_score_as_in_training(tmp_path):
     assert scores[""] == scores["--use-ema"] != scores["--no-ema"]
     for key in ("top1", "top5", "loss"):  # training reports the averaged weights
         assert scores[""][key] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4)
+
+
+def test_a_checkpoint_of_split_bn_is_that_of_its_main_layers(tmp_path):
+    save_model(path := tmp_path / "net.pth")
+    model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(path))
+    torch.save(timm.layers.convert_splitbn_model(model, 3).state_dict(), split := tmp_path / "split.pth")
+    checkpoints = ["--model", "test_resnet", "--checkpoint", str(path), str(split)]
+    rows = main([*checkpoints, *MODEL[3:], *FASHION, *SMALL, "--num-samples", "32"])
+    values = [row["value"] for row in rows]
+    assert values[: len(values) // 2] == values[len(values) // 2 :]
 
 
 def test_a_checkpoint_names_its_splits_and_settings_that_have_no_flag(tmp_path):

@@ -95,7 +95,7 @@ def test_plain_radii_are_for_l2_if_fractions_are_among_them():
         return [(t.norm, t.eps) for t in parse_threats(argparse.Namespace(norm=norm, eps=eps, **budget))]
 
     assert threats("l2,linf", "0.5, 1/255") == [("l2", 0.5), ("linf", 1 / 255)]
-    assert threats("l2,Linf", "0.5,0.25") == [("l2", 0.5), ("l2", 0.25), ("linf", 0.5), ("linf", 0.25)]
+    assert threats("l2,Linf,l2", "0.5,0.25,0.50") == [("l2", 0.5), ("l2", 0.25), ("linf", 0.5), ("linf", 0.25)]
     for wrong in ("0", "-1", "nan", "inf", "1/0", "a/255"):
         with pytest.raises(UserError, match="write positive numbers"):
             threats("l2", wrong)

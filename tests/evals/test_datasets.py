@@ -282,7 +282,8 @@ def test_entries_of_a_suite_are_distinguished_by_split(tmp_path):
         "- {data_dir: x, split: train}\n- {data_dir: x, split: val}\n- {data_dir: y}\n"
         "- {set: imagenet-r, data_dir: r}\n- {set: imagenet-a, data_dir: a, dataset: wds}\n"
     )
-    (job,) = parse([*MODEL, "--suite", str(path)])
+    (job,) = parse([*MODEL, "--suite", str(path), "--evals", "accuracy,accuracy"])
+    assert job.specs[0].evals == ["accuracy"]
     specs = [(spec.name, spec.split) for spec in job.specs]
     assert specs[:3] == [("x train", "train"), ("x val", "val"), ("y", "validation")]
     assert specs[3:] == [("imagenet-r", ""), ("imagenet-a", "validation")]  # shards always have a split

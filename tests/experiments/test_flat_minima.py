@@ -68,17 +68,19 @@ def test_every_figure_of_a_finished_run(
     np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     settings = {"model": "resnet20_cifar", "num_classes": 10, "dataset": "npz/x", "mean": [0.5] * 3, "std": [0.2] * 3}
     settings["train_split"] = "train[20:]"  # one batch of 16
-    for seed in (0, 1):
+    for seed, settings["gp"] in enumerate(("max", "avg")):
         run = tmp_path / f"out/test/SAM-ON/seed{seed}"
         run.mkdir(parents=True)
         torch.manual_seed(seed)
         model = timm.create_model("resnet20_cifar")
-        torch.save({"state_dict": model.state_dict()}, run / "last.pth.tar")
+        torch.save({"state_dict": model.state_dict(), "args": settings}, run / "last.pth.tar")
         (run / "args.yaml").write_text(yaml.safe_dump(settings))
         (run / "result.json").write_text("{}")
     words = [str(tmp_path / "out"), "--data-dir", str(tmp_path), "--images", "30"]
     flat_minima.main(words)
     rows = json.loads((tmp_path / "out/flat_minima.json").read_text())
+    pool = flat_minima.Evaluation(tmp_path / "out/test/SAM-ON/seed0", tmp_path, "cpu", 30).model().global_pool
+    assert pool.pool_type == "max"
     x = (torch.from_numpy(images[:30]).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
     right = (model.eval()(x).argmax(1) == torch.from_numpy(labels[:30])).float().mean().item()
     assert rows[1]["values"]["top1"] == pytest.approx(100 * right)
