@@ -82,11 +82,6 @@ class Run:
         return self.task.trainable_module_ema if self.task.has_ema() else None
 
     @property
-    def start(self) -> int:
-        """The first epoch, if not that of a checkpoint (--start-epoch)."""
-        return self.config.start_epoch or 0
-
-    @property
     def stop(self) -> int:
         """Number of epochs after which this run ends."""
         return self.config.stop_epoch or self.epochs
@@ -157,7 +152,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         updates_per_epoch=updates,
         epochs=epochs,
         metric=metric,
-        progress=Progress(epoch=config.start_epoch or 0),
+        progress=Progress(epoch=config.start_epoch or 0, start=config.start_epoch or 0),
     )
 
 

@@ -253,7 +253,7 @@ class RunLogger:
             names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        epochs = run.progress.epoch - run.start
+        epochs = run.progress.epoch - run.progress.start
         return {
             "cpu_seconds": round(sum(os.times()[:4]), 2),
             "resumed": self.resumed,

@@ -30,6 +30,7 @@ class Progress:
     """The position of a run. `epoch` is in progress, or complete if `epoch_done`."""
 
     epoch: int = 0
+    start: int = 0  # the first epoch of the run (--start-epoch)
     updates: int = 0  # optimizer steps of this epoch, skipped ones included
     samples: int = 0  # samples of this epoch that all processes together have consumed
     epoch_done: bool = False
@@ -40,7 +41,7 @@ class Progress:
 
     def next_epoch(self) -> "Progress":
         """The start of the next epoch."""
-        return Progress(self.epoch + 1, skipped=self.skipped, bad_in_a_row=self.bad_in_a_row)
+        return Progress(self.epoch + 1, self.start, skipped=self.skipped, bad_in_a_row=self.bad_in_a_row)
 
 
 @dataclass

@@ -117,7 +117,7 @@ RUNS = [
     "--opt samon --aa rand-m5-inc1 --aug-splits 2 --jsd-loss",
     "--opt samon --epochs 2 --cooldown-epochs 1 --sam-start-epoch 1",
     "--opt samon --epochs 3 --stop-epoch 2 --sam-tail 0.5",
-    "--opt samon --epochs 2 --start-epoch 1 --sam-every 3",
+    "--opt samon --epochs 3 --sam-every 3 --resume auto after --start-epoch 1 --stop-epoch 2",
     "--opt samon --epochs 2 --sam-every 2 --ascent looksam:3",
     "--opt samon --ascent-size 24",
     "--opt samon-layerl2 --epochs 2 --sam-tail 0.3 --tail-opt muon --grad-accum-steps 2 -b 8",
@@ -129,7 +129,11 @@ def test_the_figure_is_that_of_the_whole_run(args: str, tmp_path: Path, monkeypa
     counted: dict[str, int] = {}
     count_run(counted, "run", monkeypatch)
     monkeypatch.setattr(Replay, "verify", lambda *_: None)  # not counted
-    _, directory = run(tmp_path, "--val-split", "", "--train-num-samples", "48", *args.split(), flops=True)
+    args, _, first = args.partition(" after ")  # flags of an earlier start
+    settings = ["--val-split", "", "--train-num-samples", "48", *args.split()]
+    if first:
+        run(tmp_path, *settings, *first.split())
+    _, directory = run(tmp_path, *settings, flops=True)
     record = json.loads((directory / "run.json").read_text())
     assert record["micro_batches"] * record["step_flops"]["step"] == pytest.approx(counted["run"], rel=1e-12)
     (read,) = read_sources([directory]).runs
