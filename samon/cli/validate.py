@@ -153,7 +153,7 @@ def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int
         other = given.get("dataset", stored.get("dataset")) != stored.get("dataset")
         names = {key: name for key, name in _DATA_KEYS.items() if not (other and key in _TRAIN_SPLITS)}
         settings |= {key: stored[name] for key, name in names.items() if stored.get(name)}
-    own_data = not {"data_dir", "dataset", "split", "num_samples", "suite"} & set(given)
+    own_data = not {"dataset", "split", "num_samples", "suite"} & set(given)  # --data-dir: the data have moved
     return settings, stored.get("val_num_samples") if own_data else None
 
 
@@ -253,7 +253,9 @@ def evaluate_job(
     results: list[Result] = []
     for key, spec, name in list_tasks(job):
         task = f"{number} {key}"
-        log.info("%s on %s%s", name, spec.name or config.model, ": has results already" if task in earlier else "")
+        first = f", first {spec.limit} images" if spec.limit and not EVALS[name].split else ""
+        done = ": has results already" if task in earlier else ""
+        log.info("%s on %s%s%s", name, spec.name or config.model, first, done)
         about = model | {"dataset": spec.name, "split": spec.split, "eval": name, **spec.metadata} | size
         file.tasks[task] = earlier.get(task) or [about | row for row in evaluate(context, spec, name)]
         rank_zero_only(dist_info, file.write)

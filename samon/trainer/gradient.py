@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samon.engines.cuda_graph import own_gradients
 from samon.engines.fsdp import average_gradients
+from samon.geometry import to_float32
 from samon.trainer.apply import parameters
 from samon.trainer.build import Run
 from samon.trainer.model import uses_cuda_graphs
@@ -84,7 +85,9 @@ def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Valu
     if part < size or config.ascent_size is not None:
         small = images[:part]
         if config.ascent_size is not None:
-            small = F.interpolate(small, size=config.ascent_size, mode="bilinear", antialias=True)
+            # PyTorch does not resize half-precision images with antialiasing on the CPU.
+            small = F.interpolate(to_float32(small), size=config.ascent_size, mode="bilinear", antialias=True)
+            small = small.to(images.dtype)
         ascent = forward(run, small, target[:part])
     return perturbed_gradient(run, forward(run, images, target), scale, groups, ascent)
 

@@ -68,7 +68,8 @@ def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
     (job,) = parse(["--checkpoint", str(directory), "--mean", "0.9", "--split", "train"])
     assert (job.config.mean, job.config.std, job.config.split, job.config.num_classes) == ([0.9], [0.353], "train", 10)
     assert (job.specs[0].limit, job.config.amp) == (None, True)
-    assert parse(["--checkpoint", str(directory)])[0].specs[0].limit == 40  # --val-num-samples of the run
+    for moved in ([], ["--data-dir", "moved"]):  # --val-num-samples of the run
+        assert parse(["--checkpoint", str(directory), *moved])[0].specs[0].limit == 40
     (job,) = parse(["--checkpoint", str(directory), "--evals", "feature_rank"])
     assert not job.config.amp  # only accuracy is measured in lower precision
 

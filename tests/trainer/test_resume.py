@@ -36,7 +36,7 @@ CASES = {
     "--model-ema-decay 0.9",
     "aesam-jsd": "--opt samon --ascent aesam --aa rand-m5-inc1 --aug-splits 3 --jsd-loss",
     "esam-tail": "--opt sam --esam-beta 0.5 --sam-tail 0.6 --rho-sched lr --rho-min 0.01 --sched-on-updates",
-    "gsam-small-ascent": "--opt samon --gsam-alpha 0.3 --ascent-size 24",
+    "gsam-small-ascent-bf16": "--opt samon --gsam-alpha 0.3 --ascent-size 24 --model-dtype bfloat16",
     "first-and-last-update": "--opt samon --model-ema --drop 0.1",
     # another optimizer takes over after update 2 of epoch 0
     "sgd-muon": "--opt samon --tail-opt muon --sched-on-updates --weight-decay 0.1 --model-ema --model-ema-decay 0.9 "
