@@ -53,7 +53,7 @@ class ShardSet:
     num_classes: int | None = None
     class_names: list[str] | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by URL, '' if it is not listed
-    label_key: str = ""  # timm's `alt_label`: the field of the .json member that holds the label
+    label_key: str = ""  # the field of the .json member that holds the label, timm's `alt_label` unless one is given
 
 
 def _load_info(root: str, allow_shell: bool) -> tuple[str, dict[str, object]]:
@@ -95,10 +95,13 @@ def _check_split(where: str, split: str, entry: object) -> tuple[list[str], list
     return names, lengths
 
 
-def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
+def load_split(root: str, split: str, *, label_key: str | None = None, allow_shell: bool = False) -> ShardSet:
     """Find a split's shards: by its name in the info file of `root`, or by a brace pattern (`a-{00..15}.tar|5000`).
 
-    The info file also gives the lengths of a pattern's files; local shards that it does not list are counted.
+    The info file also describes the files of a pattern; local shards that it does not list are counted.
+
+    Args:
+        label_key: the field that holds the label, whatever the info file says.
 
     Raises:
         UserError: no such split or file, or an info file that contradicts itself.
@@ -108,17 +111,13 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
     splits = splits if isinstance(splits, dict) else {}
     synonyms = next((group for group in (TRAIN_SPLITS, EVAL_SPLITS[:-1]) if split in group), ())  # timm's, for folders
     split = next((name for name in (split, *synonyms) if name in splits), split)
-    expected = label_key = ""
+    expected = ""
     if split in splits:
-        names, lengths = _check_split(where, split, splits[split])
         splits = {split: splits[split]}
-        label_key = str(splits[split].get("alt_label", ""))
+        names = _check_split(where, split, splits[split])[0]
     elif ".tar" in split or ".." in split:
         pattern, _, expected = split.partition("|")
         names = import_webdataset("webdataset.shardlists").expand_urls(pattern)
-        entries = [_check_split(where, other, entry) for other, entry in splits.items()]
-        known = {name: length for entry in entries for name, length in zip(*entry, strict=True)}
-        lengths = [known.get(name, -1) for name in names]
     else:
         known_splits = f"it has {', '.join(sorted(splits))}" if splits else "write it with samon-shards"
         do = f'{known_splits}, or name the shards instead, like "train-{{0000..0127}}.tar"'
@@ -128,13 +127,23 @@ def load_split(root: str, split: str, *, allow_shell: bool = False) -> ShardSet:
         raise UserError(f"split {split!r} lists {max(urls, key=urls.count)} twice; its samples would count twice")
     if missing := [url for url in urls if is_local(url) and not os.path.isfile(url)]:
         raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} are missing)")
-    lengths = [_count_samples(url) if n < 0 else n for url, n in zip(urls, lengths, strict=True)]
+    known: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    label_keys: set[str] = set()
+    for name, entry in splits.items():
+        files, counts = _check_split(where, name, entry)
+        listed = [join_url(root, file, allow_shell=True) for file in files]  # which is not opened here
+        known |= zip(listed, counts, strict=True)
+        hashes |= zip(listed, entry.get("sha256", ()), strict=False)
+        if set(urls).intersection(listed):
+            label_keys.add(str(entry.get("alt_label") or ""))
+    if label_key is None and len(label_keys) > 1:
+        raise UserError(f"{where}: the shards {split} have different kinds of labels; name one by --target-key")
+    lengths = [known[url] if url in known else _count_samples(url) for url in urls]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    hashes: dict[str, str] = {}
-    for entry in splits.values():
-        hashes |= zip(entry["filenames"], entry.get("sha256", ()), strict=False)
-    digests = {url: hashes.get(name, "") for url, name in zip(urls, names, strict=True)}
+    digests = {url: hashes.get(url, "") for url in urls}
+    label_key = label_key or "".join(label_keys)
     return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, label_key)
 
 
@@ -215,10 +224,10 @@ class ShardReader:
 
     Args:
         image_keys: suffixes of images, separated by semicolons (default `IMAGE_KEYS`).
-        label_key: field of the .json member that holds the label (default: the .cls member is the label).
+        label_key: field of the .json member that holds the label; if empty, the .cls member is the label.
     """
 
-    def __init__(self, image_keys: str | None, label_key: str | None, cache: ShardCache | None = None) -> None:
+    def __init__(self, image_keys: str | None, label_key: str, cache: ShardCache | None = None) -> None:
         self.image_keys = (image_keys or IMAGE_KEYS).lower().split(";")
         if label_key and "," in label_key:
             raise UserError(f"--target-key {label_key}: several fields are not supported; name one")

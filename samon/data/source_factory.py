@@ -45,13 +45,14 @@ class Request:
 
 
 def _open_shards(request: Request) -> Source:
-    shard_set = shards.load_split(request.root or "", request.split, allow_shell=request.allow_shell_urls)
+    shard_set = shards.load_split(
+        request.root or "", request.split, label_key=request.target_key, allow_shell=request.allow_shell_urls
+    )
     directory = request.shard_cache
     if directory is None and request.random_access and not all(map(urls.is_local, shard_set.urls)):
         directory = urls.temporary_directory()
     cache = urls.ShardCache(directory, request.shard_cache_size, shard_set.digests) if directory else None
-    label_key = request.target_key or shard_set.label_key or None
-    return ShardSource(shard_set, shards.ShardReader(request.input_key, label_key, cache))
+    return ShardSource(shard_set, shards.ShardReader(request.input_key, shard_set.label_key, cache))
 
 
 def _open_folder(request: Request) -> Source:

@@ -1,5 +1,6 @@
 """Shards: what may be opened, repeated attempts, a cache that stays in bounds, `_info.json`, keys of samples."""
 
+import json
 import threading
 import time
 from functools import partial
@@ -209,6 +210,15 @@ def test_shards_can_be_named_without_an_index(tmp_path):
     root = write_set(tmp_path / "set", [6, 3])
     expected = shards.load_split(root, "train")
     assert shards.load_split(root, "train-{0000..0001}.tar|9").lengths == expected.lengths
+    split = json.loads(Path(root, "_info.json").read_text())["splits"]["train"]
+    change_info(root, {"sha256": ["a", "b"], "alt_label": "fine"})
+    for pattern in ("train-{0000..0001}.tar", f"{root}/train-{{0000..0001}}.tar"):
+        described = shards.load_split(root, pattern)
+        assert (described.label_key, [*described.digests.values()]) == ("fine", ["a", "b"])
+    change_info(root, splits={"train": split, "coarse": split | {"alt_label": "coarse"}})
+    with pytest.raises(UserError, match="different kinds of labels; name one by --target-key"):
+        shards.load_split(root, "train-{0000..0001}.tar")
+    assert open_source("wds/x", root, "train-{0000..0001}.tar", target_key="coarse").reader.label_key == "coarse"
     Path(root, "_info.json").unlink()
     counted = shards.load_split(root, "train-{0000..0001}.tar")
     assert (counted.urls, counted.lengths) == (expected.urls, expected.lengths)
