@@ -12,6 +12,7 @@ import torch
 
 from samon.cli.eval_model import Job, build, list_checkpoints, list_model_names
 from samon.cli.program import run_script
+from samon.data.classes import class_map_digest
 from samon.errors import RunError, Stopped, UserError, error_line, require_matplotlib
 from samon.evals import EVALS, load_evaluation, norm_params
 from samon.evals.context import EvalContext, EvalDataset, restrict_to_single_labels
@@ -109,6 +110,11 @@ def resolve(given: Settings, path: str) -> Job:
     specs = read_specs(config, load_yaml(config.suite, "--suite") if config.suite else None, limit)
     evals = {name for spec in specs for name in spec.evals}
     others = sorted(evals - {"accuracy"})
+    if stored.get("class_map") and "class_map" not in given and any(EVALS[name].needs_data for name in evals):
+        digest = class_map_digest(config.class_map, config.data_dir or "")
+        if content.get("class_map_digest") not in (None, "", digest):
+            fault = f"{config.class_map} gives other labels than when {path} was trained"
+            raise UserError(f"--class-map: {fault}; restore the file, or give --class-map FILE")
     check_flags_are_read(set(given) - (set() if config.feature_split else {"split"}), evals)
     if config.test_pool and "feature_rank" in evals:
         raise UserError("--test-pool replaces the pooling that --evals feature_rank reads; drop one of them")
@@ -274,13 +280,16 @@ def check_outputs(config: Config) -> None:
 
 
 def command_hash(jobs: list[Job]) -> str:
-    """Hash of what determines the results of a command: its settings and the files with the weights."""
+    """Hash of what determines the results of a command: its settings and the files with weights or labels."""
     parts: list[object] = []
     for job in jobs:
         settings = {key: value for key, value in vars(job.config).items() if key not in _NON_SEMANTIC}
         stat = os.stat(job.checkpoint) if job.checkpoint else None
         parts.append((job.checkpoint, stat and (stat.st_size, stat.st_mtime_ns), job.use_ema, sorted(settings.items())))
         parts.append([vars(spec) for spec in job.specs])
+        names = filter(None, (job.config.class_map, job.config.valid_labels, job.config.real_labels))
+        files = [Path(root, name) for name in names for root in ("", job.config.data_dir or "")]
+        parts.append([file.read_bytes() for file in files if file.is_file()])
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

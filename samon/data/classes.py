@@ -71,6 +71,14 @@ def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
     return labels
 
 
+def class_map_digest(class_map: str, root: str) -> str:
+    """Return a hash of the labels of --class-map, wherever its file lies and however it lists them; "" without one."""
+    if not class_map:
+        return ""
+    labels = sorted(load_class_map(class_map, root).items(), key=repr)
+    return blake2b(repr(labels).encode(), digest_size=8).hexdigest()
+
+
 def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str) -> tuple[LabelMap, list[str] | None]:
     """Return ({stored label: label}, class names in the order of the new labels, None if a label has not one name).
 

@@ -31,7 +31,7 @@ from samon.trainer.config import Config, images_per_batch, mixes
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.loaders import Batches, build_data, data_classes, without_counts
-from samon.trainer.state import Progress
+from samon.trainer.state import Progress, TrainState
 from samon.two_pass import StepOptions
 from samon.two_pass import check_step as check_two_pass
 
@@ -68,6 +68,7 @@ class Run:
     train_loader: Batches
     eval_loader: Batches | None
     class_names: list[str] | None  # in the order of the labels
+    class_map_digest: str  # of the labels that --class-map gives
     tail: samon.Tail | None  # which updates take two passes (--sam-tail)
     two_pass_updates: range  # numbers of the updates that perturb the weights
     rho_schedule: samon.RhoSchedule | None
@@ -102,8 +103,8 @@ class Run:
         return no_sync(self.model) if self.config.fsdp else self.task.no_sync
 
 
-def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = None) -> Run:
-    """Build a run: model, task, optimizer, data, schedule. `class_names` are those of the run that is resumed."""
+def build(config: Config, dist_info: DistInfo, resumed: TrainState | None = None) -> Run:
+    """Build a run: model, task, optimizer, data, schedule. The labels are numbered as in the state to resume from."""
     config = without_counts(models.resolve_precision(config, dist_info), dist_info)
     model = models.create_train_model(config.but(num_classes=data_classes(config)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -121,7 +122,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
     if sam is not None:
         config = config.but(rho=sam.rho, eta=sam.eta, no_replay=not replays(config, sam))
         check_step(config, sam)
-    data = build_data(config, classes, data_config, dist_info, class_names)
+    data = build_data(config, classes, data_config, dist_info, resumed)
     metric = config.eval_metric if data.eval_loader is not None else "loss"
     updates = math.ceil(len(data.train_loader) / config.grad_accum_steps)
     scheduler, epochs = build_schedule(config, optimizer, updates, metric)
@@ -146,6 +147,7 @@ def build(config: Config, dist_info: DistInfo, class_names: list[str] | None = N
         train_loader=data.train_loader,
         eval_loader=data.eval_loader,
         class_names=data.class_names,
+        class_map_digest=data.class_map_digest,
         tail=tail,
         two_pass_updates=two_pass,
         rho_schedule=None if sam is None else build_rho_schedule(config, sam, two_pass.start),

@@ -160,6 +160,7 @@ class CheckpointManager:
             best=self.best,
             started=self.run_dir.started,
             class_names=run.class_names,
+            class_map_digest=run.class_map_digest,
         )
 
     def _delete(self, outdated: list[Path]) -> None:

@@ -85,9 +85,8 @@ def sam_gradient(run: Run, images: Tensor, target: Tensor, scale: float) -> Valu
     if part < size or config.ascent_size is not None:
         small = images[:part]
         if config.ascent_size is not None:
-            # PyTorch does not resize half-precision images with antialiasing on the CPU.
-            small = F.interpolate(to_float32(small), size=config.ascent_size, mode="bilinear", antialias=True)
-            small = small.to(images.dtype)
+            small = to_float32(small)  # on the CPU, PyTorch does not resize half precision with antialiasing
+            small = F.interpolate(small, config.ascent_size, mode="bilinear", antialias=True).to(images.dtype)
         ascent = forward(run, small, target[:part])
     return perturbed_gradient(run, forward(run, images, target), scale, groups, ascent)
 

@@ -10,7 +10,7 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import SequentialSampler
 
 from samon import data
-from samon.data.classes import check_ranks
+from samon.data.classes import check_ranks, class_map_digest
 from samon.data.source_factory import is_sorted_by_class, open_source, source_options
 from samon.data.sources import Source, find_overlap
 from samon.data.stream import SampleStream
@@ -19,6 +19,7 @@ from samon.trainer.config import Config, mixes
 from samon.trainer.distributed import DistInfo
 from samon.trainer.flags import Settings
 from samon.trainer.model import parse_dtype
+from samon.trainer.state import TrainState
 
 log = logging.getLogger("samon")
 Batches = data.Loader | data.InMemoryLoader
@@ -37,6 +38,7 @@ class Data(NamedTuple):
     eval_loader: Batches | None
     mixup: Mixup | None  # on the host, where the loader does not mix
     class_names: list[str] | None  # in the order of the labels
+    class_map_digest: str  # of the labels that --class-map gives
 
 
 def data_classes(config: Config) -> int | None:
@@ -61,10 +63,10 @@ def without_counts(config: Config, dist_info: DistInfo) -> Config:
 
 
 def build_data(
-    config: Config, classes: int, data_config: Settings, dist_info: DistInfo, class_names: list[str] | None = None
+    config: Config, classes: int, data_config: Settings, dist_info: DistInfo, resumed: TrainState | None = None
 ) -> Data:
-    """Build the loaders of both splits and check them against each other and the model's outputs, whose names
-    `class_names` are if a run is resumed."""
+    """Build the loaders of both splits and check them against each other and the model's outputs, which the run to
+    resume has numbered."""
     log_once: Log = log.warning if dist_info.is_rank_zero else log.debug
     create = data.create_in_memory_loader if config.in_memory else data.create_loader
     shared = {key: data_config[key] for key in ("input_size", "mean", "std")} | {
@@ -80,9 +82,9 @@ def build_data(
         if config.train_num_samples and train.size > len(source):
             count = f"--train-num-samples {config.train_num_samples}"
             log_once(f"{count}: an epoch passes more than once over the {len(source)} samples of {source.location}")
-        if class_names and source.class_names and source.class_names != class_names:
-            source.renumber(class_names)
-            log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
+        digest = class_map_digest(config.class_map, config.data_dir or "")
+        if resumed is not None:
+            digest = number_as_before(config, source, digest, resumed, log_once)
         check_ranks(source.class_names, len(source), source.location)
         _set_classes(train, classes, log_once)
         training = _training_kwargs(config, data_config, len(train) // config.batch_size)
@@ -105,7 +107,24 @@ def build_data(
                 **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
                 **shared,
             )
-    return Data(train_loader, eval_loader, mixup, source.class_names)
+    return Data(train_loader, eval_loader, mixup, source.class_names, digest)
+
+
+def number_as_before(config: Config, source: Source, digest: str, resumed: TrainState, log_once: Log) -> str:
+    """Number the labels as the run to resume, by the names of the classes. Return the digest of the class map that
+    numbers them; raise UserError if that is another one and classes have no names."""
+    names, before = source.class_names, resumed.class_map_digest
+    if names and resumed.class_names:
+        if names == resumed.class_names:
+            return digest
+        source.renumber(resumed.class_names)
+        log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
+    elif before not in ("", digest):
+        raise UserError(
+            f"--class-map {config.class_map}: gives other labels than the run to resume was trained on; restore the "
+            "file, or train on from the weights with --initial-checkpoint"
+        )
+    return before or digest
 
 
 def check_splits(config: Config, train: Source, validation: Source, log_once: Log) -> None:

@@ -149,19 +149,20 @@ class RunLogger:
         if self._bar is not None:
             self._bar.update()
 
-    def log_update(self, means: Mapping[str, float], speed: float, waited: float, corrupt: int) -> None:
+    def log_update(self, means: Mapping[str, float], lr: float, speed: float, waited: float, corrupt: int) -> None:
         """One log line, and its values to the trackers.
 
         Args:
             means: over the log interval and all processes; `loss_perturbed` and `loss_two_pass`, the loss at w, over
                 the updates with two passes.
+            lr: learning rate of the update.
             speed: images per second over all processes.
             waited: fraction of time spent waiting for data.
             corrupt: samples skipped by all processes.
         """
         if not self._writes:
             return
-        run, progress, lr = self.run, self.run.progress, mean_lr(self.run.optimizer)
+        run, progress = self.run, self.run.progress
         scalars = dict(means) | {"lr": lr, "images_per_second": speed, "data_wait": waited}
         scalars |= {"skipped_steps": progress.skipped, "skipped_samples": corrupt}
         values = f"loss {means.get('loss', float('nan')):.4f}"

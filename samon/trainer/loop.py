@@ -23,7 +23,7 @@ from samon.trainer.build import Run, tail_options
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.flag_rows import parse_interval
 from samon.trainer.gradient import Batch, Forward, compute_gradient
-from samon.trainer.logging import RunLogger
+from samon.trainer.logging import RunLogger, mean_lr
 from samon.trainer.meter import Meter, Timer
 from samon.trainer.model import parse_dtype, resolve_data_config
 from samon.trainer.signals import SignalHandler
@@ -71,12 +71,13 @@ def fit(
                     count_skipped(run, meter.outcomes)
                 progress.updates += 1
                 progress.samples += int(images / run.images_per_sample) * run.dist_info.size
+                lr = mean_lr(run.optimizer)  # before the schedule sets that of the next update
                 update_average_and_schedule(run)
                 yield Update(run, progress, perturb)
                 logger.advance()
                 if progress.updates % run.config.log_interval == 0 or progress.updates == run.updates_per_epoch:
                     count_skipped(run, meter.outcomes)
-                    logger.log_update(meter.read(signals.reduce), *timer.read(), count_corrupt(run, signals))
+                    logger.log_update(meter.read(signals.reduce), lr, *timer.read(), count_corrupt(run, signals))
                 save_or_stop(run, checkpoints, signals, meter)
             rng = None
             metrics = finish_epoch(run, checkpoints, signals, logger, meter)

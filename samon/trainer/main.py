@@ -29,11 +29,13 @@ log = logging.getLogger("samon")
 
 def main(argv: list[str] | None = None) -> Metrics:
     """Train to the end, or print the configuration; return the final metrics."""
-    config = parse(argv, load_run_settings)
+    early = MemoryHandler(1)  # without a target it keeps the lines until there is a file
+    with log_handler(early), log_handler(logging.StreamHandler()):
+        config = parse(argv, load_run_settings)
     if config.print_config:
         print(dump(config), end="")
         return {}
-    training = train(config)
+    training = train(config, early)
     while True:
         try:
             next(training)
@@ -41,18 +43,19 @@ def main(argv: list[str] | None = None) -> Metrics:
             return end.value
 
 
-def train(config: Config) -> Generator[Update, None, Metrics]:
-    """Train from the start or from where the run stopped: yield after each update, return the final metrics."""
+def train(config: Config, early: MemoryHandler | None = None) -> Generator[Update, None, Metrics]:
+    """Train from the start or from where the run stopped: yield after each update, return the final metrics. `early`
+    has the lines logged before."""
     check_name(config.dataset, config.data_dir)
     tracker_names(config)  # raises before anything is loaded
     with distributed_session(config) as dist_info, flags_in_errors(), ExitStack() as at_end:
         random_seed(config.seed, dist_info.rank)
-        start, early = time.monotonic(), MemoryHandler(1)  # without a target it keeps the lines until there is a file
-        run_dir = rank_zero_only(dist_info, lambda: find_run_dir(config))
-        signals = SignalHandler(parse_interval(config.checkpoint_interval)[1])
-        at_end.callback(signals.close)
+        start, early = time.monotonic(), early or MemoryHandler(1)
         with log_handler(early):
-            run = build(config, dist_info, load_state(run_dir.source).class_names if run_dir.source else None)
+            run_dir = rank_zero_only(dist_info, lambda: find_run_dir(config))
+            signals = SignalHandler(parse_interval(config.checkpoint_interval)[1])
+            at_end.callback(signals.close)
+            run = build(config, dist_info, load_state(run_dir.source) if run_dir.source else None)
             checkpoints, rng = CheckpointManager(run, run_dir), None
             if run_dir.source:
                 rng = checkpoints.restore(run_dir.source)

@@ -56,6 +56,8 @@ def restore_run(run: Run, source: Path, started: str) -> tuple[TrainState, Tree 
     config = run.config
     state = load_sharded(source, _sharded_layout(run)) if source.suffix == DCP_SUFFIX else load_state(source)
     changed = changed_settings(run, state.args)
+    if state.class_map_digest and state.class_map_digest == run.class_map_digest:  # its file may have moved
+        changed.pop("class_map", None)
     if changed and run.dist_info.is_rank_zero:
         idle = " (no effect: the weights are the checkpoint's)"
         text = ", ".join(f"{k} {old} -> {new}{idle * (k in INITIAL_FLAGS)}" for k, (old, new) in changed.items())

@@ -65,6 +65,7 @@ class TrainState:
     started: str = ""  # identifies the run: a directory may hold states of an earlier one
     optimizer_layout: Tree = field(default_factory=dict)  # base optimizer and parameter names of its groups
     class_names: list[str] | None = None  # in the order of the model's outputs, if the data set has names
+    class_map_digest: str = ""  # of the labels that --class-map gives, if there is one
     samon: int = FORMAT
 
     def to_dict(self) -> Tree:

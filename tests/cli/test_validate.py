@@ -11,7 +11,7 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from samon.cli import eval_model
-from samon.cli.validate import main, parse
+from samon.cli.validate import command_hash, main, parse
 from samon.errors import UserError
 from samon.evals import accuracy, apgd
 from samon.evals.results import render
@@ -95,6 +95,15 @@ def test_out_of_memory_names_the_flag_and_retry_halves_the_batch(monkeypatch, ca
     monkeypatch.setattr(apgd, "evaluate", limited)
     with pytest.raises(UserError, match="apgd: out of memory with --apgd-batch-size 100; lower --apgd-batch-size"):
         main([*flags, "--evals", "apgd", "--retry"])
+
+
+def test_results_go_on_only_with_the_same_labels(tmp_path):
+    """The file of class indices may change while its name stays."""
+    hashes, path = [], tmp_path / "labels.txt"
+    for text in ("1 2", "2 1", "1 2"):
+        path.write_text(text)
+        hashes.append(command_hash(parse([*MODEL, *FASHION, "--valid-labels", str(path)])))
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from samon.trainer import config
+from samon.trainer import config, main
 from samon.trainer.logging import RunLogger, summary_rows
 from samon.trainer.run_dir import RunDir
-from tests.runs import built, last_line, run
+from tests.runs import BASE, built, last_line, run
 
 
 def read_events(directory: Path) -> EventAccumulator:
@@ -69,6 +69,14 @@ def check_tensorboard(directory: Path) -> None:
     assert value["eps_norm"] == pytest.approx(0.5, rel=1e-4)  # rho
 
 
+def test_the_log_has_warnings_about_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config._warn_once.cache_clear()
+    place = ["--output", str(tmp_path), "--experiment", "run", "--trackers", "none", "--val-split", ""]
+    main.main([*BASE, *place, "--opt", "sgd", "--amp-dtype", "bfloat16"])
+    for text in (capfd.readouterr().err, (tmp_path / "run/log.txt").read_text()):
+        assert text.count("--amp-dtype has no effect without --amp") == 1
+
+
 SOME_UPDATES = ["--sam-every 2", "--sam-tail 0.4", "--ascent looksam:2 --grad-accum-steps 2 -b 8", ""]
 
 
@@ -91,14 +99,15 @@ def test_no_sharpness_where_the_losses_are_of_different_images(args: str, tmp_pa
 
 
 def test_rho_and_the_learning_rate_of_the_tail_are_logged(tmp_path: Path) -> None:
-    args = "--opt samon --sam-tail 0.5 --tail-opt lion --tail-lr 0.25 --sched none --rho-sched linear --rho-warmup 2"
-    _, directory = run(tmp_path, *args.split(), "--log-interval", "1", "--val-split", "")
+    args = "--opt samon --sam-tail 0.5 --tail-opt lion --tail-lr 0.25 --rho-sched linear --rho-warmup 2 --sched poly "
+    args += "--decay-rate 1 --sched-on-updates --log-interval 1"  # every update has its own
+    _, directory = run(tmp_path, *args.split(), "--val-split", "")
     assert scalars(directory, "rho") == [0, 0, 0, 0.25]
-    assert scalars(directory, "lr") == pytest.approx([0.05, 0.05, 0.0125, 0.0125])
+    assert scalars(directory, "lr") == pytest.approx([0.05, 0.0375, 0.00625, 0.003125])
     text = (directory / "log.txt").read_text()
     assert "lion takes over there, at 0.25 times the learning rate" in text
     assert "update 2, the start of the tail: --tail-opt lion replaces SGD, with the momentum of " in text
-    assert " lr 0.0125 rho 0.25 " in text
+    assert " lr 0.003125 rho 0.25 " in text
 
 
 class Terminal(io.StringIO):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from samon.cli import validate
 from samon.errors import Stopped, UserError
 from samon.trainer.build import Run
 from samon.trainer.config import parse
@@ -182,6 +184,23 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path: Path, capfd: 
         assert f"{name}.pth.tar" in log
     assert "checkpoint-1.pth.tar at epoch 2" in log
     assert_same(weights(whole), weights(other))
+
+
+def test_a_class_map_may_move_but_not_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its classes have no names, by which labels could be numbered as before; validate.py takes the run's file."""
+    path, moved = tmp_path / "map.pkl", tmp_path / "moved.pkl"
+    path.write_bytes(pickle.dumps({label: label for label in range(10)}))
+    moved.write_bytes(pickle.dumps({label: label for label in reversed(range(10))}))
+    _, begun = run(tmp_path, "--opt", "sgd", "--class-map", str(path))
+    again = ["--opt", "sgd", "--epochs", "2", "--resume", str(begun), "--class-map"]
+    path.write_bytes(pickle.dumps({label: 9 - label for label in range(10)}))
+    with pytest.raises(UserError, match=r"--class-map .*: gives other labels than the run to resume"):
+        run(tmp_path, *again, str(path))
+    with pytest.raises(UserError, match=r"--class-map: .* gives other labels than when"):
+        validate.parse(["--checkpoint", str(begun)])
+    run(tmp_path, *again, str(moved))
+    assert "differ from those" in caplog.text
+    assert "map.pkl ->" not in caplog.text
 
 
 # --- what of a finished run is restored -------------------------------------------------------------------------------
