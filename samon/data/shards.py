@@ -52,7 +52,7 @@ class ShardSet:
     lengths: tuple[int, ...]
     num_classes: int | None = None
     class_names: list[str] | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by URL, '' if it is not listed
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by URL, where `_info.json` lists it
     label_key: str = ""  # the field of the .json member that holds the label, timm's `alt_label` unless one is given
 
 
@@ -128,13 +128,13 @@ def load_split(root: str, split: str, *, label_key: str | None = None, allow_she
     if missing := [url for url in urls if is_local(url) and not os.path.isfile(url)]:
         raise UserError(f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} are missing)")
     known: dict[str, int] = {}
-    hashes: dict[str, str] = {}
+    digests: dict[str, str] = {}
     label_keys: set[str] = set()
     for name, entry in splits.items():
         files, counts = _check_split(where, name, entry)
         listed = [join_url(root, file, allow_shell=True) for file in files]  # which is not opened here
         known |= zip(listed, counts, strict=True)
-        hashes |= zip(listed, entry.get("sha256", ()), strict=False)
+        digests |= zip(listed, entry.get("sha256", ()), strict=False)
         if set(urls).intersection(listed):
             label_keys.add(str(entry.get("alt_label") or ""))
     if label_key is None and len(label_keys) > 1:
@@ -142,7 +142,6 @@ def load_split(root: str, split: str, *, label_key: str | None = None, allow_she
     lengths = [known[url] if url in known else _count_samples(url) for url in urls]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    digests = {url: hashes.get(url, "") for url in urls}
     label_key = label_key or "".join(label_keys)
     return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, label_key)
 

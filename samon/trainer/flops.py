@@ -53,12 +53,11 @@ def step_flops(run: Run) -> dict[str, float] | None:
         None, with the reason logged, where they cannot be counted in advance.
     """
     config, per_epoch, accumulation = run.config, run.updates_per_epoch, run.config.grad_accum_steps
-    start = run.progress.start
     if config.ascent == "aesam" or config.train_img_sizes:
         what = "--train-img-sizes changes the image size" if config.train_img_sizes else "--ascent aesam decides"
         log.info("%s during training; the FLOPs are not known in advance", what)
         return None
-    batches, epochs = len(run.train_loader), max(1, run.stop - start)
+    batches, epochs = len(run.train_loader), max(1, run.stop - run.progress.start)
     rest = batches - (per_epoch - 1) * accumulation  # micro-batches of an epoch's last update
 
     def micro_batches(update: int) -> int:
@@ -70,7 +69,7 @@ def step_flops(run: Run) -> dict[str, float] | None:
         log.info("FLOPs of a step were not counted: %s", error_line(error, 200))
         return None
     plain = epochs * sum(costs[micro_batches(update)].plain for update in range(per_epoch))
-    two_pass = [u for u in run.two_pass_updates if start * per_epoch <= u < run.stop * per_epoch]
+    two_pass = [u for u in run.two_pass_updates if run.progress.start * per_epoch <= u < run.stop * per_epoch]
     kinds = [costs[micro_batches(update)] for update in two_pass]
     more = math.fsum(cost.two_pass[i % len(cost.two_pass)] - cost.plain for i, cost in enumerate(kinds))
     more += next((cost.recording for cost in kinds if cost.recording), 0.0)  # once in a run
