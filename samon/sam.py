@@ -78,9 +78,8 @@ class SAM(OptimizerWrapper):
             raise UserError(f"eta={self.eta:g} has no effect: the geometry {geometry or 'l2'} has no eta; drop it")
         self.radius = validate_radius_rule(radius)
         # Parameters that the base optimizer does not hold are left out, except frozen ones with `perturb_frozen`.
-        trained, with_frozen = {id(p) for p in self.parameters()}, selection.perturb_frozen
-        candidates = selection.parameters.items()
-        own = {n: p for n, p in candidates if id(p) in trained or (with_frozen and not p.requires_grad)}
+        trained, frozen = set(self.parameters()), selection.perturb_frozen
+        own = {n: p for n, p in selection.parameters.items() if p in trained or (frozen and not p.requires_grad)}
         self.selection = replace(selection, parameters=own)
 
     def _init_instance(self) -> None:
@@ -136,10 +135,10 @@ class SAM(OptimizerWrapper):
         """
         super().add_param_group(param_group)
         old, group = self.selection, self.base.param_groups[-1]
-        added, selected = {id(p) for p in group["params"]}, NamedParameters()
+        added, selected = set(group["params"]), NamedParameters()
         if old.model is not None:
             selected = select(old.model, old.scope, old.perturb, old.perturb_frozen).parameters
-        outside = added.difference(() if old.model is None else map(id, old.model.parameters()))
+        outside = added.difference(() if old.model is None else old.model.parameters())
         if outside and old.scope != "samon" and (old.model is None or old.perturb is None):
             by_name = GEOMETRIES[self.geometry].by_name and "param_names" not in group
             if old.scope == "samnn" or by_name:
@@ -149,9 +148,9 @@ class SAM(OptimizerWrapper):
                     "create the optimizer from a module that contains them, such as nn.ModuleList([model, loss])"
                 )
             bare = select_bare(self.base.param_groups, old.scope, old.perturb).parameters
-            selected |= {n: p for n, p in bare.items() if id(p) in outside}
-        known = {id(p) for p in old.parameters.values()}
-        old.parameters |= {n: p for n, p in selected.items() if id(p) in added - known}
+            selected |= {n: p for n, p in bare.items() if p in outside}
+        added = added.difference(old.parameters.values())
+        old.parameters |= {n: p for n, p in selected.items() if p in added}
 
     def compile(self, backend: str | Callable[..., object] = "inductor", mode: str | None = None) -> None:
         """Compile the arithmetic of the perturbation. A copy of this optimizer is not compiled.
@@ -264,9 +263,8 @@ class SAM(OptimizerWrapper):
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads or not self._has_update:
             return not grads
-        if any(getattr(g, LAST_VERSION, g._version) == g._version for g in grads):
-            return False
-        return not any(to_local(g).to_dense().any() for g in grads)
+        written = all(getattr(g, LAST_VERSION, g._version) != g._version for g in grads)
+        return written and not any(to_local(g).to_dense().any() for g in grads)
 
     @torch.no_grad()
     def perturbation(

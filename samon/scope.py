@@ -40,8 +40,8 @@ class Scope:
 
 
 def _without_norms(everything: NamedParameters, norms: NamedParameters) -> NamedParameters:
-    ids = {id(p) for p in norms.values()}
-    return {name: p for name, p in everything.items() if id(p) not in ids}
+    own = set(norms.values())
+    return {name: p for name, p in everything.items() if p not in own}
 
 
 SCOPES = {
@@ -108,9 +108,7 @@ def norm_type(module: nn.Module) -> type[nn.Module] | None:
 
 def affine_dim(module: nn.Module) -> int | None:
     """The entry of NORM_TYPES for this normalization module."""
-    closest = norm_type(module)
-    assert closest is not None
-    return NORM_TYPES[closest]
+    return NORM_TYPES[norm_type(module)]  # type: ignore[index]
 
 
 def norm_parameters(model: nn.Module) -> NamedParameters:
@@ -132,9 +130,7 @@ def looks_like_norm(module: nn.Module) -> bool:
     """Whether the class is not known as a normalization layer, but has "norm" in its name and a parameter [C] or
     [1, C, 1, 1]."""
     known = norm_type(module) is not None or isinstance(module, GlobalResponseNorm)  # "norm" by name alone
-    if known or "norm" not in type(module).__name__.lower():
-        return False
-    return bool(_vectors(module))
+    return not known and "norm" in type(module).__name__.lower() and bool(_vectors(module))
 
 
 def _vectors(module: nn.Module) -> set[str]:
@@ -254,12 +250,9 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
     norms = norm_parameters(model)
     candidates = SCOPES[scope].choose(named_parameters(model), norms)
     unknown = ", ".join(sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)}))
-    advice = ""
-    if unknown and scope != "sam":
-        advice = (
-            f"not known as normalization layers, though their names say so: {unknown}; register each by "
-            "samon.register_norm(cls, dim=...) before the optimizer is created"
-        )
+    register = "register each by samon.register_norm(cls, dim=...) before the optimizer is created"
+    advice = f"not known as normalization layers, though their names say so: {unknown}; {register}"
+    advice = advice if unknown and scope != "sam" else ""
     if not any(p.requires_grad or perturb_frozen for p in candidates.values()):
         types = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
         raise UserError(
