@@ -223,10 +223,11 @@ class Selection:
         total = sum(p.numel() for p in self.model.parameters())
         modules = reversed(list(self.model.modules()))  # a shared parameter counts for its first owner
         owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
-        tensors = Counter(owners[id(p)] for p in perturbed)
-        sizes = Counter[str]()
+        tensors, sizes = Counter[str](), Counter[str]()
         for p in perturbed:
-            sizes[owners[id(p)]] += p.numel()
+            owner = owners.get(id(p), "outside the model")  # from `add_param_group`
+            tensors[owner] += 1
+            sizes[owner] += p.numel()
         rows = [f"  {owner}: {size:,} in {tensors[owner]} tensors" for owner, size in sizes.most_common()]
         return "\n".join([f"{line}, {count / total:.3%} of {model_name(self.model)}", *rows])
 

@@ -136,6 +136,7 @@ def test_add_param_group() -> None:
         count = len(opt.perturbed_parameters())
         opt.add_param_group({"params": [outside]})
         assert len(opt.perturbed_parameters()) == count + (opt.scope == "sam")
+        assert ("outside the model: 2 in 1 tensors" in opt.selection.summary()) == (opt.scope == "sam")
     for opt in (optimizer_of(model, "samnn"), optimizer_of(model, "sam-eleml2orig")):
         with pytest.raises(UserError, match="must know the layers"):
             opt.add_param_group({"params": [outside]})
