@@ -58,6 +58,12 @@ results: $(VENV)/.installed
 	$(BIN)/python tools/report.py experiments/few_images/results.json --figures output/figures/few
 	cp output/figures/few/cost-flops-light.svg docs/images/few-cost-light.svg
 	cp output/figures/few/cost-flops-dark.svg docs/images/few-cost-dark.svg
+	$(BIN)/python tools/report.py experiments/label_noise/results.json --figures output/figures/noise
+	cp output/figures/noise/curve-eval_top1-1-light.svg docs/images/noise-curve-light.svg
+	cp output/figures/noise/curve-eval_top1-1-dark.svg docs/images/noise-curve-dark.svg
+	$(BIN)/python tools/report.py experiments/fine_tuning/results.json --figures output/figures/fine
+	cp output/figures/fine/cost-flops-light.svg docs/images/fine-cost-light.svg
+	cp output/figures/fine/cost-flops-dark.svg docs/images/fine-cost-dark.svg
 	$(BIN)/python experiments/flat_minima/flat_minima.py experiments/flat_minima/results.json --figures output/figures/flat
 	cp output/figures/flat/rounding-light.svg docs/images/flat-rounding-light.svg
 	cp output/figures/flat/rounding-dark.svg docs/images/flat-rounding-dark.svg
