@@ -108,7 +108,9 @@ def norm_type(module: nn.Module) -> type[nn.Module] | None:
 
 def affine_dim(module: nn.Module) -> int | None:
     """The entry of NORM_TYPES for this normalization module."""
-    return NORM_TYPES[norm_type(module)]  # type: ignore[index]
+    closest = norm_type(module)
+    assert closest is not None
+    return NORM_TYPES[closest]
 
 
 def norm_parameters(model: nn.Module) -> NamedParameters:
@@ -251,9 +253,12 @@ def select(model: nn.Module, scope: str, perturb: str | None = None, perturb_fro
     norms = norm_parameters(model)
     candidates = SCOPES[scope].choose(named_parameters(model), norms)
     unknown = ", ".join(sorted({type(m).__name__ for m in model.modules() if looks_like_norm(m)}))
-    register = "register each by samon.register_norm(cls, dim=...) before the optimizer is created"
-    advice = f"not known as normalization layers, though their names say so: {unknown}; {register}"
-    advice = advice if unknown and scope != "sam" else ""
+    advice = ""
+    if unknown and scope != "sam":
+        advice = (
+            f"not known as normalization layers, though their names say so: {unknown}; register each by "
+            "samon.register_norm(cls, dim=...) before the optimizer is created"
+        )
     if not any(p.requires_grad or perturb_frozen for p in candidates.values()):
         types = sorted({type(m).__name__ for m in norm_modules(model).values()}) or ["none"]
         raise UserError(
