@@ -147,10 +147,6 @@ class Sweep:
                     score.costs.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
         return list(scores.values())
 
-    def run(self) -> list[str]:
-        """Run all jobs; returns the names of those that failed or were stopped."""
-        return [path.name for path in run_jobs([(self, job) for job in self.jobs], self.parallel)]
-
     def stop(self) -> None:
         """Send SIGTERM to all runs: they save a checkpoint and end; sent again, they end at once."""
         self._stopping = True
@@ -350,14 +346,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'finished' if sweep.result(job) else 'to run':8}  {shlex.join(sweep.command(job))}")
         return
     try:
-        unfinished = sweep.run()
+        unfinished = run_jobs([(sweep, job) for job in sweep.jobs], sweep.parallel)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "start the sweep again to continue") from None
     finally:
         if scores := sweep.scores():
-            print(write_tables(sweep.output, scores, sweep.config, sweep.train), end="")
+            print(write_tables(sweep.output, scores), end="")
     if unfinished:
-        log = sweep.output / unfinished[0] / "sweep.log"
+        log = unfinished[0] / "sweep.log"
         raise RunError(
             f"{len(unfinished)} of {len(sweep.jobs)} runs did not finish, see {log}; start the sweep again to continue"
         )

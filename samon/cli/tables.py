@@ -1,12 +1,11 @@
 """Tables of samon-sweep: mean and deviation over seeds for every optimizer and rho, and the layout of Table 1."""
 
-import json
 from pathlib import Path
 
 from samon.files import csv_text, markdown_table, write_text
 from samon.geometry import GEOMETRIES
 from samon.registry import variant_of
-from samon.report.content import Content, Score, paper_results
+from samon.report.content import Content, Score, export, paper_results
 from samon.scope import SCOPES
 
 
@@ -43,20 +42,12 @@ def scope_table(scores: list[Score], paper: dict[str, str]) -> str:
     return markdown_table(lines)
 
 
-def write_tables(output: Path, scores: list[Score], config: str, train: list[str]) -> str:
-    """Write table.csv, table.json (read by samon-report) and table.md; returns the Markdown."""
-    model = scores[0].model
-    paper = {opt: "±".join(map(str, row)) for opt, row in paper_results(scores[0].recipe, model).items()}
-    columns = ["opt", "rho", "runs", "mean", "std", "values", "cpu_seconds", "base_opt"]
-    rows: list[list[object]] = [
-        [s.opt, s.rho, len(s.values), s.mean, s.std or 0.0, s.values, s.costs.get("cpu_seconds", []), s.base_opt]
-        for s in scores
-    ]
-    content: dict[str, object] = {"config": config, "model": model, "metric": scores[0].metric, "train": train}
-    content["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
-    content |= {"best": {score.opt: score.rho for score in Content(scores=scores).best()}, "paper": paper}
-    write_text(output / "table.json", json.dumps(content, indent=1))
-    write_text(output / "table.csv", csv_text([columns[:5], *(row[:5] for row in rows)]))
+def write_tables(output: Path, scores: list[Score]) -> str:
+    """Write table.csv, table.json (an export of samon-report) and table.md; returns the Markdown."""
+    paper = {opt: "±".join(map(str, row)) for opt, row in paper_results(scores[0].recipe, scores[0].model).items()}
+    export(Content(scores=scores), output / "table.json")
+    rows = [(s.opt, s.rho, len(s.values), s.mean, s.std or 0.0) for s in scores]
+    write_text(output / "table.csv", csv_text([("opt", "rho", "runs", "mean", "std"), *rows]))
     lines = [["optimizer", "rho", scores[0].metric, "runs"]]
     lines += [[s.opt, "" if s.rho is None else f"{s.rho:g}", s.text, str(len(s.values))] for s in scores]
     text = scope_table(scores, paper) + "\n\n" + markdown_table(lines) + "\n"

@@ -229,7 +229,8 @@ def paper_results(recipe: str, model: str) -> dict[str, list[float]]:
 def export(content: Content, path: Path) -> None:
     """Write the content as compact JSON: numbers with 6 significant digits, settings that are not defaults, and the
     distributions of each method's first run."""
-    data = _rounded({"format": FORMAT, **asdict(content)})
+    text = json.dumps({"format": FORMAT, **asdict(content)}, default=str)
+    data = json.loads(text, parse_float=_round)
     methods = set()
     for run, row in zip(content.runs, data["runs"], strict=True):
         del row["folder"]
@@ -240,13 +241,9 @@ def export(content: Content, path: Path) -> None:
     write_text(path, json.dumps(data, separators=(",", ":")) + "\n")
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if not isinstance(value, float) or not math.isfinite(value):
-        return value
+def _round(digits: str) -> float:
+    """A number of the JSON text with 6 significant digits, or as an integer."""
+    value = float(digits)
     number = float(f"{value:.6g}") if abs(value) < 1e6 else round(value)
     return int(number) if number == int(number) else number
 
@@ -301,14 +298,14 @@ def name_methods(runs: list[Run]) -> None:
             run.method = " ".join([opt, *(f"{key}={run.settings.get(key)}" for key in keys)])
 
 
-def score_runs(runs: list[Run], metric: str = "eval_top1") -> list[Score]:
-    """Finished runs by setting, method and rho."""
+def score_runs(runs: list[Run]) -> list[Score]:
+    """Accuracies of finished runs by setting, method and rho."""
     scores: dict[tuple[Setting, str, float | None], Score] = {}
-    for run in (run for run in runs if run.metrics.get(metric) is not None):
+    for run in (run for run in runs if run.metrics.get("eval_top1") is not None):
         rho, base = run.settings.get("rho"), str(run.settings.get("base_opt") or "")
-        new = Score(run.method, rho, [], run.opt, run.setting.model, run.setting.recipe, metric, base_opt=base)
+        new = Score(run.method, rho, [], run.opt, run.setting.model, run.setting.recipe, base_opt=base)
         score = scores.setdefault((run.setting, run.method, rho), new)
-        score.values.append(float(run.metrics[metric]))
+        score.values.append(float(run.metrics["eval_top1"]))
         score.seeds += [run.settings["seed"]] if "seed" in run.settings else []
         for cost in COSTS:
             if cost in run.cost:

@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
 
 from samon.errors import UserError
-from samon.report.content import Content, Json, Points, Run, Score, load, name_methods, score_runs, with_defaults
+from samon.report.content import Content, Json, Points, Run, load, name_methods, score_runs, with_defaults
 from samon.trainer.logging import summary_rows
 
 TAGS = ("train/sharpness", "train/grad_norm", "train/ascent_grad_norm")
@@ -69,16 +69,6 @@ def read_file(path: Path) -> Content:
         raise UserError(f"{path} is not JSON: {error}") from None
     if isinstance(data, dict) and "format" in data:
         return load(data, path)
-    if isinstance(data, dict) and {"rows", "metric", "config"} <= data.keys():  # table.json of a sweep
-        scores = []
-        for row in data["rows"]:
-            recipe = Path(data["config"]).stem
-            score = Score(row["opt"], row["rho"], row["values"], row["opt"], data["model"], recipe, data["metric"])
-            score.base_opt = row.get("base_opt", "")
-            if seconds := [value for value in row.get("cpu_seconds", []) if value is not None]:
-                score.costs["cpu_seconds"] = seconds
-            scores.append(score)
-        return Content(scores=scores)
     if isinstance(data, list) and data and all(isinstance(row, dict) for row in data) and "eval" in data[0]:
         return Content(evaluations=data)
     return Content()
@@ -118,8 +108,8 @@ def read_run(folder: Path, root: Path) -> Run:
     run.origin = {key: record[key] for key in ("command", "versions", "machine") if key in record}
     if "command" in run.origin:
         run.origin["command"] = _without_location(run.origin["command"])
-    recipe = record.get("recipe") or _json(folder.parent / "table.json").get("config", "")
-    run.origin["recipe"] = Path(recipe).stem
+    scores = _json(folder.parent / "table.json").get("scores", [])  # of the sweep that an unfinished run belongs to
+    run.origin["recipe"] = Path(record.get("recipe") or next((score["recipe"] for score in scores), "")).stem
     return run
 
 

@@ -38,6 +38,10 @@ def make(tmp_path: Path, *more: str, recipe: str = RECIPE) -> Sweep:
     return program.parse_arguments(words)[0]
 
 
+def run_all(sweep: Sweep) -> list[Path]:
+    return program.run_jobs([(sweep, job) for job in sweep.jobs], sweep.parallel)
+
+
 def fake_training(monkeypatch: pytest.MonkeyPatch, die: int = 0, status: int = 1) -> None:
     def command(sweep: Sweep, job: Job) -> list[str]:
         return [sys.executable, "-S", "-c", FAKE, str(sweep.output / job.name / "starts"), str(die), str(status)]
@@ -120,8 +124,11 @@ def test_runs_once_then_skips_and_refuses_other_settings(
     assert out.err.count("done") == out.err.count("skipped") == 4
     assert set(starts(tmp_path).values()) == {1}
     table = json.loads((tmp_path / "table.json").read_text())
-    assert table["best"] == {"sgd": None, "samon": 0.1}
-    assert [0 < spent < 5 for spent in table["rows"][0]["cpu_seconds"]] == [True, True]
+    assert [(score["opt"], score["rho"], score["seeds"]) for score in table["scores"]] == [
+        ("sgd", None, [0, 1]),
+        ("samon", 0.1, [0, 1]),
+    ]
+    assert [0 < spent < 5 for spent in table["scores"][0]["costs"]["cpu_seconds"]] == [True, True]
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "sgd,,2,50.0,0.0"
     with pytest.raises(UserError, match="use another --output"):
         program.main([*command, "--", "--epochs", "3"])
@@ -181,7 +188,7 @@ def test_two_sweeps_never_share_a_directory(tmp_path: Path, monkeypatch: pytest.
 def test_jobs_are_distributed_over_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch)
     sweep = make(tmp_path, "--opts", "sgd", "--seeds", "4", "--jobs", "2", "--gpus", "3,5")
-    assert sweep.run() == []
+    assert run_all(sweep) == []
     results = [sweep.result(job) for job in sweep.jobs]
     assert {result["metrics"]["gpu"] for result in results if result} == {"3", "5"}
 
@@ -194,7 +201,7 @@ def test_a_terminal_shows_a_bar_that_starts_at_the_finished_runs(
     monkeypatch.setattr("sys.stderr", terminal)
     fake_training(monkeypatch)
     make(tmp_path).run_job(JOB)
-    make(tmp_path, "--opts", "sgd", "--seeds", "3").run()
+    run_all(make(tmp_path, "--opts", "sgd", "--seeds", "3"))
     text = terminal.getvalue()
     assert "sweep:  33%|" in text
     assert "[3/3] sgd-seed" in text
@@ -261,8 +268,8 @@ def test_scores_are_compared_with_the_base_optimizer_of_the_recipe(
     recipe.write_text("model: resnet18\nlr: 0.1\nper_opt: {samon: {base_opt: adamw, rho: 0.5}}\n")
     words = ["--opts", "sgd,adamw,samon,samon-adamw", "--rho", "recipe"]
     sweep = make(tmp_path / "out", *words, recipe=str(recipe))
-    assert sweep.run() == []
-    text = program.write_tables(sweep.output, sweep.scores(), sweep.config, sweep.train)
+    assert run_all(sweep) == []
+    text = program.write_tables(sweep.output, sweep.scores())
     rows = [line.split(" | ")[0] for line in text.partition("\n\n")[0].splitlines()[2:]]
     assert rows == ["| sgd", "| adamw", "| SAM (adamw)", "| samon-adamw"]  # the last two are not in one cell
     for content in (Content(scores=sweep.scores()), read_file(sweep.output / "table.json")):

@@ -46,12 +46,12 @@ def test_the_best_loss_is_the_lowest_and_has_four_decimals(tmp_path: Path) -> No
     for score in found:
         score.metric = "eval_loss"
     assert Content(scores=found).best()[0].rho == 0.1
-    assert "| samon | 0.1 | 0.5062 ± 0.0087 | 2 |" in write_tables(tmp_path, found, "r.yaml", [])
+    assert "| samon | 0.1 | 0.5062 ± 0.0087 | 2 |" in write_tables(tmp_path, found)
 
 
 def test_the_papers_result_is_shown_beside_single_runs(tmp_path: Path) -> None:
     found = [Score("sgd", None, [70.0], "sgd", "resnet56_cifar", "cifar100_resnet_aa")]
-    assert "| sgd | <u>70.00</u> | 75.26±0.2 |" in write_tables(tmp_path, found, "cifar100_resnet_aa.yaml", [])
+    assert "| sgd | <u>70.00</u> | 75.26±0.2 |" in write_tables(tmp_path, found)
 
 
 def test_paper_results_are_the_papers() -> None:

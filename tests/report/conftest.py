@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from samon.evals.results import Result
-from samon.report.content import Content, Score
+from samon.report.content import Content, Score, export
 from samon.report.figures import Figure, figures
 from samon.report.read import read_sources
 from tests.runs import run
@@ -45,12 +45,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     (base / "evaluations.json").write_text(json.dumps(rows))
     (base / "sweep").mkdir()
     cells = [("sgd", None, [80.0, 81.0]), ("samon", 0.1, [84.1, 84.3]), ("samon", 0.5, [70.0, 71.0])]
-    table = [
-        {"opt": opt, "rho": rho, "values": values, "cpu_seconds": [3.0, None][: len(values)]}
+    setting = ("wrn28_10_cifar", "cifar100_resnet")
+    scores = [
+        Score(opt, rho, values, opt, *setting, costs={"cpu_seconds": [3.0]})
         for opt, rho, values in [*cells, ("sam", 0.1, [90.0])]
     ]
-    recipe = {"config": "hparams/cifar/cifar100_resnet.yaml", "model": "wrn28_10_cifar", "metric": "eval_top1"}
-    (base / "sweep/table.json").write_text(json.dumps({**recipe, "rows": table}))
+    export(Content(scores=scores), base / "sweep/table.json")
     return [base / "runs", base / "evaluations.json", base / "sweep"]
 
 
