@@ -10,21 +10,19 @@ Images are prepared as by samon-validate; further flags of samon-validate go aft
 
 import argparse
 import csv
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
-from timm.data.readers.img_extensions import get_img_extensions
 
 from samon.cli.eval_model import build
 from samon.cli.program import parse_before_dashes
 from samon.cli.validate import DESCRIPTION, parse
-from samon.data.images import ImageEntry
-from samon.data.shards import is_hidden
+from samon.data.images import ImageEntry, find_images
 from samon.data.sources import FileSource
 from samon.errors import UserError
 from samon.evals.context import EvalContext, EvalDataset, evaluating, load_batches, predict
@@ -33,29 +31,15 @@ from samon.trainer.distributed import distributed_session
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import parse_command_line
 
-log = logging.getLogger("samon")
 # Flags of samon-validate that would have no effect here.
 _UNUSED = "data data-dir dataset split class-map suite evals num-samples valid-labels real-labels class-report"
 _UNUSED += " bootstrap group results-file retry torchcompile"
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the visible images anywhere below the directories among them, in order."""
-    suffixes, images = set(get_img_extensions()), []
-    for path in paths:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-            visible = [file for file in files if not is_hidden(str(file.relative_to(path)))]
-            if len(visible) < len(files):
-                log.warning("%s: %d hidden files are skipped", path, len(files) - len(visible))
-            images += visible
-        elif path.is_file():
-            images.append(path)
-        else:
-            raise UserError(f"{path}: no such file or directory")
-    if not images:
-        raise UserError(f"no images below {', '.join(map(str, paths))}; known suffixes: {', '.join(sorted(suffixes))}")
-    return images
+def list_images(paths: Sequence[Path], input_key: str | None) -> list[ImageEntry]:
+    """The files among `paths`, and the images below the directories among them."""
+    images = ([ImageEntry(str(path))] if path.is_file() else find_images(path, input_key) for path in paths)
+    return list(chain.from_iterable(images))
 
 
 def output_names(context: EvalContext) -> list[str]:
@@ -68,14 +52,14 @@ def output_names(context: EvalContext) -> list[str]:
 
 
 @torch.no_grad()
-def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Iterator[list[str]]:
+def predict_files(context: EvalContext, files: list[ImageEntry], topk: int) -> Iterator[list[str]]:
     """Yield a row per file: file, label, probability, label, ...; empty cells for a corrupt file."""
     config, names = context.config, output_names(context)
     mode = config.input_img_mode or ("RGB" if context.data_config["input_size"][0] == 3 else "L")
-    border, samples = config.crop_border_pixels or 0, list(range(len(paths)))
+    border, samples = config.crop_border_pixels or 0, list(range(len(files)))
     dtype = next(context.model.parameters()).dtype
-    source = FileSource([ImageEntry(str(path)) for path in paths], [0] * len(paths), "files", slice(None))
-    dataset = EvalDataset(source=source, size=len(paths), image_mode=mode, border=border, skip_corrupt=True)
+    source = FileSource(files, [0] * len(files), "files", slice(None))
+    dataset = EvalDataset(source=source, size=len(files), image_mode=mode, border=border, skip_corrupt=True)
     with evaluating(context.model):
         batches = load_batches(context, dataset, samples, config.batch_size, progress="predicting")
         for _, index, images, labels in batches:
@@ -86,7 +70,7 @@ def predict_files(context: EvalContext, paths: Sequence[Path], topk: int) -> Ite
             for i, label, probabilities, classes in rows:
                 pairs = zip(classes, probabilities, strict=True)
                 cells = [text for c, p in pairs for text in (names[c], f"{p:.6f}")]
-                yield [str(paths[i]), *(cells if label >= 0 else [""] * len(cells))]
+                yield [files[i].where, *(cells if label >= 0 else [""] * len(cells))]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -110,12 +94,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--topk must be at least 1, got {args.topk}")
     if args.output:
         check_writable("--output", args.output)
+    args.input_key = given.get("input_key")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    paths = find_images(args.images)
+    files = list_images(args.images, args.input_key)
     flags = ["--checkpoint", args.checkpoint] * bool(args.checkpoint) + ["--model", args.model] * bool(args.model)
     flags += ["--pretrained"] * args.pretrained + args.after
     job, *others = parse([*flags, "--dataset", "", "--data-dir", "."])  # no data set is read
@@ -131,12 +116,12 @@ def main(argv: list[str] | None = None) -> None:
         with name_write_errors(args.output or Path("standard output")), output as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["file", *(f"{what}_{k + 1}" for k in range(topk) for what in ("label", "probability"))])
-            for row in predict_files(context, paths, topk):
+            for row in predict_files(context, files, topk):
                 corrupt += not row[1]
                 table.writerow(row)
-    if corrupt == len(paths):
-        raise UserError(f"none of {len(paths)} files is a readable image, such as {paths[0]}")
+    if corrupt == len(files):
+        raise UserError(f"none of {len(files)} files is a readable image, such as {files[0].where}")
     if corrupt:
-        print(f"{corrupt} of {len(paths)} files cannot be read: their rows are empty", file=sys.stderr)
+        print(f"{corrupt} of {len(files)} files cannot be read: their rows are empty", file=sys.stderr)
     if args.output:
         print(args.output)

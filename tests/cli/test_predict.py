@@ -24,7 +24,7 @@ def test_csv_of_a_folder_has_the_probabilities_of_timms_model(gray_run, tmp_path
     predict.main([str(images / "val"), "--checkpoint", str(run), *flags])
     rows = list(csv.DictReader(out.read_text().splitlines()))
     paths = [Path(row["file"]) for row in rows]
-    assert paths == sorted((images / "val").rglob("*.png"))
+    assert paths == [images / "val" / name / f"{i}.png" for name in ("dark", "light", "middle") for i in range(16)]
     assert list(rows[0]) == ["file", "label_1", "probability_1", "label_2", "probability_2"]
     model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(run / "model_best.pth.tar")).eval()
     how = {key: model.pretrained_cfg[key] for key in ("interpolation", "crop_pct")}
@@ -70,7 +70,7 @@ def test_names_of_a_run_in_half_precision_with_more_outputs_than_classes(tmp_pat
     [
         (".", "no weights: give --checkpoint"),
         ("/nowhere.png --checkpoint RUN", "/nowhere.png: no such file"),
-        ("samon --checkpoint RUN", "no images below samon"),
+        ("samon --checkpoint RUN", "samon: no images found"),
         ("tests --checkpoint RUN --topk 0", "--topk must be at least 1"),
         ("tests --checkpoint RUN -o LICENSE/x.csv", "--output LICENSE/x.csv: File exists"),
         ("LICENSE --checkpoint RUN -- --device cpu", "none of 1 files is a readable image"),
@@ -108,6 +108,6 @@ def test_hidden_files_are_skipped_unless_named(tmp_path, caplog):
     for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert predict.find_images([tmp_path]) == [tmp_path / "a.png"]
-    assert "3 hidden files are skipped" in caplog.text
-    assert predict.find_images([tmp_path / "._a.png"]) == [tmp_path / "._a.png"]
+    named = [tmp_path, tmp_path / "._a.png"]
+    assert [entry.where for entry in predict.list_images(named, None)] == [f"{tmp_path}/a.png", f"{tmp_path}/._a.png"]
+    assert "3 hidden files or folders are left out" in caplog.text
