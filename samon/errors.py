@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,13 +50,8 @@ def require_package(module: str, message: str) -> Any:
 
 
 def require_matplotlib() -> Any:
-    """Import matplotlib and its module `figure`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    require_package("matplotlib.figure", "figures need matplotlib; run: pip install 'samon-timm[report]'")
-    return sys.modules["matplotlib"]
+    """Import `matplotlib.figure`; raise UserError if matplotlib is not installed."""
+    return require_package("matplotlib.figure", "figures need matplotlib; run: pip install 'samon-timm[report]'")
 
 
 def nearest(word: Any, known: Iterable[Any]) -> str:

@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from samon.errors import UserError, require_package
 from samon.evals import attacks
 from samon.evals.attacks import Normalized, Threat
-from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches, shard_samples
+from samon.evals.context import EvalContext, EvalDataset, choose_samples, evaluating, load_batches
 from samon.evals.metrics import bootstrap_interval
 from samon.evals.results import Result
 from samon.files import atomic_write
-from samon.progress import progress_bar
 
 log = logging.getLogger("samon")
 Batch = tuple[Tensor, Tensor, Tensor]  # sample indices, images in [0, 1], labels
@@ -39,16 +37,14 @@ def evaluate(context: EvalContext, dataset: EvalDataset) -> list[Result]:
     config, data, threats = context.config, context.data_config, parse_threats(context.config)
     model = Normalized(context.model, data["mean"], data["std"]).to(context.device)
     samples = choose_samples(len(dataset), config.num_samples, config.seed, dataset.limit)
-    size = config.apgd_batch_size
-    batches = ((index, x, y) for _, index, x, y in load_batches(context, dataset, samples, size, raw=True))
-    mine = len(shard_samples(samples, size, context.rank, context.world_size))
+    size, progress = config.apgd_batch_size, f"apgd {dataset.name}"
+    loader = load_batches(context, dataset, samples, size, raw=True, progress=progress)
+    batches = ((index, images, label) for _, index, images, label in loader)
     state = Path(config.apgd_state) if config.apgd_state else None
     settings = repr((config.model, config.model_kwargs, config.gp))  # such as the number of attention heads
-    with progress_bar(f"apgd {dataset.name}", mine * len(threats), "image", show=context.rank == 0) as bar:
-        outcomes = attack_batches(model, batches, threats, state, settings, bar)
     results: list[Result] = []
-    for threat, outcome in outcomes.items():
-        counts = context.all_reduce(torch.tensor(list(summarize(outcome, threat.attacks).values())))
+    for threat, outcome in attack_batches(model, batches, threats, state, settings).items():
+        counts = context.all_reduce(count_outcomes(outcome, len(threat.attacks)))
         clean, *robust, vanished, n = counts.tolist()
         eps = f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g}"
         metadata: Result = {"num_samples": n, "norm": threat.norm, "eps": threat.eps, "setting": f"{threat.norm} {eps}"}
@@ -95,19 +91,13 @@ def parse_radius(text: str) -> float:
 
 
 def attack_batches(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    threats: list[Threat],
-    state: Path | None,
-    settings: str = "",
-    bar: tqdm | None = None,
+    model: nn.Module, batches: Iterable[Batch], threats: list[Threat], state: Path | None, settings: str = ""
 ) -> dict[Threat, Tensor]:
     """Attack this process's images; return outcomes (`attacks.ROBUST`) by threat, int64 [n] in the order of `batches`.
 
     Args:
         state: directory that stores the outcome of every batch under the hash of weights, images and threat, and of
             `settings` of the model that its weights and text do not show, so that no batch is attacked twice.
-        bar: counts images times threats.
     """
     weights = content_hash(settings, str(model), *model.state_dict().values()) if state else ""
     outcomes: dict[Threat, list[Tensor]] = {threat: [torch.empty(0, dtype=torch.int64)] for threat in threats}
@@ -123,8 +113,6 @@ def attack_batches(
                         path.parent.mkdir(parents=True, exist_ok=True)
                         with atomic_write(path) as file:
                             np.save(file, parts[-1].numpy())
-                if bar is not None:
-                    bar.update(len(images))
     return {threat: torch.cat(parts) for threat, parts in outcomes.items()}
 
 
@@ -139,8 +127,9 @@ def content_hash(*parts: Tensor | str) -> str:
     return digest.hexdigest()[:24]
 
 
-def summarize(outcome: Tensor, names: tuple[str, ...]) -> dict[str, int]:
-    """Count correct images before and after each attack in turn, and those without a gradient, in outcomes [n]."""
+def count_outcomes(outcome: Tensor, num_attacks: int) -> Tensor:
+    """Numbers of images in outcomes [n]: correct before all attacks, correct after each of them in turn, without a
+    gradient, all."""
     vanished, outcome = outcome >= attacks.VANISHED, attacks.without_marks(outcome)
-    robust = {f"robust_{name}": int((outcome > k).sum()) for k, name in enumerate(names)}
-    return {"clean": int((outcome >= 0).sum()), **robust, "vanished": int(vanished.sum()), "num_samples": len(outcome)}
+    correct = [int((outcome > k).sum()) for k in range(-1, num_attacks)]
+    return torch.tensor([*correct, int(vanished.sum()), len(outcome)])

@@ -85,8 +85,8 @@ def checkpoints(n_iter: int) -> dict[int, int]:
 class StepSize:
     """Auto-PGD's step size for each of B problems (images, or one batch whose loss the weights maximize).
 
-    At a checkpoint it is halved if at most (`strict`: fewer than) `rho` of the interval's steps were improvements, or
-    if the best loss has not changed over an interval that began without halving. The caller then returns to its best
+    At a checkpoint it is halved if at most (`strict`: fewer than) 3/4 of the interval's steps were improvements, or if
+    the best loss has not changed over an interval that began without halving. The caller then returns to its best
     point, and decides what counts as an improvement.
 
     Args:
@@ -95,11 +95,9 @@ class StepSize:
         checks: iterations to check after, see `checkpoints`.
     """
 
-    def __init__(
-        self, initial: Tensor, best: Tensor, checks: dict[int, int], rho: float = 0.75, strict: bool = False
-    ) -> None:
+    def __init__(self, initial: Tensor, best: Tensor, checks: dict[int, int], strict: bool = False) -> None:
         self.size = initial.clone()
-        self.checks, self.rho, self.strict = checks, rho, strict
+        self.checks, self.strict = checks, strict
         self.improvements = torch.zeros_like(initial)
         self.best_at_check = best.clone()
         self.halved = torch.ones_like(initial, dtype=torch.bool)
@@ -110,7 +108,7 @@ class StepSize:
         length = self.checks.get(iteration)
         if length is None:
             return None
-        limit = self.rho * length
+        limit = 0.75 * length
         few = self.improvements < limit if self.strict else self.improvements <= limit
         stuck = ~self.halved & (self.best_at_check >= best)
         self.halved = few | stuck

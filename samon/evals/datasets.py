@@ -2,19 +2,17 @@
 
 import argparse
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from samon.data.classes import check_ranks, validation_number
+from samon.data.classes import check_ranks, log_once, validation_number
 from samon.data.corrupt import SampleError
 from samon.data.decode import open_image
 from samon.data.source_factory import check_name, open_source, source_options
@@ -24,8 +22,6 @@ from samon.evals import EVALS, corruptions, shifts
 from samon.evals.context import EvalContext, EvalDataset
 from samon.evals.metrics import Scoring
 
-log = logging.getLogger("samon")
-_warn_once = cache(log.warning)  # a set is opened several times
 _SUITE_KEYS = ("set", "name", "dataset", "data_dir", "split", "evals")
 
 
@@ -266,4 +262,4 @@ def _image_modes(source: Source) -> list[str]:
 
 def _warn(context: EvalContext, text: str) -> None:
     if context.rank == 0:
-        _warn_once(text)
+        log_once(text)

@@ -64,7 +64,7 @@ def summarize(values: Tensor) -> dict[str, float]:
 
 def new_figure(width: float, height: float) -> "Figure":
     """A matplotlib figure of this size in inches that needs no display; raise UserError if matplotlib is missing."""
-    return require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+    return require_matplotlib().Figure(figsize=(width, height), layout="constrained")
 
 
 def draw_signed(models: dict[str, NormValues]) -> "Figure":

@@ -9,7 +9,7 @@ from typing import Any
 
 from samon.errors import UserError
 from samon.evals import EVALS
-from samon.files import csv_text, write_text
+from samon.files import csv_text, markdown_table, write_text
 from samon.progress import metric_format
 
 Result = dict[str, Any]  # a row: columns differ by evaluation
@@ -145,23 +145,18 @@ def markdown(results: list[Result]) -> str:
         cells = lines.setdefault((row["dataset"], row["split"], what, str(row["num_samples"]), notes), {})
         cells[model_label(row), _heading(row)] = _format_value(row)
     metrics = [f"{metric} ({names[model]})" if len(names) > 1 else metric for model, metric in columns]
-    table = [["data set", "split", "evaluation", *metrics, "n", "note"], ["---"] * (len(columns) + 5)]
+    table = [["data set", "split", "evaluation", *metrics, "n", "note"]]
     for (*labels, count, notes), cells in lines.items():
         table.append([*labels, *(cells.get(column, "") for column in columns), count, notes])
-    return "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return markdown_table(table) + "\n"
 
 
 def shorten_paths(paths: Iterable[str]) -> dict[str, str]:
-    """The last two parts of each path, or as many as distinguish it from the others, by path."""
-    parts = {path: Path(path).parts for path in paths}
-    short = {}
-    for path in parts:
-        length = 2
-        others = [other for other in parts if other != path]
-        while length < len(parts[path]) and any(parts[path][-length:] == parts[other][-length:] for other in others):
-            length += 1
-        short[path] = "/".join(parts[path][-length:])
-    return short
+    """The last two parts of each path, or as many as distinguish all paths, by path."""
+    parts, length = {path: Path(path).parts for path in paths}, 2
+    while len({p[-length:] for p in parts.values()}) < len(set(parts.values())):
+        length += 1
+    return {path: "/".join(p[-length:]) for path, p in parts.items()}
 
 
 def file_stem(*names: str) -> str:

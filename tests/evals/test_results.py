@@ -21,7 +21,7 @@ def test_headings_show_as_much_of_a_checkpoints_path_as_distinguishes_it():
     names = shorten_paths(paths)
     assert [names[path] for path in paths] == [
         "A/run-1/model_best.pth.tar",
-        "run-2/model_best.pth.tar",
+        "A/run-2/model_best.pth.tar",
         "B/run-1/model_best.pth.tar",
     ]
     row = {"model": "net", "dataset": "d", "split": "s", "eval": "accuracy", "metric": "top1", "value": 50.0}
