@@ -123,8 +123,6 @@ def test_a_base_that_two_passes_do_not_fit_is_refused(cls: Any, how: dict[str, A
 
 
 # -- what timm promises of every name ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_name_is_an_optimizer_class(name: str) -> None:
     made = get_optimizer_class(name, bind_defaults=False)

@@ -53,8 +53,6 @@ def test_weights_that_are_not_available(monkeypatch):
 
 
 # --- many models ----------------------------------------------------------------------------------------------------
-
-
 def test_names_of_many_models(tmp_path):
     every = list_model_names("all")
     assert "resnet10t.c3_in1k" in every
@@ -93,8 +91,6 @@ def test_many_models_in_timms_format(tmp_path, caplog):
 
 
 # --- test-time pooling ----------------------------------------------------------------------------------------------
-
-
 def test_test_time_pooling_is_timms():
     flags = ["--model", "test_resnet", *RANDOM, "--img-size", "192"]
     plain, context = build_one(*flags), build_one(*flags, "--test-pool")

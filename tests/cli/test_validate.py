@@ -26,8 +26,6 @@ ATTACK = ["--norm", "linf", "--eps", "1/255", "--apgd-iters", "2", "--apgd-targe
 
 
 # --- results --------------------------------------------------------------------------------------------------------
-
-
 def test_results_files_have_the_documented_columns(tmp_path):
     path = tmp_path / "r.json"
     flags = [*MODEL, *FASHION, *SMALL, *ATTACK, "--num-samples", "32", "--evals", "accuracy,apgd"]
@@ -107,8 +105,6 @@ def test_results_go_on_only_with_the_same_labels(tmp_path):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_names_its_model_and_averaged_weights(tmp_path):
     """A checkpoint in timm's format whose averaged weights differ from its weights."""
     model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
@@ -209,8 +205,6 @@ def test_accuracy_in_another_precision_than_the_runs_is_logged(tmp_path, caplog)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_model_of_one_channel_needs_no_mean(tmp_path):
     """Loader and attack agree on the images, with and without the prefetcher."""
     flags = [*MODEL, *FASHION, *SMALL, *ATTACK, "--checkpoint", save_model(tmp_path / "net.pth", in_chans=1)]
@@ -222,7 +216,6 @@ def test_a_model_of_one_channel_needs_no_mean(tmp_path):
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
-
 MISTAKES = [
     ("--evals acuracy", "unknown evaluation 'acuracy'; did you mean 'accuracy'?"),
     ("--pretrained --model resnet10t", "--num-classes 10: the pretrained weights of resnet10t have 1000"),

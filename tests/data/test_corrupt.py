@@ -223,8 +223,6 @@ def test_a_class_map_without_a_label(tmp_path):
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------
-
-
 def test_too_little_shared_memory_ends_a_loader(tmp_path, monkeypatch):
     """In a worker's own thread; PyTorch's other thread would lose the error, and the main process wait forever."""
 

@@ -162,8 +162,6 @@ def test_evaluation_reads_pipes_and_keeps_copies_where_asked(tmp_path, server):
 
 
 # --- _info.json and samples -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

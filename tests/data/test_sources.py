@@ -118,8 +118,6 @@ def test_hub_data_sets_train(tmp_path, monkeypatch):
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("paths", [["flat.jpg", "other.jpg"], ["a/1.jpg", "b/1.jpg", "stray.jpg"]])
 @pytest.mark.parametrize("name", ["", "torch/folder"])
 def test_images_in_no_class_folder_are_refused(tmp_path, name, paths):
@@ -152,8 +150,6 @@ def test_class_folders_at_several_places_are_mentioned(tmp_path, caplog):
 
 
 # --- --class-map ------------------------------------------------------------------------------------------------------
-
-
 def test_a_class_map_applies_to_every_kind_that_names_its_classes(tmp_path, folder):
     root = write_set(tmp_path / "shards", [3])
     change_info(root, class_names=["x", "y", "z"])
@@ -175,8 +171,6 @@ def test_a_class_map_of_names_is_refused_where_classes_have_none(tmp_path):
 
 
 # --- torchvision's data sets ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def mnist(tmp_path):
     """MNIST's files with 5 training and 3 test images."""
@@ -289,7 +283,6 @@ def test_whatever_a_data_set_raises_on_a_sample_is_its_error(mnist, monkeypatch)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
-
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
 
 
@@ -331,8 +324,6 @@ def test_arrays_that_are_images_with_a_class_each(tmp_path):
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """Saves nothing: `load_dataset` gives a split of the columns named."""

@@ -30,8 +30,6 @@ def attack_all(net, x, y, threat):
 
 
 # --- one step after the other ---------------------------------------------------------------------------------------
-
-
 def wiggly(z: Tensor) -> Tensor:
     """A loss [B] with ridges much narrower than the first step: most steps overshoot."""
     slopes = torch.linspace(15, 45, z.shape[1], dtype=z.dtype)
@@ -118,8 +116,6 @@ def test_checkpoints_projection_normalization_and_targeted_loss_by_hand():
 
 
 # --- all attacks ----------------------------------------------------------------------------------------------------
-
-
 def test_targets_are_the_next_classes_in_turn(monkeypatch):
     """Of the clean logits, likeliest first, --apgd-targets of them; cross-entropy before all."""
     logits, targets = torch.tensor([[5.0, 1.0, 4.0, 0.0, 3.0, 2.0]]), []
@@ -163,8 +159,6 @@ def test_a_linear_model_has_the_robust_radius_of_the_closed_form():
 
 
 # --- the authors' code ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained():
     """(a small network trained on Fashion-MNIST, 24 of its images, their labels)."""
@@ -207,8 +201,6 @@ def test_the_same_images_are_robust_as_by_the_authors_code(trained, norm, eps, t
 
 
 # --- FAB-T and Square -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def linear():
     torch.manual_seed(0)

@@ -39,8 +39,6 @@ def top1(rows):
 
 
 # --- shift sets -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("kind", "count"), [("imagenetv2-matched-frequency", 10000), ("imagenet-sketch", 50889)])
 def test_folders_are_integers_or_synsets(tmp_path, kind, count):
     classes = (0, 7, 10, 999)
@@ -111,8 +109,6 @@ def test_shards_go_by_the_class_names_of_their_info_file_or_by_key(tmp_path):
 
 
 # --- --valid-labels and --real-labels -------------------------------------------------------------------------------
-
-
 def test_valid_labels_restrict_predictions_and_number_the_labels(tmp_path):
     root = write_folders(tmp_path / "set", {"a": [6], "b": [11]})
     path = tmp_path / "indices.txt"
@@ -149,8 +145,6 @@ def test_a_set_excludes_flags_for_labels(tmp_path, flag):
 
 
 # --- labels matched to the model's classes --------------------------------------------------------------------------
-
-
 def test_classes_go_by_synset_or_number_and_other_names_are_refused(tmp_path, caplog):
     root = write_folders(tmp_path / "some", {SYNSETS[i]: [i] for i in (954, 1, 80)})
     assert top1(evaluate(root)[""]) == (100, 3)
@@ -226,8 +220,6 @@ def test_a_set_is_not_read_from_several_splits_at_once(tmp_path):
 
 
 # --- published weights ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("as_set", [True, False])
 def test_published_weights_recognize_real_photographs(tmp_path, as_set):
     """EfficientNet-Lite0 with its ImageNet weights, through the whole program, on a set in ImageNet's layout.
@@ -251,7 +243,6 @@ def test_published_weights_recognize_real_photographs(tmp_path, as_set):
 
 
 # --- suites ---------------------------------------------------------------------------------------------------------
-
 MODEL = ["--model", "test_resnet", "--no-pretrained"]
 BAD_SUITES = {
     "number": ("- {data_dir: 3}", "data_dir is 3; it must be text"),

@@ -74,8 +74,6 @@ def test_json_has_null_for_numbers_that_are_not_finite():
 
 
 # --- results files --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def suite(tmp_path):
     entry = "{{name: {0}, dataset: wds/fashion-mnist, data_dir: data/fashion-mnist, split: {0}}}"

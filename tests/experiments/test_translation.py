@@ -45,8 +45,6 @@ def micro_batches() -> list[Batch]:
 
 
 # --- token weighting ------------------------------------------------------------------------------------------------
-
-
 def naive_token_mean(model: Translator, batches: list[Batch]) -> Tensor:
     """The mean over all target tokens, sentence by sentence without padding."""
     terms = []
@@ -101,8 +99,6 @@ def test_cost_of_a_step_of_the_papers_width() -> None:
 
 
 # --- beam search ----------------------------------------------------------------------------------------------------
-
-
 def score(model: Translator, source: Tensor, pieces: list[int]) -> float:
     """Mean log-probability of the pieces and EOS."""
     log_p = model(source[None], torch.tensor([[BOS, *pieces]]))[0].log_softmax(-1)
@@ -123,8 +119,6 @@ def test_wide_beam_finds_the_best_of_all_translations() -> None:
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-
-
 def test_batches_hold_each_pair_once_within_the_tokens() -> None:
     pairs = [([5] * (i % 13 + 1), [6] * (i % 7 + 1)) for i in range(200)]
     batches = token_batches(pairs, max_tokens=60, seed=3)
@@ -226,8 +220,6 @@ def test_text_pairs_must_be_parallel(tmp_path: Path) -> None:
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
-
-
 def small_settings(tmp_path: Path) -> Settings:
     text = str(write_text(tmp_path / "text"))
     small = {**TINY, "text": text, "vocabulary": 50, "max_tokens": 60, "epochs": 2, "warmup": 4}

@@ -127,7 +127,6 @@ def test_a_model_that_returns_more_than_logits() -> None:
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
-
 LOSSES = {
     "--smoothing 0": "CrossEntropyLoss",
     "": "LabelSmoothingCrossEntropy",
@@ -151,8 +150,6 @@ def test_losses(args: str) -> None:
 
 
 # --- optimizer and average --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -202,8 +199,6 @@ def test_replay_is_turned_off_where_it_does_not_combine(other: list[str], caplog
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
-
-
 def rates(run: build.Run) -> list[float]:
     return [group["lr"] for group in run.optimizer.param_groups]
 
@@ -250,8 +245,6 @@ def test_schedule_flags_of_timm() -> None:
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("args", "shape"),
     [

@@ -27,7 +27,6 @@ def figures(*argv: str) -> dict[str, float]:
 
 
 # --- the printed command --------------------------------------------------------------------------------------------
-
 RUNS = [
     ["--opt", "samon", "--model-ema", "--model-ema-decay", "0.5"],
     ["--opt", "samon", "--model", "resnet10t", "--gp", "max", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8"],
@@ -75,8 +74,6 @@ def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:
 
 
 # --- sharded checkpoints ----------------------------------------------------------------------------------------------
-
-
 def test_the_newest_sharded_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no `last` beside it while the run goes on. An incomplete one is not named as the last good one."""
     monkeypatch.setattr(loop, "validate", lambda *_: dict.fromkeys(("loss", "top1", "top5"), 1.0))
@@ -95,8 +92,6 @@ def test_the_newest_sharded_checkpoint_stays(tmp_path: Path, monkeypatch: pytest
 
 
 # --- args.yaml ------------------------------------------------------------------------------------------------------
-
-
 def test_args_yaml_says_what_ran(tmp_path: Path) -> None:
     args = ["--opt", "samon", "--num-classes", "10", "--lr-base", "0.3", "--perturb", "layer4|stages.3|blocks.1"]
     argv = [word for word in BASE if word not in ("--lr", "0.05")]
@@ -123,8 +118,6 @@ def test_a_kill_while_args_yaml_is_written_loses_nothing(tmp_path: Path, monkeyp
 
 
 # --- checkpoints of earlier versions --------------------------------------------------------------------------------
-
-
 def test_an_old_checkpoint_still_validates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the version before: 2 epochs on 256 images, validated on the first 200 by the averaged weights."""
     monkeypatch.chdir(ROOT)

@@ -87,7 +87,6 @@ def test_mixup_is_turned_off(prefetcher: list[str], tmp_path: Path) -> None:
 
 
 # --- image folders ----------------------------------------------------------------------------------------------------
-
 Folders = Callable[[str, str], Path]
 
 

@@ -24,9 +24,8 @@ from samon.trainer.state import Progress, validated_with_ema
 from tests.graph_memory import Pool
 from tests.runs import assert_same, built, last, run, watch_batches
 
+
 # --- the gradient of an update ----------------------------------------------------------------------------------------
-
-
 def first_gradient(*args: str) -> dict[str, Tensor]:
     """The gradients and buffers of the first update."""
     torch.manual_seed(0)
@@ -104,8 +103,6 @@ def test_micro_batches_on_cuda_graphs(opt: str, monkeypatch: pytest.MonkeyPatch)
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -131,8 +128,6 @@ def test_accumulation_of_a_remainder(tmp_path: Path) -> None:
 
 
 # --- after an epoch ---------------------------------------------------------------------------------------------------
-
-
 def test_timm_reads_the_checkpoints(tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "--opt", "samon", "--model-ema", "--model-ema-decay", "0.5")
     content = last(directory)
@@ -180,7 +175,6 @@ def test_half_precision_is_validated_without_the_prefetcher(extra: list[str], tm
 
 
 # --- sparse masks -----------------------------------------------------------------------------------------------------
-
 MASKED = ["--opt", "ssam-f", "--sparsity", "0.9", "--mask-epochs", "2", "--fisher-samples", "20", "--val-split", ""]
 
 

@@ -49,8 +49,6 @@ def whole(finished: Path, tmp_path: Path) -> Path:
 
 
 # --- the same directory again -----------------------------------------------------------------------------------------
-
-
 def test_a_finished_run_is_not_overwritten(whole: Path) -> None:
     before = files(whole)
     with pytest.raises(UserError, match=r"run holds a run \(checkpoint-0.*--resume .*--overwrite"):
@@ -145,8 +143,6 @@ def test_another_runs_state_does_not_open_a_third_runs_directory(whole: Path) ->
 
 
 # --- --resume ---------------------------------------------------------------------------------------------------------
-
-
 def test_resume_alone_takes_the_runs_settings(tmp_path: Path) -> None:
     args = ("--opt", "samon-adamw", "--rho", "0.3", "--epochs", "2", "--smoothing", "0.2")
     _, whole = run(tmp_path, *args, name="whole")
@@ -224,8 +220,6 @@ def test_resume_auto(tmp_path: Path) -> None:
 
 
 # --- the first and the last epoch -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("extra", [[], ["--sched-on-updates"]], ids=str)
 def test_start_epoch_moves_the_schedule(extra: list[str], tmp_path: Path) -> None:
     """Each update has the learning rate that it has in an uninterrupted run."""
@@ -276,8 +270,6 @@ def test_a_start_after_the_end(whole: Path, args: str) -> None:
 
 
 # --- and validate.py --------------------------------------------------------------------------------------------------
-
-
 def figure(name: str, *args: str) -> float:
     (value,) = (row["value"] for row in validate([*args, "--device", "cpu"]) if row["metric"] == name)
     return float(value)

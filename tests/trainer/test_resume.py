@@ -204,8 +204,6 @@ def test_a_class_map_may_move_but_not_change(tmp_path: Path, caplog: pytest.LogC
 
 
 # --- what of a finished run is restored -------------------------------------------------------------------------------
-
-
 def resume(done: Path, *args: str, source: str = "last.pth.tar") -> Run:
     """The run after the first update of a resume with other arguments."""
     place = ["--output", str(done.parent), "--experiment", "other", "--overwrite"]
