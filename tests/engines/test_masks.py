@@ -112,21 +112,6 @@ def test_bad_sparsity(sparsity: float) -> None:
         Mask("random", sparsity)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "dynamic"])
-def test_a_skipped_update_leaves_no_trace(kind: str) -> None:
-    """Its gradient is not finite: a mask made from it would drop what matters until the next renewal."""
-    ends = []
-    for skipped in ((), (0, 2, 3)):
-        mask = Mask(kind, 0.8, every=2)
-        for seed in range(6):
-            if seed in skipped:
-                mask([g * torch.nan for g in gradients(seed)])
-                mask.stale = True  # as `zero_grad` does
-            update(mask, seed)
-        ends.append(flat(mask.masks))
-    assert torch.equal(*ends)
-
-
 def test_micro_batches_of_an_update_have_one_mask() -> None:
     mask = Mask("fisher", 0.8, every=1)
     for seed in range(3):
