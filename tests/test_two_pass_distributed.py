@@ -152,15 +152,6 @@ def test_a_gradient_that_is_not_finite_on_one_rank_reaches_all(ranks: Ranks) -> 
     assert [rank["overflow"] for rank in ranks] == [{"all_nan": True, "restored": True}] * 2
 
 
-def test_global_without_processes_is_local() -> None:
-    grads = []
-    for reduce in ("global", "device"):
-        model, opt = make_both()
-        samon.two_pass(opt, loss_of(model, *batch()), reduce=reduce)
-        grads.append(gradients(model))
-    assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
-
-
 def closure_rank(rank: int) -> dict:
     """`step(closure)` under DDP, whatever it makes of `.grad`; and what it refuses."""
     results: dict[str, Any] = {}

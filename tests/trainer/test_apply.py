@@ -12,7 +12,6 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten
 
 import samon
 from samon.registry import VARIANTS
@@ -25,6 +24,7 @@ from samon.trainer.loop import to_device
 from samon.trainer.meter import Meter
 from tests.nets import BatchNormNet, LayerNormNet, batch, randomized
 from tests.runs import built
+from tests.steps import same
 
 
 def run_of(model: nn.Module, optimizer: Any, device: str, scaler: Any = None) -> Any:
@@ -39,12 +39,8 @@ def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 OPTIMIZERS: dict[str, Settings] = {
-    "sgd": {},
-    "samon-momentum": {},
-    "samon-adamw": {},
-    "samon-lion": {},
+    **{name: {} for name in ("sgd", "samon-momentum", "samon-adamw", "samon-lion", "lookahead_samon", "sam-random")},
     "sam-layerl2": {"base_opt": "rmsprop"},
-    "lookahead_samon": {},
     "adamw": {"fused": True},
     "samon": {"base_opt": "adamw", "fused": True},
     "samon-adamw previous": {"ascent": "previous"},
@@ -54,7 +50,6 @@ OPTIMIZERS: dict[str, Settings] = {
     "samon adaptive": {"ascent": "adaptive"},
     "ssam-f": {"mask_every": 2},
     "ssam-d": {"mask_every": 2},
-    "sam-random": {},
     "lookahead_ssam-f": {"mask_every": 1},
     "lookahead_samon friendly": {"ascent": "friendly"},
     "sam-adamw gsam": {"gsam_alpha": 0.3},
@@ -146,10 +141,8 @@ def test_a_skipped_update_leaves_no_trace(base: str, sharp: bool) -> None:
                     opt.expect_plain_step()
                 with torch.compiler.set_stance("force_eager"):  # kron would compile itself
                     step_if(opt, torch.tensor(not bad))
-        ends.append(tree_flatten([list(model.parameters()), opt.state_dict()]))
-    (ours, how), (theirs, other) = ends
-    assert how == other
-    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
+        ends.append([list(model.parameters()), opt.state_dict()])
+    assert same(*ends)
 
 
 def test_a_plain_update_after_a_skipped_one_is_plain() -> None:
@@ -175,7 +168,8 @@ def test_a_plain_update_after_a_skipped_one_is_plain() -> None:
 
 def update(name: str, **how: Any) -> Any:
     """The second and third update on fake tensors, where any read on the host raises: whether the last was applied."""
-    groups, net, rho = how.pop("groups", 1), how.pop("net", LayerNormNet), how.pop("rho", None)
+    net, rho = how.pop("net", LayerNormNet), how.pop("rho", None)
+    options = {key: how.pop(key) for key in ("groups", "bn_stats", "same_noise") if key in how}
     ema, progress = ModelEmaV3(nn.Linear(1, 1), decay=0.9), SimpleNamespace(sums={})
     with FakeTensorMode():
         model = net()
@@ -191,7 +185,7 @@ def update(name: str, **how: Any) -> Any:
             if rho is not None:
                 opt.rho = rho.at(step, opt.param_groups[0]["lr"])
             opt.zero_grad()
-            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), groups=groups)
+            samon.two_pass(opt, lambda: F.cross_entropy(model(x), y), **options)
             if step == 0:  # the host has looked and takes it
                 opt.step()
                 continue
@@ -211,6 +205,7 @@ NAMES.remove("samon-layerl2-muon")
 OPTIONS: list[Settings] = [
     {"groups": 4},
     {"groups": 2, "net": BatchNormNet},
+    {"bn_stats": "both", "same_noise": True, "net": BatchNormNet},
     {"perturb": "norms.3"},
     {"perturb": "blocks.2", "net": BatchNormNet},
     {"ascent": "previous"},

@@ -47,7 +47,6 @@ ROUNDING = 1e-3  # float32 sums in another order, through a small network
 
 
 FLAGS = ["--perturb stages|layer", "--m-sharpness 4", "--ascent-fraction 0.5", "--ascent-size 24", "--bn-stats second"]
-FLAGS += ["--radius raw", "--radius 0.5", "--radius loss"]
 FLAGS += ["--model test_vit -b 8 --grad-accum-steps 2"]  # micro-batches have their own perturbations
 
 
@@ -56,13 +55,6 @@ def test_sam_flags_change_the_update(args: str) -> None:
     words = args.split()
     own, plain = (first_gradient("--opt", "samon", *w) for w in (words, words[:2] if "--model" in words else []))
     assert largest_difference(own, plain) > 1e-2
-
-
-def test_frozen_normalization_layers_are_perturbed() -> None:
-    probe = ["--model", "test_vit", "--freeze", "^(?!head)", "--perturb-frozen"]
-    frozen, trained = first_gradient("--opt", "samon", *probe), first_gradient("--opt", "samon", *probe[:2])
-    assert set(frozen) == {"head.weight", "head.bias"}
-    assert largest_difference(frozen, {name: trained[name] for name in frozen}) < ROUNDING
 
 
 @pytest.mark.parametrize(
