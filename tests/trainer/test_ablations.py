@@ -93,16 +93,17 @@ def test_a_model_without_norms_is_refused() -> None:
         fix_norm(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("flag", ["--fix-norm", "--train-only-norm"])
-def test_an_update_keeps_what_is_fixed(flag: str) -> None:
-    run = built("--opt", "sam", flag)
+@pytest.mark.parametrize("flags", ["--fix-norm", "--train-only-norm", "--freeze ^(conv1|layer[12])"])
+def test_an_update_keeps_what_is_fixed(flags: str) -> None:
+    run = built("--opt", "sam", *flags.split())
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     batches = (to_device(run, *batch) for batch in run.train_loader)
     compute_gradient(run, islice(batches, 1), 1, perturb=True)
     apply_gradient(run)
     moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
-    norms = norm_parameters(run.model).keys()
-    assert moved == (norms if flag == "--train-only-norm" else before.keys() - norms)
+    norms, frozen = set(norm_parameters(run.model)), {n for n in before if n.startswith(("conv1", "layer1", "layer2"))}
+    fixed = {"--fix-norm": norms, "--train-only-norm": before.keys() - norms}.get(flags, frozen)
+    assert moved == before.keys() - fixed == run.sam.perturbed_parameters().keys()
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

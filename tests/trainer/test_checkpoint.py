@@ -55,11 +55,13 @@ def test_the_printed_command_reproduces_the_figure(
 def test_the_average_is_scored_where_it_decided(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics, directory = run(tmp_path, "--opt", "samon", "--model-ema", "--model-ema-decay", "0.5", "--lr", "0.2")
     with caplog.at_level(logging.INFO, "samon"):
-        own, raw = figures("--checkpoint", str(directory)), figures("--checkpoint", str(directory), "--no-ema")
-    assert own["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-    assert raw["loss"] != own["loss"]
+        ways = ([], ["--use-ema"], ["--no-ema"])
+        own, again, raw = (figures("--checkpoint", str(directory), *flags) for flags in ways)
+    assert own == again != raw
+    for key in ("top1", "top5", "loss"):
+        assert own[key] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4)
     said = [record.getMessage() for record in caplog.records if "model_best" in record.getMessage()]
-    assert ["the averaged weights of" in line for line in said] == [True, False]
+    assert ["the averaged weights of" in line for line in said] == [True, True, False]
 
 
 def test_the_command_line_overrides_what_is_stored(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from samon.cli.validate import main as validate
 from samon.errors import Stopped, UserError
@@ -270,23 +269,6 @@ def test_a_start_after_the_end(whole: Path, args: str) -> None:
 
 
 # --- and validate.py --------------------------------------------------------------------------------------------------
-def figure(name: str, *args: str) -> float:
-    (value,) = (row["value"] for row in validate([*args, "--device", "cpu"]) if row["metric"] == name)
-    return float(value)
-
-
-def test_a_missing_class_shifts_no_label(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """validate.py numbers the labels of a split without `bee` as training did."""
-    for split, name, gray in ((s, n, g) for s in ("train", "val") for n, g in (("ant", 0), ("bee", 99), ("cat", 200))):
-        for index in range(4 if split == "train" or name != "bee" else 0):
-            path = tmp_path / "images" / split / name / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 32), (gray + index,) * 3).save(path)
-    own = f"--model test_resnet --img-size 32 -b 4 -j 0 --epochs 1 --data-dir {tmp_path}/images --val-split val"
-    metrics = train([*own.split(), "--warmup-epochs", "0", "--output", str(tmp_path), "--experiment", "run"])
-    loss = figure("loss", "--checkpoint", str(tmp_path / "run"))
-    assert "numbered by the 3 classes" in capfd.readouterr().err
-    assert loss == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
 def test_an_average_that_was_not_kept_cannot_be_evaluated(whole: Path) -> None:
