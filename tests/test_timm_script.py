@@ -1,8 +1,6 @@
 """A timm-style script, unchanged, with our optimizers: rho = 0 is the base optimizer, rho > 0 our own loop."""
 
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,14 +206,6 @@ def test_two_processes(tmp_path: Path) -> None:
     base, zero, sharp = (torch.load(tmp_path / name, weights_only=True) for name in ("base", "zero", "sharp"))
     assert same(base, zero)
     assert not same(zero, sharp)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_it(tmp_path: Path) -> None:
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m samon.timm_script"
-    argv = [*torchrun.split(), str(SCRIPT), "--save", str(tmp_path / "sharp"), "--opt", "samon"]
-    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (tmp_path / "sharp").exists()
 
 
 def test_no_script_named() -> None:

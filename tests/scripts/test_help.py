@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from samon import timm_script
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,8 +35,12 @@ def test_the_package_names_its_own_commands() -> None:
     assert named == []
 
 
-def test_timm_script_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    timm_script.main(["--help"])
+def test_timm_script_prints_its_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["timm_script", "--help"])
+    monkeypatch.delitem(sys.modules, "samon.timm_script", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("samon.timm_script", run_name="__main__")
+    assert not stop.value.code
     assert "python -m samon.timm_script SCRIPT.py ARGS" in capsys.readouterr().out
 
 
