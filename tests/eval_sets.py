@@ -13,6 +13,7 @@ from torch import nn
 
 from samon.evals import shifts
 from samon.evals.context import EvalContext
+from samon.evals.datasets import EvalSpec
 from samon.trainer.config import Config
 from samon.trainer.flag_rows import VALIDATE
 from samon.trainer.flags import by_key
@@ -30,6 +31,10 @@ def make_context(model, data_config=DATA_CONFIG, **settings):
     defaults = {key: flag.default for key, flag in by_key(VALIDATE).items()}
     config = Config(**defaults | {"workers": 0, "no_prefetcher": True, "pin_mem": False} | settings)
     return EvalContext(config, model, data_config, CPU)
+
+
+def spec_of(root, kind="", dataset="", split="", limit=None):
+    return EvalSpec("x", dataset, str(root), split, ["accuracy"], kind, limit=limit)
 
 
 def save_model(path, model="test_resnet", seed=0, **kwargs):

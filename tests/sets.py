@@ -18,7 +18,8 @@ RANDOM_MODEL = (
 )
 
 opened = []  # loaders whose workers conftest.py ends after each test
-UNEVEN = (5, 1, 7, 3, 4, 2, 6, 1)  # 29 samples
+UNEVEN = (5, 1, 7, 3, 4, 2, 6, 1)
+TOTAL = sum(UNEVEN)  # 29 samples
 
 
 def jpeg(index, size=(24, 18)):

@@ -1,4 +1,4 @@
-"""Temporary changes to a model are undone exactly, also after an exception."""
+"""Temporary changes to a model, also those of the engines, are undone exactly, also after an exception."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +12,7 @@ from torch import nn
 
 import samon
 from samon import UserError, contexts
+from samon.engines import patches
 from tests.nets import BatchNormNet, batch, randomized
 from tests.steps import assert_unchanged, update, values
 
@@ -19,6 +20,9 @@ CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "frozen": lambda model: contexts.requires_grad(model.parameters(), False),
     "trainable": lambda model: contexts.requires_grad(model.parameters(), True),
     "preserve_buffers": lambda model: contexts.preserve_buffers(model.modules()),
+    "override_attrs": lambda model: patches.override_attrs({model: {"training": False, "other": 1}}),
+    "patch_forward": lambda model: patches.patch_forward({model.bn: nn.Identity(), model.head: nn.Identity()}),
+    "forward_hooks": lambda model: patches.forward_hooks(model.modules(), print, print),
 }
 
 
@@ -37,6 +41,8 @@ def test_everything_is_restored_after_an_exception(name: str) -> None:
         if name == "preserve_buffers":
             model(batch()[0])
             model.bn.running_mean = torch.ones(6)
+        else:
+            assert snapshot(model) != before
         raise RuntimeError("inside")
     assert snapshot(model) == before
     assert_unchanged(model, tensors)

@@ -11,14 +11,7 @@ from timm.data.mixup import FastCollateMixup
 
 from samon.data import create_dataset, create_loader
 from samon.errors import UserError
-from tests.sets import UNEVEN, flat, jpeg, make_loader, same, targets, write_set
-
-TOTAL = sum(UNEVEN)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("uneven") / "set")
+from tests.sets import TOTAL, flat, jpeg, make_loader, same, targets, write_set
 
 
 def test_partial_steps_are_rounded_down_and_said(root, caplog):

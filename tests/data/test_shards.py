@@ -55,11 +55,6 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_shards_over_http(server):
-    assert sorted(flat(make_loader(server.url, training=False))) == list(range(18))
-    assert server.waits == []
-
-
 def test_broken_transfers_are_tried_again_with_longer_waits(server):
     server.faults = {"/train-0001.tar": 3, "/_info.json": 2}
     assert sorted(flat(make_loader(server.url, training=False))) == list(range(18))

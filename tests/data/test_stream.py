@@ -13,16 +13,10 @@ from samon.data.classes import check_ranks
 from samon.data.stream import with_fallbacks
 from samon.errors import UserError
 from tests.processes import run_ranks
-from tests.sets import UNEVEN, flat, make_loader, same, targets, write_images, write_set
+from tests.sets import TOTAL, flat, make_loader, same, targets, write_images, write_set
 
-TOTAL = sum(UNEVEN)
 # The tests may have fewer cores than workers; how the work is shared is what they are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("uneven") / "set")
 
 
 @pytest.mark.parametrize(("world", "workers", "batch"), [(1, 1, 1), (1, 7, 4), (2, 2, 1), (3, 3, 4), (3, 7, 50)])

@@ -9,16 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    BatchNormAct2d,
-    EvoNorm2dS0,
-    GroupNorm1,
-    GroupNormAct,
-    LayerNorm2d,
-    LayerNormAct2d,
-    RmsNorm2d,
-    SimpleNorm2d,
-)
+from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -91,23 +82,23 @@ def channels_last(norm: nn.Module) -> nn.Module:
 
 
 LAYERS = {
-    "BatchNormAct2d": lambda: BatchNormAct2d(8, act_layer=nn.SiLU),
+    "BatchNormAct2d": lambda: timm_layers.BatchNormAct2d(8, act_layer=nn.SiLU),
     "eval BatchNorm2d": lambda: nn.BatchNorm2d(8).eval(),
     "BatchNorm2d, not affine": lambda: nn.BatchNorm2d(8, affine=False),
     "BatchNorm2d, no statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
     "LayerNorm over CHW": lambda: nn.LayerNorm([8, 6, 6]),
     "LayerNorm, no bias": lambda: channels_last(nn.LayerNorm(8, bias=False)),
-    "LayerNorm2d": lambda: LayerNorm2d(8),
-    "LayerNormAct2d": lambda: LayerNormAct2d(8),
-    "LayerNormExp2d": lambda: timm.layers.norm.LayerNormExp2d(8),
+    "LayerNorm2d": lambda: timm_layers.LayerNorm2d(8),
+    "LayerNormAct2d": lambda: timm_layers.LayerNormAct2d(8),
+    "LayerNormExp2d": lambda: timm_layers.norm.LayerNormExp2d(8),
     "GroupNorm": lambda: nn.GroupNorm(4, 8),
-    "GroupNorm1": lambda: GroupNorm1(8),
-    "GroupNormAct": lambda: GroupNormAct(8, num_groups=2),
+    "GroupNorm1": lambda: timm_layers.GroupNorm1(8),
+    "GroupNormAct": lambda: timm_layers.GroupNormAct(8, num_groups=2),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(8, affine=True),
     "RMSNorm": lambda: channels_last(nn.RMSNorm(8)),
-    "RmsNorm": lambda: channels_last(timm.layers.RmsNorm(8)),
-    "RmsNorm2d": lambda: RmsNorm2d(8),
-    "SimpleNorm2d": lambda: SimpleNorm2d(8),
+    "RmsNorm": lambda: channels_last(timm_layers.RmsNorm(8)),
+    "RmsNorm2d": lambda: timm_layers.RmsNorm2d(8),
+    "SimpleNorm2d": lambda: timm_layers.SimpleNorm2d(8),
 }
 
 
@@ -176,7 +167,7 @@ def test_layers_kept_between_steps_follow_the_model() -> None:
     """Another dtype, mode and activation than in the step before."""
     torch.manual_seed(0)
     model = batchnorm_net()
-    model.bn = nn.Sequential(model.bn, BatchNormAct2d(model.bn.num_features, act_layer=nn.SiLU))
+    model.bn = nn.Sequential(model.bn, timm_layers.BatchNormAct2d(model.bn.num_features, act_layer=nn.SiLU))
     model = model.float()
     opt, (x, y) = optimizer_of(model), batch()
     samon.two_pass(opt, loss_of(model, x.float(), y), groups=4)
@@ -268,14 +259,6 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scope, "NORM_TYPES", dict(scope.NORM_TYPES))
 
 
-def assert_refused(model: nn.Module, message: str, name: str = "samon") -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that look like normalization
-        opt = optimizer_of(randomized(model), name)
-    with pytest.raises(UserError, match=message):
-        samon.two_pass(opt, loss_of(model, *batch()), groups=4)
-
-
 def test_a_registered_class_is_grouped() -> None:
     samon.register_norm(LlamaNorm, dim=-1)
     model, twin = grouped_and_looped(lambda: with_norm(channels_last(LlamaNorm(8))), "samon", 4)
@@ -310,30 +293,33 @@ def own_forward(norm: nn.Module) -> nn.Module:
     return norm
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: EvoNorm2dS0(8, group_size=4), "EvoNorm2dS0 '1' cannot be grouped"),
-        (lambda: nn.SyncBatchNorm(8), "SyncBatchNorm '1' cannot be grouped"),
-        (lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), "InstanceNorm2d '1' cannot be grouped"),
-        (lambda: OtherName(8), "OtherName '1' cannot be grouped"),
-        (lambda: own_forward(nn.GroupNorm(2, 8)), "GroupNorm '1' cannot be grouped"),
-        (lambda: nn.TransformerEncoderLayer(8, 2, batch_first=False), "build the model with batch_first=True"),
-        (lambda: OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
-    ],
-    ids=[
-        "no formula",
-        "synchronized",
-        "running statistics",
-        "another name",
-        "own forward",
-        "batch second",
-        "unknown class",
-    ],
-)
-def test_layers_that_cannot_be_grouped_are_refused(build: Callable[[], nn.Module], message: str) -> None:
+UNGROUPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no formula": (lambda: timm_layers.EvoNorm2dS0(8, group_size=4), "EvoNorm2dS0 '1' cannot be grouped"),
+    "synchronized": (lambda: nn.SyncBatchNorm(8), "SyncBatchNorm '1' cannot be grouped"),
+    "running statistics": (
+        lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        "InstanceNorm2d '1' cannot be grouped",
+    ),
+    "another name": (lambda: OtherName(8), "OtherName '1' cannot be grouped"),
+    "own forward": (lambda: own_forward(nn.GroupNorm(2, 8)), "GroupNorm '1' cannot be grouped"),
+    "batch second": (
+        lambda: nn.TransformerEncoderLayer(8, 2, batch_first=False),
+        "build the model with batch_first=True",
+    ),
+    "unknown class": (lambda: OwnBatchNorm(8), r"OwnBatchNorm is not known.*samon\.register_norm\(OwnBatchNorm"),
+}
+
+
+@pytest.mark.parametrize("case", UNGROUPED)
+def test_layers_that_cannot_be_grouped_are_refused(case: str) -> None:
+    build, message = UNGROUPED[case]
     samon.register_norm(OtherName, dim=1)
-    assert_refused(with_norm(build()), message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that look like normalization
+        model = randomized(with_norm(build()))
+        opt = optimizer_of(model)
+    with pytest.raises(UserError, match=message):
+        samon.two_pass(opt, loss_of(model, *batch()), groups=4)
 
 
 @pytest.mark.parametrize("bn_stats", ["first", "second", "both"])

@@ -8,8 +8,8 @@ import torch
 from samon.cli.validate import main, prepare
 from samon.errors import UserError
 from samon.evals import apgd, attacks
-from samon.evals.apgd import attack_batches, count_outcomes, parse_threats
-from samon.evals.attacks import ROBUST, VANISHED, Threat
+from samon.evals.apgd import attack_batches, parse_threats
+from samon.evals.attacks import ROBUST, Threat
 from samon.evals.datasets import EvalSpec
 from tests.eval_sets import FASHION, SYNSETS, DifferentiableReader, make_context, save_model, write_folders
 from tests.nets import two_logits
@@ -70,11 +70,6 @@ def test_outcomes_do_not_depend_on_batches_and_are_stored(linear, tmp_path):
     net[1].bias.data[0] += 1  # other weights: nothing stored fits
     outcomes(12)
     assert len(list(tmp_path.glob("*.npy"))) == 5
-
-
-def test_counts_are_of_images_that_are_still_robust():
-    outcome = torch.tensor([-1, 0, 0, 1 + VANISHED, ROBUST, ROBUST, ROBUST + VANISHED])
-    assert count_outcomes(outcome, num_attacks=2).tolist() == [6, 4, 3, 2, 7]
 
 
 def test_vanished_gradients_are_noted_in_rows_and_log(tmp_path, caplog):

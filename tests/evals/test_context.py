@@ -10,13 +10,9 @@ from torch import nn
 from samon.errors import UserError
 from samon.evals import accuracy
 from samon.evals.context import choose_samples, evaluating, load_batches, restrict_to_single_labels, shard_samples
-from samon.evals.datasets import EvalSpec, open_dataset
+from samon.evals.datasets import open_dataset
 from samon.evals.metrics import Scoring
-from tests.eval_sets import DATA_CONFIG, SYNSETS, DifferentiableReader, Reader, make_context, write_folders
-
-
-def spec_of(root, kind="", dataset="", split=""):
-    return EvalSpec("x", dataset, str(root), split, ["accuracy"], kind)
+from tests.eval_sets import DATA_CONFIG, SYNSETS, DifferentiableReader, Reader, make_context, spec_of, write_folders
 
 
 def test_subsets_and_shards():

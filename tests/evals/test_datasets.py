@@ -7,7 +7,7 @@ from PIL import Image
 from samon.cli.validate import main, parse, prepare
 from samon.errors import UserError
 from samon.evals import accuracy, load_evaluation, shifts
-from samon.evals.datasets import EvalSpec, open_dataset
+from samon.evals.datasets import open_dataset
 from tests import efficientnet_lite0
 from tests.eval_sets import (
     DATA_CONFIG,
@@ -16,13 +16,10 @@ from tests.eval_sets import (
     Reader,
     color,
     make_context,
+    spec_of,
     write_folders,
     write_shard,
 )
-
-
-def spec_of(root, kind="", dataset="", split="", limit=None):
-    return EvalSpec("x", dataset, str(root), split, ["accuracy"], kind, limit=limit)
 
 
 def evaluate(root, kind="", model=None, dataset="", split="", limit=None, **settings):

@@ -4,13 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samon.evals.metrics import (
-    Scoring,
-    bootstrap_interval,
-    confusion_matrix,
-    expected_calibration_error,
-    per_sample_metrics,
-)
+from samon.evals.metrics import Scoring, bootstrap_interval, expected_calibration_error, per_sample_metrics
 
 
 def test_calibration_error_is_the_weighted_gap_of_the_bins():
@@ -62,8 +56,3 @@ def test_bootstrap_interval_is_that_of_a_proportion():
     assert high == pytest.approx(0.8375, abs=0.004)
     assert bootstrap_interval(hits, 50, seed=1) == bootstrap_interval(hits, 50, seed=1)
     assert bootstrap_interval(hits, 50, seed=1) != bootstrap_interval(hits, 50, seed=2)
-
-
-def test_confusion_matrix_has_a_row_per_true_class():
-    matrix = confusion_matrix(torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 0]), 3)
-    assert matrix.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 1]]
