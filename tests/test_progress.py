@@ -10,6 +10,11 @@ from samon import progress
 from samon.progress import ConsoleHandler, format_quantity, metric_format, progress_bar, wrap_path
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_lines_show_rate_and_remaining_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -26,7 +31,9 @@ def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_log_lines_are_printed_above_the_bar(terminal: io.StringIO) -> None:
+def test_log_lines_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     with progress_bar("packing", 3, "shard") as bar:
         bar.update()
         bar.refresh()

@@ -194,8 +194,11 @@ def test_jobs_are_distributed_over_gpus(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_terminal_shows_a_bar_that_starts_at_the_finished_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", terminal)
     fake_training(monkeypatch)
     make(tmp_path).run_job(JOB)
     run_all(make(tmp_path, "--opts", "sgd", "--seeds", "3"))

@@ -110,8 +110,15 @@ def test_rho_and_the_learning_rate_of_the_tail_are_logged(tmp_path: Path) -> Non
     assert " lr 0.003125 rho 0.25 " in text
 
 
-def test_progress_bar_on_a_terminal(tmp_path: Path, terminal: io.StringIO) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bar for the whole run; log.txt has every line as well."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     run(tmp_path, "--opt", "samon", "--log-interval", "1", "--epochs", "2")
     shown = terminal.getvalue()
     for part in ("epoch 0: ", "epoch 1: ", "8/8", "at w+eps", "img/s data", "validation 1: "):
