@@ -1,27 +1,28 @@
 """timm's factory makes our optimizers, with timm's own parameter groups."""
 
+import copy
 import itertools
 import math
+import pickle
+from collections.abc import Iterable
 
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
 import samon
 
-NAMES = [
-    "-".join(filter(None, parts))
-    for parts in itertools.product(
-        ("sam", "samon", "samnn"),
-        ("", "eleml2", "eleml2orig", "elemlinf", "layerl2", "fisher"),
-        ("", "momentum", "adamw", "lion", "muon"),
-    )
-]
-MASKED = ["-".join(filter(None, p)) for p in itertools.product(("sam-random", "ssam-f", "ssam-d"), ("", "adamw"))]
+
+def names(*parts: Iterable[str]) -> list[str]:
+    return ["-".join(filter(None, product)) for product in itertools.product(*parts)]
+
+
 # Middle values of the paper's Tables 7 and 8.
 RHO_ALL = {"": 0.05, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.001, "layerl2": 0.005, "fisher": 0.05}
 RHO_NORMS = {"": 0.5, "eleml2": 1.0, "eleml2orig": 0.5, "elemlinf": 0.005, "layerl2": 0.05, "fisher": 0.5}
+BASES = ("", "momentum", "adamw", "lion", "muon")
+NAMES, MASKED = names(("sam", "samon", "samnn"), RHO_ALL, BASES), names(("sam-random", "ssam-f", "ssam-d"), BASES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,11 @@ def test_every_name_makes_the_right_optimizer(name: str, model) -> None:
     opt = create_optimizer_v2(model, name, lr=0.1, weight_decay=1e-4)
     base = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}.get(name.rpartition("-")[2], "SGD")
     assert type(opt.base).__name__ == base
-    assert isinstance(opt, torch.optim.Optimizer)
+    made = get_optimizer_class(name, bind_defaults=False)
+    assert type(opt) is type(pickle.loads(pickle.dumps(opt))) is made
+    assert issubclass(made, torch.optim.Optimizer)
+    assert made.__name__ == name
+    assert vars(copy.deepcopy(opt)).keys() == vars(opt).keys()
     scope, _, rest = name.partition("-")
     geometry = rest.partition("-")[0] if name in NAMES else ""
     assert opt.rho == (RHO_NORMS if scope == "samon" else RHO_ALL)[geometry if geometry in RHO_ALL else ""]

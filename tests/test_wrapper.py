@@ -2,13 +2,12 @@
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from timm.optim import Lookahead, create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import Lookahead, create_optimizer_v2, list_optimizers
 from torch import nn
 
 import samon
@@ -123,17 +122,6 @@ def test_a_base_that_two_passes_do_not_fit_is_refused(cls: Any, how: dict[str, A
 
 
 # -- what timm promises of every name ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_name_is_an_optimizer_class(name: str) -> None:
-    made = get_optimizer_class(name, bind_defaults=False)
-    assert issubclass(made, torch.optim.Optimizer)
-    assert made.__name__ == name
-    model = net()
-    opt = create_optimizer_v2(model, name, lr=0.1)
-    assert type(opt) is made
-    _, twin = pickle.loads(pickle.dumps((model, opt)))
-    assert type(twin) is made
-    assert vars(copy.deepcopy(opt)).keys() == vars(opt).keys()
 
 
 Layout = Callable[[nn.Parameter, nn.Parameter], Any]
