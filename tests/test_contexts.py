@@ -57,6 +57,16 @@ def test_their_effect_inside() -> None:
         assert torch.autograd.grad(model(x).sum(), model.stem.bias)
 
 
+def test_the_effect_of_patches_inside() -> None:
+    model, (x, _) = randomized(BatchNormNet()), batch()
+    with patches.patch_forward({model.head: nn.Identity()}):
+        assert model(x).shape == (8, 6)
+    calls: list[nn.Module] = []
+    with patches.forward_hooks([model.bn, model.head], lambda module, args: calls.append(module)):
+        torch.compile(model, backend="eager")(x)  # graphs call no hooks
+    assert calls == [model.bn, model.head]
+
+
 def test_all_modules_is_modules() -> None:
     model = nn.Sequential(shared := nn.Linear(2, 2), nn.Sequential(shared, nn.ReLU()))
     assert set(contexts.all_modules(model)) == set(model.modules())

@@ -43,12 +43,6 @@ def both_paths(data, size, options, seed=0):
     return results
 
 
-@pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.stem)
-def test_jpegs_decode_to_the_same_pixels(photo):
-    data = photo.read_bytes()
-    assert torch.equal(decode_tensor(data), pil_to_tensor(decode_pil(data)))
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop", [{}, {"crop_pct": 1.0}, {"crop_mode": "squash"}])
 def test_evaluation_pixels_are_within_one_level(interpolation, crop):

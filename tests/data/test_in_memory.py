@@ -216,16 +216,9 @@ def test_torchvisions_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
         (folder / name).write_bytes(pickle.dumps({"data": pixels[i], "labels": [i, 9]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    loaders = {
-        split: create_in_memory_loader(
-            create_dataset("torch/cifar10", str(tmp_path), split, rank=0, world_size=1),
-            (3, 32, 32),
-            2,
-            crop_pct=1.0,
-            **COMMON,
-        )
-        for split in ("train", "validation")
-    }
-    assert torch.equal(loaders["train"].images, torch.from_numpy(pixels[:5].reshape(10, 3, 32, 32)))
-    assert loaders["train"].labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
-    assert loaders["validation"].labels.tolist() == [5, 9]
+    splits = ("train", "validation")
+    streams = [create_dataset("torch/cifar10", str(tmp_path), split, rank=0, world_size=1) for split in splits]
+    train, validation = (create_in_memory_loader(s, (3, 32, 32), 2, crop_pct=1.0, **COMMON) for s in streams)
+    assert torch.equal(train.images, torch.from_numpy(pixels[:5].reshape(10, 3, 32, 32)))
+    assert train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert validation.labels.tolist() == [5, 9]

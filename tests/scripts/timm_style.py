@@ -21,7 +21,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip-grad", type=float, default=None)
     parser.add_argument("--grad-accum-steps", type=int, default=1)
     parser.add_argument("--amp-dtype", default="")
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--skip-backward-at", type=int, default=-1)
     parser.add_argument("--save", required=True)
     return parser.parse_args()
@@ -49,7 +48,7 @@ def main() -> None:
         scaler = utils.NativeScaler(device="cpu") if dtype == torch.float16 else None
     generator = torch.Generator().manual_seed(100 + rank)
     task.train()
-    for step in range(args.steps):
+    for step in range(3):
         for micro in range(args.grad_accum_steps):
             images = torch.randn(8, 1, 32, 32, generator=generator)
             target = torch.randint(0, 10, (8,), generator=generator)

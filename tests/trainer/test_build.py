@@ -59,7 +59,6 @@ FLAGS: dict[str, Callable[[build.Run], bool]] = {
         run.rho_schedule.at(6, 0) == 0
     ),
     f"{TWO_PASS} --rho-sched lr": lambda run: run.rho_schedule.at(0, run.config.lr) == 0.5,
-    f"{TWO_PASS} --radius raw": lambda run: run.sam.radius == "raw",
     f"{TWO_PASS} --radius 0.25": lambda run: run.sam.radius == 0.25,
     "--freeze ^conv1 --train-only-norm": lambda run: not any(p.requires_grad for p in run.model.conv1.parameters()),
     f"{TWO_PASS} --freeze ^(?!head|fc) --perturb-frozen": lambda run: len(run.sam.perturbed_parameters()) == 30,

@@ -259,6 +259,7 @@ LATE = {
     "--torchcompile nothing": "nothing",
     "--torchcompile --torchcompile-mode reduce-overhead": "reduce-overhead needs CUDA graphs",
     "--data-dir /nowhere/at/all": "/nowhere/at/all",
+    "--fsdp": "--fsdp shards a model across processes",
     "--train-split trian": "no split 'trian'; did you mean 'train'",
     "--dataset wbs/x": "wbs/ cannot be read; use wds/",
     "--num-classes 3": "has 10 classes, the model 3; use --num-classes 10",

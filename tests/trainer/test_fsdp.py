@@ -22,7 +22,7 @@ from samon.trainer.dcp import _MetadataUnpickler, load_sharded
 from samon.trainer.fsdp import find_blocks
 from samon.trainer.state import load_state
 from tests import processes
-from tests.runs import BASE, assert_same, last, train, weights
+from tests.runs import assert_same, last, train, weights
 from tools import check_interruptions as matrix
 
 COMMON = ["--model", "test_vit", "--epochs", "2", "--clip-grad", "0.5", "-j", "0"]
@@ -176,11 +176,6 @@ def test_blocks_that_stay_gathered_and_bfloat16(sharded: Path) -> None:
     assert 0 < distance(one, two) < 0.01
     assert distance(one, sharded) > 0
     assert all(t.dtype == torch.float32 for t in last(one)["state_dict"].values() if t.is_floating_point())
-
-
-def test_one_process_has_nothing_to_shard_across(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--fsdp shards a model across processes"):
-        train([*BASE, "--output", str(tmp_path), "--fsdp"])
 
 
 BLOCKS = {"vit_small_patch32_224": 12, "resnet50": 16, "swin_tiny_patch4_window7_224": 15, "convnext_atto": 15}
