@@ -15,9 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_show_rate_and_remaining_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_show_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 1e-9)
     assert list(progress_bar("packing", 3, "shard", iter("abc"))) == ["a", "b", "c"]
     lines = capsys.readouterr().err.splitlines()

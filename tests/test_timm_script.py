@@ -153,9 +153,7 @@ def gsam_task(**how: Any) -> tuple[nn.Module, Any, ClassificationTask]:
 
 @pytest.mark.parametrize("how", [{"gsam_alpha": 0.4}, {"ascent": "fsam"}])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gradients_at_w_count_with_the_weights_of_their_losses(
-    how: dict[str, Any], mixed: bool, installed: None
-) -> None:
+def test_gradients_at_w_have_the_weights_of_their_losses(how: dict[str, Any], mixed: bool, installed: None) -> None:
     """Micro-batches of unequal weights, one by `two_pass` if mixed; a loss that is dropped, and an update that is not
     applied, whose gradients the script clears between the next forward and backward."""
     ends = []

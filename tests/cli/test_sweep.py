@@ -246,9 +246,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path, monkeypa
     assert after.run_job(JOB) == "done"
 
 
-def test_a_recipe_that_changes_during_a_run_is_not_that_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_that_changes_during_a_run_is_not_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "own.yaml"
     recipe.write_text("model: resnet18\nlr: 0.1\n")
     sweep = make(tmp_path / "out", "--opts", "sgd", recipe=str(recipe))
@@ -260,9 +258,7 @@ def test_a_recipe_that_changes_during_a_run_is_not_that_of_the_run(
         sweep.result(JOB)
 
 
-def test_scores_are_compared_with_the_base_optimizer_of_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_compared_with_the_recipes_base_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch)
     recipe = tmp_path / "own.yaml"
     recipe.write_text("model: resnet18\nlr: 0.1\nper_opt: {samon: {base_opt: adamw, rho: 0.5}}\n")

@@ -47,9 +47,7 @@ def _fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fake_training")
-def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rho_is_chosen_on_held_out_images_and_runs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tradeoff", "--output", str(tmp_path), "--seeds", "2", "--only", "SGD,SAM-ON every 5th"]
     compare.main([*words, "--choose-only"])
     assert not (tmp_path / "test").exists()
@@ -79,7 +77,7 @@ def test_rho_is_chosen_on_held_out_images_and_finished_runs_are_kept(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fake_training")
-def test_early_stopping_takes_the_epoch_that_is_best_on_held_out_images(
+def test_early_stopping_takes_the_best_epoch_of_held_out_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "early").mkdir()

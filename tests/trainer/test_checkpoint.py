@@ -37,9 +37,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("args", RUNS, ids=["average", "model", "precision", "size", "input"])
-def test_the_printed_command_reproduces_the_figure(
-    args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_command_has_the_figure(args: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     metrics, _ = run(tmp_path, *args, "--epochs", "2", "--lr", "0.1", "--val-num-samples", "200")
     printed = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("Next"))
     words = shlex.split(printed.removeprefix("Next"))

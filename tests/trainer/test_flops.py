@@ -141,9 +141,7 @@ def test_the_figure_is_that_of_the_whole_run(args: str, tmp_path: Path, monkeypa
     assert read.cost["flops"] == pytest.approx(counted["run"], rel=1e-12)
 
 
-def test_the_figure_of_a_tail_is_that_of_the_log_and_of_the_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_and_plan_have_the_figure_of_a_tail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0.3 of 8 updates are 2."""
     own = ["--in-chans", "3", "--val-split", "", "--epochs", "2"]
     _, directory = run(tmp_path, *own, "--opt", "samon-momentum", "--sam-tail", "0.3", flops=True)

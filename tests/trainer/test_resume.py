@@ -24,7 +24,6 @@ CASES = {
     "lion-fsam-dropout-accumulation": "--opt samon-lion --lr 1e-4 --model test_vit --drop 0.2 --drop-path 0.2 -b 8 "
     "--grad-accum-steps 2 --ascent fsam",
     "sam-host-mixup-erasing": "--opt sam --no-prefetcher --mixup 0.5 --reprob 0.5",
-    "masked": "--opt ssam-d --opt-kwargs mask_every=3",
     "adamw-masked-by-epochs-mixup": "--opt ssam-d-adamw --lr 0.001 --sparsity 0.9 --mask-epochs 1 --mixup 0.2 "
     "--cutmix 1.0 --clip-grad 1",
     "masked-by-fisher-momentum-workers": "--opt ssam-f-momentum --sparsity 0.9 --mask-epochs 1 --fisher-samples 20 "
@@ -122,7 +121,7 @@ def test_a_run_that_goes_back_leaves_its_first_attempt_behind(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume", "RUN"]])
-def test_a_restart_continues_a_run_with_start_epoch(
+def test_a_restart_goes_on_after_start_epoch(
     resume: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It neither goes back to --start-epoch again nor finds a later state of the run that it went back in."""
@@ -277,9 +276,7 @@ def test_options_of_the_groups_are_those_of_the_resumed_run(done: Path) -> None:
     assert resume(done, *args).optimizer.param_groups[0]["lr"] == 0.02
 
 
-def test_settings_take_effect_though_the_state_has_others(
-    done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_settings_replace_those_of_the_state(done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The checkpoint is at the end of a cosine, at learning rate 0; its gammas are not 1."""
     head = ["--head-init-scale", "2"]
     resumed = resume(done, "--opt", "samon", "--weight-decay", "0.1", "--sched", "none", *head)

@@ -219,7 +219,7 @@ def spoil_batches(monkeypatch: pytest.MonkeyPatch, value: float, numbers: Collec
 
 
 @pytest.mark.parametrize("extra", [[], ["--amp"]], ids=["no scaler", "scaler"])
-def test_divergence_stops_with_the_last_good_checkpoint(
+def test_divergence_ends_at_the_last_good_state(
     extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients that are not finite are skipped and leave the weights alone; too many in a row end the run."""

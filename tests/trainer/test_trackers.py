@@ -95,9 +95,7 @@ def test_a_tracker_that_fails_does_not_stop_training(
         ("--log-wandb", "run: pip install wandb"),
     ],
 )
-def test_mistakes_end_the_run_before_it_starts(
-    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_show_before_a_run(flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=message):
