@@ -27,6 +27,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from samon.cli.eval_model import create_model
 from samon.cli.program import run_script
+from samon.cli.sweep import FINGERPRINT
 from samon.cli.validate import parse
 from samon.data.source_factory import read_npz
 from samon.data.sources import parse_split
@@ -178,9 +179,8 @@ FORMATS = {"worst sharpness": ".4f", "feature rank": ".0f"}
 
 def origin(run: Path, images: int) -> Json:
     """What a row was measured on: the fingerprint of the run's settings, and the number of test images."""
-    path = run / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    return {"fingerprint": result.get("fingerprint"), "images": images}
+    path = run / FINGERPRINT
+    return {"fingerprint": path.read_text().strip() if path.exists() else None, "images": images}
 
 
 def is_current(row: Json, directory: Path, images: int) -> bool:

@@ -122,12 +122,8 @@ class Sweep:
         directory = self.output / job.name
         path, started = directory / "result.json", directory / FINGERPRINT
         result: Json | None = json.loads(path.read_text()) if path.exists() else None
-        own = stored = self.fingerprint(job)
-        if result is not None:
-            stored = result["fingerprint"]
-        elif started.exists():  # runs that an earlier version started have no such file
-            stored = started.read_text().strip()
-        if stored != own and (result is not None or find_newest(directory)):  # without a checkpoint it starts over
+        differs = not started.exists() or started.read_text().strip() != self.fingerprint(job)
+        if differs and (result is not None or find_newest(directory)):  # without a checkpoint it starts over
             source = "comes from another recipe or other arguments"
             raise UserError(f"the run in {directory} {source}; use another --output or remove it")
         return result
@@ -188,8 +184,8 @@ class Sweep:
 
         The run inherits the lock, so it keeps its directory even if the sweep is killed. It gets its own session, so
         that Ctrl-C reaches it only through `stop`: a second signal would end it before it has saved its state."""
-        words, fingerprint = self.command(job), self.fingerprint(job)  # the recipe may change during the run
-        write_text(self.output / job.name / FINGERPRINT, fingerprint + "\n")
+        words = self.command(job)
+        write_text(self.output / job.name / FINGERPRINT, self.fingerprint(job) + "\n")
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with (
             (self.output / job.name / "sweep.log").open("a") as log,
@@ -208,7 +204,7 @@ class Sweep:
         if process.returncode or not lines:
             return process.returncode, None
         cost = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "resumed": "--resume" in words}
-        return 0, {"fingerprint": fingerprint, "metrics": json.loads(lines[-1]), **cost}
+        return 0, {"metrics": json.loads(lines[-1]), **cost}
 
 
 def run_jobs(jobs: Sequence[tuple[Sweep, Job]], parallel: int) -> list[Path]:

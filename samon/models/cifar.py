@@ -21,9 +21,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import Tensor, nn
 from torchvision.models.resnet import conv3x3
 
-# Channel statistics of the two training sets, as the paper's code normalizes them.
+# Channel statistics of the training set, as the paper's code normalizes them.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 Norm = Any  # Callable[[int], nn.Module], the normalization layer for this number of channels; timm asks for a type

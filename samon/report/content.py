@@ -55,7 +55,7 @@ class Run:
         scalars: [[update, value], ...] by TensorBoard tag.
         norms: distributions of gamma and beta: [[value, share of the parameters], ...].
         metrics: the final metrics; empty if the run has not ended.
-        cost: COSTS of the whole run, `updates`, and `step_flops`: FLOPs of a step over those of a plain step.
+        cost: COSTS of the whole run.
         origin: recipe, command, versions and machine.
         method: the name of its curve and of its row.
         folder: its directory, unless it comes from an export.

@@ -127,8 +127,8 @@ def side_by_side(all_series: list[Series]) -> list[Series]:
             rows[-1].append(series)
         else:
             rows.append([series])
-    moved = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in rows for i, s in enumerate(row)}
-    return [replace(s, x=[moved[id(s)]]) if id(s) in moved else s for s in all_series]
+    positions = {id(s): s.x[0] + width * (i - (len(row) - 1) / 2) for row in rows for i, s in enumerate(row)}
+    return [replace(s, x=[positions[id(s)]]) if id(s) in positions else s for s in all_series]
 
 
 def line_style(numbers: tuple[int, int], kind: str) -> dict[str, Any]:

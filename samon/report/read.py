@@ -79,32 +79,24 @@ def read_run(folder: Path, root: Path) -> Run:
     name = folder.name if folder == root else str(folder.relative_to(root))
     settings = with_defaults(yaml.safe_load((folder / "args.yaml").read_text()) or {})
     settings = {"opt": "unknown optimizer"} | {k: v for k, v in settings.items() if k not in LOCATION_FLAGS}
-    swept, record = _json(folder / "result.json"), _json(folder / "run.json")
+    record = _json(folder / "run.json")
     settings |= {"processes": record["processes"]} if "processes" in record else {}
     rows = summary_rows(folder / "summary.csv")
     epochs = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
     curves = [{key: row[key] for key in EPOCH_COLUMNS if key in row} for row in epochs]
     run = Run(name, settings, curves, folder=folder.resolve())
-    run.metrics = record.get("metrics") or swept.get("metrics") or {}
+    run.metrics = record.get("metrics", {})
     if epochs and run.metrics.get("epoch", epochs[-1]["epoch"]) != epochs[-1]["epoch"]:
         run.metrics = {}  # those before the run was extended
     planned = settings.get("epochs", math.inf) + settings.get("cooldown_epochs", 0)
     if not run.metrics and epochs and (epochs[-1]["epoch"] or 0) + 1 >= planned:
         run.metrics = dict(epochs[-1])
-    run.metrics.pop("output", None)
     _read_events(folder / "tb", run)
-    if not (record.get("resumed") or swept.get("resumed")):  # a resumed run took longer than was measured
-        times = {"cpu_seconds": swept.get("cpu_seconds", record.get("cpu_seconds"))}
-        times["seconds"] = record.get("seconds") or run.metrics.get("seconds")
-        run.cost |= {key: value for key, value in times.items() if value is not None}
-    if record.get("updates"):  # runs without TensorBoard files have it, too
-        run.cost["updates"] = float(record["updates"])
+    if not record.get("resumed"):  # a resumed run took longer than was measured
+        times = record | _json(folder / "result.json")  # a sweep measures the processor time of all processes
+        run.cost |= {key: times[key] for key in ("cpu_seconds", "seconds") if key in times}
     if flops := record.get("step_flops"):
-        run.cost["step_flops"] = round(flops["step"] / flops["plain"], 4)
-        if "updates" in run.cost:
-            accumulated = run.cost["updates"] * (settings.get("grad_accum_steps") or 1)
-            micro_batches = record.get("micro_batches", accumulated)  # an epoch's last update may have fewer
-            run.cost["flops"] = flops["step"] * micro_batches * record.get("processes", 1)
+        run.cost["flops"] = flops["step"] * record["micro_batches"] * record["processes"]
     run.origin = {key: record[key] for key in ("command", "versions", "machine") if key in record}
     if "command" in run.origin:
         run.origin["command"] = _without_location(run.origin["command"])
@@ -126,7 +118,7 @@ def _json(path: Path) -> Json:
 
 
 def _read_events(folder: Path, run: Run) -> None:
-    """Add the scalars during training, the number of updates and the last distributions of gamma and beta."""
+    """Add the scalars during training and the last distributions of gamma and beta."""
     if not folder.is_dir():
         return
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -136,8 +128,6 @@ def _read_events(folder: Path, run: Run) -> None:
     for tag in [tag for tag in TAGS if tag in scalars]:
         points = _points(events, tag)
         run.scalars[tag] = points[:: max(1, len(points) // MAX_POINTS)]
-    if evaluated := [tag for tag in scalars if tag.startswith("eval/")]:
-        run.cost["updates"] = float(_points(events, evaluated[0])[-1][0])
     layers: dict[str, list[HistogramValue]] = defaultdict(list)
     for tag in histograms:
         layers[tag.split("/")[0]].append(events.Histograms(tag)[-1].histogram_value)

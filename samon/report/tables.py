@@ -103,17 +103,17 @@ def accuracy(content: Content) -> Table:
     best, rows = content.best(), []
     for score in content.scores:
         paper = paper_results(score.recipe, score.model).get(score.opt)
-        beside = ["", ""]
+        paper_cells = ["", ""]
         if paper is not None and score.method == score.opt and score.metric == "eval_top1":
             difference = score.mean - paper[0]
             close = abs(difference) <= 2 * math.hypot(score.std or 0.0, *paper[1:])
             sign = "≈" if close else "▲" if difference > 0 else "▼"
-            beside = [" ± ".join(f"{number:.2f}" for number in paper), f"{sign} {difference:+.2f}"]
+            paper_cells = [" ± ".join(f"{number:.2f}" for number in paper), f"{sign} {difference:+.2f}"]
         role = "chooses rho" if score.held_out else "best" if score in best else ""
         role += ", edge of the grid" * (role == "best" and _is_at_edge(score, content))
         rho = "" if score.rho is None else f"{score.rho:g}"
         row = [score.recipe, score.model, score.method, rho, _other_measure(score), score.text, str(len(score.values))]
-        rows.append([*row, role, *beside])
+        rows.append([*row, role, *paper_cells])
     head = ["recipe or data", "model", "method", "rho", "measure", "accuracy, %", "runs", "", "paper, %", "difference"]
     caption = (
         "Mean ± standard deviation over seeds. ≈: within two standard deviations (both together) of the paper's "

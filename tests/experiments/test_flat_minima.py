@@ -92,7 +92,7 @@ def test_every_figure_of_a_finished_run(
     (tmp_path / "x.npz").unlink()
     flat_minima.main(words)  # nothing is measured again
     capsys.readouterr()
-    (tmp_path / "out/test/SAM-ON/seed1/result.json").write_text('{"fingerprint": "of another run in its place"}')
+    (tmp_path / "out/test/SAM-ON/seed1/fingerprint.txt").write_text("of another run in its place")
     flat_minima.main([*words, "--table"])
     assert "| SAM-ON | 1 | " in capsys.readouterr().out
     flat_minima.main([*words[:3], "--images", "20", "--table"])

@@ -17,8 +17,6 @@ def test_a_run_is_read_with_its_cost_and_origin(content: Content) -> None:
     assert samon.method == "samon"
     assert [row["epoch"] for row in samon.epochs] == [0, 1]
     assert len(samon.scalars["train/sharpness"]) == 8  # 64 images in batches of 16, two epochs
-    assert samon.cost["updates"] == 8
-    assert 1.6 < samon.cost["step_flops"] < 1.7
     assert samon.cost["seconds"] > 0
     assert samon.cost["cpu_seconds"] > 0
     assert sum(share for _, share in samon.norms["gamma"]) == pytest.approx(1)
@@ -26,7 +24,7 @@ def test_a_run_is_read_with_its_cost_and_origin(content: Content) -> None:
     assert samon.origin["versions"].keys() == {"samon", "torch", "timm"}
     assert "output" not in samon.settings
     plain = next(run for run in content.runs if run.name == "sgd")
-    assert samon.cost["flops"] / plain.cost["flops"] == pytest.approx(2 * samon.cost["step_flops"], rel=1e-3)
+    assert 2 * 1.6 < samon.cost["flops"] / plain.cost["flops"] < 2 * 1.7  # two epochs instead of one
     assert {row["method"] for row in content.evaluations if "method" in row} == {"samon"}
 
 
@@ -81,10 +79,8 @@ def test_updates_that_a_run_repeats_count_once(tmp_path: Path) -> None:
         with SummaryWriter(str(run / "tb"), filename_suffix=str(len(steps))) as writer:
             for step in steps:
                 writer.add_scalar("train/grad_norm", step / len(steps), step)
-                writer.add_scalar("eval/top1", 1.0, step)
     (found,) = read_sources([run]).runs
     assert found.scalars["train/grad_norm"] == [[1, 0.25], [2, 0.5], [3, 3.0]]
-    assert found.cost["updates"] == 3
 
 
 def test_an_evaluation_belongs_to_the_run_in_whose_directory_its_checkpoint_is(tmp_path: Path) -> None:
