@@ -31,17 +31,16 @@ def accuracy(
 ) -> dict[str, float]:
     """Return `{"top1", "top5", "loss", "num_samples"}` over (images, labels) batches, accuracies in %.
 
-    The float64 sums are all-reduced once at the end, so processes may have different numbers of batches.
+    The float64 sums are all-reduced once at the end, so processes may have different numbers of batches. Without any,
+    as if a loader worker dies at the first one, the figures are NaN.
     """
     sums = torch.zeros(1, 4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
     for batch in batch_metrics(model, loader, [Scoring()], device, amp_autocast, channels_last):
         sums += batch[:, :, :4].sum(1)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    top1, top5, loss, n = sums[0].tolist()
-    if not n:
-        raise UserError("nothing to evaluate: no samples; check the split")
-    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n, "num_samples": int(n)}
+    top1, top5, loss = (sums[0, :3] * sums.new_tensor([100, 100, 1]) / sums[0, 3]).tolist()
+    return {"top1": top1, "top5": top5, "loss": loss, "num_samples": int(sums[0, 3])}
 
 
 @torch.no_grad()
@@ -114,17 +113,16 @@ def evaluate_samples(context: EvalContext, dataset: EvalDataset) -> Tensor:
         loader = pad_batches(loader, steps, context.model, image, context.autocast)
     model = context.model if context.compiled is None else context.compiled
     options = context.device, context.autocast, config.channels_last
-    done: list[Tensor] = []
-    for batch in batch_metrics(model, loader, dataset.scorings.values(), *options):
-        done.append(batch)
-        if len(done) % config.log_freq == 0:
-            top1, _, loss, valid = torch.cat(done, 1)[0, :, :4].sum(0).tolist()
-            log.info("eval batch %d: loss %.4f top1 %.2f", len(done), loss / max(valid, 1), 100 * top1 / max(valid, 1))
-    table = torch.zeros(len(dataset.scorings), len(samples), len(metrics.COLUMNS), dtype=torch.float64)
-    for k, batch in enumerate(done):
+    shape = len(dataset.scorings), len(samples), len(metrics.COLUMNS)
+    table = torch.zeros(shape, dtype=torch.float64, device=context.device)
+    for k, batch in enumerate(batch_metrics(model, loader, dataset.scorings.values(), *options)):
         start = (rank + k * world_size) * batch_size
-        table[:, start : start + batch.shape[1]] = batch.cpu()
-    return context.all_reduce(table)
+        table[:, start : start + batch.shape[1]] = batch
+        if (k + 1) % config.log_freq == 0:
+            top1, _, loss, valid = table[0, :, :4].sum(0).tolist()
+            count = max(valid, 1)
+            log.info("eval batch %d: loss %.4f top1 %.2f", k + 1, loss / count, 100 * top1 / count)
+    return context.all_reduce(table).cpu()
 
 
 @torch.no_grad()
@@ -135,11 +133,11 @@ def pad_batches(
     process has more batches, since a forward pass of a sharded model gathers parameters from all processes."""
     longest = torch.tensor([length], device=image.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    done = 0  # fewer than `length` after a signal
+    count = 0  # fewer than `length` after a signal
     for batch in batches:
         yield batch
-        done += 1
-    for _ in range(int(longest) - done):
+        count += 1
+    for _ in range(int(longest) - count):
         with autocast():
             model(image)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from samon.cli.program import run_script
 from samon.data import DataError
+from samon.data.corrupt import WorkerError
+from samon.data.loader import Loader
 from samon.errors import RunError, Stopped
 from samon.trainer.checkpoint import CheckpointManager
 from samon.trainer.state import find_newest, load_state
@@ -104,6 +106,23 @@ def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     process.terminate()
     process.join(5)
     assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_workers_that_die_at_the_start_of_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is saved, so that the resumed run begins with its validation."""
+    iterate = Loader.__iter__
+
+    def die(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        if not loader.dataset.is_training:
+            raise WorkerError("a loader worker was killed")
+        return iterate(loader)
+
+    monkeypatch.setattr(Loader, "__iter__", die)
+    with pytest.raises(RunError, match="a loader worker was killed"):
+        run(tmp_path)
+    path = find_newest(tmp_path / "run")
+    assert path is not None
+    assert load_state(path).progress.samples == 64
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
