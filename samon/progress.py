@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 60.0  # between progress lines where stderr is no terminal
-PERCENTAGES = ("top-1", "top-5", "top1", "top5", "ece", "mce", "ce")
+PERCENTAGES = ("top1", "top5", "ece", "mce", "ce")
 PREFIXES = {1000: ("", "k", "M", "G", "T", "P", "E"), 1024: ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")}
 
 

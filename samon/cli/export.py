@@ -220,13 +220,10 @@ def main(argv: list[str] | None = None) -> None:
             save_folder(model, args.timm, card, hub_args)
             print(f'{args.timm}: timm.create_model("local-dir:{args.timm}", pretrained=True)')
         if args.push:
-            push(model, args.push, hub_args | {"private": args.private, "model_card": card, "safe_serialization": True})
+            options = hub_args | {"private": args.private, "model_card": card, "safe_serialization": True}
+            try:
+                push_to_hf_hub(model, args.push, **options)
+            except Exception as error:  # whatever the hub's client raises
+                do = "nothing is lost, start the command again"
+                raise RunError(f"--push {args.push}: {error_line(error)}; {do}") from error
             print(f'timm.create_model("hf-hub:{args.push}", pretrained=True)')
-
-
-def push(model: nn.Module, repository: str, options: Tree) -> None:
-    """Upload by timm; raise RunError for whatever the hub's client raises."""
-    try:
-        push_to_hf_hub(model, repository, **options)
-    except Exception as error:
-        raise RunError(f"--push {repository}: {error_line(error)}; nothing is lost, start the command again") from error

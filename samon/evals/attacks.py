@@ -187,10 +187,10 @@ def apgd(
         wrong = predicted != label[rows]
         if wrong.any():
             adversarial[rows[wrong]] = True
-            left = ~wrong
-            step.select(left)
+            remaining = ~wrong
+            step.select(remaining)
             state = (rows, center, x, x_before, grad, loss_before, best, best_x, best_grad)
-            rows, center, x, x_before, grad, loss_before, best, best_x, best_grad = (t[left] for t in state)
+            rows, center, x, x_before, grad, loss_before, best, best_x, best_grad = (t[remaining] for t in state)
         if i == threat.n_iter or not len(rows):
             break
         momentum = 0.75 if i > 0 else 1.0

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from samon.evals.results import Result
@@ -16,11 +17,10 @@ def corruption_errors(results: Iterable[Result]) -> list[Result]:
 
     CE = sum of the errors over the severities / sum of AlexNet's (equation 1 of the paper).
     """
-    top1 = [row for row in results if "whole" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
+    top1 = [row for row in results if "corruption" in row and (row["eval"], row["metric"]) == ("accuracy", "top1")]
     errors: list[Result] = []
-    for name in dict.fromkeys(row["whole"] for row in top1):
-        rows = [row for row in top1 if row["whole"] == name]
-        ce = {}
+    for name, group in groupby(top1, lambda row: row["dataset"].rsplit("/", 2)[0]):  # NAME/CORRUPTION/SEVERITY
+        rows, ce = list(group), {}
         for corruption, alexnet in ALEXNET.items():
             values = [100 - row["value"] for row in rows if row["corruption"] == corruption]
             ce[corruption] = 100 * sum(values) / (len(values) * alexnet)

@@ -72,7 +72,7 @@ def _corruption_specs(spec: EvalSpec) -> list[EvalSpec]:
     """The 75 sets of ImageNet-C, at CORRUPTION/SEVERITY below its directory."""
     specs = []
     for corruption, severity in itertools.product(corruptions.ALEXNET, corruptions.SEVERITIES):
-        metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity, "whole": spec.name}
+        metadata: dict[str, str | int] = {"corruption": corruption, "severity": severity}
         part = f"{corruption}/{severity}"
         specs.append(replace(spec, name=f"{spec.name}/{part}", root=f"{spec.root}/{part}", metadata=metadata))
     return specs

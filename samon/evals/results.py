@@ -183,7 +183,7 @@ def _heading(result: Result) -> str:
 def _format_value(result: Result) -> str:
     if result["value"] is None:
         return ""
-    spec = metric_format(_heading(result))
+    spec = metric_format(result["metric"])
     text = f"{result['value']:{spec}}"
     if result.get("std") is not None:
         text += f" ± {result['std']:{spec}}"

@@ -19,7 +19,7 @@ def test_mean_corruption_error_is_relative_to_alexnet():
         for severity in range(1, 6):
             value = 100 - error * (0.5 if name == "fog" else 1.0) - 3 * (severity - 3)  # only the mean counts
             metadata = {"model": "m", "dataset": f"c/{name}/{severity}", "split": "", "num_samples": 4}
-            metadata |= {"corruption": name, "severity": severity, "whole": "c", "eval": "accuracy"}
+            metadata |= {"corruption": name, "severity": severity, "eval": "accuracy"}
             rows += [metadata | {"metric": "top1", "value": value}, metadata | {"metric": "loss", "value": 1.0}]
     mean, *each = corruptions.corruption_errors(rows)
     assert (mean["metric"], mean["dataset"]) == ("mce", "c")
