@@ -27,14 +27,14 @@ class Stopped(Exception):
 
 
 @contextmanager
-def reraise_as_user_error(what: str = "") -> Iterator[None]:
+def reraise_as_user_error(what: str) -> Iterator[None]:
     """Reraise library errors as UserError, while a program is built from the user's settings."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, ImportError) as error:
-        raise UserError(f"{what}: {error_line(error)}" if what else error_line(error)) from error
+        raise UserError(f"{what}: {error_line(error)}") from error
 
 
 def require_package(module: str, message: str) -> Any:

@@ -25,7 +25,7 @@ from samon.cli.eval_model import Job, build
 from samon.cli.program import parse_before_dashes
 from samon.cli.validate import parse
 from samon.engines.ascent import make_ascent
-from samon.errors import RunError, UserError, error_line
+from samon.errors import RunError, UserError, error_line, require_package
 from samon.evals.context import EvalContext, predict
 from samon.evals.results import markdown
 from samon.files import atomic_write, check_writable, name_write_errors, write_text
@@ -48,11 +48,9 @@ def export_onnx(context: EvalContext, path: Path) -> float:
         UserError: a package is missing, or torch cannot export the model.
         RunError: onnxruntime computes other logits; no file is written.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # torch's exporter needs it
-    except ImportError as error:
-        raise UserError(f"--onnx needs {error.name}; run: pip install onnx onnxruntime onnxscript") from None
+    message = "--onnx needs other packages; run: pip install onnx onnxruntime onnxscript"
+    require_package("onnxscript", message)  # torch's exporter needs it
+    onnxruntime = require_package("onnxruntime", message)
     model, name = context.model, context.config.model
     example = torch.randn(2, *context.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     args, sizes = (example,), ({0: "batch"},)

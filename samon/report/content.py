@@ -21,7 +21,6 @@ from samon.trainer.flags import Settings, rename_old
 
 FORMAT = "samon-report 2"
 EARLY_STOPPED = "early_stopped_top1"  # test accuracy at the epoch that the held-out images choose
-COSTS = ("cpu_seconds", "seconds", "flops")
 DEFAULTS = {key: flag.default for key, flag in FLAGS.items()} | {"processes": 1}  # which the batch grows with
 Points = list[list[float]]  # [[x, y], ...]
 Json = dict[str, Any]
@@ -55,7 +54,7 @@ class Run:
         scalars: [[update, value], ...] by TensorBoard tag.
         norms: distributions of gamma and beta: [[value, share of the parameters], ...].
         metrics: the final metrics; empty if the run has not ended.
-        cost: COSTS of the whole run.
+        cost: `cpu_seconds`, `seconds` and `flops` of the whole run, if known.
         origin: recipe, command, versions and machine.
         method: the name of its curve and of its row.
         folder: its directory, unless it comes from an export.
@@ -307,7 +306,6 @@ def score_runs(runs: list[Run]) -> list[Score]:
         score = scores.setdefault((run.setting, run.method, rho), new)
         score.values.append(float(run.metrics["eval_top1"]))
         score.seeds += [run.settings["seed"]] if "seed" in run.settings else []
-        for cost in COSTS:
-            if cost in run.cost:
-                score.costs.setdefault(cost, []).append(run.cost[cost])
+        for cost, value in run.cost.items():
+            score.costs.setdefault(cost, []).append(value)
     return list(scores.values())

@@ -95,7 +95,7 @@ def read_run(folder: Path, root: Path) -> Run:
     if not record.get("resumed"):  # a resumed run took longer than was measured
         times = record | _json(folder / "result.json")  # a sweep measures the processor time of all processes
         run.cost |= {key: times[key] for key in ("cpu_seconds", "seconds") if key in times}
-    if flops := record.get("step_flops"):
+    if (flops := record.get("step_flops")) and record["micro_batches"]:
         run.cost["flops"] = flops["step"] * record["micro_batches"] * record["processes"]
     run.origin = {key: record[key] for key in ("command", "versions", "machine") if key in record}
     if "command" in run.origin:
