@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from samon.cli import sweep
 from samon.trainer.config import parse
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/paper.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line.strip()

@@ -4,11 +4,10 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
