@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from timm import utils
 from timm.task.task import TrainingTask
+from timm.utils import clip_grad
 from torch import Tensor
 
 from samon.ascent import Tensors
@@ -29,6 +30,8 @@ Losses = dict[str, Tensor]
 _sams: WeakValueDictionary[int, SAM] = WeakValueDictionary()  # in the order of their creation, as are the scalers
 _scalers: WeakValueDictionary[int, torch.amp.GradScaler] = WeakValueDictionary()
 _call_task = TrainingTask.__call__
+CLIPPING = [(torch.nn.utils, "clip_grad_norm_"), (torch.nn.utils, "clip_grad_value_")]
+CLIPPING += [(module, "adaptive_clip_grad") for module in (utils, clip_grad)]
 
 
 class PerturbedTask:
@@ -115,14 +118,14 @@ def _refuse_plain_step(sam: SAM, args: tuple[object, ...], kwargs: Mapping[str, 
         )
 
 
-def _clip(dispatch: Callable[..., None], parameters: Iterable[Tensor], *args: object, **kwargs: object) -> None:
-    """timm's clipping, of gradients that the ascent source has changed (GSAM, LookSAM)."""
+def _clip(clip: Callable[..., object], parameters: Iterable[Tensor], *args: object, **kwargs: object) -> object:
+    """Clip gradients that the ascent source has changed (GSAM, LookSAM)."""
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     own = {id(p) for p in parameters}
     for sam in _sams.values():
         if any(id(p) in own for p in sam.selection.parameters.values()):
             sam.correct_gradients()
-    dispatch(parameters, *args, **kwargs)
+    return clip(parameters, *args, **kwargs)
 
 
 def install() -> None:
@@ -130,9 +133,8 @@ def install() -> None:
     _record_instances(SAM, _sams)
     _record_instances(torch.amp.GradScaler, _scalers)
     TrainingTask.__call__ = _call  # type: ignore[method-assign]
-    module: Any  # mypy does not know what timm.utils imports
-    for module in (utils, utils.cuda):
-        module.dispatch_clip_grad = partial(_clip, module.dispatch_clip_grad)
+    for module, name in CLIPPING:
+        setattr(module, name, partial(_clip, getattr(module, name)))
 
 
 def _record_instances(kind: Any, instances: WeakValueDictionary[int, Any]) -> None:

@@ -34,8 +34,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(SAM, "__init__", SAM.__init__)
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", torch.amp.GradScaler.__init__)
     monkeypatch.setattr(TrainingTask, "__call__", TrainingTask.__call__)
-    for module in (timm.utils, timm.utils.cuda):
-        monkeypatch.setattr(module, "dispatch_clip_grad", module.dispatch_clip_grad)
+    for module, name in timm_script.CLIPPING:
+        monkeypatch.setattr(module, name, getattr(module, name))
     timm_script.install()
     yield
     timm_script._sams.clear()
