@@ -281,7 +281,7 @@ class Replay(WholeBatch):
                 f"replay is off: with the stored outputs of the first layers, the loss is {again.item():g} instead of "
                 f"{loss.item():g}. These layers must have no effects besides their outputs, and forward must use one "
                 "batch; pass replay=False",
-                stacklevel=6,
+                stacklevel=7,
             )
             cache.plan.prefix, self.cache = [], None
 

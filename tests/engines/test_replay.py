@@ -253,8 +253,9 @@ def test_layers_with_effects_besides_their_outputs_are_not_replayed() -> None:
     twins = Twins(randomized(Collecting()), "^norm")
     twins.step()
     assert twins.plan.prefix
-    with pytest.warns(UserWarning, match="replay is off"):
+    with pytest.warns(UserWarning, match="replay is off") as warned:
         twins.step()
+    assert warned[0].filename == __file__  # the line that calls `two_pass`
     twins.step()
     assert not twins.plan.prefix
 
