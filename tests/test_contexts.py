@@ -13,6 +13,7 @@ from torch import nn
 import samon
 from samon import UserError, contexts
 from samon.engines import patches
+from samon.engines.masks import fisher_diagonal
 from tests.nets import BatchNormNet, batch, randomized
 from tests.steps import assert_unchanged, update, values
 
@@ -97,6 +98,7 @@ def test_cached_attention_biases_follow_the_weights() -> None:
             assert not torch.allclose(layer(x), before)
         assert torch.equal(layer(x), before)
     assert not layer[0].training
+    fisher_diagonal(opt, [lambda: layer(x).square().mean()] * 2)  # two backward passes, each through its own biases
     bare = create_optimizer_v2(layer.parameters(), "sam", lr=0.1, rho=9.0)  # knows no layers before its first step
     with pytest.raises(UserError, match="caches its biases in eval mode; create the optimizer from"):
         samon.two_pass(bare, lambda: layer(x).square().mean())

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from samon.contexts import uncached_biases
 from samon.errors import UserError
 from samon.geometry import FlatTensors, to_float32
 from samon.sam import SAM
@@ -126,9 +127,10 @@ def fisher_diagonal(sam: SAM, losses: Iterable[Callable[[], Tensor]]) -> list[Te
     each one's loss, shaped like the perturbed parameters."""
     parameters = list(sam.perturbed_parameters().values())
     total = [to_float32(torch.zeros_like(p)) for p in parameters]
-    for loss in losses:
-        grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
-        total = [t + to_float32(g).abs().square() for t, g in zip(total, grads, strict=True)]
+    with uncached_biases(sam.bias_caches):
+        for loss in losses:
+            grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+            total = [t + to_float32(g).abs().square() for t, g in zip(total, grads, strict=True)]
     if dist.is_initialized():
         for part in total:
             dist.all_reduce(part)
