@@ -95,12 +95,15 @@ def _check_split(where: str, split: str, entry: object) -> tuple[list[str], list
     return names, lengths
 
 
-def load_split(root: str, split: str, *, label_key: str | None = None, allow_shell: bool = False) -> ShardSet:
+def load_split(
+    root: str, split: str, *, image_keys: str | None = None, label_key: str | None = None, allow_shell: bool = False
+) -> ShardSet:
     """Find a split's shards: by its name in the info file of `root`, or by a brace pattern (`a-{00..15}.tar|5000`).
 
     The info file also describes the files of a pattern; local shards that it does not list are counted.
 
     Args:
+        image_keys: see `ShardReader`.
         label_key: the field that holds the label, whatever the info file says.
 
     Raises:
@@ -137,12 +140,13 @@ def load_split(root: str, split: str, *, label_key: str | None = None, allow_she
         digests |= zip(listed, entry.get("sha256", ()), strict=False)
         if set(urls).intersection(listed):
             label_keys.add(str(entry.get("alt_label") or ""))
-    if label_key is None and len(label_keys) > 1:
+    if not label_key and len(label_keys) > 1:
         raise UserError(f"{where}: the shards {split} have different kinds of labels; name one by --target-key")
-    lengths = [known[url] if url in known else _count_samples(url) for url in urls]
+    label_key = label_key or "".join(label_keys)
+    reader = ShardReader(image_keys, label_key)
+    lengths = [known[url] if url in known else _count_samples(url, reader.suffixes) for url in urls]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    label_key = label_key or "".join(label_keys)
     return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, label_key)
 
 
@@ -160,12 +164,12 @@ def _load_classes(where: str, info: Mapping[str, object]) -> tuple[int | None, l
     return len(names) or None, names
 
 
-def _count_samples(url: str) -> int:
+def _count_samples(url: str, suffixes: frozenset[str]) -> int:
     if not is_local(url):
         raise UserError(f"{url}: its number of samples is unknown; list it in the _info.json of its directory")
     _logger.info("counting the samples of %s", url)
     with open_url(url) as file:
-        return sum(1 for _ in read_members(file, url, range(0), frozenset(IMAGE_KEYS.split(";")) | {"cls"}))
+        return sum(1 for _ in read_members(file, url, range(0), suffixes))
 
 
 def read_members(

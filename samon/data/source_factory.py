@@ -45,8 +45,9 @@ class Request:
 
 
 def _open_shards(request: Request) -> Source:
+    root, split, shell = request.root or "", request.split, request.allow_shell_urls
     shard_set = shards.load_split(
-        request.root or "", request.split, label_key=request.target_key, allow_shell=request.allow_shell_urls
+        root, split, image_keys=request.input_key, label_key=request.target_key, allow_shell=shell
     )
     directory = request.shard_cache
     if directory is None and request.random_access and not all(map(urls.is_local, shard_set.urls)):

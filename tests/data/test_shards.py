@@ -240,3 +240,6 @@ def test_other_members_of_a_sample_are_not_samples(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of([(name, content[name[-3:]]) for name in names]))
     assert shards.load_split(str(tmp_path), "a.tar").lengths == (2,)
     assert open_source("wds/x", str(tmp_path), "a.tar", input_key="seg.png").read([0])[0].image == jpeg(9)
+    (tmp_path / "b.tar").write_bytes(tar_of([("0.left.png", jpeg(2)), ("0.json", b'{"y": 1}'), ("1.txt", b"")]))
+    source = open_source("wds/x", str(tmp_path), "b.tar", input_key="left.png", target_key="y")
+    assert [sample.label for sample in source.read([*range(len(source))])] == [1]
