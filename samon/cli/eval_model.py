@@ -31,6 +31,7 @@ class Job:
         checkpoint: its file; empty: the model as created.
         use_ema: evaluate the checkpoint's averaged weights.
         class_names: classes that the checkpoint was trained on.
+        class_map_digest: of the labels that it was trained on, if its run's --class-map is used.
         name: the model's name in file names.
         forced_float32: accuracy is not in the run's precision, because of other evaluations.
     """
@@ -40,6 +41,7 @@ class Job:
     use_ema: bool
     specs: list[EvalSpec]
     class_names: list[str] | None = None
+    class_map_digest: str = ""
     name: str = ""
     forced_float32: bool = False
 
@@ -101,7 +103,8 @@ def build(job: Job, dist_info: DistInfo) -> EvalContext:
         fsdp.shard_model(config, model, dist_info, mesh)
     device, autocast = dist_info.device, models.make_autocast(config, dist_info.device)
     process, compiled = (device, dist_info.rank, dist_info.size), models.compile_model(config, model)
-    return EvalContext(config, model, data_config, *process, autocast, job.name, job.class_names, compiled)
+    classes = job.class_names, job.class_map_digest
+    return EvalContext(config, model, data_config, *process, autocast, job.name, *classes, compiled)
 
 
 def create_model(config: Config, pretrained: bool) -> nn.Module:

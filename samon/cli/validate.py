@@ -12,7 +12,6 @@ import torch
 
 from samon.cli.eval_model import Job, build, list_checkpoints, list_model_names
 from samon.cli.program import run_script
-from samon.data.classes import class_map_digest
 from samon.errors import RunError, Stopped, UserError, error_line, require_matplotlib
 from samon.evals import EVALS, load_evaluation, norm_params
 from samon.evals.context import EvalContext, EvalDataset, restrict_to_single_labels
@@ -110,11 +109,6 @@ def resolve(given: Settings, path: str) -> Job:
     specs = read_specs(config, load_yaml(config.suite, "--suite") if config.suite else None, limit)
     evals = {name for spec in specs for name in spec.evals}
     others = sorted(evals - {"accuracy"})
-    if stored.get("class_map") and "class_map" not in given and any(EVALS[name].needs_data for name in evals):
-        digest = class_map_digest(config.class_map, config.data_dir or "")
-        if content.get("class_map_digest") not in (None, "", digest):
-            fault = f"{config.class_map} gives other labels than when {path} was trained"
-            raise UserError(f"--class-map: {fault}; restore the file, or give --class-map FILE")
     check_flags_are_read(set(given) - (set() if config.feature_split else {"split"}), evals)
     if config.test_pool and "feature_rank" in evals:
         raise UserError("--test-pool replaces the pooling that --evals feature_rank reads; drop one of them")
@@ -136,7 +130,8 @@ def resolve(given: Settings, path: str) -> Job:
     if config.use_ema and not {"state_dict_ema", "model_ema"} & content.keys():
         raise UserError(f"--use-ema: {path or 'the model as created'} has no averaged weights; drop it")
     use_ema = not config.no_ema and (config.use_ema or validated_with_ema(content))
-    return Job(path, config, use_ema, specs, content.get("class_names"), forced_float32=forced_float32)
+    digest = "" if "class_map" in given else content.get("class_map_digest", "")
+    return Job(path, config, use_ema, specs, content.get("class_names"), digest, forced_float32=forced_float32)
 
 
 def settings_from_run(given: Settings, content: Settings) -> tuple[Settings, int | None]:

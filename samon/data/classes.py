@@ -71,12 +71,11 @@ def load_class_map(class_map: str | LabelMap, root: str) -> LabelMap:
     return labels
 
 
-def class_map_digest(class_map: str, root: str) -> str:
-    """Return a hash of the labels of --class-map, wherever its file lies and however it lists them; "" without one."""
-    if not class_map:
-        return ""
-    labels = sorted(load_class_map(class_map, root).items(), key=repr)
-    return blake2b(repr(labels).encode(), digest_size=8).hexdigest()
+def class_map_digest(class_map: LabelMap, names: Sequence[str] | None) -> str:
+    """Return a hash of the labels that a class map gives, however it lists them. `names` are the classes that it
+    numbers by their stored labels, if these have names."""
+    text = f"{sorted(class_map.items(), key=repr)}{names or ''}"
+    return blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 def apply_class_map(class_map: LabelMap, names: Sequence[str] | None, where: str) -> tuple[LabelMap, list[str] | None]:

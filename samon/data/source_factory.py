@@ -17,7 +17,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from samon.data import shards, urls
-from samon.data.classes import LabelMap, apply_class_map, class_order, load_class_map, log_once
+from samon.data.classes import LabelMap, apply_class_map, class_map_digest, class_order, load_class_map, log_once
 from samon.data.images import ImageEntry, find_images
 from samon.data.shards import EVAL_SPLITS, TRAIN_SPLITS
 from samon.data.sources import ArrayDataset, FileSource, HubSource, PairSource, ShardSource, Source, parse_split
@@ -261,7 +261,8 @@ def open_source(name: str, root: str | None, split: str, **options: Any) -> Sour
         if request.class_map:
             class_map = load_class_map(request.class_map, root or "")
             label_map, names = apply_class_map(class_map, source.class_names, source.location)
-            source.stored_names = source.class_names if label_map is class_map else None
+            numbered = source.class_names if label_map is class_map else None
+            source.class_map_digest = class_map_digest(class_map, numbered)
             source.relabel(label_map, names, max(class_map.values()) + 1)
     except (UserError, torch.OutOfMemoryError):
         raise

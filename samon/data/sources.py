@@ -59,7 +59,7 @@ class Source:
     location: str = ""  # for messages
     extents: Extents = ()
     label_map: LabelMap | None = None  # stored label -> label, None if they are the same
-    stored_names: list[str] | None = None  # the classes that a class map of integers renumbers
+    class_map_digest: str = ""  # of the labels that a class map gives
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -37,6 +37,7 @@ class EvalContext:
         autocast: makes the context of a forward pass (accuracy only; everything else is float32).
         name: the model's name in file names and figures.
         class_names: classes that the model was trained on, in the order of its outputs, if known.
+        class_map_digest: of the labels that it was trained on, if known and given by a class map.
         compiled: the model as accuracy calls it, if --torchcompile asks for it.
     """
 
@@ -49,6 +50,7 @@ class EvalContext:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     name: str = ""
     class_names: list[str] | None = None
+    class_map_digest: str = ""
     compiled: nn.Module | None = None
 
     @property

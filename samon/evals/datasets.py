@@ -124,6 +124,9 @@ def open_dataset(context: EvalContext, spec: EvalSpec, split: str | None = None)
     dataset = _open_images(context, spec, spec.split if split is None else split)
     source = dataset.source
     check_ranks(source.class_names, len(dataset), source.location)
+    if context.class_map_digest and source.class_map_digest not in ("", context.class_map_digest):
+        fault = f"{config.class_map} gives {source.location} other labels than those the model was trained on"
+        raise UserError(f"--class-map: {fault}; restore the file, or give --class-map FILE")
     dataset.limit = spec.limit if own_split else None
     if spec.kind:
         _use_set_labels(dataset, spec, own_split)

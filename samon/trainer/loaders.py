@@ -10,7 +10,7 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import SequentialSampler
 
 from samon import data
-from samon.data.classes import check_ranks, class_map_digest
+from samon.data.classes import check_ranks
 from samon.data.source_factory import is_sorted_by_class, open_source, source_options
 from samon.data.sources import Source, find_overlap
 from samon.data.stream import SampleStream
@@ -82,9 +82,7 @@ def build_data(
         if config.train_num_samples and train.size > len(source):
             count = f"--train-num-samples {config.train_num_samples}"
             log_once(f"{count}: an epoch passes more than once over the {len(source)} samples of {source.location}")
-        digest = class_map_digest(config.class_map, config.data_dir or "")
-        if resumed is not None:
-            digest = number_as_before(config, source, digest, resumed, log_once)
+        digest = source.class_map_digest if resumed is None else number_as_before(source, resumed, log_once)
         check_ranks(source.class_names, len(source), source.location)
         _set_classes(train, classes, log_once)
         training = _training_kwargs(config, data_config, len(train) // config.batch_size)
@@ -110,19 +108,19 @@ def build_data(
     return Data(train_loader, eval_loader, mixup, source.class_names, digest)
 
 
-def number_as_before(config: Config, source: Source, digest: str, resumed: TrainState, log_once: Log) -> str:
+def number_as_before(source: Source, resumed: TrainState, log_once: Log) -> str:
     """Number the labels as the run to resume, by the names of the classes. Return the digest of the class map that
     numbers them; raise UserError if that is another one and classes have no names."""
-    names, before = source.class_names, resumed.class_map_digest
+    names, digest, before = source.class_names, source.class_map_digest, resumed.class_map_digest
     if names and resumed.class_names:
         if names == resumed.class_names:
             return digest
         source.renumber(resumed.class_names)
         log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
-    elif before not in ("", digest):
+    elif before != digest and (before or not resumed.args.get("class_map")):  # earlier versions did not record it
         raise UserError(
-            f"--class-map {config.class_map}: gives other labels than the run to resume was trained on; restore the "
-            "file, or train on from the weights with --initial-checkpoint"
+            f"--class-map: {source.location} gets other labels than the run to resume was trained on; restore the "
+            "file and the classes, or train on from the weights with --initial-checkpoint"
         )
     return before or digest
 
@@ -135,7 +133,7 @@ def check_splits(config: Config, train: Source, validation: Source, log_once: Lo
             "give --data-dir the directory above the splits, name two splits or two parts such as train[:45000] and "
             "train[45000:], or --val-split '' for no validation"
         )
-    if train.stored_names != validation.stored_names:
+    if train.class_map_digest != validation.class_map_digest:
         where = f"{train.location} and {validation.location} number different classes"
         raise UserError(f"--class-map of integers: {where}; map their names instead")
     names, others = train.class_names, validation.class_names
