@@ -111,7 +111,7 @@ class SAM(OptimizerWrapper):
         return any(isinstance(p, DTensor) for p in self.parameters())
 
     @cached_property
-    def bias_caches(self) -> list[Module]:
+    def _bias_caches(self) -> list[Module]:
         return [] if self.model is None else contexts.find_bias_caches(self.model.modules())
 
     @property
@@ -241,7 +241,7 @@ class SAM(OptimizerWrapper):
             from samon.engines import fsdp
 
             fsdp.check_sharded_parameters(self, named)
-        caches = self.bias_caches or contexts.find_bias_caches(contexts.modules_of(self, None))
+        caches = self._bias_caches or contexts.find_bias_caches(contexts.modules_of(self, None))
         outer, self._in_step = self._in_step, True
         try:
             with contexts.uncached_biases(caches):

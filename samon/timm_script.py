@@ -102,8 +102,8 @@ def _call(task: TrainingTask, *args: object, **kwargs: object) -> Losses:
     if not (task.training and torch.is_grad_enabled()):
         return call()
     if "_samon" not in task.__dict__:  # the newest of our optimizers over the task's parameters, if any
-        own = {id(p) for p in task.parameters()}
-        sams = [s for s in _sams.values() if any(id(p) in own for p in s.selection.parameters.values())]
+        own = set(task.parameters())
+        sams = [sam for sam in _sams.values() if own.intersection(sam.selection.parameters.values())]
         task.__dict__["_samon"] = PerturbedTask(task, sams[-1]) if sams else None
     perturbed: PerturbedTask | None = task.__dict__["_samon"]
     return call() if perturbed is None else perturbed.losses(call)
@@ -121,9 +121,8 @@ def _refuse_plain_step(sam: SAM, args: tuple[object, ...], kwargs: Mapping[str, 
 def _clip(clip: Callable[..., object], parameters: Iterable[Tensor], *args: object, **kwargs: object) -> object:
     """Clip gradients that the ascent source has changed (GSAM, LookSAM)."""
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    own = {id(p) for p in parameters}
     for sam in _sams.values():
-        if any(id(p) in own for p in sam.selection.parameters.values()):
+        if not {*parameters}.isdisjoint(sam.selection.parameters.values()):
             sam.correct_gradients()
     return clip(parameters, *args, **kwargs)
 

@@ -96,15 +96,14 @@ def _check_split(where: str, split: str, entry: object) -> tuple[list[str], list
 
 
 def load_split(
-    root: str, split: str, *, image_keys: str | None = None, label_key: str | None = None, allow_shell: bool = False
+    root: str, split: str, image_keys: str | None = None, label_key: str | None = None, *, allow_shell: bool = False
 ) -> ShardSet:
     """Find a split's shards: by its name in the info file of `root`, or by a brace pattern (`a-{00..15}.tar|5000`).
 
     The info file also describes the files of a pattern; local shards that it does not list are counted.
 
     Args:
-        image_keys: see `ShardReader`.
-        label_key: the field that holds the label, whatever the info file says.
+        image_keys, label_key: see `ShardReader`. A `label_key` replaces the info file's.
 
     Raises:
         UserError: no such split or file, or an info file that contradicts itself.
@@ -114,12 +113,11 @@ def load_split(
     splits = splits if isinstance(splits, dict) else {}
     synonyms = next((group for group in (TRAIN_SPLITS, EVAL_SPLITS[:-1]) if split in group), ())  # timm's, for folders
     split = next((name for name in (split, *synonyms) if name in splits), split)
-    expected = ""
+    pattern, _, expected = split.partition("|")
     if split in splits:
         splits = {split: splits[split]}
         names = _check_split(where, split, splits[split])[0]
     elif ".tar" in split or ".." in split:
-        pattern, _, expected = split.partition("|")
         names = import_webdataset("webdataset.shardlists").expand_urls(pattern)
     else:
         known_splits = f"it has {', '.join(sorted(splits))}" if splits else "write it with samon-shards"
@@ -142,12 +140,11 @@ def load_split(
             label_keys.add(str(entry.get("alt_label") or ""))
     if not label_key and len(label_keys) > 1:
         raise UserError(f"{where}: the shards {split} have different kinds of labels; name one by --target-key")
-    label_key = label_key or "".join(label_keys)
-    reader = ShardReader(image_keys, label_key)
+    reader = ShardReader(image_keys, label_key or "".join(label_keys))
     lengths = [known[url] if url in known else _count_samples(url, reader.suffixes) for url in urls]
     if expected and expected != str(sum(lengths)):
         raise UserError(f"split {split!r} says {expected} samples, its shards hold {sum(lengths)}")
-    return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, label_key)
+    return ShardSet(tuple(urls), tuple(lengths), *_load_classes(where, info), digests, reader.label_key)
 
 
 def _load_classes(where: str, info: Mapping[str, object]) -> tuple[int | None, list[str] | None]:

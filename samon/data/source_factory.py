@@ -45,10 +45,8 @@ class Request:
 
 
 def _open_shards(request: Request) -> Source:
-    root, split, shell = request.root or "", request.split, request.allow_shell_urls
-    shard_set = shards.load_split(
-        root, split, image_keys=request.input_key, label_key=request.target_key, allow_shell=shell
-    )
+    keys = request.input_key, request.target_key
+    shard_set = shards.load_split(request.root or "", request.split, *keys, allow_shell=request.allow_shell_urls)
     directory = request.shard_cache
     if directory is None and request.random_access and not all(map(urls.is_local, shard_set.urls)):
         directory = urls.temporary_directory()

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samon.contexts import uncached_biases
 from samon.errors import UserError
 from samon.geometry import FlatTensors, to_float32
 from samon.sam import SAM
@@ -125,11 +124,10 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 def fisher_diagonal(sam: SAM, losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
     """The diagonal of the empirical Fisher matrix: the sum over samples, of all processes, of the squared gradient of
     each one's loss, shaped like the perturbed parameters."""
-    parameters = list(sam.perturbed_parameters().values())
-    total = [to_float32(torch.zeros_like(p)) for p in parameters]
-    with uncached_biases(sam.bias_caches):
+    with sam.sampled_parameters() as named:
+        total = [to_float32(torch.zeros_like(p)) for p in named.values()]
         for loss in losses:
-            grads = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss(), [*named.values()], allow_unused=True, materialize_grads=True)
             total = [t + to_float32(g).abs().square() for t, g in zip(total, grads, strict=True)]
     if dist.is_initialized():
         for part in total:

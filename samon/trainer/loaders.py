@@ -113,10 +113,9 @@ def number_as_before(source: Source, resumed: TrainState, log_once: Log) -> str:
     numbers them; raise UserError if that is another one and classes have no names."""
     names, digest, before = source.class_names, source.class_map_digest, resumed.class_map_digest
     if names and resumed.class_names:
-        if names == resumed.class_names:
-            return digest
-        source.renumber(resumed.class_names)
-        log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
+        if names != resumed.class_names:
+            source.renumber(resumed.class_names)
+            log_once(f"{source.location} has other classes than the run that is resumed: labels are numbered as there")
     elif before != digest and (before or not resumed.args.get("class_map")):  # earlier versions did not record it
         raise UserError(
             f"--class-map: {source.location} gets other labels than the run to resume was trained on; restore the "

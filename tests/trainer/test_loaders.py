@@ -141,12 +141,8 @@ def test_a_missing_class_in_validation_shifts_no_label(folders: Folders, caplog:
     (root / "map.pkl").write_bytes(pickle.dumps({0: 0, 1: 0, 2: 1}))  # cat is 2 in training, 1 in validation
     with pytest.raises(UserError, match="number different classes; map their names instead"):
         built_on(root, "--class-map", "map.pkl")
-    for trained in (
-        TrainState({}, class_names=["ant", "bee", "cat"]),
-        TrainState({}, class_map_digest="of other classes"),
-    ):
-        with pytest.raises(UserError, match="other labels than the run to resume"):
-            built_on(root, "--class-map", "map.pkl", resumed=trained)
+    with pytest.raises(UserError, match="other labels than the run to resume"):
+        built_on(root, "--class-map", "map.pkl", resumed=TrainState({}, class_names=["ant", "bee", "cat"]))
 
 
 def test_a_resumed_run_keeps_the_labels_of_its_classes(folders: Folders) -> None:
