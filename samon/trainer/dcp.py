@@ -97,7 +97,7 @@ def save_sharded(state: TrainState, path: Path, group: dist.ProcessGroup | None)
     # CPU tensors are written from where they are, and training goes on there.
     copies = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in tensors.items()}
     writer = dcp.FileSystemWriter(path)
-    future: Any = dcp.async_save(copies, storage_writer=writer, process_group=group, no_dist=group is None)
+    future: Any = dcp.async_save(copies, storage_writer=writer, process_group=group)
     return future
 
 
