@@ -92,8 +92,8 @@ def save_sharded(state: TrainState, path: Path, group: dist.ProcessGroup | None)
             torch.save(rest.to_dict() | {"names": list(tensors)}, file)
     if group is not None:
         dist.barrier(group)
-    else:
-        warnings.filterwarnings("ignore", SINGLE_PROCESS_WARNING)  # for good, because a thread of PyTorch's warns
+    # For good, because a thread of PyTorch's warns: about a single process, and torch 2.8 about its own code.
+    warnings.filterwarnings("ignore", f"{SINGLE_PROCESS_WARNING}|TypedStorage is deprecated")
     # CPU tensors are written from where they are, and training goes on there.
     copies = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in tensors.items()}
     writer = dcp.FileSystemWriter(path)
