@@ -223,7 +223,7 @@ def _match_model_classes(context: EvalContext, spec: EvalSpec, dataset: EvalData
     known |= {"numbers": [str(index) for index in range(num_classes)]}
     counts, cure = f"it has {count} classes, the model {num_classes}", "; map its classes with --class-map FILE"
     class_map = context.config.class_map
-    if names and trained and not class_map:
+    if names and trained and (not class_map or context.class_map_digest):
         if names != trained:
             source.renumber(trained)
             _warn(context, f"{where}: its labels are renumbered by the {len(trained)} classes of the training data")

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from samon.cli.validate import main, parse, prepare
+from samon.data.classes import class_map_digest
 from samon.errors import UserError
 from samon.evals import accuracy, load_evaluation, shifts
 from samon.evals.datasets import open_dataset
@@ -175,6 +176,12 @@ def test_labels_are_renumbered_by_the_classes_of_the_training_data(tmp_path, sha
     context.class_names = ["cat", "cow"]
     with pytest.raises(UserError, match="class 'dog' is not among the 2 trained"):
         open_dataset(context, spec)
+    (tmp_path / "map.txt").write_text("dog\ncat\n")
+    context.config = context.config.but(class_map=str(tmp_path / "map.txt"))
+    context.class_names = ["cat", "dog"]
+    for digest, value in (("", 0), (class_map_digest({"dog": 0, "cat": 1}, None), 100)):  # given, or the run's own
+        context.class_map_digest = digest
+        assert accuracy.evaluate(context, open_dataset(context, spec))[0]["value"] == value
 
 
 @pytest.mark.parametrize(
