@@ -85,7 +85,7 @@ def draw(figure: Figure, numbers: Numbers) -> Canvas:
     longest = max(max(map(len, name.splitlines())) for name in names.values())
     columns = max(1, min(len(methods), int(72 * WIDTH / (5.5 * longest + 40))))  # points: text, and its line with gaps
     rows = sum(name.count("\n") + 1 for name in names.values()) / columns
-    canvas = Canvas(figsize=(WIDTH, 2.8 + 0.18 * rows), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 2.8 + 0.22 * rows), layout="constrained")
     axes = canvas.subplots()
     axes.set(xlabel=figure.x, ylabel=figure.y)
     for series in side_by_side(figure.series):
