@@ -228,11 +228,12 @@ def paper_results(recipe: str, model: str) -> dict[str, list[float]]:
 def export(content: Content, path: Path) -> None:
     """Write the content as compact JSON: numbers with 6 significant digits, settings that are not defaults, and the
     distributions of each method's first run."""
-    text = json.dumps({"format": FORMAT, **asdict(content)}, default=str)
-    data = json.loads(text, parse_float=_round)
+    data = {"format": FORMAT, **asdict(content)}
+    for row in data["runs"]:
+        del row["folder"]
+    data = json.loads(json.dumps(data), parse_float=_round)
     methods = set()
     for run, row in zip(content.runs, data["runs"], strict=True):
-        del row["folder"]
         row["settings"] = {key: value for key, value in sorted(run.settings.items()) if value != DEFAULTS.get(key)}
         if (run.setting, run.method) in methods:
             row["norms"] = {}
